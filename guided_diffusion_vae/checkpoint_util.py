@@ -1,0 +1,165 @@
+"""Self-describing checkpoints: weights that carry their header, and steps that exist only when they are whole.
+
+A weights file is a bare state dict, as guided-diffusion writes it. What rebuilds the network (kind, step, configuration,
+normalizer, autoencoder) rides along as a JSON string in the state dict's `_metadata`, which plain `load_state_dict`
+passes over and `torch.load(weights_only=True)` keeps.
+
+A step of a run is a set of files and, written last, a marker `stateNNNNNN.json` with their sizes and SHA-256.
+"""
+
+import json
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import blobfile as bf
+import torch
+
+from .files import atomic_path, sha256_of_file, write_json
+
+FORMAT = 1
+HEADER_KEY = "guided_diffusion_vae"
+
+
+def save_weights(path, state_dict, header):
+    """Write a state dict with `header` (a JSON-able dictionary) in its metadata, atomically."""
+    described = OrderedDict(state_dict)
+    described._metadata = OrderedDict(getattr(state_dict, "_metadata", None) or {})
+    described._metadata[HEADER_KEY] = json.dumps({"format": FORMAT, **header})
+    save(path, described)
+
+
+def save(path, content):
+    """Write what `torch.save` can write, atomically."""
+    with atomic_path(path) as part:
+        torch.save(content, part)
+
+
+def load(path, map_location="cpu", flag="the path"):
+    """Read a file of tensors and plain values; ValueError where it is truncated or holds anything else."""
+    if not bf.exists(str(path)) or bf.isdir(str(path)):
+        raise FileNotFoundError(f"no file {path}; check {flag}")
+    try:
+        with bf.BlobFile(str(path), "rb") as stream:
+            return torch.load(stream, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a file of tensors ({reason}); check {flag}") from error
+
+
+def load_weights(path, map_location="cpu", flag="--model_path"):
+    """Return (state dict, header); the header is None for a bare state dict, such as a released checkpoint."""
+    state_dict = load(path, map_location, flag)
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ValueError(f"{path} holds no state dict (names with tensors); {flag} wants a model or ema file")
+    text = (getattr(state_dict, "_metadata", None) or {}).get(HEADER_KEY)
+    header = json.loads(text) if isinstance(text, str) else None
+    if header is not None and header.get("format") != FORMAT:
+        raise ValueError(f"{path} has header format {header.get('format')}, this version reads format {FORMAT}")
+    return state_dict, header
+
+
+def require_kind(header, kind, path, flag):
+    """Refuse weights of another kind of model, naming both kinds."""
+    if header["kind"] != kind:
+        raise ValueError(f"{path} holds a model of kind {header['kind']!r}, {flag} wants one of kind {kind!r}")
+
+
+def load_into(model, state_dict, path, flag="--model_path"):
+    """Load weights strictly; ValueError with the first differences where keys or shapes disagree."""
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        found = {k: tuple(v.shape) for k, v in state_dict.items()}
+        lines = [f"{k}: {found.get(k, 'missing')} in the file, {wanted.get(k, 'nothing')} in the model"
+                 for k in sorted(wanted.keys() | found.keys()) if found.get(k) != wanted.get(k)]
+        raise ValueError(f"{path} does not fit the model ({len(lines)} of {len(wanted)} entries differ; "
+                         f"{'; '.join(lines[:3])}); check {flag} and the flags of the model") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the files of a step
+
+
+def model_name(step):
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate, step):
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def optimizer_name(step):
+    return f"opt{step:06d}.pt"
+
+
+def marker_name(step):
+    return f"state{step:06d}.json"
+
+
+def commit(folder, step, names, state):
+    """Write the marker of a step: `state` and the size and SHA-256 of every file in `names`."""
+    folder = Path(folder)
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names}
+    write_json(folder / marker_name(step), {"format": FORMAT, "step": step, "files": files, **state})
+
+
+def steps(folder):
+    """Return the committed steps of a run folder, oldest first; their files are not looked at yet."""
+    found = [re.fullmatch(r"state(\d{6,})\.json", p.name) for p in Path(folder).glob("state*.json")]
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def read_marker(folder, step):
+    """Return the marker of a step after comparing its files with it; ValueError where one is damaged."""
+    folder = Path(folder)
+    try:
+        marker = json.loads((folder / marker_name(step)).read_text())
+        files = marker["files"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder / marker_name(step)} is damaged: {error}") from error
+    for name, want in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != want["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, {want['bytes']} were written")
+        if sha256_of_file(path) != want["sha256"]:
+            raise ValueError(f"{path} does not hold what was written (its SHA-256 differs)")
+    return marker
+
+
+def newest_marker(folder, warn=print):
+    """Return the marker of the newest undamaged step, or None where no step was ever committed.
+
+    Damaged steps are reported through `warn` and passed over; where all are damaged, ValueError.
+    """
+    committed = steps(folder)
+    for step in reversed(committed):
+        try:
+            return read_marker(folder, step)
+        except ValueError as error:
+            warn(f"checkpoint {step} of {folder} cannot be used: {error}; trying the one before it")
+    if committed:
+        raise ValueError(f"every checkpoint of {folder} is damaged; choose another --logdir or restore the files")
+    return None
+
+
+def newest_weights(folder, flag="--model_path"):
+    """Return the weights file of a run to use: the slowest moving average of its newest undamaged step."""
+    marker = newest_marker(folder)
+    if marker is None:
+        raise FileNotFoundError(f"{folder} holds no finished checkpoint (stateNNNNNN.json); check {flag}")
+    averages = {float(m.group(1)): name for name in marker["files"] if (m := re.match(r"ema_([\d.]+)_\d+\.pt", name))}
+    return Path(folder) / (averages[max(averages)] if averages else model_name(marker["step"]))
+
+
+def forget_all_but(folder, count):
+    """Delete the files of all but the newest `count` steps, each step's marker first."""
+    for step in steps(folder)[:-count]:
+        marker = Path(folder) / marker_name(step)
+        names = json.loads(marker.read_text())["files"]
+        marker.unlink()
+        for name in names:
+            (Path(folder) / name).unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+"""Declare knobs: a dataclass field with its default and help text is the only place where a knob is written.
+
+Flags, `--help`, YAML keys, `*_defaults()` entries and checkpoint headers all derive from these fields (see
+`script_util`). The dataclasses themselves stand beside the classes they configure.
+"""
+
+import dataclasses
+
+
+def opt(default, help, choices=None):
+    """Return a dataclass field with a help text; `choices` lists the only values allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def as_dict(config):
+    """Return a config dataclass as a plain dictionary that survives JSON (tuples become lists)."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_dict(cls, values):
+    """Build `cls` from a dictionary, ignoring keys it does not have; inverse of `as_dict`."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{key: frozen(value) for key, value in values.items() if key in known})
+
+
+def frozen(value):
+    """Turn lists, nested ones too, into tuples, as config dataclasses hold them."""
+    return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,73 @@
+"""Write files whole or not at all, and name their contents by SHA-256."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
+
+    After an exception the temporary file is removed and `path` is as it was. Running out of space is reported with
+    the space left and the file that was being written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error} ({_space_left(path)}); "
+                      "free some space or choose another folder") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, atomically."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def sha256_of_file(path):
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_writable_folder(folder, flag):
+    """Create `folder` and prove that files can be written there, or raise OSError naming `flag`."""
+    folder = Path(folder)
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write into {folder} ({error.strerror}); give {flag} a folder that can be written") from error
+    return folder
+
+
+def require_folder(folder, flag):
+    """Return `folder` as a Path, or raise FileNotFoundError naming `flag` where there is none."""
+    if not str(folder):
+        raise FileNotFoundError(f"no folder given; set {flag}")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}; check {flag}")
+    return folder
+
+
+def _space_left(path):
+    folder = next(p for p in [path.parent, *path.parent.parents] if p.exists())
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB left on {folder}"
