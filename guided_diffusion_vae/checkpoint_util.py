@@ -23,7 +23,7 @@ HEADER_KEY = "guided_diffusion_vae"
 
 def save_weights(path, state_dict, header):
     """Write a state dict with `header` (a JSON-able dictionary) in its metadata, atomically."""
-    described = OrderedDict(state_dict)
+    described = OrderedDict((name, value.detach()) for name, value in state_dict.items())
     described._metadata = OrderedDict(getattr(state_dict, "_metadata", None) or {})
     described._metadata[HEADER_KEY] = json.dumps({"format": FORMAT, **header})
     save(path, described)

@@ -1,0 +1,27 @@
+# make quickstart   set up, then run the whole pipeline on simulated radar data (see README)
+# make test         set up, then run the tests
+# Both install into .venv once; they install again only after setup.py or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# OpenMP threads that spin while waiting take the cores of the other ranks.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup test quickstart parity clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[mpi,test]"
+	touch $(STAMP)
+
+test: setup
+	$(VENV)/bin/python -m pytest -q tests
+
+quickstart: setup
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/quickstart.sh
+
+clean:
+	rm -rf quickstart runs

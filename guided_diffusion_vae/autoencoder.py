@@ -1,0 +1,463 @@
+"""A KL autoencoder whose strides the user chooses, for signals, pictures and volumes.
+
+Kingma and Welling 2014 (arXiv 1312.6114) as used for latent diffusion by Rombach et al. 2022 (arXiv 2112.10752). The
+names of arguments and weights are those of MONAI GenerativeModels' AutoencoderKL, so that its weights load.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from .config import as_dict, opt
+from .nn import checkpoint, conv_nd, conv_transpose_nd, mean_flat, per_axis, upsample_nearest
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass
+class AutoencoderConfig:
+    spatial_dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes")
+    in_channels: int = opt(0, "channels of the pictures; 0: as the data has")
+    out_channels: int = opt(0, "channels of the reconstruction; 0: as in_channels")
+    num_channels: tuple = opt((32, 64, 64), "width of every level, each a multiple of norm_num_groups")
+    num_res_blocks: tuple = opt(1, "residual blocks of a level: one number, or one per level")
+    attention_levels: tuple = opt((), "which levels attend: one true or false per level; empty: none")
+    latent_channels: int = opt(4, "channels of the latent; the encoder predicts mean and log-variance of each")
+    norm_num_groups: int = opt(16, "groups of every norm")
+    norm_eps: float = opt(1e-6, "added to the variance in every norm")
+    with_encoder_nonlocal_attn: bool = opt(False, "attend once at the end of the encoder")
+    with_decoder_nonlocal_attn: bool = opt(False, "attend once at the start of the decoder")
+    use_convtranspose: bool = opt(False, "upsample by transposed convolution, not by repeating and convolving")
+    use_checkpointing: bool = opt(False, "recompute blocks in the backward pass: less memory, more time")
+    downsample_factors: tuple = opt(
+        (), "stride from level to level, one entry less than num_channels, each a number or one per axis; empty: all 2"
+    )
+    initial_downsample_factor: tuple = opt(1, "stride of the first convolution: a number, or one per axis")
+    downsample_kernel_size: int = opt(
+        0, "kernel of strided convolutions; 0: wide enough to see every input; 3 for checkpoints made with a fixed 3"
+    )
+    image_range: tuple = opt((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
+
+
+@dataclasses.dataclass
+class AutoencoderLossConfig:
+    SECTION = "autoencoder.training"
+
+    kl_weight: float = opt(1e-6, "weight of the KL term, which is a mean over latent elements")
+    recon_loss: str = opt("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
+
+
+def create_autoencoder(config):
+    """Build the network that an AutoencoderConfig describes.
+
+    :raises ValueError: where in_channels is still 0, that is, nobody has looked at the data yet, and whatever
+        `AutoencoderKL` refuses.
+    """
+    if config.in_channels < 1:
+        raise ValueError(f"in_channels is {config.in_channels}; set it to the channels of the data (--in_channels)")
+    arguments = as_dict(config)
+    del arguments["image_range"]
+    arguments.update(
+        out_channels=config.out_channels or config.in_channels,
+        attention_levels=config.attention_levels or False,
+        downsample_factors=config.downsample_factors or None,
+        downsample_kernel_size=config.downsample_kernel_size or None,
+    )
+    return AutoencoderKL(**arguments)
+
+
+def to_image_range(images, image_range):
+    """Map images in [0, 1] to the values that a network was trained on; inverse of `from_image_range`."""
+    low, high = image_range
+    return images * (high - low) + low
+
+
+def from_image_range(values, image_range):
+    """Map a network's values back to [0, 1]; inverse of `to_image_range`."""
+    low, high = image_range
+    return (values - low) / (high - low)
+
+
+def autoencoder_losses(config, x, reconstruction, mean, logvar):
+    """Return the loss of every sample and its two parts, {loss, recon_loss, kl_loss}, each [N], float32.
+
+    The KL divergence of N(mean, exp(logvar)) from N(0, 1) (arXiv 1312.6114, appendix B) is averaged over the elements
+    of the latent, the distance over those of the picture: both stay the same when sizes change. `x` and
+    `reconstruction` [N x C x ...] are in the network's range; mean and logvar are [N x Z x ...].
+    """
+    difference = reconstruction.float() - x.float()
+    distance = mean_flat(_DISTANCES[config.recon_loss](difference))
+    mean, logvar = mean.float(), logvar.float()
+    divergence = mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
+    return {"loss": distance + config.kl_weight * divergence, "recon_loss": distance, "kl_loss": divergence}
+
+
+_DISTANCES = {"l1": torch.abs, "l2": torch.square}
+
+
+class AutoencoderKL(nn.Module):
+    """Encode pictures or volumes as a diagonal normal distribution over latents, and decode latents.
+
+    Level i has `num_channels[i]` channels and `num_res_blocks[i]` residual blocks, with attention where
+    `attention_levels[i]`. From level i to i + 1 each axis shrinks by `downsample_factors[i]`, an integer or one per
+    axis (None: 2 everywhere); a single value in place of any of these lists serves every level. Before level 0 each
+    axis shrinks by `initial_downsample_factor`. The decoder undoes all. Convolutions that shrink an axis by s have a
+    kernel that sees every input, s + 1 (2s - 1 at the start), unless `downsample_kernel_size` fixes it.
+
+    State dicts of MONAI GenerativeModels, of MONAI core and of this class load; see `Attention` for their difference.
+    It is told from the state dict's `_metadata`: save and copy the object that `state_dict()` returns, not a plain
+    dictionary of its items.
+
+    :raises ValueError: for lists of the wrong length, widths that `norm_num_groups` does not divide, factors below 1.
+    """
+
+    def __init__(
+        self, spatial_dims, in_channels=1, out_channels=1, num_res_blocks=(2, 2, 2, 2), num_channels=(32, 64, 64, 64),
+        attention_levels=(False, False, True, True), latent_channels=3, norm_num_groups=32, norm_eps=1e-6,
+        with_encoder_nonlocal_attn=True, with_decoder_nonlocal_attn=True, use_convtranspose=False,
+        use_checkpointing=False, downsample_factors=None, initial_downsample_factor=1, downsample_kernel_size=None,
+    ):
+        super().__init__()
+        num_channels = _per_level(num_channels, 1)
+        levels = len(num_channels)
+        num_res_blocks, attention_levels = _per_level(num_res_blocks, levels), _per_level(attention_levels, levels)
+        downsample_factors = _per_level(2 if downsample_factors is None else downsample_factors, levels - 1)
+        for name, entries, count in (
+            ("num_res_blocks", num_res_blocks, levels), ("attention_levels", attention_levels, levels),
+            ("downsample_factors", downsample_factors, levels - 1),
+        ):
+            if len(entries) != count:
+                raise ValueError(
+                    f"{name} {entries} has {len(entries)} entries; num_channels {num_channels} needs {count}"
+                )
+        if unfit := [c for c in num_channels if c % norm_num_groups]:
+            raise ValueError(
+                f"num_channels {num_channels}: {unfit[0]} is no multiple of norm_num_groups {norm_num_groups}"
+            )
+        strides = [_strides(f, spatial_dims, "downsample_factors") for f in downsample_factors]
+        first = _strides(initial_downsample_factor, spatial_dims, "initial_downsample_factor")
+        if downsample_kernel_size is not None and (downsample_kernel_size < 1 or downsample_kernel_size % 2 == 0):
+            raise ValueError(f"downsample_kernel_size is {downsample_kernel_size}; it is odd, or None for the rule")
+
+        self.in_channels, self.out_channels, self.latent_channels = in_channels, out_channels, latent_channels
+        self.factors = tuple(math.prod(axis) for axis in zip(first, *strides))
+        block = {"dims": spatial_dims, "groups": norm_num_groups, "eps": norm_eps}
+        levels = list(zip(num_channels, num_res_blocks, attention_levels))
+        self.encoder = _Blocks(use_checkpointing, _encoder_blocks(
+            in_channels, latent_channels, levels, first, strides, downsample_kernel_size, with_encoder_nonlocal_attn,
+            block,
+        ))
+        self.decoder = _Blocks(use_checkpointing, _decoder_blocks(
+            latent_channels, out_channels, levels[::-1], first, strides[::-1],
+            downsample_kernel_size if use_convtranspose else None, use_convtranspose, with_decoder_nonlocal_attn, block,
+        ))
+        self.quant_conv_mu = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
+        self.quant_conv_log_sigma = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
+        self.post_quant_conv = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
+
+    def moments(self, x):
+        """Return mean and log-variance (within LOGVAR_RANGE) of the latent.  [N x C x ...] -> two of [N x Z x ...].
+
+        :raises ValueError: where the channels are others, or a size is no multiple of the axis's factor.
+        """
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"pictures of shape {tuple(x.shape)} have {x.shape[1]} channels, the autoencoder "
+                             f"takes {self.in_channels} (--in_channels)")
+        self.latent_shape(x.shape[2:])
+        h = self.encoder(x)
+        return self.quant_conv_mu(h), self.quant_conv_log_sigma(h).clamp(*LOGVAR_RANGE)
+
+    def encode(self, x):
+        """Return mean and standard deviation of the latent.  [N x C x ...] -> two of [N x Z x ...]."""
+        mean, logvar = self.moments(x)
+        return mean, torch.exp(0.5 * logvar)
+
+    def sampling(self, mu, sigma, eps=None):
+        """Draw a latent, mu + sigma * eps; a fresh standard normal eps where none is given."""
+        return mu + sigma * (torch.randn_like(sigma) if eps is None else eps)
+
+    def decode(self, z):
+        """Return the picture of a latent.  [N x Z x ...] -> [N x C x ... * factors]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def reconstruct(self, x):
+        """Return the picture of the most probable latent of `x`."""
+        return self.decode(self.moments(x)[0])
+
+    def forward(self, x, eps=None):
+        """Return (reconstruction from a sampled latent, mu, sigma); `eps` [N x Z x ...] as in `sampling`."""
+        mu, sigma = self.encode(x)
+        return self.decode(self.sampling(mu, sigma, eps)), mu, sigma
+
+    def latent_shape(self, spatial):
+        """Return the latent's (Z, ...) for pictures of the sizes `spatial`.
+
+        :raises ValueError: where a size is no multiple of the factor of its axis.
+        """
+        return (self.latent_channels, *latent_grid(spatial, self.factors))
+
+
+def latent_grid(spatial, factors):
+    """Divide every size by the factor of its axis.
+
+    :raises ValueError: where there are more or fewer axes, or a factor does not divide the size.
+    """
+    if len(spatial) != len(factors):
+        raise ValueError(f"sizes {tuple(spatial)} are {len(spatial)} axes, the autoencoder works on {len(factors)} "
+                         "(--spatial_dims)")
+    for axis, (size, factor) in enumerate(zip(spatial, factors)):
+        if size % factor or size < 1:
+            below = size // factor * factor
+            near = f"{below} and {below + factor}" if below else f"{factor}"
+            raise ValueError(
+                f"axis {axis} has size {size}, which the autoencoder's total factor {factor} "
+                f"(--initial_downsample_factor times all --downsample_factors) does not divide; {near} would fit: "
+                "resize or crop, or give --pad True"
+            )
+    return tuple(size // factor for size, factor in zip(spatial, factors))
+
+
+def _encoder_blocks(channels, latent_channels, levels, first, strides, kernel, nonlocal_attn, block):
+    width = levels[0][0]
+    yield _first_conv(block["dims"], channels, width, first, kernel)
+    for (out, repeats, attends), stride in zip(levels, [*strides, None]):
+        yield from _level(width, out, repeats, attends, block)
+        width = out
+        if stride:
+            yield Downsample(block["dims"], width, stride, kernel)
+    if nonlocal_attn:
+        yield from _nonlocal(width, block)
+    yield nn.GroupNorm(block["groups"], width, block["eps"])
+    yield Conv(block["dims"], width, latent_channels)
+
+
+def _decoder_blocks(latent_channels, channels, levels, first, strides, kernel, transposed, nonlocal_attn, block):
+    width = levels[0][0]
+    yield Conv(block["dims"], latent_channels, width)
+    if nonlocal_attn:
+        yield from _nonlocal(width, block)
+    for (out, repeats, attends), stride in zip(levels, [*strides, None]):
+        yield from _level(width, out, repeats, attends, block)
+        width = out
+        if stride:
+            yield Upsample(block["dims"], width, stride, transposed, kernel)
+    yield nn.GroupNorm(block["groups"], width, block["eps"])
+    yield UpsampledConv(block["dims"], width, channels, first)
+
+
+def _level(width, out, repeats, attends, block):
+    for _ in range(repeats):
+        yield ResBlock(width, out, **block)
+        if attends:
+            yield Attention(out, block["groups"], block["eps"])
+        width = out
+
+
+def _nonlocal(width, block):
+    yield ResBlock(width, width, **block)
+    yield Attention(width, block["groups"], block["eps"])
+    yield ResBlock(width, width, **block)
+
+
+class _Blocks(nn.Module):
+    """Run blocks one after the other, each recomputed in the backward pass where `use_checkpointing`."""
+
+    def __init__(self, use_checkpointing, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.use_checkpointing = use_checkpointing
+
+    def forward(self, h):
+        for block in self.blocks:
+            h = checkpoint(block, (h,), block.parameters(), self.use_checkpointing and torch.is_grad_enabled())
+        return h
+
+
+class Conv(nn.Module):
+    """Convolve; weights stand below the name `conv`, as in MONAI. An odd kernel keeps the grid where stride is 1."""
+
+    def __init__(self, dims, in_channels, out_channels, kernel=3, stride=1, padding=None):
+        super().__init__()
+        if padding is None:
+            padding = tuple(k // 2 for k in per_axis(kernel, dims))
+        self.conv = conv_nd(dims, in_channels, out_channels, kernel, stride, padding)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def _first_conv(dims, in_channels, out_channels, strides, kernel):
+    kernels = tuple(3 if s == 1 else kernel or 2 * s - 1 for s in strides)
+    return Conv(dims, in_channels, out_channels, kernels, strides)
+
+
+class Downsample(nn.Module):
+    """Shrink each axis by its stride s.  [N x C x ...] -> [N x C x ... / strides].
+
+    The kernel has s + 1 taps, so that every input is seen, and one zero is padded at the far end (for s = 2 this is
+    MONAI's layer). A fixed kernel of k taps pads k - s, the odd one at the far end, and nothing where k < s.
+    """
+
+    def __init__(self, dims, channels, strides, kernel=None):
+        super().__init__()
+        kernels = tuple(kernel or s + 1 for s in strides)
+        surplus = [max(k - s, 0) for k, s in zip(kernels, strides)]
+        self.padding = [side for n in reversed(surplus) for side in (n // 2, n - n // 2)]
+        self.conv = Conv(dims, channels, channels, kernels, strides, padding=0)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding))
+
+
+class UpsampledConv(Conv):
+    """Repeat elements along each axis by its factor, then convolve.  [N x C x ...] -> [N x C' x ... * factors].
+
+    The enlarged input is never made. A repeated element meets sums of the kernel's taps, so each of the prod(factors)
+    phases of the output is a convolution of the small input with 3 taps per axis; their results are interleaved
+    (Shi et al. 2016, arXiv 1609.07009). Where the phases are too many, their kernels would outgrow what they save.
+    """
+
+    MOST_PHASES = 64
+
+    def __init__(self, dims, in_channels, out_channels, factors):
+        super().__init__(dims, in_channels, out_channels)
+        self.factors = factors
+
+    def forward(self, x):
+        phases = math.prod(self.factors)
+        if phases == 1:
+            return self.conv(x)
+        if phases > self.MOST_PHASES:
+            return self.conv(upsample_nearest(x, self.factors))
+        dims, grid = len(self.factors), x.shape[2:]
+        kernels = _phase_kernels(self.conv.weight, self.factors).flatten(0, dims)
+        y = functional_call(self.conv, {"weight": kernels, "bias": self.conv.bias.repeat(phases)}, x)
+        y = y.unflatten(1, (*self.factors, -1))                         # [N x factors x C' x grid]
+        interleaved = [axis for a in range(dims) for axis in (2 + dims + a, 1 + a)]
+        sizes = [n * factor for n, factor in zip(grid, self.factors)]
+        return y.permute(0, 1 + dims, *interleaved).reshape(len(x), -1, *sizes)
+
+
+def _phase_kernels(weight, factors):
+    """Sum the taps that fall on the same small element.  [C' x C x 3 ...] -> [factors x C' x C x 3 ...].
+
+    In phase p, tap t (-1, 0, 1) of the enlarged grid falls on the element floor((p + t) / factor) of the small one.
+    """
+    taps = torch.arange(3, device=weight.device)
+    for factor in factors:
+        phase = torch.arange(factor, device=weight.device).unsqueeze(1)
+        element = (phase + taps - 1).div(factor, rounding_mode="floor") + 1
+        falls_on = F.one_hot(element, 3).to(weight.dtype)               # [factor x tap x element]
+        weight = torch.tensordot(weight, falls_on, dims=([2], [1]))     # takes the axis away, appends two
+    axes = range(2, weight.ndim, 2)
+    return weight.permute(*axes, 0, 1, *(axis + 1 for axis in axes))
+
+
+class TransposedConv(nn.Module):
+    """Enlarge each axis by its factor s with a transposed convolution of 2s - 1 taps, at least 3."""
+
+    def __init__(self, dims, in_channels, out_channels, factors, kernel=None):
+        super().__init__()
+        kernels = tuple(kernel or max(2 * s - 1, 3) for s in factors)
+        self.conv = conv_transpose_nd(
+            dims, in_channels, out_channels, kernels, factors, padding=tuple(k // 2 for k in kernels),
+            output_padding=tuple(s - 1 for s in factors),
+        )
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Enlarge each axis by its factor; the inverse, in shape, of `Downsample`."""
+
+    def __init__(self, dims, channels, factors, transposed=False, kernel=None):
+        super().__init__()
+        if transposed:
+            self.conv = TransposedConv(dims, channels, channels, factors, kernel)
+        else:
+            self.conv = UpsampledConv(dims, channels, channels, factors)
+
+    def forward(self, x):
+        return self.conv(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # MONAI core names the same convolution differently, and names the transposed one yet another way
+        _rename(state_dict, prefix, {"postconv.": "conv.", "deconv.": "conv.conv."})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ResBlock(nn.Module):
+    """Add two normed, activated convolutions to the input.  [N x C x ...] -> [N x C' x ...]."""
+
+    def __init__(self, in_channels, out_channels, dims, groups, eps):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv(dims, in_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv(dims, out_channels, out_channels)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else Conv(dims, in_channels, out_channels, kernel=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Add one head of self-attention over all positions, projected, to the input.  [N x C x ...] -> same.
+
+    GenerativeModels keeps a projection `proj_attn` that it never applies; its weights therefore load with the identity
+    in its place. MONAI core's (`attn.to_q`, ..., `attn.out_proj`, absent with include_fc=False) load with theirs, and
+    so do this class's own, which the version in the state dict's metadata sets apart.
+    """
+
+    _version = 2
+
+    def __init__(self, channels, groups, eps):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.proj_attn = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        tokens = self.norm(x).flatten(2).mT.unsqueeze(1)                # [N x 1 x T x C], one head
+        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.proj_attn(mixed).squeeze(1).mT.reshape(x.shape)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        own = (local_metadata.get("version") or 0) >= 2
+        applied = own or f"{prefix}attn.out_proj.weight" in state_dict
+        _rename(state_dict, prefix, {"attn.out_proj.": "proj_attn.", "attn.to_": "to_"})
+        if not applied and f"{prefix}to_q.weight" in state_dict:
+            weight = state_dict[f"{prefix}to_q.weight"]
+            state_dict[f"{prefix}proj_attn.weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+            state_dict[f"{prefix}proj_attn.bias"] = torch.zeros_like(weight[0])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _rename(state_dict, prefix, heads):
+    """Exchange, in place, the given heads of names below `prefix`."""
+    for name in [n for n in state_dict if n.startswith(prefix)]:
+        for old, new in heads.items():
+            if name.startswith(prefix + old):
+                state_dict[prefix + new + name[len(prefix + old):]] = state_dict.pop(name)
+
+
+def _strides(factor, dims, name):
+    values = per_axis(factor, dims)
+    if any(not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{name} holds {factor!r}; factors are integers from 1")
+    return values
+
+
+def _per_level(value, count):
+    """Return one entry per level: a single number or boolean serves every level."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count

@@ -1,0 +1,539 @@
+"""Define the Gaussian diffusion process: noise in, noise out, and the losses that teach a network the way back.
+
+Letters are the papers': x_0 data, x_t noised data, t time (0 is the least noise), eps noise, beta and alpha-bar the
+schedule, q the fixed forward process, p the learned reverse one. Equations are named by paper: DDPM (arXiv 2006.11239),
+iDDPM (2102.09672), DDIM (2010.02502), ADM (2105.05233).
+
+Tensors are [N x C x ...] with any number of spatial axes, t is [N] int64, results of one number a sample are [N].
+Where a `model` is asked for, it is called as model(x, times, **model_kwargs) and gives [N x C x ...], or
+[N x 2C x ...] where it predicts variances too (prediction first). `denoised_fn` maps a predicted x_0 to a better one.
+`cond_fn(x, times, **model_kwargs)` gives the gradient of log p(y | x_t), [N x C x ...]. `clip_denoised` clamps
+predicted x_0 to [-1, 1], which is right for pictures in that range and wrong for latents.
+"""
+
+import collections
+import enum
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .config import opt
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .nn import mean_flat
+
+
+def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+    """Return the betas (float64 [T]) whose cumulative product of 1 - beta follows `alpha_bar`, a function of [0, 1].
+
+    max_beta keeps the last steps away from destroying everything at once (iDDPM, section 3.2).
+    """
+    grid = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
+    return np.array([min(1 - after / before, max_beta) for before, after in zip(grid, grid[1:])])
+
+
+def _linear_betas(steps):
+    """DDPM, section 4: 1e-4 to 0.02 in 1000 steps; other lengths are scaled to add as much noise in total."""
+    return np.linspace(0.1 / steps, 20.0 / steps, steps, dtype=np.float64)
+
+
+def _cosine_betas(steps):
+    """iDDPM, equation 17, with the offset s = 0.008."""
+    return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+# The choices of --noise_schedule.
+NOISE_SCHEDULES = {"linear": _linear_betas, "cosine": _cosine_betas}
+
+
+def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+    """Return the betas of a schedule by name (a key of NOISE_SCHEDULES); float64 [T].
+
+    Raises NotImplementedError where there is no such schedule.
+    """
+    if schedule_name not in NOISE_SCHEDULES:
+        known = ", ".join(NOISE_SCHEDULES)
+        raise NotImplementedError(f"--noise_schedule {schedule_name} is unknown; choose from {known}")
+    return NOISE_SCHEDULES[schedule_name](num_diffusion_timesteps)
+
+
+@dataclass
+class DiffusionConfig:
+    """The noise schedule, what the network predicts, and how it is trained and sampled."""
+
+    learn_sigma: bool = opt(False, "predict the variance of each reverse step too (twice the output channels); needed "
+                                   "for good samples in few steps and for likelihoods")
+    diffusion_steps: int = opt(1000, "steps of the process that the network is trained on")
+    noise_schedule: str = opt("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends)",
+                              choices=tuple(NOISE_SCHEDULES))
+    timestep_respacing: str = opt("", "steps to visit: a count (250), counts per equal section (10,15,20), ddimN "
+                                      "(ddim25: N steps at one stride, for DDIM); empty is every step")
+    use_kl: bool = opt(False, "train on the variational bound alone, the loss of best likelihood, in place of the mean "
+                              "squared error")
+    predict_xstart: bool = opt(False, "let the network predict the clean x_0 in place of the noise")
+    rescale_timesteps: bool = opt(False, "show the network times that run to 1000 whatever the number of steps")
+    rescale_learned_sigmas: bool = opt(False, "weigh the variance term of the loss by steps / 1000, so that it never "
+                                              "outweighs the squared error (with learn_sigma)")
+
+
+class ModelMeanType(enum.Enum):
+    """What the network's first C channels predict."""
+
+    PREVIOUS_X = "the mean of x_{t-1}"
+    START_X = "x_0"
+    EPSILON = "the noise in x_t"
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance of a reverse step comes from."""
+
+    LEARNED = "the network's second C channels are its logarithm"
+    FIXED_SMALL = "beta-tilde, the variance of q(x_{t-1} | x_t, x_0)"
+    FIXED_LARGE = "beta"
+    LEARNED_RANGE = "the second C channels go from log beta-tilde (-1) to log beta (1), iDDPM equation 15"
+
+
+class LossType(enum.Enum):
+    """What training minimises."""
+
+    MSE = "squared error of the prediction, plus the variational bound where variances are learned"
+    RESCALED_MSE = "the same, with the bound weighed by T / 1000"
+    KL = "the variational bound's term of time t"
+    RESCALED_KL = "the same times T, an estimate of the whole bound"
+
+    def is_vb(self):
+        """Say whether the variational bound alone is the loss."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+_HAS_VARIANCE_HEAD = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+# (variance, log variance) of the reverse step, by the name of its schedule.
+_FIXED_VARIANCES = {
+    ModelVarType.FIXED_SMALL: ("posterior_variance", "posterior_log_variance_clipped"),
+    ModelVarType.FIXED_LARGE: ("_large_variance", "_large_log_variance"),
+}
+
+
+class GaussianDiffusion:
+    """The forward process q, the reverse process p around a network, their samplers and losses.
+
+    Schedules are numpy float64 attributes [T]; what a step needs of them is gathered from float32 copies that are
+    put on a device once, at their first use there.
+
+    betas: variance added by each step, [T] in (0, 1].
+    rescale_timesteps: give models times in [0, 1000) whatever T is.
+
+    Raises ValueError where `betas` is not a sequence of numbers in (0, 1].
+    """
+
+    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False):
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+        self.rescale_timesteps = rescale_timesteps
+        self.betas = np.array(betas, dtype=np.float64)
+        self.num_timesteps = _checked_length(self.betas)
+        self._tables = {}       # (name of a schedule, device) -> tensor [T]
+        with np.errstate(divide="ignore"):      # a last beta of 1 leaves no signal: 1 / sqrt(alpha-bar) is infinite
+            self._derive_schedules()
+
+    def _derive_schedules(self):
+        alpha_bar = np.cumprod(1.0 - self.betas)
+        self.alphas_cumprod = alpha_bar
+        self.alphas_cumprod_prev = np.append(1.0, alpha_bar[:-1])       # x_{-1} is the data itself
+        self.alphas_cumprod_next = np.append(alpha_bar[1:], 0.0)        # x_T is noise alone
+
+        # q(x_t | x_0), DDPM equation 4, and its inversions
+        self.sqrt_alphas_cumprod = np.sqrt(alpha_bar)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - alpha_bar)
+        self.log_one_minus_alphas_cumprod = np.log(1.0 - alpha_bar)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alpha_bar)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alpha_bar - 1.0)
+        self._one_minus_alphas_cumprod = 1.0 - alpha_bar
+
+        # q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7. Its variance is 0 at t = 0; the logarithm takes the next time's
+        # there (iDDPM, section 3.1), or where there is one time only, that of beta.
+        shrinkage = (1.0 - self.alphas_cumprod_prev) / (1.0 - alpha_bar)
+        self.posterior_variance = self.betas * shrinkage
+        first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = np.sqrt(self.alphas_cumprod_prev) * self.betas / (1.0 - alpha_bar)
+        self.posterior_mean_coef2 = np.sqrt(1.0 - self.betas) * shrinkage
+        self._xprev_coef = 1.0 / self.posterior_mean_coef1
+        self._xprev_x_t_coef = self.posterior_mean_coef2 / self.posterior_mean_coef1
+
+        # variances of the reverse step
+        self._log_betas = np.log(self.betas)
+        self._large_variance = np.append(first, self.betas[1:])
+        self._large_log_variance = np.log(self._large_variance)
+
+        # steps of DDIM, to the time before and to the time after
+        self._sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
+        self._one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
+        self._posterior_deviation = np.sqrt(self.posterior_variance)
+        self._sqrt_alphas_cumprod_next = np.sqrt(self.alphas_cumprod_next)
+        self._sqrt_one_minus_alphas_cumprod_next = np.sqrt(1.0 - self.alphas_cumprod_next)
+
+    def _table(self, name, device):
+        """Return schedule `name` on `device`: float32, or int64 for whole numbers; uploaded once."""
+        key = name, device
+        if key not in self._tables:
+            values = np.asarray(getattr(self, name))
+            dtype = np.int64 if values.dtype.kind == "i" else np.float32
+            with torch.inference_mode(False):       # made in a preview, the table must serve training too
+                self._tables[key] = torch.from_numpy(values.astype(dtype)).to(device)
+        return self._tables[key]
+
+    def _at(self, name, t, x):
+        """Gather schedule `name` at times t; [N] -> [N x 1 x ...], to broadcast against x."""
+        return self._table(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
+
+    def _model_times(self, t):
+        """Return times `t` as models and guidance are given them; [N] -> [N]."""
+        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+
+    # The forward process q.
+
+    def q_mean_variance(self, x_start, t):
+        """Return mean, variance and log variance of q(x_t | x_0), each [N x C x ...]; DDPM equation 4."""
+        return (
+            self._at("sqrt_alphas_cumprod", t, x_start) * x_start,
+            self._at("_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
+            self._at("log_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
+        )
+
+    def q_sample(self, x_start, t, noise=None):
+        """Draw x_t ~ q(x_t | x_0), [N x C x ...], with `noise` (default: fresh) as the standard normal draw.
+
+        Raises ValueError where the noise has another shape than the data.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        if noise.shape != x_start.shape:
+            raise ValueError(f"noise is {tuple(noise.shape)}, the data {tuple(x_start.shape)}; they must be alike")
+        spread = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return self._at("sqrt_alphas_cumprod", t, x_start) * x_start + spread * noise
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        """Return mean, variance and (clipped) log variance of q(x_{t-1} | x_t, x_0); DDPM equations 6 and 7."""
+        return (
+            self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t,
+            self._at("posterior_variance", t, x_t).expand_as(x_t),
+            self._at("posterior_log_variance_clipped", t, x_t).expand_as(x_t),
+        )
+
+    # Conversions between the quantities that a network may predict.
+
+    def _predict_xstart_from_eps(self, x_t, t, eps):
+        """Solve x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) eps for x_0; inverse of `_predict_eps_from_xstart`."""
+        return (
+            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        )
+
+    def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
+        """Solve the same equation for eps; inverse of `_predict_xstart_from_eps`."""
+        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return (scaled - pred_xstart) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
+    def _predict_xstart_from_xprev(self, x_t, t, xprev):
+        """Solve DDPM equation 7 for x_0; inverse of the mean of `q_posterior_mean_variance`."""
+        return self._at("_xprev_coef", t, x_t) * xprev - self._at("_xprev_x_t_coef", t, x_t) * x_t
+
+    # The reverse process p.
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        """Ask the network for p(x_{t-1} | x_t).
+
+        Returns a dict of tensors [N x C x ...]: `mean`, `variance`, `log_variance`, and the `pred_xstart` behind them.
+        Raises ValueError where the network's channels do not fit the kind of variance.
+        """
+        output = model(x, self._model_times(t), **(model_kwargs or {}))
+        return self._p_from_output(output, x, t, clip_denoised, denoised_fn)
+
+    def _p_from_output(self, output, x, t, clip_denoised, denoised_fn=None):
+        """Read a network's output as p(x_{t-1} | x_t); see `p_mean_variance`."""
+        prediction, sigma_head = self._split_heads(output, x)
+        variance, log_variance = self._reverse_variance(sigma_head, x, t)
+        to_xstart = {
+            ModelMeanType.PREVIOUS_X: self._predict_xstart_from_xprev,
+            ModelMeanType.START_X: lambda x_t, t, x_0: x_0,
+            ModelMeanType.EPSILON: self._predict_xstart_from_eps,
+        }[self.model_mean_type]
+        pred_xstart = to_xstart(x, t, prediction)
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        # A network that predicts the mean is taken at its word: clipping shows in pred_xstart alone.
+        said_outright = self.model_mean_type is ModelMeanType.PREVIOUS_X
+        mean = prediction if said_outright else self.q_posterior_mean_variance(pred_xstart, x, t)[0]
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+    def _split_heads(self, output, x):
+        """Return (prediction, variance head or None), [N x C x ...] each."""
+        heads = 2 if self.model_var_type in _HAS_VARIANCE_HEAD else 1
+        wanted = (x.shape[0], heads * x.shape[1], *x.shape[2:])
+        if output.shape != wanted:
+            raise ValueError(
+                f"the model gave {tuple(output.shape)} for x {tuple(x.shape)}; variances of type "
+                f"{self.model_var_type.name} need {wanted} (--learn_sigma {heads == 2}: the model's output channels "
+                f"are {heads} x its input channels)"
+            )
+        return output.chunk(2, dim=1) if heads == 2 else (output, None)
+
+    def _reverse_variance(self, sigma_head, x, t):
+        """Return (variance, log variance) of p(x_{t-1} | x_t), [N x C x ...] each."""
+        if self.model_var_type in _FIXED_VARIANCES:
+            variance, log_variance = (self._at(name, t, x) for name in _FIXED_VARIANCES[self.model_var_type])
+            return variance.expand_as(x), log_variance.expand_as(x)
+        if self.model_var_type is ModelVarType.LEARNED:
+            return sigma_head.exp(), sigma_head
+        v = 0.5 * (sigma_head + 1.0)        # [-1, 1] -> [0, 1]
+        log_variance = v * self._at("_log_betas", t, x) + (1.0 - v) * self._at("posterior_log_variance_clipped", t, x)
+        return log_variance.exp(), log_variance
+
+    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """Return the mean of a reverse step, shifted along the guidance gradient; ADM, algorithm 1.
+
+        p_mean_var: what `p_mean_variance` gave for x and t.
+        """
+        gradient = cond_fn(x, self._model_times(t), **(model_kwargs or {}))
+        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
+
+    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """Return `p_mean_var` as if the network had predicted the guided noise; ADM, algorithm 2.
+
+        `mean` and `pred_xstart` change; the new pred_xstart is not clipped again.
+        """
+        gradient = cond_fn(x, self._model_times(t), **(model_kwargs or {}))
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        guided = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
+        pred_xstart = self._predict_xstart_from_eps(x, t, guided)
+        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": self.q_posterior_mean_variance(pred_xstart, x, t)[0]}
+
+    # One step of sampling. `noise_fn(x)` draws standard normal noise shaped like x; the default is torch.randn_like.
+    # Noise is drawn at every step, also where it is multiplied by zero, so that the count of draws never varies.
+
+    def p_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, noise_fn=None
+    ):
+        """Draw x_{t-1} ~ p(x_{t-1} | x_t); returns {"sample", "pred_xstart"}. DDPM, algorithm 2.
+
+        The sample at t = 0 is the mean.
+        """
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = (noise_fn or torch.randn_like)(x)
+        mean = p["mean"] if cond_fn is None else self.condition_mean(cond_fn, p, x, t, model_kwargs)
+        is_noisy = (t != 0).to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+        return {"sample": mean + is_noisy * (0.5 * p["log_variance"]).exp() * noise, "pred_xstart": p["pred_xstart"]}
+
+    def ddim_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0, noise_fn=None
+    ):
+        """Take one step of DDIM to time t - 1; returns {"sample", "pred_xstart"}. DDIM, equation 12.
+
+        eta: share of DDPM's noise, from 0 (deterministic) to 1 (sigma is then sqrt(beta-tilde)).
+        Raises ValueError where eta is outside [0, 1].
+        """
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"DDIM's eta is {eta}, must be from 0 (no noise) to 1 (as much as DDPM)")
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if cond_fn is not None:
+            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
+        x_0 = p["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, x_0)
+        noise = (noise_fn or torch.randn_like)(x)
+        sigma = eta * self._at("_posterior_deviation", t, x)        # equation 16; 0 at t = 0
+        # Rounding may leave the difference a hair below zero where eta is 1.
+        along_eps = (self._at("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0.0).sqrt()
+        mean = self._at("_sqrt_alphas_cumprod_prev", t, x) * x_0 + along_eps * eps
+        return {"sample": mean + sigma * noise, "pred_xstart": x_0}
+
+    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+        """Take one step of DDIM's ODE backwards, from x_t to x_{t+1}; returns {"sample", "pred_xstart"}.
+
+        DDIM, equation 14. Raises ValueError where eta is not 0: only the path without noise can be walked back.
+        """
+        if eta != 0.0:
+            raise ValueError(f"DDIM's eta is {eta}, must be 0 to reverse: only the deterministic path has a way back")
+        x_0 = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, x_0)
+        spread = self._at("_sqrt_one_minus_alphas_cumprod_next", t, x)
+        return {"sample": self._at("_sqrt_alphas_cumprod_next", t, x) * x_0 + spread * eps, "pred_xstart": x_0}
+
+    # Whole runs of sampling, from t = T - 1 to t = 0.
+
+    def p_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, noise_fn=None,
+    ):
+        """Sample x_0 of `shape` [N, C, ...] by DDPM; arguments as in `p_sample_loop_progressive`."""
+        return _last_sample(self.p_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn
+        ))
+
+    def p_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, noise_fn=None,
+    ):
+        """Yield what `p_sample` returns at each step; the last `sample` is the result.
+
+        noise: x_T to start from, [N x C x ...]; None draws it, with `noise_fn` where that is given.
+        device: where to sample; None is where the model's parameters are.
+        progress: show a bar.
+        Raises ValueError where `noise` is not of `shape`.
+        """
+        step = functools.partial(
+            self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            model_kwargs=model_kwargs, noise_fn=noise_fn,
+        )
+        return self._walk(step, model, shape, noise, device, progress, noise_fn)
+
+    def ddim_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, eta=0.0, noise_fn=None,
+    ):
+        """Sample x_0 of `shape` [N, C, ...] by DDIM; arguments as in `ddim_sample_loop_progressive`."""
+        return _last_sample(self.ddim_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, noise_fn
+        ))
+
+    def ddim_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, eta=0.0, noise_fn=None,
+    ):
+        """Yield what `ddim_sample` returns at each step; arguments as in `p_sample_loop_progressive`, and eta."""
+        step = functools.partial(
+            self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            model_kwargs=model_kwargs, eta=eta, noise_fn=noise_fn,
+        )
+        return self._walk(step, model, shape, noise, device, progress, noise_fn)
+
+    def _walk(self, step, model, shape, noise, device, progress, noise_fn):
+        """Yield step(x=x_t, t=t) for t from T - 1 to 0, each starting at the `sample` of the one before."""
+        if device is None:
+            device = next(model.parameters()).device
+        x = _starting_noise(tuple(shape), noise, device, noise_fn)
+        times = range(self.num_timesteps - 1, -1, -1)
+        if progress:
+            from tqdm.auto import tqdm
+            times = tqdm(times)
+        for i in times:
+            t = torch.full((len(x),), i, device=device)     # filled on the device: nothing is copied to it
+            with torch.no_grad():
+                out = step(x=x, t=t)
+            yield out
+            x = out["sample"]
+
+    # Losses and likelihoods.
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        """Compute the loss of each sample at its time.
+
+        Returns a dict of tensors [N]: `loss`; for the squared errors also `mse`, and with learned variances `vb`, the
+        (weighed) term of the variational bound, L_hybrid of iDDPM (equation 16). That term teaches the variance
+        alone: no gradient of it reaches the prediction.
+
+        noise: the draw behind x_t, [N x C x ...]; None draws it.
+        Raises ValueError where the network's channels or the shape of the noise do not fit.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = self.q_sample(x_start, t, noise)
+        output = model(x_t, self._model_times(t), **(model_kwargs or {}))
+        vb_weight = {
+            LossType.MSE: 1.0,
+            LossType.RESCALED_MSE: self.num_timesteps / 1000.0,
+            LossType.KL: 1.0,
+            LossType.RESCALED_KL: self.num_timesteps,
+        }[self.loss_type]
+        if self.loss_type.is_vb():
+            p = self._p_from_output(output, x_t, t, clip_denoised=False)
+            return {"loss": vb_weight * self._bound_term(p, x_start, x_t, t)}
+
+        prediction, sigma_head = self._split_heads(output, x_t)
+        terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)}
+        if sigma_head is None:
+            return {"loss": terms["mse"], **terms}
+        p = self._p_from_output(torch.cat([prediction.detach(), sigma_head], dim=1), x_t, t, clip_denoised=False)
+        terms["vb"] = vb_weight * self._bound_term(p, x_start, x_t, t)
+        return {"loss": terms["mse"] + terms["vb"], **terms}
+
+    def _target(self, x_start, x_t, t, noise):
+        """Return what the network's prediction should equal, [N x C x ...]."""
+        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            return self.q_posterior_mean_variance(x_start, x_t, t)[0]
+        return {ModelMeanType.START_X: x_start, ModelMeanType.EPSILON: noise}[self.model_mean_type]
+
+    def _bound_term(self, p, x_start, x_t, t):
+        """Return L_t of the variational bound (iDDPM, equations 4 to 6) in bits per element, [N].
+
+        How far p is from the step that knows x_0 (a KL divergence); at t = 0, what it costs to code x_start as 8-bit
+        data in [-1, 1] (a negative log likelihood).
+        """
+        mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
+        decoded = discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=0.5 * p["log_variance"])
+        return torch.where(t == 0, mean_flat(-decoded), mean_flat(kl)) / math.log(2.0)
+
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+        """Return {"output": the bound's term at t in bits per element [N], "pred_xstart": [N x C x ...]}."""
+        p = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+        return {"output": self._bound_term(p, x_start, x_t, t), "pred_xstart": p["pred_xstart"]}
+
+    def _prior_bpd(self, x_start):
+        """Return L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per element, [N]; no network can change it."""
+        last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, last)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
+        """Compute the whole variational bound of x_start (8-bit data mapped to [-1, 1]) in bits per element.
+
+        Returns a dict: `total_bpd` and `prior_bpd` [N]; `vb`, `xstart_mse`, `mse` (of the noise) [N x T], of which
+        column 0 is the time T - 1. One draw of noise a time, from the last to the first.
+        """
+        columns = collections.defaultdict(list)
+        for i in range(self.num_timesteps - 1, -1, -1):
+            t = torch.full((len(x_start),), i, device=x_start.device)
+            noise = torch.randn_like(x_start)
+            x_t = self.q_sample(x_start, t, noise)
+            with torch.no_grad():
+                term = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+            eps = self._predict_eps_from_xstart(x_t, t, term["pred_xstart"])
+            columns["vb"].append(term["output"])
+            columns["xstart_mse"].append(mean_flat((term["pred_xstart"] - x_start) ** 2))
+            columns["mse"].append(mean_flat((eps - noise) ** 2))
+        table = {name: torch.stack(column, dim=1) for name, column in columns.items()}
+        prior_bpd = self._prior_bpd(x_start)
+        return {"total_bpd": table["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **table}
+
+
+def _checked_length(betas):
+    """Return how many betas there are, or raise ValueError where they are not numbers in (0, 1] in one row."""
+    if betas.ndim != 1 or not len(betas):
+        raise ValueError(f"betas must be one row of numbers, found an array of shape {betas.shape}")
+    wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
+    if len(wrong):
+        raise ValueError(
+            f"beta {wrong[0]} of {len(betas)} is {betas[wrong[0]]}, must be in (0, 1]; the linear schedule needs "
+            f"--diffusion_steps above 20"
+        )
+    return len(betas)
+
+
+def _starting_noise(shape, noise, device, noise_fn):
+    """Return x_T: `noise` where it is given, else a draw of `shape` on `device`."""
+    if noise is None:
+        return torch.randn(*shape, device=device) if noise_fn is None else noise_fn(torch.empty(shape, device=device))
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"noise is {tuple(noise.shape)}, the samples asked for are {shape}; they must be alike")
+    return noise
+
+
+def _last_sample(steps):
+    """Run a sampling loop to its end and return its last sample, keeping no other."""
+    return collections.deque(steps, maxlen=1).pop()["sample"]

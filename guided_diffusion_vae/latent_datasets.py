@@ -1,0 +1,653 @@
+"""Feed latents to diffusion training: a cache on disk, a folder of single files, or pictures encoded as they come.
+
+All three sources hand out scaled latents (z * scale_factor; `DESIGN.md`, the latent scale contract) and share one
+interface: `read` gathers a batch on any thread, `latents` turns it into latents on the device, `batch` does both.
+`LatentStream` adds the normalisation and says which latents form which step.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import opt
+from .files import atomic_path, require_folder, require_writable_folder, sha256_of_file, write_json
+from .image_datasets import BatchStream, Prefetcher, classes_of, permuted, require_labels
+from .nn import keyed_randn
+from .vae_wrapper import sample_moments
+
+CACHE_FLAG = "--cache_dir"
+FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
+MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
+_SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
+_REDO = "remove the cache and encode it again"
+_POSTERIOR = 1  # sets the posterior's noise apart from other draws of the same seed and step
+
+
+@dataclass
+class LatentCacheConfig:
+    """How latents are kept on disk."""
+
+    SECTION = "latents"
+
+    cache_dir: str = opt("", "folder of the cache, such as latents_cache/NAME")
+    store: str = opt("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
+                                "mode: the mean alone, half the size", choices=("moments", "mode"))
+    latent_dtype: str = opt("float16", "type of the numbers on disk", choices=("float16", "float32"))
+    shard_size: int = opt(4096, "latents per file")
+    cache_flips: bool = opt(False, "store every picture mirrored too; training draws one of the two per visit")
+
+
+@dataclass
+class LatentConfig:
+    """Where training finds its latents."""
+
+    SECTION = "latents"
+
+    cache_dir: str = opt("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
+    stats_samples: int = opt(2048, "pictures over which latents are measured where they are encoded on the fly")
+
+
+class _Moments:
+    """Accumulate mean and variance per channel in float64 (Chan, Golub and LeVeque 1979, pairwise update)."""
+
+    def __init__(self, count=0, mean=0.0, squares=0.0):
+        self.count, self.mean, self.squares = count, np.asarray(mean, np.float64), np.asarray(squares, np.float64)
+
+    def add(self, values, variances=None):
+        """Take in values [n x C x ...]; `variances`, alike, is spread around them that counts too (a posterior's)."""
+        flat = np.moveaxis(np.asarray(values, np.float64), 1, 0).reshape(values.shape[1], -1)
+        mean = flat.mean(1)
+        squares = ((flat - mean[:, None]) ** 2).sum(1)
+        if variances is not None:
+            squares = squares + np.moveaxis(variances, 1, 0).reshape(len(mean), -1).sum(1)
+        self.merge(_Moments(flat.shape[1], mean, squares))
+
+    def merge(self, other):
+        total = self.count + other.count
+        apart = other.mean - self.mean
+        self.squares = self.squares + other.squares + apart**2 * (self.count * other.count / total)
+        self.mean = self.mean + apart * (other.count / total)
+        self.count = total
+
+    def to_dict(self):
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    def statistics(self):
+        """Return mean and standard deviation over all values and per channel."""
+        variance = self.squares / self.count
+        overall = self.mean.mean()
+        return {"mean": float(overall), "std": float(np.sqrt((variance + (self.mean - overall) ** 2).mean())),
+                "channel_mean": self.mean.tolist(), "channel_std": np.sqrt(variance).tolist()}
+
+
+# Writing a cache.
+
+
+def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=None, barrier=None, batch_size=32,
+                device="cpu"):
+    """Encode all pictures into `folder` and return the `LatentCache`; all ranks call it at once.
+
+    Shard k is encoded by rank k modulo num_ranks and renamed into place when whole, with a record beside it of what
+    made it. A shard whose record and SHA-256 still fit is kept, so that an interrupted encoding goes on where it
+    stopped; one made by another autoencoder, from other data or otherwise is made again. Rank 0 writes the manifest
+    last. Where a finished cache of the very same making is found, nothing is done.
+
+    :param pictures: a `PictureFolder` or what has its interface.
+    :param progress: called with (latents done, latents in all) of this rank.
+    :param barrier: waits for all ranks; needed for more than one.
+    :raises ValueError: a finished cache of another making, latents that are not finite or exceed the type.
+    :raises OSError: no space left, or a folder that cannot be written.
+    """
+    if num_ranks > 1 and barrier is None:
+        raise ValueError(f"{num_ranks} ranks encode together and need a barrier")
+    if config.shard_size < 1:
+        raise ValueError(f"--shard_size {config.shard_size} must be at least 1")
+    if pictures.config.crop == "random":
+        raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, or "
+                         "encode on the fly")
+    folder = require_writable_folder(folder, CACHE_FLAG)
+    head = _head(pictures, codec, config)
+    key = _digest(head)
+    if (folder / MANIFEST).exists():
+        return _finished(folder, key, codec)
+    shards = _shard_table(len(pictures) * (2 if config.cache_flips else 1), config.shard_size)
+    mine = shards[rank::num_ranks]
+    missing = [shard for shard in mine if _record(folder, shard, key) is None]
+    _require_space(folder, missing, head)
+    report = progress or (lambda done, total: None)
+    total = sum(shard["count"] for shard in mine)
+    done = total - sum(shard["count"] for shard in missing)
+    report(done, total)
+    for shard in missing:
+        for count in _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device):
+            done += count
+            report(done, total)
+    if barrier:
+        barrier()
+    if rank == 0:
+        _write_manifest(folder, shards, key, head, pictures)
+    if barrier:
+        barrier()
+    return LatentCache(folder)
+
+
+def _head(pictures, codec, config):
+    """Return the part of the manifest that is known before encoding."""
+    return {
+        "format": FORMAT, "version": VERSION, "autoencoder": codec.describe(), "scale_factor": codec.scale_factor,
+        "store": config.store, "dtype": config.latent_dtype, "latent_shape": list(codec.latent_shape(pictures.shape)),
+        "image_shape": list(pictures.shape), "count": len(pictures), "flips": config.cache_flips,
+        "class_names": pictures.class_names, "preprocessing": pictures.describe(),
+    }
+
+
+def _digest(head):
+    """Return the digest of all that shapes the latents; where autoencoder and pictures lie does not."""
+    preprocessing = {name: value for name, value in head["preprocessing"].items() if name != "data_dir"}
+    shaping = {**head, "autoencoder": head["autoencoder"]["sha256"], "preprocessing": preprocessing}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_table(entries, size):
+    number = -(-entries // size)
+    return [{"file": f"latents-{k:05d}-of-{number:05d}.npy", "first": k * size, "count": min(size, entries - k * size)}
+            for k in range(number)]
+
+
+def _record_path(folder, shard):
+    return folder / (shard["file"].removesuffix(".npy") + ".json")
+
+
+def _record(folder, shard, key):
+    """Return the record of a shard that is there, whole, and of this making; else None."""
+    try:
+        record = json.loads(_record_path(folder, shard).read_text())
+        fits = record["made_from"] == key and {name: record[name] for name in shard} == shard
+        return record if fits and sha256_of_file(folder / shard["file"]) == record["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _stored_shape(head):
+    channels, *grid = head["latent_shape"]
+    return channels * (2 if head["store"] == "moments" else 1), *grid
+
+
+def _require_space(folder, missing, head):
+    size = np.dtype(head["dtype"]).itemsize * int(np.prod(_stored_shape(head))) * sum(s["count"] for s in missing)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f"the latents still to be written to {folder} need {size / 2**20:.0f} MiB and "
+                      f"{free / 2**20:.0f} MiB are left; free some space, choose another {CACHE_FLAG}, or take "
+                      "--store mode or --latent_dtype float16")
+
+
+def _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device):
+    """Write one shard and its record, yielding the size of every batch that is done."""
+    count, dtype = shard["count"], np.dtype(head["dtype"])
+    entries = np.arange(shard["first"], shard["first"] + count)
+    groups = [entries[start:start + batch_size] for start in range(0, count, batch_size)]
+    # The second half of the entries are the first half's pictures, mirrored.
+    ahead = Prefetcher(lambda k: pictures.batch(groups[k] % len(pictures), groups[k] >= len(pictures)),
+                       end_step=len(groups))
+    moments = _Moments()
+    try:
+        with atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream:
+            layout = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+                      "shape": (count, *_stored_shape(head))}
+            np.lib.format.write_array_header_1_0(stream, layout)
+            for group in groups:
+                stored = _encode(codec, ahead.next().to(device), head["store"]).cpu().numpy()
+                names = _group_name(pictures, group)
+                _add(moments, _narrow(stored, dtype, names, stream), head["store"])
+                yield len(group)
+    finally:
+        ahead.close()
+    sha256 = sha256_of_file(folder / shard["file"])
+    record = {**shard, "sha256": sha256, "made_from": key, "moments": moments.to_dict()}
+    write_json(_record_path(folder, shard), record)
+
+
+@torch.no_grad()
+def _encode(codec, images, store):
+    encoded = codec.encode_moments(images) if store == "moments" else codec.encode_batch(images)
+    return encoded.float()
+
+
+def _group_name(pictures, group):
+    return f"{pictures.names[group[0] % len(pictures)]} (or one of the {len(group) - 1} encoded with it)"
+
+
+def _not_finite(names):
+    return f"{names}: the autoencoder gives latents that are not finite; check it with check_roundtrip.py"
+
+
+def _narrow(stored, dtype, names, stream):
+    """Write float32 latents to `stream` as `dtype` and return them as such."""
+    with np.errstate(over="ignore"):
+        narrow = stored.astype(dtype)
+    if not np.isfinite(narrow).all():
+        if np.isfinite(stored).all():
+            raise ValueError(f"{names}: latents up to {np.abs(stored).max():.6g} do not fit into {dtype}; give "
+                             "--latent_dtype float32")
+        raise ValueError(_not_finite(names))
+    stream.write(narrow.tobytes())
+    return narrow
+
+
+def _add(moments, stored, store):
+    """Count stored entries in; the variance of z is that of the means plus the posterior's own."""
+    if store == "moments":
+        mean, logvar = np.split(stored.astype(np.float64), 2, axis=1)
+        moments.add(mean, np.exp(logvar))
+    else:
+        moments.add(stored)
+
+
+def _write_manifest(folder, shards, key, head, pictures):
+    moments, table = _Moments(), []
+    for shard in shards:
+        try:
+            record = json.loads(_record_path(folder, shard).read_text())
+        except OSError as error:
+            raise FileNotFoundError(f"{_record_path(folder, shard)} is not there after encoding; all ranks must see "
+                                    f"the same {CACHE_FLAG}") from error
+        moments.merge(_Moments(**record["moments"]))
+        table.append({**shard, "sha256": record["sha256"]})
+    files = {}
+    if pictures.labels is not None:
+        with atomic_path(folder / LABELS) as part, open(part, "wb") as stream:
+            np.save(stream, np.asarray(pictures.labels, np.int64))
+        files[LABELS] = sha256_of_file(folder / LABELS)
+    with atomic_path(folder / FILENAMES) as part:
+        part.write_text("".join(f"{name}\n" for name in pictures.names))
+    files[FILENAMES] = sha256_of_file(folder / FILENAMES)
+    manifest = {**head, "statistics": moments.statistics(), "made_from": key, "files": files, "shards": table}
+    write_json(folder / MANIFEST, manifest)
+    _sweep(folder, {shard["file"] for shard in shards})
+
+
+def _sweep(folder, wanted):
+    """Remove the records of encoding, and the shards that they prove to be leftovers of another one."""
+    for record in folder.glob("latents-*-of-*.json"):
+        shard = record.with_suffix(".npy")
+        if shard.name not in wanted:
+            shard.unlink(missing_ok=True)
+        record.unlink()
+
+
+def _finished(folder, key, codec):
+    cache = LatentCache(folder)
+    if cache.manifest["made_from"] != key:
+        require_same_autoencoder(cache, codec)
+        raise ValueError(f"{folder} holds a cache of other pictures or settings ({cache.count} pictures of shape "
+                         f"{cache.image_shape}, --store {cache.manifest['store']}, --latent_dtype "
+                         f"{cache.manifest['dtype']}); choose another {CACHE_FLAG} or remove it")
+    return cache
+
+
+# Reading.
+
+
+class LatentCache:
+    """Hand out the latents of a cache; memory does not grow with their number, as the shards are memory-mapped.
+
+    :raises FileNotFoundError: no folder, or one without a manifest.
+    :raises ValueError: a manifest of another format or version, shards that are not what it says.
+    """
+
+    random_crop = False
+
+    def __init__(self, folder):
+        self.folder = require_folder(folder, CACHE_FLAG)
+        self.manifest = manifest = _read_manifest(self.folder)
+        self.count = manifest["count"]
+        self.latent_shape = tuple(manifest["latent_shape"])
+        self.image_shape = tuple(manifest["image_shape"])
+        self.unpadded_shape = tuple(manifest["preprocessing"].get("unpadded_shape", self.image_shape))
+        self.class_names = manifest["class_names"]
+        self.scale_factor = manifest["scale_factor"]
+        self.autoencoder = manifest["autoencoder"]
+        self.statistics = manifest["statistics"]
+        self.draws_posterior = manifest["store"] == "moments"
+        self.random_flip = manifest["flips"]
+        self._shards = [self._open_shard(shard) for shard in manifest["shards"]]
+        self._firsts = np.array([shard["first"] for shard in manifest["shards"]])
+        self._require_whole()
+        self.labels = self._read_labels() if self.class_names is not None else None
+        self._resident = None
+
+    def __len__(self):
+        return self.count
+
+    @property
+    def filenames(self):
+        """The pictures' names, one per latent."""
+        return (self.folder / FILENAMES).read_text().splitlines()
+
+    def read(self, indices, flips=None):
+        """Return what `latents` needs of some items: stored values, float32 on the CPU, or rows of the device's copy.
+
+        :param flips: bools; where true the mirrored picture's latent is taken.
+        """
+        rows = np.asarray(indices, np.int64)
+        if flips is not None:
+            if not self.random_flip:
+                raise ValueError(f"{self.folder} holds no mirrored pictures; encode again with --cache_flips True")
+            rows = rows + self.count * np.asarray(flips, np.int64)
+        if self._resident is not None:
+            return torch.from_numpy(rows)
+        values = np.empty((len(rows), *_stored_shape(self.manifest)), np.float32)
+        owners = np.searchsorted(self._firsts, rows, side="right") - 1
+        for owner in np.unique(owners):
+            here = owners == owner
+            values[here] = self._shards[owner][rows[here] - self._firsts[owner]]
+        if not np.isfinite(values).all():
+            bad = int(rows[~np.isfinite(values).reshape(len(rows), -1).all(1)][0])
+            raise ValueError(f"{self.folder}: latent {bad} is not finite; the cache is damaged, encode it again")
+        return torch.from_numpy(values)
+
+    def latents(self, values, eps=None):
+        """Return scaled latents [n x C x ...] of what `read` gave; `eps` is the posterior's noise, None the mode."""
+        if self._resident is not None:
+            values = self._resident[values.to(self._resident.device)].float()
+        return sample_moments(values, eps) if self.draws_posterior else values
+
+    def batch(self, indices, eps=None, flips=None):
+        """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
+        return self.latents(self.read(indices, flips), eps), _labels_at(self, indices)
+
+    def on_device(self, device, limit_bytes=2**31):
+        """Keep the whole cache on `device` if it takes at most `limit_bytes`; return whether it does."""
+        if sum(shard.nbytes for shard in self._shards) > limit_bytes:
+            return False
+        dtype = getattr(torch, self.manifest["dtype"])
+        shape = sum(len(shard) for shard in self._shards), *_stored_shape(self.manifest)
+        resident = torch.empty(shape, dtype=dtype, device=device)
+        for first, shard in zip(self._firsts, self._shards):
+            resident[first:first + len(shard)] = torch.from_numpy(np.array(shard)).to(device)
+        if not torch.isfinite(resident).all():
+            raise ValueError(f"{self.folder}: some latents are not finite; the cache is damaged, encode it again")
+        self._resident = resident
+        return True
+
+    def verify(self, progress=None):
+        """Compare every file with its SHA-256 in the manifest; raise ValueError naming the first that differs."""
+        files = [(shard["file"], shard["sha256"]) for shard in self.manifest["shards"]]
+        files += self.manifest["files"].items()
+        for done, (name, sha256) in enumerate(files, 1):
+            if sha256_of_file(self.folder / name) != sha256:
+                raise ValueError(f"{self.folder / name} is not what was written there (SHA-256 differs); {_REDO}")
+            if progress:
+                progress(done, len(files))
+
+    def _open_shard(self, shard):
+        path = _inside(self.folder, shard["file"])
+        try:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {_REDO}") from error
+        wanted = (shard["count"], *_stored_shape(self.manifest))
+        if values.shape != wanted or values.dtype != np.dtype(self.manifest["dtype"]):
+            raise ValueError(f"{path} holds {values.dtype} {list(values.shape)}, the manifest says "
+                             f"{self.manifest['dtype']} {list(wanted)}; {_REDO}")
+        return values
+
+    def _require_whole(self):
+        entries = self.count * (2 if self.random_flip else 1)
+        starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+        if starts[-1] != entries or (starts[:-1] != self._firsts).any():
+            raise ValueError(f"{self.folder / MANIFEST}: its shards hold {starts[-1]} latents in a row, not the "
+                             f"{entries} it says; {_REDO}")
+
+    def _read_labels(self):
+        path = self.folder / LABELS
+        try:
+            labels = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {_REDO}") from error
+        right = labels.dtype == np.int64 and labels.shape == (self.count,)
+        if not right or labels.min() < 0 or labels.max() >= len(self.class_names):
+            raise ValueError(f"{path} holds {labels.dtype} {list(labels.shape)}, not {self.count} int64 labels of "
+                             f"{len(self.class_names)} classes; {_REDO}")
+        return labels
+
+
+class LatentFolder:
+    """Hand out latents kept as one `.npy` [C x ...] per picture; classes as in `PictureFolder`.
+
+    Such files say nothing of their autoencoder: they are taken to be scaled by `scale_factor` already, as
+    `encode_batch` returns them. Statistics are measured over up to 4096 of them, evenly spread.
+    """
+
+    random_crop = random_flip = draws_posterior = False
+    image_shape = unpadded_shape = autoencoder = None
+
+    def __init__(self, folder, scale_factor=0.18215, most_measured=4096):
+        self.folder = require_folder(folder, CACHE_FLAG)
+        self.scale_factor = scale_factor
+        self.paths = sorted(path for path in self.folder.rglob("*.npy") if not path.name.startswith("."))
+        if not self.paths:
+            raise FileNotFoundError(f"{self.folder} holds neither {MANIFEST} nor .npy files; check {CACHE_FLAG}")
+        self.count = len(self.paths)
+        self.latent_shape = self._open(self.paths[0]).shape
+        if len(self.latent_shape) < 2:
+            raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, not [C x ...]; check {CACHE_FLAG}")
+        self.filenames = [path.relative_to(self.folder).as_posix() for path in self.paths]
+        self.class_names, self.labels = classes_of(self.filenames, str(self.folder))
+        moments = _Moments()
+        for index in np.unique(np.linspace(0, self.count - 1, min(self.count, most_measured)).astype(int)):
+            moments.add(self.read([index]).numpy())
+        self.statistics = moments.statistics()
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices, flips=None):
+        """Return the latents of some items, float32 [n x C x ...] on the CPU."""
+        if flips is not None:
+            raise ValueError(f"{self.folder} holds no mirrored pictures; encode them with encode_dataset.py")
+        values = np.empty((len(indices), *self.latent_shape), np.float32)
+        for row, index in enumerate(indices):
+            path = self.paths[index]
+            latent = self._open(path)
+            if latent.shape != self.latent_shape:
+                raise ValueError(f"{path} has shape {list(latent.shape)}, {self.paths[0]} {list(self.latent_shape)}; "
+                                 "all latents must be alike")
+            values[row] = latent
+            if not np.isfinite(values[row]).all():
+                raise ValueError(f"{path} holds values that are not finite; encode its picture again")
+        return torch.from_numpy(values)
+
+    def latents(self, values, eps=None):
+        """Return `values`: a folder of latents holds no posterior to draw from."""
+        return values
+
+    def batch(self, indices, eps=None, flips=None):
+        """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
+        return self.read(indices, flips), _labels_at(self, indices)
+
+    def _open(self, path):
+        try:
+            latent = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); encode its picture again") from error
+        if latent.dtype.kind != "f":
+            raise ValueError(f"{path} holds {latent.dtype}, not floating-point latents; check {CACHE_FLAG}")
+        return latent
+
+
+class EncodedPictures:
+    """Encode pictures as they come, a whole batch at a time on the device; a latent source like `LatentCache`.
+
+    :param stats_samples: pictures over which mean and standard deviation are measured when made, chosen by `seed`.
+    :param statistics: known ones (of a run that goes on, or of rank 0) instead of measuring.
+    :param progress: called with (pictures measured, pictures in all).
+    """
+
+    def __init__(self, pictures, codec, device, stats_samples=2048, seed=0, batch_size=32, statistics=None,
+                 progress=None):
+        self.pictures = pictures
+        self.codec = codec
+        self.device = device
+        self.folder = pictures.config.data_dir
+        self.count = len(pictures)
+        self.latent_shape = tuple(codec.latent_shape(pictures.shape))
+        self.image_shape = tuple(pictures.shape)
+        self.unpadded_shape = tuple(pictures.unpadded_shape)
+        self.labels = pictures.labels
+        self.class_names = pictures.class_names
+        self.scale_factor = codec.scale_factor
+        self.autoencoder = codec.describe()
+        self.draws_posterior = True
+        self.random_flip = pictures.config.random_flip
+        self.random_crop = pictures.config.crop == "random"
+        self.statistics = statistics or self._measure(min(stats_samples, self.count), seed, batch_size, progress)
+
+    def __len__(self):
+        return self.count
+
+    def read(self, indices, flips=None, rngs=None):
+        """Return the pictures of some items, float32 [n x C x H x W] in [0, 1] on the CPU."""
+        return self.pictures.batch(indices, flips, rngs)
+
+    @torch.no_grad()
+    def latents(self, images, eps=None):
+        """Return scaled latents [n x C x ...] of pictures; `eps` is the posterior's noise, None the mode."""
+        images = images.to(self.device)
+        if eps is None:
+            return self.codec.encode_batch(images).float()
+        return sample_moments(self.codec.encode_moments(images).float(), eps.to(self.device))
+
+    def batch(self, indices, eps=None, flips=None):
+        """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
+        return self.latents(self.read(indices, flips), eps), _labels_at(self, indices)
+
+    def _measure(self, number, seed, batch_size, progress):
+        chosen = np.sort(permuted(np.arange(number), self.count, seed, 0).astype(np.int64))
+        groups = [chosen[start:start + batch_size] for start in range(0, number, batch_size)]
+        ahead = Prefetcher(lambda k: self.read(groups[k]), end_step=len(groups))
+        moments, done = _Moments(), 0
+        try:
+            for group in groups:
+                stored = _encode(self.codec, ahead.next().to(self.device), "moments").cpu().numpy()
+                if not np.isfinite(stored).all():
+                    raise ValueError(_not_finite(_group_name(self.pictures, group)))
+                _add(moments, stored, "moments")
+                done += len(group)
+                if progress:
+                    progress(done, number)
+        finally:
+            ahead.close()
+        return moments.statistics()
+
+
+def open_latents(folder):
+    """Return the `LatentCache` or, for a plain folder of one `.npy` per picture, the `LatentFolder` that is there.
+
+    :raises FileNotFoundError: neither; an unfinished cache is never taken for a folder of latents.
+    """
+    folder = require_folder(folder, CACHE_FLAG)
+    unfinished = any(_SHARD_NAME.fullmatch(path.name) for path in folder.glob("latents-*-of-*.npy"))
+    if (folder / MANIFEST).exists() or unfinished:
+        return LatentCache(folder)
+    return LatentFolder(folder)
+
+
+def require_same_autoencoder(cache, codec):
+    """Raise ValueError where latents were made by another autoencoder, or on another scale, than `codec`."""
+    if cache.autoencoder is None:
+        return
+    mine = codec.describe()
+    if cache.autoencoder["sha256"] != codec.fingerprint:
+        raise ValueError(f"{cache.folder}: latents come from autoencoder {cache.autoencoder['sha256'][:16]} "
+                         f"({cache.autoencoder['path']}), --vae_path holds {codec.fingerprint[:16]} ({mine['path']}); "
+                         "encode again or pass the first")
+    if cache.scale_factor != codec.scale_factor:
+        raise ValueError(f"{cache.folder}: latents are scaled by {cache.scale_factor}, the autoencoder {mine['path']} "
+                         f"scales by {codec.scale_factor}; encode again or give the first as --scale_factor")
+
+
+class LatentStream(BatchStream):
+    """Iterate over (x0 [n x C x ...] normalised on `device`, {"y": int64 [n]} or {}) for training.
+
+    Items, flips and posterior noise depend on (seed, step, place in the batch of all ranks) alone. Reading and drawing
+    run ahead in the background, encoding and normalising happen on the caller's thread.
+    """
+
+    def __init__(self, source, normalizer, plan, seed, device, with_labels=False, start_step=0):
+        require_labels(source, with_labels)
+        if plan.count != source.count:
+            raise ValueError(f"the plan is for {plan.count} items, {source.folder} has {source.count}")
+
+        def make_batch(step):
+            indices = plan.indices(step)
+            flips = plan.coins(step) if source.random_flip else None
+            crops = {"rngs": plan.generators(step)} if source.random_crop else {}
+            eps = None
+            if source.draws_posterior:
+                eps = keyed_randn(source.latent_shape, [(seed, _POSTERIOR, step, slot) for slot in plan.slots])
+            return source.read(indices, flips, **crops), eps, _labels_at(source, indices) if with_labels else None
+
+        def finish(prepared):
+            values, eps, labels = prepared
+            latents = source.latents(values.to(device), None if eps is None else eps.to(device))
+            return normalizer.normalise(latents), {} if labels is None else {"y": labels.to(device)}
+
+        super().__init__(make_batch, start_step, finish)
+
+
+def _labels_at(source, indices):
+    return None if source.labels is None else torch.from_numpy(source.labels[np.asarray(indices)])
+
+
+def _read_manifest(folder):
+    path = folder / MANIFEST
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not a latent cache: it has no {MANIFEST}, so the encoding was "
+                                "interrupted or this is another folder; run scripts/encode_dataset.py again, or check "
+                                f"{CACHE_FLAG}")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {_REDO}") from error
+    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path} has format {found[0]!r}, version {found[1]!r}; this program reads {FORMAT!r}, "
+                         f"version {VERSION}: encode again")
+    kinds = {"autoencoder": dict, "scale_factor": (int, float), "store": str, "dtype": str, "latent_shape": list,
+             "image_shape": list, "count": int, "flips": bool, "class_names": (list, type(None)), "preprocessing": dict,
+             "statistics": dict, "made_from": str, "files": dict, "shards": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name, ()), kind)]
+    wrong = wrong or [name for name, fits in {
+        "dtype": manifest["dtype"] in ("float16", "float32"),
+        "store": manifest["store"] in ("moments", "mode"),
+        "latent_shape": len(manifest["latent_shape"]) > 1 and all(_is_count(n) for n in manifest["latent_shape"]),
+        "count": _is_count(manifest["count"]),
+        "shards": all(isinstance(s, dict) and _is_count(s.get("count")) and "first" in s and "sha256" in s
+                      and "file" in s for s in manifest["shards"]),
+        "autoencoder": {"sha256", "path"} <= set(manifest["autoencoder"]),
+        "statistics": {"mean", "std", "channel_mean", "channel_std"} <= set(manifest["statistics"]),
+    }.items() if not fits]
+    if wrong:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or not what it should be; {_REDO}")
+    for name in manifest["files"]:
+        _inside(folder, name)
+    return manifest
+
+
+def _is_count(value):
+    return isinstance(value, int) and value > 0
+
+
+def _inside(folder, name):
+    """Return folder/name for a bare file name; a manifest is input and must not lead elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        raise ValueError(f"{folder / MANIFEST} names the file {name!r} outside of its folder; do not use this cache")
+    return folder / name

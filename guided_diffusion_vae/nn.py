@@ -1,0 +1,213 @@
+"""Hold the bricks of all networks: layers by rank, norms, embeddings, averaging, checkpointing, keyed random numbers.
+
+This is the only file that asks how many spatial axes there are; everywhere else `dims` is passed through.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+NORM_GROUPS = 32
+
+_LAYERS = {
+    "convolution": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "transposed convolution": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    "average pooling": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    "adaptive average pooling": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+}
+_LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+# Random numbers that depend on a key, not on a history.
+
+
+def keyed_rng(*key):
+    """Return a fresh NumPy generator whose draws depend on the integers of `key` and their order alone.
+
+    The key is hashed by SHA-256 to the 128-bit key of Philox, so that no two streams meet; PyTorch's CPU generator
+    keeps 32 bits of its seed, and among 50 000 samples two would be alike with a chance of one in four.
+    """
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key)[:16], "little")))
+
+
+def keyed_seed(*key):
+    """Return a seed below 2^63 for `torch.manual_seed` that depends on the integers of `key` and their order alone."""
+    return int.from_bytes(_digest(key)[:8], "little") >> 1
+
+
+def keyed_randn(shape, keys):
+    """Draw one standard normal tensor per key; [len(keys) x *shape], float32 on the CPU.
+
+    Row i is what `keyed_rng(*keys[i])` draws, whatever the other rows are: it does not change with the size of a batch
+    or with the rank that draws it.
+    """
+    rows = np.empty((len(keys), *shape), np.float32)
+    for i, key in enumerate(keys):
+        rows[i] = keyed_rng(*key).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(rows)
+
+
+def _digest(key):
+    return hashlib.sha256(repr(tuple(int(part) for part in key)).encode()).digest()
+
+
+# Layers by rank.
+
+
+def per_axis(value, dims):
+    """Return `value` as a tuple of `dims` integers: a scalar means every axis, a sequence one value per axis."""
+    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * dims
+    if len(values) != dims:
+        raise ValueError(
+            f"{value} holds {len(values)} values for {dims} spatial axes; give one per axis, or a single number for all"
+        )
+    return values
+
+
+def conv_nd(dims, *args, **kwargs):
+    """Build a convolution over `dims` axes (1 to 3); kernel_size, stride and padding are scalars or one per axis."""
+    return _layer("convolution", dims)(*args, **kwargs)
+
+
+def conv_transpose_nd(dims, *args, **kwargs):
+    """Build a transposed convolution over `dims` axes (1 to 3); the arguments are those of torch's class."""
+    return _layer("transposed convolution", dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims, *args, **kwargs):
+    """Build an average pooling over `dims` axes (1 to 3); kernel_size and stride are scalars or one per axis."""
+    return _layer("average pooling", dims)(*args, **kwargs)
+
+
+def adaptive_avg_pool_nd(dims, output_size):
+    """Build an average pooling over `dims` axes (1 to 3) whose result has `output_size` on each."""
+    return _layer("adaptive average pooling", dims)(output_size)
+
+
+def linear(*args, **kwargs):
+    """Build a fully connected layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def resampling_factors(dims, resample_depth=False):
+    """Return by how much a halving or doubling level of the UNet changes each axis.
+
+    Volumes keep their first axis unless `resample_depth`, as the networks of guided-diffusion do.
+    """
+    return (2 if resample_depth or dims != 3 else 1,) + (2,) * (dims - 1)
+
+
+def upsample_nearest(x, factors):
+    """Repeat every element `factors` (scalar or one per axis) times.  [N x C x ...] -> [N x C x ... * factors]."""
+    grid = x.shape[2:]
+    size = [n * factor for n, factor in zip(grid, per_axis(factors, len(grid)))]
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def resize_linear(x, size):
+    """Interpolate linearly along every axis; [N x C x ...] -> [N x C x *size], with the same outer edges."""
+    size = tuple(size)
+    return F.interpolate(x, size=size, mode=_LINEAR_MODES[len(size)], align_corners=False)
+
+
+def _layer(name, dims):
+    if dims not in (1, 2, 3):
+        raise ValueError(f"there is no {name} over {dims} spatial axes; --dims is 1, 2 or 3")
+    return _LAYERS[name][dims - 1]
+
+
+# Activations and norms.
+
+
+class SiLU(nn.SiLU):
+    """Multiply by the logistic function, x * sigmoid(x) (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 4)."""
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Normalise in float32, whatever the type of the input or of the weights; the result has the input's type."""
+
+    def forward(self, x):
+        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+def normalization(channels):
+    """Build the norm of all UNets: 32 groups, eps 1e-5.
+
+    :raises ValueError: where `channels` is not a multiple of 32.
+    """
+    if channels % NORM_GROUPS:
+        raise ValueError(
+            f"{channels} channels do not divide into the norm's {NORM_GROUPS} groups; choose widths (--num_channels or "
+            f"--classifier_width, times every --channel_mult) that are multiples of {NORM_GROUPS}"
+        )
+    return GroupNorm32(NORM_GROUPS, channels)
+
+
+# Parameters.
+
+
+@torch.no_grad()
+def update_ema(target_params, source_params, rate=0.99):
+    """Move averages towards the current parameters in place: target <- rate * target + (1 - rate) * source."""
+    targets = list(target_params)
+    sources = [source.to(target.dtype) for source, target in zip(source_params, targets, strict=True)]
+    torch._foreach_lerp_(targets, sources, 1 - rate)
+
+
+@torch.no_grad()
+def zero_module(module):
+    """Set all parameters of a module to zero and return it."""
+    for parameter in module.parameters():
+        parameter.zero_()
+    return module
+
+
+@torch.no_grad()
+def scale_module(module, scale):
+    """Multiply all parameters of a module by `scale` and return it."""
+    for parameter in module.parameters():
+        parameter.mul_(scale)
+    return module
+
+
+def cast_convolutions(module, dtype):
+    """Turn the weights of all convolutions inside `module` into `dtype`; norms and linear layers stay as they are."""
+    for layer in module.modules():
+        if isinstance(layer, _LAYERS["convolution"]):
+            layer.to(dtype)
+
+
+# Functions of tensors.
+
+
+def mean_flat(tensor):
+    """Average over all axes but the first.  [N x ...] -> [N]."""
+    return tensor.flatten(1).mean(dim=1)
+
+
+def timestep_embedding(timesteps, dim, max_period=10000):
+    """Encode times as cosines, then sines, of geometrically spaced frequencies.  [N] -> [N x dim], float32.
+
+    Vaswani et al. 2017 (arXiv 1706.03762), section 3.5, with w_k = max_period^(-k / (dim // 2)). Times need not be
+    integers. An odd `dim` ends in a column of zeros.
+    """
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    w = torch.exp(k * (-math.log(max_period) / max(half, 1)))       # [half]
+    angles = torch.outer(timesteps.float(), w)                      # [N x half]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def checkpoint(func, inputs, params, flag):
+    """Return func(*inputs); where `flag` is set, recompute its inner values in the backward pass, keeping none.
+
+    Autocast and the random state (dropout) are as in the first pass. `params` is there for callers of
+    guided-diffusion: gradients reach whatever `func` uses, named or not.
+    """
+    return recompute_in_backward(func, *inputs, use_reentrant=False) if flag else func(*inputs)

@@ -1,0 +1,69 @@
+"""Draw the pictures that a run leaves while it trains, and measure it on held-out pictures."""
+
+import numpy as np
+import torch
+
+from . import figures, logger, metrics
+from .autoencoder import from_image_range, to_image_range
+from .image_datasets import labels_in
+from .sampling import SamplingConfig
+
+COUNT = 16  # pictures in a preview
+
+
+class ReconstructionPreview:
+    """Write input, reconstruction and difference of held-out pictures, and log PSNR, SSIM and L1 over all of them."""
+
+    def __init__(self, model, image_range, pictures, count, folder, device, batch_size=32):
+        self.model, self.image_range, self.pictures = model, image_range, pictures
+        self.folder, self.device, self.batch_size = folder, device, batch_size
+        self.chosen = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
+
+    @torch.no_grad()
+    def __call__(self, step):
+        scores = {"psnr": [], "ssim": [], "l1": []}
+        for start in range(0, len(self.chosen), self.batch_size):
+            images = self.pictures.batch(self.chosen[start:start + self.batch_size]).to(self.device)
+            decoded = self.model.reconstruct(to_image_range(images, self.image_range))
+            decoded = from_image_range(decoded, self.image_range).clamp(0, 1)
+            if start == 0:
+                sheet = figures.side_by_side(images[:COUNT].cpu().numpy(), decoded[:COUNT].cpu().numpy())
+                figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
+            for name, values in scores.items():
+                values.append(getattr(metrics, name)(images, decoded).cpu())
+        for name, values in scores.items():
+            logger.logkv(f"val_{name}", torch.cat(values).mean().item())
+
+
+class SamplePreview:
+    """Write a contact sheet of samples, one row a class, each time from the same noise."""
+
+    def __init__(self, sampler, folder, device, columns=6):
+        self.sampler, self.folder, self.device, self.columns = sampler, folder, device, columns
+
+    def __call__(self, step):
+        classes = list(range(self.sampler.num_classes)) or None
+        rows = min(len(classes), 16) if classes else 2
+        indices = range(rows * self.columns)
+        x0, _ = self.sampler.x0(indices, classes and classes[:rows], SamplingConfig(use_ddim=True), self.device)
+        images = self.sampler.decode(x0).cpu().numpy()
+        # Classes change fastest along the samples; on the sheet they are rows.
+        images = images.reshape(self.columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
+        names = self.sampler.class_names or [str(c) for c in classes or ()]
+        sheet = figures.contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None)
+        figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
+
+
+class Accuracy:
+    """Log the share of held-out pictures that a classifier gets right."""
+
+    def __init__(self, model, pictures, class_names, batch_size=64):
+        self.extract = metrics.classifier_features(model)
+        self.pictures, self.batch_size = pictures, batch_size
+        self.labels = labels_in(pictures, class_names)
+
+    def __call__(self, step):
+        starts = range(0, len(self.pictures), self.batch_size)
+        batches = (self.pictures.batch(range(s, min(s + self.batch_size, len(self.pictures)))) for s in starts)
+        _, logits = metrics.collect_features(self.extract, batches)
+        logger.logkv("val_accuracy", float((logits.argmax(1) == self.labels).mean()))

@@ -1,0 +1,90 @@
+"""Run a diffusion process on a subset of its times: the same noise levels in fewer, larger steps."""
+
+from itertools import accumulate, repeat
+
+import numpy as np
+
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """Choose the times of a shorter process; returns a set of integers in [0, num_timesteps).
+
+    section_counts: how many times to keep in each of as many sections of (nearly) equal length, as a list of integers
+    or as text "10,15,20"; a section keeps its first and its last time and spreads the others evenly. "ddimN" keeps N
+    times at one whole-number stride from 0 on, the spacing of DDIM (arXiv 2010.02502, section 4.2).
+
+    Raises ValueError where a section is asked for more times than it has, where no whole-number stride gives N
+    times, and where the text is none of these forms.
+    """
+    if isinstance(section_counts, str):
+        if section_counts.startswith("ddim"):
+            return _strided(num_timesteps, _parse_counts(section_counts[len("ddim"):], section_counts)[0])
+        section_counts = _parse_counts(section_counts, section_counts)
+    shortest, longer = divmod(num_timesteps, len(section_counts))
+    kept, start = set(), 0
+    for section, wanted in enumerate(section_counts):
+        size = shortest + (section < longer)
+        if wanted > size:
+            raise ValueError(
+                f"section {section} of {len(section_counts)} has {size} of the {num_timesteps} steps, not the {wanted} "
+                f"that --timestep_respacing asks for; lower that count or raise --diffusion_steps"
+            )
+        stride = (size - 1) / (wanted - 1) if wanted > 1 else 1.0
+        # Strides are added up, not multiplied out: the rounding of ties then falls as in released runs.
+        offsets = accumulate(repeat(stride, wanted - 1), initial=0.0) if wanted > 0 else ()
+        kept.update(start + round(offset) for offset in offsets)
+        start += size
+    return kept
+
+
+def _strided(num_timesteps, wanted):
+    for stride in range(1, num_timesteps):
+        times = range(0, num_timesteps, stride)
+        if len(times) == wanted:
+            return set(times)
+    raise ValueError(
+        f"no whole-number stride takes {wanted} of {num_timesteps} steps (--timestep_respacing ddim{wanted}); choose a "
+        f"divisor of --diffusion_steps, or {wanted} without ddim"
+    )
+
+
+def _parse_counts(text, flag_value):
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--timestep_respacing {flag_value!r} is not a count (250), counts per section (10,15,20) or ddimN (ddim25)"
+        ) from None
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A process that visits only some times of a longer one, with the same alpha-bar at each of them.
+
+    Betas follow from the kept alpha-bars (iDDPM, arXiv 2102.09672, equation 19). Models and guidance are given the
+    times of the long process, so a network trained on 1000 steps is sampled in 50.
+
+    use_timesteps: collection of times of the long process to keep.
+    kwargs: arguments of GaussianDiffusion for the long process.
+
+    Raises ValueError where `use_timesteps` is empty or leaves [0, len(betas)).
+    """
+
+    def __init__(self, use_timesteps, **kwargs):
+        long_betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
+        self.original_num_steps = len(long_betas)
+        self.use_timesteps = set(use_timesteps)
+        self.timestep_map = sorted(self.use_timesteps)
+        if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= self.original_num_steps:
+            found = f"{self.timestep_map[0]} to {self.timestep_map[-1]}" if self.timestep_map else "none"
+            raise ValueError(
+                f"use_timesteps must be times from 0 to {self.original_num_steps - 1}, found {found}; "
+                f"check --timestep_respacing against --diffusion_steps"
+            )
+        kept = np.cumprod(1.0 - long_betas)[self.timestep_map]
+        super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
+
+    def _model_times(self, t):
+        """Return the times of the long process for steps `t` of this one; [N] -> [N]."""
+        times = self._table("timestep_map", t.device)[t]
+        return times.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else times

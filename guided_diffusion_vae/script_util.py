@@ -1,0 +1,688 @@
+"""Turn flags and YAML into configs, and configs into models; the only file that knows argparse and yaml."""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import checkpoint_util, dist_util, logger
+from . import gaussian_diffusion as gd
+from .config import as_dict, from_dict, frozen, opt
+from .files import require_writable_folder, write_json
+from .gaussian_diffusion import DiffusionConfig
+from .image_datasets import PictureFolder, parse_size
+from .latent_datasets import EncodedPictures, open_latents
+from .respace import SpacedDiffusion, space_timesteps
+from .sampling import Sampler
+from .train_util import TrainLoop, progress_bar
+from .unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResModel, UNetModel
+from .vae_wrapper import LatentNormalizer, check_latent_std, create_vae
+
+NUM_CLASSES = 1000
+
+# Width multipliers per level where --channel_mult is empty, by the size of the grid that the network works on. The
+# sizes from 64 up are those of the released checkpoints; 16 and 32 are the usual latent grids.
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
+    32: (1, 2, 2, 4), 16: (1, 2, 2),
+}
+CLASSIFIER_CHANNEL_MULT = {size: CHANNEL_MULT[size] for size in (512, 256, 128, 64)}
+SUPER_RES_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
+
+# What a sampler may choose freely: everything else in the header of a model describes the weights.
+FREE_AT_SAMPLING = ("timestep_respacing", "use_fp16", "use_checkpoint", "dropout")
+
+
+@dataclasses.dataclass
+class RunConfig:
+    logdir: str = opt("", "folder of the run; default $OPENAI_LOGDIR, else runs/<script>-<date>")
+    dry_run: bool = opt(False, "print the resolved configuration, the data and the model's size, then stop")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags and YAML
+
+
+def parse(doc, *classes, argv=None):
+    """Return one instance of every config class, from defaults, then `--config file.yaml`, then flags."""
+    return parse_given(doc, *classes, argv=argv)[0]
+
+
+def parse_given(doc, *classes, argv=None):
+    """Return (instances, {flag: value} of what was given in the file or on the command line)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparser(doc, *classes)
+    flags = _explicit(parser, argv)
+    from_file = read_yaml(flags.pop("config"), classes) if "config" in flags else {}
+    given = {**from_file, **flags}
+    return [from_dict(cls, given) for cls in classes], given
+
+
+def argparser(doc, *classes):
+    """Return the parser of a script: one flag a field, with its help text and default."""
+    parser = _Parser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", default="", help="YAML file with values for the flags below; flags win over it")
+    groups = {section_of(cls): parser.add_argument_group(section_of(cls)) for cls in classes}
+    for cls in classes:
+        group = groups[section_of(cls)]
+        for field in dataclasses.fields(cls):
+            convert = _CONVERTERS[field.type if isinstance(field.type, str) else field.type.__name__]
+            group.add_argument(f"--{field.name}", default=field.default, type=convert, metavar=convert.__name__.upper(),
+                               choices=field.metadata["choices"], help=field.metadata["help"])
+    return parser
+
+
+def section_of(cls):
+    """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
+    return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
+
+
+def read_yaml(path, classes):
+    """Return {flag: value} for the given config classes from a YAML file.
+
+    Keys stand alone or in the section of their class (`data`, `autoencoder`, `autoencoder.training`, ...). Sections of
+    other scripts are passed over, so one file can serve a whole pipeline; a key that no class of its section has is
+    refused with the nearest one that exists.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}; check --config")
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not keys with values")
+    mine = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    values, sections = {}, _all_sections()
+
+    def take(section, entries):
+        here = {f.name for cls in classes if section_of(cls) == section for f in dataclasses.fields(cls)}
+        known = sections[section] if section else set(mine)
+        for key, value in entries.items():
+            nested = f"{section}.{key}" if section else key
+            if isinstance(value, dict) and nested in sections:
+                take(nested, value)
+            elif key not in known | here:
+                raise ValueError(f"{path} has an unknown key {nested!r}{_nearest(key, known | here | set(sections))}")
+            elif key in here or (not section and key in mine):
+                values[key] = _from_yaml(mine[key], value, path)
+
+    take("", content)
+    return values
+
+
+def _all_sections():
+    """Return {section: known keys}; imported here because the scripts need only some of these modules."""
+    from . import (
+        autoencoder, evaluation, image_datasets, latent_datasets, microdoppler, sampling, train_util, unet, vae_wrapper,
+    )
+
+    sections = {}
+    for module in (autoencoder, evaluation, gd, image_datasets, latent_datasets, microdoppler, sampling, train_util, unet,
+                   vae_wrapper, sys.modules[__name__]):
+        for cls in vars(module).values():
+            if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config"):
+                sections.setdefault(section_of(cls), set()).update(f.name for f in dataclasses.fields(cls))
+    return sections
+
+
+def _from_yaml(field, value, path):
+    kind = field.type if isinstance(field.type, str) else field.type.__name__
+    if kind == "tuple" and isinstance(value, (list, int, float, bool)):
+        return frozen(value)
+    if kind == "bool" and not isinstance(value, bool) or isinstance(value, (dict, list)) or value is None:
+        raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}")
+    try:
+        value = _CONVERTERS[kind](value if kind == "bool" else str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}") from error
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{path}: {field.name} is {value!r}, possible are {', '.join(map(str, choices))}")
+    return value
+
+
+def _explicit(parser, argv):
+    """Return {flag: value} of the flags that stand on the command line."""
+    parser.parse_args(argv)  # answers --help and complains while the defaults are in place
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
+def _nearest(word, known):
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers an unknown flag with the nearest known one."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            word = message.split(":", 1)[1].split()[0].lstrip("-").split("=")[0]
+            message += _nearest(word, {a.dest for a in self._actions})
+        super().error(message)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that ends with the default."""
+
+    def _get_help_string(self, action):
+        if action.default in (argparse.SUPPRESS, None, "", ()):
+            return action.help
+        return f"{action.help} (default: {action.default})"
+
+
+def str2bool(v):
+    """Read yes/no in the usual spellings; https://stackoverflow.com/q/15008758 asks for it since argparse cannot."""
+    if isinstance(v, bool):
+        return v
+    answer = {"yes": True, "true": True, "t": True, "y": True, "1": True,
+              "no": False, "false": False, "f": False, "n": False, "0": False}.get(v.lower())
+    if answer is None:
+        raise argparse.ArgumentTypeError(f"{v!r} is neither true nor false")
+    return answer
+
+
+def _numbers(text):
+    """Read `4`, `2,2` or `[[1,2,2],[2,2,2]]`; a single value stays a scalar, since it means every axis or level."""
+    text = text.strip()
+    try:
+        value = json.loads((text if text.startswith("[") else f"[{text}]").lower())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 2,2 or [[1,2,2],[2,2,2]]") from error
+    return frozen(value[0] if len(value) == 1 and not text.startswith("[") else value)
+
+
+_numbers.__name__ = "list"
+str2bool.__name__ = "str2bool"
+_CONVERTERS = {"int": int, "float": float, "bool": str2bool, "str": str, "tuple": _numbers}
+
+
+def add_dict_to_argparser(parser, default_dict):
+    """Add a flag for every entry of a dictionary, its type being that of the default (None: text)."""
+    for name, default in default_dict.items():
+        kind = "str" if default is None else type(default).__name__
+        parser.add_argument(f"--{name}", default=default, type=_CONVERTERS[kind])
+
+
+def args_to_dict(args, keys):
+    """Pick attributes of parsed arguments by name."""
+    return {key: getattr(args, key) for key in keys}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+
+def begin_run(run, script, configs=()):
+    """Start the ranks, the run folder and the log; return the folder.
+
+    The folder is printed first and, by `end_run`, last. Where it already holds checkpoints, the logs go on from them.
+    """
+    dist_util.setup_dist()
+    folder = run.logdir or os.environ.get("OPENAI_LOGDIR") or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(dist_util.broadcast_object(folder))
+    if run.dry_run:
+        print_configuration(configs)
+        return folder
+    require_writable_folder(folder, "--logdir")
+    committed = checkpoint_util.newest_marker(folder, warn=lambda text: None) if checkpoint_util.steps(folder) else None
+    logger.configure(dir=str(folder), resume_step=committed["step"] if committed else None)
+    logger.log(f"run folder: {folder}")
+    return folder
+
+
+def end_run(folder):
+    """Say once more where everything is."""
+    if dist_util.rank() == 0:
+        print(f"run folder: {folder}", flush=True)
+
+
+def write_config(folder, script, configs, header):
+    """Write config.json, all that rebuilds the run, before anything slow starts."""
+    if dist_util.rank() == 0:
+        flags = {}
+        for config in configs:
+            flags.setdefault(section_of(type(config)), {}).update(as_dict(config))
+        write_json(Path(folder) / "config.json", {"script": script, "header": header, "flags": flags})
+
+
+def print_configuration(configs):
+    """Print all flags with their values (rank 0)."""
+    if dist_util.rank() == 0:
+        for config in configs:
+            print(f"{section_of(type(config))}:")
+            for key, value in as_dict(config).items():
+                print(f"  {key}: {json.dumps(value)}")
+
+
+def print_model_size(model, forward, batch_size, averages=1):
+    """Print the parameter count and what training needs: weights, gradients, AdamW, averages, saved activations.
+
+    `forward(model)` runs the model on one sample; it is done on the meta device, where nothing is allocated, and the
+    bytes that it keeps for the backward pass are counted.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    fixed = 4 * count * (4 + averages)
+    shadow = model.to("meta")
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)  # and alive, so that no two share a number
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        kept_alive = forward(shadow)
+    unique = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*saved, kept_alive]}
+    for parameter in shadow.parameters():
+        unique.pop(parameter.untyped_storage()._cdata, None)
+    say(f"model: {count / 1e6:.2f} M parameters; training needs about {fixed / 2**20:.0f} MiB for weights, gradients, "
+        f"AdamW and averages, and {batch_size * sum(unique.values()) / 2**20:.0f} MiB for activations (float32, batch "
+        f"{batch_size}, without --use_checkpoint or --mixed_precision savings)")
+
+
+def say(text):
+    """Print on rank 0, and into the log where there is one."""
+    if dist_util.rank() == 0:
+        logger.log(text)
+
+
+def print_report(report, indent=""):
+    """Print numbers by name, nested ones further in (rank 0)."""
+    for key, value in report.items():
+        if isinstance(value, dict):
+            say(f"{indent}{key}:")
+            print_report(value, indent + "  ")
+        else:
+            say(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")
+
+
+def one_sample(shape, model):
+    """Return what `print_model_size` calls: the UNet on one latent [C x ...]."""
+    labels = {"y": torch.zeros(1, dtype=torch.long, device="meta")} if model.class_cond else {}
+    return lambda network: network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long), **labels)
+
+
+def preprocessing(data):
+    """Return how pictures become numbers: what a checkpoint remembers of a DataConfig."""
+    return {k: v for k, v in as_dict(data).items() if k not in ("data_dir", "random_flip")}
+
+
+def loop_arguments(train, *without):
+    """Return the fields of a training config that TrainLoop takes, but for those named."""
+    return {k: v for k, v in vars(train).items() if k in inspect.signature(TrainLoop).parameters and k not in without}
+
+
+def say_source(source):
+    """Print what a latent source holds: count, shape, classes, statistics."""
+    classes = ""
+    if source.class_names:
+        counts = np.bincount(source.labels, minlength=len(source.class_names))
+        classes = "; classes: " + ", ".join(f"{name} {n}" for name, n in zip(source.class_names, counts))
+    of = source.statistics
+    say(f"{source.count} latents {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}; mean {of['mean']:.4f}, "
+        f"std {of['std']:.4f}, std per channel {', '.join(f'{v:.4f}' for v in of['channel_std'])}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# defaults, by name of flag
+
+
+def _defaults(*classes):
+    return {f.name: f.default for cls in classes for f in dataclasses.fields(cls)}
+
+
+def diffusion_defaults():
+    """Defaults of the diffusion process."""
+    return _defaults(DiffusionConfig)
+
+
+def classifier_defaults():
+    """Defaults of noisy-image classifiers."""
+    return {"image_size": 64, **_defaults(ClassifierConfig)}
+
+
+def model_and_diffusion_defaults():
+    """Defaults of image models and their process."""
+    return {"image_size": 64, **_defaults(ModelConfig), **diffusion_defaults()}
+
+
+def classifier_and_diffusion_defaults():
+    """Defaults of classifiers and the process that noises their input."""
+    return {**classifier_defaults(), **diffusion_defaults()}
+
+
+def sr_model_and_diffusion_defaults():
+    """Defaults of upsamplers and their process."""
+    accepted = inspect.signature(sr_create_model).parameters
+    kept = {k: v for k, v in model_and_diffusion_defaults().items() if k in accepted}
+    return {**kept, **diffusion_defaults(), "large_size": 256, "small_size": 64}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# factories
+
+
+def create_model_and_diffusion(image_size, learn_sigma=False, **flags):
+    """Build a UNet and its process from the flags of `model_and_diffusion_defaults`."""
+    of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
+    model = create_model(image_size, learn_sigma=learn_sigma, **flags)
+    return model, _process_from_flags(learn_sigma=learn_sigma, **of_process)
+
+
+def create_model_and_diffusion_vae(latent_shape, model, diffusion):
+    """Build the UNet of a latent grid [C x ...] and its process from a ModelConfig and a DiffusionConfig."""
+    flags = {**as_dict(model), "in_channels": latent_shape[0], "dims": len(latent_shape) - 1}
+    return create_model_and_diffusion(image_size=max(latent_shape[1:]), **flags, **as_dict(diffusion))
+
+
+def create_model(
+    image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
+    use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
+    use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
+    in_channels=3, num_classes=0, dims=2, resample_depth=False,
+):
+    """Build a UNet for a grid of `image_size` (of the latent, where it works on latents).
+
+    :raises ValueError: where `image_size` has no default multipliers and `channel_mult` is empty.
+    """
+    return UNetModel(
+        image_size=image_size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
+        attention_resolutions=_strides(image_size, attention_resolutions), dropout=dropout,
+        channel_mult=_multipliers(image_size, channel_mult, CHANNEL_MULT), dims=dims,
+        num_classes=(num_classes or NUM_CLASSES) if class_cond else None, use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
+    )
+
+
+def sr_create_model_and_diffusion(large_size, small_size, learn_sigma=False, **flags):
+    """Build an upsampler and its process from the flags of `sr_model_and_diffusion_defaults`."""
+    of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
+    model = sr_create_model(large_size, small_size, learn_sigma=learn_sigma, **flags)
+    return model, _process_from_flags(learn_sigma=learn_sigma, **of_process)
+
+
+def sr_create_model(
+    large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
+    resblock_updown, use_fp16,
+):
+    """Build an upsampler that works at `large_size` and sees the small picture as further channels.
+
+    :raises ValueError: where `large_size` has no multipliers.
+    """
+    return SuperResModel(
+        image_size=large_size, in_channels=3, model_channels=num_channels, out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks, attention_resolutions=_strides(large_size, attention_resolutions),
+        dropout=dropout, channel_mult=_multipliers(large_size, "", SUPER_RES_CHANNEL_MULT),
+        num_classes=NUM_CLASSES if class_cond else None, use_checkpoint=use_checkpoint, num_heads=num_heads,
+        num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown, use_fp16=use_fp16,
+    )
+
+
+def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
+    """Build a classifier and the process that noises its input, from `classifier_and_diffusion_defaults`."""
+    of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
+    return create_classifier(image_size, **flags), _process_from_flags(learn_sigma=learn_sigma, **of_process)
+
+
+def create_classifier(
+    image_size, classifier_use_fp16, classifier_width, classifier_depth, classifier_attention_resolutions,
+    classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, classifier_in_channels=3,
+    classifier_num_classes=0,
+):
+    """Build the half of a UNet that ends in logits.
+
+    :raises ValueError: where `image_size` has no multipliers.
+    """
+    return EncoderUNetModel(
+        image_size=image_size, in_channels=classifier_in_channels, model_channels=classifier_width,
+        out_channels=classifier_num_classes or NUM_CLASSES, num_res_blocks=classifier_depth,
+        attention_resolutions=_strides(image_size, classifier_attention_resolutions),
+        channel_mult=_multipliers(image_size, "", CLASSIFIER_CHANNEL_MULT), use_fp16=classifier_use_fp16,
+        num_head_channels=64, use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown, pool=classifier_pool,
+    )
+
+
+def create_gaussian_diffusion(
+    *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+):
+    """Build a process; `timestep_respacing` picks the steps that sampling walks through (empty: all)."""
+    if use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    else:
+        loss_type = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
+    fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def _process_from_flags(diffusion_steps=1000, **flags):
+    return create_gaussian_diffusion(steps=diffusion_steps, **flags)
+
+
+def _strides(size, resolutions):
+    """Return the downsampling rates at which the grid has the given sizes ("16,8"), as the networks want them."""
+    wanted = [int(r) for r in str(resolutions).split(",") if r]
+    return tuple(size // r for r in wanted)
+
+
+def _multipliers(size, text, table):
+    if text:
+        return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
+    if size not in table:
+        raise ValueError(f"no default width multipliers for a grid of {size}, only for "
+                         f"{', '.join(map(str, sorted(table)))}; give --channel_mult, for example 1,2,2")
+    return table[size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models from their checkpoints
+
+
+def open_source(latents, vae, data, seed, device):
+    """Return (latent source, codec or None): a cache, or pictures that an autoencoder encodes on the fly.
+
+    A cache needs no autoencoder to train from; without one there are no previews.
+    """
+    if bool(latents.cache_dir) == bool(data.data_dir):
+        raise ValueError(f"--cache_dir is {latents.cache_dir!r} and --data_dir is {data.data_dir!r}; give one of them: a cache "
+                         "of latents, or pictures together with --vae_path")
+    if latents.cache_dir:
+        source = open_latents(latents.cache_dir)
+        codec = codec_of(source.autoencoder, vae, device, required=False)
+        if codec is None:
+            say("the cache's autoencoder is not at hand (--vae_path), so there are no previews")
+        return source, codec
+    codec = create_vae(vae, device)
+    pictures = PictureFolder(data, multiple=codec.factors)
+    encoded = functools.partial(EncodedPictures, pictures, codec, device, latents.stats_samples, seed)
+    measured = None
+    if dist_util.rank() == 0:
+        with progress_bar(None, 0, "measuring latents") as bar:
+            measured = encoded(progress=bar.advance_to).statistics
+    return encoded(statistics=dist_util.broadcast_object(measured)), codec
+
+
+def codec_of(described, vae, device, required=True):
+    """Open the autoencoder that latents were made with: `--vae_path`, else where the description says that it was.
+
+    :raises ValueError: where another autoencoder is found, naming both.
+    :raises FileNotFoundError: where none is found, unless `required` is False; then None is returned.
+    """
+    described = described or {"path": "", "sha256": None, "scale_factor": vae.scale_factor or None}
+    path = vae.vae_path or described["path"]
+    if not path or not vae.vae_path and not path.startswith("hub:") and not Path(path).exists():
+        if required:
+            raise FileNotFoundError(f"the autoencoder is no longer at {path or 'any known place'}; say with --vae_path where it is")
+        return None
+    scale_factor = vae.scale_factor or described["scale_factor"]
+    codec = create_vae(dataclasses.replace(vae, vae_path=path, scale_factor=scale_factor or 0.0), device)
+    for name, wanted, found in (("autoencoder", described["sha256"], codec.fingerprint),
+                                ("scale_factor", described["scale_factor"], codec.scale_factor)):
+        if wanted is not None and wanted != found:
+            raise ValueError(f"the latents were made with {name} {_short(wanted)} ({described['path']}), {path} has "
+                             f"{_short(found)}; give the autoencoder they were made with as --vae_path")
+    return codec
+
+
+def _short(value):
+    return value[:16] if isinstance(value, str) else value
+
+
+def fit_normalizer(config, source):
+    """Return the LatentNormalizer of a latent source, after checking what it makes of the measured deviation."""
+    normalizer = LatentNormalizer.fit(config.normalizer, source.statistics, source.scale_factor)
+    std = source.statistics["std"] / normalizer.std[0] if len(normalizer.std) == 1 else 1.0
+    check_latent_std(std, normalizer, config.allow_latent_std)
+    return normalizer
+
+
+def with_classes(model, source):
+    """Return a ModelConfig whose number of classes is that of the data, which must not contradict `--num_classes`."""
+    found = len(source.class_names) if source.class_names else 0
+    if model.class_cond and not found:
+        raise ValueError(f"--class_cond True, but {source.folder} has no classes: name the files <class>_<rest>.png, or put "
+                         "each class into a folder of its own (and encode again)")
+    if model.num_classes and model.num_classes != found:
+        raise ValueError(f"--num_classes {model.num_classes}, but {source.folder} has {found} classes; leave the flag away")
+    shape = source.latent_shape
+    return dataclasses.replace(
+        model, num_classes=found if model.class_cond else 0, in_channels=shape[0], dims=len(shape) - 1
+    )
+
+
+def diffusion_header(source, normalizer, model, process):
+    """Return what the checkpoints of a diffusion run say about themselves."""
+    return {
+        "kind": "diffusion", "latent_shape": list(source.latent_shape),
+        "image_shape": source.unpadded_shape and list(source.unpadded_shape),
+        "model": as_dict(model), "diffusion": as_dict(process), "normalizer": normalizer.to_dict(),
+        "scale_factor": source.scale_factor, "autoencoder": source.autoencoder,
+        "classes": source.class_names if model.class_cond else None,
+    }
+
+
+def load_diffusion_model(path, given, model, process, shape=None, flag="--model_path"):
+    """Rebuild a diffusion model from its weights file; return (model, diffusion, header).
+
+    The header describes the model; `given` flags that contradict it are refused, those of FREE_AT_SAMPLING win over it.
+    Weights without a header, such as a released checkpoint, are described by the flags alone; `shape` is then the
+    latent's [C x ...].
+    """
+    weights, header = checkpoint_util.load_weights(path, "cpu", flag)
+    if header is not None:
+        checkpoint_util.require_kind(header, "diffusion", path, flag)
+        described = {**header["model"], **header["diffusion"]}
+        for key, value in given.items():
+            if key in described and key not in FREE_AT_SAMPLING and frozen(described[key]) != value:
+                raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key} {described[key]}; "
+                                 "leave the flag away")
+        described.update({key: given[key] for key in FREE_AT_SAMPLING if key in given})
+        model, process, shape = from_dict(ModelConfig, described), from_dict(DiffusionConfig, described), header["latent_shape"]
+    network, diffusion = create_model_and_diffusion_vae(tuple(shape), model, process)
+    checkpoint_util.load_into(network, weights, path, flag)
+    network.to(dist_util.dev())
+    if model.use_fp16:
+        network.convert_to_fp16()
+    return network.eval(), diffusion, header
+
+
+def load_sampler(configs, given, device):
+    """Return the Sampler that the configs of image_sample_vae.py describe."""
+    sample, vae, scale, data, model, process, _ = configs
+    codec = shape = None
+    size = parse_size(data.image_size)
+    if not is_described(sample.model_path):
+        codec = create_vae(vae, device)
+        shape = codec.latent_shape((data.image_channels or codec.in_channels, *size))
+    network, diffusion, header = load_diffusion_model(sample.model_path, given, model, process, shape)
+    if header is None:
+        if scale.normalizer in ("auto", "channel"):
+            raise ValueError(f"{sample.model_path} is a bare state dict and brings no statistics for --normalizer "
+                             f"{scale.normalizer}; give the number that its latents were divided by, or none")
+        return Sampler(network, diffusion, shape, codec, LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor),
+                       (data.image_channels or codec.in_channels, *size), network.num_classes or 0)
+    for flag in ("normalizer", "scale_factor", "image_size"):
+        if flag in given:
+            raise ValueError(f"--{flag} {given[flag]}: {sample.model_path} describes itself; leave the flag away")
+    return sampler_from(network, diffusion, codec_of(header["autoencoder"], vae, device), header)
+
+
+def preview_sampler(model, codec, header):
+    """Return a Sampler for previews: the model in training, walked through in 25 DDIM steps."""
+    process = {**header["diffusion"], "timestep_respacing": f"ddim{min(25, header['diffusion']['diffusion_steps'])}"}
+    return sampler_from(model, _process_from_flags(**process), codec, header)
+
+
+def sampler_from(model, diffusion, codec, header):
+    """Return the Sampler of a model that its header describes."""
+    shape = tuple(header["latent_shape"])
+    image_shape = header["image_shape"] or (codec.in_channels, *(n * f for n, f in zip(shape[1:], codec.factors)))
+    return Sampler(model, diffusion, shape, codec, LatentNormalizer.from_dict(header["normalizer"]), tuple(image_shape),
+                   header["model"]["num_classes"], header["classes"])
+
+
+def is_described(path, flag="--model_path"):
+    """Say whether a weights file carries a header."""
+    if not path:
+        raise FileNotFoundError(f"no model given; {flag} wants a model or ema file")
+    return checkpoint_util.load_weights(path, "meta", flag)[1] is not None
+
+
+def load_classifier(path, device, flag="--classifier_path"):
+    """Rebuild a classifier of this project from its weights file; return (model, header)."""
+    weights, header = checkpoint_util.load_weights(path, "cpu", flag)
+    if header is None:
+        raise ValueError(f"{path} does not say how it is built; {flag} wants a checkpoint of classifier_train.py")
+    checkpoint_util.require_kind(header, "classifier", path, flag)
+    described = {**header["model"], **header["diffusion"]}
+    model, _ = build_classifier(from_dict(ClassifierConfig, described), from_dict(DiffusionConfig, described), header["image_shape"])
+    checkpoint_util.load_into(model, weights, path, flag)
+    return model.to(device).eval(), header
+
+
+def classifier_for(flags, pictures):
+    """Return a ClassifierConfig with the channels and the number of classes of the data."""
+    if not pictures.class_names:
+        raise ValueError(f"{pictures.config.data_dir} has no classes: name the files <class>_<rest>.png, or put each class "
+                         "into a folder of its own")
+    return dataclasses.replace(
+        flags, classifier_in_channels=pictures.shape[0], classifier_num_classes=len(pictures.class_names)
+    )
+
+
+def build_classifier(flags, process, shape):
+    """Build the classifier of pictures [C x H x W] and the process that noises them."""
+    return create_classifier_and_diffusion(image_size=max(shape[1:]), **as_dict(flags), **as_dict(process))
+
+
+def classifier_header(pictures, flags, process, data):
+    """Return what the checkpoints of a classifier say about themselves."""
+    return {"kind": "classifier", "image_shape": list(pictures.shape), "model": as_dict(flags),
+            "diffusion": as_dict(process), "classes": pictures.class_names, "data": preprocessing(data)}

@@ -1,0 +1,483 @@
+"""One training loop for diffusion models, classifiers and autoencoders.
+
+What is learned is an objective: a callable `(model, batch, cond, draws) -> (terms, times)`, where `terms` are losses
+per sample [N] with the one to descend under "loss", and `times` are diffusion steps [N] or None. Everything random in a
+step is keyed by (seed, step, slot in the global batch), so neither the number of ranks nor an interruption changes it.
+"""
+
+import contextlib
+import copy
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from . import checkpoint_util, dist_util, logger
+from .autoencoder import autoencoder_losses, to_image_range
+from .config import opt
+from .fp16_util import MixedPrecisionTrainer
+from .nn import keyed_randn, keyed_seed, update_ema
+from .resample import LossAwareSampler, UniformSampler
+
+# First number of every key, so that the streams of one seed never meet. LatentStream and BatchPlan have their own.
+NOISE, TIMES, DROPOUT = 2, 3, 4
+
+
+@dataclass
+class TrainConfig:
+    lr: float = opt(1e-4, "learning rate of AdamW")
+    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
+    lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over that many steps, then end; 0: never")
+    max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never")
+    batch_size: int = opt(1, "samples in a step on each rank")
+    microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size")
+    ema_rate: str = opt("0.9999", "decay of the moving average of the weights, or several with commas between")
+    log_interval: int = opt(10, "steps between rows of progress.csv")
+    save_interval: int = opt(10000, "steps between checkpoints")
+    keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all")
+    preview_interval: int = opt(0, "steps between preview pictures and validation; 0: with every checkpoint")
+    resume_checkpoint: str = opt("", "model file to go on from; empty: the newest of the run folder, if it holds one")
+    grad_clip: float = opt(0.0, "scale gradients down to this norm; 0: leave them")
+    mixed_precision: bool = opt(False, "run the forward pass in bfloat16 autocast; weights stay float32")
+    seed: int = opt(0, "seed of everything random in training")
+
+
+@dataclass
+class DiffusionTrainConfig(TrainConfig):
+    SECTION = "training"
+
+    schedule_sampler: str = opt("uniform", "how times are drawn", choices=("uniform", "loss-second-moment"))
+    fp16_scale_growth: float = opt(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
+
+
+@dataclass
+class AutoencoderTrainConfig(TrainConfig):
+    SECTION = "autoencoder.training"
+
+    batch_size: int = opt(16, "pictures in a step on each rank")
+    ema_rate: str = opt("0.999", "decay of the moving average of the weights, or several with commas between")
+    save_interval: int = opt(1000, "steps between checkpoints")
+    val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM and L1 beside every preview; empty: training pictures")
+    val_pictures: int = opt(256, "how many held-out pictures are measured")
+
+
+@dataclass
+class ClassifierTrainConfig:
+    SECTION = "classifier.training"
+
+    val_data_dir: str = opt("", "held-out pictures; their accuracy is measured every --eval_interval steps")
+    noised: bool = opt(True, "train on pictures noised to random times, for guidance; False: a classifier of clean ones")
+    iterations: int = opt(150000, "steps to train")
+    lr: float = opt(3e-4, "learning rate of AdamW")
+    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
+    anneal_lr: bool = opt(False, "let the learning rate fall linearly to zero over --iterations")
+    batch_size: int = opt(4, "pictures in a step on each rank")
+    microbatch: int = opt(-1, "pictures in a forward pass, to save memory; -1: batch_size")
+    resume_checkpoint: str = opt("", "model file to go on from; empty: the newest of the run folder, if it holds one")
+    log_interval: int = opt(10, "steps between rows of progress.csv")
+    eval_interval: int = opt(5, "steps between measurements on --val_data_dir")
+    save_interval: int = opt(10000, "steps between checkpoints")
+    seed: int = opt(0, "seed of everything random in training")
+
+
+class Draws:
+    """Random numbers of one step, for the slots of the global batch that one forward pass works on."""
+
+    def __init__(self, seed, step, slots, global_batch):
+        self.seed, self.step, self.slots, self.global_batch = seed, step, slots, global_batch
+
+    def part(self, start, stop):
+        """Return the draws of the samples start..stop of this rank's batch."""
+        return Draws(self.seed, self.step, self.slots[start:stop], self.global_batch)
+
+    def normal(self, shape, device):
+        """Return standard normal noise [n x *shape], one row a slot."""
+        keys = [(self.seed, NOISE, self.step, slot) for slot in self.slots]
+        return keyed_randn(shape, keys).to(device, non_blocking=True)
+
+    def times(self, sampler, device):
+        """Return (times [n], weights [n]): drawn for the whole global batch, so that every rank sees one draw."""
+        rng = np.random.RandomState(keyed_seed(self.seed, TIMES, self.step) % 2**32)
+        t, weights = sampler.sample(self.global_batch, device, rng)
+        here = slice(self.slots[0], self.slots[-1] + 1)
+        return t[here], weights[here]
+
+
+class DiffusionObjective:
+    """The losses of `GaussianDiffusion.training_losses` at drawn times, weighted as the sampler of times asks."""
+
+    def __init__(self, diffusion, schedule_sampler=None):
+        self.diffusion = diffusion
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+
+    def __call__(self, model, x0, cond, draws):
+        t, weights = draws.times(self.schedule_sampler, x0.device)
+        noise = draws.normal(x0.shape[1:], x0.device)
+        terms = self.diffusion.training_losses(model, x0, t, model_kwargs=cond, noise=noise)
+        terms["unweighted"] = terms["loss"].detach()
+        return {k: v if k == "unweighted" else v * weights for k, v in terms.items()}, t
+
+    def after_step(self, t, terms):
+        """Report the losses of a whole step to a sampler that learns from them."""
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, terms["unweighted"])
+
+    def log(self, t, terms):
+        log_loss_dict(self.diffusion, t, {k: v for k, v in terms.items() if k != "unweighted"})
+
+    def state_dict(self):
+        return self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
+
+    def load_state_dict(self, state):
+        if state:
+            self.schedule_sampler.load_state_dict(state)
+
+
+class PlainObjective:
+    """An objective without times or memory: `losses(model, batch, cond, draws) -> {name: [N]}`."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def __call__(self, model, batch, cond, draws):
+        return self.losses(model, batch, cond, draws), None
+
+    def after_step(self, t, terms):
+        pass
+
+    def log(self, t, terms):
+        for name, value in terms.items():
+            logger.logkv_mean(name, value.detach().mean())
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def autoencoder_objective(loss_config, network, image_range):
+    """Return the objective of a KL autoencoder on pictures in [0, 1], its latents drawn with keyed noise."""
+
+    def losses(model, images, cond, draws):
+        x = to_image_range(images, image_range)
+        eps = draws.normal(network.latent_shape(x.shape[2:]), x.device)
+        reconstruction, mean, sigma = model(x, eps)
+        return autoencoder_losses(loss_config, x, reconstruction, mean, 2 * sigma.float().log())
+
+    return PlainObjective(losses)
+
+
+def classifier_objective(diffusion=None):
+    """Return cross-entropy on pictures in [0, 1]; with a `diffusion` they are noised to a random time first."""
+
+    def losses(model, images, cond, draws):
+        x = images * 2 - 1
+        t = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        if diffusion is not None:
+            t, _ = draws.times(UniformSampler(diffusion), x.device)
+            x = diffusion.q_sample(x, t, noise=draws.normal(x.shape[1:], x.device))
+        logits = model(x, t)
+        right = (logits.argmax(1) == cond["y"]).float()
+        return {"loss": F.cross_entropy(logits.float(), cond["y"], reduction="none"), "accuracy": right}
+
+    return PlainObjective(losses)
+
+
+class TrainLoop:
+    """Train until `max_steps` (or `lr_anneal_steps`, or a signal), saving steps that can be resumed to the bit.
+
+    :param model: the network, on its device.
+    :param diffusion: a GaussianDiffusion; may be None where `objective` is given.
+    :param data: yields (batch [N x C x ...], {"y": [N]} or {}); with a method `seek(step)` it is set to the step to
+        resume at, a plain iterator is taken as it comes.
+    :param header: dictionary that describes the model in its checkpoints (see `checkpoint_util.save_weights`).
+    :param preview: `preview(step)`, called on rank 0 with the averaged weights in the model.
+    :raises FileNotFoundError, ValueError: where a checkpoint to resume from is incomplete or of another model.
+    :raises FloatingPointError: where the loss is no longer finite.
+    """
+
+    def __init__(
+        self, *, model, diffusion=None, data, batch_size, microbatch=-1, lr, ema_rate="0.9999", log_interval=10,
+        save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
+        weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
+        mixed_precision=False, seed=0, objective=None, header=None, preview=None,
+    ):
+        self.model, self.diffusion, self.data = model, diffusion, data
+        self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
+        self.max_steps = max_steps or lr_anneal_steps or math.inf
+        self.ema_rate = [ema_rate] if isinstance(ema_rate, float) else [float(r) for r in str(ema_rate).split(",")]
+        self.log_interval, self.save_interval = log_interval, save_interval
+        self.preview_interval, self.preview = preview_interval or save_interval, preview
+        self.keep_checkpoints = keep_checkpoints
+        self.mixed_precision, self.seed = mixed_precision, seed
+        self.header = header or {"kind": "diffusion"}
+        self.folder = Path(logger.get_dir())
+        self.device = next(model.parameters()).device
+        self.global_batch = batch_size * dist_util.world_size()
+        self.slots = range(dist_util.rank() * batch_size, (dist_util.rank() + 1) * batch_size)
+
+        dist_util.sync_params(self.model.parameters())
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip
+        )
+        self.opt = torch.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
+        self.resume_step = self.step = self._resume(resume_checkpoint)
+        self.use_ddp = dist_util.world_size() > 1
+        self.ddp_model = self._distributed() if self.use_ddp else model
+
+    def _distributed(self):
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(
+            self.model, device_ids=[self.device] if on_gpu else None, broadcast_buffers=False, bucket_cap_mb=128
+        )
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run_loop(self):
+        """Run all steps; return the number of the last one."""
+        if hasattr(self.data, "seek"):
+            self.data.seek(self.step)
+        stream = iter(self.data)
+        stop = dist_util.StopSignal()
+        with stop, progress_bar(self.max_steps, self.step, "training") as bar:
+            self.clock = (time.perf_counter(), self.step)
+            while self.step < self.max_steps:
+                batch, cond = next(stream)
+                self.run_step(batch, cond)
+                stopping = dist_util.any_rank(stop.received)
+                last = stopping or self.step >= self.max_steps
+                if last or self.step % self.save_interval == 0:
+                    self.save()
+                if self.preview and (last or self.step % self.preview_interval == 0):
+                    self._preview()  # before the log, which takes what it measured
+                if last or self.step % self.log_interval == 0:
+                    self._write_log(bar)
+                bar.update()
+                if stopping:
+                    logger.log(f"stopped by a signal; step {self.step} is saved, the same command goes on from there")
+                    break
+        if hasattr(self.data, "close"):
+            self.data.close()
+        return self.step
+
+    def run_step(self, batch, cond):
+        """Take one optimizer step on this rank's batch [N x C x ...]."""
+        self._anneal_lr()
+        self.forward_backward(batch, cond)
+        if self.mp_trainer.optimize(self.opt):
+            self._update_ema()
+        self.step += 1
+        self.log_step()
+
+    def forward_backward(self, batch, cond):
+        """Accumulate the gradient of the mean loss over the batch, one microbatch at a time."""
+        self.mp_trainer.zero_grad()
+        torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, dist_util.rank()))
+        batch = batch.to(self.device, non_blocking=True)
+        cond = {k: v.to(self.device, non_blocking=True) for k, v in cond.items()}
+        draws = Draws(self.seed, self.step, self.slots, self.global_batch)
+        parts = []
+        for start in range(0, len(batch), self.microbatch):
+            stop = min(start + self.microbatch, len(batch))
+            with self._communicate(stop == len(batch)), self._autocast():
+                micro_cond = {k: v[start:stop] for k, v in cond.items()}
+                terms, t = self.objective(self.ddp_model, batch[start:stop], micro_cond, draws.part(start, stop))
+                loss = terms["loss"].mean() * ((stop - start) / len(batch))
+                self.mp_trainer.backward(loss)
+            parts.append((t, {k: v.detach() for k, v in terms.items()}))
+        times = None if parts[0][0] is None else torch.cat([t for t, _ in parts])
+        terms = {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
+        self.objective.after_step(times, terms)
+        self.objective.log(times, terms)
+        logger.logkv_mean("batch_std", batch.float().std(correction=0))
+
+    def _communicate(self, last):
+        """Gradients travel with the last microbatch only."""
+        return self.ddp_model.no_sync() if self.use_ddp and not last else contextlib.nullcontext()
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
+
+    def _update_ema(self):
+        for rate, params in zip(self.ema_rate, self.ema_params):
+            update_ema(params, self.mp_trainer.master_params, rate=rate)
+
+    def _anneal_lr(self):
+        if self.lr_anneal_steps:
+            for group in self.opt.param_groups:
+                group["lr"] = self.lr * (1 - self.step / self.lr_anneal_steps)
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    def log_step(self):
+        logger.logkv("step", self.step)
+        logger.logkv("samples", self.step * self.global_batch)
+
+    def _write_log(self, bar):
+        now, (then, step) = time.perf_counter(), self.clock
+        self.clock = (now, self.step)
+        logger.logkv("steps_per_second", (self.step - step) / max(now - then, 1e-9))
+        logger.logkv("lr", self.opt.param_groups[0]["lr"])
+        if self.device.type == "cuda":
+            logger.logkv("peak_memory_mib", torch.cuda.max_memory_allocated() / 2**20)
+        row = logger.dumpkvs()
+        loss = row.get("loss", math.nan)
+        bar.set_postfix_str(f"loss {loss:.4f}")
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}; the last good checkpoint is "
+                f"{max(checkpoint_util.steps(self.folder), default='none')}: lower --lr, set --grad_clip 1, or leave "
+                "--use_fp16 / --mixed_precision off"
+            )
+
+    def _preview(self):
+        if dist_util.rank() == 0:
+            with self.averaged_weights():
+                self.preview(self.step)
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Let the model hold its fastest moving average, in evaluation mode, inside the `with` block."""
+        fastest = min(range(len(self.ema_rate)), key=lambda i: self.ema_rate[i])
+        kept = copy.deepcopy(self.model.state_dict())
+        self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(self.ema_params[fastest]))
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(kept)
+            self.model.train()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self):
+        """Write model, averages, optimizer and, last, the marker of this step (on rank 0)."""
+        if dist_util.rank() != 0:
+            return
+        logger.log(f"saving step {self.step} ...")
+        names = [checkpoint_util.model_name(self.step)]
+        names += [checkpoint_util.ema_name(rate, self.step) for rate in self.ema_rate]
+        header = {**self.header, "step": self.step}
+        for name, params in zip(names, [self.mp_trainer.master_params, *self.ema_params]):
+            weights = self.mp_trainer.master_params_to_state_dict(params)
+            checkpoint_util.save_weights(self.folder / name, weights, header)
+        names.append(checkpoint_util.optimizer_name(self.step))
+        checkpoint_util.save(self.folder / names[-1], self.opt.state_dict())
+        state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
+                 "global_batch": self.global_batch, "seed": self.seed}
+        checkpoint_util.commit(self.folder, self.step, names, state)
+        if self.keep_checkpoints:
+            checkpoint_util.forget_all_but(self.folder, self.keep_checkpoints)
+
+    def _resume(self, resume_checkpoint):
+        """Load the step to go on from, if there is one; return its number."""
+        marker, folder = find_checkpoint(self.folder, resume_checkpoint)
+        if marker is None:
+            return 0
+        step = marker["step"]
+        load = lambda name: checkpoint_util.load_weights(folder / name, self.device, "--resume_checkpoint")
+        weights, header = load(checkpoint_util.model_name(step))
+        if header is not None:
+            require_same_model(header, self.header, folder)
+        checkpoint_util.load_into(self.model, weights, folder / checkpoint_util.model_name(step), "--resume_checkpoint")
+        with torch.no_grad():
+            loaded = self.mp_trainer.state_dict_to_master_params(weights)
+            for param, value in zip(self.mp_trainer.master_params, loaded):
+                param.copy_(value)
+        for i, rate in enumerate(self.ema_rate):
+            name = checkpoint_util.ema_name(rate, step)
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing; --ema_rate must name averages that the checkpoint has")
+            self.ema_params[i] = [p.clone() for p in self.mp_trainer.state_dict_to_master_params(load(name)[0])]
+        name = folder / checkpoint_util.optimizer_name(step)
+        self.opt.load_state_dict(checkpoint_util.load(name, self.device, "--resume_checkpoint"))
+        for group in self.opt.param_groups:
+            group["lr"], group["weight_decay"] = self.lr, self.weight_decay
+        self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
+        self.objective.load_state_dict(marker.get("objective", {}))
+        logger.log(f"going on from step {step} of {folder}")
+        return step
+
+
+def find_checkpoint(folder, resume_checkpoint=""):
+    """Return (marker, folder) of the step to go on from, or (None, folder) where a run starts.
+
+    `resume_checkpoint` names a model file; its optimizer and averages must lie beside it. A reference checkpoint has no
+    marker, and its step is read from its name.
+    """
+    if not resume_checkpoint:
+        return checkpoint_util.newest_marker(folder, logger.warn), Path(folder)
+    path = Path(resume_checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; --resume_checkpoint wants the model file of a checkpoint")
+    step = parse_resume_step_from_filename(path.name)
+    if path.name != checkpoint_util.model_name(step):
+        raise ValueError(f"{path}: --resume_checkpoint wants a file named like {checkpoint_util.model_name(step)}, "
+                         "since the names of its optimizer and averages are found from it")
+    if (path.parent / checkpoint_util.marker_name(step)).is_file():
+        return checkpoint_util.read_marker(path.parent, step), path.parent
+    return {"step": step}, path.parent
+
+
+def require_same_model(found, wanted, folder):
+    """Refuse to go on from a checkpoint of another model, naming the entries that differ."""
+    def differing(a, b, at=""):
+        for key in a.keys() & b.keys():
+            if isinstance(a[key], dict) and isinstance(b[key], dict):
+                yield from differing(a[key], b[key], f"{at}{key}.")
+            elif a[key] != b[key] and key not in ("step", "path", "timestep_respacing", "use_checkpoint", "use_fp16"):
+                yield f"{at}{key} is {b[key]!r} now, {a[key]!r} in the checkpoint"
+
+    changes = sorted(differing(found, wanted))
+    if changes:
+        raise ValueError(f"{folder} holds checkpoints of another configuration ({'; '.join(changes[:4])}); "
+                         "give the same flags again or another --logdir")
+
+
+def parse_resume_step_from_filename(filename):
+    """Return the step in a name like path/to/modelNNNNNN.pt, 0 where there is none."""
+    match = re.search(r"model(\d+)\.[^.]*$", filename)
+    return int(match.group(1)) if match else 0
+
+
+def get_blob_logdir():
+    """Return the folder that checkpoints go to."""
+    return logger.get_dir()
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """Log the mean of every loss [N] and its means over the quarters of the process, without waiting for the device."""
+    quarter = (ts * 4).div(diffusion.num_timesteps, rounding_mode="floor").long()
+    counts = torch.zeros(4, device=ts.device).index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))
+    for name, value in losses.items():
+        value = value.detach().float()
+        logger.logkv_mean(name, value.mean())
+        sums = torch.zeros(4, device=ts.device).index_add_(0, quarter, value)
+        for q in range(4):
+            logger.logkv_mean(f"{name}_q{q}", sums[q] / counts[q].clamp(min=1), weight=counts[q])
+
+
+def progress_bar(total, initial, what):
+    """Return a tqdm bar with time left, on rank 0 only; its `advance_to(done, total)` suits progress callbacks."""
+    from tqdm import tqdm
+
+    total = None if total == math.inf else total
+    bar = tqdm(total=total, initial=initial, desc=what, disable=dist_util.rank() != 0, dynamic_ncols=True, mininterval=1)
+
+    def advance_to(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+
+    bar.advance_to = advance_to
+    return bar

@@ -1,0 +1,676 @@
+"""Define the UNet of ADM (Dhariwal and Nichol 2021, arXiv 2105.05233), its upsampler and its classifier.
+
+Constructor arguments, state-dict keys and numbers are those of openai/guided-diffusion, so its checkpoints load. Any
+of one to three spatial axes; `resample_depth` is this project's, for volumes whose first axis shrinks too.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .config import opt
+from .nn import (
+    SiLU,
+    adaptive_avg_pool_nd,
+    avg_pool_nd,
+    cast_convolutions,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    per_axis,
+    resampling_factors,
+    resize_linear,
+    timestep_embedding,
+    upsample_nearest,
+    zero_module,
+)
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+SPATIAL_WIDTH = 2048        # hidden units of the "spatial" pools
+MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to here; see `attend`
+
+
+@dataclass
+class ModelConfig:
+    """Describe the diffusion network; `script_util` turns it into `UNetModel` or `SuperResModel`."""
+
+    num_channels: int = opt(128, "width of the first level; this times each entry of channel_mult is a multiple of 32")
+    num_res_blocks: int = opt(2, "residual blocks per level going down; one more per level going up")
+    num_heads: int = opt(4, "attention heads, where num_head_channels is -1")
+    num_heads_upsample: int = opt(-1, "attention heads going up, where num_head_channels is -1; -1: as num_heads")
+    num_head_channels: int = opt(-1, "channels per attention head, which sets the number of heads; -1: use num_heads")
+    attention_resolutions: str = opt("16,8", "grid sizes that get attention, comma separated")
+    channel_mult: str = opt("", "width of each level in units of num_channels, comma separated; empty: by image size")
+    dropout: float = opt(0.0, "probability of dropping a feature inside residual blocks while training")
+    class_cond: bool = opt(False, "condition on class labels")
+    use_checkpoint: bool = opt(False, "recompute blocks in the backward pass: less memory, about a third more time")
+    use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the norms, not only add to features")
+    resblock_updown: bool = opt(False, "resample inside residual blocks, not by strided convolutions between them")
+    use_fp16: bool = opt(False, "run the convolutions and attention in float16, with loss scaling")
+    use_new_attention_order: bool = opt(False, "split qkv before heads; must match the checkpoint")
+    in_channels: int = opt(3, "channels of what the network denoises; latent runs take it from the latents")
+    num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names")
+    dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes", choices=(1, 2, 3))
+    resample_depth: bool = opt(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
+
+
+@dataclass
+class ClassifierConfig:
+    """Describe the noise-aware classifier that guides sampling; `script_util` turns it into `EncoderUNetModel`."""
+
+    classifier_use_fp16: bool = opt(False, "run the classifier's convolutions and attention in float16")
+    classifier_width: int = opt(128, "width of the classifier's first level; a multiple of 32")
+    classifier_depth: int = opt(2, "residual blocks per level of the classifier")
+    classifier_attention_resolutions: str = opt("32,16,8", "grid sizes that get attention, comma separated")
+    classifier_use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the classifier's norms")
+    classifier_resblock_updown: bool = opt(True, "resample inside the classifier's residual blocks")
+    classifier_pool: str = opt("attention", "how the classifier turns its last grid into logits", choices=POOLS)
+    classifier_in_channels: int = opt(3, "channels of what is classified; latent runs take it from the latents")
+    classifier_num_classes: int = opt(0, "classes to tell apart; 0: as many as the data or the checkpoint names")
+
+
+# Attention.
+
+
+def attend(q, k, v):
+    """Weigh values by softmax(q k^T / sqrt(C)) (Vaswani et al. 2017, eq. 1); all [N x H x T x C]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= MATMUL_TOKENS:
+        # torch 2.13's fused kernel takes 2 to 5 times as long here, backward included
+        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def count_flops_attn(model, _x, y):
+    """Add the multiplications of an attention's two matrix products to `model.total_ops` (a counter for `thop`).
+
+    :param y: the attention's output, [N x (H*C) x T].
+    """
+    count, channels, tokens = y.shape
+    model.total_ops += torch.tensor([2.0 * count * channels * tokens**2], dtype=torch.float64)
+
+
+class QKVAttention(nn.Module):
+    """Attend with channels ordered (q, k, v), then heads."""
+
+    count_flops = staticmethod(count_flops_attn)
+
+    def __init__(self, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+
+    def split(self, qkv):
+        """Cut tokens into queries, keys and values.  [N x T x 3*H*C] -> [N x T x 3 x H x C]."""
+        return qkv.unflatten(2, (3, self.n_heads, -1))
+
+    def attend_tokens(self, qkv):
+        """Return the attention's result for channels-last tokens.  [N x T x 3*H*C] -> [N x T x H*C]."""
+        q, k, v = self.split(qkv).permute(2, 0, 3, 1, 4)        # each [N x H x T x C]
+        return attend(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, qkv):
+        """[N x 3*H*C x T] -> [N x H*C x T]."""
+        return self.attend_tokens(qkv.transpose(1, 2)).transpose(1, 2)
+
+
+class QKVAttentionLegacy(QKVAttention):
+    """Attend with channels ordered by heads, then (q, k, v): the order of most released checkpoints."""
+
+    def split(self, qkv):
+        return qkv.unflatten(2, (self.n_heads, 3, -1)).transpose(2, 3)
+
+
+def pointwise(convolution, tokens):
+    """Apply a convolution of kernel 1 to channels-last tokens, [N x T x C]; on a CPU this beats conv1d by 15 %."""
+    return F.linear(tokens, convolution.weight.squeeze(-1), convolution.bias)
+
+
+class AttentionBlock(nn.Module):
+    """Let all positions of a grid attend to each other, and add the result to the input.
+
+    :raises ValueError: where the channels do not divide into heads.
+    """
+
+    def __init__(
+        self, channels, num_heads=1, num_head_channels=-1, use_checkpoint=False, use_new_attention_order=False
+    ):
+        super().__init__()
+        if num_head_channels != -1:
+            if channels % num_head_channels:
+                raise ValueError(
+                    f"{channels} channels do not divide into heads of {num_head_channels}; change --num_head_channels, "
+                    "or the width of this level (--num_channels, --channel_mult)"
+                )
+            num_heads = channels // num_head_channels
+        if channels % num_heads:
+            raise ValueError(
+                f"{channels} channels do not divide into {num_heads} heads; change --num_heads (--num_heads_upsample), "
+                "or the width of this level (--num_channels, --channel_mult)"
+            )
+        self.channels = channels
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = conv_nd(1, channels, 3 * channels, 1)
+        self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(num_heads)
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+
+    def forward(self, x):
+        """[N x C x ...] -> same."""
+        return checkpoint(self._residual, (x,), self.parameters(), self.use_checkpoint)
+
+    def _residual(self, x):
+        tokens = self.norm(x).flatten(2).transpose(1, 2)        # [N x T x C]
+        mixed = self.attention.attend_tokens(pointwise(self.qkv, tokens))
+        return x + pointwise(self.proj_out, mixed).transpose(1, 2).reshape(x.shape)
+
+
+class AttentionPool2d(nn.Module):
+    """Pool a grid by the attention of its mean, as CLIP does (Radford et al. 2021, arXiv 2103.00020, section 2.4).
+
+    :param spacial_dim: size of the grid: one number for a square, or one per axis.
+    :raises ValueError: where the channels do not divide into heads, or another grid comes in.
+    """
+
+    def __init__(self, spacial_dim, embed_dim, num_heads_channels, output_dim=None):
+        super().__init__()
+        if num_heads_channels < 1 or embed_dim % num_heads_channels:
+            raise ValueError(
+                f"the attention pool divides its {embed_dim} channels into heads of num_head_channels, which is "
+                f"{num_heads_channels}; give a divisor, or choose another --classifier_pool"
+            )
+        self.grid = spacial_dim if isinstance(spacial_dim, tuple) else (spacial_dim, spacial_dim)
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, math.prod(self.grid) + 1) / embed_dim**0.5)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.num_heads = embed_dim // num_heads_channels
+        self.attention = QKVAttention(self.num_heads)
+
+    def forward(self, x):
+        """[N x C x *grid] -> [N x output_dim]."""
+        if tuple(x.shape[2:]) != self.grid:
+            raise ValueError(
+                f"the attention pool was built for a last grid of {self.grid}, and got {tuple(x.shape[2:])}; set "
+                "--image_size to the size that comes in, or choose another --classifier_pool"
+            )
+        tokens = x.flatten(2).transpose(1, 2)                   # [N x T x C]
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.t().to(tokens.dtype)
+        pooled = self.attention.attend_tokens(pointwise(self.qkv_proj, tokens))
+        return pointwise(self.c_proj, pooled[:, 0])
+
+
+# Residual blocks.
+
+
+class TimestepBlock(nn.Module, ABC):
+    """A module whose `forward` takes the time embedding as its second argument."""
+
+    @abstractmethod
+    def forward(self, x, emb):
+        """Apply the module to `x` [N x C x ...] at the times that `emb` [N x E] embeds."""
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """Chain modules, handing the time embedding to those that take it."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Double the grid by repetition, then convolve if `use_conv`; volumes keep axis 0 unless `resample_depth`."""
+
+    def __init__(self, channels, use_conv, dims=2, out_channels=None, resample_depth=False):
+        super().__init__()
+        self.channels = channels
+        self.factors = resampling_factors(dims, resample_depth)
+        self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x):
+        _require_channels(self, x)
+        return self.conv(upsample_nearest(x, self.factors))
+
+
+class Downsample(nn.Module):
+    """Halve the grid by a strided convolution, or by averages; volumes keep axis 0 unless `resample_depth`.
+
+    :raises ValueError: where averages (`use_conv=False`) are to change the number of channels.
+    """
+
+    def __init__(self, channels, use_conv, dims=2, out_channels=None, resample_depth=False):
+        super().__init__()
+        self.channels = channels
+        factors = resampling_factors(dims, resample_depth)
+        if use_conv:
+            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=factors, padding=1)
+        elif out_channels in (None, channels):
+            self.op = avg_pool_nd(dims, kernel_size=factors, stride=factors)
+        else:
+            raise ValueError(f"averages keep {channels} channels, {out_channels} were asked for; set use_conv=True")
+
+    def forward(self, x):
+        _require_channels(self, x)
+        return self.op(x)
+
+
+def _require_channels(module, x):
+    if x.shape[1] != module.channels:
+        raise ValueError(f"{type(module).__name__} was built for {module.channels} channels, got {tuple(x.shape)}")
+
+
+class ResBlock(TimestepBlock):
+    """Add two convolutions, told the time in between, to the input.
+
+    :param use_conv: change the number of channels on the skip path with kernel 3, not 1.
+    :param use_scale_shift_norm: the embedding scales and shifts the second norm (ADM, "adaptive group
+        normalisation", section 3, eq. 3), in the place of being added to its input.
+    :param up: double the grid; `down`: halve it; in both cases on both paths, before the first convolution.
+    """
+
+    def __init__(
+        self,
+        channels,
+        emb_channels,
+        dropout,
+        out_channels=None,
+        use_conv=False,
+        use_scale_shift_norm=False,
+        dims=2,
+        use_checkpoint=False,
+        up=False,
+        down=False,
+        resample_depth=False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.channels, self.out_channels = channels, out_channels
+        self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+
+        self.in_layers = nn.Sequential(
+            normalization(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
+        self.resample = nn.Identity()
+        if up or down:
+            self.resample = (Upsample if up else Downsample)(channels, False, dims, resample_depth=resample_depth)
+        self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, out_channels * (2 if use_scale_shift_norm else 1)))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            SiLU(),
+            nn.Dropout(p=dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection = nn.Identity()
+        else:
+            kernel = 3 if use_conv else 1
+            self.skip_connection = conv_nd(dims, channels, out_channels, kernel, padding=kernel // 2)
+
+    def forward(self, x, emb):
+        """[N x C x ...], [N x E] -> [N x out_channels x ...]."""
+        return checkpoint(self._residual, (x, emb), self.parameters(), self.use_checkpoint)
+
+    def _residual(self, x, emb):
+        norm, activation, convolve = self.in_layers
+        h = convolve(self.resample(activation(norm(x))))
+        told = self.emb_layers(emb).to(h.dtype)
+        told = told.view(*told.shape, *(1,) * (h.dim() - 2))    # [N x C x 1 ...]
+        if self.use_scale_shift_norm:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + told)
+        return self.skip_connection(self.resample(x)) + h
+
+
+# Networks.
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Build the blocks of one network from the options that all of them share."""
+
+    emb_channels: int
+    dropout: float
+    conv_resample: bool
+    dims: int
+    use_checkpoint: bool
+    num_head_channels: int
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    use_new_attention_order: bool
+    resample_depth: bool
+
+    def residual(self, channels, out_channels, **resampling):
+        return ResBlock(
+            channels,
+            self.emb_channels,
+            self.dropout,
+            out_channels=out_channels,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            resample_depth=self.resample_depth,
+            **resampling,
+        )
+
+    def attention(self, channels, num_heads):
+        return AttentionBlock(
+            channels, num_heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
+        )
+
+    def halve(self, channels):
+        if self.resblock_updown:
+            return self.residual(channels, channels, down=True)
+        return Downsample(channels, self.conv_resample, self.dims, resample_depth=self.resample_depth)
+
+    def double(self, channels):
+        if self.resblock_updown:
+            return self.residual(channels, channels, up=True)
+        return Upsample(channels, self.conv_resample, self.dims, resample_depth=self.resample_depth)
+
+    def contracting(self, in_channels, widths, num_res_blocks, attention_factors, num_heads):
+        """Return the blocks that go down and, for each of them, how many channels leave it."""
+        sections, kept = [[conv_nd(self.dims, in_channels, widths[0], 3, padding=1)]], [widths[0]]
+        for level, width in enumerate(widths):
+            if level:
+                sections.append([self.halve(kept[-1])])
+                kept.append(kept[-1])
+            for _ in range(num_res_blocks):
+                attention = [self.attention(width, num_heads)] if 2**level in attention_factors else []
+                sections.append([self.residual(kept[-1], width), *attention])
+                kept.append(width)
+        return nn.ModuleList(TimestepEmbedSequential(*section) for section in sections), kept
+
+    def middle(self, channels, num_heads):
+        """Return two residual blocks around an attention, for the smallest grid."""
+        before, after = self.residual(channels, channels), self.residual(channels, channels)
+        return TimestepEmbedSequential(before, self.attention(channels, num_heads), after)
+
+    def expanding(self, kept, widths, num_res_blocks, attention_factors, num_heads):
+        """Return the blocks that go up; each takes the features that a block on the way down left behind."""
+        sections, channels, waiting = [], kept[-1], list(kept)
+        for level, width in reversed(list(enumerate(widths))):
+            for repeat in range(num_res_blocks + 1):
+                section = [self.residual(channels + waiting.pop(), width)]
+                channels = width
+                if 2**level in attention_factors:
+                    section.append(self.attention(width, num_heads))
+                if level and repeat == num_res_blocks:
+                    section.append(self.double(width))
+                sections.append(TimestepEmbedSequential(*section))
+        return nn.ModuleList(sections)
+
+
+class _TimedNetwork(nn.Module):
+    """What the diffusion network and the classifier share: the time embedding, and the type of the inner layers."""
+
+    def _embed_time_by(self, model_channels):
+        self.model_channels = model_channels
+        self.time_embed = nn.Sequential(
+            linear(model_channels, 4 * model_channels), SiLU(), linear(4 * model_channels, 4 * model_channels)
+        )
+
+    def embed(self, timesteps):
+        """Return the embedding of (possibly fractional) times.  [N] -> [N x 4 * model_channels]."""
+        waves = timestep_embedding(timesteps, self.model_channels)
+        return self.time_embed(waves.to(self.time_embed[0].weight.dtype))
+
+    @property
+    def dtype(self):
+        """The type of the inner layers' weights: float32, or float16 after `convert_to_fp16`."""
+        return self.input_blocks[0][0].weight.dtype
+
+    def convert_to_fp16(self):
+        """Turn the convolutions and attention of all inner blocks into float16; norms and embeddings stay float32."""
+        self._cast_torso(torch.float16)
+
+    def convert_to_fp32(self):
+        """Undo `convert_to_fp16` (what half precision rounded off stays lost)."""
+        self._cast_torso(torch.float32)
+
+    def _cast_torso(self, dtype):
+        for name in ("input_blocks", "middle_block", "output_blocks"):
+            if hasattr(self, name):
+                cast_convolutions(getattr(self, name), dtype)
+
+    def _finish(self, x, h):
+        """Apply the last layers in their own type and return the result in the type of the input `x`."""
+        return self.out(h.to(next(self.out.parameters()).dtype)).to(x.dtype)
+
+
+class UNetModel(_TimedNetwork):
+    """Predict noise (and, with twice as many output channels, variances) from noisy data and its time.
+
+    :param image_size: size of the grid; a fact for whoever builds or saves the network, which runs at other sizes too.
+    :param in_channels: channels of the input.
+    :param model_channels: width in units of which `channel_mult` counts; products are multiples of 32.
+    :param out_channels: channels of the output.
+    :param num_res_blocks: residual blocks per level.
+    :param attention_resolutions: factors of downsampling at which attention is used: 4 is the third level.
+    :param dropout: probability of dropping a feature while training.
+    :param channel_mult: width of each level; their number is the number of grids.
+    :param conv_resample: resample by learned convolutions, not by averages and repetition.
+    :param dims: spatial axes, 1 to 3.
+    :param num_classes: condition on so many classes; None for none.
+    :param use_checkpoint: recompute blocks in the backward pass.
+    :param use_fp16: whether the owner means to call `convert_to_fp16`; kept for the owner.
+    :param num_heads: attention heads, where `num_head_channels` is -1.
+    :param num_head_channels: channels per head.
+    :param num_heads_upsample: heads on the way up; -1 for `num_heads`.
+    :param use_scale_shift_norm: let the embedding scale and shift norms.
+    :param resblock_updown: resample inside residual blocks.
+    :param use_new_attention_order: see `QKVAttention`.
+    :param resample_depth: volumes: halve the first spatial axis as well.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        in_channels,
+        model_channels,
+        out_channels,
+        num_res_blocks,
+        attention_resolutions,
+        dropout=0,
+        channel_mult=(1, 2, 4, 8),
+        conv_resample=True,
+        dims=2,
+        num_classes=None,
+        use_checkpoint=False,
+        use_fp16=False,
+        num_heads=1,
+        num_head_channels=-1,
+        num_heads_upsample=-1,
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        use_new_attention_order=False,
+        resample_depth=False,
+    ):
+        super().__init__()
+        blocks = _Blocks(
+            emb_channels=4 * model_channels,
+            dropout=dropout,
+            conv_resample=conv_resample,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+            resample_depth=resample_depth,
+        )
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.image_size, self.use_fp16 = image_size, use_fp16
+        self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
+        self.grid_steps = tuple(factor ** (len(widths) - 1) for factor in resampling_factors(dims, resample_depth))
+
+        self._embed_time_by(model_channels)
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+        self.input_blocks, kept = blocks.contracting(
+            in_channels, widths, num_res_blocks, attention_resolutions, num_heads
+        )
+        self.middle_block = blocks.middle(widths[-1], num_heads)
+        self.output_blocks = blocks.expanding(kept, widths, num_res_blocks, attention_resolutions, heads_up)
+        last = zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(widths[0]), SiLU(), last)
+
+    def forward(self, x, timesteps, y=None):
+        """Apply the network.  x [N x C x ...], timesteps [N], y [N] class indices -> [N x out_channels x ...].
+
+        :raises ValueError: where labels are missing or not wanted, or the levels do not divide the grid.
+        """
+        self._require_labels(y, len(x))
+        self._require_grid(x.shape[2:])
+        emb = self.embed(timesteps)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, left = x.to(self.dtype), []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            left.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, left.pop()], dim=1), emb)
+        return self._finish(x, h)
+
+    def _require_labels(self, y, count):
+        if self.num_classes is None:
+            if y is not None:
+                raise ValueError("labels y go to a network without classes; leave y out, or set --class_cond True")
+        elif y is None:
+            raise ValueError(
+                f"the network knows {self.num_classes} classes and got no labels y; give one per sample, "
+                "or set --class_cond False"
+            )
+        elif y.shape != (count,):
+            raise ValueError(f"labels y have shape {tuple(y.shape)}, the batch wants one class per sample, ({count},)")
+
+    def _require_grid(self, grid):
+        for axis, (size, step) in enumerate(zip(grid, self.grid_steps)):
+            if size % step:
+                raise ValueError(
+                    f"spatial axis {axis} has size {size}, and the levels shrink it by {step}, which does not "
+                    f"divide it; use fewer levels (--channel_mult), or data of size {size - size % step} or "
+                    f"{size - size % step + step}"
+                )
+
+
+class SuperResModel(UNetModel):
+    """Predict from noisy data and a smaller picture, which is enlarged linearly and joined to it in channels.
+
+    :param in_channels: channels of the data alone; the small picture brings as many again.
+    """
+
+    def __init__(self, image_size, in_channels, *args, **kwargs):
+        super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+
+    def forward(self, x, timesteps, low_res=None, **kwargs):
+        """x [N x C x ...], low_res [N x C x smaller ...]; the rest as in `UNetModel`.
+
+        :raises ValueError: where `low_res` is missing.
+        """
+        if low_res is None:
+            raise ValueError("an upsampler needs low_res, the small pictures; give them with --base_samples")
+        enlarged = resize_linear(low_res, x.shape[2:]).to(x.dtype)
+        return super().forward(torch.cat([x, enlarged], dim=1), timesteps, **kwargs)
+
+
+class EncoderUNetModel(_TimedNetwork):
+    """Turn noisy data and its time into one vector, such as a classifier's logits: the UNet's way down, and a pool.
+
+    The arguments are those of `UNetModel`, and:
+
+    :param image_size: size of the grid: one number, or one per axis; the "attention" pool is built for it.
+    :param num_heads_upsample: without meaning here, as there is no way up.
+    :param pool: "adaptive" averages the last grid, "attention" attends to it, "spatial" and "spatial_v2" average the
+        grids of all levels.
+    :raises NotImplementedError: for another pool.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        in_channels,
+        model_channels,
+        out_channels,
+        num_res_blocks,
+        attention_resolutions,
+        dropout=0,
+        channel_mult=(1, 2, 4, 8),
+        conv_resample=True,
+        dims=2,
+        use_checkpoint=False,
+        use_fp16=False,
+        num_heads=1,
+        num_head_channels=-1,
+        num_heads_upsample=-1,
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        use_new_attention_order=False,
+        pool="adaptive",
+        resample_depth=False,
+    ):
+        super().__init__()
+        blocks = _Blocks(
+            emb_channels=4 * model_channels,
+            dropout=dropout,
+            conv_resample=conv_resample,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+            resample_depth=resample_depth,
+        )
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.image_size, self.use_fp16, self.pool = image_size, use_fp16, pool
+        self.in_channels, self.out_channels = in_channels, out_channels
+
+        self._embed_time_by(model_channels)
+        self.input_blocks, kept = blocks.contracting(
+            in_channels, widths, num_res_blocks, attention_resolutions, num_heads
+        )
+        self.middle_block = blocks.middle(widths[-1], num_heads)
+        factors = resampling_factors(dims, resample_depth)
+        grid = tuple(n // f ** (len(widths) - 1) for n, f in zip(per_axis(image_size, dims), factors))
+        self.out = _pool(pool, dims, grid, widths[-1], sum(kept) + widths[-1], num_head_channels, out_channels)
+
+    def forward(self, x, timesteps):
+        """Apply the network.  x [N x C x ...], timesteps [N] -> [N x out_channels]."""
+        emb = self.embed(timesteps)
+        h, averages = x.to(self.dtype), []
+        for block in (*self.input_blocks, self.middle_block):
+            h = block(h, emb)
+            if self.pool.startswith("spatial"):
+                averages.append(h.to(x.dtype).flatten(2).mean(dim=2))
+        return self._finish(x, torch.cat(averages, dim=1) if averages else h)
+
+
+def _pool(name, dims, grid, channels, all_channels, num_head_channels, out_channels):
+    """Return the last layers of `EncoderUNetModel`; `all_channels` are those of all levels' averages together."""
+    if name == "adaptive":
+        last = zero_module(conv_nd(dims, channels, out_channels, 1))
+        return nn.Sequential(normalization(channels), SiLU(), adaptive_avg_pool_nd(dims, 1), last, nn.Flatten())
+    if name == "attention":
+        pool = AttentionPool2d(grid, channels, num_head_channels, out_channels)
+        return nn.Sequential(normalization(channels), SiLU(), pool)
+    if name == "spatial":
+        hidden = (nn.ReLU(),)
+    elif name == "spatial_v2":
+        hidden = (normalization(SPATIAL_WIDTH), SiLU())
+    else:
+        raise NotImplementedError(f"there is no pool {name!r}; --classifier_pool is one of {', '.join(POOLS)}")
+    return nn.Sequential(linear(all_channels, SPATIAL_WIDTH), *hidden, linear(SPATIAL_WIDTH, out_channels))

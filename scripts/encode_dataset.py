@@ -1,0 +1,36 @@
+"""Encode a folder of pictures into a latent cache, all ranks at once; interrupted, the same command goes on.
+
+    mpiexec -n 2 python scripts/encode_dataset.py --vae_path runs/autoencoder --data_dir DIR --cache_dir latents_cache/NAME
+"""
+
+from guided_diffusion_vae import dist_util, script_util
+from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
+from guided_diffusion_vae.latent_datasets import LatentCacheConfig, write_cache
+from guided_diffusion_vae.train_util import progress_bar
+from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
+
+CONFIGS = (VAEConfig, DataConfig, LatentCacheConfig)
+
+
+def create_argparser():
+    return script_util.argparser(__doc__, *CONFIGS)
+
+
+def main():
+    vae, data, config = script_util.parse(__doc__, *CONFIGS)
+    dist_util.setup_dist()
+
+    codec = create_vae(vae, dist_util.dev())
+    pictures = PictureFolder(data, multiple=codec.factors)
+    script_util.say(pictures.summary())
+
+    with progress_bar(None, 0, "encoding") as bar:
+        cache = write_cache(
+            config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(), bar.advance_to,
+            dist_util.barrier, device=dist_util.dev(),
+        )
+    script_util.say_source(cache)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

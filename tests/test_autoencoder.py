@@ -1,0 +1,254 @@
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from guided_diffusion_vae.autoencoder import (
+    LOGVAR_RANGE, Attention, AutoencoderConfig, AutoencoderKL, AutoencoderLossConfig, Downsample, UpsampledConv,
+    autoencoder_losses, create_autoencoder, from_image_range, to_image_range,
+)
+from guided_diffusion_vae.config import as_dict, from_dict
+from guided_diffusion_vae.nn import upsample_nearest
+
+TINY = {"num_channels": (4, 8), "num_res_blocks": 1, "attention_levels": False, "norm_num_groups": 2,
+        "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}
+
+
+def tiny(spatial_dims=2, **changes):
+    torch.manual_seed(0)
+    return AutoencoderKL(spatial_dims, **{**TINY, **changes}).eval()
+
+
+@pytest.mark.parametrize("spatial_dims, changes, size, grid", [
+    (1, {}, (12,), (6,)),
+    (2, {}, (8, 12), (4, 6)),
+    (2, {"num_channels": (4,)}, (5, 7), (5, 7)),
+    (2, {"downsample_factors": (3,)}, (9, 6), (3, 2)),
+    (2, {"downsample_factors": ((1, 4),)}, (5, 8), (5, 2)),
+    (2, {"num_channels": (4, 4, 8), "downsample_factors": (4, 2)}, (16, 8), (2, 1)),
+    (2, {"initial_downsample_factor": 2, "downsample_factors": (4,)}, (16, 32), (2, 4)),
+    (2, {"initial_downsample_factor": (1, 3), "use_convtranspose": True}, (4, 12), (2, 2)),
+    (3, {"downsample_factors": ((1, 2, 2),), "use_convtranspose": True}, (3, 4, 4), (3, 2, 2)),
+    (3, {"num_channels": (4, 4, 8), "downsample_factors": ((1, 2, 2), (2, 2, 2))}, (4, 8, 8), (2, 2, 2)),
+    (3, {"initial_downsample_factor": 2, "downsample_kernel_size": 3, "downsample_factors": (4,)}, (8, 8, 16), (1, 1, 2)),
+    (2, {"downsample_kernel_size": 3, "downsample_factors": ((1, 8),)}, (3, 16), (3, 2)),
+])
+def test_latent_grid_is_size_over_factors_and_decode_undoes_it(spatial_dims, changes, size, grid):
+    network = tiny(spatial_dims, in_channels=2, out_channels=1, **changes)
+    mu, sigma = network.encode(torch.randn(2, 2, *size))
+    assert mu.shape == sigma.shape == (2, *network.latent_shape(size)) == (2, 3, *grid)
+    assert network.decode(mu).shape == (2, 1, *size)
+
+
+@pytest.mark.parametrize("changes", [
+    {"downsample_factors": (4,)}, {"downsample_factors": ((1, 5),)}, {"initial_downsample_factor": 4},
+    {"initial_downsample_factor": (3, 2), "downsample_factors": (3,)},
+])
+def test_every_input_reaches_the_latent(changes):
+    network = tiny(num_res_blocks=0, **changes)  # no blocks: their convolutions would hide gaps between the strides
+    x = torch.randn(1, 1, *(2 * f for f in network.factors), requires_grad=True)
+    network.encode(x)[0].square().sum().backward()
+    assert (x.grad != 0).all()
+
+
+def test_fixed_kernel_of_three_leaves_gaps_at_stride_four():
+    x = torch.randn(1, 1, 8, requires_grad=True)
+    Downsample(1, 1, (4,), kernel=3)(x).sum().backward()
+    assert (x.grad == 0).flatten().tolist() == [False, False, False, True] * 2
+
+
+def test_downsample_by_two_pads_one_zero_at_the_far_end():
+    layer = Downsample(1, 1, (2,))
+    layer.conv.conv.weight.data = torch.tensor([[[1.0, 10.0, 100.0]]])
+    layer.conv.conv.bias.data.zero_()
+    assert layer(torch.tensor([[[1.0, 2, 3, 4]]])).flatten().tolist() == [321.0, 43.0]
+
+
+@pytest.mark.parametrize("factors", [(3,), (4, 2), (1, 2), (5, 1), (2, 1, 3)])
+def test_upsampled_convolution_equals_repeating_then_convolving(factors):
+    layer = UpsampledConv(len(factors), 3, 2, factors)
+    x = torch.randn(2, 3, *range(3, 3 + len(factors)))
+    torch.testing.assert_close(layer(x), layer.conv(upsample_nearest(x, factors)))
+
+
+def test_many_phases_give_the_same_shape():
+    assert UpsampledConv(2, 1, 2, (9, 8))(torch.randn(1, 1, 2, 2)).shape == (1, 2, 18, 16)
+
+
+def test_attention_is_softmax_of_scaled_products_then_projected():
+    torch.manual_seed(0)
+    layer, x = Attention(4, 2, 1e-6), torch.randn(2, 4, 3, 5)
+    tokens = F.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2).transpose(1, 2)
+    scores = layer.to_q(tokens) @ layer.to_k(tokens).transpose(1, 2) / 2
+    mixed = layer.proj_attn(scores.softmax(-1) @ layer.to_v(tokens))
+    torch.testing.assert_close(layer(x), x + mixed.transpose(1, 2).reshape(x.shape))
+
+
+def attending():
+    return tiny(attention_levels=(False, True), with_decoder_nonlocal_attn=True)
+
+
+def test_own_state_dict_loads_with_its_projection_also_from_a_file():
+    network, other, x = attending(), attending(), torch.randn(1, 1, 8, 8)
+    for p in other.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    stream = io.BytesIO()
+    torch.save(other.state_dict(), stream)
+    stream.seek(0)
+    network.load_state_dict(torch.load(stream, weights_only=True))
+    torch.testing.assert_close(network.reconstruct(x), other.reconstruct(x))
+
+
+def test_plain_dictionary_is_generative_models_whose_projection_is_the_identity():
+    network, other = attending(), attending()
+    other.load_state_dict(dict(network.state_dict()))
+    for name, value in other.state_dict().items():
+        if name.endswith("proj_attn.weight"):
+            assert value.equal(torch.eye(len(value)))
+        elif name.endswith("proj_attn.bias"):
+            assert not value.any()
+        else:
+            assert value.equal(network.state_dict()[name])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_monai_core_names_load_with_their_projection(transposed):
+    network, other = (tiny(attention_levels=True, use_convtranspose=transposed) for _ in range(2))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    core = {}
+    for name, value in network.state_dict().items():
+        for part in ("q", "k", "v"):
+            name = name.replace(f".to_{part}.", f".attn.to_{part}.")
+        name = name.replace(".proj_attn.", ".attn.out_proj.")
+        if name.startswith("decoder") and ".conv.conv." in name:
+            name = name.replace(".conv.conv.", ".deconv." if transposed else ".postconv.conv.")
+        core[name] = value
+    assert core.keys() != network.state_dict().keys()
+    other.load_state_dict(core)
+    x = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(other.reconstruct(x), network.reconstruct(x))
+
+
+def test_monai_core_without_projection_loads_as_identity():
+    layer = Attention(4, 2, 1e-6)
+    keys = {k: v for k, v in layer.state_dict().items() if "proj" not in k}
+    core = {k.replace("to_", "attn.to_"): v for k, v in keys.items()}
+    layer.load_state_dict(core)
+    assert layer.proj_attn.weight.equal(torch.eye(4)) and not layer.proj_attn.bias.any()
+
+
+def test_missing_weights_are_refused():
+    network = attending()
+    weights = OrderedDict(network.state_dict())
+    del weights["encoder.blocks.0.conv.weight"]
+    with pytest.raises(RuntimeError, match="encoder.blocks.0.conv.weight"):
+        network.load_state_dict(weights)
+
+
+def test_checkpointing_changes_neither_values_nor_gradients():
+    x, results = torch.randn(2, 1, 8, 8), []
+    for flag in (False, True):
+        network = tiny(use_checkpointing=flag, attention_levels=True)
+        out = network.reconstruct(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 10
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_forward_draws_around_the_mean_and_moments_agree_with_encode():
+    network, x = tiny(), torch.randn(1, 1, 8, 8)
+    (mean, logvar), (mu, sigma) = network.moments(x), network.encode(x)
+    torch.testing.assert_close(sigma, (0.5 * logvar).exp())
+    eps = torch.randn_like(mu)
+    torch.testing.assert_close(network.sampling(mu, sigma, eps), mu + sigma * eps)
+    torch.manual_seed(3)
+    reconstruction, *_ = network(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(reconstruction, network.decode(network.sampling(mean, sigma)))
+
+
+def test_log_variance_stays_in_its_range():
+    network = tiny()
+    network.quant_conv_log_sigma.conv.weight.data.mul_(1e6)
+    logvar = network.moments(torch.randn(1, 1, 8, 8))[1]
+    assert (logvar.min().item(), logvar.max().item()) == LOGVAR_RANGE
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_channels": (4, 7)}, "7 is no multiple of norm_num_groups 2"),
+    ({"attention_levels": (True,)}, "attention_levels .* has 1 entries; num_channels .* needs 2"),
+    ({"num_res_blocks": (1, 1, 1)}, "num_res_blocks .* has 3 entries"),
+    ({"downsample_factors": (2, 2)}, "downsample_factors .* has 2 entries; num_channels .* needs 1"),
+    ({"downsample_factors": (0,)}, "downsample_factors holds 0"),
+    ({"downsample_factors": ((2, 2, 2),)}, "3 values for 2 spatial axes"),
+    ({"initial_downsample_factor": 1.5}, "initial_downsample_factor holds 1.5"),
+    ({"downsample_kernel_size": 4}, "downsample_kernel_size is 4; it is odd"),
+])
+def test_constructor_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_size_that_the_factor_does_not_divide_is_refused_with_the_nearest_that_fit():
+    network = tiny(downsample_factors=((2, 4),))
+    with pytest.raises(ValueError, match="axis 1 has size 10, .* factor 4 .* 8 and 12 would fit.*--pad"):
+        network.encode(torch.zeros(1, 1, 4, 10))
+    with pytest.raises(ValueError, match="axis 0 has size 1, .*; 2 would fit"):
+        network.latent_shape((1, 4))
+    with pytest.raises(ValueError, match="are 3 axes, the autoencoder works on 2"):
+        network.latent_shape((4, 4, 4))
+    with pytest.raises(ValueError, match="have 3 channels, the autoencoder takes 1"):
+        network.encode(torch.zeros(1, 3, 4, 4))
+
+
+def test_config_survives_a_dictionary_and_builds_the_network_it_describes():
+    config = AutoencoderConfig(in_channels=1, num_channels=(4, 8, 8), norm_num_groups=4, downsample_factors=((1, 2), (2, 2)),
+                               initial_downsample_factor=2, attention_levels=(False, False, True))
+    again = from_dict(AutoencoderConfig, as_dict(config))
+    assert again == config
+    network = create_autoencoder(again)
+    assert network.factors == (4, 8) and network.out_channels == 1 and network.latent_shape((8, 8)) == (4, 2, 1)
+
+
+def test_config_without_channels_is_refused():
+    with pytest.raises(ValueError, match="in_channels is 0"):
+        create_autoencoder(AutoencoderConfig())
+
+
+def test_defaults_of_the_config_shrink_by_four():
+    with torch.device("meta"):
+        network = create_autoencoder(AutoencoderConfig(in_channels=1))
+    assert network.latent_shape((64, 64)) == (4, 16, 16)
+
+
+@pytest.mark.parametrize("image_range", [(-1.0, 1.0), (0.0, 1.0), (0.0, 255.0)])
+def test_image_range_has_an_inverse(image_range):
+    x = torch.tensor([0.0, 0.25, 1.0])
+    inside = to_image_range(x, image_range)
+    assert (inside[0], inside[2]) == image_range
+    torch.testing.assert_close(from_image_range(inside, image_range), x)
+
+
+@pytest.mark.parametrize("name, distance", [("l1", 2.0), ("l2", 4.0)])
+def test_losses_are_means_per_sample(name, distance):
+    config = AutoencoderLossConfig(kl_weight=0.5, recon_loss=name)
+    x, mean, logvar = torch.zeros(3, 1, 4, 4), torch.zeros(3, 2, 2, 2), torch.zeros(3, 2, 2, 2)
+    mean[1], logvar[2] = 3.0, 1.0
+    terms = autoencoder_losses(config, x, x + 2, mean, logvar)
+    kl = torch.tensor([0.0, 4.5, 0.5 * (torch.e - 2)])
+    torch.testing.assert_close(terms["recon_loss"], torch.full((3,), distance))
+    torch.testing.assert_close(terms["kl_loss"], kl)
+    torch.testing.assert_close(terms["loss"], distance + 0.5 * kl)
+
+
+def test_kl_is_that_of_torch():
+    mean, logvar = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean((1, 2, 3))
+    found = autoencoder_losses(AutoencoderLossConfig(), torch.zeros(2, 1), torch.zeros(2, 1), mean, logvar)["kl_loss"]
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,292 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.dist_util import LaunchError, Place, read_place
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(dist_util, "_settled", None)
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def started(launcher, script, restarts="0", **variables):
+    """Run a piece of Python under a launcher and return the completed process."""
+    environ = {name: value for name, value in os.environ.items() if name not in NAMES}
+    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    command = {
+        "mpiexec": [BIN / "mpiexec", "-n", "2", sys.executable, "-c", script],
+        "torchrun": [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--max_restarts", restarts,
+                     "--no_python", sys.executable, "-c", script],
+        "python": [sys.executable, "-c", script],
+    }[launcher]
+    if not Path(command[0]).exists():
+        pytest.skip(f"no {launcher} beside {sys.executable}")
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+
+
+EXCHANGE = """
+import torch
+from guided_diffusion_vae import dist_util
+def main():
+    dist_util.setup_dist()
+    rank = dist_util.rank()
+    dist_util.BUCKET_MIB = 0                                           # a bucket for every tensor
+    held = torch.full((3, 2), float(rank))
+    wide = torch.arange(24.).view(1, 2, 3, 4).to(memory_format=torch.channels_last) * (rank + 1)
+    half = torch.full((2,), 40000. * (1 - 0.5 * rank), dtype=torch.half)
+    dist_util.all_reduce_mean_([held, None, wide, half])
+    assert (held == 0.5).all() and (half == 30000).all()
+    assert torch.equal(wide, torch.arange(24.).view(1, 2, 3, 4) * 1.5)
+    weights = [torch.nn.Parameter(torch.full((2,), 5. + rank)), torch.full((2,), rank)]
+    dist_util.sync_params(weights)
+    assert (weights[0] == 5).all() and (weights[1] == 0).all()
+    assert dist_util.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert dist_util.broadcast_object(rank, source=1) == 1
+    assert dist_util.any_rank(rank == 1) and not dist_util.any_rank(False)
+    assert (dist_util.world_size(), dist_util.local_rank()) == (2, rank)
+    dist_util.barrier()
+    print("all good\\n", end="")
+dist_util.launch(main)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_two_ranks_agree_whoever_starts_them(launcher):
+    done = started(launcher, EXCHANGE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all good") == 2
+    assert "rank 1 of 2" in done.stdout and "all-reduce of 4 MiB over 2 ranks" in done.stdout
+
+
+FAILING = """
+from guided_diffusion_vae import dist_util
+def main():
+    dist_util.setup_dist()
+    if dist_util.rank() == 1:
+        raise {error}
+    dist_util.barrier()
+{call}
+"""
+
+
+@pytest.mark.parametrize("call", ["dist_util.launch(main)", "main()"])
+def test_an_exception_on_one_rank_ends_all(call):
+    done = started("mpiexec", FAILING.format(error="ValueError('--lr 0')", call=call))
+    assert done.returncode == 1
+    assert "error: rank 1: --lr 0\n" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_rank_killed_by_anothers_end_names_the_cause():
+    done = started("torchrun", FAILING.format(error="KeyError('bug')", call="dist_util.launch(main)"))
+    assert done.returncode == 1
+    assert "KeyError: 'bug'" in done.stderr
+    assert "rank 0: another rank ended" in done.stderr
+
+
+def test_torchrun_may_start_the_ranks_anew():
+    failing_once = """
+import os
+from guided_diffusion_vae import dist_util
+def main():
+    dist_util.setup_dist()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise ValueError("once")
+    print(f"sum {sum(dist_util.gather_objects(1))}\\n", end="")
+dist_util.launch(main)
+"""
+    done = started("torchrun", failing_once, restarts="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sum 2") == 2
+
+
+def test_signal_stops_all_ranks_at_the_same_step():
+    script = """
+import os, signal
+from guided_diffusion_vae import dist_util
+def main():
+    dist_util.setup_dist()
+    with dist_util.StopSignal() as stop:
+        for step in range(9):
+            if step == dist_util.rank() + 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if dist_util.any_rank(stop.received):
+                return print(f"stopped after {step}\\n", end="")
+dist_util.launch(main)
+"""
+    done = started("mpiexec", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stopped after 3") == 2
+
+
+def test_one_process_never_imports_mpi4py():
+    done = started("python", "import sys; from guided_diffusion_vae import dist_util as d; d.setup_dist(); d.barrier();"
+                             "assert 'mpi4py' not in sys.modules and not d.dist.is_initialized(); print(d.dev())")
+    assert done.returncode == 0, done.stderr
+
+
+def test_launcher_of_another_mpi_is_an_error():
+    done = started("python", "from guided_diffusion_vae import dist_util; dist_util.launch(dist_util.setup_dist)",
+                   PMI_RANK="0", PMI_SIZE="2")
+    assert done.returncode == 1
+    assert "started 2 ranks, but mpi4py" in done.stderr and "torchrun" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("environ, place", [
+    ({}, Place("none", 0, 1, 0)),
+    (dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, PMI_RANK=0, PMI_SIZE=1), Place("torchrun", 3, 4, 1)),
+    (dict(PMI_RANK=1, PMI_SIZE=2, MPI_LOCALRANKID=1), Place("MPICH", 1, 2, 1)),
+    (dict(PMI_RANK=1, PMI_SIZE=2), Place("MPICH", 1, 2, None)),
+    (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=0), Place("Open MPI", 1, 2, 0)),
+    (dict(SLURM_PROCID=5, SLURM_NTASKS=8, SLURM_LOCALID=1), Place("Slurm", 5, 8, 1)),
+    # mpiexec inside a Slurm step of one task a node; srun that speaks PMI as well; a batch script that is no task
+    (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0), Place("MPICH", 3, 4, None)),
+    (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=3, SLURM_NTASKS=4, SLURM_LOCALID=1), Place("Slurm", 3, 4, 1)),
+    (dict(SLURM_PROCID=0, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7), Place("none", 0, 1, 0)),
+    (dict(SLURM_PROCID=1, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7, SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=2),
+     Place("Slurm", 1, 2, 0)),
+])
+def test_place_is_read_from_the_launchers_variables(environ, place):
+    assert read_place({name: str(value) for name, value in environ.items()}) == place
+
+
+def test_senseless_variables_are_refused():
+    with pytest.raises(LaunchError, match="RANK=4 is not below WORLD_SIZE=4"):
+        read_place({"RANK": "4", "WORLD_SIZE": "4"})
+    with pytest.raises(LaunchError, match="WORLD_SIZE='two'"):
+        read_place({"RANK": "0", "WORLD_SIZE": "two"})
+
+
+def test_launch_reports_senseless_variables(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        dist_util.launch(dist_util.setup_dist)
+    assert capsys.readouterr().err.startswith("error: RANK=4 is not below")
+
+
+def test_torchrun_without_an_address_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        dist_util.setup_dist()
+
+
+@pytest.mark.parametrize("nodes, host", [
+    ("gpu[07-09,12],login", "gpu07"), ("a,b", "a"), ("n1", "n1"), ("r[1-2]n[3,5]", "r1n3"),
+])
+def test_first_host_of_a_slurm_node_list(nodes, host):
+    assert dist_util.first_host(nodes) == host
+
+
+def test_slurm_tasks_of_one_node_meet_on_loopback():
+    one = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_NNODES": "1", "SLURM_NODELIST": "gpu7"}
+    two = one | {"SLURM_NNODES": "2", "SLURM_NODELIST": "gpu[7-8]"}
+    assert dist_util.slurm_address(one) == ("127.0.0.1", 20193)
+    assert dist_util.slurm_address(two) == ("gpu7", 20193)
+    assert dist_util.slurm_address(two | {"MASTER_ADDR": "ib7", "MASTER_PORT": "5"}) == ("ib7", 5)
+
+
+def test_a_process_alone_gets_back_what_it_gives(capsys):
+    dist_util.setup_dist()
+    dist_util.setup_dist()
+    tensor = torch.arange(3.0)
+    dist_util.all_reduce_mean_([tensor, None])
+    dist_util.sync_params([tensor])
+    assert torch.equal(tensor, torch.arange(3.0))
+    assert dist_util.gather_objects(1) == [1] and dist_util.broadcast_object(2) == 2
+    assert dist_util.any_rank(1) is True and dist_util.any_rank(False) is False
+    assert (dist_util.rank(), dist_util.world_size(), dist_util.local_rank()) == (0, 1, 0)
+    assert capsys.readouterr().out.count("rank 0 of 1") == 1
+
+
+def test_ranks_wrap_around_the_visible_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert dist_util.dev() == torch.device("cuda", 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
+
+
+def test_buckets_hold_one_dtype_and_all_tensors(monkeypatch):
+    monkeypatch.setattr(dist_util, "BUCKET_MIB", 1)
+    tensors = [torch.zeros(size) for size in (1 << 17, 1 << 17, 1 << 19, 1)]
+    tensors.insert(1, torch.zeros(3, dtype=torch.half))
+    sizes = [[t.numel() for t in bucket] for bucket in dist_util._buckets(tensors)]
+    assert sizes == [[1 << 17, 1 << 17], [1 << 19], [1], [3]]
+
+
+@pytest.mark.parametrize("error, shown", [
+    (ValueError("--batch_size 0"), "error: --batch_size 0\n"),
+    (FileNotFoundError("x.pt is not there"), "error: x.pt is not there\n"),
+    (torch.OutOfMemoryError("1 GiB"), "error: out of GPU memory; lower --microbatch or --batch_size (1 GiB)\n"),
+])
+def test_mistakes_of_the_user_are_one_line(error, shown, capsys, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.delenv("GDVAE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        dist_util.launch(main)
+    assert stop.value.code == 1 and capsys.readouterr().err == shown
+    monkeypatch.setenv("GDVAE_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        dist_util.launch(main)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_mistakes_of_the_program_show_where(capsys):
+    with pytest.raises(SystemExit):
+        dist_util.launch(lambda: {}["x"])
+    assert "Traceback" in (shown := capsys.readouterr().err) and shown.endswith("error: 'x'\n")
+
+
+@pytest.mark.parametrize("code, status", [(0, 0), (None, None), (3, 3), ("below the threshold", 1)])
+def test_launch_keeps_the_exit_status_a_script_chose(code, status):
+    with pytest.raises(SystemExit) as stop:
+        dist_util.launch(lambda: sys.exit(code))
+    assert stop.value.code == status
+
+
+def test_a_stop_signal_is_noticed_and_the_handler_given_back():
+    former = signal.getsignal(signal.SIGUSR1)
+    with dist_util.StopSignal() as stop:
+        assert not stop.received
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received
+    assert signal.getsignal(signal.SIGUSR1) is former
+
+
+def test_load_state_dict_reads_tensors_and_nothing_else(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
+    assert torch.equal(dist_util.load_state_dict(tmp_path / "w.pt", map_location="cpu")["w"], torch.ones(2))
+    with pytest.raises(FileNotFoundError, match="not there"):
+        dist_util.load_state_dict(tmp_path / "none.pt")
+    (tmp_path / "short.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:400])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        dist_util.load_state_dict(tmp_path / "short.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        dist_util.load_state_dict(tmp_path / "empty.pt")
+    torch.save({"w": Path("x")}, tmp_path / "path.pt")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(print, protocol=2))
+    for name in ("path.pt", "evil.pt"):
+        with pytest.raises(ValueError, match="weights_only"):
+            dist_util.load_state_dict(tmp_path / name)

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion_vae import fp16_util, logger
+from guided_diffusion_vae.fp16_util import MixedPrecisionTrainer
+
+
+class Net(nn.Module):
+    """A convolution that may be cast, and a norm that stays in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.register_buffer("seen", torch.tensor([5]))
+
+    def convert_to_fp16(self):
+        self.conv.apply(fp16_util.convert_module_to_f16)
+
+    def forward(self, x):
+        return self.norm(self.conv(x.to(self.conv.weight.dtype)).float())
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path):
+    torch.manual_seed(0)
+    logger.configure(str(tmp_path), [])
+    yield
+    logger.reset()
+
+
+def loss_of(model):
+    return (model(torch.linspace(-1, 1, 32).view(1, 2, 4, 4)) ** 2 * torch.linspace(0, 1, 48).view(1, 3, 4, 4)).mean()
+
+
+def stepped(model, **options):
+    trainer = MixedPrecisionTrainer(model=model, **options)
+    opt = torch.optim.SGD(trainer.master_params, lr=0.5)
+    trainer.zero_grad()
+    trainer.backward(loss_of(model))
+    return trainer, trainer.optimize(opt)
+
+
+def test_full_precision_steps_the_models_own_parameters():
+    model = Net()
+    trainer, done = stepped(model)
+    assert done is True
+    assert all(a is b for a, b in zip(trainer.master_params, model.parameters()))
+    grads = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    logged = logger.getkvs()
+    assert logged["grad_norm"] == pytest.approx(grads.norm().item(), rel=1e-5) and logged["param_norm"] > 1
+    trainer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_logging_the_norms_reads_no_number(monkeypatch):
+    def refuse(tensor, *_):
+        raise AssertionError("a tensor was read")
+
+    model = Net()
+    trainer = MixedPrecisionTrainer(model=model, grad_clip=0.1)
+    opt = torch.optim.SGD(trainer.master_params, lr=0.1)
+    trainer.backward(loss_of(model))
+    for name in ("item", "__float__", "__bool__", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    trainer.optimize(opt)
+
+
+def test_half_precision_follows_full_precision():
+    single, half = Net(), Net()
+    half.load_state_dict(single.state_dict())
+    start = [p.detach().clone() for p in single.parameters()]
+    trainer, _ = stepped(single)
+    rounded, done = stepped(half, use_fp16=True, initial_lg_loss_scale=10.0, fp16_scale_growth=0.25)
+    assert done is True and rounded.lg_loss_scale == 10.25
+    assert half.conv.weight.dtype == torch.float16 and half.norm.weight.dtype == torch.float32
+    assert [list(p.shape) for p in rounded.master_params] == [[9], [1, 54]]
+    assert all(p.dtype == torch.float32 and p.grad is None for p in rounded.master_params)
+    state = rounded.master_params_to_state_dict(rounded.master_params)
+    assert list(state) == list(half.state_dict()) and state["seen"] == 5
+    for (name, p), before in zip(single.named_parameters(), start):
+        torch.testing.assert_close(state[name] - before, p.detach() - before, rtol=0.02, atol=2e-3)
+        held = half.get_parameter(name)
+        assert torch.equal(held, state[name].to(held.dtype))
+    assert set(logger.getkvs()) == {"grad_norm", "param_norm", "lg_loss_scale"}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_overflow_leaves_the_step_out_and_lowers_the_scale(bad):
+    model = Net()
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=True)
+    before = [p.detach().clone() for p in trainer.master_params]
+    trainer.backward(loss_of(model))
+    model.conv.weight.grad.view(-1)[3] = bad
+    assert trainer.optimize(torch.optim.SGD(trainer.master_params, lr=1.0)) is False
+    assert trainer.lg_loss_scale == 19
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.master_params))
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_state_dict_to_master_params_inverts_master_params_to_state_dict(use_fp16):
+    trainer = MixedPrecisionTrainer(model=Net(), use_fp16=use_fp16)
+    average = [torch.randn_like(p) for p in trainer.master_params]
+    back = trainer.state_dict_to_master_params(trainer.master_params_to_state_dict(average))
+    assert len(back) == len(average) and all(torch.equal(a, b) for a, b in zip(average, back))
+
+
+def test_unflatten_inverts_make_master_params():
+    model = Net()
+    groups = fp16_util.get_param_groups_and_shapes(model.named_parameters())
+    assert [dict(group).keys() for group, _ in groups] == [{"conv.bias", "norm.weight", "norm.bias"}, {"conv.weight"}]
+    for master, (group, _) in zip(fp16_util.make_master_params(groups), groups):
+        for part, (_, p) in zip(fp16_util.unflatten_master_params(group, master), group):
+            assert torch.equal(part, p)
+
+
+def test_a_parameter_without_gradient_counts_as_zero():
+    model = Net()
+    groups = fp16_util.get_param_groups_and_shapes(model.named_parameters())
+    masters = fp16_util.make_master_params(groups)
+    model.norm.bias.grad = torch.ones(3)
+    fp16_util.model_grads_to_master_grads(groups, masters)
+    assert masters[0].grad.tolist() == [0.0] * 6 + [1.0] * 3 and not masters[1].grad.any()
+    fp16_util.zero_master_grads(masters)
+    assert masters[0].grad is None
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_gradients_are_clipped_to_a_norm(use_fp16):
+    model = Net()
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, initial_lg_loss_scale=8.0, grad_clip=1e-3)
+    before = torch.cat([p.detach().clone().reshape(-1) for p in trainer.master_params])
+    trainer.backward(loss_of(model))
+    trainer.optimize(torch.optim.SGD(trainer.master_params, lr=1.0))
+    after = torch.cat([p.detach().reshape(-1) for p in trainer.master_params])
+    assert logger.getkvs()["grad_norm"] > 1e-2                          # the norm before clipping is what is logged
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_casting_touches_convolutions_alone_and_is_undone():
+    for module in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1, bias=False), nn.Conv3d(1, 1, 1), nn.Linear(1, 1)):
+        fp16_util.convert_module_to_f16(module)
+        assert module.weight.dtype == (torch.float32 if isinstance(module, nn.Linear) else torch.float16)
+        fp16_util.convert_module_to_f32(module)
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_has_overflowed(value):
+    assert fp16_util.check_overflow(value) and fp16_util.check_overflow(torch.tensor(value))
+    assert not fp16_util.check_overflow(65504.0)
+
+
+def test_a_model_that_cannot_be_cast_is_refused():
+    with pytest.raises(ValueError, match="convert_to_fp16.*Linear has.*--use_fp16 False"):
+        MixedPrecisionTrainer(model=nn.Linear(1, 1), use_fp16=True)

@@ -1,0 +1,467 @@
+import io
+import random
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion_vae import image_datasets as data
+from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder, Prefetcher, permuted
+
+
+def ramp(height, width, dtype=np.uint8, channels=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.arange(np.prod(shape)).astype(dtype).reshape(shape)
+
+
+def save(folder, name, array, **options):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path, **options)
+    return str(path)
+
+
+def folder_of(path, **fields):
+    return PictureFolder(data_dir=str(path), **{"image_size": 8, **fields})
+
+
+# The reference's interface
+
+
+def test_listing_goes_folder_by_folder_and_leaves_other_endings_out(tmp_path):
+    for name in ("b.PNG", "a/z.jpg", "a/notes.txt", "c.tif", "d.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = data._list_image_files_recursively(str(tmp_path))
+    assert [path[len(str(tmp_path)) + 1:] for path in found] == ["a/z.jpg", "b.PNG", "d.gif"]
+
+
+def test_dataset_yields_rgb_between_minus_one_and_one_with_labels(tmp_path):
+    paths = [save(tmp_path, f"{v}.png", np.full((8, 8), v, np.uint8)) for v in (0, 255, 51)]
+    pictures = data.ImageDataset(8, paths, classes=[4, 5, 6], shard=0, num_shards=2)
+    (black, first), (other, second) = pictures[0], pictures[1]
+    assert len(pictures) == 2 and black.shape == (3, 8, 8) and black.dtype == np.float32
+    assert (black == -1).all() and np.allclose(other, 51 / 127.5 - 1)
+    assert first["y"].dtype == np.int64 and (first["y"], second["y"]) == (4, 6)
+
+
+def test_random_crop_draws_side_then_top_then_left():
+    picture = Image.fromarray(ramp(40, 60))
+    random.seed(3)
+    cut = data.random_crop_arr(picture, 16)
+    after = random.random()
+    random.seed(3)
+    side = random.randrange(16, 21)
+    random.randrange(side - 16 + 1), random.randrange(round(60 * side / 40) - 16 + 1)
+    assert cut.shape == (16, 16) and random.random() == after
+
+
+def test_load_data_yields_batches_without_end_and_labels_by_prefix(tmp_path):
+    for name in ("b_1.png", "a_1.png", "b_2.png"):
+        save(tmp_path, name, np.full((8, 8), 255 * name.startswith("b"), np.uint8))
+    stream = data.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, class_cond=True, deterministic=True)
+    for _ in range(3):
+        images, extra = next(stream)
+        assert images.shape == (2, 3, 8, 8) and extra["y"].tolist() == [0, 1]
+        assert (images[0] == -1).all() and (images[1] == 1).all()
+    stream.close()
+
+
+def test_load_data_refuses_a_shard_smaller_than_a_batch(tmp_path):
+    for i in range(3):
+        save(tmp_path, f"a_{i}.png", ramp(8, 8))
+    with pytest.raises(ValueError, match="rank 1 of 2 has 1 of the 3 pictures.*--batch_size 2"):
+        data.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, shard=1, num_shards=2)
+
+
+@pytest.mark.parametrize("make", [lambda d: data.load_data(data_dir=d, batch_size=1, image_size=8), folder_of])
+def test_a_missing_or_empty_folder_is_named_with_its_flag(tmp_path, make):
+    with pytest.raises(FileNotFoundError, match="nowhere is not there; check --data_dir"):
+        make(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="holds no picture.*--data_dir"):
+        make(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="set --data_dir"):
+        make("")
+
+
+# Values are kept
+
+
+@pytest.mark.parametrize("name, array", [
+    ("grey.png", ramp(8, 8)), ("colour.png", ramp(8, 8, channels=3)), ("grey.tif", ramp(8, 8)),
+    ("deep.png", ramp(8, 8, np.uint16) * 1000), ("deep.tiff", ramp(8, 8, np.uint16) * 1000),
+    ("deep.npy", ramp(8, 8, np.uint16) * 1000), ("colour.npy", ramp(8, 8, np.uint16, 3) * 300),
+    ("big_endian.npy", (ramp(8, 8, np.uint16) * 1000).astype(">u2")),
+])
+def test_integers_keep_every_level_at_their_own_size(tmp_path, name, array):
+    save(tmp_path, name, array)
+    folder = folder_of(tmp_path)
+    top = np.iinfo(array.dtype).max
+    pixels = folder.read(0)
+    assert pixels.dtype == np.float32 and pixels.shape == folder.shape == (array.ndim == 3 and 3 or 1, 8, 8)
+    expected = array if array.ndim == 3 else array[..., None]
+    assert (np.round(np.moveaxis(pixels, 0, -1).astype(np.float64) * top) == expected).all()
+
+
+def test_signed_integers_span_their_own_range(tmp_path):
+    save(tmp_path, "a.npy", np.full((8, 8), -32768, np.int16))
+    assert (folder_of(tmp_path).read(0) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.tif"])
+def test_float_files_need_a_range_and_keep_to_it(tmp_path, name):
+    save(tmp_path, name, np.linspace(-60, 10, 64, dtype=np.float32).reshape(8, 8))
+    with pytest.raises(ValueError, match=f"{name} holds float32 values; give --value_range"):
+        folder_of(tmp_path)
+    pixels = folder_of(tmp_path, value_range="-60,10").read(0)
+    assert pixels[0, 0, 0] == 0 and pixels[0, -1, -1] == 1 and np.allclose(np.diff(pixels.ravel()), 1 / 63, atol=1e-6)
+    with pytest.raises(ValueError, match=f"{name}: values from -60 to 10 leave --value_range -60,0; widen it"):
+        folder_of(tmp_path, value_range="-60,0").read(0)
+
+
+def test_a_stated_range_holds_for_integers_too(tmp_path):
+    save(tmp_path, "a.png", np.full((8, 8), 1000, np.uint16))
+    assert np.allclose(folder_of(tmp_path, value_range="0,4000").read(0), 0.25)
+    with pytest.raises(ValueError, match="values from 1000 to 1000 leave"):
+        folder_of(tmp_path, value_range="0,999").read(0)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    save(tmp_path, "a.npy", np.array([[0, np.nan], [np.inf, 1]]).repeat(4, 0).repeat(4, 1))
+    with pytest.raises(ValueError, match="a.npy: 32 of 64 values are not finite"):
+        folder_of(tmp_path, value_range="0,1").read(0)
+
+
+def test_complex_arrays_become_decibels_below_their_maximum(tmp_path):
+    levels = np.array([0, -10, -20, -40, -41, -300.0])
+    path = save(tmp_path, "a.npy", 7 * 10 ** (levels / 20) * np.exp(1j * np.arange(6))[None])
+    unit = data.read_array(path, dynamic_range_db=40)
+    assert np.allclose(unit, [[[1, 0.75, 0.5, 0, 0, 0]]], atol=1e-6) and unit.dtype == np.float32
+
+
+def test_a_fixed_reference_keeps_levels_comparable_and_refuses_what_is_above(tmp_path):
+    path = save(tmp_path, "a.npy", np.array([[1, 0.1j]]))
+    assert np.allclose(data.read_array(path, dynamic_range_db=40, reference_db=20), [[[0.5, 0]]])
+    with pytest.raises(ValueError, match=r"a.npy: its maximum, 0.00 dB, is above --reference_db -3"):
+        data.read_array(path, dynamic_range_db=40, reference_db=-3)
+
+
+def test_complex_files_need_a_dynamic_range_and_some_signal(tmp_path):
+    path = save(tmp_path, "a.npy", np.zeros((8, 8), np.complex64))
+    with pytest.raises(ValueError, match="a.npy is complex; give --dynamic_range_db"):
+        folder_of(tmp_path)
+    with pytest.raises(ValueError, match="all values are 0"):
+        data.read_array(path, dynamic_range_db=40)
+
+
+def test_channels_may_stand_first_or_last_in_an_array(tmp_path):
+    array = ramp(8, 8, channels=3)
+    save(tmp_path, "a.npy", array)
+    save(tmp_path, "b.npy", np.moveaxis(array, -1, 0))
+    first, second = folder_of(tmp_path).batch([0, 1])
+    assert (first == second).all()
+    save(tmp_path, "c.npy", ramp(8, 8, channels=5))
+    with pytest.raises(ValueError, match=r"c.npy: cannot be read \(its shape \(8, 8, 5\)"):
+        folder_of(tmp_path)
+
+
+def test_palettes_become_colours_and_opaque_alpha_is_dropped(tmp_path):
+    colours = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8).repeat(8, 0).repeat(4, 1)
+    Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.gif")
+    save(tmp_path, "b.png", np.dstack([colours, np.full((8, 8), 255, np.uint8)]))
+    first, second = folder_of(tmp_path).batch([0, 1])
+    assert torch.equal(first, second) and torch.equal(first[:, 0, 0], torch.tensor([1.0, 0, 0]))
+
+
+def test_transparency_is_refused_by_name(tmp_path):
+    save(tmp_path, "a.png", np.full((8, 8, 4), 128, np.uint8))
+    with pytest.raises(ValueError, match="a.png: cannot be read .*transparent in places .alpha down to 128.*flatten"):
+        folder_of(tmp_path).read(0)
+
+
+def test_sixteen_bit_colour_is_refused_rather_than_reduced(tmp_path):
+    # Pillow cannot write such a file, so it is put together here: 16 bits, colour type 2.
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\0" + bytes(8 * 6) for _ in range(8))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="a.png: cannot be read .it has 16 bits a channel in colour"):
+        folder_of(tmp_path)
+
+
+def test_several_pages_are_refused(tmp_path):
+    page = Image.fromarray(ramp(8, 8))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page, page])
+    with pytest.raises(ValueError, match="a.tif: cannot be read .it has 3 pages"):
+        folder_of(tmp_path)
+
+
+def test_mixed_channels_are_refused_naming_one_of_each_and_converted_when_asked(tmp_path):
+    save(tmp_path, "a.png", np.full((8, 8), 100, np.uint8))
+    save(tmp_path, "b.png", np.full((8, 8, 3), (0, 255, 0), np.uint8))
+    with pytest.raises(ValueError, match="a.png is grey and .*b.png is in colour; give --image_channels 1 or"):
+        folder_of(tmp_path)
+    assert torch.allclose(folder_of(tmp_path, image_channels=3).batch([0])[0], torch.tensor(100 / 255))
+    assert np.allclose(folder_of(tmp_path, image_channels=1).read(1), 150 / 255)
+    save(tmp_path, "c.npy", np.broadcast_to(np.float32([0, 1, 0]), (8, 8, 3)))
+    assert np.allclose(folder_of(tmp_path, image_channels=1, value_range="0,1").read(2), 0.587)
+
+
+# Sizes
+
+
+def test_a_picture_of_the_size_is_not_touched_and_a_larger_one_is_cropped_as_in_the_reference(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 50), np.uint8)
+    save(tmp_path, "a.png", pixels)
+    assert (folder_of(tmp_path, image_size="37x50").read(0)[0] == pixels / np.float32(255)).all()
+    expected = data.center_crop_arr(Image.fromarray(pixels), 8)
+    assert (folder_of(tmp_path).read(0)[0] == expected / np.float32(255)).all()
+
+
+def test_float_and_16_bit_pictures_shrink_like_8_bit_ones_without_rounding(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 50), np.uint8)
+    save(tmp_path, "a.png", pixels)
+    save(tmp_path, "b.npy", pixels.astype(np.uint16) * 257)
+    folder = folder_of(tmp_path, image_size="8x12")
+    eight, deep = folder.batch([0, 1])
+    assert folder.shape == (1, 8, 12) and not torch.equal(eight, deep) and (eight - deep).abs().max() < 3 / 255
+
+
+def test_squeezing_keeps_the_whole_picture(tmp_path):
+    save(tmp_path, "a.png", np.repeat(np.array([[0, 255]], np.uint8), 32, 1).repeat(8, 0))
+    pixels = folder_of(tmp_path, crop="none").read(0)[0]
+    assert (pixels[:, 0] < 0.01).all() and (pixels[:, -1] > 0.99).all()
+
+
+def test_random_crops_come_from_the_generator_and_never_enlarge(tmp_path):
+    save(tmp_path, "a.png", ramp(9, 40))
+    folder = folder_of(tmp_path, crop="random")
+    cuts = [folder.read(0, np.random.default_rng(i)) for i in (0, 0, 1)]
+    assert (cuts[0] == cuts[1]).all() and not (cuts[0] == cuts[2]).all() and cuts[0].shape == (1, 8, 8)
+
+
+def test_a_picture_smaller_than_asked_is_refused_with_its_size(tmp_path):
+    save(tmp_path, "a.png", ramp(8, 16))
+    save(tmp_path, "b.png", ramp(8, 7))
+    with pytest.raises(ValueError, match="b.png is 8x7 .height x width., smaller than --image_size 8x8, as 1 of 2"):
+        folder_of(tmp_path)
+
+
+def test_padding_reaches_the_next_multiple_and_is_undone(tmp_path):
+    save(tmp_path, "a.png", ramp(9, 10))
+    folder = folder_of(tmp_path, image_size="9x10", pad=True, multiple=(4, 8))
+    images = folder.batch([0])
+    assert folder.shape == (1, 12, 16) and images.shape[1:] == folder.shape
+    assert (images[0, 0, 9:, :10] == images[0, 0, 8, :10]).all()
+    expected = folder_of(tmp_path, image_size="9x10").batch([0])
+    assert torch.equal(data.unpad(images, folder.unpadded_shape), expected)
+    assert folder_of(tmp_path, image_size="9x10", multiple=4).shape == (1, 9, 10)
+
+
+@pytest.mark.parametrize("text, size", [(64, (64, 64)), ("64", (64, 64)), ("64x128", (64, 128)), ("9X10", (9, 10))])
+def test_sizes_are_one_number_or_height_by_width(text, size):
+    assert data.parse_size(text) == size
+
+
+@pytest.mark.parametrize("parse, text, match", [
+    (data.parse_size, "64x", "--image_size 64x is not a size"), (data.parse_size, "0", "not a size"),
+    (data.parse_size, "1x2x3", "not a size"), (data.parse_range, "1", "not two numbers"),
+    (data.parse_range, "2,1", "must be below"), (data.parse_range, "0,nan", "must be below"),
+])
+def test_sizes_and_ranges_that_make_no_sense_are_refused(parse, text, match):
+    with pytest.raises(ValueError, match=match):
+        parse(text)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.npy", "a.tif", "a.gif"])
+def test_a_truncated_file_is_named(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    path = tmp_path / name
+    save(tmp_path, name, pixels)
+    path.write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        folder_of(tmp_path).read(0)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        folder_of(tmp_path)
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[{}] * 8] * 8))
+    with pytest.raises(ValueError, match="a.npy"):
+        folder_of(tmp_path, value_range="0,1").read(0)
+
+
+# Classes
+
+
+def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
+    for name in ("flat/b_1.png", "flat/a_1_x.png", "deep/tap/1.png", "deep/slide/x/1.png", "none/a_1.png", "none/1.png"):
+        save(tmp_path, name, ramp(8, 8))
+    flat, deep, none = (folder_of(tmp_path / name) for name in ("flat", "deep", "none"))
+    assert flat.class_names == ["a", "b"] and flat.labels.tolist() == [0, 1] and flat.names == ["a_1_x.png", "b_1.png"]
+    assert deep.class_names == ["slide", "tap"] and deep.names == ["slide/x/1.png", "tap/1.png"]
+    assert none.class_names is None and none.labels is None
+    with pytest.raises(ValueError, match="--class_cond True needs classes"):
+        data.picture_batches(none, BatchPlan(2, 1), with_labels=True)
+
+
+def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
+    for name in ("train/a_1.png", "val/a_2.png"):
+        save(tmp_path, name, ramp(8, 8))
+    with pytest.raises(ValueError, match="holds train, val: parts of a data set, not classes"):
+        folder_of(tmp_path)
+
+
+def test_hidden_and_foreign_files_are_counted_not_read(tmp_path):
+    save(tmp_path, "a_1.png", ramp(8, 8))
+    (tmp_path / ".a_2.png").write_bytes(b"half written")
+    (tmp_path / "notes.txt").write_text("")
+    folder = folder_of(tmp_path)
+    assert len(folder) == 1 and folder.ignored == 2 and "2 other files ignored" in folder.summary()
+
+
+def test_the_fingerprint_changes_with_the_files(tmp_path):
+    save(tmp_path, "a_1.png", ramp(8, 8))
+    before = folder_of(tmp_path).fingerprint
+    assert folder_of(tmp_path).fingerprint == before
+    save(tmp_path, "a_2.png", ramp(8, 8))
+    assert folder_of(tmp_path).fingerprint != before
+
+
+def test_an_archive_gives_pictures_and_labels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8)
+    path = str(tmp_path / "set.npz")
+    np.savez(path, images=images, labels=np.array([0, 2, 2, 1, 0], np.int32))
+    folder = PictureFolder(data_dir=path, image_size=8)
+    assert folder.shape == (1, 8, 8) and folder.class_names == ["0", "1", "2"] and folder.labels.dtype == np.int64
+    assert torch.equal(folder.batch([3, 1])[:, 0], torch.from_numpy(images[[3, 1]] / np.float32(255)))
+    with pytest.raises(FileNotFoundError, match="give the .npz file itself"):
+        folder_of(tmp_path)
+
+
+@pytest.mark.parametrize("arrays, match", [
+    ({"x": np.zeros(3)}, "wanted 'images'"), ({"images": np.zeros((2, 8, 8, 2), np.uint8)}, "wanted 'images'"),
+    ({"images": np.zeros((2, 8, 8), np.uint8), "labels": np.zeros(3, int)}, "'labels' must be 2 integers"),
+    ({"images": np.zeros((2, 8, 8), np.uint8), "labels": -np.ones(2, int)}, "'labels' must be 2 integers"),
+])
+def test_a_foreign_archive_is_refused(tmp_path, arrays, match):
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(ValueError, match=match):
+        PictureFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    (tmp_path / "set.npz").write_bytes(buffer.getvalue()[:-30])
+    with pytest.raises(ValueError, match="set.npz: cannot be read"):
+        PictureFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
+
+
+# Plans and streams
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 64, 1000])
+def test_the_permutation_is_one(count):
+    images = [permuted(np.arange(count), count, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(image.tolist()) == list(range(count)) for image in images)
+    if count > 16:
+        assert all((a != b).any() for a, b in zip(images, images[1:]))
+
+
+def test_the_permutation_spreads_like_chance():
+    # Mean and lag-one correlation of a permutation of 4096 stay within 5 standard errors of chance.
+    image = permuted(np.arange(4096), 4096, 7, 3) / 4095 - 0.5
+    assert abs(image[:1024].mean()) < 5 * 0.289 / 32 and abs(np.corrcoef(image[1:], image[:-1])[0, 1]) < 5 / 64
+
+
+def test_a_plan_needs_no_table():
+    start = time.monotonic()
+    plan = BatchPlan(10**9, 8, seed=1)
+    assert plan.indices(10**7).max() < 10**9 and time.monotonic() - start < 0.5
+
+
+def test_every_epoch_meets_every_item_once_and_orders_differ():
+    plan = BatchPlan(10, 4, seed=2)
+    stream = np.concatenate([plan.indices(step) for step in range(5)])
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and (stream[:10] != stream[10:]).any()
+    assert stream.dtype == np.int64
+
+
+def test_two_ranks_share_what_one_rank_would_see():
+    whole = BatchPlan(11, 6, seed=5)
+    parts = [BatchPlan(11, 3, rank, 2, seed=5) for rank in range(2)]
+    for step in range(7):
+        assert (np.concatenate([part.indices(step) for part in parts]) == whole.indices(step)).all()
+        assert (np.concatenate([part.coins(step) for part in parts]) == whole.coins(step)).all()
+    assert [list(part.slots) for part in parts] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_plan_without_shuffle_counts_up():
+    assert BatchPlan(5, 3, shuffle=False).indices(1).tolist() == [3, 4, 0]
+
+
+def test_coins_are_fair():
+    heads = np.mean([BatchPlan(64, 64).coins(step) for step in range(50)])
+    assert abs(heads - 0.5) < 5 * 0.5 / np.sqrt(3200)
+
+
+def test_too_few_items_for_a_step_are_refused_with_numbers():
+    with pytest.raises(ValueError, match="7 items are fewer than one step takes: --batch_size 4 on 2 ranks is 8"):
+        BatchPlan(7, 4, num_ranks=2)
+
+
+def test_the_prefetcher_hands_out_steps_in_order_and_waits_for_room():
+    made = []
+    ahead = Prefetcher(lambda step: made.append(step) or step, start_step=3, depth=2)
+    assert [ahead.next() for _ in range(4)] == [3, 4, 5, 6]
+    time.sleep(0.05)
+    ahead.close()
+    assert made == list(range(3, 3 + len(made))) and len(made) <= 6 and not ahead._thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        ahead.next()
+
+
+def test_an_error_in_the_background_is_raised_in_front():
+    def make(step):
+        if step == 1:
+            raise ValueError("broken.png: cannot be read")
+        return step
+
+    ahead = Prefetcher(make)
+    assert ahead.next() == 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="broken.png"):
+            ahead.next()
+    ahead.close()
+
+
+def test_a_picture_stream_seeks_to_the_bits_of_an_unbroken_run(tmp_path):
+    for i in range(5):
+        save(tmp_path, f"{'ab'[i % 2]}_{i}.png", np.random.default_rng(i).integers(0, 256, (20, 24), np.uint8))
+    folder = folder_of(tmp_path, crop="random", random_flip=True)
+    stream = data.picture_batches(folder, BatchPlan(5, 2, seed=9), with_labels=True)
+    unbroken = [next(stream) for _ in range(6)]
+    stream.seek(2)
+    for images, extra in unbroken[2:4]:
+        again, labels = next(stream)
+        assert torch.equal(images, again) and torch.equal(extra["y"], labels["y"]) and labels["y"].dtype == torch.int64
+    stream.close()
+    assert stream.step == 4 and torch.equal(next(stream)[0], unbroken[4][0])
+    stream.close()
+
+
+def test_flips_mirror_the_last_axis(tmp_path):
+    save(tmp_path, "a.png", ramp(8, 8))
+    plain, mirrored = folder_of(tmp_path).batch([0, 0], flips=[False, True])
+    assert torch.equal(plain.flip(-1), mirrored)

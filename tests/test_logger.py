@@ -1,0 +1,282 @@
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion_vae import logger
+from guided_diffusion_vae.logger import CSVOutputFormat, JSONOutputFormat, Logger, TensorBoardOutputFormat
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch, tmp_path):
+    for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield
+    logger.reset()
+
+
+def rows_of(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_means_and_values_are_kept_until_the_dump():
+    logger.configure("run", [])
+    for value in (1, 2, 6):
+        logger.logkv_mean("loss", value)
+    logger.logkv("step", 1)
+    logger.logkvs({"step": 7, "name": "x"})
+    assert logger.getkvs() == {"loss": 3.0, "step": 7, "name": "x"}
+    assert logger.dumpkvs() == {"loss": 3.0, "step": 7, "name": "x"}
+    assert logger.getkvs() == {} and logger.dumpkvs() == {}
+
+
+def test_tensors_are_averaged_in_float32_without_being_read():
+    logger.configure("run", [])
+    held = torch.tensor(1.0, requires_grad=True)
+    logger.logkv_mean("loss", held * 2)
+    logger.logkv_mean("loss", torch.tensor([4.0], dtype=torch.bfloat16))
+    logger.logkv_mean("loss", 6.0)
+    # a tensor on the meta device has no values: reading it would fail
+    logger.logkv_mean("unread", torch.ones((), device="meta"))
+    logger.logkv_mean("unread", torch.ones((), device="meta"))
+    del logger.get_current()._held["unread"]
+    assert logger.dumpkvs() == {"loss": 4.0}
+
+
+def test_means_are_weighted_and_a_name_without_weight_is_left_out():
+    logger.configure("run", [])
+    for value, weight in ((1.0, 3), (9.0, 0), (5.0, 1)):
+        logger.logkv_mean("plain", value, weight=weight)
+        logger.logkv_mean("tensor", torch.tensor(value), weight=torch.tensor(float(weight)))
+        logger.logkv_mean("nothing", value, weight=torch.tensor(0.0))
+    assert logger.dumpkvs() == {"plain": 2.0, "tensor": 2.0}
+
+
+def test_a_value_that_was_set_starts_no_mean():
+    logger.configure("run", [])
+    logger.logkv("loss", 100.0)
+    logger.logkv_mean("loss", 1.0)
+    logger.logkv_mean("loss", 2.0)
+    assert logger.getkvs() == {"loss": 1.5}
+
+
+def test_a_logged_tensor_may_change_afterwards():
+    logger.configure("run", [])
+    loss = torch.tensor(2.0)
+    logger.logkv("a", loss)
+    logger.logkv_mean("b", loss)
+    loss.zero_()
+    assert logger.getkvs() == {"a": 2.0, "b": 2.0}
+
+
+def test_tensors_of_several_elements_are_refused():
+    with pytest.raises(ValueError, match=r"'loss' was logged as a tensor of shape \[2\].*mean\(\)"):
+        logger.logkv_mean("loss", torch.zeros(2))
+
+
+def test_columns_may_turn_up_later(tmp_path):
+    out = CSVOutputFormat(tmp_path / "progress.csv")
+    out.writekvs({"step": 1, "loss": 0.5})
+    out.writekvs({"step": 2, "loss": np.float32(0.25), "grad, norm": 3.0})
+    out.writekvs({"grad, norm": 4.0})
+    out.close()
+    assert (tmp_path / "progress.csv").read_text() == 'loss,step,"grad, norm"\n0.5,1,\n0.25,2,3.0\n,,4.0\n'
+    assert os.listdir(tmp_path) == ["progress.csv"]
+
+
+@pytest.mark.parametrize("kind, name", [(CSVOutputFormat, "p.csv"), (JSONOutputFormat, "p.json")])
+def test_rows_are_on_disk_at_once(tmp_path, kind, name):
+    out = kind(tmp_path / name)
+    for step in range(3):
+        out.writekvs({"step": step})
+        assert (tmp_path / name).read_text().count("\n") == step + 1 + (kind is CSVOutputFormat)
+    out.close()
+
+
+def test_a_resumed_table_has_every_step_once(tmp_path):
+    path = tmp_path / "progress.csv"
+    path.write_text("step,loss\n10,0.5\n20,0.4\n30,0.3\n40,0.")          # killed while it wrote step 40
+    out = CSVOutputFormat(path, resume_step=20)
+    out.writekvs({"step": 30, "loss": 0.35, "extra": 1})
+    out.close()
+    assert path.read_text() == "step,loss,extra\n10,0.5,\n20,0.4,\n30,0.35,1\n"
+    path = tmp_path / "progress.json"
+    path.write_text('{"step": 10}\n{"step": 20}\n{"step": 30}\n{"st')
+    out = JSONOutputFormat(path, resume_step=20)
+    out.writekvs({"step": 30, "loss": np.float64(1)})
+    out.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 10}, {"step": 20}, {"step": 30, "loss": 1.0}]
+
+
+def test_resuming_without_a_table_starts_one_and_a_new_run_starts_anew(tmp_path):
+    path = tmp_path / "progress.csv"
+    for resume_step, step in ((5, 6), (None, 1)):
+        out = CSVOutputFormat(path, resume_step=resume_step)
+        out.writekvs({"step": step})
+        out.close()
+        assert path.read_text() == f"step\n{step}\n"
+
+
+def test_configure_writes_the_reference_files(capsys):
+    logger.configure("run", ["stdout", "log", "csv", "json"])
+    logger.logkv("step", 123456)
+    logger.logkv("Loss", 0.123456)
+    logger.dumpkvs()
+    logger.info("hello", 3)
+    assert sorted(os.listdir("run")) == ["log.txt", "progress.csv", "progress.json"]
+    text = Path("run/log.txt").read_text()
+    assert re.search(r"\| Loss +\| 0\.1235 +\|\n\| step +\| 123456 +\|", text) and "hello 3\n" in text
+    assert capsys.readouterr().out == text
+    assert rows_of("run/progress.csv") == [{"Loss": "0.123456", "step": "123456"}]
+
+
+def test_resuming_keeps_the_log(tmp_path):
+    for _ in range(2):
+        logger.configure("run", ["log"], resume_step=3)
+    assert Path("run/log.txt").read_text().count("Logging to run") == 2
+
+
+def test_environment_names_folder_and_formats(monkeypatch):
+    monkeypatch.setenv("OPENAI_LOGDIR", "from_env")
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "json")
+    logger.configure()
+    assert logger.get_dir() == "from_env" and os.listdir("from_env") == ["progress.json"]
+
+
+def test_default_folder_is_visible_and_never_shared(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scripts/image_train.py"])
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout")
+    folders = []
+    for _ in range(3):
+        logger.configure()
+        folders.append(logger.get_dir())
+        assert re.fullmatch(r"runs/image_train-\d{4}(-\d\d){5}(-\d)?", folders[-1])
+    assert len(set(folders)) == 3 and sorted(os.listdir("runs")) == sorted(f[5:] for f in folders)
+    assert capsys.readouterr().out.startswith("Logging to runs/image_train-")
+
+
+def test_before_configure_nothing_is_written_to_disk(capsys):
+    logger.reset()
+    logger.log("hello")
+    logger.logkv("loss", 1.0)
+    logger.dumpkvs()
+    assert "hello" in (shown := capsys.readouterr().out) and "loss" in shown
+    assert logger.get_dir() is None and os.listdir() == []
+
+
+def test_levels_hide_messages(capsys):
+    logger.configure("run", ["stdout"])
+    logger.debug("no")
+    logger.set_level(logger.WARN)
+    logger.info("no")
+    logger.warn("yes")
+    logger.error("yes")
+    logger.set_level(logger.DISABLED)
+    logger.error("no")
+    logger.logkv("no", 1)
+    logger.dumpkvs()
+    assert capsys.readouterr().out == "Logging to run\nyes\nyes\n"
+
+
+def test_scoped_configure_gives_the_outer_logger_back():
+    logger.configure("outer", ["csv"])
+    logger.logkv("loss", 1)
+    with logger.scoped_configure("inner", ["csv"]):
+        logger.logkv("loss", 2)
+        logger.dumpkvs()
+    assert logger.get_dir() == "outer" and logger.getkvs() == {"loss": 1}
+    logger.dumpkvs()
+    assert rows_of("inner/progress.csv") == [{"loss": "2"}] and rows_of("outer/progress.csv") == [{"loss": "1"}]
+
+
+def test_profiled_seconds_add_up():
+    logger.configure("run", [])
+
+    @logger.profile("work")
+    def work(value):
+        return value + 1
+
+    assert work(1) == 2
+    once = logger.getkvs()["wait_work"]
+    with logger.profile_kv("work"):
+        pass
+    assert logger.getkvs()["wait_work"] > once > 0
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(ValueError, match="'cvs' is none of stdout, log, json, csv, tensorboard"):
+        logger.configure("run", ["cvs"])
+
+
+def test_tensorboard_shows_numbers_at_their_step(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = TensorBoardOutputFormat(str(tmp_path))
+    out.writekvs({"step": 40, "loss": 0.5, "name": "x"})
+    out.close()
+    out = TensorBoardOutputFormat(str(tmp_path), resume_step=30)        # step 40 is written again
+    out.writekvs({"step": 40, "loss": 0.25})
+    out.close()
+    read = events.EventAccumulator(str(tmp_path)).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["loss", "step"]
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(40, 0.25)]
+
+
+def test_other_ranks_write_a_log_of_their_own(monkeypatch):
+    monkeypatch.setattr(logger.dist_util, "rank", lambda: 2)
+    logger.configure("run", ["stdout", "log", "csv"], log_suffix="-a")
+    assert os.listdir("run") == ["log-a-rank002.txt"]
+
+
+def test_ranks_that_have_not_met_need_a_folder(monkeypatch):
+    monkeypatch.setattr(logger.dist_util, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="setup_dist"):
+        logger.configure()
+
+
+def test_values_of_ranks_are_weighted_too(monkeypatch):
+    theirs = {"loss": (6.0, 1), "only": (5.0, 2), "step": (7, 1), "name": ("y", 1)}
+    monkeypatch.setattr(logger.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(logger.dist_util, "gather_objects", lambda item: [item, theirs])
+    for comm, loss in ((None, 3.0), (False, 2.0)):
+        mine = Logger("run", [], comm)
+        for value in (1.0, 2.0, 3.0):
+            mine.logkv_mean("loss", value)
+        mine.logkv("step", 7)
+        mine.logkv("name", "x")
+        assert mine.dumpkvs() == {"loss": loss, "step": 7, "name": "x"} | ({"only": 5.0} if comm is None else {})
+
+
+def test_two_ranks_share_folder_and_means(tmp_path):
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if not mpiexec.exists():
+        pytest.skip("no mpiexec beside the interpreter")
+    script = """
+import torch
+from guided_diffusion_vae import dist_util, logger
+def main():
+    dist_util.setup_dist()
+    logger.configure()
+    logger.logkv_mean("loss", torch.tensor(1.0 + dist_util.rank()))
+    logger.logkv("step", 4)
+    assert logger.dumpkvs() == {"loss": 1.5, "step": 4}
+dist_util.launch(main)
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "log,csv"}
+    done = subprocess.run([mpiexec, "-n", "2", sys.executable, "-c", script], env=environ, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    folder, = (tmp_path / "runs").iterdir()
+    assert sorted(os.listdir(folder)) == ["log-rank001.txt", "log.txt", "progress.csv"]
+    assert rows_of(folder / "progress.csv") == [{"loss": "1.5", "step": "4"}]

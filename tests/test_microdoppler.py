@@ -1,0 +1,302 @@
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guided_diffusion_vae import microdoppler
+from guided_diffusion_vae.microdoppler import MicrodopplerConfig
+
+CONFIG = MicrodopplerConfig()
+CW = MicrodopplerConfig(waveform="cw")
+TINY = MicrodopplerConfig(classes="tapin,still", num_train=2, num_val=1, image_size="32", window_ms=32.0,
+                          duration_s=1.024)
+
+
+def with_(config=CONFIG, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+def seconds(config):
+    return np.arange(microdoppler.sampling(config)[2]) / config.prf_hz
+
+
+def span(config):
+    return microdoppler.sampling(config)[2] / config.prf_hz
+
+
+def away(motion, config=CONFIG, seed=0):
+    return microdoppler.MOTIONS[motion][0](seconds(config), span(config), np.random.default_rng(seed), config)
+
+
+def pictures(motion, count, config=CONFIG):
+    return np.stack([microdoppler.simulate(motion, "train", i, config) for i in range(count)]) / 255
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- physics ----
+
+
+@pytest.mark.parametrize("waveform", ["cw", "fmcw"])
+@pytest.mark.parametrize("image_size", ["64", "128", "81x40"])
+@pytest.mark.parametrize("speed", [-0.9, -0.1, 0.0, 0.35, 1.1])
+def test_a_constant_speed_stands_in_the_row_of_twice_the_speed_over_the_wavelength(waveform, image_size, speed):
+    config = with_(waveform=waveform, image_size=image_size, fast_samples=128, gate_max_m=4.7)
+    rows = int(image_size.split("x")[0])
+    ranges = (2.2 + speed * seconds(config))[None]                          # away from the sensor where speed > 0
+    picture = microdoppler.spectrogram_db(microdoppler.receive(ranges, np.ones(1), config), config)
+    expected = (rows - 1) // 2 - 2 * speed / microdoppler.wavelength_m(config) * rows / config.prf_hz
+    assert picture.shape == (rows, int(image_size.split("x")[-1]))
+    assert np.abs(picture.argmax(axis=0) - expected).max() <= 0.6
+
+
+@pytest.mark.parametrize("waveform", ["cw", "fmcw"])
+def test_noise_alone_lies_at_zero_db_and_a_tone_at_its_level(waveform):
+    config = with_(waveform=waveform)
+    window, _, samples = microdoppler.sampling(config)
+    bins = 1 if waveform == "cw" else len(microdoppler.range_gate(config))
+    noise = microdoppler.receive(np.zeros((1, samples)), np.zeros(1), config, np.random.default_rng(0))
+    assert noise.shape == (bins, samples)
+    assert np.mean(10 ** (microdoppler.spectrogram_db(noise, config) / 10)) == pytest.approx(1, rel=0.05)
+    amplitude = np.sqrt(10 ** (25 / 10) * bins * 1.5 / window)
+    tone = microdoppler.receive(np.full((1, samples), 0.35), np.array([amplitude]), config)
+    assert microdoppler.spectrogram_db(tone, config)[31] == pytest.approx(25, abs=0.1)
+
+
+def test_an_fmcw_echo_stands_in_the_bin_of_its_range_and_outside_the_gate_nowhere():
+    config = with_(gate_min_m=0.0, gate_max_m=1.2)
+    bin_m = microdoppler.SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
+    profile = np.abs(microdoppler.receive(np.full((1, 3), 10 * bin_m), np.ones(1), config))
+    assert profile.shape == (32, 3) and (profile.argmax(axis=0) == 10).all()
+    gated = with_(gate_min_m=0.1, gate_max_m=0.2)
+    assert np.abs(microdoppler.receive(np.full((1, 3), 0.8), np.ones(1), gated)).max() < 0.02
+
+
+@pytest.mark.parametrize("motion", microdoppler.MOTIONS)
+def test_no_motion_is_faster_than_the_highest_speed(motion):
+    fastest = max(np.abs(np.diff(away(motion, seed=seed))).max() * CONFIG.prf_hz for seed in range(50))
+    assert fastest <= CONFIG.speed_max_mps * (1 + 1e-6)
+    assert motion == "still" or fastest > CONFIG.speed_min_mps
+
+
+@pytest.mark.parametrize("motion, first, then", [("push", -1, 0), ("pull", 1, 0), ("tapin", -1, 1), ("tapout", 1, -1)])
+def test_the_signature_of_a_stroke_lies_on_its_side_of_zero_doppler(motion, first, then):
+    speed = np.diff(away(motion))
+    moving = np.sign(speed[np.abs(speed) > np.abs(speed).max() / 10])
+    assert moving[0] == first and moving[-1] == (then or first)
+    mean = pictures(motion, 12).mean(axis=0)
+    above, below = mean[8:28].sum(), mean[35:55].sum()
+    low, high = {"pull": (1.3, 99), "push": (0.01, 0.75)}.get(motion, (0.8, 1.25))
+    assert low < above / below < high
+
+
+def test_taps_come_back_and_push_does_not():
+    for motion in ("tapin", "tapout"):
+        assert away(motion)[-1] == pytest.approx(away(motion)[0], abs=1e-9)
+    assert away("push")[-1] < -0.02
+
+
+# ---- the mirror pair ----
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tapout_has_the_velocity_of_tapin_in_reversed_time(seed):
+    there, back = np.diff(away("tapin", seed=seed)), np.diff(away("tapout", seed=seed))
+    # v'(t) = v(T - t): interval k of one is interval N - 1 - k of the other; the first one reaches to T itself.
+    np.testing.assert_allclose(back[1:], there[:0:-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [CW, with_(fast_samples=64, gate_max_m=1.2)], ids=["cw", "fmcw"])
+def test_the_same_scatterers_give_tapin_and_the_time_flipped_picture_as_tapout(config):
+    rest, depth = 0.4, np.array([[-0.011], [0.004], [0.02]])
+    if config.waveform == "fmcw":                       # the middle of the range bins: turned round, bins stay bins
+        rest = 11 * microdoppler.SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
+        config = with_(config, gate_min_m=0.0, gate_max_m=2 * rest + 1e-9)
+    lever, amplitudes = np.array([[1.0], [0.8], [0.5]]), np.array([1.0, 0.7, 1.3])
+    tapin = rest + depth + lever * away("tapin", config)
+    tapout = rest - depth + lever * away("tapout", config)      # the hand turned round: front scatterers go to the back
+    echoes = [microdoppler.receive(ranges, amplitudes, config) for ranges in (tapin, tapout)]
+    towards, outwards = (10 ** (microdoppler.spectrogram_db(e, config) / 10) for e in echoes)
+    np.testing.assert_allclose(outwards, towards[:, ::-1], atol=1e-3 * towards.max())
+    assert np.abs(outwards - towards).max() > 0.5 * towards.max()
+
+
+def test_tapin_and_tapout_are_mirror_images_on_average():
+    towards, outwards = (pictures(motion, 150, CW) for motion in ("tapin", "tapout"))
+
+    def lag(stack):
+        """Where the upper half's energy lies in time, minus the lower half's; in columns, one a picture."""
+        columns = np.arange(stack.shape[2])
+        energy = np.clip(stack - 0.3, 0, None)
+        upper, lower = energy[:, 5:29].sum(axis=1) + 1e-9, energy[:, 34:58].sum(axis=1) + 1e-9
+        return (upper @ columns) / upper.sum(axis=1) - (lower @ columns) / lower.sum(axis=1)
+
+    assert np.mean(lag(towards) > 0) > 0.95 and np.mean(lag(outwards) < 0) > 0.95
+    assert np.median(lag(towards)) == pytest.approx(np.median(lag(outwards[:, :, ::-1])), abs=1)
+    rows = [stack.mean(axis=(0, 2)) for stack in (towards, outwards)]
+    assert np.abs(rows[0] - rows[1]).max() < 0.03
+
+
+# ---- a seed fixes every byte ----
+
+
+def test_the_same_parameters_give_the_same_bytes_and_another_seed_other_ones(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path / name), seed=seed)) == 6
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b and set(a) == set(c)
+    assert sorted(map(str, a)) == ["dataset.json", "train/still_00000.png", "train/still_00001.png",
+                                   "train/tapin_00000.png", "train/tapin_00001.png",
+                                   "val/still_00000.png", "val/tapin_00000.png"]
+    assert len({*a.values(), *c.values()}) == 14
+    with Image.open(tmp_path / "a" / "train" / "tapin_00000.png") as picture:
+        assert picture.mode == "L" and picture.size == (32, 32)
+        assert (np.asarray(picture) == microdoppler.simulate("tapin", "train", 0, TINY)).all()
+
+
+def test_a_picture_depends_neither_on_the_other_classes_nor_on_their_number():
+    expected = microdoppler.simulate("wave", "val", 3, TINY)
+    other = with_(TINY, classes="wave,circle", num_train=9, num_val=7)
+    assert (microdoppler.simulate("wave", "val", 3, other) == expected).all()
+    assert (microdoppler.simulate("wave", "train", 3, other) != expected).any()
+
+
+# ---- the folder ----
+
+
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    config = with_(TINY, out_dir=str(tmp_path / "set"))
+    assert microdoppler.write_dataset(config) == 6
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")}
+    assert microdoppler.write_dataset(config) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")} == before
+
+
+def test_an_interrupted_folder_is_finished_and_shows_no_half_split(tmp_path, monkeypatch):
+    config = with_(TINY, out_dir=str(tmp_path / "set"))
+    simulate = microdoppler.simulate
+
+    def interrupted(motion, split, index, config):
+        if split == "val":
+            raise KeyboardInterrupt
+        return simulate(motion, split, index, config)
+
+    monkeypatch.setattr(microdoppler, "simulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        microdoppler.write_dataset(config)
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["dataset.json", "train"]
+    monkeypatch.undo()
+    assert microdoppler.write_dataset(config) == 2
+    microdoppler.write_dataset(with_(config, out_dir=str(tmp_path / "whole")))
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_a_folder_with_other_data_is_refused(tmp_path):
+    (tmp_path / "holiday.jpg").write_text("")
+    with pytest.raises(ValueError, match=r"holds other data \(holiday.jpg\).*--out_dir"):
+        microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_folder_with_another_data_set_is_refused_with_the_difference(tmp_path):
+    microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path), num_train=1))
+    with pytest.raises(ValueError, match=r"num_train is 1 there and 2 here.*--out_dir"):
+        microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"simulation": 1, "parameters": 3}'])
+def test_a_foreign_record_is_refused(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match="is not the record of a simulated data set"):
+        microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
+
+
+def test_a_split_with_a_missing_picture_is_refused(tmp_path):
+    config = with_(TINY, out_dir=str(tmp_path))
+    microdoppler.write_dataset(config)
+    (tmp_path / "train" / "tapin_00001.png").unlink()
+    with pytest.raises(ValueError, match="train holds 3 of its 4 pictures and 0 other files; delete"):
+        microdoppler.write_dataset(config)
+
+
+def test_the_record_tells_all_parameters_and_the_axes(tmp_path):
+    microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path), num_val=0))
+    record = json.loads((tmp_path / "dataset.json").read_text())
+    assert set(record["parameters"]) == {f.name for f in dataclasses.fields(TINY)} - {"out_dir"}
+    assert record["picture"]["row_hz"] == 1000 / 32 and record["picture"]["column_s"] == 0.032
+    assert not (tmp_path / "val").exists()
+
+
+def run_script(monkeypatch, *flags):
+    script = Path(__file__).parents[1] / "scripts" / "make_microdoppler.py"
+    monkeypatch.setattr("sys.argv", [str(script), *flags])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_the_script_writes_the_folder_once_and_ends_with_one_line_where_it_cannot(tmp_path, monkeypatch, capfd):
+    flags = ["--out_dir", str(tmp_path / "set"), "--classes", "tapout", "--num_train", "2", "--num_val", "1"]
+    run_script(monkeypatch, *flags)
+    assert capfd.readouterr().out.endswith("3 pictures written\n")
+    run_script(monkeypatch, *flags)
+    assert capfd.readouterr().out.endswith("already there\n")
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, *flags, "--carrier_ghz", "122")
+    assert stop.value.code == 1
+    assert capfd.readouterr().err.startswith("error: motions of up to")
+
+
+# ---- parameters that do not go together ----
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(speed_max_mps=1.3), r"would alias. Raise --prf_hz above 10\d\d or lower --speed_max_mps below 1.2"),
+    (dict(carrier_ghz=77.0), "would alias"),
+    (dict(classes="tapin,salsa"), "no motion is called 'salsa'; known are circle"),
+    (dict(classes="tapin,tapin"), "names a motion twice"),
+    (dict(classes=""), "no motion is called ''"),
+    (dict(image_size="big"), "--image_size big is not a size"),
+    (dict(image_size="32"), "--window_ms 64.0 is 64 pulses.*32 Doppler rows"),
+    (dict(duration_s=0.02), "--duration_s 0.02 over 64 columns is a hop of 0 pulses"),
+    (dict(duration_s=9.0), "is a hop of 141 pulses; it must be 1 to 64"),
+    (dict(duration_s=0.5), "a doubletapin takes up to .* raise --duration_s"),
+    (dict(range_min_m=0.1), "--range_min_m is 0.1; raise it"),
+    (dict(range_max_m=2.0), r"unambiguous up to 1.20 m; raise --fast_samples"),
+    (dict(gate_min_m=0.101, gate_max_m=0.102), "no range bin lies between --gate_min_m 0.101"),
+    (dict(range_min_m=0.5), "--range_min_m is 0.5, --range_max_m is 0.45"),
+    (dict(scatterers_min=0), "--scatterers_min is 0; it must be 1 or more"),
+    (dict(prf_hz=0.0), "--prf_hz is 0.0; it must be a number above 0"),
+    (dict(snr_db=float("nan")), "--snr_db is nan"),
+    (dict(speed_max_mps=float("nan")), "--speed_max_mps is nan"),
+    (dict(aspect_max_deg=90.0), "--aspect_max_deg is 90.0; it must be 0 to 80"),
+    (dict(num_train=0), "--num_train is 0; it must be 1 or more"),
+    (dict(seed=-1), "--seed is -1; it must be 0 or more"),
+    (dict(waveform="pulse"), "--waveform is pulse; it must be cw or fmcw"),
+])
+def test_parameters_that_do_not_go_together_are_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        microdoppler.write_dataset(with_(out_dir=str(tmp_path / "set"), **changes))
+    assert not (tmp_path / "set").exists()
+
+
+def test_no_folder_and_a_file_in_its_place_are_refused_naming_the_flag(tmp_path):
+    with pytest.raises(ValueError, match="set --out_dir"):
+        microdoppler.write_dataset(TINY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--out_dir"):
+        microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path / "file")))
+
+
+def test_a_scene_is_as_drawn_and_finite_for_every_motion_and_waveform():
+    for motion in microdoppler.MOTIONS:
+        for waveform in ("cw", "fmcw"):
+            config = with_(waveform=waveform)
+            ranges, amplitudes = microdoppler.hand(motion, config, np.random.default_rng(1))
+            assert config.scatterers_min < len(ranges) == len(amplitudes) <= config.scatterers_max + 1
+            assert 0 < ranges.min() and ranges.max() < 1.2 and np.isfinite(amplitudes).all()
+            assert microdoppler.simulate(motion, "train", 0, config).std() > 10

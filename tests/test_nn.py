@@ -1,0 +1,174 @@
+"""Claims about the bricks of all networks."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from guided_diffusion_vae import nn
+
+
+def test_keyed_draws_depend_on_the_key_alone():
+    first = nn.keyed_randn((3, 4), [(1, 2, 3), (1, 2, 4)])
+    torch.randn(7)
+    again = nn.keyed_randn((3, 4), [(9, 9), (1, 2, 4), (1, 2, 3)])
+    assert first.shape == (2, 3, 4) and first.dtype == torch.float32
+    assert torch.equal(first[0], again[2]) and torch.equal(first[1], again[1])
+
+
+def test_a_row_is_what_the_generator_of_its_key_draws():
+    row = nn.keyed_randn((5, 5), [(4, 0)])[0]
+    assert np.array_equal(row.numpy(), nn.keyed_rng(4, 0).standard_normal((5, 5), dtype=np.float32))
+
+
+def test_seeds_are_fixed_by_their_key_and_fit_torch():
+    seeds = [nn.keyed_seed(0, step) for step in range(1000)]
+    assert seeds == [nn.keyed_seed(0, step) for step in range(1000)] and len(set(seeds)) == 1000
+    assert min(seeds) >= 0 and max(seeds) < 2**63
+    torch.Generator().manual_seed(max(seeds))
+
+
+def test_keys_in_another_order_give_other_draws():
+    keys = [(0, 1), (1, 0), (0, 0, 1), (1,), (-1,)]
+    rows = nn.keyed_randn((8,), keys)
+    assert len({tuple(row.tolist()) for row in rows}) == len(keys)
+
+
+def test_keyed_draws_are_standard_normal_across_neighbouring_keys():
+    draws = nn.keyed_randn((16,), [(0, step) for step in range(1000)])
+    assert abs(draws.mean()) < 0.03 and abs(draws.std() - 1) < 0.03
+    assert torch.corrcoef(draws.t())[0, 1:].abs().max() < 0.15
+
+
+def test_numpy_integers_make_the_same_key():
+    assert nn.keyed_seed(np.int64(5)) == nn.keyed_seed(5)
+    assert torch.equal(nn.keyed_randn((4,), [(np.int64(5),)]), nn.keyed_randn((4,), [(5,)]))
+
+
+@pytest.mark.parametrize("dims, shape", [(1, (8,)), (2, (8, 6)), (3, (8, 6, 4))])
+def test_layers_exist_for_one_to_three_axes(dims, shape):
+    x = torch.randn(2, 3, *shape)
+    half = tuple(n // 2 for n in shape)
+    assert nn.conv_nd(dims, 3, 5, 3, stride=2, padding=1)(x).shape == (2, 5, *half)
+    assert nn.avg_pool_nd(dims, kernel_size=2)(x).shape == (2, 3, *half)
+    assert nn.conv_transpose_nd(dims, 3, 5, 2, stride=2)(x).shape == (2, 5, *(2 * n for n in shape))
+    assert torch.allclose(nn.adaptive_avg_pool_nd(dims, 1)(x).flatten(1), x.flatten(2).mean(2), atol=1e-6)
+    assert nn.resize_linear(x, half).shape == (2, 3, *half)
+
+
+def test_convolutions_take_one_number_per_axis():
+    convolve = nn.conv_nd(3, 1, 2, (1, 3, 5), stride=(1, 2, 4), padding=(0, 1, 2))
+    assert convolve(torch.zeros(1, 1, 4, 8, 16)).shape == (1, 2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("build", [nn.conv_nd, nn.conv_transpose_nd, nn.avg_pool_nd, nn.adaptive_avg_pool_nd])
+@pytest.mark.parametrize("dims", [0, 4])
+def test_other_numbers_of_axes_are_refused(build, dims):
+    with pytest.raises(ValueError, match=f"over {dims} spatial axes; --dims is 1, 2 or 3"):
+        build(dims, 2)
+
+
+def test_per_axis_spreads_a_scalar_and_counts_a_tuple():
+    assert nn.per_axis(2, 3) == (2, 2, 2)
+    assert nn.per_axis([1, 2], 2) == (1, 2)
+    with pytest.raises(ValueError, match="2 values for 3 spatial axes"):
+        nn.per_axis((1, 2), 3)
+
+
+def test_volumes_keep_their_first_axis_unless_asked():
+    assert [nn.resampling_factors(dims) for dims in (1, 2, 3)] == [(2,), (2, 2), (1, 2, 2)]
+    assert nn.resampling_factors(3, resample_depth=True) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 7, 25])
+def test_upsampling_repeats_every_element(factor):
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    expected = x.repeat_interleave(2, dim=2).repeat_interleave(factor, dim=3)
+    assert torch.equal(nn.upsample_nearest(x, (2, factor)), expected)
+
+
+def test_groupnorm_keeps_the_type_and_counts_in_float32():
+    norm = nn.normalization(32)
+    x = 300 * torch.randn(2, 32, 16)
+    for dtype in (torch.float16, torch.bfloat16):
+        y = norm(x.to(dtype))
+        assert y.dtype == dtype
+        assert torch.equal(y, norm(x.to(dtype).float()).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_widths_that_are_no_multiple_of_32_are_refused():
+    with pytest.raises(ValueError, match="48 channels do not divide into the norm's 32 groups.*--num_channels"):
+        nn.normalization(48)
+
+
+def test_the_average_moves_by_one_minus_rate():
+    average, current = [torch.zeros(3), torch.ones(2, 2)], [torch.ones(3), torch.zeros(2, 2)]
+    nn.update_ema(average, iter(current), rate=0.75)
+    assert torch.equal(average[0], torch.full((3,), 0.25)) and torch.equal(average[1], torch.full((2, 2), 0.75))
+
+
+def test_averaging_leaves_no_gradient_history_and_takes_half_precision_sources():
+    average = torch.nn.Parameter(torch.zeros(2))
+    nn.update_ema([average], [torch.nn.Parameter(torch.ones(2, dtype=torch.float16))], rate=0.5)
+    assert average.is_leaf and average.dtype == torch.float32 and torch.equal(average.detach(), torch.full((2,), 0.5))
+
+
+def test_averaging_lists_of_different_length_is_refused():
+    with pytest.raises(ValueError, match="zip"):
+        nn.update_ema([torch.zeros(1)], [])
+
+
+def test_zero_and_scale_change_every_parameter():
+    layer = torch.nn.Linear(2, 2)
+    before = [p.clone() for p in layer.parameters()]
+    assert nn.scale_module(layer, 3) is layer
+    assert all(torch.equal(p, 3 * b) for p, b in zip(layer.parameters(), before))
+    assert all((p == 0).all() for p in nn.zero_module(layer).parameters())
+
+
+def test_casting_convolutions_leaves_other_layers():
+    module = torch.nn.Sequential(nn.conv_nd(1, 2, 2, 1), nn.conv_nd(3, 2, 2, 1), nn.linear(2, 2), nn.normalization(32))
+    nn.cast_convolutions(module, torch.float16)
+    assert [layer.weight.dtype for layer in module] == [torch.float16] * 2 + [torch.float32] * 2
+
+
+def test_mean_flat_averages_each_sample():
+    assert torch.equal(nn.mean_flat(torch.arange(8.0).view(2, 2, 2)), torch.tensor([1.5, 5.5]))
+
+
+def test_time_zero_is_embedded_as_ones_then_zeros():
+    assert torch.equal(nn.timestep_embedding(torch.zeros(1), 5), torch.tensor([[1.0, 1, 0, 0, 0]]))
+
+
+def test_time_one_is_embedded_with_geometric_frequencies():
+    w = torch.tensor([1.0, 0.1])
+    expected = torch.cat([w.cos(), w.sin()])[None]
+    assert torch.allclose(nn.timestep_embedding(torch.ones(1, dtype=torch.long), 4, max_period=100), expected)
+
+
+def test_a_checkpointed_function_gives_the_same_gradients_dropout_included():
+    layer = torch.nn.Linear(4, 4)
+    results = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        x = torch.ones(2, 4, requires_grad=True)
+        y = nn.checkpoint(lambda v: F.dropout(layer(v).tanh(), 0.5), (x,), layer.parameters(), flag)
+        results.append([y, *torch.autograd.grad(y.sum(), [x, *layer.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_a_checkpointed_function_is_recomputed_under_autocast():
+    layer, seen = torch.nn.Linear(4, 4), []
+
+    def func(x):
+        y = layer(x)
+        seen.append(y.dtype)
+        return y.float().square()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nn.checkpoint(func, (torch.ones(1, 4),), layer.parameters(), True)
+    y.sum().backward()
+    assert seen == [torch.bfloat16] * 2
