@@ -112,7 +112,8 @@ class AutoencoderKL(nn.Module):
     It is told from the state dict's `_metadata`: save and copy the object that `state_dict()` returns, not a plain
     dictionary of its items.
 
-    :raises ValueError: for lists of the wrong length, widths that `norm_num_groups` does not divide, factors below 1.
+    :raises ValueError: for lists of the wrong length, widths that `norm_num_groups` does not divide, factors or numbers
+        of blocks below 1.
     """
 
     def __init__(
@@ -138,6 +139,8 @@ class AutoencoderKL(nn.Module):
             raise ValueError(
                 f"num_channels {num_channels}: {unfit[0]} is no multiple of norm_num_groups {norm_num_groups}"
             )
+        if min(num_res_blocks) < 1:
+            raise ValueError(f"num_res_blocks {num_res_blocks} holds {min(num_res_blocks)}; every level has at least 1")
         strides = [_strides(f, spatial_dims, "downsample_factors") for f in downsample_factors]
         first = _strides(initial_downsample_factor, spatial_dims, "initial_downsample_factor")
         if downsample_kernel_size is not None and (downsample_kernel_size < 1 or downsample_kernel_size % 2 == 0):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import blobfile as bf
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from .config import opt
@@ -489,7 +489,9 @@ class _naming:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, _UNREADABLE):
-            raise ValueError(f"{self.path}: cannot be read ({error}); mend it or take it out of the folder") from error
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "its content is no picture that Pillow knows" if unknown else error
+            raise ValueError(f"{self.path}: cannot be read ({reason}); mend it or take it out of the folder") from error
 
 
 def _to_unit(values, where, value_range=None, dynamic_range_db=0.0, reference_db=None):

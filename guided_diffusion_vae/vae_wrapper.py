@@ -483,8 +483,8 @@ class LatentNormalizer:
     def __init__(self, shift, std, mode):
         self.shift, self.std, self.mode = [float(v) for v in shift], [float(v) for v in std], str(mode)
         if not all(math.isfinite(v) for v in self.shift) or not all(0 < v < math.inf for v in self.std):
-            raise ValueError(f"the latents' shift is {self.shift}, their std {self.std}; needed are finite numbers, and "
-                             "std above 0")
+            raise ValueError(f"the latents' shift is {self.shift}, their std {self.std}; needed are finite numbers, "
+                             "and std above 0")
 
     @classmethod
     def fit(cls, mode, statistics, scale_factor):
@@ -503,7 +503,7 @@ class LatentNormalizer:
         if mode == "channel":
             dead = [i for i, std in enumerate(statistics["channel_std"]) if not std > 1e-4 * statistics["std"]]
             if dead:
-                raise ValueError(f"latent channels {dead} are constant, so there is no standard deviation to divide by; "
+                raise ValueError(f"latent channels {dead} are constant: there is no standard deviation to divide by; "
                                  "choose --normalizer auto, or an autoencoder with fewer --latent_channels")
             return cls(statistics["channel_mean"], statistics["channel_std"], mode)
         try:
@@ -547,7 +547,8 @@ def check_latent_std(measured_std_of_x0, normalizer, allow=False):
     low, high = LATENT_STD_LIMITS
     if allow or low <= measured_std_of_x0 <= high:
         return
-    fitting = f" or {measured_std_of_x0 * normalizer.std[0]:.5g}" if len(normalizer.std) == 1 else ""
+    number = measured_std_of_x0 * normalizer.std[0]
+    fitting = f" or {number:.5g}" if len(normalizer.std) == 1 and math.isfinite(number) else ""
     raise ValueError(
         f"x0 has a measured standard deviation of {measured_std_of_x0:.4g} with --normalizer {normalizer.mode}, needed "
         f"is {low} to {high}; --normalizer auto{fitting} would fit (or go on with --allow_latent_std True)"

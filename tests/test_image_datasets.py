@@ -308,7 +308,8 @@ def test_pickled_arrays_are_refused(tmp_path):
 
 
 def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
-    for name in ("flat/b_1.png", "flat/a_1_x.png", "deep/tap/1.png", "deep/slide/x/1.png", "none/a_1.png", "none/1.png"):
+    flat, deep, none = ("b_1.png", "a_1_x.png"), ("tap/1.png", "slide/x/1.png"), ("a_1.png", "1.png")
+    for name in (*(f"flat/{n}" for n in flat), *(f"deep/{n}" for n in deep), *(f"none/{n}" for n in none)):
         save(tmp_path, name, ramp(8, 8))
     flat, deep, none = (folder_of(tmp_path / name) for name in ("flat", "deep", "none"))
     assert flat.class_names == ["a", "b"] and flat.labels.tolist() == [0, 1] and flat.names == ["a_1_x.png", "b_1.png"]

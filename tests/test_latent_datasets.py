@@ -1,0 +1,426 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder
+from guided_diffusion_vae.latent_datasets import (
+    EncodedPictures, LatentCache, LatentCacheConfig, LatentFolder, LatentStream, open_latents, require_same_autoencoder,
+    write_cache,
+)
+from guided_diffusion_vae.nn import keyed_randn
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, sample_moments
+
+COUNT = 11
+
+
+class HalvingCodec(PixelCodec):
+    """A codec with a posterior: means are block averages, scaled, and the variance depends on them."""
+
+    scale_factor, path, fingerprint = 0.5, "somewhere/vae", "a" * 64
+
+    def __init__(self, gain=1.0, fail_after=None):
+        super().__init__(channels=1)
+        self.factors, self.gain, self.left = (2, 2), gain, fail_after
+
+    def encode_moments(self, images):
+        if self.left is not None:
+            if self.left <= 0:
+                raise KeyboardInterrupt
+            self.left -= len(images)
+        mean = F.avg_pool2d(2 * images - 1, 2) * self.scale_factor * self.gain
+        return torch.cat([mean, -2 + mean], dim=1)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(COUNT):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'ab'[i % 2]}_{i:02d}.png")
+    return PictureFolder(data_dir=str(folder), image_size=8)
+
+
+@pytest.fixture
+def cached(tmp_path, pictures):
+    def write(name="cache", codec=None, **fields):
+        options = {"shard_size": 4, "latent_dtype": "float32", **fields}
+        run = {key: options.pop(key) for key in list(options) if key not in LatentCacheConfig.__dataclass_fields__}
+        return write_cache(tmp_path / name, pictures, codec or HalvingCodec(), LatentCacheConfig(**options),
+                           **{"batch_size": 3, **run})
+    return write
+
+
+def everything(source):
+    return source.batch(np.arange(source.count))[0]
+
+
+# Writing and reading
+
+
+def test_a_cache_gives_back_what_the_codec_encodes(cached, pictures):
+    cache, codec = cached(), HalvingCodec()
+    images, order = pictures.batch(range(COUNT)), [7, 0, 3, 10, 3]
+    eps = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    mode, labels = cache.batch(order)
+    drawn, _ = cache.batch(order, eps)
+    assert torch.equal(mode, codec.encode_batch(images)[order])
+    assert torch.equal(drawn, codec.encode_batch(images[order], eps))
+    assert labels.tolist() == pictures.labels[order].tolist() and cache.filenames == pictures.names
+    assert (cache.count, cache.latent_shape, cache.image_shape) == (COUNT, (1, 4, 4), (1, 8, 8))
+    assert cache.class_names == ["a", "b"] and cache.scale_factor == 0.5 and cache.draws_posterior
+
+
+def test_the_folder_holds_what_the_design_lists_and_no_more(cached):
+    cache = cached()
+    shards = [f"latents-0000{i}-of-00003.npy" for i in range(3)]
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["filenames.txt", "labels.npy", *shards, "manifest.json"]
+    manifest = json.loads((cache.folder / "manifest.json").read_text())
+    assert [(s["first"], s["count"]) for s in manifest["shards"]] == [(0, 4), (4, 4), (8, 3)]
+    assert manifest["preprocessing"]["files"] == COUNT and manifest["autoencoder"]["sha256"] == "a" * 64
+    cache.verify()
+
+
+def test_mode_and_half_precision_take_less_and_differ_by_rounding_alone(cached):
+    exact = everything(cached("exact"))
+    mode = cached("mode", store="mode", latent_dtype="float16")
+    assert not mode.draws_posterior and np.load(mode.folder / mode.manifest["shards"][0]["file"]).shape == (4, 1, 4, 4)
+    assert everything(mode).dtype == torch.float32 and (everything(mode) - exact).abs().max() < 1e-3
+
+
+def test_statistics_are_those_of_posterior_samples(cached, pictures):
+    statistics = cached().statistics
+    moments = HalvingCodec().encode_moments(pictures.batch(range(COUNT))).double()
+    mean, variance = moments[:, 0], moments[:, 1].exp()
+    assert statistics["mean"] == pytest.approx(mean.mean().item(), rel=1e-6)
+    assert statistics["std"] == pytest.approx((mean.var(correction=0) + variance.mean()).sqrt().item(), rel=1e-6)
+    assert statistics["channel_std"] == [pytest.approx(statistics["std"])]
+
+
+def test_statistics_over_all_include_the_spread_between_channels(tmp_path):
+    latents = np.random.default_rng(0).normal([[[2.0]], [[-3.0]]], [[[1.0]], [[0.1]]], (9, 2, 3, 3))
+    for i, latent in enumerate(latents):
+        np.save(tmp_path / f"{i}.npy", latent)
+    statistics = LatentFolder(tmp_path).statistics
+    assert statistics["std"] == pytest.approx(latents.std(), rel=1e-5)
+    assert statistics["channel_mean"] == pytest.approx(latents.mean((0, 2, 3)), rel=1e-5)
+    assert statistics["channel_std"] == pytest.approx(latents.std((0, 2, 3)), rel=1e-5)
+
+
+def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, pictures, cached):
+    alone = cached("alone")
+    wait, found, config = threading.Barrier(2), {}, LatentCacheConfig(latent_dtype="float32", shard_size=4)
+
+    def encode(rank):
+        found[rank] = write_cache(tmp_path / "both", pictures, HalvingCodec(), config, rank, 2, barrier=wait.wait,
+                                  batch_size=3)
+
+    ranks = [threading.Thread(target=encode, args=(rank,)) for rank in range(2)]
+    [rank.start() for rank in ranks], [rank.join() for rank in ranks]
+    assert found[0].manifest == found[1].manifest == alone.manifest
+    with pytest.raises(ValueError, match="2 ranks encode together and need a barrier"):
+        write_cache(tmp_path / "third", pictures, HalvingCodec(), config, 0, 2)
+
+
+def test_flips_are_stored_as_entries_and_drawn_per_visit(cached, pictures):
+    cache = cached(cache_flips=True)
+    flips = np.arange(COUNT) % 3 == 0
+    latents, labels = cache.batch(np.arange(COUNT), flips=flips)
+    mirrored = HalvingCodec().encode_batch(pictures.batch(range(COUNT), flips))
+    assert torch.equal(latents, mirrored) and labels.tolist() == pictures.labels.tolist()
+    with pytest.raises(ValueError, match="no mirrored pictures; encode again with --cache_flips True"):
+        cached("plain").batch([0], flips=[True])
+
+
+def test_a_cache_on_the_device_gives_the_same_and_keeps_to_its_limit(cached):
+    cache, plain = cached(latent_dtype="float16"), cached(latent_dtype="float16")
+    assert not cache.on_device("cpu", limit_bytes=10) and cache.on_device("cpu")
+    eps = torch.ones(3, 1, 4, 4)
+    assert torch.equal(cache.batch([9, 1, 4], eps)[0], plain.batch([9, 1, 4], eps)[0])
+
+
+def test_progress_counts_up_to_all(cached):
+    seen = []
+    cached(progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, COUNT) and seen[-1] == (COUNT, COUNT) and seen == sorted(seen)
+
+
+# Interrupted, repeated, changed
+
+
+def interrupted(cached, **fields):
+    with pytest.raises(KeyboardInterrupt):
+        cached(codec=HalvingCodec(fail_after=6), **fields)
+
+
+def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, cached):
+    interrupted(cached)
+    folder = tmp_path / "cache"
+    kept = (folder / "latents-00000-of-00003.npy").stat().st_mtime_ns
+    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+    with pytest.raises(FileNotFoundError, match="not a latent cache.*interrupted.*run scripts/encode_dataset.py again"):
+        open_latents(folder)
+    seen = []
+    cache = cached(progress=lambda done, total: seen.append(done))
+    assert seen[0] == 4 and (folder / "latents-00000-of-00003.npy").stat().st_mtime_ns == kept
+    assert cache.manifest == cached("unbroken").manifest and not list(folder.glob("latents-*.json"))
+
+
+def first_report(cached, **fields):
+    seen = []
+    cached(progress=lambda done, total: seen.append(done), **fields)
+    return seen[0]
+
+
+def test_shards_of_another_making_are_not_taken(tmp_path, cached, pictures):
+    interrupted(cached)
+    other = HalvingCodec()
+    other.fingerprint = "b" * 64
+    assert first_report(cached, codec=other) == 0
+    for change in ({"store": "mode"}, {"latent_dtype": "float16"}, {"shard_size": 5}):
+        interrupted(cached, name=str(change))
+        assert first_report(cached, name=str(change), **change) == 0
+    interrupted(cached, name="data")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(pictures.paths[0])
+    pictures.__init__(pictures.config)
+    assert first_report(cached, name="data") == 0
+
+
+def test_a_damaged_shard_is_made_again(tmp_path, cached):
+    interrupted(cached)
+    shard = tmp_path / "cache" / "latents-00000-of-00003.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert first_report(cached) == 0
+    LatentCache(tmp_path / "cache").verify()
+
+
+def test_leftovers_of_another_division_are_removed(tmp_path, cached):
+    interrupted(cached)
+    cached(shard_size=100)
+    assert [path.name for path in (tmp_path / "cache").glob("latents-*")] == ["latents-00000-of-00001.npy"]
+
+
+def test_a_finished_cache_is_left_alone_if_the_same_and_refused_otherwise(cached):
+    cached()
+    assert cached(codec=HalvingCodec(fail_after=0)).count == COUNT
+    with pytest.raises(ValueError, match="cache of other pictures or settings .*--store moments.*choose another"):
+        cached(store="mode")
+    other = HalvingCodec()
+    other.fingerprint, other.path = "b" * 64, "elsewhere"
+    with pytest.raises(ValueError, match=r"come from autoencoder a{16} \(somewhere/vae\), --vae_path holds b{16} \(elsewhere\)"):
+        cached(codec=other)
+
+
+def test_latents_that_do_not_fit_or_are_not_finite_are_refused(cached):
+    with pytest.raises(ValueError, match="a_00.png .*do not fit into float16; give --latent_dtype float32"):
+        cached(codec=HalvingCodec(gain=1e6), latent_dtype="float16")
+    with pytest.raises(ValueError, match="a_00.png .*not finite; check it with check_roundtrip.py"):
+        cached("other", codec=HalvingCodec(gain=float("nan")))
+
+
+def test_an_unreadable_picture_ends_the_encoding_by_name(cached, pictures):
+    assert pictures.names[9] == "b_07.png"
+    with open(pictures.paths[9], "wb") as stream:
+        stream.write(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match="b_07.png: cannot be read .its content is no picture"):
+        cached()
+
+
+def test_no_space_left_is_told_before_encoding(cached, monkeypatch):
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr("guided_diffusion_vae.latent_datasets.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="need 0 MiB and 0 MiB are left; free some space"):
+        cached()
+
+
+def test_random_crops_are_not_cached(tmp_path, pictures):
+    random_crops = PictureFolder(pictures.config, crop="random")
+    with pytest.raises(ValueError, match="--crop random cannot be cached"):
+        write_cache(tmp_path / "cache", random_crops, HalvingCodec(), LatentCacheConfig())
+
+
+# Damaged and foreign caches
+
+
+def change_manifest(cache, **changes):
+    path = cache.folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"version": 2}, "version 2; this program reads"), ({"format": "other"}, "format 'other'"),
+    ({"count": 12}, "its shards hold 11 latents in a row, not the 12"), ({"count": "11"}, "damaged: count"),
+    ({"dtype": "float64"}, "damaged: dtype"), ({"latent_shape": [2, 4, 4]}, r"the manifest says float32 \[4, 4, 4, 4\]"),
+    ({"shards": [{"file": "x"}]}, "damaged: shards"), ({"statistics": {}}, "damaged: statistics"),
+    ({"class_names": ["a"]}, "labels.npy holds int64 .*not 11 int64 labels of 1 classes"),
+    ({"shards": [{"file": "../x.npy", "first": 0, "count": 11, "sha256": ""}]}, "'../x.npy' outside of its folder"),
+    ({"files": {"/etc/hosts": ""}}, "'/etc/hosts' outside of its folder"),
+])
+def test_a_manifest_that_does_not_fit_is_refused(cached, changes, match):
+    cache = cached()
+    change_manifest(cache, **changes)
+    with pytest.raises(ValueError, match=match):
+        open_latents(cache.folder)
+
+
+def test_a_manifest_cut_short_is_refused(cached):
+    path = cached().folder / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match="manifest.json is not JSON"):
+        open_latents(path.parent)
+
+
+def test_a_missing_truncated_or_changed_shard_is_named(cached):
+    cache = cached()
+    shard = cache.folder / "latents-00001-of-00003.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(ValueError, match="latents-00001-of-00003.npy is not what was written"):
+        LatentCache(cache.folder).verify()
+    shard.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match="latents-00001-of-00003.npy cannot be read"):
+        LatentCache(cache.folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match="latents-00001-of-00003.npy cannot be read"):
+        LatentCache(cache.folder)
+
+
+def test_latents_that_are_not_finite_are_found_on_reading(cached):
+    cache = cached()
+    shard = np.load(cache.folder / "latents-00001-of-00003.npy", mmap_mode="r+")
+    shard[1, 0, 0, 0] = np.nan
+    shard.flush()
+    assert LatentCache(cache.folder).batch([0, 4])[0].isfinite().all()
+    with pytest.raises(ValueError, match="latent 5 is not finite"):
+        LatentCache(cache.folder).batch([0, 5])
+    with pytest.raises(ValueError, match="not finite"):
+        LatentCache(cache.folder).on_device("cpu")
+
+
+def test_folders_without_latents_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--cache_dir"):
+        open_latents(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="neither manifest.json nor .npy files"):
+        open_latents(tmp_path)
+
+
+# A plain folder
+
+
+def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
+    latents = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float16)
+    for i, latent in enumerate(latents):
+        np.save(tmp_path / f"{'ba'[i % 2]}_{i}.npy", latent)
+    source = open_latents(tmp_path)
+    batch, labels = source.batch([0, 2])
+    assert isinstance(source, LatentFolder) and source.latent_shape == (3, 2, 2) and source.class_names == ["a", "b"]
+    assert torch.equal(batch, torch.from_numpy(latents[[1, 0]]).float()) and labels.tolist() == [0, 1]
+    require_same_autoencoder(source, HalvingCodec())  # nothing is known of it
+    np.save(tmp_path / "a_9.npy", np.zeros((3, 2, 3), np.float32))
+    with pytest.raises(ValueError, match="a_9.npy has shape .*all latents must be alike"):
+        open_latents(tmp_path)
+
+
+@pytest.mark.parametrize("array, match", [
+    (np.zeros((3, 2, 2), np.uint8), "holds uint8, not floating-point"), (np.full((3, 2, 2), np.inf), "not finite"),
+    (np.zeros(3), r"has shape \[3\], not \[C x ...\]"),
+])
+def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
+    np.save(tmp_path / "a_1.npy", array)
+    with pytest.raises(ValueError, match=f"a_1.npy.*{match}"):
+        open_latents(tmp_path)
+
+
+# On the fly, and the stream
+
+
+def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
+    cache, live = cached(), EncodedPictures(pictures, HalvingCodec(), "cpu", batch_size=4)
+    eps = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for noise in (None, eps):
+        (a, y), (b, z) = cache.batch([3, 0, 8], noise), live.batch([3, 0, 8], noise)
+        assert torch.equal(a, b) and torch.equal(y, z)
+    for name in ("count", "latent_shape", "image_shape", "unpadded_shape", "scale_factor", "autoencoder", "class_names"):
+        assert getattr(cache, name) == getattr(live, name), name
+    assert live.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-9)
+
+
+def test_statistics_come_from_a_sample_that_the_seed_fixes(pictures):
+    first, again, other = (EncodedPictures(pictures, HalvingCodec(), "cpu", stats_samples=4, seed=s) for s in (1, 1, 2))
+    assert first.statistics == again.statistics != other.statistics
+    known = EncodedPictures(pictures, HalvingCodec(fail_after=0), "cpu", statistics=first.statistics)
+    assert known.statistics == first.statistics
+
+
+def stream_of(source, rank=0, num_ranks=1, batch=4, **options):
+    plan = BatchPlan(source.count, batch // num_ranks, rank, num_ranks, seed=3)
+    normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
+    return LatentStream(source, normalizer, plan, 3, "cpu", with_labels=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["cache", "flips", "resident", "live", "live crops"])
+def test_ranks_and_restarts_see_the_bits_of_one_unbroken_run(cached, pictures, kind):
+    if kind.startswith("live"):
+        fields = {"crop": "random", "random_flip": True} if "crops" in kind else {}
+        source = EncodedPictures(PictureFolder(pictures.config, image_size="6", **fields), HalvingCodec(), "cpu")
+    else:
+        source = cached(cache_flips=kind == "flips")
+        assert kind != "resident" or source.on_device("cpu")
+    with_whole = stream_of(source)
+    whole = [next(with_whole) for _ in range(5)]
+    with_whole.close()
+    assert whole[0][0].dtype == torch.float32 and whole[0][0].shape == (4, *source.latent_shape)
+    halves = [stream_of(source, rank, 2, start_step=2) for rank in range(2)]
+    for x0, extra in whole[2:]:
+        parts = [next(half) for half in halves]
+        assert torch.equal(torch.cat([part[0] for part in parts]), x0)
+        assert torch.equal(torch.cat([part[1]["y"] for part in parts]), extra["y"])
+    halves[0].seek(1)
+    assert torch.equal(next(halves[0])[0], whole[1][0][:2])
+    [half.close() for half in halves]
+
+
+def test_the_stream_is_normalised_and_its_noise_keyed_by_seed_step_and_slot(cached):
+    cache = cached()
+    stream = stream_of(cache, start_step=1)
+    x0, extra = next(stream)
+    indices = BatchPlan(COUNT, 4, seed=3).indices(1)
+    eps = keyed_randn(cache.latent_shape, [(3, 1, 1, slot) for slot in range(4)])
+    expected = sample_moments(cache.read(indices), eps) / cache.statistics["std"]
+    assert torch.allclose(x0, expected) and extra["y"].tolist() == cache.labels[indices].tolist()
+    stream.close()
+
+
+def test_x0_has_a_standard_deviation_of_one(cached):
+    stream = stream_of(cached(), batch=11)
+    assert torch.cat([next(stream)[0] for _ in range(30)]).std().item() == pytest.approx(1, abs=0.02)
+    stream.close()
+
+
+def test_labels_that_are_not_there_and_foreign_plans_are_refused(tmp_path, cached):
+    np.save(tmp_path / "latent.npy", np.ones((2, 2, 2)))
+    with pytest.raises(ValueError, match="--class_cond True needs classes"):
+        stream_of(LatentFolder(tmp_path), batch=1)
+    cache = cached()
+    with pytest.raises(ValueError, match="the plan is for 12 items, .*cache has 11"):
+        LatentStream(cache, LatentNormalizer([0], [1], "none"), BatchPlan(12, 4), 0, "cpu")
+
+
+def test_another_autoencoder_or_scale_is_refused_with_both_sides(cached):
+    cache, other = cached(), HalvingCodec()
+    require_same_autoencoder(cache, other)
+    other.scale_factor = 0.25
+    with pytest.raises(ValueError, match="latents are scaled by 0.5, the autoencoder somewhere/vae scales by 0.25"):
+        require_same_autoencoder(cache, other)
+    with pytest.raises(ValueError, match="latents come from autoencoder a{16} .somewhere/vae., --vae_path holds"):
+        require_same_autoencoder(cache, PixelCodec(1))
+
+
+def test_pixels_without_an_autoencoder_go_the_same_way(cached, pictures):
+    cache = cached(codec=PixelCodec(1))
+    assert torch.allclose(everything(cache), 2 * pictures.batch(range(COUNT)) - 1) and cache.scale_factor == 1

@@ -1,0 +1,413 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from guided_diffusion_vae import checkpoint_util
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
+from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.vae_wrapper import (
+    LatentNormalizer, PixelCodec, VAEConfig, VAEInterface, blend_tiles, check_latent_std, create_vae, sample_moments,
+)
+
+CONFIG = AutoencoderConfig(in_channels=1, num_channels=(4, 8), num_res_blocks=1, norm_num_groups=2, latent_channels=3,
+                           with_decoder_nonlocal_attn=True)
+MONAI = {"spatial_dims": 2, "in_channels": 3, "out_channels": 3, "num_channels": [4, 8], "num_res_blocks": 1,
+         "attention_levels": [False, True], "latent_channels": 3, "norm_num_groups": 2}
+
+
+def random_network(network):
+    torch.manual_seed(0)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return network.eval()
+
+
+def write_weights(path, kind="autoencoder", config=CONFIG, seed=0, **header):
+    network = random_network(create_autoencoder(config))
+    for p in network.parameters():
+        p.data += 0.01 * seed
+    header = {"kind": kind, "step": 1, "autoencoder": as_dict(config), **header}
+    checkpoint_util.save_weights(path, network.state_dict(), header)
+    return network
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "ema_0.999_000001.pt"
+    return path, write_weights(path)
+
+
+def pictures(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def vae(path, **arguments):
+    return VAEInterface(str(path), device="cpu", **arguments)
+
+
+# codecs
+
+
+def test_encode_scales_the_mode_and_decode_undoes_it(own):
+    path, network = own
+    codec, x = vae(path), pictures(3, 1, 8, 8)
+    z = network.moments(2 * x - 1)[0]
+    latents = codec.encode_batch(x)
+    torch.testing.assert_close(latents, z * 0.18215)
+    assert latents.shape == (3, *codec.latent_shape((1, 8, 8)))
+    torch.testing.assert_close(codec.decode_batch(latents), ((network.decode(z) + 1) / 2).clamp(0, 1))
+
+
+def test_moments_are_those_of_the_scaled_latent(own):
+    codec, x = vae(own[0], scale_factor=0.5), pictures(2, 1, 8, 8)
+    mean, logvar = own[1].moments(2 * x - 1)
+    moments, eps = codec.encode_moments(x), torch.randn_like(mean)
+    expected = 0.5 * (mean + (0.5 * logvar).exp() * eps)
+    torch.testing.assert_close(sample_moments(moments, eps), expected)
+    torch.testing.assert_close(codec.encode_batch(x, eps), expected)
+    assert sample_moments(moments).equal(moments[:, :3])
+
+
+@pytest.mark.parametrize("mode", ["auto", "channel", "none", 0.18215])
+def test_round_trip_through_the_normalizer_is_the_round_trip(own, mode):
+    codec, x = vae(own[0]), pictures(4, 1, 8, 8)
+    latents = codec.encode_batch(x)
+    columns = latents.double().transpose(0, 1).flatten(1)
+    statistics = {"mean": columns.mean().item(), "std": columns.std().item(), "channel_mean": columns.mean(1).tolist(),
+                  "channel_std": columns.std(1).tolist()}
+    fitted = LatentNormalizer.fit(mode, statistics, codec.scale_factor)
+    normalizer = LatentNormalizer.from_dict(json.loads(json.dumps(fitted.to_dict())))
+    again = codec.decode_batch(normalizer.inverse(normalizer.normalise(latents)))
+    torch.testing.assert_close(again, codec.decode_batch(latents), atol=1e-5, rtol=0)
+
+
+def test_batches_and_full_tiles_do_not_change_the_result(own):
+    x, whole = pictures(5, 1, 8, 8), vae(own[0])
+    parts = vae(own[0], batch_size=2, tile=8)
+    latents = whole.encode_batch(x)
+    torch.testing.assert_close(parts.encode_batch(x), latents)
+    torch.testing.assert_close(parts.decode_batch(latents), whole.decode_batch(latents))
+
+
+def test_tiles_give_the_shapes_of_the_whole_and_nearly_its_values(tmp_path):
+    config = dataclasses.replace(CONFIG, with_decoder_nonlocal_attn=False)
+    write_weights(tmp_path / "a.pt", config=config)
+    x = pictures(2, 1, 24, 40)
+    whole, tiled = vae(tmp_path / "a.pt"), vae(tmp_path / "a.pt", tile=16, batch_size=1)
+    latents = whole.encode_batch(x)
+    found = tiled.encode_batch(x)
+    assert found.shape == latents.shape and (found - latents).abs().mean() < 0.5 * latents.std()
+    assert tiled.decode_batch(latents).shape == x.shape
+
+
+@pytest.mark.parametrize("grid, window", [((7,), (4,)), ((9, 5), (4, 5)), ((5, 6, 7), (2, 3, 5))])
+def test_blended_tiles_of_a_pointwise_function_are_the_function(grid, window):
+    x, ones = torch.randn(2, 3, *grid), (1,) * len(grid)
+    torch.testing.assert_close(blend_tiles(torch.sin, x, grid, window, ones, ones), x.sin())
+
+    def double(t):
+        for axis in range(2, t.ndim):
+            t = t.repeat_interleave(2, axis)
+        return t
+
+    torch.testing.assert_close(blend_tiles(double, x, grid, window, ones, (2,) * len(grid)), double(x))
+
+
+def test_bfloat16_gives_float32_near_the_exact(own):
+    x = pictures(2, 1, 8, 8)
+    exact, quick = vae(own[0]).encode_batch(x), vae(own[0], dtype="bfloat16").encode_batch(x)
+    assert quick.dtype == torch.float32 and 0 < (quick - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_networks_are_in_eval_mode_without_gradients(own):
+    codec = vae(own[0])
+    assert not codec.network.training and not any(p.requires_grad for p in codec.network.parameters())
+    assert not codec.encode_batch(pictures(1, 1, 8, 8)).requires_grad
+
+
+def test_pixel_codec_is_two_x_minus_one_and_back():
+    codec, x = PixelCodec(3), pictures(2, 3, 5, 7)
+    assert codec.encode_batch(x).equal(2 * x - 1)
+    torch.testing.assert_close(codec.encode_batch(x, torch.randn_like(x)), 2 * x - 1)
+    torch.testing.assert_close(codec.decode_batch(codec.encode_batch(x)), x)
+    assert codec.latent_shape((3, 5, 7)) == (3, 5, 7) and codec.factors == (1, 1)
+    assert codec.describe()["scale_factor"] == 1 and codec.fingerprint != PixelCodec(1).fingerprint
+    with pytest.raises(ValueError, match="have 1 channels, the pixel codec takes 3"):
+        codec.encode_batch(x[:, :1])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda x: 2 * x - 1, r"values from -\d.* needed are values in \[0, 1\]"),
+    (lambda x: x * 255, "values from"),
+    (lambda x: torch.full_like(x, torch.nan), "from nan to nan"),
+    (lambda x: (255 * x).byte(), "uint8"),
+])
+def test_pictures_outside_their_range_are_refused(own, spoil, message):
+    for codec in (vae(own[0]), PixelCodec(1)):
+        with pytest.raises(ValueError, match=message):
+            codec.encode_batch(spoil(pictures(2, 1, 8, 8)))
+
+
+def test_shapes_that_do_not_fit_are_refused(own):
+    codec = vae(own[0])
+    with pytest.raises(ValueError, match="axis 1 has size 9, .* factor 2"):
+        codec.encode_batch(pictures(1, 1, 8, 9))
+    with pytest.raises(ValueError, match="have 2 channels, .*takes 1; set --image_channels"):
+        codec.latent_shape((2, 8, 8))
+    with pytest.raises(ValueError, match="decodes 3 channels over 2 axes"):
+        codec.decode_batch(torch.zeros(1, 4, 4, 4))
+
+
+# weights of this project
+
+
+def test_run_folder_gives_the_averages_of_its_newest_step(tmp_path):
+    for step in (1, 2):
+        names = [f"model{step:06d}.pt", f"ema_0.9_{step:06d}.pt", f"ema_0.999_{step:06d}.pt"]
+        for i, name in enumerate(names):
+            write_weights(tmp_path / name, seed=10 * step + i)
+        checkpoint_util.commit(tmp_path, step, names, {})
+    (tmp_path / "config.json").write_text("{}")
+    assert vae(tmp_path).fingerprint == vae(tmp_path / "ema_0.999_000002.pt").fingerprint
+    assert vae(tmp_path).fingerprint != vae(tmp_path / "ema_0.999_000001.pt").fingerprint
+
+
+def test_fingerprint_names_the_function_not_the_file(own, tmp_path):
+    write_weights(tmp_path / "copy.pt", note="another header")
+    write_weights(tmp_path / "other.pt", seed=1)
+    write_weights(tmp_path / "lean.pt", config=dataclasses.replace(CONFIG, use_checkpointing=True))
+    write_weights(tmp_path / "range.pt", config=dataclasses.replace(CONFIG, image_range=(0.0, 1.0)))
+    first = vae(own[0])
+    assert first.fingerprint == vae(tmp_path / "copy.pt").fingerprint == vae(tmp_path / "lean.pt").fingerprint
+    assert first.fingerprint != vae(tmp_path / "other.pt").fingerprint
+    assert first.fingerprint != vae(tmp_path / "range.pt").fingerprint
+    described = first.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["sha256"] == first.fingerprint and described["path"] == str(own[0])
+
+
+def test_scale_factor_is_the_argument_then_the_autoencoders_then_the_usual(tmp_path):
+    write_weights(tmp_path / "a.pt", scale_factor=0.7)
+    assert vae(tmp_path / "a.pt").scale_factor == 0.7
+    assert vae(tmp_path / "a.pt", scale_factor=0.3).scale_factor == 0.3
+    config = VAEConfig(vae_path=str(tmp_path / "a.pt"), vae_tile=8, vae_batch_size=2)
+    codec = create_vae(config, "cpu")
+    assert (codec.scale_factor, codec.tile, codec.batch_size) == (0.7, 8, 2)
+    with pytest.raises(ValueError, match="--scale_factor"):
+        vae(tmp_path / "a.pt", scale_factor=0.0)
+
+
+def test_volumes_pass_too(tmp_path):
+    config = dataclasses.replace(CONFIG, spatial_dims=3, downsample_factors=((1, 2, 2),))
+    write_weights(tmp_path / "a.pt", config=config)
+    codec, x = vae(tmp_path / "a.pt", tile=4), pictures(1, 1, 3, 4, 8)
+    assert codec.latent_shape((1, 3, 4, 8)) == (3, 3, 2, 4)
+    assert codec.decode_batch(codec.encode_batch(x)).shape == x.shape
+
+
+def test_what_is_no_autoencoder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not there; --vae_path"):
+        vae(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no autoencoder is given; --vae_path"):
+        vae("")
+    with pytest.raises(ValueError, match="neither a run .* nor a diffusers folder .*--vae_path"):
+        vae(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint.*--vae_path"):
+        vae(tmp_path)
+    write_weights(tmp_path / "d.pt", kind="diffusion")
+    with pytest.raises(ValueError, match="kind 'diffusion', --vae_path wants one of kind 'autoencoder'"):
+        vae(tmp_path / "d.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="broken.pt is damaged .*--vae_path"):
+        vae(tmp_path / "broken.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="broken.safetensors is damaged .*--vae_path"):
+        vae(tmp_path / "broken.safetensors")
+
+
+def test_arguments_outside_their_range_are_refused(own):
+    with pytest.raises(ValueError, match="'half', possible are float32, bfloat16"):
+        vae(own[0], dtype="half")
+    for tile in (-2, 2, 5):
+        with pytest.raises(ValueError, match="--vae_tile"):
+            vae(own[0], tile=tile)
+
+
+# MONAI
+
+
+def write_monai(folder, weights_name="monai.pt", yaml_text=None):
+    network = random_network(AutoencoderKL(**MONAI))
+    weights = dict(network.state_dict())
+    if weights_name.endswith(".safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(weights, folder / weights_name)
+    else:
+        torch.save(weights, folder / weights_name)
+    if yaml_text is not None:
+        (folder / weights_name).with_suffix(".yaml").write_text(yaml_text)
+    twin = AutoencoderKL(**MONAI).eval()
+    twin.load_state_dict(weights)
+    return folder / weights_name, twin
+
+
+@pytest.mark.parametrize("name", ["monai.pt", "monai.pth", "monai.safetensors"])
+def test_monai_weights_open_with_the_yaml_beside_them(tmp_path, name):
+    path, twin = write_monai(tmp_path, name, json.dumps({"autoencoder": {"_target_": "monai.AutoencoderKL", **MONAI}}))
+    codec, x = vae(path), pictures(2, 3, 8, 8)
+    torch.testing.assert_close(codec.encode_batch(x), twin.moments(x)[0].detach() * 0.18215)
+
+
+def test_monai_arguments_may_be_given_and_core_calls_them_channels(tmp_path):
+    path, twin = write_monai(tmp_path)
+    arguments = {("channels" if k == "num_channels" else k): v for k, v in MONAI.items()}
+    codec, x = vae(path, vae_config={**arguments, "image_range": [-1, 1], "scale_factor": 2.0}), pictures(1, 3, 8, 8)
+    torch.testing.assert_close(codec.encode_batch(x), 2 * twin.moments(2 * x - 1)[0].detach())
+
+
+def test_monai_weights_without_fitting_arguments_are_refused(tmp_path):
+    path, _ = write_monai(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no monai.yaml beside it .*--vae_config"):
+        vae(path)
+    with pytest.raises(FileNotFoundError, match="--vae_config"):
+        vae(path, vae_config=str(tmp_path / "other.yaml"))
+    with pytest.raises(ValueError, match="'num_chanels', which is no argument"):
+        vae(path, vae_config={**MONAI, "num_chanels": 3})
+    with pytest.raises(ValueError, match="no spatial_dims"):
+        vae(path, vae_config={"num_channels": [4]})
+    with pytest.raises(ValueError, match="does not fit the model .*--vae_path"):
+        vae(path, vae_config={**MONAI, "num_channels": [4, 4]})
+
+
+def test_grey_pictures_are_repeated_and_averaged_back(tmp_path):
+    path, _ = write_monai(tmp_path, yaml_text=json.dumps(MONAI))
+    codec, grey = vae(path), pictures(2, 1, 8, 8)
+    coloured = codec.encode_batch(grey.repeat(1, 3, 1, 1))
+    assert codec.decode_batch(coloured).shape[1] == 3
+    latents = codec.encode_batch(grey)
+    torch.testing.assert_close(latents, coloured)
+    assert codec.decode_batch(latents).shape == grey.shape
+    assert codec.decode_batch(latents, channels=3).shape[1] == 3
+    assert vae(path).decode_batch(latents, channels=1).shape == grey.shape
+    assert codec.latent_shape((1, 8, 8)) == (3, 4, 4)
+
+
+# diffusers
+
+
+def diffusers_network(name):
+    import diffusers
+
+    torch.manual_seed(0)
+    if name == "AutoencoderKL":
+        return diffusers.AutoencoderKL(
+            block_out_channels=(4, 8), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5, shift_factor=0.25,
+        ).eval()
+    if name == "AutoencoderTiny":
+        return diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(4, 4, 4), decoder_block_out_channels=(4, 4, 4), num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1), scaling_factor=2.0,
+        ).eval()
+    return diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41, decoder_norm_types="rms_norm", decoder_act_fns="silu",
+    ).eval()
+
+
+@pytest.mark.parametrize("name, scale, shift, factor", [
+    ("AutoencoderKL", 0.5, 0.25, 2), ("AutoencoderTiny", 2.0, 0.0, 4), ("AutoencoderDC", 0.41, 0.0, 2),
+])
+@pytest.mark.filterwarnings("ignore")  # whatever diffusers has to say about its own dependencies
+def test_diffusers_folders_state_their_own_scale_and_shift(tmp_path, name, scale, shift, factor):
+    network = diffusers_network(name)
+    network.save_pretrained(tmp_path / "vae")
+    codec, x = vae(tmp_path / "vae"), pictures(2, 3, 8, 16)
+    assert (codec.scale_factor, codec.shift_factor, codec.factors) == (scale, shift, (factor, factor))
+    with torch.no_grad():
+        code = network.encode(2 * x - 1)
+        z = code.latent_dist.mode() if name == "AutoencoderKL" else code[0]
+        expected = (network.decode(z).sample + 1) / 2
+    latents = codec.encode_batch(x)
+    assert latents.shape[1:] == codec.latent_shape(x.shape[1:])
+    torch.testing.assert_close(latents, (z - shift) * scale)
+    torch.testing.assert_close(codec.decode_batch(latents), expected.clamp(0, 1), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"autoencoder inside, .*vae; check --vae_path"):
+        vae(tmp_path)
+    next((tmp_path / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="cannot be read as a diffusers autoencoder: .*--vae_path"):
+        vae(tmp_path / "vae")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_classes_of_diffusers_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(ValueError, match="holds a UNet2DModel, possible are AutoencoderKL, AutoencoderTiny, A"):
+        vae(tmp_path)
+
+
+# the normalizer
+
+
+STATISTICS = {"mean": 0.5, "std": 2.0, "channel_mean": [1.0, -2.0], "channel_std": [0.5, 4.0]}
+
+
+@pytest.mark.parametrize("mode, shift, std", [
+    ("auto", [0], [2]), ("channel", [1, -2], [0.5, 4]), ("none", [0], [1]), ("0.18215", [0], [0.18215]), (3, [0], [3]),
+])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_normaliser_divides_by_what_its_mode_says(mode, shift, std, axes):
+    normalizer = LatentNormalizer.fit(mode, STATISTICS, 0.18215)
+    latents = torch.randn(2, 2, *(3,) * axes)
+    column = (1, -1, *(1,) * axes)
+    x0 = normalizer.normalise(latents)
+    torch.testing.assert_close(x0, (latents - torch.tensor(shift).view(column)) / torch.tensor(std).view(column))
+    torch.testing.assert_close(normalizer.inverse(x0), latents)
+    assert normalizer.to_dict() == {"mode": str(mode), "shift": shift, "std": std}
+
+
+def test_channel_mode_gives_every_channel_mean_zero_and_std_one():
+    latents = torch.randn(64, 2, 8) * torch.tensor([[0.5], [4.0]]) + torch.tensor([[1.0], [-2.0]])
+    columns = latents.double().transpose(0, 1).flatten(1)
+    statistics = {"std": 3.0, "channel_mean": columns.mean(1).tolist(), "channel_std": columns.std(1).tolist()}
+    x0 = LatentNormalizer.fit("channel", statistics, 1.0).normalise(latents).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(x0.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x0.std(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("mode", ["atuo", "0", "-1", "nan", "inf", ""])
+def test_unknown_normalizer_modes_are_refused(mode):
+    with pytest.raises(ValueError, match="--normalizer is .*possible are auto, channel, none, or a number"):
+        LatentNormalizer.fit(mode, STATISTICS, 0.18215)
+
+
+def test_constant_channels_are_refused_where_each_is_divided():
+    statistics = {**STATISTICS, "channel_std": [0.0, 4.0]}
+    with pytest.raises(ValueError, match=r"channels \[0\] are constant.*--normalizer auto"):
+        LatentNormalizer.fit("channel", statistics, 0.18215)
+    with pytest.raises(ValueError, match="std above 0"):
+        LatentNormalizer.fit("auto", {**STATISTICS, "std": 0.0}, 0.18215)
+
+
+def test_normalizer_of_another_latent_is_refused():
+    with pytest.raises(ValueError, match="knows 2 channels, .* have 3"):
+        LatentNormalizer.fit("channel", STATISTICS, 1.0).normalise(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("std, refused", [(0.89, True), (0.9, False), (1.0, False), (1.1, False), (1.2, True),
+                                          (float("nan"), True)])
+def test_latent_std_outside_its_limits_is_refused_unless_allowed(std, refused):
+    normalizer = LatentNormalizer.fit("0.5", STATISTICS, 0.18215)
+    check_latent_std(std, normalizer, allow=True)
+    if refused:
+        text = f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto.*--allow_latent_std"
+        with pytest.raises(ValueError, match=text):
+            check_latent_std(std, normalizer)
+    else:
+        check_latent_std(std, normalizer)
