@@ -805,6 +805,6 @@ def labels_in(pictures, class_names):
         return pictures.labels
     unknown = sorted(set(pictures.class_names) - set(class_names))
     if unknown:
-        raise ValueError(f"{pictures.config.data_dir} has classes {', '.join(unknown)} that the model does not know; it knows "
-                         f"{', '.join(class_names)}")
+        raise ValueError(f"{pictures.config.data_dir} has classes {', '.join(unknown)} that the model does not know; "
+                         f"it knows {', '.join(class_names)}")
     return np.array([class_names.index(name) for name in pictures.class_names])[pictures.labels]

@@ -37,7 +37,7 @@ class TrainConfig:
     max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never")
     batch_size: int = opt(1, "samples in a step on each rank")
     microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size")
-    ema_rate: str = opt("0.9999", "decay of the moving average of the weights, or several with commas between")
+    ema_rate: str = opt("0.9999", "decay of the moving average of the weights, several with commas between; empty: none")
     log_interval: int = opt(10, "steps between rows of progress.csv")
     save_interval: int = opt(10000, "steps between checkpoints")
     keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all")
@@ -215,7 +215,7 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.max_steps = max_steps or lr_anneal_steps or math.inf
-        self.ema_rate = [ema_rate] if isinstance(ema_rate, float) else [float(r) for r in str(ema_rate).split(",")]
+        self.ema_rate = [ema_rate] if isinstance(ema_rate, float) else [float(r) for r in ema_rate.split(",") if r]
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval, self.preview = preview_interval or save_interval, preview
         self.keep_checkpoints = keep_checkpoints
@@ -348,10 +348,11 @@ class TrainLoop:
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """Let the model hold its fastest moving average, in evaluation mode, inside the `with` block."""
-        fastest = min(range(len(self.ema_rate)), key=lambda i: self.ema_rate[i])
+        """Let the model hold its fastest moving average (if it has one), in evaluation mode, inside the `with` block."""
         kept = copy.deepcopy(self.model.state_dict())
-        self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(self.ema_params[fastest]))
+        if self.ema_rate:
+            fastest = self.ema_params[self.ema_rate.index(min(self.ema_rate))]
+            self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(fastest))
         self.model.eval()
         try:
             yield self.model

@@ -43,7 +43,7 @@ def main():
         model=model, data=picture_batches(pictures, plan, with_labels=True), header=header,
         objective=classifier_objective(diffusion if train.noised else None),
         preview=held_out and Accuracy(model, held_out, pictures.class_names), preview_interval=train.eval_interval,
-        max_steps=train.iterations, lr_anneal_steps=train.iterations if train.anneal_lr else 0,
+        max_steps=train.iterations, ema_rate="", lr_anneal_steps=train.iterations if train.anneal_lr else 0,
         use_fp16=flags.classifier_use_fp16, **script_util.loop_arguments(train),
     ).run_loop()
     script_util.end_run(folder)
