@@ -8,8 +8,16 @@ import dataclasses
 
 
 def opt(default, help, choices=None):
-    """Return a dataclass field with a help text; `choices` lists the only values allowed."""
+    """Return a dataclass field with a help text; `choices` lists the only values allowed.
+
+    The field's annotation (int, float, bool, str, tuple, or a function such as `size`) says how its text is read.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def size(text):
+    """Convert a size as it stands on a command line: `64` to a number, `64x128` (height x width) stays text."""
+    return int(text) if str(text).isdigit() else str(text)
 
 
 def as_dict(config):

@@ -27,7 +27,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from .config import opt
+from .config import opt, size
 
 REFERENCE_ENDINGS = ("jpg", "jpeg", "png", "gif")
 ENDINGS = REFERENCE_ENDINGS + ("tif", "tiff", "npy")
@@ -164,7 +164,7 @@ class DataConfig:
 
     data_dir: str = opt("", "folder of pictures (jpg, png, gif, tiff, npy; sub-folders are classes), or one .npz "
                             "with images [N x H x W (x C)] and labels")
-    image_size: str = opt("64", "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk")
+    image_size: size = opt(64, "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk")
     image_channels: int = opt(0, "1 or 3: convert every picture to grey or colour; 0: as the files are, all alike",
                               choices=(0, 1, 3))
     value_range: str = opt("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "

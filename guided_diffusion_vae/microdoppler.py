@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from . import files
-from .config import as_dict, opt
+from .config import as_dict, opt, size
 from .image_datasets import parse_size
 
 SIMULATION = 1              # raise it when the same parameters and seed give other pictures than before
@@ -158,7 +158,7 @@ class MicrodopplerConfig:
     num_train: int = opt(300, "training pictures per class")
     num_val: int = opt(60, "validation pictures per class; 0 writes no val folder")
     seed: int = opt(0, "picture i of a class and split depends on (seed, split, class, i) and the parameters alone")
-    image_size: str = opt("64", "Doppler rows x time columns, as HxW or one number for both")
+    image_size: size = opt(64, "Doppler rows x time columns, as HxW or one number for both")
     waveform: str = opt("fmcw", "cw: one complex sample per pulse; fmcw: a sweep per pulse, a Fourier transform to "
                         "range, and the power of the gated range bins added up", choices=WAVEFORMS)
     carrier_ghz: float = opt(60.5, "carrier frequency in GHz; the middle of the sweep for fmcw")

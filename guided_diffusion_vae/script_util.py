@@ -75,7 +75,7 @@ def argparser(doc, *classes):
     for cls in classes:
         group = groups[section_of(cls)]
         for field in dataclasses.fields(cls):
-            convert = _CONVERTERS[field.type if isinstance(field.type, str) else field.type.__name__]
+            convert = _CONVERTERS.get(field.type, field.type)
             group.add_argument(f"--{field.name}", default=field.default, type=convert, metavar=convert.__name__.upper(),
                                choices=field.metadata["choices"], help=field.metadata["help"])
     return parser
@@ -138,13 +138,13 @@ def _all_sections():
 
 
 def _from_yaml(field, value, path):
-    kind = field.type if isinstance(field.type, str) else field.type.__name__
+    kind = field.type.__name__
     if kind == "tuple" and isinstance(value, (list, int, float, bool)):
         return frozen(value)
     if kind == "bool" and not isinstance(value, bool) or isinstance(value, (dict, list)) or value is None:
         raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}")
     try:
-        value = _CONVERTERS[kind](value if kind == "bool" else str(value))
+        value = _CONVERTERS.get(field.type, field.type)(value if kind == "bool" else str(value))
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}") from error
     choices = field.metadata["choices"]
@@ -207,15 +207,14 @@ def _numbers(text):
 
 
 _numbers.__name__ = "list"
-str2bool.__name__ = "str2bool"
-_CONVERTERS = {"int": int, "float": float, "bool": str2bool, "str": str, "tuple": _numbers}
+_CONVERTERS = {bool: str2bool, tuple: _numbers}
 
 
 def add_dict_to_argparser(parser, default_dict):
     """Add a flag for every entry of a dictionary, its type being that of the default (None: text)."""
     for name, default in default_dict.items():
-        kind = "str" if default is None else type(default).__name__
-        parser.add_argument(f"--{name}", default=default, type=_CONVERTERS[kind])
+        kind = str if default is None else type(default)
+        parser.add_argument(f"--{name}", default=default, type=_CONVERTERS.get(kind, kind))
 
 
 def args_to_dict(args, keys):
@@ -516,6 +515,8 @@ def open_source(latents, vae, data, seed, device):
     if latents.cache_dir:
         source = open_latents(latents.cache_dir)
         codec = codec_of(source.autoencoder, vae, device, required=False)
+        if device.type == "cuda":
+            source.on_device(device, torch.cuda.mem_get_info()[0] // 4)
         if codec is None:
             say("the cache's autoencoder is not at hand (--vae_path), so there are no previews")
         return source, codec

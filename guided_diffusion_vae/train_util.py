@@ -23,7 +23,7 @@ from .autoencoder import autoencoder_losses, to_image_range
 from .config import opt
 from .fp16_util import MixedPrecisionTrainer
 from .nn import keyed_randn, keyed_seed, update_ema
-from .resample import LossAwareSampler, UniformSampler
+from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, UniformSampler
 
 # First number of every key, so that the streams of one seed never meet. LatentStream and BatchPlan have their own.
 NOISE, TIMES, DROPOUT = 2, 3, 4
@@ -52,7 +52,7 @@ class TrainConfig:
 class DiffusionTrainConfig(TrainConfig):
     SECTION = "training"
 
-    schedule_sampler: str = opt("uniform", "how times are drawn", choices=("uniform", "loss-second-moment"))
+    schedule_sampler: str = opt("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
     fp16_scale_growth: float = opt(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
 
 
@@ -79,6 +79,7 @@ class ClassifierTrainConfig:
     anneal_lr: bool = opt(False, "let the learning rate fall linearly to zero over --iterations")
     batch_size: int = opt(4, "pictures in a step on each rank")
     microbatch: int = opt(-1, "pictures in a forward pass, to save memory; -1: batch_size")
+    schedule_sampler: str = opt("uniform", "how times are drawn with --noised", choices=tuple(SCHEDULE_SAMPLERS))
     resume_checkpoint: str = opt("", "model file to go on from; empty: the newest of the run folder, if it holds one")
     log_interval: int = opt(10, "steps between rows of progress.csv")
     eval_interval: int = opt(5, "steps between measurements on --val_data_dir")
@@ -128,7 +129,8 @@ class DiffusionObjective:
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, terms["unweighted"])
 
-    def log(self, t, terms):
+    def log(self, batch, t, terms):
+        logger.logkv_mean("x0_std", batch.std(correction=0))
         log_loss_dict(self.diffusion, t, {k: v for k, v in terms.items() if k != "unweighted"})
 
     def state_dict(self):
@@ -151,7 +153,7 @@ class PlainObjective:
     def after_step(self, t, terms):
         pass
 
-    def log(self, t, terms):
+    def log(self, batch, t, terms):
         for name, value in terms.items():
             logger.logkv_mean(name, value.detach().mean())
 
@@ -174,14 +176,14 @@ def autoencoder_objective(loss_config, network, image_range):
     return PlainObjective(losses)
 
 
-def classifier_objective(diffusion=None):
-    """Return cross-entropy on pictures in [0, 1]; with a `diffusion` they are noised to a random time first."""
+def classifier_objective(schedule_sampler=None, diffusion=None):
+    """Return cross-entropy on pictures in [0, 1]; with a `diffusion` they are noised to a drawn time first."""
 
     def losses(model, images, cond, draws):
         x = images * 2 - 1
         t = torch.zeros(len(x), dtype=torch.long, device=x.device)
         if diffusion is not None:
-            t, _ = draws.times(UniformSampler(diffusion), x.device)
+            t, _ = draws.times(schedule_sampler, x.device)
             x = diffusion.q_sample(x, t, noise=draws.normal(x.shape[1:], x.device))
         logits = model(x, t)
         right = (logits.argmax(1) == cond["y"]).float()
@@ -209,6 +211,8 @@ class TrainLoop:
         weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
         mixed_precision=False, seed=0, objective=None, header=None, preview=None,
     ):
+        if mixed_precision and use_fp16:
+            raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
         self.model, self.diffusion, self.data = model, diffusion, data
         self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
@@ -299,8 +303,7 @@ class TrainLoop:
         times = None if parts[0][0] is None else torch.cat([t for t, _ in parts])
         terms = {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
         self.objective.after_step(times, terms)
-        self.objective.log(times, terms)
-        logger.logkv_mean("batch_std", batch.float().std(correction=0))
+        self.objective.log(batch, times, terms)
 
     def _communicate(self, last):
         """Gradients travel with the last microbatch only."""

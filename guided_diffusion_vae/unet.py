@@ -427,7 +427,12 @@ class _TimedNetwork(nn.Module):
 
     @property
     def dtype(self):
-        """The type of the inner layers' weights: float32, or float16 after `convert_to_fp16`."""
+        """The type that the torso is meant to have: float16 with `use_fp16`, else that of its weights."""
+        return torch.float16 if self.use_fp16 else self.torso_dtype
+
+    @property
+    def torso_dtype(self):
+        """The type that the torso's weights have now."""
         return self.input_blocks[0][0].weight.dtype
 
     def convert_to_fp16(self):
@@ -536,7 +541,7 @@ class UNetModel(_TimedNetwork):
         emb = self.embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
-        h, left = x.to(self.dtype), []
+        h, left = x.to(self.torso_dtype), []
         for block in self.input_blocks:
             h = block(h, emb)
             left.append(h)
@@ -651,7 +656,7 @@ class EncoderUNetModel(_TimedNetwork):
     def forward(self, x, timesteps):
         """Apply the network.  x [N x C x ...], timesteps [N] -> [N x out_channels]."""
         emb = self.embed(timesteps)
-        h, averages = x.to(self.dtype), []
+        h, averages = x.to(self.torso_dtype), []
         for block in (*self.input_blocks, self.middle_block):
             h = block(h, emb)
             if self.pool.startswith("spatial"):

@@ -10,6 +10,7 @@ from guided_diffusion_vae import dist_util, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches
 from guided_diffusion_vae.previews import Accuracy
+from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.train_util import ClassifierTrainConfig, TrainLoop, classifier_objective
 from guided_diffusion_vae.unet import ClassifierConfig
 
@@ -38,13 +39,14 @@ def main():
     model.to(dist_util.dev())
     if flags.classifier_use_fp16:
         model.convert_to_fp16()
+    sampler = create_named_schedule_sampler(train.schedule_sampler, diffusion)
     held_out = PictureFolder(data, data_dir=train.val_data_dir) if train.val_data_dir else None
     TrainLoop(
         model=model, data=picture_batches(pictures, plan, with_labels=True), header=header,
-        objective=classifier_objective(diffusion if train.noised else None),
+        objective=classifier_objective(sampler, diffusion if train.noised else None),
         preview=held_out and Accuracy(model, held_out, pictures.class_names), preview_interval=train.eval_interval,
         max_steps=train.iterations, ema_rate="", lr_anneal_steps=train.iterations if train.anneal_lr else 0,
-        use_fp16=flags.classifier_use_fp16, **script_util.loop_arguments(train),
+        use_fp16=flags.classifier_use_fp16, **script_util.loop_arguments(train, "schedule_sampler"),
     ).run_loop()
     script_util.end_run(folder)
 
