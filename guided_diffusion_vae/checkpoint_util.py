@@ -1,8 +1,8 @@
 """Self-describing checkpoints: weights that carry their header, and steps that exist only when they are whole.
 
-A weights file is a bare state dict, as guided-diffusion writes it. What rebuilds the network (kind, step, configuration,
-normalizer, autoencoder) rides along as a JSON string in the state dict's `_metadata`, which plain `load_state_dict`
-passes over and `torch.load(weights_only=True)` keeps.
+A weights file is a bare state dict, as guided-diffusion writes it. What rebuilds the network (kind, step,
+configuration, normalizer, autoencoder) rides along as a JSON string in the state dict's `_metadata`, which plain
+`load_state_dict` passes over and `torch.load(weights_only=True)` keeps.
 
 A step of a run is a set of files and, written last, a marker `stateNNNNNN.json` with their sizes and SHA-256.
 """
@@ -31,20 +31,28 @@ def save_weights(path, state_dict, header):
 
 def save(path, content):
     """Write what `torch.save` can write, atomically."""
-    with atomic_path(path) as part:
-        torch.save(content, part)
+    with atomic_path(path) as part, open(part, "wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            # Given a name in place of a stream, torch says of a full disk only that a position is unexpected; given a
+            # stream, it may still raise that on top of the stream's own error.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load(path, map_location="cpu", flag="the path"):
     """Read a file of tensors and plain values; ValueError where it is truncated or holds anything else."""
     if not bf.exists(str(path)) or bf.isdir(str(path)):
-        raise FileNotFoundError(f"no file {path}; check {flag}")
+        raise FileNotFoundError(f"{path} is not there; check {flag}")
     try:
         with bf.BlobFile(str(path), "rb") as stream:
             return torch.load(stream, map_location=map_location, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a file of tensors ({reason}); check {flag}") from error
+        raise ValueError(f"{path} is damaged or cut short, or holds more than tensors and plain values, which "
+                         f"weights_only=True refuses ({reason}); check {flag}") from error
 
 
 def load_weights(path, map_location="cpu", flag="--model_path"):
@@ -116,16 +124,19 @@ def read_marker(folder, step):
     folder = Path(folder)
     try:
         marker = json.loads((folder / marker_name(step)).read_text())
-        files = marker["files"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / marker_name(step)} is damaged: {error}") from error
-    for name, want in files.items():
-        path = folder / name
+        found = marker["format"], marker["step"]
+        files = [(folder / Path(name).name, want["bytes"], want["sha256"]) for name, want in marker["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / marker_name(step)} is damaged ({type(error).__name__}: {error})") from error
+    if found != (FORMAT, step):
+        raise ValueError(f"{folder / marker_name(step)} is of format {found[0]} and step {found[1]}, needed are format "
+                         f"{FORMAT} and step {step}: was it renamed?")
+    for path, size, sha256 in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if path.stat().st_size != want["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, {want['bytes']} were written")
-        if sha256_of_file(path) != want["sha256"]:
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written")
+        if sha256_of_file(path) != sha256:
             raise ValueError(f"{path} does not hold what was written (its SHA-256 differs)")
     return marker
 
@@ -157,9 +168,9 @@ def newest_weights(folder, flag="--model_path"):
 
 def forget_all_but(folder, count):
     """Delete the files of all but the newest `count` steps, each step's marker first."""
+    folder = Path(folder)
     for step in steps(folder)[:-count]:
-        marker = Path(folder) / marker_name(step)
-        names = json.loads(marker.read_text())["files"]
-        marker.unlink()
-        for name in names:
-            (Path(folder) / name).unlink(missing_ok=True)
+        (folder / marker_name(step)).unlink()
+        # By name and not by what the marker lists: it may be damaged.
+        for path in [folder / model_name(step), folder / optimizer_name(step), *folder.glob(ema_name("*", step))]:
+            path.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ reads it when torch is imported, so it belongs into the environment or before th
 
 import datetime
 import os
-import pickle
 import re
 import signal
 import socket
@@ -21,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from . import checkpoint_util
 
 MEETING_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may write a checkpoint while the others wait
@@ -436,27 +437,8 @@ def _buckets(tensors):
 # Files
 
 def load_state_dict(path, **kwargs):
-    """Read a state dict from a local or cloud path; `kwargs` go to torch.load, which only ever builds tensors.
-
-    Raises FileNotFoundError where there is no file, ValueError where it is damaged or holds other objects.
-    """
-    import blobfile
-
-    path = str(path)
-    if not blobfile.exists(path):
-        raise FileNotFoundError(f"{path} is not there; give an existing checkpoint")
-    try:
-        with blobfile.BlobFile(path, "rb") as stream:
-            return torch.load(stream, weights_only=True, **kwargs)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, which is not read from untrusted files "
-                         "(weights_only=True); save its state_dict() alone") from error
-    except (RuntimeError, EOFError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = (str(error).strip() or "it is empty").split("\n")[0]
-        raise ValueError(f"{path} cannot be read ({reason}); it is damaged or cut short, "
-                         "take another checkpoint") from error
+    """Read a state dict from a local or cloud path; `kwargs` and errors are those of `checkpoint_util.load`."""
+    return checkpoint_util.load(path, **kwargs)
 
 
 # Being told to stop

@@ -9,7 +9,7 @@ import torch
 from . import figures, metrics
 from .config import opt
 from .files import write_json
-from .image_datasets import DataConfig, PictureFolder, labels_in
+from .image_datasets import DataConfig, PictureFolder, labels_in, unpad
 from .sampling import read_npz
 
 
@@ -50,8 +50,9 @@ def roundtrip(codec, pictures, config, folder, device):
             latent = codec.encode_batch(images)
             decoded = codec.decode_batch(latent).to(images.dtype)
         latents.append(latent.float().cpu())
-        rivals = {"": decoded, "bicubic_": metrics.bicubic_baseline(images, codec.factors)}
-        for prefix, rival in rivals.items():
+        bicubic = metrics.bicubic_baseline(images, codec.factors)
+        images, decoded, bicubic = (unpad(x, pictures.unpadded_shape) for x in (images, decoded, bicubic))
+        for prefix, rival in {"": decoded, "bicubic_": bicubic}.items():
             for name in ("psnr", "ssim", "l1"):
                 scores.setdefault(prefix + name, []).append(getattr(metrics, name)(images, rival).cpu())
         scores.setdefault("max_error", []).append(metrics.max_error(images, decoded).cpu())
@@ -152,8 +153,7 @@ class SampleFile:
     """The pictures of an .npz of samples, with the interface of PictureFolder that is needed here."""
 
     def __init__(self, path):
-        self.class_names = None
-        self.images, self.labels = read_npz(path)
+        self.images, self.labels, self.class_names = read_npz(path)
         self.shape = tuple(self.images.shape[1:])
 
     def __len__(self):

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import uuid
 from pathlib import Path
 
 
@@ -27,7 +29,8 @@ def atomic_path(path):
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error} ({_space_left(path)}); "
                       "free some space or choose another folder") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that is a file, say: it would hide the error above
+            part.unlink()
 
 
 def write_json(path, content):
@@ -48,13 +51,15 @@ def sha256_of_file(path):
 def require_writable_folder(folder, flag):
     """Create `folder` and prove that files can be written there, or raise OSError naming `flag`."""
     folder = Path(folder)
-    probe = folder / f".probe.{os.getpid()}"
+    # Ranks on several machines probe one folder at once, and process numbers repeat between machines.
+    probe = folder / f".probe.{socket.gethostname()}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OSError(error.errno, f"cannot write into {folder} ({error.strerror}); give {flag} a folder that can be written") from error
+        raise OSError(error.errno, f"cannot write into {folder} ({error.strerror}); give {flag} a folder that can be "
+                      "written") from error
     return folder
 
 
@@ -64,10 +69,11 @@ def require_folder(folder, flag):
         raise FileNotFoundError(f"no folder given; set {flag}")
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}; check {flag}")
+        problem = "a file, not a folder" if folder.exists() else "not there"
+        raise FileNotFoundError(f"{folder} is {problem}; check {flag}")
     return folder
 
 
 def _space_left(path):
-    folder = next(p for p in [path.parent, *path.parent.parents] if p.exists())
+    folder = next(p for p in [path.parent, *path.parent.parents] if os.path.exists(p))
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB left on {folder}"

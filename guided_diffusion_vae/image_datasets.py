@@ -653,6 +653,12 @@ class BatchPlan:
         self.seed = seed
         self.shuffle = shuffle
 
+    def summary(self):
+        """Return one line for the log: how many items a step and steps an epoch take."""
+        together = self.batch_size * self.num_ranks
+        return (f"{self.num_ranks} rank{'s'[:self.num_ranks > 1]} with {self.batch_size} take {together} of {self.count} items a "
+                f"step, {self.count / together:.1f} steps an epoch")
+
     @property
     def slots(self):
         """This rank's places in the batch of all ranks."""
@@ -805,6 +811,6 @@ def labels_in(pictures, class_names):
         return pictures.labels
     unknown = sorted(set(pictures.class_names) - set(class_names))
     if unknown:
-        raise ValueError(f"{pictures.config.data_dir} has classes {', '.join(unknown)} that the model does not know; "
+        raise ValueError(f"the pictures have classes {', '.join(unknown)} that the model does not know; "
                          f"it knows {', '.join(class_names)}")
     return np.array([class_names.index(name) for name in pictures.class_names])[pictures.labels]

@@ -5,7 +5,7 @@ import torch
 
 from . import figures, logger, metrics
 from .autoencoder import from_image_range, to_image_range
-from .image_datasets import labels_in
+from .image_datasets import labels_in, unpad
 from .sampling import SamplingConfig
 
 COUNT = 16  # pictures in a preview
@@ -26,6 +26,7 @@ class ReconstructionPreview:
             images = self.pictures.batch(self.chosen[start:start + self.batch_size]).to(self.device)
             decoded = self.model.reconstruct(to_image_range(images, self.image_range))
             decoded = from_image_range(decoded, self.image_range).clamp(0, 1)
+            images, decoded = (unpad(x, self.pictures.unpadded_shape) for x in (images, decoded))
             if start == 0:
                 sheet = figures.side_by_side(images[:COUNT].cpu().numpy(), decoded[:COUNT].cpu().numpy())
                 figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)

@@ -97,12 +97,22 @@ class Sampler:
 
 
 def draw(sampler, classes, config, device):
-    """Draw all samples over the ranks; return (images uint8 [N x C x ...], labels or None), complete on every rank."""
+    """Draw all samples over the ranks; return (images uint8 [N x C x ...], labels or None), complete on every rank.
+
+    :raises ValueError: where there is nothing to draw.
+    :raises FloatingPointError: where samples are not finite.
+    """
+    if config.num_samples < 1 or config.batch_size < 1:
+        raise ValueError(f"--num_samples {config.num_samples} --batch_size {config.batch_size}: both are at least 1")
     mine = []
     starts = range(0, config.num_samples, config.batch_size)
     for start in starts[dist_util.rank()::dist_util.world_size()]:
         indices = range(start, min(start + config.batch_size, config.num_samples))
         x0, labels = sampler.x0(indices, classes, config, device, progress=dist_util.rank() == 0)
+        if not torch.isfinite(x0).all():
+            raise FloatingPointError(f"samples {indices.start} to {indices.stop - 1} are not finite: the model has "
+                                     "diverged (take an earlier one), or its noise schedule ends in pure noise (train "
+                                     "with more --diffusion_steps or --noise_schedule cosine)")
         mine.append((start, to_uint8(sampler.decode(x0)), None if labels is None else labels.cpu().numpy()))
     parts = sorted((p for rank in dist_util.gather_objects(mine) for p in rank), key=lambda p: p[0])
     labels = None if classes is None else np.concatenate([p[2] for p in parts])
@@ -126,7 +136,7 @@ def write_samples(folder, images, labels, classes=None, names=None):
         rows = rows if per_row else None
     columns = per_row if rows else min(8, len(shown))
     figures.save_picture(folder / "contact_sheet.png", figures.contact_sheet(shown, columns, row_labels=rows))
-    return write_npz(folder, images, labels)
+    return write_npz(folder, images, labels, names)
 
 
 def to_uint8(images):
@@ -134,24 +144,29 @@ def to_uint8(images):
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def write_npz(folder, images, labels):
-    """Write samples_NxHxWxC.npz in the layout of guided-diffusion: arr_0 [N x H x W x C] uint8, arr_1 labels [N]."""
+def write_npz(folder, images, labels, names=None):
+    """Write samples_NxHxWxC.npz in the layout of guided-diffusion: arr_0 [N x H x W x C] uint8, arr_1 labels [N].
+
+    Class names, where there are any, stand beside them as `class_names`.
+    """
     channels_last = np.moveaxis(images, 1, -1)
     path = folder / f"samples_{'x'.join(map(str, channels_last.shape))}.npz"
     arrays = [channels_last] if labels is None else [channels_last, labels]
+    named = {"class_names": np.array(names)} if names and labels is not None else {}
     with atomic_path(path) as part, open(part, "wb") as stream:
-        np.savez(stream, *arrays)
+        np.savez(stream, *arrays, **named)
     return path
 
 
 def read_npz(path):
-    """Return (images float32 [N x C x ...] in [0, 1], labels or None) from a file of `write_npz`."""
+    """Return (images float32 [N x C x ...] in [0, 1], labels or None, names or None) from a file of `write_npz`."""
     try:
         with np.load(path, allow_pickle=False) as content:
             images = np.moveaxis(content["arr_0"], -1, 1)
             labels = content["arr_1"] if "arr_1" in content else None
+            names = content["class_names"].tolist() if "class_names" in content else None
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no batch of samples (.npz with arr_0 [N x H x W x C] uint8): {error}") from error
     if images.dtype != np.uint8:
         raise ValueError(f"{path}: arr_0 is {images.dtype}, needed is uint8 in 0..255")
-    return torch.from_numpy(images.astype(np.float32) / 255), labels
+    return torch.from_numpy(images.astype(np.float32) / 255), labels, names

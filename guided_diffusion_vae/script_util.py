@@ -69,21 +69,30 @@ def parse_given(doc, *classes, argv=None):
 
 def argparser(doc, *classes):
     """Return the parser of a script: one flag a field, with its help text and default."""
-    parser = _Parser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", default="", help="YAML file with values for the flags below; flags win over it")
-    groups = {section_of(cls): parser.add_argument_group(section_of(cls)) for cls in classes}
+    parser = _Parser(description=doc, usage="%(prog)s [--config FILE.yaml] [--flag value ...]", allow_abbrev=False,
+                     formatter_class=_HelpFormatter)
+    parser.add_argument("--config", default="", metavar="FILE.yaml", help="values for the flags below, which win over it")
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(map(section_of, classes))}
     for cls in classes:
         group = groups[section_of(cls)]
         for field in dataclasses.fields(cls):
-            convert = _CONVERTERS.get(field.type, field.type)
-            group.add_argument(f"--{field.name}", default=field.default, type=convert, metavar=convert.__name__.upper(),
-                               choices=field.metadata["choices"], help=field.metadata["help"])
+            choices = field.metadata["choices"]
+            group.add_argument(f"--{field.name}", default=field.default, type=_CONVERTERS.get(field.type, field.type),
+                               metavar=None if choices else field.type.__name__.upper(), choices=choices,
+                               help=field.metadata["help"])
     return parser
 
 
 def section_of(cls):
     """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
     return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
+
+
+def part_of(cls, *names):
+    """Return a config class of the same section with these fields of `cls` alone, for a script that heeds no others."""
+    fields = [(f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
+              for f in dataclasses.fields(cls) if f.name in names]
+    return dataclasses.make_dataclass(cls.__name__, fields, namespace={"SECTION": section_of(cls)})
 
 
 def read_yaml(path, classes):
@@ -167,22 +176,25 @@ def _nearest(word, known):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers an unknown flag with the nearest known one."""
+    """Answers a mistake with one line, and an unknown flag with the nearest known one."""
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             word = message.split(":", 1)[1].split()[0].lstrip("-").split("=")[0]
             message += _nearest(word, {a.dest for a in self._actions})
-        super().error(message)
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help that ends with the default."""
+    """Help that ends with the default, spelled as on the command line."""
 
     def _get_help_string(self, action):
-        if action.default in (argparse.SUPPRESS, None, "", ()):
+        default = action.default
+        if default in (argparse.SUPPRESS, None, "", ()):
             return action.help
-        return f"{action.help} (default: {action.default})"
+        if isinstance(default, tuple):
+            default = json.dumps(default, separators=(",", ":"))
+        return f"{action.help} (default: {default})"
 
 
 def str2bool(v):
@@ -206,7 +218,6 @@ def _numbers(text):
     return frozen(value[0] if len(value) == 1 and not text.startswith("[") else value)
 
 
-_numbers.__name__ = "list"
 _CONVERTERS = {bool: str2bool, tuple: _numbers}
 
 
@@ -253,19 +264,23 @@ def end_run(folder):
 def write_config(folder, script, configs, header):
     """Write config.json, all that rebuilds the run, before anything slow starts."""
     if dist_util.rank() == 0:
-        flags = {}
-        for config in configs:
-            flags.setdefault(section_of(type(config)), {}).update(as_dict(config))
-        write_json(Path(folder) / "config.json", {"script": script, "header": header, "flags": flags})
+        write_json(Path(folder) / "config.json", {"script": script, "header": header, "flags": _by_section(configs)})
 
 
 def print_configuration(configs):
     """Print all flags with their values (rank 0)."""
     if dist_util.rank() == 0:
-        for config in configs:
-            print(f"{section_of(type(config))}:")
-            for key, value in as_dict(config).items():
+        for section, flags in _by_section(configs).items():
+            print(f"{section}:")
+            for key, value in flags.items():
                 print(f"  {key}: {json.dumps(value)}")
+
+
+def _by_section(configs):
+    flags = {}
+    for config in configs:
+        flags.setdefault(section_of(type(config)), {}).update(as_dict(config))
+    return flags
 
 
 def print_model_size(model, forward, batch_size, averages=1):
@@ -629,15 +644,19 @@ def load_sampler(configs, given, device):
                              f"{scale.normalizer}; give the number that its latents were divided by, or none")
         return Sampler(network, diffusion, shape, codec, LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor),
                        (data.image_channels or codec.in_channels, *size), network.num_classes or 0)
-    for flag in ("normalizer", "scale_factor", "image_size"):
-        if flag in given:
-            raise ValueError(f"--{flag} {given[flag]}: {sample.model_path} describes itself; leave the flag away")
-    return sampler_from(network, diffusion, codec_of(header["autoencoder"], vae, device), header)
+    sampler = sampler_from(network, diffusion, codec_of(header["autoencoder"], vae, device), header)
+    described = {"normalizer": (scale.normalizer, sampler.normalizer.mode), "image_size": (size, sampler.image_shape[1:]),
+                 "image_channels": (data.image_channels or sampler.image_shape[0], sampler.image_shape[0])}
+    for flag, (asked, found) in described.items():
+        if flag in given and asked != found:
+            raise ValueError(f"--{flag} {asked} contradicts {sample.model_path}, which was trained with {flag} {found}; "
+                             "leave the flag away")
+    return sampler
 
 
 def preview_sampler(model, codec, header):
     """Return a Sampler for previews: the model in training, walked through in 25 DDIM steps."""
-    process = {**header["diffusion"], "timestep_respacing": f"ddim{min(25, header['diffusion']['diffusion_steps'])}"}
+    process = {**header["diffusion"], "timestep_respacing": str(min(25, header["diffusion"]["diffusion_steps"]))}
     return sampler_from(model, _process_from_flags(**process), codec, header)
 
 

@@ -33,11 +33,11 @@ NOISE, TIMES, DROPOUT = 2, 3, 4
 class TrainConfig:
     lr: float = opt(1e-4, "learning rate of AdamW")
     weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
-    lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over that many steps, then end; 0: never")
+    lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never")
     max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never")
     batch_size: int = opt(1, "samples in a step on each rank")
     microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size")
-    ema_rate: str = opt("0.9999", "decay of the moving average of the weights, several with commas between; empty: none")
+    ema_rate: str = opt("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
     log_interval: int = opt(10, "steps between rows of progress.csv")
     save_interval: int = opt(10000, "steps between checkpoints")
     keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all")
@@ -63,7 +63,7 @@ class AutoencoderTrainConfig(TrainConfig):
     batch_size: int = opt(16, "pictures in a step on each rank")
     ema_rate: str = opt("0.999", "decay of the moving average of the weights, or several with commas between")
     save_interval: int = opt(1000, "steps between checkpoints")
-    val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM and L1 beside every preview; empty: training pictures")
+    val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
     val_pictures: int = opt(256, "how many held-out pictures are measured")
 
 
@@ -72,7 +72,7 @@ class ClassifierTrainConfig:
     SECTION = "classifier.training"
 
     val_data_dir: str = opt("", "held-out pictures; their accuracy is measured every --eval_interval steps")
-    noised: bool = opt(True, "train on pictures noised to random times, for guidance; False: a classifier of clean ones")
+    noised: bool = opt(True, "train on pictures noised to random times, for guidance; False: on clean ones")
     iterations: int = opt(150000, "steps to train")
     lr: float = opt(3e-4, "learning rate of AdamW")
     weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
@@ -218,7 +218,7 @@ class TrainLoop:
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
-        self.max_steps = max_steps or lr_anneal_steps or math.inf
+        self.max_steps = min((n for n in (max_steps, lr_anneal_steps) if n), default=math.inf)
         self.ema_rate = [ema_rate] if isinstance(ema_rate, float) else [float(r) for r in ema_rate.split(",") if r]
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval, self.preview = preview_interval or save_interval, preview
@@ -338,11 +338,14 @@ class TrainLoop:
         loss = row.get("loss", math.nan)
         bar.set_postfix_str(f"loss {loss:.4f}")
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}; the last good checkpoint is "
-                f"{max(checkpoint_util.steps(self.folder), default='none')}: lower --lr, set --grad_clip 1, or leave "
-                "--use_fp16 / --mixed_precision off"
-            )
+            raise self._diverged(f"the loss is {loss}")
+
+    def _diverged(self, what):
+        return FloatingPointError(
+            f"{what} at step {self.step}; the last good checkpoint is "
+            f"{max(checkpoint_util.steps(self.folder), default='none')}: lower --lr, set --grad_clip 1, or leave "
+            "--use_fp16 / --mixed_precision off"
+        )
 
     def _preview(self):
         if dist_util.rank() == 0:
@@ -351,7 +354,7 @@ class TrainLoop:
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """Let the model hold its fastest moving average (if it has one), in evaluation mode, inside the `with` block."""
+        """Let the model hold its fastest moving average, if it has one, in evaluation mode inside the `with` block."""
         kept = copy.deepcopy(self.model.state_dict())
         if self.ema_rate:
             fastest = self.ema_params[self.ema_rate.index(min(self.ema_rate))]
@@ -366,7 +369,13 @@ class TrainLoop:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self):
-        """Write model, averages, optimizer and, last, the marker of this step (on rank 0)."""
+        """Write model, averages, optimizer and, last, the marker of this step (on rank 0).
+
+        Weights that are not finite are never saved: the log may not have met the loss that spoilt them yet.
+        """
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.mp_trainer.master_params])
+        if not math.isfinite(norm):
+            raise self._diverged(f"the norm of the weights is {float(norm)}")
         if dist_util.rank() != 0:
             return
         logger.log(f"saving step {self.step} ...")
@@ -391,10 +400,15 @@ class TrainLoop:
             return 0
         step = marker["step"]
         load = lambda name: checkpoint_util.load_weights(folder / name, self.device, "--resume_checkpoint")
-        weights, header = load(checkpoint_util.model_name(step))
+        path = folder / checkpoint_util.model_name(step)
+        weights, header = load(path.name)
         if header is not None:
+            found = header.get("step", step)
+            if found != step:
+                raise ValueError(f"{path} holds step {found}, so it was renamed; --resume_checkpoint wants "
+                                 f"{checkpoint_util.model_name(found)} with its optimizer and averages beside it")
             require_same_model(header, self.header, folder)
-        checkpoint_util.load_into(self.model, weights, folder / checkpoint_util.model_name(step), "--resume_checkpoint")
+        checkpoint_util.load_into(self.model, weights, path, "--resume_checkpoint")
         with torch.no_grad():
             loaded = self.mp_trainer.state_dict_to_master_params(weights)
             for param, value in zip(self.mp_trainer.master_params, loaded):
@@ -402,7 +416,8 @@ class TrainLoop:
         for i, rate in enumerate(self.ema_rate):
             name = checkpoint_util.ema_name(rate, step)
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing; --ema_rate must name averages that the checkpoint has")
+                raise FileNotFoundError(f"{folder / name} is not there; --ema_rate must name averages that the "
+                                        "checkpoint has")
             self.ema_params[i] = [p.clone() for p in self.mp_trainer.state_dict_to_master_params(load(name)[0])]
         name = folder / checkpoint_util.optimizer_name(step)
         self.opt.load_state_dict(checkpoint_util.load(name, self.device, "--resume_checkpoint"))
@@ -421,10 +436,15 @@ def find_checkpoint(folder, resume_checkpoint=""):
     marker, and its step is read from its name.
     """
     if not resume_checkpoint:
-        return checkpoint_util.newest_marker(folder, logger.warn), Path(folder)
+        marker = checkpoint_util.newest_marker(folder, logger.warn)
+        unfinished = sorted(p.name for p in Path(folder).glob("model*.pt")) if marker is None else []
+        if unfinished:
+            logger.warn(f"{folder} holds {', '.join(unfinished)} but no marker (stateNNNNNN.json) of a finished save; "
+                        "training starts at step 0 (give --resume_checkpoint to go on from such a file)")
+        return marker, Path(folder)
     path = Path(resume_checkpoint)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; --resume_checkpoint wants the model file of a checkpoint")
+        raise FileNotFoundError(f"{path} is not there; --resume_checkpoint wants the model file of a checkpoint")
     step = parse_resume_step_from_filename(path.name)
     if path.name != checkpoint_util.model_name(step):
         raise ValueError(f"{path}: --resume_checkpoint wants a file named like {checkpoint_util.model_name(step)}, "
@@ -477,7 +497,8 @@ def progress_bar(total, initial, what):
     from tqdm import tqdm
 
     total = None if total == math.inf else total
-    bar = tqdm(total=total, initial=initial, desc=what, disable=dist_util.rank() != 0, dynamic_ncols=True, mininterval=1)
+    elsewhere = dist_util.rank() != 0
+    bar = tqdm(total=total, initial=initial, desc=what, disable=elsewhere, dynamic_ncols=True, mininterval=1)
 
     def advance_to(done, total):
         bar.total = total

@@ -30,6 +30,7 @@ def main():
     model, diffusion = script_util.build_classifier(flags, process, pictures.shape)
     script_util.say(pictures.summary())
     plan = BatchPlan(len(pictures), train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
+    script_util.say(plan.summary())
     if run.dry_run:
         zero = lambda m: m(torch.zeros(1, *pictures.shape), torch.zeros(1, dtype=torch.long))
         return script_util.print_model_size(model, zero, train.batch_size)

@@ -13,7 +13,8 @@ from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
-CONFIGS = (sampling.SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig,
+CONFIGS = (sampling.SamplingConfig, VAEConfig, script_util.part_of(NormalizerConfig, "normalizer"),
+           script_util.part_of(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig,
            script_util.RunConfig)
 
 

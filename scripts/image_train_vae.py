@@ -32,6 +32,7 @@ def main():
     model_flags = script_util.with_classes(model_flags, source)
     model, diffusion = script_util.create_model_and_diffusion_vae(source.latent_shape, model_flags, process)
     plan = BatchPlan(source.count, train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
+    script_util.say(plan.summary())
     if run.dry_run:
         return script_util.print_model_size(model, script_util.one_sample(source.latent_shape, model_flags), train.batch_size)
 

@@ -33,6 +33,7 @@ def main():
     script_util.say(pictures.summary())
     script_util.say(f"total downsampling {network.factors}: pictures {pictures.shape} -> latents {latent_shape}")
     plan = BatchPlan(len(pictures), train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
+    script_util.say(plan.summary())
     if run.dry_run:
         return script_util.print_model_size(network, lambda m: m(torch.zeros(1, *pictures.shape))[0], train.batch_size)
 

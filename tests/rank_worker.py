@@ -1,0 +1,156 @@
+"""Train the tiny networks of test_train_util.py; started by it under mpiexec, and imported by it for one rank.
+
+    mpiexec -n 2 python tests/rank_worker.py FOLDER first|again
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from guided_diffusion_vae import checkpoint_util, dist_util, logger
+from guided_diffusion_vae import gaussian_diffusion as gd
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
+from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder, picture_batches
+from guided_diffusion_vae.latent_datasets import (
+    EncodedPictures, LatentCache, LatentCacheConfig, LatentStream, write_cache,
+)
+from guided_diffusion_vae.resample import LossSecondMomentResampler
+from guided_diffusion_vae.train_util import TrainLoop, autoencoder_objective, classifier_objective
+from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEInterface
+
+COUNT, GLOBAL_BATCH, SEED = 10, 4, 7
+KINDS = ("cached", "encoded", "autoencoder", "classifier")
+AUTOENCODER = AutoencoderConfig(
+    in_channels=1, num_channels=(8, 16), num_res_blocks=1, latent_channels=4, norm_num_groups=2
+)
+# Long enough for the sampler of times to leave its warm-up, and across the end of an epoch.
+STOP, END, EQUAL_STEPS = 8, 12, 20
+
+
+def prepare(folder):
+    """Write pictures of two classes, an autoencoder [1 x 16 x 16] -> [4 x 8 x 8] and a cache of moments."""
+    (folder / "pictures").mkdir()
+    for i in range(COUNT):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{'ab'[i % 2]}_{i}.png")
+    torch.manual_seed(0)
+    header = {"kind": "autoencoder", "autoencoder": as_dict(AUTOENCODER)}
+    checkpoint_util.save_weights(folder / "vae.pt", create_autoencoder(AUTOENCODER).state_dict(), header)
+    config = LatentCacheConfig(latent_dtype="float32", shard_size=4)
+    write_cache(folder / "cache", pictures_in(folder), VAEInterface(folder / "vae.pt", device="cpu"), config)
+
+
+def pictures_in(folder):
+    return PictureFolder(data_dir=str(folder / "pictures"), image_size=16)
+
+
+def unet(channels=4):
+    return UNetModel(
+        image_size=8, in_channels=4, model_channels=64, out_channels=2 * channels, num_res_blocks=1,
+        attention_resolutions=(2,), channel_mult=(1, 1), num_classes=2, num_heads=2, use_scale_shift_norm=True,
+    )
+
+
+def process():
+    return gd.GaussianDiffusion(
+        betas=gd.get_named_beta_schedule("cosine", 4), model_mean_type=gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE, loss_type=gd.LossType.RESCALED_MSE,
+    )
+
+
+def plan(batch_size):
+    return BatchPlan(COUNT, batch_size, dist_util.rank(), dist_util.world_size(), SEED)
+
+
+def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
+    """Return the network of a kind of training and what TrainLoop needs besides."""
+    if kind in ("cached", "encoded"):
+        codec = VAEInterface(folder / "vae.pt", device="cpu")
+        cached = LatentCache(folder / "cache")
+        source = cached if kind == "cached" else EncodedPictures(pictures_in(folder), codec, "cpu", COUNT)
+        normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
+        diffusion = process()
+        sampler = LossSecondMomentResampler(diffusion, history_per_term=2) if schedule == "loss" else None
+        data = LatentStream(source, normalizer, plan(batch_size), SEED, "cpu", with_labels=True)
+        return unet(), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
+    pictures = pictures_in(folder)
+    if kind == "autoencoder":
+        network = create_autoencoder(AUTOENCODER)
+        objective = autoencoder_objective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range)
+        return network, {"objective": objective, "data": picture_batches(pictures, plan(batch_size))}
+    network = EncoderUNetModel(
+        image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
+        channel_mult=(1, 1), pool="adaptive",
+    )
+    data = picture_batches(pictures, plan(batch_size), with_labels=True)
+    return network, {"objective": classifier_objective(process()), "data": data}
+
+
+class Interrupted:
+    """Batches of another stream; one rank receives a signal while it waits for the one of step `at`."""
+
+    def __init__(self, data, at, number=signal.SIGTERM):
+        self.data, self.at, self.number = data, at, number
+        self.close = data.close
+
+    def seek(self, step):
+        self.data.seek(step)
+        self.step = step
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.step += 1
+        if self.step == self.at and dist_util.rank() == dist_util.world_size() - 1:
+            os.kill(os.getpid(), self.number)
+        return next(self.data)
+
+
+def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0, **loop):
+    """Train one network in FOLDER/NAME up to `steps`, or until a signal at step `interrupt`; return the TrainLoop.
+
+    `start` seeds the first weights, which a run that goes on must not depend on.
+    """
+    batch_size = loop.pop("batch_size", GLOBAL_BATCH // dist_util.world_size())
+    torch.manual_seed(start)
+    network, arguments = network_and_loop_arguments(kind, folder, batch_size, schedule)
+    if interrupt:
+        arguments["data"] = Interrupted(arguments["data"], interrupt)
+    logger.configure(str(folder / name), [])
+    options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
+    running = TrainLoop(
+        model=network, batch_size=batch_size, max_steps=steps, seed=SEED, header={"kind": kind}, **arguments, **options
+    )
+    running.run_loop()
+    return running
+
+
+def schedule_of(kind):
+    return "loss" if kind == "encoded" else "uniform"
+
+
+def main():
+    folder, part = Path(sys.argv[1]), sys.argv[2]
+    dist_util.setup_dist()
+    for kind in KINDS:
+        schedule = schedule_of(kind)
+        if part == "again":
+            train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, start=1)
+            continue
+        train(folder, f"2/{kind}-equal", kind, EQUAL_STEPS)
+        train(folder, f"2/{kind}-whole", kind, END, schedule=schedule)
+        train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, interrupt=STOP)
+    if part == "first":
+        train(folder, "2/cached-micro", "cached", 4, microbatch=1)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)
