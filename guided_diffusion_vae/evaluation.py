@@ -85,17 +85,23 @@ def failures(report, config):
     return lines
 
 
-def evaluate(config, data, extract, folder, class_names=None, seed=0):
+def evaluate(config, data, extract, folder, class_names=None, image_shape=None, seed=0):
     """Hold samples against real pictures; return the report, after writing it and its figures to `folder`.
 
     :param extract: images [N x C x ...] in [0, 1] -> (features [N x D], logits [N x K] or None).
     :param class_names: what the logits mean, where `extract` gives any.
+    :param image_shape: the only shape (C, H, W) that `extract` takes; None: any.
+    :raises ValueError: where the pictures differ in shape, or have classes that `class_names` lacks.
     """
     reference = open_pictures(config.reference, data, "--reference")
     samples = open_pictures(config.samples, data, "--samples")
     if reference.shape != samples.shape:
         raise ValueError(f"{config.samples} holds pictures of shape {samples.shape}, {config.reference} of "
                          f"{reference.shape} (channels, height, width); set --image_size or --image_channels")
+    if image_shape and reference.shape != tuple(image_shape):
+        raise ValueError(f"{config.reference} holds pictures of shape {reference.shape}, {config.classifier_path} was "
+                         f"trained on {tuple(image_shape)} (channels, height, width); set --image_size or "
+                         "--image_channels, or take another --classifier_path")
     real, real_logits = _features(extract, reference, config.batch_size, "reference")
     made, made_logits = _features(extract, samples, config.batch_size, "samples")
     report = {"num_reference": len(reference), "num_samples": len(samples), **metrics.evaluate_sets(real, made, seed=seed)}

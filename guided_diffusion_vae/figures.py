@@ -53,6 +53,11 @@ def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
     return sheet
 
 
+def picture(image):
+    """Return a PIL image of one picture [C x H x W] in [0, 1], or of the three middle slices of a volume."""
+    return _tile(_pictures(image[None])[0], scale=1)
+
+
 def side_by_side(inputs, reconstructions, gain=5, scale=1):
     """Return a sheet of three rows: inputs, their reconstructions, and the absolute difference times `gain`.
 

@@ -1,5 +1,6 @@
 """Draw samples: which class sample i has and what noise it sees depend on (seed, i) alone, not on batches or ranks."""
 
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,14 +121,14 @@ def draw(sampler, classes, config, device):
 
 
 def write_samples(folder, images, labels, classes=None, names=None):
-    """Write the .npz of guided-diffusion, a PNG a sample, and a contact sheet with a row a class; return the .npz's path."""
+    """Write the .npz of guided-diffusion, a PNG a sample and a contact sheet, one row a class; return the .npz's path."""
     stems = [f"{i:06d}" for i in range(len(images))]
     if labels is not None:
         name_of = {c: names[c] if names else str(c) for c in classes}
         stems = [f"{name_of[label]}_{stem}" for label, stem in zip(labels.tolist(), stems)]
     unit = images.astype(np.float32) / 255
     for stem, image in zip(stems, unit):
-        figures.save_picture(folder / "png" / f"{stem}.png", figures.contact_sheet(image[None], 1))
+        figures.save_picture(folder / "png" / f"{stem}.png", figures.picture(image))
     rows = None if labels is None else [name_of[c] for c in dict.fromkeys(classes)]
     shown = unit[:64]
     if rows:
@@ -161,11 +162,11 @@ def write_npz(folder, images, labels, names=None):
 def read_npz(path):
     """Return (images float32 [N x C x ...] in [0, 1], labels or None, names or None) from a file of `write_npz`."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as content:
             images = np.moveaxis(content["arr_0"], -1, 1)
             labels = content["arr_1"] if "arr_1" in content else None
             names = content["class_names"].tolist() if "class_names" in content else None
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no batch of samples (.npz with arr_0 [N x H x W x C] uint8): {error}") from error
     if images.dtype != np.uint8:
         raise ValueError(f"{path}: arr_0 is {images.dtype}, needed is uint8 in 0..255")

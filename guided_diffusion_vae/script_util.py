@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from . import checkpoint_util, dist_util, logger
 from . import gaussian_diffusion as gd
@@ -298,7 +299,7 @@ def print_model_size(model, forward, batch_size, averages=1):
         saved.append(tensor)  # and alive, so that no two share a number
         return tensor
 
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.device("meta"), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         kept_alive = forward(shadow)
     unique = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*saved, kept_alive]}
     for parameter in shadow.parameters():
@@ -306,6 +307,15 @@ def print_model_size(model, forward, batch_size, averages=1):
     say(f"model: {count / 1e6:.2f} M parameters; training needs about {fixed / 2**20:.0f} MiB for weights, gradients, "
         f"AdamW and averages, and {batch_size * sum(unique.values()) / 2**20:.0f} MiB for activations (float32, batch "
         f"{batch_size}, without --use_checkpoint or --mixed_precision savings)")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Let attention on the meta device keep what fused kernels keep; it would take the one that keeps the weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return function(*args, **(kwargs or {}))
 
 
 def say(text):

@@ -242,9 +242,7 @@ class TrainLoop:
 
     def _distributed(self):
         on_gpu = self.device.type == "cuda"
-        return DistributedDataParallel(
-            self.model, device_ids=[self.device] if on_gpu else None, broadcast_buffers=False, bucket_cap_mb=128
-        )
+        return DistributedDataParallel(self.model, device_ids=[self.device] if on_gpu else None, bucket_cap_mb=128)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

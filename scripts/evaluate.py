@@ -24,14 +24,14 @@ def main():
     if run.dry_run:
         return
 
-    names = None
+    names = shape = None
     if config.classifier_path:
         classifier, header = script_util.load_classifier(config.classifier_path, dist_util.dev())
-        extract, names = metrics.classifier_features(classifier), header["classes"]
+        extract, names, shape = metrics.classifier_features(classifier), header["classes"], header["image_shape"]
     else:
         extract = metrics.latent_features(create_vae(vae, dist_util.dev()))
 
-    script_util.print_report(evaluation.evaluate(config, data, extract, folder, names))
+    script_util.print_report(evaluation.evaluate(config, data, extract, folder, names, shape))
     script_util.end_run(folder)
 
 

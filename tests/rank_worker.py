@@ -27,6 +27,7 @@ from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEInterface
 
 COUNT, GLOBAL_BATCH, SEED = 10, 4, 7
 KINDS = ("cached", "encoded", "autoencoder", "classifier")
+WITHOUT_DROPOUT = ("cached", "autoencoder", "classifier")  # masks are drawn per rank, so their number matters
 AUTOENCODER = AutoencoderConfig(
     in_channels=1, num_channels=(8, 16), num_res_blocks=1, latent_channels=4, norm_num_groups=2
 )
@@ -51,10 +52,13 @@ def pictures_in(folder):
     return PictureFolder(data_dir=str(folder / "pictures"), image_size=16)
 
 
-def unet(channels=4):
+def unet(dropout=0.0):
+    # Width 64, two channels to a group of a norm: of a bias before a norm of single channels nothing gets through, its
+    # gradient is rounding alone, and Adam makes steps as long as any of that.
     return UNetModel(
-        image_size=8, in_channels=4, model_channels=64, out_channels=2 * channels, num_res_blocks=1,
-        attention_resolutions=(2,), channel_mult=(1, 1), num_classes=2, num_heads=2, use_scale_shift_norm=True,
+        image_size=8, in_channels=4, model_channels=64, out_channels=8, num_res_blocks=1,
+        attention_resolutions=(2,), dropout=dropout, channel_mult=(1, 1), num_classes=2, num_heads=2,
+        use_scale_shift_norm=True,
     )
 
 
@@ -79,7 +83,8 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
         diffusion = process()
         sampler = LossSecondMomentResampler(diffusion, history_per_term=2) if schedule == "loss" else None
         data = LatentStream(source, normalizer, plan(batch_size), SEED, "cpu", with_labels=True)
-        return unet(), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
+        dropout = 0.1 if kind == "encoded" else 0.0
+        return unet(dropout), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
     pictures = pictures_in(folder)
     if kind == "autoencoder":
         network = create_autoencoder(AUTOENCODER)
@@ -134,7 +139,7 @@ def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0
 
 
 def schedule_of(kind):
-    return "loss" if kind == "encoded" else "uniform"
+    return "loss" if kind == "cached" else "uniform"
 
 
 def main():
@@ -145,7 +150,8 @@ def main():
         if part == "again":
             train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, start=1)
             continue
-        train(folder, f"2/{kind}-equal", kind, EQUAL_STEPS)
+        if kind in WITHOUT_DROPOUT:
+            train(folder, f"2/{kind}-equal", kind, EQUAL_STEPS)
         train(folder, f"2/{kind}-whole", kind, END, schedule=schedule)
         train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, interrupt=STOP)
     if part == "first":

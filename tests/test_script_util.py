@@ -221,8 +221,7 @@ def test_activation_bytes_are_those_that_autograd_saves(capsys, class_cond):
     said = capsys.readouterr().out
     shown = int(said.split(" MiB for activations")[0].split()[-1]) * 2**20
     assert f"model: {count / 1e6:.2f} M parameters" in said
-    # the CPU's attention saves its random state too, a few bytes
-    assert shown == pytest.approx(1000 * expected, rel=0.02)
+    assert shown == pytest.approx(1000 * expected, rel=0.001)
 
 
 # latents and autoencoders
@@ -396,16 +395,13 @@ def test_a_bare_state_dict_works_with_flags(run, tmp_path):
     ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give the"),
     ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
     ("--channel_mult", ValueError, "no default width multipliers for a grid of 4, .*; give --channel_mult"),
-    ("--image_size", ValueError, "no default width multipliers|does not fit"),
 ])
 def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, match):
     torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
     flags = {"--vae_path": tmp_path / "vae.pt", "--image_size": 8, "--num_channels": 32, "--channel_mult": "1",
-             "--num_res_blocks": 1, "--attention_resolutions": "4", "--class_cond": True, "--num_classes": 2,
+             "--num_res_blocks": 1, "--attention_resolutions": "", "--class_cond": True, "--num_classes": 2,
              "--normalizer": 0.2}
     del flags[left_out]
-    if left_out == "--image_size":
-        del flags["--channel_mult"]  # which default multipliers are looked up shows the size that is taken
     with pytest.raises(error, match=match):
         load(tmp_path / "bare.pt", *(word for pair in flags.items() for word in pair))
 

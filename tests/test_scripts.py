@@ -1,0 +1,532 @@
+"""Every script from end to end on tiny data: the main job by real processes, mistakes mostly within this one."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion_vae import checkpoint_util, dist_util, logger
+from guided_diffusion_vae.latent_datasets import LatentCache
+from guided_diffusion_vae.sampling import read_npz
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
+COUNT = 12
+PIPELINE = """
+autoencoder: {num_channels: [8, 8, 8], norm_num_groups: 4, latent_channels: 3}
+autoencoder.training: {batch_size: 2}
+model: {num_channels: 32, channel_mult: "1", num_res_blocks: 1, attention_resolutions: "16", class_cond: true}
+diffusion: {diffusion_steps: 8, noise_schedule: cosine}
+training: {batch_size: 2, ema_rate: "0.9"}
+sampling: {num_samples: 5, batch_size: 2}
+classifier: {classifier_width: 32, classifier_depth: 1, classifier_attention_resolutions: ""}
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in (*LAUNCHER_NAMES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GDVAE_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    dist_util._settled = None
+    logger.reset()
+
+
+def words(flags):
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def command(script, ranks, flags):
+    if ranks > 1 and not (BIN / "mpiexec").exists():
+        pytest.skip(f"no mpiexec beside {sys.executable}")
+    launcher = [BIN / "mpiexec", "-n", str(ranks)] if ranks > 1 else []
+    return [*launcher, sys.executable, ROOT / "scripts" / f"{script}.py", *words(flags)]
+
+
+def environment():
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    return {**environ, "OMP_NUM_THREADS": "1"}
+
+
+def started(script, ranks=1, timeout=60, **flags):
+    """Run a script in a process, or several under mpiexec; return the completed process."""
+    return subprocess.run(command(script, ranks, flags), env=environment(), capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def done(script, ranks=1, **flags):
+    """Run a script as `started` does and return what it printed; it must end well and warn of nothing."""
+    process = started(script, ranks, **flags)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "error" not in process.stderr and "Traceback" not in process.stderr, process.stderr
+    return process.stdout
+
+
+def called(script, monkeypatch, capsys, **flags):
+    """Run a script's main() here, as its last line does; return (exit status, standard output, standard error)."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words(flags)])
+    monkeypatch.setattr(dist_util, "_settled", None)
+    status = 0
+    try:
+        dist_util.launch(module.main)
+    except SystemExit as stop:
+        status = stop.code
+    logger.reset()
+    return (status, *capsys.readouterr())
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    return lambda script, **flags: called(script, monkeypatch, capsys, **flags)
+
+
+def errors_in(stderr):
+    return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+
+
+def picture(path, seed, size=64, mode="L"):
+    """Write bars, upright or lying by the parity of the seed, under noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    bars = 120 + 90 * np.sin((x if seed % 2 else y) / 5 + seed) + rng.normal(0, 8, (size, size))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(bars.clip(0, 255).astype(np.uint8)).convert(mode).save(path)
+    return path
+
+
+def pictures(folder, count=COUNT, size=64):
+    for i in range(count):
+        picture(folder / f"{'ab'[i % 2]}_{i:02d}.png", i, size)
+    return folder
+
+
+def listing(folder):
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+class Chain:
+    """The folders of the main job, and what its commands printed."""
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """Run the main job once: autoencoder, cache by two ranks, diffusion by two ranks; the rest has tests of its own."""
+    root = tmp_path_factory.mktemp("chain")
+    made = Chain()
+    made.config = root / "pipeline.yaml"
+    made.config.write_text(PIPELINE)
+    made.data = pictures(root / "data")
+    made.autoencoder, made.cache, made.diffusion = root / "autoencoder", root / "cache", root / "diffusion"
+    made.train_autoencoder = {"config": made.config, "data_dir": made.data, "logdir": made.autoencoder}
+    made.encode = {"config": made.config, "vae_path": made.autoencoder, "data_dir": made.data, "cache_dir": made.cache,
+                   "shard_size": 5}
+    made.train = {"config": made.config, "cache_dir": made.cache, "logdir": made.diffusion}
+    made.printed = {
+        "autoencoder": done("train_autoencoder", **made.train_autoencoder, max_steps=2),
+        "cache": done("encode_dataset", ranks=2, **made.encode),
+        "diffusion": done("image_train_vae", ranks=2, **made.train, max_steps=2),
+    }
+    made.model = made.diffusion / "ema_0.9_000002.pt"
+    return made
+
+
+def rows_of(folder):
+    with open(folder / "progress.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+# the main job
+
+
+def test_training_prints_the_run_folder_first_and_last_and_fills_it(chain):
+    for name, folder in (("autoencoder", chain.autoencoder), ("diffusion", chain.diffusion)):
+        said = [line for line in chain.printed[name].splitlines() if line == f"run folder: {folder}"]
+        assert len(said) == 2 and chain.printed[name].rstrip().endswith(said[0])
+        assert {"config.json", "log.txt", "progress.csv", "previews/000002.png", "model000002.pt", "opt000002.pt",
+                "state000002.json"} <= set(listing(folder))
+        assert not [name for name in listing(folder) if name.endswith(".part")]
+    assert float(rows_of(chain.autoencoder)[-1]["val_psnr"]) > 0
+    assert {"loss", "grad_norm", "samples", "steps_per_second"} <= set(rows_of(chain.diffusion)[-1])
+    assert "all-reduce of 4 MiB over 2 ranks" in chain.printed["diffusion"]
+    assert rows_of(chain.diffusion)[-1]["samples"] == "8"
+
+
+def test_the_same_command_goes_on_where_training_stopped(chain, call):
+    before = listing(chain.autoencoder)
+    status, out, err = call("train_autoencoder", **chain.train_autoencoder, max_steps=3)
+    assert status == 0, err
+    assert f"going on from step 2 of {chain.autoencoder}" in out and "saving step 3" in out
+    assert [row["step"] for row in rows_of(chain.autoencoder)] == ["2", "3"]
+    assert listing(chain.autoencoder)["model000002.pt"] == before["model000002.pt"]
+    (chain.autoencoder / "state000003.json").unlink()  # so that step 2, which the cache was made with, stays the newest
+
+
+def test_two_ranks_go_on_where_they_stopped(chain, tmp_path):
+    flags = {**chain.train, "logdir": tmp_path / "run"}
+    import shutil
+    shutil.copytree(chain.diffusion, tmp_path / "run")
+    out = done("image_train_vae", ranks=2, **flags, max_steps=3)
+    assert "going on from step 2" in out and (tmp_path / "run" / "state000003.json").exists()
+    assert checkpoint_util.load_weights(tmp_path / "run" / "model000003.pt")[1]["step"] == 3
+
+
+def test_the_finished_run_does_nothing_more(chain, call):
+    status, out, err = call("image_train_vae", **chain.train, max_steps=2)
+    assert status == 0 and "going on from step 2" in out and "saving" not in out, err
+
+
+def test_the_round_trip_is_reported_and_judged(chain, call, tmp_path):
+    flags = {"vae_path": chain.autoencoder, "data_dir": chain.data, "logdir": tmp_path}
+    status, out, err = call("check_roundtrip", **flags)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert status == 0 and f"psnr: {report['psnr']:.5g}" in out and (tmp_path / "roundtrip.png").exists(), err
+    status, out, err = call("check_roundtrip", **flags, min_psnr=90, max_l1=0.001)
+    assert status == 1
+    assert "round trip failed: psnr is" in err and "--min_psnr asks for at least 90.0; l1 is" in err
+
+
+def test_two_ranks_write_one_cache_and_keep_it(chain, call):
+    cache = LatentCache(chain.cache)
+    cache.verify()
+    assert len(cache) == COUNT and cache.latent_shape == (3, 16, 16) and cache.class_names == ["a", "b"]
+    assert f"{COUNT} latents 3x16x16 in {chain.cache}; classes: a 6, b 6" in chain.printed["cache"]
+    before = listing(chain.cache)
+    status, out, err = call("encode_dataset", **chain.encode)
+    assert status == 0 and listing(chain.cache) == before, err
+
+
+def test_an_encoding_that_was_killed_goes_on(chain, call, tmp_path):
+    many = tmp_path / "many.npz"
+    np.savez(many, images=np.random.default_rng(0).integers(0, 256, (600, 16, 16), np.uint8))
+    flags = {"vae_path": chain.autoencoder, "data_dir": many, "image_size": 16, "shard_size": 2}
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(command("encode_dataset", 1, {**flags, "cache_dir": cache}), env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(cache.glob("latents-*.json"))) < 5 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {name: age for name, age in listing(cache).items() if name.endswith(".npy") and not name.startswith(".")}
+    assert 5 <= len(kept) < 300 and not (cache / "manifest.json").exists()
+    status, out, err = call("image_train_vae", config=chain.config, cache_dir=cache, logdir=tmp_path / "run")
+    assert status == 1 and "is not a latent cache: it has no manifest.json" in err
+    status, out, err = call("encode_dataset", **flags, cache_dir=cache)
+    assert status == 0, err
+    after = listing(cache)
+    whole = sum(after[name] == age for name, age in kept.items())
+    assert whole >= len(kept) - 1  # the last one may lack its record
+    LatentCache(cache).verify()
+    assert len(LatentCache(cache)) == 600 and not [name for name in after if name.endswith((".part", "0.json"))]
+
+
+def test_a_model_file_alone_is_enough_and_two_ranks_draw_what_one_draws(chain, tmp_path):
+    one = done("image_sample_vae", model_path=chain.model, logdir=tmp_path / "one", num_samples=5, batch_size=4)
+    done("image_sample_vae", ranks=2, config=chain.config, model_path=chain.model, logdir=tmp_path / "two")
+    assert f"saved 5 samples to {tmp_path}/one/samples_5x64x64x1.npz" in one
+    first, labels, names = read_npz(tmp_path / "one" / "samples_5x64x64x1.npz")
+    second, _, _ = read_npz(tmp_path / "two" / "samples_5x64x64x1.npz")
+    # a rounding error may fall on the edge between two of the 256 levels
+    assert (first - second).abs().max() <= 1 / 255 + 1e-6 and (first != second).float().mean() < 1e-3
+    assert labels.tolist() == [0, 1, 0, 1, 0] and names == ["a", "b"] and first.std() > 0.01
+    assert {"contact_sheet.png", "png/a_000000.png", "png/b_000003.png"} <= set(listing(tmp_path / "one"))
+
+
+def test_samples_of_asked_for_classes_by_a_faster_walk(chain, call, tmp_path):
+    status, out, err = call("image_sample_vae", model_path=chain.model, logdir=tmp_path, num_samples=3, classes="b",
+                            timestep_respacing="ddim4", use_ddim=True)
+    assert status == 0 and "2 classes, 4 steps" in out, err
+    assert read_npz(tmp_path / "samples_3x64x64x1.npz")[1].tolist() == [1, 1, 1]
+
+
+def test_a_weights_file_loads_in_a_plain_load_state_dict(chain):
+    from guided_diffusion_vae import script_util
+
+    bare = torch.load(chain.model, weights_only=True)
+    network = script_util.create_model(16, 32, 1, channel_mult="1", class_cond=True, num_classes=2, in_channels=3,
+                                       num_heads=4, use_scale_shift_norm=True, attention_resolutions="16")
+    assert str(network.load_state_dict(bare)) == "<All keys matched successfully>"
+
+
+@pytest.fixture(scope="session")
+def classifier(chain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    done("classifier_train", config=chain.config, data_dir=chain.data, val_data_dir=chain.data, noised=False,
+         iterations=2, logdir=folder)
+    return folder
+
+
+def test_a_classifier_of_clean_pictures_is_trained_and_measured(classifier):
+    assert checkpoint_util.load_weights(classifier / "model000002.pt")[1]["classes"] == ["a", "b"]
+    assert 0 <= float(rows_of(classifier)[-1]["val_accuracy"]) <= 1
+
+
+def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, classifier, call, tmp_path):
+    flags = {"samples": chain.data, "reference": chain.data, "train_dir": chain.data, "logdir": tmp_path}
+    out = done("evaluate", classifier_path=classifier / "model000002.pt", **flags)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert abs(report["frechet"]) < 1e-3 and report["class_agreement"]["count"] == COUNT and "frechet: " in out
+    status, out, err = call("evaluate", vae_path=chain.autoencoder, **flags)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert status == 0 and "class_agreement" not in report and report["neighbours"]["median_distance_of_samples"] == 0
+
+
+def test_training_on_the_fly_is_training_from_the_cache_but_for_half_precision(chain, call, tmp_path):
+    flags = {**chain.train, "logdir": tmp_path, "max_steps": 2, "preview_interval": 2}
+    del flags["cache_dir"]
+    status, out, err = call("image_train_vae", **flags, data_dir=chain.data, vae_path=chain.autoencoder, batch_size=4)
+    assert status == 0, err
+    cached, _ = checkpoint_util.load_weights(chain.diffusion / "model000002.pt")
+    header = checkpoint_util.load_weights(tmp_path / "model000002.pt")[1]
+    flown = checkpoint_util.load_weights(tmp_path / "model000002.pt")[0]
+    assert header["autoencoder"]["sha256"] == checkpoint_util.load_weights(chain.model)[1]["autoencoder"]["sha256"]
+    # the cache was read by two ranks with half the batch
+    assert max((flown[k].float() - cached[k].float()).abs().max().item() for k in cached) < 1e-3
+
+
+def test_a_noised_classifier_is_the_default(chain, call, tmp_path):
+    status, out, err = call("classifier_train", config=chain.config, data_dir=chain.data, iterations=1, logdir=tmp_path)
+    assert status == 0 and (tmp_path / "state000001.json").exists(), err
+
+
+@pytest.mark.parametrize("script, flags, said", [
+    ("train_autoencoder", ["train_autoencoder"], "total downsampling (4, 4): pictures (1, 64, 64) -> latents (3, 16, 16)"),
+    ("image_train_vae", ["train"], "12 latents 3x16x16"),
+    ("image_sample_vae", [], "latents 3x16x16 -> pictures 1x64x64, 2 classes, 8 steps"),
+    ("check_roundtrip", [], "pictures (1, 64, 64) -> latents (3, 16, 16)"),
+    ("classifier_train", [], "12 pictures 1x64x64 (12 uint8)"),
+])
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chain, call, tmp_path, script, flags, said):
+    options = getattr(chain, flags[0]) if flags else {
+        "image_sample_vae": {"model_path": chain.model},
+        "check_roundtrip": {"vae_path": chain.autoencoder, "data_dir": chain.data},
+        "classifier_train": {"config": chain.config, "data_dir": chain.data},
+    }[script]
+    before = listing(tmp_path), listing(chain.diffusion), listing(chain.autoencoder)
+    status, out, err = call(script, **{**options, "logdir": tmp_path / "run"}, dry_run=True)
+    assert status == 0 and said in out and '  dry_run: true' in out, err
+    assert ("M parameters; training needs about" in out) == ("train" in script)
+    assert (listing(tmp_path), listing(chain.diffusion), listing(chain.autoencoder)) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_the_strides_do_not_divide_are_padded_and_cropped_back(chain, call, tmp_path):
+    odd = {"data_dir": pictures(tmp_path / "data", 4, size=18), "image_size": 18, "pad": True}
+    flags = {"config": chain.config, "channel_mult": "1", "batch_size": 2, "attention_resolutions": "", "max_steps": 1}
+    status, out, err = call("train_autoencoder", config=chain.config, **odd, max_steps=1, logdir=tmp_path / "vae")
+    assert status == 0 and "pictures (1, 20, 20) -> latents (3, 5, 5)" in out, err
+    status, out, err = call("encode_dataset", vae_path=tmp_path / "vae", **odd, cache_dir=tmp_path / "cache")
+    assert status == 0, err
+    status, out, err = call("image_train_vae", **flags, cache_dir=tmp_path / "cache", logdir=tmp_path / "run")
+    assert status == 0, err
+    status, out, err = call("image_sample_vae", model_path=tmp_path / "run" / "model000001.pt", num_samples=2,
+                            logdir=tmp_path / "samples")
+    assert status == 0 and (tmp_path / "samples" / "samples_2x18x18x1.npz").exists(), err
+
+
+def test_the_built_in_data_set_is_written_once(call, tmp_path):
+    flags = {"out_dir": tmp_path / "data", "num_train": 1, "num_val": 0, "classes": "tapin,tapout"}
+    status, out, err = call("make_microdoppler", **flags)
+    assert status == 0 and "2 pictures written" in out, err
+    before = listing(tmp_path)
+    assert "already there" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
+
+
+# mistakes
+
+
+def bad_data(kind, folder):
+    """Make a folder of pictures with one fault."""
+    if kind == "missing":
+        return folder
+    folder.mkdir()
+    if kind == "empty":
+        return folder
+    pictures(folder, 4)
+    if kind == "truncated":
+        last = folder / "a_02.png"
+        last.write_bytes(last.read_bytes()[:-300])
+    elif kind == "text":
+        (folder / "a_02.png").write_text("no picture at all")
+    elif kind == "small":
+        picture(folder / "b_03.png", 3, size=40)
+    elif kind == "mixed":
+        picture(folder / "b_03.png", 3, mode="RGB")
+    return folder
+
+
+BAD_DATA = {
+    "missing": "data is not there; check --data_dir",
+    "empty": "data holds no picture",
+    "truncated": "a_02.png: cannot be read",
+    "text": "a_02.png: cannot be read (its content is no picture",
+    "small": "b_03.png is 40x40 (height x width), smaller than --image_size 64x64",
+    "mixed": "b_03.png is in colour; give --image_channels 1 or --image_channels 3",
+}
+
+
+def refused(result, message):
+    """Assert that a script ended with one clear line."""
+    status, out, err = result
+    assert status not in (0, None), out
+    lines = errors_in(err)
+    assert len(lines) == 1 and message in lines[0], err
+    assert "Traceback" not in err and "Warning" not in err
+
+
+@pytest.mark.parametrize("script", ["train_autoencoder", "encode_dataset", "image_train_vae", "classifier_train"])
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_pictures_are_named(chain, call, tmp_path, script, kind):
+    flags = {"config": chain.config, "data_dir": bad_data(kind, tmp_path / "data")}
+    if script != "encode_dataset":
+        flags.update(logdir=tmp_path / "run", batch_size=2, **{"iterations" if "class" in script else "max_steps": 4})
+    else:
+        flags.update(cache_dir=tmp_path / "cache")
+    if script in ("encode_dataset", "image_train_vae"):
+        flags.update(vae_path=chain.autoencoder)
+    refused(call(script, **flags), BAD_DATA[kind])
+    assert not list(tmp_path.rglob("state*.json")) and not list(tmp_path.rglob("manifest.json"))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def damaged_cache(chain, tmp_path):
+    """Return a copy of the cache, to be damaged."""
+    import shutil
+    return Path(shutil.copytree(chain.cache, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda cache: (cache / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+    (lambda cache: (cache / "manifest.json").write_text('{"format": "other"}'), "manifest.json has format 'other'"),
+    (lambda cache: (cache / "manifest.json").unlink(), "is not a latent cache: it has no manifest.json"),
+    (lambda cache: os.truncate(cache / "latents-00001-of-00003.npy", 500), "latents-00001-of-00003.npy cannot be read"),
+    (lambda cache: (cache / "labels.npy").unlink(), "labels.npy cannot be read"),
+])
+def test_a_damaged_cache_is_named(chain, call, tmp_path, damage, message):
+    cache = damaged_cache(chain, tmp_path)
+    damage(cache)
+    refused(call("image_train_vae", config=chain.config, cache_dir=cache, logdir=tmp_path / "run", max_steps=1), message)
+    assert not list(tmp_path.rglob("state*.json"))
+
+
+@pytest.fixture(scope="session")
+def other_autoencoder(chain, tmp_path_factory):
+    """A run like the chain's autoencoder with other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    weights, header = checkpoint_util.load_weights(chain.autoencoder / "model000002.pt")
+    for value in weights.values():
+        value.mul_(1.1)
+    checkpoint_util.save_weights(folder / "model000001.pt", weights, {**header, "step": 1})
+    checkpoint_util.commit(folder, 1, ["model000001.pt"], {})
+    return folder
+
+
+@pytest.mark.parametrize("script", ["image_train_vae", "encode_dataset", "image_sample_vae"])
+def test_latents_of_another_autoencoder_are_refused_by_name(chain, other_autoencoder, call, tmp_path, script):
+    flags = {
+        "image_train_vae": {**chain.train, "logdir": tmp_path / "run", "max_steps": 1},
+        "encode_dataset": chain.encode,
+        "image_sample_vae": {"model_path": chain.model, "logdir": tmp_path / "samples"},
+    }[script]
+    before = listing(chain.cache)
+    result = call(script, **{**flags, "vae_path": other_autoencoder})
+    refused(result, LatentCache(chain.cache).autoencoder["sha256"][:16])
+    assert str(other_autoencoder) in result[2] and listing(chain.cache) == before
+
+
+def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
+    before = listing(chain.diffusion)
+    refused(call("image_train_vae", **chain.train, max_steps=3, num_res_blocks=2, batch_size=4),
+            "model.num_res_blocks is 2 now, 1 in the checkpoint")
+    assert {k: v for k, v in listing(chain.diffusion).items() if k.endswith((".pt", "state000002.json"))} == {
+        k: v for k, v in before.items() if k.endswith((".pt", "state000002.json"))}
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("image_sample_vae", {"model_path": "{autoencoder}/model000002.pt"}, "holds a model of kind 'autoencoder', --model_path"),
+    ("image_sample_vae", {"model_path": "{diffusion}/opt000002.pt"}, "opt000002.pt holds no state dict"),
+    ("image_sample_vae", {"model_path": "{tmp}/cut.pt"}, "cut.pt is damaged"),
+    ("image_sample_vae", {}, "no model given; --model_path wants"),
+    ("image_sample_vae", {"model_path": "{diffusion}/model000002.pt", "num_channels": 64},
+     "--num_channels 64 contradicts"),
+    ("image_sample_vae", {"model_path": "{diffusion}/model000002.pt", "classes": "c"}, "no class 'c'; it has a, b"),
+    ("check_roundtrip", {"vae_path": "{diffusion}", "data_dir": "{data}"}, "kind 'diffusion', --vae_path wants"),
+    ("check_roundtrip", {"vae_path": "{tmp}/cut.pt", "data_dir": "{data}"}, "cut.pt is damaged"),
+    ("check_roundtrip", {"vae_path": "{data}", "data_dir": "{data}"}, "data is neither a run of train_autoencoder.py"),
+    ("check_roundtrip", {"vae_path": "{autoencoder}", "data_dir": "{data}", "image_channels": 3}, "3 channels"),
+    ("evaluate", {"samples": "{data}", "reference": "{data}", "classifier_path": "{diffusion}/model000002.pt"},
+     "kind 'diffusion', --classifier_path wants one of kind 'classifier'"),
+    ("evaluate", {"samples": "{tmp}/cut.npz", "reference": "{data}", "vae_path": "{autoencoder}"},
+     "cut.npz is no batch of samples"),
+    ("evaluate", {"samples": "{data}", "vae_path": "{autoencoder}"}, "--reference is not given"),
+    ("train_autoencoder", {"data_dir": "{data}", "image_size": 62}, "62"),
+    ("train_autoencoder", {"data_dir": "{data}", "config": "{tmp}/typo.yaml"},
+     "typo.yaml has an unknown key 'autoencoder.num_chanels'; did you mean 'num_channels'?"),
+    ("train_autoencoder", {"data_dir": "{data}", "num_chanels": 3}, "did you mean 'num_channels'?"),
+    ("train_autoencoder", {"data_dir": "{data}", "batch_size": 13}, "12 items are fewer than one step takes: --batch_size 13"),
+    ("train_autoencoder", {"data_dir": "{data}", "logdir": "{tmp}/cut.pt/run"}, "cut.pt/run (Not a directory); give --logdir"),
+    ("image_train_vae", {"cache_dir": "{cache}", "batch_size": 13}, "12 items are fewer than one step takes"),
+    ("image_train_vae", {"cache_dir": "{cache}", "normalizer": "none"}, "x0 has a measured standard deviation of"),
+    ("image_train_vae", {"cache_dir": "{cache}", "data_dir": "{data}"}, "give one of them"),
+    ("image_train_vae", {"cache_dir": "{cache}", "channel_mult": ""}, None),
+    ("image_train_vae", {"cache_dir": "{cache}", "logdir": "{autoencoder}", "max_steps": 3, "class_cond": False},
+     "checkpoints of another"),
+    ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}", "cache_dir": "{tmp}/cut.pt/cache"},
+     "give --cache_dir a folder that can be written"),
+    ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}", "cache_dir": "{cache}", "store": "mode"},
+     "holds a cache of other pictures or settings"),
+    ("classifier_train", {"data_dir": "{data}", "batch_size": 13, "iterations": 1}, "12 items are fewer"),
+    ("classifier_train", {"data_dir": "{data}", "image_size": 32, "iterations": 1}, "for a grid of 32"),
+    ("make_microdoppler", {"out_dir": "{tmp}/cut.pt/data"}, "cut.pt"),
+])
+def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, script, flags, message):
+    (tmp_path / "cut.pt").write_bytes(chain.model.read_bytes()[:2000])
+    (tmp_path / "cut.npz").write_bytes(b"PK\3\4 and no more")
+    (tmp_path / "typo.yaml").write_text("autoencoder: {num_chanels: [8, 8]}")
+    places = {"tmp": tmp_path, **vars(chain)}
+    given = {} if script in ("encode_dataset", "make_microdoppler") else {"logdir": tmp_path / "run"}
+    given.update({name: value.format(**places) if isinstance(value, str) else value for name, value in flags.items()})
+    result = call(script, **given)
+    if message is None:
+        return print(result)
+    refused(result, message)
+    assert not list(tmp_path.rglob("state*.json")) and not list(tmp_path.rglob("*.part"))
+
+
+# mistakes met by real processes
+
+
+def test_a_flag_that_does_not_exist_ends_every_rank_before_they_meet():
+    process = started("image_train_vae", ranks=2, learning_rate=1)
+    assert process.returncode != 0 and "Traceback" not in process.stderr
+    assert all("unrecognized arguments: --learning_rate 1" in line for line in errors_in(process.stderr))
+    assert errors_in(process.stderr)
+
+
+@pytest.mark.parametrize("script, kind", [("encode_dataset", "truncated"), ("image_train_vae", "missing")])
+def test_two_ranks_end_together_over_bad_pictures(chain, tmp_path, script, kind):
+    flags = {"vae_path": chain.autoencoder, "data_dir": bad_data(kind, tmp_path / "data"), "config": chain.config}
+    place = {"cache_dir": tmp_path / "cache", "shard_size": 2} if script == "encode_dataset" else {"logdir": tmp_path / "run"}
+    process = started(script, ranks=2, **flags, **place)
+    assert process.returncode != 0 and "Traceback" not in process.stderr
+    assert any(BAD_DATA[kind] in line for line in errors_in(process.stderr)), process.stderr
+    assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("state*.json"))
+
+
+def test_a_process_alone_ends_with_status_1(tmp_path):
+    process = started("train_autoencoder", data_dir=tmp_path / "nowhere", logdir=tmp_path / "run")
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert errors_in(process.stderr) == [f"error: {tmp_path}/nowhere is not there; check --data_dir"]

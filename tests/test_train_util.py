@@ -1,0 +1,427 @@
+import csv
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rank_worker
+from guided_diffusion_vae import checkpoint_util, logger
+from guided_diffusion_vae.train_util import (
+    DiffusionObjective, PlainObjective, TrainLoop, find_checkpoint, parse_resume_step_from_filename,
+)
+from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
+
+ROOT = Path(__file__).parents[1]
+HEADER = {"kind": "line", "model": {"width": 3}}
+
+
+@pytest.fixture(autouse=True)
+def closed_log(monkeypatch):
+    for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    logger.reset()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    rank_worker.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(prepared):
+    """Run rank_worker.py twice under mpiexec: the second start goes on where a signal ended the first."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        pytest.skip("no mpiexec")
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    stopped = None
+    for part in ("first", "again"):
+        command = [mpiexec, "-n", "2", sys.executable, str(ROOT / "tests/rank_worker.py"), str(prepared), part]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        stopped = stopped or {kind: checkpoint_util.steps(prepared / f"2/{kind}-parts") for kind in KINDS}
+    return stopped
+
+
+@pytest.fixture(scope="module")
+def one_rank(prepared):
+    """Train every kind without a stop and, in another folder, with one, each time with fresh objects."""
+    for kind in KINDS:
+        schedule = schedule_of(kind)
+        if kind in WITHOUT_DROPOUT:
+            train(prepared, f"1/{kind}-equal", kind, EQUAL_STEPS)
+        train(prepared, f"1/{kind}-whole", kind, END, schedule=schedule)
+        train(prepared, f"1/{kind}-parts", kind, END, schedule=schedule, interrupt=STOP)
+        train(prepared, f"1/{kind}-parts", kind, END, schedule=schedule, start=1)
+
+
+def files_of(folder, step, rate=0.9):
+    names = checkpoint_util.model_name(step), checkpoint_util.ema_name(rate, step), checkpoint_util.optimizer_name(step)
+    return [checkpoint_util.load(folder / name) for name in names]
+
+
+def flat(content, at=""):
+    """Return {path: tensor or number} of nested dictionaries and lists."""
+    if isinstance(content, (dict, list, tuple)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        return {path: value for key, part in items for path, value in flat(part, f"{at}/{key}").items()}
+    return {at: content}
+
+
+def same_bits(one, other):
+    one, other = flat(one), flat(other)
+    return one.keys() == other.keys() and all(
+        torch.equal(a, other[path]) if isinstance(a, torch.Tensor) else a == other[path] for path, a in one.items()
+    )
+
+
+def farthest(one, other):
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    return max((one[path].double() - other[path].double()).abs().max().item() for path in one)
+
+
+# Ranks and interruptions
+
+
+@pytest.mark.parametrize("kind", WITHOUT_DROPOUT)
+def test_one_rank_with_twice_the_batch_takes_the_steps_of_two_ranks(one_rank, two_ranks, prepared, kind):
+    one, two = (files_of(prepared / f"{ranks}/{kind}-equal", EQUAL_STEPS) for ranks in (1, 2))
+    assert farthest(one[0], two[0]) < 1e-6 and farthest(one[1], two[1]) < 1e-6
+    torch.manual_seed(0)
+    start, _ = rank_worker.network_and_loop_arguments(kind, prepared, 1)
+    assert farthest(one[0], start.state_dict()) > 1e-3  # a thousand times what the ranks may differ
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_started_again_a_run_ends_in_the_same_bits(one_rank, two_ranks, prepared, kind, ranks):
+    whole, parts = (files_of(prepared / f"{ranks}/{kind}-{run}", END) for run in ("whole", "parts"))
+    assert same_bits(whole, parts)
+
+
+def test_a_signal_to_one_of_two_ranks_saves_that_step_and_exits_with_0(two_ranks):
+    assert two_ranks == {kind: [STOP] for kind in KINDS}
+
+
+def test_the_sampler_that_learns_from_losses_had_learnt_before_it_was_stopped(one_rank, two_ranks, prepared):
+    for ranks in (1, 2):
+        marker = checkpoint_util.read_marker(prepared / f"{ranks}/cached-parts", STOP)
+        assert min(marker["objective"]["counts"]) == 2
+    histories = [checkpoint_util.read_marker(prepared / f"{ranks}/cached-whole", END)["objective"] for ranks in (1, 2)]
+    assert histories[0]["counts"] == histories[1]["counts"]
+    np.testing.assert_allclose(histories[0]["losses"], histories[1]["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("microbatch", [1, 3])
+def test_the_result_does_not_depend_on_the_microbatch(one_rank, prepared, tmp_path, microbatch):
+    for size in (-1, microbatch):
+        train(prepared, tmp_path / str(size), "cached", 4, microbatch=size)
+    assert farthest(files_of(tmp_path / "-1", 4)[:2], files_of(tmp_path / str(microbatch), 4)[:2]) < 1e-6
+
+
+def test_the_result_does_not_depend_on_the_microbatch_of_two_ranks(two_ranks, prepared, tmp_path):
+    train(prepared, tmp_path, "cached", 4)
+    assert farthest(files_of(tmp_path, 4)[:2], files_of(prepared / "2/cached-micro", 4)[:2]) < 1e-6
+
+
+def test_half_precision_goes_on_in_the_same_bits_with_its_loss_scale(prepared, tmp_path):
+    options = {"use_fp16": True, "fp16_scale_growth": 0.25, "batch_size": 2}
+    train(prepared, tmp_path / "whole", "classifier", 4, **options)
+    train(prepared, tmp_path / "parts", "classifier", 2, **options)
+    train(prepared, tmp_path / "parts", "classifier", 4, start=1, **options)
+    assert same_bits(files_of(tmp_path / "whole", 4), files_of(tmp_path / "parts", 4))
+    scales = [checkpoint_util.read_marker(tmp_path / run, 4)["lg_loss_scale"] for run in ("whole", "parts")]
+    assert scales[0] == scales[1] != checkpoint_util.read_marker(tmp_path / "parts", 2)["lg_loss_scale"]
+
+
+# A line through the origin: fast enough to try every way a run may go
+
+
+class Points:
+    """Batches (x [4 x 3], {"y": [4]}) that depend on the step alone."""
+
+    def __init__(self, spoilt_at=None, hook=None):
+        self.step, self.spoilt_at, self.hook = 0, spoilt_at, hook
+
+    def seek(self, step):
+        self.step = step
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        generator = torch.Generator().manual_seed(self.step)
+        x = torch.randn(4, 3, generator=generator)
+        if self.step == self.spoilt_at:
+            x = x * math.nan
+        self.step += 1
+        if self.hook:
+            self.hook(self.step)
+        return x, {"y": x.sum(1)}
+
+
+def squared_error(model, x, cond, draws):
+    return {"loss": (model(x)[:, 0] - cond["y"]) ** 2}
+
+
+def line(folder, steps, header=HEADER, data=None, formats=(), bias=False, **options):
+    torch.manual_seed(0)
+    logger.configure(str(folder), list(formats))
+    options = {"lr": 0.1, "ema_rate": "0.9", "save_interval": 2, "log_interval": 1, **options}
+    loop = TrainLoop(
+        model=torch.nn.Linear(3, 1, bias=bias), objective=PlainObjective(squared_error), header=header,
+        data=data or Points(), batch_size=4, max_steps=steps, **options
+    )
+    loop.run_loop()
+    return loop
+
+
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def weights_in(folder, step):
+    return checkpoint_util.load(Path(folder) / checkpoint_util.model_name(step))["weight"]
+
+
+def test_file_n_holds_n_updates(tmp_path):
+    line(tmp_path / "long", 4)
+    for step in (2, 4):
+        line(tmp_path / f"{step}", step)
+        assert same_bits(files_of(tmp_path / "long", step), files_of(tmp_path / f"{step}", step))
+        state = files_of(tmp_path / "long", step)[2]["state"]
+        assert [int(s["step"]) for s in state.values()] == [step]
+    names = ("ema_0.9_{}.pt", "model{}.pt", "opt{}.pt", "state{}.json")
+    assert names_in(tmp_path / "long") == sorted(name.format(step) for name in names for step in ("000002", "000004"))
+
+
+def test_a_run_goes_on_with_the_next_update_and_repeats_none(tmp_path):
+    seen = []
+    line(tmp_path, 3)
+    loop = line(tmp_path, 5, data=Points(hook=seen.append))
+    assert loop.resume_step == 3 and loop.step == 5 and seen == [4, 5]
+    assert line(tmp_path, 5).step == 5  # nothing is left to do
+
+
+def test_the_average_follows_the_weights_step_by_step(tmp_path):
+    torch.manual_seed(0)
+    average = torch.nn.Linear(3, 1, bias=False).weight.detach()
+    line(tmp_path, 4, save_interval=1)
+    for step in range(1, 5):
+        average = 0.9 * average + 0.1 * weights_in(tmp_path, step)
+        assert torch.allclose(files_of(tmp_path, step)[1]["weight"], average, atol=1e-7)
+
+
+def test_no_rate_keeps_no_average_and_several_keep_several(tmp_path):
+    line(tmp_path / "none", 2, ema_rate="")
+    assert names_in(tmp_path / "none") == ["model000002.pt", "opt000002.pt", "state000002.json"]
+    line(tmp_path / "two", 2, ema_rate="0.9,0.9999")
+    assert {"ema_0.9_000002.pt", "ema_0.9999_000002.pt"} < set(names_in(tmp_path / "two"))
+    assert checkpoint_util.newest_weights(tmp_path / "two").name == "ema_0.9999_000002.pt"
+    assert checkpoint_util.newest_weights(tmp_path / "none").name == "model000002.pt"
+
+
+def test_the_learning_rate_falls_to_zero_and_the_run_ends_there(tmp_path):
+    line(tmp_path, 0, lr_anneal_steps=4, formats=["csv"])
+    with open(tmp_path / "progress.csv", newline="") as stream:
+        rates = [float(row["lr"]) for row in csv.DictReader(stream)]
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])  # the update after these would have none
+    assert line(tmp_path / "both", 9, lr_anneal_steps=4).step == 4
+    assert line(tmp_path / "both", 9, lr_anneal_steps=4).step == 4
+
+
+def test_a_resumed_run_takes_the_learning_rate_that_is_given_now(tmp_path):
+    line(tmp_path, 2)
+    group = line(tmp_path, 3, lr=0.05, weight_decay=0.5).opt.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.05, 0.5)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    line(tmp_path, 9, keep_checkpoints=2)
+    assert checkpoint_util.steps(tmp_path) == [8, 9]
+    assert len(names_in(tmp_path)) == 8
+
+
+def test_previews_see_the_average_and_leave_training_as_it_was(tmp_path):
+    seen = []
+
+    def preview(step):
+        seen.append((step, loop.model.training, loop.model.weight.detach().clone()))
+        torch.rand(3)
+
+    line(tmp_path / "without", 4)
+    logger.configure(str(tmp_path / "with"), [])
+    torch.manual_seed(0)
+    loop = TrainLoop(
+        model=torch.nn.Linear(3, 1, bias=False), objective=PlainObjective(squared_error), header=HEADER, data=Points(),
+        batch_size=4, max_steps=4, lr=0.1, ema_rate="0.9,0.99", save_interval=2, log_interval=1, preview=preview
+    )
+    loop.run_loop()
+    assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)] and loop.model.training
+    for step, _, weight in seen:  # of the two averages the one that is faster to follow
+        assert torch.equal(weight, files_of(tmp_path / "with", step)[1]["weight"])
+    assert same_bits(files_of(tmp_path / "with", 4), files_of(tmp_path / "without", 4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_the_step_and_saves_it(tmp_path, number):
+    former = signal.getsignal(number)
+    loop = line(tmp_path, 9, data=Points(hook=lambda step: step == 3 and os.kill(os.getpid(), number)))
+    assert loop.step == 3 and checkpoint_util.steps(tmp_path) == [2, 3]
+    assert signal.getsignal(number) is former
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3; the last good .* is 2: lower --lr"):
+        line(tmp_path, 9, data=Points(spoilt_at=2))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="weights is nan at step 4; the last good .* is 2: .*grad_clip"):
+        line(tmp_path, 9, data=Points(spoilt_at=2), save_interval=2, log_interval=10)
+    assert checkpoint_util.steps(tmp_path) == [2] and torch.isfinite(weights_in(tmp_path, 2)).all()
+
+
+def test_the_log_holds_means_over_the_quarters_of_the_process(tmp_path):
+    logger.configure(str(tmp_path), [])
+    times = torch.tensor([0, 1, 2, 7])
+    terms = {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0]), "unweighted": torch.zeros(4)}
+    DiffusionObjective(rank_worker.process()).log(torch.tensor([0.0, 4.0]), times // 2, terms)
+    assert logger.dumpkvs() == {"x0_std": 2.0, "loss": 4.0, "loss_q0": 2.0, "loss_q1": 5.0, "loss_q3": 7.0}
+
+
+def test_the_log_counts_steps_and_samples(tmp_path):
+    line(tmp_path, 4, formats=["csv"], log_interval=2)
+    with open(tmp_path / "progress.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["step"], row["samples"]) for row in rows] == [("2", "8"), ("4", "16")]
+    assert {"loss", "grad_norm", "param_norm", "lr", "steps_per_second"} <= rows[0].keys()
+
+
+# What a run may go on from
+
+
+def spoil(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "another bit"])
+@pytest.mark.parametrize("name", ["model000004.pt", "ema_0.9_000004.pt", "opt000004.pt", "state000004.json"])
+def test_a_damaged_step_is_reported_and_the_one_before_it_is_taken(tmp_path, capsys, name, how):
+    line(tmp_path, 4)
+    whole = files_of(tmp_path, 4)
+    spoil(tmp_path / name, how)
+    loop = line(tmp_path, 4, formats=["stdout"])
+    assert loop.resume_step == 2 and same_bits(files_of(tmp_path, 4), whole)
+    if (name, how) != ("state000004.json", "missing"):  # a step without marker does not exist
+        assert f"checkpoint 4 of {tmp_path} cannot be used" in capsys.readouterr().out
+
+
+def test_where_all_steps_are_damaged_nothing_starts_anew(tmp_path):
+    line(tmp_path, 4)
+    for step in (2, 4):
+        spoil(tmp_path / f"opt00000{step}.pt", "missing")
+    with pytest.raises(ValueError, match=f"every checkpoint of {tmp_path} is damaged; choose another --logdir"):
+        line(tmp_path, 6)
+
+
+def test_leftovers_of_an_interrupted_save_do_not_exist(tmp_path, capsys):
+    line(tmp_path, 2)
+    shutil.copy(tmp_path / "model000002.pt", tmp_path / "model000004.pt")
+    (tmp_path / ".model000005.pt.99.part").write_bytes(b"half")
+    (tmp_path / ".state000005.json.99.part").write_text("{}")
+    assert line(tmp_path, 2).resume_step == 2
+    (tmp_path / "state000002.json").unlink()
+    assert line(tmp_path, 2, formats=["stdout"]).resume_step == 0
+    assert "model000002.pt, model000004.pt but no marker" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    line(tmp_path, 2)
+    with pytest.raises(ValueError, match="model.width is 4 now, 3 in the checkpoint.*give the same flags again"):
+        line(tmp_path, 4, header={"kind": "line", "model": {"width": 4}})
+    with pytest.raises(ValueError, match="kind is 'curve' now, 'line' in the checkpoint"):
+        line(tmp_path, 4, header={"kind": "curve"})
+    with pytest.raises(ValueError, match=r"does not fit the model .*bias: missing in the file, \(1,\) in the model"):
+        line(tmp_path, 4, bias=True)
+    with pytest.raises(FileNotFoundError, match="ema_0.5_000002.pt is not there; --ema_rate must name"):
+        line(tmp_path, 4, ema_rate="0.5")
+
+
+def test_a_run_can_branch_off_a_checkpoint_of_another_one(tmp_path):
+    line(tmp_path / "a", 4)
+    loop = line(tmp_path / "b", 4, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
+    assert loop.resume_step == 2 and same_bits(files_of(tmp_path / "a", 4), files_of(tmp_path / "b", 4))
+
+
+def test_a_checkpoint_that_is_not_whole_or_renamed_is_refused(tmp_path):
+    line(tmp_path, 4)
+    resume = lambda name: line(tmp_path / "other", 6, resume_checkpoint=str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="model000006.pt is not there; --resume_checkpoint"):
+        resume("model000006.pt")
+    (tmp_path / "best.pt").write_bytes((tmp_path / "model000004.pt").read_bytes())
+    with pytest.raises(ValueError, match="best.pt: --resume_checkpoint wants a file named like"):
+        resume("best.pt")
+    for kind in ("model", "opt", "ema_0.9_"):
+        (tmp_path / f"{kind}000003.pt").write_bytes((tmp_path / f"{kind}000004.pt").read_bytes())
+    with pytest.raises(ValueError, match="model000003.pt holds step 4, so it was renamed"):
+        resume("model000003.pt")
+    spoil(tmp_path / "opt000004.pt", "missing")
+    with pytest.raises(ValueError, match="opt000004.pt is missing"):
+        resume("model000004.pt")
+    assert not list((tmp_path / "other").glob("*.pt"))
+
+
+def test_a_checkpoint_without_marker_and_header_needs_all_its_files(tmp_path):
+    """As the reference writes them."""
+    line(tmp_path / "own", 2)
+    for name in ("model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"):
+        content = torch.load(tmp_path / "own" / name, weights_only=True)
+        if hasattr(content, "_metadata"):
+            del content._metadata
+        torch.save(content, tmp_path / name)
+    resume = lambda: line(tmp_path / "new", 4, resume_checkpoint=str(tmp_path / "model000002.pt"))
+    assert find_checkpoint(tmp_path, str(tmp_path / "model000002.pt")) == ({"step": 2}, tmp_path)
+    spoil(tmp_path / "opt000002.pt", "missing")
+    with pytest.raises(FileNotFoundError, match="opt000002.pt is not there; check --resume_checkpoint"):
+        resume()
+    shutil.copy(tmp_path / "own/opt000002.pt", tmp_path)
+    assert resume().resume_step == 2
+    line(tmp_path / "own", 4)
+    assert same_bits(files_of(tmp_path / "new", 4), files_of(tmp_path / "own", 4))
+
+
+@pytest.mark.parametrize("name, step", [
+    ("runs/a/model000123.pt", 123), ("model1000000.pt", 1000000), ("ema_0.9999_000100.pt", 0), ("model.pt", 0),
+])
+def test_the_step_stands_in_the_name_of_the_model_file(name, step):
+    assert parse_resume_step_from_filename(name) == step
+
+
+def test_a_saved_network_loads_in_a_plain_load_state_dict(one_rank, prepared):
+    for name in (checkpoint_util.model_name(END), checkpoint_util.ema_name(0.9, END)):
+        weights = torch.load(prepared / "1/cached-whole" / name, weights_only=True)
+        rank_worker.unet().load_state_dict(weights)
+        assert checkpoint_util.load_weights(prepared / "1/cached-whole" / name)[1] == {
+            "format": 1, "kind": "cached", "step": END
+        }
+    assert GLOBAL_BATCH == checkpoint_util.read_marker(prepared / "1/cached-whole", END)["global_batch"]
