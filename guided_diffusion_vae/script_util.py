@@ -242,8 +242,10 @@ def begin_run(run, script, configs=()):
     """Start the ranks, the run folder and the log; return the folder.
 
     The folder is printed first and, by `end_run`, last. Where it already holds checkpoints, the logs go on from them.
+    The weights that a network starts with follow from the `seed` among the configs.
     """
     dist_util.setup_dist()
+    torch.manual_seed(next((config.seed for config in configs if hasattr(config, "seed")), 0))
     folder = run.logdir or os.environ.get("OPENAI_LOGDIR") or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(dist_util.broadcast_object(folder))
     if run.dry_run:

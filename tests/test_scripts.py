@@ -222,7 +222,7 @@ def test_an_encoding_that_was_killed_goes_on(chain, call, tmp_path):
     process.wait()
     kept = {name: age for name, age in listing(cache).items() if name.endswith(".npy") and not name.startswith(".")}
     assert 5 <= len(kept) < 300 and not (cache / "manifest.json").exists()
-    status, out, err = call("image_train_vae", config=chain.config, cache_dir=cache, logdir=tmp_path / "run")
+    status, out, err = call("image_train_vae", config=chain.config, cache_dir=cache, logdir=tmp_path / "run", max_steps=1)
     assert status == 1 and "is not a latent cache: it has no manifest.json" in err
     status, out, err = call("encode_dataset", **flags, cache_dir=cache)
     assert status == 0, err
@@ -280,6 +280,7 @@ def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, c
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert abs(report["frechet"]) < 1e-3 and report["class_agreement"]["count"] == COUNT and "frechet: " in out
     status, out, err = call("evaluate", vae_path=chain.autoencoder, **flags)
+    assert status == 0, err
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert status == 0 and "class_agreement" not in report and report["neighbours"]["median_distance_of_samples"] == 0
 
@@ -481,8 +482,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("image_train_vae", {"cache_dir": "{cache}", "batch_size": 13}, "12 items are fewer than one step takes"),
     ("image_train_vae", {"cache_dir": "{cache}", "normalizer": "none"}, "x0 has a measured standard deviation of"),
     ("image_train_vae", {"cache_dir": "{cache}", "data_dir": "{data}"}, "give one of them"),
-    ("image_train_vae", {"cache_dir": "{cache}", "channel_mult": ""}, None),
-    ("image_train_vae", {"cache_dir": "{cache}", "logdir": "{autoencoder}", "max_steps": 3, "class_cond": False},
+    ("image_train_vae", {"cache_dir": "{cache}", "logdir": "{autoencoder}"},
      "checkpoints of another"),
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}", "cache_dir": "{tmp}/cut.pt/cache"},
      "give --cache_dir a folder that can be written"),
@@ -498,10 +498,9 @@ def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, scrip
     (tmp_path / "typo.yaml").write_text("autoencoder: {num_chanels: [8, 8]}")
     places = {"tmp": tmp_path, **vars(chain)}
     given = {} if script in ("encode_dataset", "make_microdoppler") else {"logdir": tmp_path / "run"}
+    given.update({"max_steps": 1} if script in ("train_autoencoder", "image_train_vae") else {})
     given.update({name: value.format(**places) if isinstance(value, str) else value for name, value in flags.items()})
     result = call(script, **given)
-    if message is None:
-        return print(result)
     refused(result, message)
     assert not list(tmp_path.rglob("state*.json")) and not list(tmp_path.rglob("*.part"))
 
