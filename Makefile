@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # OpenMP threads that spin while waiting take the cores of the other ranks.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test quickstart parity clean
+.PHONY: setup test quickstart clean
 
 setup: $(STAMP)
 

@@ -18,7 +18,7 @@ setup(
         "tqdm",
         "tensorboard",
         "matplotlib",
-        "scipy>=1.12",  # signal.ShortTimeFFT
+        "scipy",
     ],
     extras_require={
         "mpi": ["mpich"],  # brings mpiexec; leave it out where the machine has an MPI of its own

@@ -24,7 +24,9 @@ import torch.distributed as dist
 from . import checkpoint_util
 
 MEETING_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may write a checkpoint while the others wait
+# Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not need
+# this limit: its connections break, and the launcher ends the rest.
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 BUCKET_MIB = 32
 
 # Where launchers write rank, size, local rank and local size, in the order in which they are believed.

@@ -76,7 +76,8 @@ def failures(report, config):
     """Return one line for every threshold that the report of a round trip misses."""
     lines = []
     for name, limit, below in (("psnr", config.min_psnr, True), ("ssim", config.min_ssim, True), ("l1", config.max_l1, False)):
-        if (report[name] < limit) if below else (report[name] > limit):
+        met = report[name] >= limit if below else report[name] <= limit
+        if not met:  # so written, NaN fails too
             flag = f"--{'min' if below else 'max'}_{name}"
             lines.append(f"{name} is {report[name]:.4f}, {flag} asks for {'at least' if below else 'at most'} {limit}")
     if report["dead_channels"]:

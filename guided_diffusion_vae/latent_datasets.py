@@ -39,8 +39,7 @@ class LatentCacheConfig:
     store: str = opt("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
                                 "mode: the mean alone, half the size", choices=("moments", "mode"))
     latent_dtype: str = opt("float16", "type of the numbers on disk", choices=("float16", "float32"))
-    shard_size: int = opt(4096, "latents per file")
-    cache_flips: bool = opt(False, "store every picture mirrored too; training draws one of the two per visit")
+    shard_size: int = opt(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096")
 
 
 @dataclass
@@ -106,8 +105,8 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     """
     if num_ranks > 1 and barrier is None:
         raise ValueError(f"{num_ranks} ranks encode together and need a barrier")
-    if config.shard_size < 1:
-        raise ValueError(f"--shard_size {config.shard_size} must be at least 1")
+    if config.shard_size < 0:
+        raise ValueError(f"--shard_size {config.shard_size} must be at least 1, or 0 to have it chosen")
     if pictures.config.crop == "random":
         raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, or "
                          "encode on the fly")
@@ -116,7 +115,8 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     key = _digest(head)
     if (folder / MANIFEST).exists():
         return _finished(folder, key, codec)
-    shards = _shard_table(len(pictures) * (2 if config.cache_flips else 1), config.shard_size)
+    entries = len(pictures) * (2 if pictures.config.random_flip else 1)  # the second half is the first, mirrored
+    shards = _shard_table(entries, config.shard_size or min(max(-(-entries // 64), 256), 4096))
     mine = shards[rank::num_ranks]
     missing = [shard for shard in mine if _record(folder, shard, key) is None]
     _require_space(folder, missing, head)
@@ -142,7 +142,7 @@ def _head(pictures, codec, config):
     return {
         "format": FORMAT, "version": VERSION, "autoencoder": codec.describe(), "scale_factor": codec.scale_factor,
         "store": config.store, "dtype": config.latent_dtype, "latent_shape": list(codec.latent_shape(pictures.shape)),
-        "image_shape": list(pictures.shape), "count": len(pictures), "flips": config.cache_flips,
+        "image_shape": list(pictures.shape), "count": len(pictures), "flips": pictures.config.random_flip,
         "class_names": pictures.class_names, "preprocessing": pictures.describe(),
     }
 
@@ -284,6 +284,7 @@ def _sweep(folder, wanted):
 
 def _finished(folder, key, codec):
     cache = LatentCache(folder)
+    cache.verify()
     if cache.manifest["made_from"] != key:
         require_same_autoencoder(cache, codec)
         raise ValueError(f"{folder} holds a cache of other pictures or settings ({cache.count} pictures of shape "
@@ -327,6 +328,16 @@ class LatentCache:
         return self.count
 
     @property
+    def nbytes(self):
+        """Bytes of all shards."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    @property
+    def preprocessing(self):
+        """How the pictures were read before they were encoded."""
+        return self.manifest["preprocessing"]
+
+    @property
     def filenames(self):
         """The pictures' names, one per latent."""
         return (self.folder / FILENAMES).read_text().splitlines()
@@ -339,7 +350,7 @@ class LatentCache:
         rows = np.asarray(indices, np.int64)
         if flips is not None:
             if not self.random_flip:
-                raise ValueError(f"{self.folder} holds no mirrored pictures; encode again with --cache_flips True")
+                raise ValueError(f"{self.folder} holds no mirrored pictures; encode again with --random_flip True")
             rows = rows + self.count * np.asarray(flips, np.int64)
         if self._resident is not None:
             return torch.from_numpy(rows)
@@ -365,7 +376,7 @@ class LatentCache:
 
     def on_device(self, device, limit_bytes=2**31):
         """Keep the whole cache on `device` if it takes at most `limit_bytes`; return whether it does."""
-        if sum(shard.nbytes for shard in self._shards) > limit_bytes:
+        if self.nbytes > limit_bytes:
             return False
         dtype = getattr(torch, self.manifest["dtype"])
         shape = sum(len(shard) for shard in self._shards), *_stored_shape(self.manifest)
@@ -464,6 +475,10 @@ class LatentFolder:
             if not np.isfinite(values[row]).all():
                 raise ValueError(f"{path} holds values that are not finite; encode its picture again")
         return torch.from_numpy(values)
+
+    def on_device(self, device, limit_bytes=2**31):
+        """Say that nothing was loaded: single files stay where they are."""
+        return False
 
     def latents(self, values, eps=None):
         """Return `values`: a folder of latents holds no posterior to draw from."""

@@ -45,9 +45,12 @@ class SamplePreview:
     def __call__(self, step):
         classes = list(range(self.sampler.num_classes)) or None
         rows = min(len(classes), 16) if classes else 2
-        indices = range(rows * self.columns)
-        x0, _ = self.sampler.x0(indices, classes and classes[:rows], SamplingConfig(use_ddim=True), self.device)
-        images = self.sampler.decode(x0).cpu().numpy()
+        images = []
+        for start in range(0, rows * self.columns, COUNT):  # no more at once than training has memory for
+            indices = range(start, min(start + COUNT, rows * self.columns))
+            x0, _ = self.sampler.x0(indices, classes and classes[:rows], SamplingConfig(use_ddim=True), self.device)
+            images.append(self.sampler.decode(x0).cpu().numpy())
+        images = np.concatenate(images)
         # Classes change fastest along the samples; on the sheet they are rows.
         images = images.reshape(self.columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
         names = self.sampler.class_names or [str(c) for c in classes or ()]

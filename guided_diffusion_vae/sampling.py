@@ -1,6 +1,7 @@
 """Draw samples: which class sample i has and what noise it sees depend on (seed, i) alone, not on batches or ranks."""
 
 import zipfile
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,8 +128,12 @@ def write_samples(folder, images, labels, classes=None, names=None):
         name_of = {c: names[c] if names else str(c) for c in classes}
         stems = [f"{name_of[label]}_{stem}" for label, stem in zip(labels.tolist(), stems)]
     unit = images.astype(np.float32) / 255
+    unfinished = folder / "png.part"
+    shutil.rmtree(unfinished, ignore_errors=True)
     for stem, image in zip(stems, unit):
-        figures.save_picture(folder / "png" / f"{stem}.png", figures.picture(image))
+        figures.save_picture(unfinished / f"{stem}.png", figures.picture(image))
+    shutil.rmtree(folder / "png", ignore_errors=True)
+    unfinished.rename(folder / "png")
     rows = None if labels is None else [name_of[c] for c in dict.fromkeys(classes)]
     shown = unit[:64]
     if rows:

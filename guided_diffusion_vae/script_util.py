@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from .image_datasets import PictureFolder, parse_size
 from .latent_datasets import EncodedPictures, open_latents
 from .respace import SpacedDiffusion, space_timesteps
 from .sampling import Sampler
-from .train_util import TrainLoop, progress_bar
+from .train_util import TrainLoop, find_checkpoint, progress_bar
 from .unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResModel, UNetModel
 from .vae_wrapper import LatentNormalizer, check_latent_std, create_vae
 
@@ -238,24 +237,25 @@ def args_to_dict(args, keys):
 # a run
 
 
-def begin_run(run, script, configs=()):
+def begin_run(run, configs=()):
     """Start the ranks, the run folder and the log; return the folder.
 
     The folder is printed first and, by `end_run`, last. Where it already holds checkpoints, the logs go on from them.
-    The weights that a network starts with follow from the `seed` among the configs.
     """
     dist_util.setup_dist()
-    torch.manual_seed(next((config.seed for config in configs if hasattr(config, "seed")), 0))
-    folder = run.logdir or os.environ.get("OPENAI_LOGDIR") or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(dist_util.broadcast_object(folder))
+    folder = run.logdir or os.environ.get("OPENAI_LOGDIR")
     if run.dry_run:
         print_configuration(configs)
         return folder
-    require_writable_folder(folder, "--logdir")
-    committed = checkpoint_util.newest_marker(folder, warn=lambda text: None) if checkpoint_util.steps(folder) else None
-    logger.configure(dir=str(folder), resume_step=committed["step"] if committed else None)
-    logger.log(f"run folder: {folder}")
-    return folder
+    resume_step = None
+    if folder:
+        require_writable_folder(folder, "--logdir")
+        trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
+        found = find_checkpoint(folder, trains[0])[0] if trains else None
+        resume_step = found["step"] if found else None
+    logger.configure(dir=folder, resume_step=resume_step)
+    logger.log(f"run folder: {logger.get_dir()}")
+    return Path(logger.get_dir())
 
 
 def end_run(folder):
@@ -265,7 +265,7 @@ def end_run(folder):
 
 
 def write_config(folder, script, configs, header):
-    """Write config.json, all that rebuilds the run, before anything slow starts."""
+    """Write config.json, all that rebuilds the run; called once the run is known to fit what its folder holds."""
     if dist_util.rank() == 0:
         write_json(Path(folder) / "config.json", {"script": script, "header": header, "flags": _by_section(configs)})
 
@@ -419,17 +419,20 @@ def create_model(
     image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
     use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
-    in_channels=3, num_classes=0, dims=2, resample_depth=False,
+    in_channels=0, num_classes=0, dims=0, resample_depth=False,
 ):
     """Build a UNet for a grid of `image_size` (of the latent, where it works on latents).
 
+    Zeros stand for what guided-diffusion has: 3 channels, 1000 classes, 2 axes.
+
     :raises ValueError: where `image_size` has no default multipliers and `channel_mult` is empty.
     """
+    in_channels = in_channels or 3
     return UNetModel(
         image_size=image_size, in_channels=in_channels, model_channels=num_channels,
         out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
         attention_resolutions=_strides(image_size, attention_resolutions), dropout=dropout,
-        channel_mult=_multipliers(image_size, channel_mult, CHANNEL_MULT), dims=dims,
+        channel_mult=_multipliers(image_size, channel_mult, CHANNEL_MULT), dims=dims or 2,
         num_classes=(num_classes or NUM_CLASSES) if class_cond else None, use_checkpoint=use_checkpoint,
         use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
@@ -471,7 +474,7 @@ def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
 
 def create_classifier(
     image_size, classifier_use_fp16, classifier_width, classifier_depth, classifier_attention_resolutions,
-    classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, classifier_in_channels=3,
+    classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, classifier_in_channels=0,
     classifier_num_classes=0,
 ):
     """Build the half of a UNet that ends in logits.
@@ -479,7 +482,7 @@ def create_classifier(
     :raises ValueError: where `image_size` has no multipliers.
     """
     return EncoderUNetModel(
-        image_size=image_size, in_channels=classifier_in_channels, model_channels=classifier_width,
+        image_size=image_size, in_channels=classifier_in_channels or 3, model_channels=classifier_width,
         out_channels=classifier_num_classes or NUM_CLASSES, num_res_blocks=classifier_depth,
         attention_resolutions=_strides(image_size, classifier_attention_resolutions),
         channel_mult=_multipliers(image_size, "", CLASSIFIER_CHANNEL_MULT), use_fp16=classifier_use_fp16,
@@ -513,28 +516,41 @@ def _process_from_flags(diffusion_steps=1000, **flags):
 
 
 def _strides(size, resolutions):
-    """Return the downsampling rates at which the grid has the given sizes ("16,8"), as the networks want them."""
-    wanted = [int(r) for r in str(resolutions).split(",") if r]
-    return tuple(size // r for r in wanted)
+    """Return the downsampling rates at which the longest side of the grid has the given sizes ("16,8")."""
+    try:
+        wanted = [int(r) for r in str(resolutions).split(",") if r]
+    except ValueError:
+        raise ValueError(f"attention resolutions {resolutions!r} are not numbers with commas between, such as 16,8 "
+                         "(--attention_resolutions, --classifier_attention_resolutions)") from None
+    return tuple(_longest(size) // r for r in wanted if r)
+
+
+def _longest(size):
+    return max(size) if isinstance(size, tuple) else size
 
 
 def _multipliers(size, text, table):
+    """Return the width multipliers that are given, else those of the longest side of the grid."""
     if text:
-        return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
-    if size not in table:
-        raise ValueError(f"no default width multipliers for a grid of {size}, only for "
-                         f"{', '.join(map(str, sorted(table)))}; give --channel_mult, for example 1,2,2")
-    return table[size]
+        try:
+            return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
+        except ValueError:
+            raise ValueError(f"--channel_mult is {text!r}; it holds numbers with commas between, such as 1,2,2") from None
+    if _longest(size) not in table:
+        remedy = "give --channel_mult, for example 1,2,2" if table is CHANNEL_MULT else "choose another --image_size"
+        raise ValueError(f"no width multipliers for a grid of {size}, only for {', '.join(map(str, sorted(table)))}; {remedy}")
+    return table[_longest(size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models from their checkpoints
 
 
-def open_source(latents, vae, data, seed, device):
+def open_source(latents, vae, data, given, seed, device, folder=None):
     """Return (latent source, codec or None): a cache, or pictures that an autoencoder encodes on the fly.
 
-    A cache needs no autoencoder to train from; without one there are no previews.
+    A cache needs no autoencoder to train from; without one there are no previews. A run that goes on in `folder` keeps
+    the statistics it began with.
     """
     if bool(latents.cache_dir) == bool(data.data_dir):
         raise ValueError(f"--cache_dir is {latents.cache_dir!r} and --data_dir is {data.data_dir!r}; give one of them: a cache "
@@ -542,19 +558,60 @@ def open_source(latents, vae, data, seed, device):
     if latents.cache_dir:
         source = open_latents(latents.cache_dir)
         codec = codec_of(source.autoencoder, vae, device, required=False)
+        require_same_pictures(source, given)
+        verify(source)
         if device.type == "cuda":
             source.on_device(device, torch.cuda.mem_get_info()[0] // 4)
         if codec is None:
             say("the cache's autoencoder is not at hand (--vae_path), so there are no previews")
         return source, codec
     codec = create_vae(vae, device)
-    pictures = PictureFolder(data, multiple=codec.factors)
+    pictures = open_pictures(data, given, codec)
     encoded = functools.partial(EncodedPictures, pictures, codec, device, latents.stats_samples, seed)
-    measured = None
-    if dist_util.rank() == 0:
+    measured = begun_with(folder).get("statistics")
+    if dist_util.rank() == 0 and measured is None:
         with progress_bar(None, 0, "measuring latents") as bar:
             measured = encoded(progress=bar.advance_to).statistics
     return encoded(statistics=dist_util.broadcast_object(measured)), codec
+
+
+def open_pictures(data, given, codec):
+    """Return the PictureFolder that an autoencoder shall see, read as it was trained where the flags do not say."""
+    return PictureFolder(as_trained(data, given, codec.preprocessing), multiple=codec.factors)
+
+
+def as_trained(data, given, preprocessing):
+    """Return a DataConfig with the settings that a model was trained with, but for those that are given."""
+    known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip"} - set(given)
+    return dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
+
+
+def require_same_pictures(cache, given):
+    """Refuse flags of the data that contradict how the pictures of a cache were read."""
+    read = getattr(cache, "preprocessing", None) or {}
+    for key, value in given.items():
+        if key in read and key != "data_dir" and frozen(read[key]) != value:
+            raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with {key} "
+                             f"{read[key]}; leave the flag away or encode again")
+
+
+def verify(cache, limit_bytes=2**32):
+    """Compare a cache with the SHA-256 of its files on rank 0, where that takes seconds."""
+    if dist_util.rank() == 0 and hasattr(cache, "verify"):
+        if cache.nbytes > limit_bytes:
+            return say(f"{cache.folder} is large and taken as it is; encode_dataset.py with the same flags verifies it")
+        with progress_bar(None, 0, "verifying the cache") as bar:
+            cache.verify(bar.advance_to)
+
+
+def begun_with(folder):
+    """Return the header of the run that goes on in `folder`, an empty dictionary where none does."""
+    if not folder or not checkpoint_util.steps(folder):
+        return {}
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())["header"]
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def codec_of(described, vae, device, required=True):
@@ -571,6 +628,10 @@ def codec_of(described, vae, device, required=True):
         return None
     scale_factor = vae.scale_factor or described["scale_factor"]
     codec = create_vae(dataclasses.replace(vae, vae_path=path, scale_factor=scale_factor or 0.0), device)
+    stale = not required and not vae.vae_path and codec.fingerprint != described["sha256"]
+    if stale:
+        say(f"{path} no longer holds the autoencoder {_short(described['sha256'])} that the latents were made with")
+        return None
     for name, wanted, found in (("autoencoder", described["sha256"], codec.fingerprint),
                                 ("scale_factor", described["scale_factor"], codec.scale_factor)):
         if wanted is not None and wanted != found:
@@ -592,26 +653,35 @@ def fit_normalizer(config, source):
 
 
 def with_classes(model, source):
-    """Return a ModelConfig whose number of classes is that of the data, which must not contradict `--num_classes`."""
-    found = len(source.class_names) if source.class_names else 0
-    if model.class_cond and not found:
+    """Return a ModelConfig with the classes, channels and axes of the data, which flags must not contradict."""
+    classes = len(source.class_names) if source.class_names else 0
+    if model.class_cond and not classes:
         raise ValueError(f"--class_cond True, but {source.folder} has no classes: name the files <class>_<rest>.png, or put "
                          "each class into a folder of its own (and encode again)")
-    if model.num_classes and model.num_classes != found:
-        raise ValueError(f"--num_classes {model.num_classes}, but {source.folder} has {found} classes; leave the flag away")
-    shape = source.latent_shape
-    return dataclasses.replace(
-        model, num_classes=found if model.class_cond else 0, in_channels=shape[0], dims=len(shape) - 1
-    )
+    found = {"num_classes": classes, "in_channels": source.latent_shape[0], "dims": len(source.latent_shape) - 1}
+    return _from_data(model, {**found, "num_classes": classes if model.class_cond else 0}, source.folder)
 
 
-def diffusion_header(source, normalizer, model, process):
-    """Return what the checkpoints of a diffusion run say about themselves."""
+def _from_data(config, found, folder):
+    """Return a config with what was found in the data; a flag that says otherwise is refused."""
+    for name, value in found.items():
+        if getattr(config, name) not in (0, value):
+            raise ValueError(f"--{name} {getattr(config, name)}, but {folder} has {value}; leave the flag away")
+    return dataclasses.replace(config, **found)
+
+
+def diffusion_header(source, codec, normalizer, model, process):
+    """Return what the checkpoints of a diffusion run say about themselves.
+
+    A plain folder of latents does not know its autoencoder; then the one that was given as `--vae_path` is taken for it.
+    """
+    autoencoder = source.autoencoder or (codec and codec.describe())
     return {
         "kind": "diffusion", "latent_shape": list(source.latent_shape),
         "image_shape": source.unpadded_shape and list(source.unpadded_shape),
         "model": as_dict(model), "diffusion": as_dict(process), "normalizer": normalizer.to_dict(),
-        "scale_factor": source.scale_factor, "autoencoder": source.autoencoder,
+        "scale_factor": autoencoder["scale_factor"] if autoencoder else source.scale_factor, "autoencoder": autoencoder,
+        "statistics": source.statistics,
         "classes": source.class_names if model.class_cond else None,
     }
 
@@ -704,14 +774,14 @@ def classifier_for(flags, pictures):
     if not pictures.class_names:
         raise ValueError(f"{pictures.config.data_dir} has no classes: name the files <class>_<rest>.png, or put each class "
                          "into a folder of its own")
-    return dataclasses.replace(
-        flags, classifier_in_channels=pictures.shape[0], classifier_num_classes=len(pictures.class_names)
-    )
+    found = {"classifier_in_channels": pictures.shape[0], "classifier_num_classes": len(pictures.class_names)}
+    return _from_data(flags, found, pictures.config.data_dir)
 
 
 def build_classifier(flags, process, shape):
     """Build the classifier of pictures [C x H x W] and the process that noises them."""
-    return create_classifier_and_diffusion(image_size=max(shape[1:]), **as_dict(flags), **as_dict(process))
+    sides = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
+    return create_classifier_and_diffusion(image_size=sides, **as_dict(flags), **as_dict(process))
 
 
 def classifier_header(pictures, flags, process, data):

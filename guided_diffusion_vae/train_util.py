@@ -2,7 +2,8 @@
 
 What is learned is an objective: a callable `(model, batch, cond, draws) -> (terms, times)`, where `terms` are losses
 per sample [N] with the one to descend under "loss", and `times` are diffusion steps [N] or None. Everything random in a
-step is keyed by (seed, step, slot in the global batch), so neither the number of ranks nor an interruption changes it.
+step but dropout is keyed by (seed, step, slot in the global batch), so the number of ranks does not change it; dropout is
+keyed by (seed, step, rank). An interruption changes neither.
 """
 
 import contextlib
@@ -25,12 +26,14 @@ from .fp16_util import MixedPrecisionTrainer
 from .nn import keyed_randn, keyed_seed, update_ema
 from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, UniformSampler
 
-# First number of every key, so that the streams of one seed never meet. LatentStream and BatchPlan have their own.
-NOISE, TIMES, DROPOUT = 2, 3, 4
+# Second number of every key, so that the streams of one seed never meet. LatentStream and sampling have 1 and 5.
+NOISE, TIMES, DROPOUT, WEIGHTS = 2, 3, 4, 6
 
 
 @dataclass
 class TrainConfig:
+    SECTION = "training"
+
     lr: float = opt(1e-4, "learning rate of AdamW")
     weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
     lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never")
@@ -42,7 +45,7 @@ class TrainConfig:
     save_interval: int = opt(10000, "steps between checkpoints")
     keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all")
     preview_interval: int = opt(0, "steps between preview pictures and validation; 0: with every checkpoint")
-    resume_checkpoint: str = opt("", "model file to go on from; empty: the newest of the run folder, if it holds one")
+    resume_checkpoint: str = opt("", "model file to go on from; empty or auto: the newest of the run folder")
     grad_clip: float = opt(0.0, "scale gradients down to this norm; 0: leave them")
     mixed_precision: bool = opt(False, "run the forward pass in bfloat16 autocast; weights stay float32")
     seed: int = opt(0, "seed of everything random in training")
@@ -50,8 +53,6 @@ class TrainConfig:
 
 @dataclass
 class DiffusionTrainConfig(TrainConfig):
-    SECTION = "training"
-
     schedule_sampler: str = opt("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
     fp16_scale_growth: float = opt(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
 
@@ -85,6 +86,11 @@ class ClassifierTrainConfig:
     eval_interval: int = opt(5, "steps between measurements on --val_data_dir")
     save_interval: int = opt(10000, "steps between checkpoints")
     seed: int = opt(0, "seed of everything random in training")
+
+
+def seed_weights(seed):
+    """Make the initial weights of the model that is built next depend on `seed` alone."""
+    torch.manual_seed(keyed_seed(seed, WEIGHTS))
 
 
 class Draws:
@@ -219,7 +225,10 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.max_steps = min((n for n in (max_steps, lr_anneal_steps) if n), default=math.inf)
-        self.ema_rate = [ema_rate] if isinstance(ema_rate, float) else [float(r) for r in ema_rate.split(",") if r]
+        self.ema_rate = _rates(ema_rate)
+        for flag, value in {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}.items():
+            if value < 1:
+                raise ValueError(f"--{flag} is {value}; it is at least 1")
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval, self.preview = preview_interval or save_interval, preview
         self.keep_checkpoints = keep_checkpoints
@@ -397,6 +406,9 @@ class TrainLoop:
         if marker is None:
             return 0
         step = marker["step"]
+        for name, now in (("seed", self.seed), ("global_batch", self.global_batch)):
+            if marker.get(name, now) != now:
+                logger.warn(f"{name} is {now} now and was {marker[name]} until step {step}: from here on the run is another one")
         load = lambda name: checkpoint_util.load_weights(folder / name, self.device, "--resume_checkpoint")
         path = folder / checkpoint_util.model_name(step)
         weights, header = load(path.name)
@@ -431,8 +443,16 @@ def find_checkpoint(folder, resume_checkpoint=""):
     """Return (marker, folder) of the step to go on from, or (None, folder) where a run starts.
 
     `resume_checkpoint` names a model file; its optimizer and averages must lie beside it. A reference checkpoint has no
-    marker, and its step is read from its name.
+    marker, and its step is read from its name. Once `folder` holds steps of its own beyond it, the newest of them is
+    taken, so that the same command goes on. Rank 0 looks and all ranks take what it found.
     """
+    answer = None
+    if dist_util.rank() == 0:
+        answer = _find_checkpoint(Path(folder), "" if resume_checkpoint == "auto" else resume_checkpoint)
+    return dist_util.broadcast_object(answer)
+
+
+def _find_checkpoint(folder, resume_checkpoint):
     if not resume_checkpoint:
         marker = checkpoint_util.newest_marker(folder, logger.warn)
         unfinished = sorted(p.name for p in Path(folder).glob("model*.pt")) if marker is None else []
@@ -447,6 +467,11 @@ def find_checkpoint(folder, resume_checkpoint=""):
     if path.name != checkpoint_util.model_name(step):
         raise ValueError(f"{path}: --resume_checkpoint wants a file named like {checkpoint_util.model_name(step)}, "
                          "since the names of its optimizer and averages are found from it")
+    if newer := [n for n in checkpoint_util.steps(folder) if n > step]:
+        if folder.resolve() == path.parent.resolve():
+            raise ValueError(f"{folder} holds step {newer[-1]}, which is newer than {path}; to branch off from there give "
+                             "another --logdir")
+        return _find_checkpoint(folder, "")
     if (path.parent / checkpoint_util.marker_name(step)).is_file():
         return checkpoint_util.read_marker(path.parent, step), path.parent
     return {"step": step}, path.parent
@@ -458,7 +483,7 @@ def require_same_model(found, wanted, folder):
         for key in a.keys() & b.keys():
             if isinstance(a[key], dict) and isinstance(b[key], dict):
                 yield from differing(a[key], b[key], f"{at}{key}.")
-            elif a[key] != b[key] and key not in ("step", "path", "timestep_respacing", "use_checkpoint", "use_fp16"):
+            elif a[key] != b[key] and key not in ("step", "path", "timestep_respacing", "use_checkpoint"):
                 yield f"{at}{key} is {b[key]!r} now, {a[key]!r} in the checkpoint"
 
     changes = sorted(differing(found, wanted))
@@ -488,6 +513,17 @@ def log_loss_dict(diffusion, ts, losses):
         sums = torch.zeros(4, device=ts.device).index_add_(0, quarter, value)
         for q in range(4):
             logger.logkv_mean(f"{name}_q{q}", sums[q] / counts[q].clamp(min=1), weight=counts[q])
+
+
+def _rates(text):
+    """Read `--ema_rate`: rates between 0 and 1 with commas between, possibly none."""
+    try:
+        rates = [float(r) for r in str(text).split(",") if r]
+    except ValueError:
+        rates = [-1.0]
+    if not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(f"--ema_rate is {text!r}; it holds numbers from 0 to below 1 with commas between, such as 0.99,0.9999")
+    return rates
 
 
 def progress_bar(total, initial, what):

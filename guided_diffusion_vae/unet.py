@@ -53,9 +53,9 @@ class ModelConfig:
     resblock_updown: bool = opt(False, "resample inside residual blocks, not by strided convolutions between them")
     use_fp16: bool = opt(False, "run the convolutions and attention in float16, with loss scaling")
     use_new_attention_order: bool = opt(False, "split qkv before heads; must match the checkpoint")
-    in_channels: int = opt(3, "channels of what the network denoises; latent runs take it from the latents")
+    in_channels: int = opt(0, "channels of what the network denoises; 0: those of the data (3 without data)")
     num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names")
-    dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes", choices=(1, 2, 3))
+    dims: int = opt(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
     resample_depth: bool = opt(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
 
 
@@ -70,7 +70,7 @@ class ClassifierConfig:
     classifier_use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the classifier's norms")
     classifier_resblock_updown: bool = opt(True, "resample inside the classifier's residual blocks")
     classifier_pool: str = opt("attention", "how the classifier turns its last grid into logits", choices=POOLS)
-    classifier_in_channels: int = opt(3, "channels of what is classified; latent runs take it from the latents")
+    classifier_in_channels: int = opt(0, "channels of what is classified; 0: those of the data (3 without data)")
     classifier_num_classes: int = opt(0, "classes to tell apart; 0: as many as the data or the checkpoint names")
 
 

@@ -103,6 +103,7 @@ class PixelCodec(_Codec):
     """Take the pictures themselves as latents: x in [0, 1] becomes 2 x - 1, and nothing is random about it."""
 
     scale_factor, shift_factor, path = 1.0, 0.0, ""
+    preprocessing = {}
     image_range = (-1.0, 1.0)
 
     def __init__(self, channels=3, dims=2):
@@ -161,7 +162,7 @@ class VAEInterface(_Codec):
         if any(tile % factor for factor in found.factors) or tile < 0 or 0 < tile < 2 * max(found.factors):
             raise ValueError(f"tile is {tile}; it is a multiple of the autoencoder's factors {found.factors} and at "
                              "least twice as large, or 0 (--vae_tile)")
-        self.path, self.config = str(vae_path), found.config
+        self.path, self.config = found.path, found.config
         self.in_channels, self.latent_channels, self.factors = found.in_channels, found.latent_channels, found.factors
         self._grey = False
         stated = found.scale_factor or SCALE_FACTOR
@@ -169,6 +170,7 @@ class VAEInterface(_Codec):
         if not self.scale_factor > 0:
             raise ValueError(f"scale_factor is {self.scale_factor}; it is a number above 0 (--scale_factor)")
         self.shift_factor = float(found.shift_factor)
+        self.preprocessing = found.preprocessing or {}
         self.image_range = found.image_range
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self.batch_size, self.tile = DTYPES[dtype], batch_size, tile
@@ -298,8 +300,10 @@ class _Found:
     latent_channels: int
     factors: tuple
     image_range: tuple
+    path: str
     scale_factor: float | None = None
     shift_factor: float = 0.0
+    preprocessing: dict | None = None
 
 
 def _open(path, vae_config):
@@ -346,10 +350,12 @@ def _open_file(path, vae_config):
         return _open_monai(path, weights, vae_config)
     checkpoint_util.require_kind(header, "autoencoder", path, FLAG)
     config = from_dict(AutoencoderConfig, header["autoencoder"])
-    described = {"class": "AutoencoderKL", **as_dict(config)}
-    del described["use_checkpointing"]     # changes what is kept, not what is computed
+    # Defaults are left out, so that a knob of a later version does not rename the functions of today.
+    default = as_dict(AutoencoderConfig())
+    described = {"class": "AutoencoderKL", **{k: v for k, v in as_dict(config).items() if v != default[k]}}
+    described.pop("use_checkpointing", None)     # changes what is kept, not what is computed
     network = create_autoencoder(config)
-    return _ours(network, weights, path, described, config.image_range, header.get("scale_factor"))
+    return _ours(network, weights, path, described, config.image_range, header.get("scale_factor"), header.get("data"))
 
 
 def _open_monai(path, weights, vae_config):
@@ -362,11 +368,11 @@ def _open_monai(path, weights, vae_config):
     return _ours(AutoencoderKL(**arguments), weights, path, config, image_range, scale_factor)
 
 
-def _ours(network, weights, path, config, image_range, scale_factor):
+def _ours(network, weights, path, config, image_range, scale_factor, preprocessing=None):
     checkpoint_util.load_into(network, weights, path, FLAG)
     return _Found(
         network, network.moments, network.decode, config, network.in_channels, network.latent_channels, network.factors,
-        tuple(image_range), scale_factor,
+        tuple(image_range), str(Path(path).resolve()), scale_factor, preprocessing=preprocessing,
     )
 
 
@@ -431,7 +437,7 @@ def _open_diffusers(name, class_name, local):
     return _Found(
         network, functools.partial(moments, network), lambda z: network.decode(z).sample, config,
         config["in_channels"], config["latent_channels"], (2 ** (len(config[widths]) - 1),) * 2, (-1.0, 1.0),
-        config.get("scaling_factor"), config.get("shift_factor") or 0.0,
+        str(Path(name).resolve()) if local else f"hub:{name}", config.get("scaling_factor"), config.get("shift_factor") or 0.0,
     )
 
 

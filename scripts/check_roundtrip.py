@@ -8,7 +8,7 @@ Writes metrics.json and a side-by-side picture into the run folder; the exit sta
 import sys
 
 from guided_diffusion_vae import dist_util, evaluation, script_util
-from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
+from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
 CONFIGS = (VAEConfig, DataConfig, evaluation.RoundtripConfig, script_util.RunConfig)
@@ -19,11 +19,12 @@ def create_argparser():
 
 
 def main():
-    vae, data, check, run = configs = script_util.parse(__doc__, *CONFIGS)
-    folder = script_util.begin_run(run, "check_roundtrip", configs)
+    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    vae, data, check, run = configs
+    folder = script_util.begin_run(run, configs)
 
     codec = create_vae(vae, dist_util.dev())
-    pictures = PictureFolder(data, multiple=codec.factors)
+    pictures = script_util.open_pictures(data, given, codec)
     latent_shape = codec.latent_shape(pictures.shape)
     script_util.say(pictures.summary())
     script_util.say(f"{codec.path}: pictures {pictures.shape} -> latents {latent_shape}")

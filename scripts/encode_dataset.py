@@ -4,7 +4,7 @@
 """
 
 from guided_diffusion_vae import dist_util, script_util
-from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
+from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentCacheConfig, write_cache
 from guided_diffusion_vae.train_util import progress_bar
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
@@ -17,11 +17,12 @@ def create_argparser():
 
 
 def main():
-    vae, data, config = script_util.parse(__doc__, *CONFIGS)
+    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    vae, data, config = configs
     dist_util.setup_dist()
 
     codec = create_vae(vae, dist_util.dev())
-    pictures = PictureFolder(data, multiple=codec.factors)
+    pictures = script_util.open_pictures(data, given, codec)
     script_util.say(pictures.summary())
 
     with progress_bar(None, 0, "encoding") as bar:

@@ -19,8 +19,9 @@ def create_argparser():
 
 
 def main():
-    config, vae, data, run = configs = script_util.parse(__doc__, *CONFIGS)
-    folder = script_util.begin_run(run, "evaluate", configs)
+    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    config, vae, data, run = configs
+    folder = script_util.begin_run(run, configs)
     if run.dry_run:
         return
 
@@ -28,8 +29,11 @@ def main():
     if config.classifier_path:
         classifier, header = script_util.load_classifier(config.classifier_path, dist_util.dev())
         extract, names, shape = metrics.classifier_features(classifier), header["classes"], header["image_shape"]
+        read = header["data"]
     else:
-        extract = metrics.latent_features(create_vae(vae, dist_util.dev()))
+        codec = create_vae(vae, dist_util.dev())
+        extract, read = metrics.latent_features(codec), codec.preprocessing
+    data = script_util.as_trained(data, given, read)
 
     script_util.print_report(evaluation.evaluate(config, data, extract, folder, names, shape))
     script_util.end_run(folder)

@@ -25,7 +25,7 @@ def create_argparser():
 def main():
     configs, given = script_util.parse_given(__doc__, *CONFIGS)
     config, run = configs[0], configs[-1]
-    folder = script_util.begin_run(run, "image_sample_vae", configs)
+    folder = script_util.begin_run(run, configs)
 
     sampler = script_util.load_sampler(configs, given, dist_util.dev())
     classes = sampling.parse_classes(config.classes, sampler.num_classes, sampler.class_names)

@@ -12,7 +12,7 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossC
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches
 from guided_diffusion_vae.previews import ReconstructionPreview
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, autoencoder_objective
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, autoencoder_objective, seed_weights
 
 CONFIGS = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, script_util.RunConfig)
 
@@ -23,11 +23,12 @@ def create_argparser():
 
 def main():
     data, autoencoder, loss, train, run = configs = script_util.parse(__doc__, *CONFIGS)
-    folder = script_util.begin_run(run, "train_autoencoder", configs)
+    folder = script_util.begin_run(run, configs)
 
     network = create_autoencoder(dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or 1))
     pictures = PictureFolder(data, multiple=network.factors)
     autoencoder = dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or pictures.shape[0])
+    seed_weights(train.seed)
     network = create_autoencoder(autoencoder)
     latent_shape = network.latent_shape(pictures.shape[1:])
     script_util.say(pictures.summary())
@@ -39,14 +40,15 @@ def main():
 
     header = {"kind": "autoencoder", "autoencoder": as_dict(autoencoder), "image_shape": list(pictures.shape),
               "data": script_util.preprocessing(data)}
-    script_util.write_config(folder, "train_autoencoder", configs, header)
     network.to(dist_util.dev())
     held_out = PictureFolder(data, network.factors, data_dir=train.val_data_dir) if train.val_data_dir else pictures
     preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, dist_util.dev())
-    TrainLoop(
+    loop = TrainLoop(
         model=network, data=picture_batches(pictures, plan), header=header, preview=preview,
         objective=autoencoder_objective(loss, network, autoencoder.image_range), **script_util.loop_arguments(train),
-    ).run_loop()
+    )
+    script_util.write_config(folder, "train_autoencoder", configs, header)
+    loop.run_loop()
     script_util.end_run(folder)
 
 

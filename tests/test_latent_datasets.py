@@ -51,8 +51,9 @@ def pictures(tmp_path):
 def cached(tmp_path, pictures):
     def write(name="cache", codec=None, **fields):
         options = {"shard_size": 4, "latent_dtype": "float32", **fields}
+        read = PictureFolder(pictures.config, random_flip=options.pop("random_flip", False))
         run = {key: options.pop(key) for key in list(options) if key not in LatentCacheConfig.__dataclass_fields__}
-        return write_cache(tmp_path / name, pictures, codec or HalvingCodec(), LatentCacheConfig(**options),
+        return write_cache(tmp_path / name, read, codec or HalvingCodec(), LatentCacheConfig(**options),
                            **{"batch_size": 3, **run})
     return write
 
@@ -134,12 +135,12 @@ def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, pi
 
 
 def test_flips_are_stored_as_entries_and_drawn_per_visit(cached, pictures):
-    cache = cached(cache_flips=True)
+    cache = cached(random_flip=True)
     flips = np.arange(COUNT) % 3 == 0
     latents, labels = cache.batch(np.arange(COUNT), flips=flips)
     mirrored = HalvingCodec().encode_batch(pictures.batch(range(COUNT), flips))
     assert torch.equal(latents, mirrored) and labels.tolist() == pictures.labels.tolist()
-    with pytest.raises(ValueError, match="no mirrored pictures; encode again with --cache_flips True"):
+    with pytest.raises(ValueError, match="no mirrored pictures; encode again with --random_flip True"):
         cached("plain").batch([0], flips=[True])
 
 
@@ -376,7 +377,7 @@ def test_ranks_and_restarts_see_the_bits_of_one_unbroken_run(cached, pictures, k
         fields = {"crop": "random", "random_flip": True} if "crops" in kind else {}
         source = EncodedPictures(PictureFolder(pictures.config, image_size="6", **fields), HalvingCodec(), "cpu")
     else:
-        source = cached(cache_flips=kind == "flips")
+        source = cached(random_flip=kind == "flips")
         assert kind != "resident" or source.on_device("cpu")
     with_whole = stream_of(source)
     whole = [next(with_whole) for _ in range(5)]

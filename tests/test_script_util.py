@@ -20,7 +20,8 @@ from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create
 AUTOENCODER = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, script_util.RunConfig)
 DIFFUSION = (LatentConfig, NormalizerConfig, VAEConfig, DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig,
              script_util.RunConfig)
-SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig, script_util.RunConfig)
+SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig,
+            script_util.RunConfig)
 MODEL = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=3)
 PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
 CPU = torch.device("cpu")
@@ -75,8 +76,8 @@ def test_a_flag_that_repeats_the_default_still_wins_over_the_file(yaml_file):
 
 
 def test_keys_may_stand_in_sections_or_alone(yaml_file):
-    grouped = script_util.parse("doc", *DIFFUSION, argv=["--config", yaml_file("training: {lr: 0.5}\ndata: {crop: none}")])
-    alone = script_util.parse("doc", *DIFFUSION, argv=["--config", yaml_file("lr: 0.5\ncrop: none")])
+    read = lambda text: script_util.parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
+    grouped, alone = read("training: {lr: 0.5}\ndata: {crop: none}"), read("lr: 0.5\ncrop: none")
     assert grouped == alone and grouped[6].lr == 0.5 and grouped[3].crop == "none"
 
 
@@ -206,7 +207,8 @@ def test_every_flag_of_the_loop_is_a_field_or_an_object():
 
 @pytest.mark.parametrize("class_cond", [False, True])
 def test_activation_bytes_are_those_that_autograd_saves(capsys, class_cond):
-    model = dataclasses.replace(MODEL, class_cond=class_cond, num_classes=3 if class_cond else 0, attention_resolutions="8")
+    classes = {"class_cond": True, "num_classes": 3} if class_cond else {}
+    model = dataclasses.replace(MODEL, attention_resolutions="8", **classes)
     shape = (3, 8, 8)
     network, _ = script_util.create_model_and_diffusion_vae(shape, model, PROCESS)
     kept = []
@@ -306,7 +308,7 @@ def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
     assert script_util.fit_normalizer(NormalizerConfig(), cache).std == [std]
     assert script_util.fit_normalizer(NormalizerConfig("channel"), cache).std == cache.statistics["channel_std"]
     assert script_util.fit_normalizer(NormalizerConfig(f"{std * 1.05}"), cache).std == [pytest.approx(std * 1.05)]
-    with pytest.raises(ValueError, match=f"standard deviation of 2 with --normalizer .*; --normalizer auto or {std:.5g}"):
+    with pytest.raises(ValueError, match=f"deviation of 2 with --normalizer .*; --normalizer auto or {std:.5g}"):
         script_util.fit_normalizer(NormalizerConfig(f"{std / 2}"), cache)
     with pytest.raises(ValueError, match="with --normalizer none, needed is 0.9 to 1.1"):
         script_util.fit_normalizer(NormalizerConfig("none"), cache)
@@ -392,7 +394,7 @@ def test_a_bare_state_dict_works_with_flags(run, tmp_path):
 
 @pytest.mark.parametrize("left_out, error, match", [
     ("--vae_path", FileNotFoundError, "no autoencoder is given; --vae_path wants"),
-    ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give the"),
+    ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give"),
     ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
     ("--channel_mult", ValueError, "no default width multipliers for a grid of 4, .*; give --channel_mult"),
 ])
@@ -407,11 +409,11 @@ def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, m
 
 
 def test_weights_of_another_kind_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="vae.pt holds a model of kind 'autoencoder', --model_path wants .* 'diffusion'"):
+    with pytest.raises(ValueError, match="vae.pt holds .* of kind 'autoencoder', --model_path wants .* 'diffusion'"):
         load(tmp_path / "vae.pt")
     with pytest.raises(ValueError, match="ema_0.9_000001.pt holds a model of kind 'diffusion', --vae_path wants"):
         load(run, "--vae_path", run)
-    with pytest.raises(ValueError, match="ema_0.9_000001.pt holds .*'diffusion', --classifier_path wants .*'classifier'"):
+    with pytest.raises(ValueError, match="ema_0.9_000001.pt .*'diffusion', --classifier_path wants .*'classifier'"):
         script_util.load_classifier(run, CPU)
     torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="bare.pt does not say how it is built; --classifier_path wants a checkpoint"):
@@ -450,6 +452,16 @@ def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock
     assert str(dry("given")) == "given" and str(dry("")) == "from_environment"
     monkeypatch.delenv("OPENAI_LOGDIR")
     assert str(dry("")).startswith("runs/it-20") and not list(tmp_path.iterdir())
+
+
+def test_the_weights_a_network_starts_with_follow_from_the_seed():
+    def first_weight(seed):
+        train = DiffusionTrainConfig(seed=seed)
+        script_util.begin_run(script_util.RunConfig("anywhere", dry_run=True), "it", [PROCESS, train])
+        network, _ = script_util.create_model_and_diffusion_vae((3, 4, 4), MODEL, PROCESS)
+        return next(network.parameters())
+
+    assert torch.equal(first_weight(3), first_weight(3)) and not torch.equal(first_weight(3), first_weight(4))
 
 
 def test_config_json_holds_every_flag_by_section_and_the_header(tmp_path):

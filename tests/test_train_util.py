@@ -372,6 +372,28 @@ def test_a_run_can_branch_off_a_checkpoint_of_another_one(tmp_path):
     line(tmp_path / "a", 4)
     loop = line(tmp_path / "b", 4, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
     assert loop.resume_step == 2 and same_bits(files_of(tmp_path / "a", 4), files_of(tmp_path / "b", 4))
+    # the same command again goes on with what it has made since; in the other's folder it would overwrite steps
+    assert line(tmp_path / "b", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt")).resume_step == 4
+    with pytest.raises(ValueError, match="holds step 4, which is newer than .*model000002.pt; .* another --logdir"):
+        line(tmp_path / "a", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
+    assert line(tmp_path / "b", 6, resume_checkpoint="auto").resume_step == 6
+
+
+def test_another_seed_is_reported_where_a_run_goes_on(tmp_path, capsys):
+    line(tmp_path, 2)
+    line(tmp_path, 2, formats=["stdout"])
+    assert "the run is another one" not in capsys.readouterr().out
+    line(tmp_path, 2, formats=["stdout"], seed=1)
+    assert "seed is 1 now and was 0 until step 2: from here on the run is another one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"ema_rate": "0.9,often"}, "--ema_rate is .0.9,often.; it holds"), ({"ema_rate": "1"}, "--ema_rate is '1'"),
+    ({"save_interval": 0}, "--save_interval is 0; it is at least 1"), ({"log_interval": -1}, "--log_interval is -1"),
+])
+def test_senseless_numbers_are_refused_by_their_flag(tmp_path, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        line(tmp_path, 2, **options)
 
 
 def test_a_checkpoint_that_is_not_whole_or_renamed_is_refused(tmp_path):
