@@ -75,14 +75,15 @@ def roundtrip(codec, pictures, config, folder, device):
 def failures(report, config):
     """Return one line for every threshold that the report of a round trip misses."""
     lines = []
-    for name, limit, below in (("psnr", config.min_psnr, True), ("ssim", config.min_ssim, True), ("l1", config.max_l1, False)):
+    limits = ("psnr", config.min_psnr, True), ("ssim", config.min_ssim, True), ("l1", config.max_l1, False)
+    for name, limit, below in limits:
         met = report[name] >= limit if below else report[name] <= limit
         if not met:  # so written, NaN fails too
             flag = f"--{'min' if below else 'max'}_{name}"
             lines.append(f"{name} is {report[name]:.4f}, {flag} asks for {'at least' if below else 'at most'} {limit}")
     if report["dead_channels"]:
-        lines.append(f"latent channels {report['dead_channels']} are dead: their standard deviation is below a thousandth "
-                     "of the widest channel's; lower --kl_weight or --latent_channels")
+        lines.append(f"latent channels {report['dead_channels']} are dead: their standard deviation is below a "
+                     "thousandth of the widest channel's; lower --kl_weight or --latent_channels")
     return lines
 
 
@@ -105,7 +106,8 @@ def evaluate(config, data, extract, folder, class_names=None, image_shape=None, 
                          "--image_channels, or take another --classifier_path")
     real, real_logits = _features(extract, reference, config.batch_size, "reference")
     made, made_logits = _features(extract, samples, config.batch_size, "samples")
-    report = {"num_reference": len(reference), "num_samples": len(samples), **metrics.evaluate_sets(real, made, seed=seed)}
+    report = {"num_reference": len(reference), "num_samples": len(samples)}
+    report.update(metrics.evaluate_sets(real, made, seed=seed))
     if config.paired:
         report.update(_paired_scores(reference, samples, config.batch_size))
     if real_logits is not None:
@@ -146,7 +148,8 @@ def _neighbours(samples, made, real, training, bank, folder, shown=12):
 
 def _paired_scores(reference, samples, batch_size):
     if len(reference) != len(samples):
-        raise ValueError(f"--paired True wants as many samples as reference pictures, found {len(samples)} and {len(reference)}")
+        raise ValueError("--paired True wants as many samples as reference pictures, "
+                         f"found {len(samples)} and {len(reference)}")
     scores = {"psnr": [], "ssim": [], "l1": []}
     for start in range(0, len(samples), batch_size):
         rows = range(start, min(start + batch_size, len(samples)))

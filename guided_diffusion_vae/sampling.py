@@ -94,8 +94,8 @@ class Sampler:
     def summary(self):
         """Return one line for the log."""
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
-        return (f"latents {'x'.join(map(str, self.shape))} -> pictures {'x'.join(map(str, self.image_shape))}, {classes}, "
-                f"{self.diffusion.num_timesteps} steps")
+        latents, pictures = ("x".join(map(str, shape)) for shape in (self.shape, self.image_shape))
+        return f"latents {latents} -> pictures {pictures}, {classes}, {self.diffusion.num_timesteps} steps"
 
 
 def draw(sampler, classes, config, device):
@@ -122,7 +122,7 @@ def draw(sampler, classes, config, device):
 
 
 def write_samples(folder, images, labels, classes=None, names=None):
-    """Write the .npz of guided-diffusion, a PNG a sample and a contact sheet, one row a class; return the .npz's path."""
+    """Write the .npz of guided-diffusion, a PNG a sample, a contact sheet; return the path of the .npz."""
     stems = [f"{i:06d}" for i in range(len(images))]
     if labels is not None:
         name_of = {c: names[c] if names else str(c) for c in classes}

@@ -71,7 +71,7 @@ def argparser(doc, *classes):
     """Return the parser of a script: one flag a field, with its help text and default."""
     parser = _Parser(description=doc, usage="%(prog)s [--config FILE.yaml] [--flag value ...]", allow_abbrev=False,
                      formatter_class=_HelpFormatter)
-    parser.add_argument("--config", default="", metavar="FILE.yaml", help="values for the flags below, which win over it")
+    parser.add_argument("--config", default="", metavar="FILE.yaml", help="values for flags below, which win over it")
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(map(section_of, classes))}
     for cls in classes:
         group = groups[section_of(cls)]
@@ -138,8 +138,8 @@ def _all_sections():
     )
 
     sections = {}
-    for module in (autoencoder, evaluation, gd, image_datasets, latent_datasets, microdoppler, sampling, train_util, unet,
-                   vae_wrapper, sys.modules[__name__]):
+    for module in (autoencoder, evaluation, gd, image_datasets, latent_datasets, microdoppler, sampling, train_util,
+                   unet, vae_wrapper, sys.modules[__name__]):
         for cls in vars(module).values():
             if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config"):
                 sections.setdefault(section_of(cls), set()).update(f.name for f in dataclasses.fields(cls))
@@ -359,8 +359,9 @@ def say_source(source):
         counts = np.bincount(source.labels, minlength=len(source.class_names))
         classes = "; classes: " + ", ".join(f"{name} {n}" for name, n in zip(source.class_names, counts))
     of = source.statistics
-    say(f"{source.count} latents {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}; mean {of['mean']:.4f}, "
-        f"std {of['std']:.4f}, std per channel {', '.join(f'{v:.4f}' for v in of['channel_std'])}")
+    spread = ", ".join(f"{std:.4f}" for std in of["channel_std"])
+    say(f"{source.count} latents {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}; "
+        f"mean {of['mean']:.4f}, std {of['std']:.4f}, std per channel {spread}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,10 +536,11 @@ def _multipliers(size, text, table):
         try:
             return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
         except ValueError:
-            raise ValueError(f"--channel_mult is {text!r}; it holds numbers with commas between, such as 1,2,2") from None
+            raise ValueError(f"--channel_mult is {text!r}; needed are numbers with commas between: 1,2,2") from None
     if _longest(size) not in table:
         remedy = "give --channel_mult, for example 1,2,2" if table is CHANNEL_MULT else "choose another --image_size"
-        raise ValueError(f"no width multipliers for a grid of {size}, only for {', '.join(map(str, sorted(table)))}; {remedy}")
+        known = ", ".join(map(str, sorted(table)))
+        raise ValueError(f"no width multipliers for a grid of {size}, only for {known}; {remedy}")
     return table[_longest(size)]
 
 
@@ -553,8 +555,8 @@ def open_source(latents, vae, data, given, seed, device, folder=None):
     the statistics it began with.
     """
     if bool(latents.cache_dir) == bool(data.data_dir):
-        raise ValueError(f"--cache_dir is {latents.cache_dir!r} and --data_dir is {data.data_dir!r}; give one of them: a cache "
-                         "of latents, or pictures together with --vae_path")
+        raise ValueError(f"--cache_dir is {latents.cache_dir!r} and --data_dir is {data.data_dir!r}; give one of them: "
+                         "a cache of latents, or pictures together with --vae_path")
     if latents.cache_dir:
         source = open_latents(latents.cache_dir)
         codec = codec_of(source.autoencoder, vae, device, required=False)
@@ -591,8 +593,8 @@ def require_same_pictures(cache, given):
     read = getattr(cache, "preprocessing", None) or {}
     for key, value in given.items():
         if key in read and key != "data_dir" and frozen(read[key]) != value:
-            raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with {key} "
-                             f"{read[key]}; leave the flag away or encode again")
+            raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with "
+                             f"{key} {read[key]}; leave the flag away or encode again")
 
 
 def verify(cache, limit_bytes=2**32):
@@ -624,7 +626,8 @@ def codec_of(described, vae, device, required=True):
     path = vae.vae_path or described["path"]
     if not path or not vae.vae_path and not path.startswith("hub:") and not Path(path).exists():
         if required:
-            raise FileNotFoundError(f"the autoencoder is no longer at {path or 'any known place'}; say with --vae_path where it is")
+            raise FileNotFoundError(f"the autoencoder is no longer at {path or 'any known place'}; say with --vae_path "
+                                    "where it is")
         return None
     scale_factor = vae.scale_factor or described["scale_factor"]
     codec = create_vae(dataclasses.replace(vae, vae_path=path, scale_factor=scale_factor or 0.0), device)
@@ -656,8 +659,8 @@ def with_classes(model, source):
     """Return a ModelConfig with the classes, channels and axes of the data, which flags must not contradict."""
     classes = len(source.class_names) if source.class_names else 0
     if model.class_cond and not classes:
-        raise ValueError(f"--class_cond True, but {source.folder} has no classes: name the files <class>_<rest>.png, or put "
-                         "each class into a folder of its own (and encode again)")
+        raise ValueError(f"--class_cond True, but {source.folder} has no classes: name the files <class>_<rest>.png, "
+                         "or put each class into a folder of its own (and encode again)")
     found = {"num_classes": classes, "in_channels": source.latent_shape[0], "dims": len(source.latent_shape) - 1}
     return _from_data(model, {**found, "num_classes": classes if model.class_cond else 0}, source.folder)
 
@@ -673,7 +676,7 @@ def _from_data(config, found, folder):
 def diffusion_header(source, codec, normalizer, model, process):
     """Return what the checkpoints of a diffusion run say about themselves.
 
-    A plain folder of latents does not know its autoencoder; then the one that was given as `--vae_path` is taken for it.
+    A plain folder of latents does not know its autoencoder; then the one given as `--vae_path` is taken for it.
     """
     autoencoder = source.autoencoder or (codec and codec.describe())
     return {
@@ -702,7 +705,8 @@ def load_diffusion_model(path, given, model, process, shape=None, flag="--model_
                 raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key} {described[key]}; "
                                  "leave the flag away")
         described.update({key: given[key] for key in FREE_AT_SAMPLING if key in given})
-        model, process, shape = from_dict(ModelConfig, described), from_dict(DiffusionConfig, described), header["latent_shape"]
+        model, process = from_dict(ModelConfig, described), from_dict(DiffusionConfig, described)
+        shape = header["latent_shape"]
     network, diffusion = create_model_and_diffusion_vae(tuple(shape), model, process)
     checkpoint_util.load_into(network, weights, path, flag)
     network.to(dist_util.dev())
@@ -724,15 +728,17 @@ def load_sampler(configs, given, device):
         if scale.normalizer in ("auto", "channel"):
             raise ValueError(f"{sample.model_path} is a bare state dict and brings no statistics for --normalizer "
                              f"{scale.normalizer}; give the number that its latents were divided by, or none")
-        return Sampler(network, diffusion, shape, codec, LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor),
-                       (data.image_channels or codec.in_channels, *size), network.num_classes or 0)
+        normalizer = LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor)
+        image_shape = (data.image_channels or codec.in_channels, *size)
+        return Sampler(network, diffusion, shape, codec, normalizer, image_shape, network.num_classes or 0)
     sampler = sampler_from(network, diffusion, codec_of(header["autoencoder"], vae, device), header)
-    described = {"normalizer": (scale.normalizer, sampler.normalizer.mode), "image_size": (size, sampler.image_shape[1:]),
-                 "image_channels": (data.image_channels or sampler.image_shape[0], sampler.image_shape[0])}
+    channels, *sides = sampler.image_shape
+    described = {"normalizer": (scale.normalizer, sampler.normalizer.mode), "image_size": (size, tuple(sides)),
+                 "image_channels": (data.image_channels or channels, channels)}
     for flag, (asked, found) in described.items():
         if flag in given and asked != found:
-            raise ValueError(f"--{flag} {asked} contradicts {sample.model_path}, which was trained with {flag} {found}; "
-                             "leave the flag away")
+            raise ValueError(f"--{flag} {asked} contradicts {sample.model_path}, which was trained with {flag} "
+                             f"{found}; leave the flag away")
     return sampler
 
 
@@ -764,7 +770,8 @@ def load_classifier(path, device, flag="--classifier_path"):
         raise ValueError(f"{path} does not say how it is built; {flag} wants a checkpoint of classifier_train.py")
     checkpoint_util.require_kind(header, "classifier", path, flag)
     described = {**header["model"], **header["diffusion"]}
-    model, _ = build_classifier(from_dict(ClassifierConfig, described), from_dict(DiffusionConfig, described), header["image_shape"])
+    flags, process = from_dict(ClassifierConfig, described), from_dict(DiffusionConfig, described)
+    model, _ = build_classifier(flags, process, header["image_shape"])
     checkpoint_util.load_into(model, weights, path, flag)
     return model.to(device).eval(), header
 
@@ -772,8 +779,8 @@ def load_classifier(path, device, flag="--classifier_path"):
 def classifier_for(flags, pictures):
     """Return a ClassifierConfig with the channels and the number of classes of the data."""
     if not pictures.class_names:
-        raise ValueError(f"{pictures.config.data_dir} has no classes: name the files <class>_<rest>.png, or put each class "
-                         "into a folder of its own")
+        raise ValueError(f"{pictures.config.data_dir} has no classes: name the files <class>_<rest>.png, or put each "
+                         "class into a folder of its own")
     found = {"classifier_in_channels": pictures.shape[0], "classifier_num_classes": len(pictures.class_names)}
     return _from_data(flags, found, pictures.config.data_dir)
 

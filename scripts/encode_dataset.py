@@ -1,6 +1,7 @@
 """Encode a folder of pictures into a latent cache, all ranks at once; interrupted, the same command goes on.
 
-    mpiexec -n 2 python scripts/encode_dataset.py --vae_path runs/autoencoder --data_dir DIR --cache_dir latents_cache/NAME
+    mpiexec -n 2 python scripts/encode_dataset.py --vae_path runs/autoencoder --data_dir DIR \\
+        --cache_dir latents_cache/NAME
 """
 
 from guided_diffusion_vae import dist_util, script_util

@@ -1,7 +1,8 @@
 """Sample latents from a diffusion model, decode them, and write samples_NxHxWxC.npz, PNG files and a contact sheet.
 
     python scripts/image_sample_vae.py --model_path runs/diffusion/ema_0.999_010000.pt
-    mpiexec -n 2 python scripts/image_sample_vae.py --model_path ... --classes tapin,tapout --timestep_respacing ddim50 --use_ddim True
+    mpiexec -n 2 python scripts/image_sample_vae.py --model_path ... --classes tapin,tapout \\
+        --timestep_respacing ddim50 --use_ddim True
 
 The model file carries its own description; flags that contradict it are refused. A bare state dict, such as one of
 guided-diffusion, is described by the flags of its model, and needs --vae_path, --image_size and --normalizer as well.

@@ -1,6 +1,7 @@
 """Train a diffusion model on latents: from a cache, or from pictures that an autoencoder encodes on the fly.
 
-    mpiexec -n 2 python scripts/image_train_vae.py --config configs/microdoppler_small.yaml --cache_dir latents_cache/NAME
+    mpiexec -n 2 python scripts/image_train_vae.py --config configs/microdoppler_small.yaml \\
+        --cache_dir latents_cache/NAME
     mpiexec -n 2 python scripts/image_train_vae.py --config ... --data_dir DIR --vae_path runs/autoencoder
 """
 
@@ -36,7 +37,8 @@ def main():
     plan = BatchPlan(source.count, train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
     script_util.say(plan.summary())
     if run.dry_run:
-        return script_util.print_model_size(model, script_util.one_sample(source.latent_shape, model_flags), train.batch_size)
+        one = script_util.one_sample(source.latent_shape, model_flags)
+        return script_util.print_model_size(model, one, train.batch_size)
 
     header = script_util.diffusion_header(source, codec, normalizer, model_flags, process)
     loop = TrainLoop(

@@ -1,6 +1,7 @@
 """Train a KL autoencoder on a folder of pictures: reconstruction (L1 or L2) and KL.
 
-    python scripts/train_autoencoder.py --config configs/microdoppler_small.yaml --data_dir DIR --logdir runs/autoencoder
+    python scripts/train_autoencoder.py --config configs/microdoppler_small.yaml --data_dir DIR \\
+        --logdir runs/autoencoder
 """
 
 import dataclasses
@@ -42,7 +43,9 @@ def main():
               "data": script_util.preprocessing(data)}
     network.to(dist_util.dev())
     held_out = PictureFolder(data, network.factors, data_dir=train.val_data_dir) if train.val_data_dir else pictures
-    preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, dist_util.dev())
+    preview = ReconstructionPreview(
+        network, autoencoder.image_range, held_out, train.val_pictures, folder, dist_util.dev()
+    )
     loop = TrainLoop(
         model=network, data=picture_batches(pictures, plan), header=header, preview=preview,
         objective=autoencoder_objective(loss, network, autoencoder.image_range), **script_util.loop_arguments(train),

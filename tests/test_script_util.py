@@ -256,7 +256,7 @@ def cache(tmp_path, pictures):
 
 
 def open_cache(cache, **vae):
-    return script_util.open_source(LatentConfig(str(cache.folder)), VAEConfig(**vae), DataConfig(), 0, CPU)
+    return script_util.open_source(LatentConfig(str(cache.folder)), VAEConfig(**vae), DataConfig(), {}, 0, CPU)
 
 
 def test_a_cache_finds_its_autoencoder_where_it_was(cache):
@@ -279,10 +279,19 @@ def test_another_autoencoder_than_the_caches_is_refused_by_name(cache, tmp_path)
         open_cache(cache, vae_path=str(other))
 
 
-def test_an_autoencoder_replaced_in_its_place_is_refused(cache, tmp_path):
+def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, capsys):
     save_autoencoder(tmp_path / "vae.pt", seed=1)
+    assert open_cache(cache)[1] is None
+    sha256 = cache.autoencoder["sha256"][:16]
+    assert f"vae.pt no longer holds the autoencoder {sha256} that the latents were made with" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with autoencoder"):
-        open_cache(cache)
+        script_util.codec_of(cache.autoencoder, VAEConfig(), CPU)
+
+
+def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache):
+    script_util.require_same_pictures(cache, {"image_size": 8, "data_dir": "elsewhere"})
+    with pytest.raises(ValueError, match="--image_size 16 contradicts the cache .*cache, .* read with image_size 8"):
+        script_util.require_same_pictures(cache, {"image_size": 16})
 
 
 def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
@@ -293,14 +302,20 @@ def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
 @pytest.mark.parametrize("cache_dir, data_dir", [("", ""), ("a", "b")])
 def test_a_cache_and_pictures_or_neither_are_refused(cache_dir, data_dir):
     with pytest.raises(ValueError, match=f"--cache_dir is '{cache_dir}' and --data_dir is '{data_dir}'; give one"):
-        script_util.open_source(LatentConfig(cache_dir), VAEConfig(), DataConfig(data_dir), 0, CPU)
+        script_util.open_source(LatentConfig(cache_dir), VAEConfig(), DataConfig(data_dir), {}, 0, CPU)
 
 
 def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
-    fly, codec = script_util.open_source(LatentConfig(), VAEConfig(str(tmp_path / "vae.pt")), pictures, 0, CPU)
+    fly, codec = script_util.open_source(LatentConfig(), VAEConfig(str(tmp_path / "vae.pt")), pictures, {}, 0, CPU)
     assert fly.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-5)
     torch.testing.assert_close(fly.batch([2, 0])[0], cache.batch([2, 0])[0])
     assert codec.fingerprint == fly.autoencoder["sha256"]
+
+
+def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
+    trained = {**script_util.preprocessing(DataConfig(image_size="8x16", crop="none", value_range="0,1"))}
+    read = script_util.as_trained(DataConfig("here", crop="center"), {"crop": "center"}, trained)
+    assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
 
 
 def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
@@ -318,7 +333,7 @@ def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
 def test_the_number_of_classes_is_that_of_the_data(cache):
     assert script_util.with_classes(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
     assert script_util.with_classes(MODEL, cache).num_classes == 0
-    with pytest.raises(ValueError, match="--num_classes 7, but .*cache has 2 classes; leave the flag away"):
+    with pytest.raises(ValueError, match="--num_classes 7, but .*cache has 2; leave the flag away"):
         script_util.with_classes(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
     cache.class_names = None
     with pytest.raises(ValueError, match="--class_cond True, but .*cache has no classes: name the files"):
@@ -335,7 +350,7 @@ def run(tmp_path, cache):
     torch.manual_seed(0)
     network, _ = script_util.create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
     normalizer = script_util.fit_normalizer(NormalizerConfig(), cache)
-    header = script_util.diffusion_header(cache, normalizer, model, PROCESS)
+    header = script_util.diffusion_header(cache, None, normalizer, model, PROCESS)
     path = tmp_path / "ema_0.9_000001.pt"
     checkpoint_util.save_weights(path, network.state_dict(), {**header, "step": 1})
     return path
@@ -396,7 +411,7 @@ def test_a_bare_state_dict_works_with_flags(run, tmp_path):
     ("--vae_path", FileNotFoundError, "no autoencoder is given; --vae_path wants"),
     ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give"),
     ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
-    ("--channel_mult", ValueError, "no default width multipliers for a grid of 4, .*; give --channel_mult"),
+    ("--channel_mult", ValueError, "no width multipliers for a grid of 4, .*; give --channel_mult"),
 ])
 def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, match):
     torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
@@ -442,26 +457,17 @@ def test_an_autoencoder_replaced_after_training_is_refused_by_the_sampler(run, t
 def test_a_run_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write into .*file/run .*; give --logdir a folder that can be written"):
-        script_util.begin_run(script_util.RunConfig(str(tmp_path / "file" / "run")), "script")
+        script_util.begin_run(script_util.RunConfig(str(tmp_path / "file" / "run")))
 
 
 def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["scripts/it.py"])
     monkeypatch.setenv("OPENAI_LOGDIR", "from_environment")
-    dry = lambda logdir: script_util.begin_run(script_util.RunConfig(logdir, dry_run=True), "it")
-    assert str(dry("given")) == "given" and str(dry("")) == "from_environment"
+    begin = lambda logdir: str(script_util.begin_run(script_util.RunConfig(logdir)))
+    assert begin("given") == "given" and begin("") == "from_environment"
     monkeypatch.delenv("OPENAI_LOGDIR")
-    assert str(dry("")).startswith("runs/it-20") and not list(tmp_path.iterdir())
-
-
-def test_the_weights_a_network_starts_with_follow_from_the_seed():
-    def first_weight(seed):
-        train = DiffusionTrainConfig(seed=seed)
-        script_util.begin_run(script_util.RunConfig("anywhere", dry_run=True), "it", [PROCESS, train])
-        network, _ = script_util.create_model_and_diffusion_vae((3, 4, 4), MODEL, PROCESS)
-        return next(network.parameters())
-
-    assert torch.equal(first_weight(3), first_weight(3)) and not torch.equal(first_weight(3), first_weight(4))
+    assert begin("").startswith("runs/it-20") and "run folder: runs/it-20" in capsys.readouterr().out
 
 
 def test_config_json_holds_every_flag_by_section_and_the_header(tmp_path):

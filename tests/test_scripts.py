@@ -519,8 +519,8 @@ def test_a_flag_that_does_not_exist_ends_every_rank_before_they_meet():
 @pytest.mark.parametrize("script, kind", [("encode_dataset", "truncated"), ("image_train_vae", "missing")])
 def test_two_ranks_end_together_over_bad_pictures(chain, tmp_path, script, kind):
     flags = {"vae_path": chain.autoencoder, "data_dir": bad_data(kind, tmp_path / "data"), "config": chain.config}
-    flags.update({"cache_dir": tmp_path / "cache", "shard_size": 2} if "encode" in script else {"logdir": tmp_path / "run"})
-    process = started(script, ranks=2, **flags)
+    place = {"cache_dir": tmp_path / "cache", "shard_size": 2} if "encode" in script else {"logdir": tmp_path / "run"}
+    process = started(script, ranks=2, **flags, **place)
     assert process.returncode != 0 and "Traceback" not in process.stderr
     assert any(BAD_DATA[kind] in line for line in errors_in(process.stderr)), process.stderr
     assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("state*.json"))

@@ -185,15 +185,16 @@ def test_weights_in_bfloat16_take_and_give_float32(build):
 
 def test_half_precision_is_for_inner_convolutions_and_can_be_undone():
     network = tiny_unet(use_fp16=True)
+    assert network.dtype == torch.float16 and network.torso_dtype == torch.float32
     network.convert_to_fp16()
-    assert network.dtype == torch.float16
+    assert network.dtype == network.torso_dtype == torch.float16
     assert network.middle_block[1].qkv.weight.dtype == torch.float16
     kept = [network.time_embed[0], network.middle_block[0].emb_layers[1], network.middle_block[1].norm, network.out[2]]
     assert all(layer.weight.dtype == torch.float32 for layer in kept)
     x, t = inputs(2, 4, 4)
     assert network(x, t).dtype == torch.float32
     network.convert_to_fp32()
-    assert network.dtype == torch.float32 and all(p.dtype == torch.float32 for p in network.parameters())
+    assert network.torso_dtype == torch.float32 and all(p.dtype == torch.float32 for p in network.parameters())
 
 
 def test_classes_change_the_output():
