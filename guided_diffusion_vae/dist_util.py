@@ -24,8 +24,8 @@ import torch.distributed as dist
 from . import checkpoint_util
 
 MEETING_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
-# Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not need
-# this limit: its connections break, and the launcher ends the rest.
+# Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not
+# need this limit: its connections break, and the launcher ends the rest.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 BUCKET_MIB = 32
 
@@ -52,6 +52,10 @@ class Place(NamedTuple):
     size: int
     local_rank: int | None
 
+
+# What bounds how much is in GPU memory at once; script_util leaves here those that the running script has.
+MEMORY_FLAGS = ("microbatch", "batch_size", "vae_batch_size", "vae_tile")
+memory_flags = MEMORY_FLAGS
 
 _settled = None  # the Place agreed on by setup_dist; until then the environment is asked
 
@@ -329,7 +333,7 @@ def _fail(error):
     text = str(error) or type(error).__name__
     explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
     if isinstance(error, torch.OutOfMemoryError):
-        text, explained = f"out of GPU memory; lower --microbatch or --batch_size ({text})", True
+        text, explained = f"out of GPU memory{_memory_remedy()} ({text})", True
     elif "gloo/transport" in text:  # what a rank sees when another one has left
         text, explained = "another rank ended while this one waited for it; its own error says why", True
     if not explained or os.environ.get("GDVAE_TRACEBACK") == "1":
@@ -338,6 +342,11 @@ def _fail(error):
     which = f"rank {place.rank}: " if place.size > 1 else ""
     print(f"error: {which}{text}", file=sys.stderr, flush=True)
     _end(1)
+
+
+def _memory_remedy():
+    flags = " or ".join(f"--{name}" for name in memory_flags)
+    return f"; give {flags} a small number above 0" if flags else ""
 
 
 def _place_at_the_end():

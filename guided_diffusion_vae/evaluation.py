@@ -29,7 +29,8 @@ class EvaluateConfig:
     samples: str = opt("", "what is judged: an .npz of image_sample_vae.py, or a folder of pictures")
     reference: str = opt("", "what it is held against: a folder of real pictures (or an .npz)")
     train_dir: str = opt("", "the training pictures, to look for copies and to measure them against the reference")
-    classifier_path: str = opt("", "checkpoint of classifier_train.py whose features and classes are used")
+    classifier_path: str = opt("", "run of classifier_train.py, or one weights file of it, whose features and classes "
+                                   "are used")
     paired: bool = opt(False, "sample i is a version of reference picture i: report PSNR, SSIM and L1 too")
     batch_size: int = opt(64, "pictures at a time")
 
@@ -163,6 +164,7 @@ class SampleFile:
     """The pictures of an .npz of samples, with the interface of PictureFolder that is needed here."""
 
     def __init__(self, path):
+        self.folder = path  # named so as that of PictureFolder, which may be an .npz too
         self.images, self.labels, self.class_names = read_npz(path)
         self.shape = tuple(self.images.shape[1:])
 

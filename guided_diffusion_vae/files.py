@@ -1,9 +1,11 @@
 """Write files whole or not at all, and name their contents by SHA-256."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -14,11 +16,11 @@ from pathlib import Path
 def atomic_path(path):
     """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
-    After an exception the temporary file is removed and `path` is as it was. Running out of space is reported with
-    the space left and the file that was being written.
+    After an exception the temporary file is removed and `path` is as it was; `sweep_parts` removes what a killed
+    process leaves. Running out of space is reported with the space left and the file that was being written.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -26,11 +28,25 @@ def atomic_path(path):
             os.fsync(stream.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error} ({_space_left(path)}); "
-                      "free some space or choose another folder") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f" ({_space_left(path)}); free some space or choose another folder" if full else ""
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{remedy}") from error
     finally:
         with contextlib.suppress(OSError):  # of a folder that is a file, say: it would hide the error above
             part.unlink()
+
+
+def sweep_parts(folder):
+    """Remove what processes that were killed inside `atomic_path` left in `folder` and the folders in it.
+
+    Parts of living processes stay, and so do those of other hosts, of whose processes nothing is known here.
+    """
+    of_this_host = re.compile(rf"\..+\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.part")
+    for part in [*Path(folder).glob(".*.part"), *Path(folder).glob("*/.*.part")]:
+        match = of_this_host.fullmatch(part.name)
+        if match and not _lives(int(match.group(1))):
+            with contextlib.suppress(OSError):  # a leftover that cannot be removed is no reason to stop
+                part.unlink()
 
 
 def write_json(path, content):
@@ -72,6 +88,16 @@ def require_folder(folder, flag):
         problem = "a file, not a folder" if folder.exists() else "not there"
         raise FileNotFoundError(f"{folder} is {problem}; check {flag}")
     return folder
+
+
+def _lives(process):
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _space_left(path):

@@ -196,6 +196,7 @@ class PictureFolder:
 
     def __init__(self, config=None, multiple=None, **fields):
         self.config = config = dataclasses.replace(config or DataConfig(), **fields)
+        self.folder = config.data_dir
         self.height, self.width = parse_size(config.image_size)
         self.value_range = parse_range(config.value_range)
         self.reference_db = float(config.reference_db) if str(config.reference_db) else None
@@ -656,8 +657,8 @@ class BatchPlan:
     def summary(self):
         """Return one line for the log: how many items a step and steps an epoch take."""
         together = self.batch_size * self.num_ranks
-        return (f"{self.num_ranks} rank{'s'[:self.num_ranks > 1]} with {self.batch_size} take {together} of {self.count} items a "
-                f"step, {self.count / together:.1f} steps an epoch")
+        ranks = f"{self.num_ranks} rank{'s'[:self.num_ranks > 1]} with {self.batch_size}"
+        return f"{ranks} take {together} of {self.count} items a step, {self.count / together:.1f} steps an epoch"
 
     @property
     def slots(self):
@@ -811,6 +812,6 @@ def labels_in(pictures, class_names):
         return pictures.labels
     unknown = sorted(set(pictures.class_names) - set(class_names))
     if unknown:
-        raise ValueError(f"the pictures have classes {', '.join(unknown)} that the model does not know; "
-                         f"it knows {', '.join(class_names)}")
+        raise ValueError(f"the pictures of {pictures.folder} have classes {', '.join(unknown)} that the model does not "
+                         f"know; it knows {', '.join(class_names)}")
     return np.array([class_names.index(name) for name in pictures.class_names])[pictures.labels]

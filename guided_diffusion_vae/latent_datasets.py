@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from .config import opt
-from .files import atomic_path, require_folder, require_writable_folder, sha256_of_file, write_json
+from .files import (
+    atomic_path, require_folder, require_writable_folder, sha256_of_file, sweep_parts, write_json,
+)
 from .image_datasets import BatchStream, Prefetcher, classes_of, permuted, require_labels
 from .nn import keyed_randn
 from .vae_wrapper import sample_moments
@@ -26,6 +28,7 @@ FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
 MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 _REDO = "remove the cache and encode it again"
+_EXACT = {"vae_dtype": "float32", "vae_tile": 0}
 _POSTERIOR = 1  # sets the posterior's noise apart from other draws of the same seed and step
 
 
@@ -111,12 +114,13 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
         raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, or "
                          "encode on the fly")
     folder = require_writable_folder(folder, CACHE_FLAG)
+    sweep_parts(folder)
     head = _head(pictures, codec, config)
     key = _digest(head)
     if (folder / MANIFEST).exists():
         return _finished(folder, key, codec)
     entries = len(pictures) * (2 if pictures.config.random_flip else 1)  # the second half is the first, mirrored
-    shards = _shard_table(entries, config.shard_size or min(max(-(-entries // 64), 256), 4096))
+    shards = _shard_table(entries, config.shard_size or _usual_shard_size(entries))
     mine = shards[rank::num_ranks]
     missing = [shard for shard in mine if _record(folder, shard, key) is None]
     _require_space(folder, missing, head)
@@ -144,7 +148,19 @@ def _head(pictures, codec, config):
         "store": config.store, "dtype": config.latent_dtype, "latent_shape": list(codec.latent_shape(pictures.shape)),
         "image_shape": list(pictures.shape), "count": len(pictures), "flips": pictures.config.random_flip,
         "class_names": pictures.class_names, "preprocessing": pictures.describe(),
+        **_inexactness(codec, pictures.shape[1:]),
     }
+
+
+def _inexactness(codec, sides):
+    """Return the flags by which a codec encodes pictures less exactly than its autoencoder could, {} for exact latents.
+
+    A tile that holds a whole picture changes nothing and is left out too.
+    """
+    tile = getattr(codec, "tile", 0)
+    used = {"vae_dtype": str(getattr(codec, "dtype", "float32")).removeprefix("torch."),
+            "vae_tile": tile if tile < max(sides) else 0}
+    return {name: value for name, value in used.items() if value != _EXACT[name]}
 
 
 def _digest(head):
@@ -152,6 +168,11 @@ def _digest(head):
     preprocessing = {name: value for name, value in head["preprocessing"].items() if name != "data_dir"}
     shaping = {**head, "autoencoder": head["autoencoder"]["sha256"], "preprocessing": preprocessing}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _usual_shard_size(entries):
+    """Return how many latents go into a file: enough shards for many ranks to share, none of them tiny or huge."""
+    return min(max(-(-entries // 64), 256), 4096)
 
 
 def _shard_table(entries, size):
@@ -287,9 +308,11 @@ def _finished(folder, key, codec):
     cache.verify()
     if cache.manifest["made_from"] != key:
         require_same_autoencoder(cache, codec)
+        held = {"store": cache.manifest["store"], "latent_dtype": cache.manifest["dtype"],
+                **{name: cache.manifest.get(name, exact) for name, exact in _EXACT.items()}}
+        settings = ", ".join(f"--{name} {value}" for name, value in held.items())
         raise ValueError(f"{folder} holds a cache of other pictures or settings ({cache.count} pictures of shape "
-                         f"{cache.image_shape}, --store {cache.manifest['store']}, --latent_dtype "
-                         f"{cache.manifest['dtype']}); choose another {CACHE_FLAG} or remove it")
+                         f"{cache.image_shape}, {settings}); choose another {CACHE_FLAG} or remove it")
     return cache
 
 

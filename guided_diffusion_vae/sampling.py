@@ -17,7 +17,7 @@ START = 5  # first number of the keys of sampling noise, apart from those of tra
 
 @dataclass
 class SamplingConfig:
-    model_path: str = opt("", "weights of a diffusion model (ema_... or model... file)")
+    model_path: str = opt("", "run of image_train_vae.py, or one weights file of it (ema_... or model...)")
     num_samples: int = opt(64, "how many samples to draw")
     batch_size: int = opt(16, "samples at a time on each rank; does not change the samples")
     use_ddim: bool = opt(False, "deterministic DDIM steps (eta 0), usually with --timestep_respacing ddim50")

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from . import checkpoint_util, dist_util, logger
 from . import gaussian_diffusion as gd
 from .config import as_dict, from_dict, frozen, opt
-from .files import require_writable_folder, write_json
+from .files import require_writable_folder, sweep_parts, write_json
 from .gaussian_diffusion import DiffusionConfig
 from .image_datasets import PictureFolder, parse_size
 from .latent_datasets import EncodedPictures, open_latents
@@ -62,6 +62,8 @@ def parse_given(doc, *classes, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparser(doc, *classes)
     flags = _explicit(parser, argv)
+    fields = {f.name for cls in classes for f in dataclasses.fields(cls)}
+    dist_util.memory_flags = [name for name in dist_util.MEMORY_FLAGS if name in fields]
     from_file = read_yaml(flags.pop("config"), classes) if "config" in flags else {}
     given = {**from_file, **flags}
     return [from_dict(cls, given) for cls in classes], given
@@ -250,6 +252,8 @@ def begin_run(run, configs=()):
     resume_step = None
     if folder:
         require_writable_folder(folder, "--logdir")
+        if dist_util.rank() == 0:
+            sweep_parts(folder)
         trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
         found = find_checkpoint(folder, trains[0])[0] if trains else None
         resume_step = found["step"] if found else None
@@ -720,13 +724,14 @@ def load_sampler(configs, given, device):
     sample, vae, scale, data, model, process, _ = configs
     codec = shape = None
     size = parse_size(data.image_size)
-    if not is_described(sample.model_path):
+    path = weights_file(sample.model_path, "--model_path")
+    if not is_described(path):
         codec = create_vae(vae, device)
         shape = codec.latent_shape((data.image_channels or codec.in_channels, *size))
-    network, diffusion, header = load_diffusion_model(sample.model_path, given, model, process, shape)
+    network, diffusion, header = load_diffusion_model(path, given, model, process, shape)
     if header is None:
         if scale.normalizer in ("auto", "channel"):
-            raise ValueError(f"{sample.model_path} is a bare state dict and brings no statistics for --normalizer "
+            raise ValueError(f"{path} is a bare state dict and brings no statistics for --normalizer "
                              f"{scale.normalizer}; give the number that its latents were divided by, or none")
         normalizer = LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor)
         image_shape = (data.image_channels or codec.in_channels, *size)
@@ -737,7 +742,7 @@ def load_sampler(configs, given, device):
                  "image_channels": (data.image_channels or channels, channels)}
     for flag, (asked, found) in described.items():
         if flag in given and asked != found:
-            raise ValueError(f"--{flag} {asked} contradicts {sample.model_path}, which was trained with {flag} "
+            raise ValueError(f"--{flag} {asked} contradicts {path}, which was trained with {flag} "
                              f"{found}; leave the flag away")
     return sampler
 
@@ -756,15 +761,29 @@ def sampler_from(model, diffusion, codec, header):
                    header["model"]["num_classes"], header["classes"])
 
 
+def weights_file(path, flag):
+    """Return the weights file that a flag names: itself, or of a run folder the one to use (see `newest_weights`).
+
+    Rank 0 looks and all ranks take what it found, as the run may go on meanwhile.
+    """
+    if not path:
+        raise FileNotFoundError(f"no model given; {flag} wants a run folder, or a model or ema file")
+    if not Path(path).is_dir():
+        return path
+    newest = checkpoint_util.newest_weights(path, flag) if dist_util.rank() == 0 else None
+    newest = dist_util.broadcast_object(newest)
+    say(f"{flag} {path}: taking {newest.name}")
+    return newest
+
+
 def is_described(path, flag="--model_path"):
     """Say whether a weights file carries a header."""
-    if not path:
-        raise FileNotFoundError(f"no model given; {flag} wants a model or ema file")
     return checkpoint_util.load_weights(path, "meta", flag)[1] is not None
 
 
 def load_classifier(path, device, flag="--classifier_path"):
-    """Rebuild a classifier of this project from its weights file; return (model, header)."""
+    """Rebuild a classifier of this project from its run folder or weights file; return (model, header)."""
+    path = weights_file(path, flag)
     weights, header = checkpoint_util.load_weights(path, "cpu", flag)
     if header is None:
         raise ValueError(f"{path} does not say how it is built; {flag} wants a checkpoint of classifier_train.py")

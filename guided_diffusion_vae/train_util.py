@@ -1,9 +1,9 @@
 """One training loop for diffusion models, classifiers and autoencoders.
 
 What is learned is an objective: a callable `(model, batch, cond, draws) -> (terms, times)`, where `terms` are losses
-per sample [N] with the one to descend under "loss", and `times` are diffusion steps [N] or None. Everything random in a
-step but dropout is keyed by (seed, step, slot in the global batch), so the number of ranks does not change it; dropout is
-keyed by (seed, step, rank). An interruption changes neither.
+per sample [N] with the one to descend under "loss", and `times` are diffusion steps [N] or None. Everything random in
+a step but dropout is keyed by (seed, step, slot in the global batch), so the number of ranks does not change it;
+dropout is keyed by (seed, step, rank). An interruption changes neither.
 """
 
 import contextlib
@@ -226,7 +226,8 @@ class TrainLoop:
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.max_steps = min((n for n in (max_steps, lr_anneal_steps) if n), default=math.inf)
         self.ema_rate = _rates(ema_rate)
-        for flag, value in {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}.items():
+        counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
+        for flag, value in counts.items():
             if value < 1:
                 raise ValueError(f"--{flag} is {value}; it is at least 1")
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -408,7 +409,8 @@ class TrainLoop:
         step = marker["step"]
         for name, now in (("seed", self.seed), ("global_batch", self.global_batch)):
             if marker.get(name, now) != now:
-                logger.warn(f"{name} is {now} now and was {marker[name]} until step {step}: from here on the run is another one")
+                logger.warn(f"{name} is {now} now and was {marker[name]} until step {step}: from here on the run is "
+                            "another one")
         load = lambda name: checkpoint_util.load_weights(folder / name, self.device, "--resume_checkpoint")
         path = folder / checkpoint_util.model_name(step)
         weights, header = load(path.name)
@@ -469,8 +471,8 @@ def _find_checkpoint(folder, resume_checkpoint):
                          "since the names of its optimizer and averages are found from it")
     if newer := [n for n in checkpoint_util.steps(folder) if n > step]:
         if folder.resolve() == path.parent.resolve():
-            raise ValueError(f"{folder} holds step {newer[-1]}, which is newer than {path}; to branch off from there give "
-                             "another --logdir")
+            raise ValueError(f"{folder} holds step {newer[-1]}, which is newer than {path}; to branch off from there "
+                             "give another --logdir")
         return _find_checkpoint(folder, "")
     if (path.parent / checkpoint_util.marker_name(step)).is_file():
         return checkpoint_util.read_marker(path.parent, step), path.parent
@@ -522,7 +524,8 @@ def _rates(text):
     except ValueError:
         rates = [-1.0]
     if not all(0 <= rate < 1 for rate in rates):
-        raise ValueError(f"--ema_rate is {text!r}; it holds numbers from 0 to below 1 with commas between, such as 0.99,0.9999")
+        raise ValueError(f"--ema_rate is {text!r}; it holds numbers from 0 to below 1 with commas between, such as "
+                         "0.99,0.9999")
     return rates
 
 

@@ -55,7 +55,8 @@ class ModelConfig:
     use_new_attention_order: bool = opt(False, "split qkv before heads; must match the checkpoint")
     in_channels: int = opt(0, "channels of what the network denoises; 0: those of the data (3 without data)")
     num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names")
-    dims: int = opt(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
+    dims: int = opt(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)",
+                    choices=(0, 1, 2, 3))
     resample_depth: bool = opt(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
 
 

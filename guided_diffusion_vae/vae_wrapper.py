@@ -434,10 +434,11 @@ def _open_diffusers(name, class_name, local):
     config = {k: v for k, v in network.config.items() if k == "_class_name" or not k.startswith("_")}
     config = json.loads(json.dumps({"_class_name": class_name, **config}))
     moments, widths = _DIFFUSERS[class_name]
+    path = str(Path(name).resolve()) if local else f"hub:{name}"
     return _Found(
         network, functools.partial(moments, network), lambda z: network.decode(z).sample, config,
-        config["in_channels"], config["latent_channels"], (2 ** (len(config[widths]) - 1),) * 2, (-1.0, 1.0),
-        str(Path(name).resolve()) if local else f"hub:{name}", config.get("scaling_factor"), config.get("shift_factor") or 0.0,
+        config["in_channels"], config["latent_channels"], (2 ** (len(config[widths]) - 1),) * 2, (-1.0, 1.0), path,
+        config.get("scaling_factor"), config.get("shift_factor") or 0.0,
     )
 
 

@@ -13,8 +13,10 @@ from guided_diffusion_vae.microdoppler import MicrodopplerConfig
 
 def main():
     config, = script_util.parse(__doc__, MicrodopplerConfig)
-    written = microdoppler.write_dataset(config)
-    print(f"{config.out_dir}: {f'{written} pictures written' if written else 'already there'}")
+    dist_util.setup_dist()
+    if dist_util.rank() == 0:  # further ranks wait: they would only take the folder from each other
+        written = microdoppler.write_dataset(config)
+        print(f"{config.out_dir}: {f'{written} pictures written' if written else 'already there'}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ export OMP_WAIT_POLICY=PASSIVE
 heading() { printf '\n=== %s  (%d min %02d s so far)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 alone() { OMP_NUM_THREADS=2 python "$@"; }
 two_ranks() { OMP_NUM_THREADS=1 mpiexec -n 2 python "$@"; }
-newest() { printf '%s\n' "$@" | tail -n 1; }
 
 heading "1/8  Simulate a radar that watches a hand: six motions, labelled pictures to train on and to check with"
 alone scripts/make_microdoppler.py --config $CONFIG --out_dir $RUN/data
@@ -37,10 +36,10 @@ heading "6/8  Train a classifier on the real pictures, to judge the samples by"
 alone scripts/classifier_train.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/classifier
 
 heading "7/8  Sample every motion in turn, with two ranks"
-two_ranks scripts/image_sample_vae.py --model_path "$(newest $RUN/diffusion/ema_*.pt)" --num_samples $SAMPLES --batch_size 48 --use_ddim True --timestep_respacing ddim50 --logdir $RUN/samples
+two_ranks scripts/image_sample_vae.py --model_path $RUN/diffusion --num_samples $SAMPLES --batch_size 48 --use_ddim True --timestep_respacing ddim50 --logdir $RUN/samples
 
 heading "8/8  Measure: do the samples show the motion that was asked for, and how far are they from real pictures?"
-alone scripts/evaluate.py --config $CONFIG --samples $RUN/samples/samples_${SAMPLES}x64x64x1.npz --reference $RUN/data/val --train_dir $RUN/data/train --classifier_path "$(newest $RUN/classifier/model*.pt)" --logdir $RUN/evaluation
+alone scripts/evaluate.py --config $CONFIG --samples $RUN/samples/samples_${SAMPLES}x64x64x1.npz --reference $RUN/data/val --train_dir $RUN/data/train --classifier_path $RUN/classifier --logdir $RUN/evaluation
 
 heading "Done"
 python - $RUN/evaluation/metrics.json <<'PYTHON'

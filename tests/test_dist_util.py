@@ -235,7 +235,6 @@ def test_buckets_hold_one_dtype_and_all_tensors(monkeypatch):
 @pytest.mark.parametrize("error, shown", [
     (ValueError("--batch_size 0"), "error: --batch_size 0\n"),
     (FileNotFoundError("x.pt is not there"), "error: x.pt is not there\n"),
-    (torch.OutOfMemoryError("1 GiB"), "error: out of GPU memory; lower --microbatch or --batch_size (1 GiB)\n"),
 ])
 def test_mistakes_of_the_user_are_one_line(error, shown, capsys, monkeypatch):
     def main():
@@ -249,6 +248,20 @@ def test_mistakes_of_the_user_are_one_line(error, shown, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         dist_util.launch(main)
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, remedy", [
+    (["microbatch", "batch_size"], "; give --microbatch or --batch_size a small number above 0"),
+    (["vae_tile"], "; give --vae_tile a small number above 0"), ([], ""),
+])
+def test_memory_that_runs_out_is_answered_with_flags_that_the_script_has(flags, remedy, capsys, monkeypatch):
+    def main():
+        raise torch.OutOfMemoryError("1 GiB")
+
+    monkeypatch.setattr(dist_util, "memory_flags", flags)
+    with pytest.raises(SystemExit):
+        dist_util.launch(main)
+    assert capsys.readouterr().err == f"error: out of GPU memory{remedy} (1 GiB)\n"
 
 
 def test_mistakes_of_the_program_show_where(capsys):

@@ -101,6 +101,8 @@ def test_every_missed_threshold_is_named():
         "psnr is 20.0000, --min_psnr asks for at least 20.5", "ssim is 0.5000, --min_ssim asks for at least 0.6",
         "l1 is 0.1000, --max_l1 asks for at most 0.05",
     ]
+    nothing = failures({"psnr": np.nan, "ssim": np.nan, "l1": np.nan, "dead_channels": []}, RoundtripConfig())
+    assert [line.split(",")[0] for line in nothing] == ["psnr is nan", "ssim is nan", "l1 is nan"]
     dead, = failures({**report, "dead_channels": [2]}, RoundtripConfig())
     assert dead.startswith("latent channels [2] are dead")
 
@@ -192,5 +194,10 @@ def test_pictures_of_another_shape_are_refused(run, tmp_path):
 
 def test_classes_that_the_classifier_does_not_know_are_refused(run, tmp_path):
     images, labels = levels(10, seed=5)
-    with pytest.raises(ValueError, match="have classes grey that the model does not know; it knows dark, light"):
-        run(samples=str(write_npz(tmp_path, images, labels, ["dark", "grey"])))
+    samples = write_npz(tmp_path, images, labels, ["dark", "grey"])
+    with pytest.raises(ValueError, match=f"of {samples} have classes grey that the model does not know; it knows dark, "
+                                         "light"):
+        run(samples=str(samples))
+    (tmp_path / "val" / "dark_00.png").rename(tmp_path / "val" / "black_00.png")
+    with pytest.raises(ValueError, match=f"the pictures of {tmp_path}/val have classes black that"):
+        run()

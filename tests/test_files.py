@@ -2,12 +2,15 @@ import errno
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from guided_diffusion_vae.files import (
-    atomic_path, require_folder, require_writable_folder, sha256_of_file, write_json,
+    atomic_path, require_folder, require_writable_folder, sha256_of_file, sweep_parts, write_json,
 )
 
 
@@ -42,6 +45,47 @@ def test_a_full_disk_is_reported_with_the_file_and_the_space_left(tmp_path):
             part.symlink_to("/dev/full")
             part.write_text("content")
     assert caught.value.errno == errno.ENOSPC and names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("number, remedy", [
+    (errno.EDQUOT, r" \(\d+ MiB left on .*\); free some space or choose another folder"), (errno.EACCES, ""),
+    (errno.EIO, ""),
+])
+def test_space_is_a_remedy_only_where_it_ran_out(tmp_path, number, remedy):
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/a.txt: {os.strerror(number)}{remedy}$") as caught:
+        with atomic_path(tmp_path / "a.txt"):
+            raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number
+
+
+def killed_inside_atomic_path(path):
+    """Let a process write half of a file and be killed; return what it left."""
+    script = ("import os, signal, sys; from guided_diffusion_vae.files import atomic_path\n"
+              "with atomic_path(sys.argv[1]) as part:\n"
+              "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script, str(path)], env=environ, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    left, = path.parent.glob(".*.part")
+    return left
+
+
+def test_parts_of_killed_processes_are_swept_and_no_others(tmp_path):
+    left = killed_inside_atomic_path(tmp_path / "previews" / "a.b.png")
+    host, number = left.name.removeprefix(".a.b.png.").removesuffix(".part").rsplit(".", 1)
+    dead = left.rename(tmp_path / left.name)
+    below = tmp_path / "previews" / left.name
+    below.write_text("half")
+    others = [f".a.png.{host}.{os.getpid()}.part", f".a.png.{host}.1.part", f".a.png.else{host}.{number}.part",
+              f".a.png.{host}.part", f"a.png.{host}.{number}.part", ".model000005.pt.99.part", "model000005.pt"]
+    for name in others:
+        (tmp_path / name).write_text("")
+    with atomic_path(tmp_path / "new.txt") as part:
+        part.write_text("content")
+        sweep_parts(tmp_path)
+    assert not dead.exists() and not below.exists()
+    assert names_in(tmp_path) == sorted([*others, "new.txt", "previews"])
+    sweep_parts(tmp_path / "nowhere")
 
 
 def test_a_folder_that_is_a_file_is_reported_as_such(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from guided_diffusion_vae import latent_datasets
 from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder
 from guided_diffusion_vae.latent_datasets import (
     EncodedPictures, LatentCache, LatentCacheConfig, LatentFolder, LatentStream, open_latents, require_same_autoencoder,
@@ -198,6 +199,55 @@ def test_shards_of_another_making_are_not_taken(tmp_path, cached, pictures):
     assert first_report(cached, name="data") == 0
 
 
+def less_exact(dtype="float32", tile=0, **options):
+    codec = HalvingCodec(**options)
+    codec.dtype, codec.tile = getattr(torch, dtype), tile
+    return codec
+
+
+def test_shards_of_another_precision_are_not_taken(tmp_path, cached):
+    for name, change in {"dtype": {"dtype": "bfloat16"}, "tile": {"tile": 4}}.items():
+        interrupted(cached, name=name)
+        assert first_report(cached, name=name, codec=less_exact(**change)) == 0
+    interrupted(cached)
+    assert first_report(cached, codec=less_exact(tile=8)) == 4  # a tile that holds a whole picture
+    assert cached().manifest["made_from"] == cached("other").manifest["made_from"]
+
+
+def test_a_finished_cache_of_another_precision_is_refused_by_its_flags(cached):
+    cached(codec=less_exact("bfloat16", 4))
+    assert cached(codec=less_exact("bfloat16", 4, fail_after=0)).manifest["vae_dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="other pictures or settings .*--vae_dtype bfloat16, --vae_tile 4.; choose"):
+        cached()
+
+
+def test_parts_of_a_killed_encoding_are_swept(tmp_path, cached, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    (tmp_path / "cache").mkdir()
+    for host in ("here", "there"):  # no process has a number this high
+        (tmp_path / "cache" / f".latents-00000-of-00003.npy.{host}.99999999.part").write_bytes(b"half")
+    cached()
+    assert [path.name for path in (tmp_path / "cache").glob(".*")] == [
+        ".latents-00000-of-00003.npy.there.99999999.part"]
+
+
+@pytest.mark.parametrize("entries, size", [
+    (1, 256), (256 * 64, 256), (256 * 64 + 1, 257), (100_000, 1563), (4096 * 64, 4096), (10**9, 4096),
+])
+def test_shards_are_a_64th_of_all_but_neither_tiny_nor_huge(entries, size):
+    assert latent_datasets._usual_shard_size(entries) == size
+
+
+def test_shard_size_0_has_it_chosen_and_less_is_refused(tmp_path, cached):
+    many = tmp_path / "many.npz"
+    np.savez(many, images=np.zeros((300, 4, 4), np.uint8))
+    cache = write_cache(tmp_path / "chosen", PictureFolder(data_dir=str(many), image_size=4), HalvingCodec(),
+                        LatentCacheConfig(), batch_size=300)
+    assert [shard["count"] for shard in cache.manifest["shards"]] == [256, 44]
+    with pytest.raises(ValueError, match="--shard_size -1 must be at least 1, or 0 to have it chosen"):
+        cached(shard_size=-1)
+
+
 def test_a_damaged_shard_is_made_again(tmp_path, cached):
     interrupted(cached)
     shard = tmp_path / "cache" / "latents-00000-of-00003.npy"
@@ -221,6 +271,16 @@ def test_a_finished_cache_is_left_alone_if_the_same_and_refused_otherwise(cached
     other.fingerprint, other.path = "b" * 64, "elsewhere"
     with pytest.raises(ValueError, match=r"autoencoder a{16} \(somewhere/vae\), --vae_path holds b{16} \(elsewhere"):
         cached(codec=other)
+
+
+@pytest.mark.parametrize("name", ["latents-00001-of-00003.npy", "labels.npy"])
+def test_a_finished_cache_that_is_damaged_is_not_taken_for_done(cached, name):
+    path = cached().folder / name
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is not what was written there .*; remove the cache and encode it"):
+        cached()
 
 
 def test_latents_that_do_not_fit_or_are_not_finite_are_refused(cached):
@@ -332,6 +392,18 @@ def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
     np.save(tmp_path / "a_9.npy", np.zeros((3, 2, 3), np.float32))
     with pytest.raises(ValueError, match="a_9.npy has shape .*all latents must be alike"):
         open_latents(tmp_path)
+
+
+def test_all_sources_have_what_training_asks_of_them(cached, pictures, tmp_path):
+    (tmp_path / "plain").mkdir()
+    np.save(tmp_path / "plain" / "a_1.npy", np.ones((1, 4, 4), np.float32))
+    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedPictures(pictures, HalvingCodec(), "cpu")
+    names = ("folder", "count", "latent_shape", "image_shape", "unpadded_shape", "labels", "class_names", "statistics",
+             "scale_factor", "autoencoder", "draws_posterior", "random_flip", "random_crop", "read", "latents", "batch")
+    for source in sources:
+        assert [name for name in names if not hasattr(source, name)] == []
+        assert len(source) == source.count and source.batch([0])[0].shape == (1, *source.latent_shape)
+    assert sources[0].on_device("cpu") and not sources[1].on_device("cpu")  # single files stay where they are
 
 
 @pytest.mark.parametrize("array, match", [

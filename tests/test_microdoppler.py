@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion_vae import microdoppler
+from guided_diffusion_vae import dist_util, microdoppler
 from guided_diffusion_vae.microdoppler import MicrodopplerConfig
 
 CONFIG = MicrodopplerConfig()
@@ -236,6 +239,7 @@ def test_the_record_tells_all_parameters_and_the_axes(tmp_path):
 def run_script(monkeypatch, *flags):
     script = Path(__file__).parents[1] / "scripts" / "make_microdoppler.py"
     monkeypatch.setattr("sys.argv", [str(script), *flags])
+    monkeypatch.setattr(dist_util, "_settled", None)
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -249,6 +253,19 @@ def test_the_script_writes_the_folder_once_and_ends_with_one_line_where_it_canno
         run_script(monkeypatch, *flags, "--carrier_ghz", "122")
     assert stop.value.code == 1
     assert capfd.readouterr().err.startswith("error: motions of up to")
+
+
+def test_of_several_ranks_one_writes_the_folder(tmp_path):
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if not mpiexec.exists():
+        pytest.skip(f"no mpiexec beside {sys.executable}")
+    script = Path(__file__).parents[1] / "scripts" / "make_microdoppler.py"
+    flags = ["--out_dir", tmp_path / "set", "--classes", "tapin,still", "--num_train", "2", "--num_val", "0"]
+    done = subprocess.run([mpiexec, "-n", "2", sys.executable, script, *flags], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 pictures written") == 1 and "already there" not in done.stdout
+    assert len(contents(tmp_path / "set")) == 5
 
 
 # ---- parameters that do not go together ----

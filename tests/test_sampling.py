@@ -186,6 +186,25 @@ def test_samples_are_written_as_npz_pictures_and_a_sheet_with_a_row_a_class(tmp_
     assert wide > 3 * 16 and tall >= 2 * 16
 
 
+def test_new_samples_replace_the_pictures_of_older_ones_whole(tmp_path, monkeypatch):
+    black, grey = (np.full((count, 1, 8, 8), level, np.uint8) for count, level in ((4, 0), (2, 99)))
+    write_samples(tmp_path, black, np.array([0, 1, 0, 1]), [0, 1], NAMES)
+    (tmp_path / "png.part").mkdir()
+    (tmp_path / "png.part" / "half.png").write_bytes(b"left by a killed one")
+    path = write_samples(tmp_path, grey, np.array([2, 2]), [2], NAMES)
+    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["tapout_000000.png", "tapout_000001.png"]
+    assert (pixels_of(tmp_path / "png" / "tapout_000001.png") == 99).all() and not (tmp_path / "png.part").exists()
+    assert read_npz(path)[1].tolist() == [2, 2] and read_npz(path)[2] == NAMES
+
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("guided_diffusion_vae.sampling.figures.save_picture", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_samples(tmp_path, black, None)
+    assert len(list((tmp_path / "png").iterdir())) == 2  # half a set never takes the place of a whole one
+
+
 @pytest.mark.parametrize("labels, classes", [(None, None), (np.array([1]), [1, 2])])
 def test_few_samples_and_no_classes_make_a_plain_sheet(tmp_path, labels, classes):
     write_samples(tmp_path, np.zeros((1, 3, 16, 16), np.uint8), labels, classes)

@@ -11,10 +11,12 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossC
 from guided_diffusion_vae.config import as_dict, opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
-from guided_diffusion_vae.latent_datasets import LatentCache, LatentCacheConfig, LatentConfig, write_cache
+from guided_diffusion_vae.latent_datasets import (
+    LatentCache, LatentCacheConfig, LatentConfig, LatentFolder, write_cache,
+)
 from guided_diffusion_vae.sampling import SamplingConfig
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop
-from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, seed_weights
+from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
 
 AUTOENCODER = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, script_util.RunConfig)
@@ -42,6 +44,7 @@ sampling: {num_samples: 12}
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
+    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
     for names in dist_util.LAUNCHERS.values():
         for name in names:
             monkeypatch.delenv(name, raising=False)
@@ -202,6 +205,23 @@ def test_every_flag_of_the_loop_is_a_field_or_an_object():
     assert set(given) <= set(TrainLoop.__init__.__kwdefaults__) | {"batch_size", "lr"}
 
 
+def test_the_flags_that_bound_memory_are_those_of_the_script():
+    expected = {"microbatch", "batch_size"}, {"microbatch", "batch_size", "vae_batch_size", "vae_tile"}, set()
+    for classes, names in zip((AUTOENCODER, DIFFUSION, (ModelConfig,)), expected):
+        script_util.parse("doc", *classes, argv=[])
+        assert set(dist_util.memory_flags) == names
+
+
+@pytest.mark.parametrize("flags, match", [
+    ({"channel_mult": "1,two"}, "--channel_mult is '1,two'; needed are numbers with commas between: 1,2,2"),
+    ({"channel_mult": "1;2"}, "--channel_mult is '1;2'"),
+    ({"attention_resolutions": "16,small"}, "'16,small' are not numbers .*16,8 .--attention_resolutions, --class"),
+])
+def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
+    with pytest.raises(ValueError, match=match):
+        script_util.create_model_and_diffusion_vae((3, 8, 8), dataclasses.replace(MODEL, **flags), PROCESS)
+
+
 # the size of a model
 
 
@@ -288,10 +308,54 @@ def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, cap
         script_util.codec_of(cache.autoencoder, VAEConfig(), CPU)
 
 
-def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache):
-    script_util.require_same_pictures(cache, {"image_size": 8, "data_dir": "elsewhere"})
-    with pytest.raises(ValueError, match="--image_size 16 contradicts the cache .*cache, .* read with image_size 8"):
-        script_util.require_same_pictures(cache, {"image_size": 16})
+@pytest.mark.parametrize("flag, asked, held", [
+    ("image_size", 16, 8), ("random_flip", True, False), ("crop", "none", "center"), ("pad", True, False),
+])
+def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache, flag, asked, held):
+    latents = LatentConfig(str(cache.folder))
+    opened = lambda given: script_util.open_source(latents, VAEConfig(), DataConfig(), given, 0, CPU)
+    assert opened({flag: held, "lr": 0.1})[0].count == cache.count
+    with pytest.raises(ValueError, match=f"--{flag} {asked} contradicts the cache {cache.folder}, whose pictures were "
+                                         f"read with {flag} {held}; leave the flag away or encode again"):
+        opened({flag: asked})
+
+
+def test_a_plain_folder_of_latents_knows_of_no_pictures_to_contradict(tmp_path):
+    np.save(tmp_path / "a_1.npy", np.ones((3, 4, 4), np.float32))
+    script_util.require_same_pictures(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
+
+
+def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monkeypatch):
+    """As `open_source` does where there is one; here it has no memory to spare."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (400, 400))
+    (tmp_path / "vae.pt").unlink()  # it could not be opened on a GPU that is not there
+    (tmp_path / "plain").mkdir()
+    np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
+    for folder, kind in ((cache.folder, LatentCache), (tmp_path / "plain", LatentFolder)):
+        latents = LatentConfig(str(folder))
+        source, codec = script_util.open_source(latents, VAEConfig(), DataConfig(), {}, 0, torch.device("cuda"))
+        assert type(source) is kind and codec is None and source.batch([0])[0].device == CPU
+
+
+def test_a_damaged_cache_is_met_before_training(cache):
+    labels = cache.folder / "labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match="labels.npy is not what was written there"):
+        open_cache(cache)
+
+
+def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_before(cache, tmp_path):
+    def weights(seed):
+        source, codec = open_cache(cache)
+        seed_weights(seed)
+        network, _ = script_util.create_model_and_diffusion_vae(source.latent_shape, MODEL, PROCESS)
+        return torch.cat([p.detach().flatten() for p in network.parameters()]), codec
+
+    (first, codec), (other, _) = weights(0), weights(1)
+    (tmp_path / "vae.pt").unlink()
+    again, nothing = weights(0)
+    assert codec is not None and nothing is None
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
@@ -310,6 +374,21 @@ def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
     assert fly.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-5)
     torch.testing.assert_close(fly.batch([2, 0])[0], cache.batch([2, 0])[0])
     assert codec.fingerprint == fly.autoencoder["sha256"]
+
+
+def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, cache, tmp_path):
+    vae, folder = VAEConfig(str(tmp_path / "vae.pt")), tmp_path / "run"
+    folder.mkdir()
+    opened = lambda count: script_util.open_source(LatentConfig(stats_samples=count), vae, pictures, {}, 0, CPU, folder)
+    source, codec = opened(1)
+    normalizer = script_util.fit_normalizer(NormalizerConfig(), source)
+    header = script_util.diffusion_header(source, codec, normalizer, MODEL, PROCESS)
+    script_util.write_config(folder, "it", (), header)
+    assert opened(4)[0].statistics != source.statistics  # config.json alone is no run that goes on
+    checkpoint_util.commit(folder, 1, [], {})
+    assert opened(4)[0].statistics == source.statistics
+    (folder / "config.json").write_text("{")
+    assert opened(4)[0].statistics["channel_std"] == pytest.approx(cache.statistics["channel_std"], rel=1e-5)
 
 
 def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
@@ -423,6 +502,52 @@ def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, m
         load(tmp_path / "bare.pt", *(word for pair in flags.items() for word in pair))
 
 
+def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp_path, capsys):
+    folder = tmp_path / "training"
+    folder.mkdir()
+    weights, header = checkpoint_util.load_weights(run)
+    for step in (1, 2):
+        names = [checkpoint_util.model_name(step), *(checkpoint_util.ema_name(rate, step) for rate in (0.9, 0.99))]
+        for name in names:
+            checkpoint_util.save_weights(folder / name, weights, {**header, "step": step, "classes": [name, "b"]})
+        checkpoint_util.commit(folder, step, names, {})
+    assert load(folder).class_names == ["ema_0.99_000002.pt", "b"]
+    assert f"--model_path {folder}: taking ema_0.99_000002.pt" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--num_heads 7 contradicts .*training/ema_0.99_000002.pt, which was trained"):
+        load(folder, "--num_heads", 7)
+    with pytest.raises(ValueError, match="ema_0.99_000002.pt holds .* 'diffusion', --classifier_path wants"):
+        script_util.load_classifier(str(folder), CPU)
+    with pytest.raises(FileNotFoundError, match="pictures holds no finished checkpoint .*check --model_path"):
+        load(tmp_path / "pictures")
+
+
+# classifiers
+
+CLASSIFIER = ClassifierConfig(classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
+                              classifier_in_channels=1, classifier_num_classes=3)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_classifier_takes_pictures_that_are_not_square(pool):
+    flags = dataclasses.replace(CLASSIFIER, classifier_pool=pool)
+    model, _ = script_util.build_classifier(flags, PROCESS, (1, 16, 64))
+    assert model.image_size == (16, 64)
+    assert model(torch.zeros(2, 1, 16, 64), torch.tensor([0, 7])).shape == (2, 3)
+
+
+def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
+    torch.manual_seed(0)
+    model, _ = script_util.build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
+    header = {"kind": "classifier", "image_shape": [1, 16, 64], "model": as_dict(CLASSIFIER),
+              "diffusion": as_dict(PROCESS), "classes": ["a", "b", "c"], "data": {}}
+    checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)
+    checkpoint_util.commit(tmp_path, 1, ["model000001.pt"], {})
+    for path in (tmp_path, tmp_path / "model000001.pt"):
+        again, found = script_util.load_classifier(str(path), CPU)
+        assert found["classes"] == ["a", "b", "c"] and not again.training
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
 def test_weights_of_another_kind_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="vae.pt holds .* of kind 'autoencoder', --model_path wants .* 'diffusion'"):
         load(tmp_path / "vae.pt")
@@ -468,6 +593,14 @@ def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock
     assert begin("given") == "given" and begin("") == "from_environment"
     monkeypatch.delenv("OPENAI_LOGDIR")
     assert begin("").startswith("runs/it-20") and "run folder: runs/it-20" in capsys.readouterr().out
+
+
+def test_what_a_killed_run_left_half_written_is_gone_when_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    (tmp_path / ".model000002.pt.here.99999999.part").write_bytes(b"half")  # no process has a number this high
+    (tmp_path / ".model000002.pt.there.99999999.part").write_bytes(b"half")
+    script_util.begin_run(script_util.RunConfig(str(tmp_path)))
+    assert [path.name for path in tmp_path.glob(".*")] == [".model000002.pt.there.99999999.part"]
 
 
 def test_config_json_holds_every_flag_by_section_and_the_header(tmp_path):

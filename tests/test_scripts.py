@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 
 from guided_diffusion_vae import checkpoint_util, dist_util, logger, script_util
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
+from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.sampling import read_npz
 
@@ -39,6 +42,7 @@ classifier: {classifier_width: 32, classifier_depth: 1, classifier_attention_res
 def one_process(monkeypatch):
     for name in (*LAUNCHER_NAMES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GDVAE_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
     yield
     dist_util._settled = None
     logger.reset()
@@ -229,6 +233,7 @@ def test_an_encoding_that_was_killed_goes_on(chain, call, tmp_path):
     status, out, err = call("encode_dataset", **flags, cache_dir=cache)
     assert status == 0, err
     after = listing(cache)
+    assert not [name for name in after if name.endswith(".part")]  # the killed one may have left one
     whole = sum(after[name] == age for name, age in kept.items())
     assert whole >= len(kept) - 1  # the last one may lack its record
     LatentCache(cache).verify()
@@ -239,7 +244,7 @@ def test_a_model_file_alone_is_enough_and_two_ranks_draw_what_one_draws(chain, c
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "one"))
     status, one, err = call("image_sample_vae", model_path=chain.model)
     assert status == 0, err
-    done("image_sample_vae", ranks=2, config=chain.config, model_path=chain.model, logdir=tmp_path / "two")
+    done("image_sample_vae", ranks=2, config=chain.config, model_path=chain.diffusion, logdir=tmp_path / "two")
     assert f"saved 64 samples to {tmp_path}/one/samples_64x64x64x1.npz" in one
     first, labels, names = (part[:5] for part in read_npz(tmp_path / "one" / "samples_64x64x64x1.npz"))
     second, _, _ = read_npz(tmp_path / "two" / "samples_5x64x64x1.npz")
@@ -279,7 +284,7 @@ def test_a_classifier_of_clean_pictures_is_trained_and_measured(classifier):
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
 def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, classifier, call, tmp_path):
     flags = {"samples": chain.data, "reference": chain.data, "train_dir": chain.data, "logdir": tmp_path}
-    status, out, err = call("evaluate", classifier_path=classifier / "model000002.pt", **flags)
+    status, out, err = call("evaluate", classifier_path=classifier, **flags)
     assert status == 0, err
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert abs(report["frechet"]) < 1e-3 and report["class_agreement"]["count"] == COUNT and "frechet: " in out
@@ -340,6 +345,43 @@ def test_sizes_that_the_strides_do_not_divide_are_padded_and_cropped_back(chain,
     status, out, err = call("image_sample_vae", model_path=tmp_path / "run" / "model000001.pt", num_samples=2,
                             logdir=tmp_path / "samples")
     assert status == 0 and (tmp_path / "samples" / "samples_2x18x18x1.npz").exists(), err
+
+
+@pytest.fixture(scope="session")
+def trained_on_floats(tmp_path_factory):
+    """Pictures of -80 to 0 dB, and the weights of an autoencoder trained on them; return (autoencoder, data)."""
+    folder = tmp_path_factory.mktemp("floats")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        np.save(folder / f"{'ab'[i % 2]}_{i}.npy", rng.uniform(-80, 0, (16, 16)).astype(np.float32))
+    config = AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2)
+    data = script_util.preprocessing(DataConfig(image_size=8, value_range="-80,0"))
+    torch.manual_seed(0)
+    checkpoint_util.save_weights(folder / "vae.pt", create_autoencoder(config).state_dict(), {
+        "kind": "autoencoder", "autoencoder": as_dict(config), "image_shape": [1, 8, 8], "data": data})
+    return folder / "vae.pt", folder
+
+
+@pytest.mark.parametrize("script, place", [("check_roundtrip", "logdir"), ("encode_dataset", "cache_dir")])
+def test_pictures_are_read_as_the_autoencoder_was_trained_to_see_them(trained_on_floats, call, tmp_path, script, place):
+    path, data = trained_on_floats
+    flags = {"vae_path": path, "data_dir": data}
+    status, out, err = call(script, **flags, **{place: tmp_path / "as_trained"})
+    assert status == 0 and "4 pictures 1x8x8 (4 float32)" in out, err
+    status, out, err = call(script, **flags, image_size=16, **{place: tmp_path / "given"})
+    assert status == 0 and "4 pictures 1x16x16 (4 float32)" in out, err
+    refused(call(script, **flags, value_range="0,1", **{place: tmp_path / "wrong"}), "a_0.npy")
+    if script == "encode_dataset":
+        assert LatentCache(tmp_path / "as_trained").preprocessing["value_range"] == "-80,0"
+
+
+def test_encoding_again_finds_a_finished_cache_damaged(trained_on_floats, call, tmp_path):
+    path, data = trained_on_floats
+    flags = {"vae_path": path, "data_dir": data, "cache_dir": tmp_path}
+    assert call("encode_dataset", **flags)[0] == 0
+    shard = tmp_path / "latents-00000-of-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"??")
+    refused(call("encode_dataset", **flags), "latents-00000-of-00001.npy is not what was written there")
 
 
 def test_the_built_in_data_set_is_written_once(call, tmp_path):

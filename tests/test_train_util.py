@@ -14,7 +14,7 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
 from guided_diffusion_vae.train_util import (
-    DiffusionObjective, PlainObjective, TrainLoop, find_checkpoint, parse_resume_step_from_filename,
+    DiffusionObjective, PlainObjective, TrainLoop, find_checkpoint, parse_resume_step_from_filename, seed_weights,
 )
 from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
 
@@ -180,10 +180,10 @@ def squared_error(model, x, cond, draws):
 def line(folder, steps, header=HEADER, data=None, formats=(), bias=False, **options):
     torch.manual_seed(0)
     logger.configure(str(folder), list(formats))
-    options = {"lr": 0.1, "ema_rate": "0.9", "save_interval": 2, "log_interval": 1, **options}
+    options = {"lr": 0.1, "ema_rate": "0.9", "save_interval": 2, "log_interval": 1, "batch_size": 4, **options}
     loop = TrainLoop(
         model=torch.nn.Linear(3, 1, bias=bias), objective=PlainObjective(squared_error), header=header,
-        data=data or Points(), batch_size=4, max_steps=steps, **options
+        data=data or Points(), max_steps=steps, **options
     )
     loop.run_loop()
     return loop
@@ -379,16 +379,60 @@ def test_a_run_can_branch_off_a_checkpoint_of_another_one(tmp_path):
     assert line(tmp_path / "b", 6, resume_checkpoint="auto").resume_step == 6
 
 
-def test_another_seed_is_reported_where_a_run_goes_on(tmp_path, capsys):
+def test_the_same_command_twice_goes_on_with_what_it_made_itself(tmp_path):
+    line(tmp_path / "a", 4)
+    again = lambda: line(tmp_path / "b", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
+    assert again().resume_step == 2 and checkpoint_util.steps(tmp_path / "b") == [4, 6]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert again().resume_step == 6
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_step_of_the_own_folder_counts_once_it_is_beyond_the_one_given(tmp_path):
+    for folder, steps in (("a", 4), ("b", 2)):
+        line(tmp_path / folder, steps)
+    found = lambda given: find_checkpoint(tmp_path / "b", given if given == "auto" else str(tmp_path / given))
+    assert [(marker["step"], folder.name) for marker, folder in map(found, (
+        "auto", "a/model000002.pt", "a/model000004.pt", "b/model000002.pt"
+    ))] == [(2, "b"), (2, "a"), (4, "a"), (2, "b")]
+    line(tmp_path / "b", 6)
+    assert [(marker["step"], folder.name) for marker, folder in map(found, (
+        "auto", "a/model000002.pt", "a/model000004.pt", "b/model000006.pt"
+    ))] == [(6, "b")] * 4
+    with pytest.raises(ValueError, match="b holds step 6, which is newer than .*b/model000002.pt; to branch off"):
+        found("b/model000002.pt")
+    assert find_checkpoint(tmp_path / "none", "auto") == find_checkpoint(tmp_path / "none") == (None, tmp_path / "none")
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"seed": 1}, "seed is 1 now and was 0 until step 2"),
+    ({"batch_size": 2}, "global_batch is 2 now and was 4 until step 2"),
+])
+def test_a_change_that_makes_another_run_is_reported_where_one_goes_on(tmp_path, capsys, change, text):
     line(tmp_path, 2)
     line(tmp_path, 2, formats=["stdout"])
     assert "the run is another one" not in capsys.readouterr().out
-    line(tmp_path, 2, formats=["stdout"], seed=1)
-    assert "seed is 1 now and was 0 until step 2: from here on the run is another one" in capsys.readouterr().out
+    line(tmp_path, 2, formats=["stdout"], **change)
+    assert f"{text}: from here on the run is another one" in capsys.readouterr().out
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    def weights(seed, before):
+        torch.rand(before)  # whatever drew random numbers before
+        seed_weights(seed)
+        return torch.nn.Linear(3, 2).weight.tolist()
+
+    assert weights(0, 1) == weights(0, 5) != weights(1, 1)
+    script = ("import torch; from guided_diffusion_vae.train_util import seed_weights; seed_weights(0);"
+              "print(torch.nn.Linear(3, 2).weight.tolist())")
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    elsewhere = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60)
+    assert elsewhere.stdout == f"{weights(0, 2)}\n", elsewhere.stderr
 
 
 @pytest.mark.parametrize("options, problem", [
     ({"ema_rate": "0.9,often"}, "--ema_rate is .0.9,often.; it holds"), ({"ema_rate": "1"}, "--ema_rate is '1'"),
+    ({"ema_rate": "0.9,-0.1"}, "from 0 to below 1"), ({"batch_size": 0}, "--batch_size is 0; it is at least 1"),
     ({"save_interval": 0}, "--save_interval is 0; it is at least 1"), ({"log_interval": -1}, "--log_interval is -1"),
 ])
 def test_senseless_numbers_are_refused_by_their_flag(tmp_path, options, problem):

@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from guided_diffusion_vae import checkpoint_util
+from guided_diffusion_vae import checkpoint_util, vae_wrapper
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
-from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.config import as_dict, from_dict, opt
 from guided_diffusion_vae.vae_wrapper import (
     LatentNormalizer, PixelCodec, VAEConfig, VAEInterface, blend_tiles, check_latent_std, create_vae, sample_moments,
 )
@@ -186,6 +186,26 @@ def test_fingerprint_names_the_function_not_the_file(own, tmp_path):
     described = first.describe()
     assert json.loads(json.dumps(described)) == described
     assert described["sha256"] == first.fingerprint and described["path"] == str(own[0])
+
+
+def test_knobs_left_at_their_defaults_do_not_rename_the_function(own, tmp_path, monkeypatch):
+    default, written = as_dict(AutoencoderConfig()), as_dict(CONFIG)
+    changed = {name: value for name, value in written.items() if value != default[name]}
+    write_weights(tmp_path / "older.pt", autoencoder=changed)  # a version that had none of the other knobs
+    first = vae(own[0])
+    assert vae(tmp_path / "older.pt").fingerprint == first.fingerprint
+    assert first.config == {"class": "AutoencoderKL", **changed} and "norm_eps" not in first.config
+
+    @dataclasses.dataclass
+    class LaterConfig(AutoencoderConfig):
+        new_knob: int = opt(3, "of a later version")
+
+    monkeypatch.setattr(vae_wrapper, "AutoencoderConfig", LaterConfig)
+    without = lambda config: create_autoencoder(from_dict(AutoencoderConfig, as_dict(config)))
+    monkeypatch.setattr(vae_wrapper, "create_autoencoder", without)
+    assert vae(own[0]).fingerprint == first.fingerprint
+    write_weights(tmp_path / "later.pt", autoencoder={**written, "new_knob": 4})
+    assert vae(tmp_path / "later.pt").fingerprint != first.fingerprint
 
 
 def test_scale_factor_is_the_argument_then_the_autoencoders_then_the_usual(tmp_path):
