@@ -48,7 +48,7 @@ class SamplePreview:
         images = []
         for start in range(0, rows * self.columns, COUNT):  # no more at once than training has memory for
             indices = range(start, min(start + COUNT, rows * self.columns))
-            x0, _ = self.sampler.x0(indices, classes and classes[:rows], SamplingConfig(use_ddim=True), self.device)
+            x0, _ = self.sampler.x0(indices, classes and classes[:rows], SamplingConfig(), self.device)
             images.append(self.sampler.decode(x0).cpu().numpy())
         images = np.concatenate(images)
         # Classes change fastest along the samples; on the sheet they are rows.

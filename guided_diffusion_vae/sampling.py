@@ -1,17 +1,22 @@
 """Draw samples: which class sample i has and what noise it sees depend on (seed, i) alone, not on batches or ranks."""
 
 import zipfile
+import math
 import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from . import dist_util, figures
+from . import dist_util, figures, logger
 from .config import opt
 from .files import atomic_path
+from .gaussian_diffusion import ModelMeanType
 from .nn import keyed_rng
 
+# Share of x0's variance at the first sampling step below which its prediction from the noise is unsafe unclipped: the
+# cosine schedule ends at 2e-9, the linear one at 4e-5.
+FAINTEST = 1e-6
 START = 5  # first number of the keys of sampling noise, apart from those of training
 
 
@@ -106,6 +111,10 @@ def draw(sampler, classes, config, device):
     """
     if config.num_samples < 1 or config.batch_size < 1:
         raise ValueError(f"--num_samples {config.num_samples} --batch_size {config.batch_size}: both are at least 1")
+    first = sampler.diffusion.alphas_cumprod[-1]
+    if first < FAINTEST and not config.clip_denoised and sampler.diffusion.model_mean_type is ModelMeanType.EPSILON:
+        logger.warn(f"the first step sees {math.sqrt(first):.1g} of the latent and the rest is noise: an unclipped prediction "
+                    "of it may run away and leave noisy pictures; --timestep_respacing ddim100 begins a little later")
     mine = []
     starts = range(0, config.num_samples, config.batch_size)
     for start in starts[dist_util.rank()::dist_util.world_size()]:

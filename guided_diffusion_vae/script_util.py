@@ -748,8 +748,14 @@ def load_sampler(configs, given, device):
 
 
 def preview_sampler(model, codec, header):
-    """Return a Sampler for previews: the model in training, walked through in 25 DDIM steps."""
-    process = {**header["diffusion"], "timestep_respacing": str(min(25, header["diffusion"]["diffusion_steps"]))}
+    """Return a Sampler for previews: the model in training, walked through in about 50 evenly spaced steps.
+
+    The spacing of DDIM begins below the very last step, where latents are all but pure noise and an unclipped prediction
+    of x0 from an unfinished model runs away.
+    """
+    steps = header["diffusion"]["diffusion_steps"]
+    spaced = len(range(0, steps, -(-steps // 50)))
+    process = {**header["diffusion"], "timestep_respacing": f"ddim{spaced}"}
     return sampler_from(model, _process_from_flags(**process), codec, header)
 
 

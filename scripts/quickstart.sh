@@ -36,7 +36,7 @@ heading "6/8  Train a classifier on the real pictures, to judge the samples by"
 alone scripts/classifier_train.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/classifier
 
 heading "7/8  Sample every motion in turn, with two ranks"
-two_ranks scripts/image_sample_vae.py --model_path $RUN/diffusion --num_samples $SAMPLES --batch_size 48 --use_ddim True --timestep_respacing ddim50 --logdir $RUN/samples
+two_ranks scripts/image_sample_vae.py --model_path $RUN/diffusion --num_samples $SAMPLES --batch_size 48 --timestep_respacing ddim100 --logdir $RUN/samples
 
 heading "8/8  Measure: do the samples show the motion that was asked for, and how far are they from real pictures?"
 alone scripts/evaluate.py --config $CONFIG --samples $RUN/samples/samples_${SAMPLES}x64x64x1.npz --reference $RUN/data/val --train_dir $RUN/data/train --classifier_path $RUN/classifier --logdir $RUN/evaluation

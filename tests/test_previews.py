@@ -60,7 +60,7 @@ def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(t
     (images, columns, labels), (again, _, _) = shown
     assert columns == 2 and labels == ["a", "b", "c"] and np.array_equal(images, again)
     assert images.reshape(3, 2, -1).mean(2) == pytest.approx(np.array([[0.05] * 2, [0.5] * 2, [0.95] * 2]), abs=0.02)
-    expected = sampler.decode(sampler.x0(range(6), [0, 1, 2], SamplingConfig(use_ddim=True), CPU)[0]).numpy()
+    expected = sampler.decode(sampler.x0(range(6), [0, 1, 2], SamplingConfig(), CPU)[0]).numpy()
     assert np.array_equal(images[1], expected[3])  # the second picture of the first class
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
 
