@@ -65,13 +65,13 @@ def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(t
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
 
 
-@pytest.mark.parametrize("steps", [4, 25, 60, 1000])
-def test_previews_take_25_steps_of_any_process(steps):
+@pytest.mark.parametrize("steps, taken, first", [(4, 4, 3), (50, 50, 49), (60, 30, 58), (1000, 50, 980)])
+def test_previews_take_evenly_spaced_steps_of_any_process(steps, taken, first):
     header = {"latent_shape": [1, 8, 8], "image_shape": [1, 8, 8], "classes": None, "model": {"num_classes": 0},
               "normalizer": LatentNormalizer([0], [1], "auto").to_dict(),
               "diffusion": vars(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine"))}
     sampler = script_util.preview_sampler(None, PixelCodec(1), header)
-    assert sampler.diffusion.num_timesteps == min(25, steps)
+    assert sampler.diffusion.num_timesteps == taken and max(sampler.diffusion.timestep_map) == first
 
 
 def test_accuracy_is_over_all_pictures_in_the_models_numbering(pictures):
