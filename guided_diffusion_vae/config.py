@@ -16,8 +16,10 @@ def opt(default, help, choices=None):
 
 
 def size(text):
-    """Convert a size as it stands on a command line: `64` to a number, `64x128` (height x width) stays text."""
-    return int(text) if str(text).isdigit() else str(text)
+    """Convert a size as it stands on a command line: `64` and `64x64` to a number, `64x128` (height x width) to text."""
+    sides = set(str(text).lower().split("x"))
+    side = sides.pop()
+    return int(side) if side.isdigit() and not sides else str(text)
 
 
 def as_dict(config):
