@@ -16,7 +16,7 @@ def opt(default, help, choices=None):
 
 
 def size(text):
-    """Convert a size as it stands on a command line: `64` and `64x64` to a number, `64x128` (height x width) to text."""
+    """Convert a size from a command line: `64` and `64x64` to a number, `64x128` (height x width) to text."""
     sides = set(str(text).lower().split("x"))
     side = sides.pop()
     return int(side) if side.isdigit() and not sides else str(text)

@@ -113,8 +113,9 @@ def draw(sampler, classes, config, device):
         raise ValueError(f"--num_samples {config.num_samples} --batch_size {config.batch_size}: both are at least 1")
     first = sampler.diffusion.alphas_cumprod[-1]
     if first < FAINTEST and not config.clip_denoised and sampler.diffusion.model_mean_type is ModelMeanType.EPSILON:
-        logger.warn(f"the first step sees {math.sqrt(first):.1g} of the latent and the rest is noise: an unclipped prediction "
-                    "of it may run away and leave noisy pictures; --timestep_respacing ddim100 begins a little later")
+        logger.warn(f"the first step sees {math.sqrt(first):.1g} of the latent and the rest is noise: an unclipped "
+                    "prediction of it may run away and leave noisy pictures; --timestep_respacing ddim100 begins a "
+                    "little later")
     mine = []
     starts = range(0, config.num_samples, config.batch_size)
     for start in starts[dist_util.rank()::dist_util.world_size()]:

@@ -750,8 +750,8 @@ def load_sampler(configs, given, device):
 def preview_sampler(model, codec, header):
     """Return a Sampler for previews: the model in training, walked through in about 50 evenly spaced steps.
 
-    The spacing of DDIM begins below the very last step, where latents are all but pure noise and an unclipped prediction
-    of x0 from an unfinished model runs away.
+    The spacing of DDIM begins below the very last step, where latents are all but pure noise and an unclipped
+    prediction of x0 from an unfinished model runs away.
     """
     steps = header["diffusion"]["diffusion_steps"]
     spaced = len(range(0, steps, -(-steps // 50)))
