@@ -8,6 +8,7 @@ OpenMP threads that spin while they wait take the cores of other ranks. `OMP_WAI
 reads it when torch is imported, so it belongs into the environment or before the first `import torch`, not here.
 """
 
+import atexit
 import datetime
 import os
 import re
@@ -308,6 +309,7 @@ def launch(main):
     try:
         main()
         shutdown()
+        _leave()
     except SystemExit as stop:
         if stop.code in (0, None):
             shutdown()
@@ -327,6 +329,23 @@ def shutdown():
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+
+
+def _leave():
+    """Among several ranks, end the process in order but without unloading libraries.
+
+    Threads of Gloo that outlive the process group abort a process that is torn down around them ("terminate called
+    without an active exception"), now and then, on an idle machine.
+    """
+    if world_size() == 1:
+        return
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _fail(error):
