@@ -87,6 +87,41 @@ def state_dict_to_master_params(model, state_dict, use_fp16):
     return make_master_params(get_param_groups_and_shapes(named)) if use_fp16 else [value for _, value in named]
 
 
+# Optimizer files
+
+def optimizer_state_of_params(state, named_params):
+    """Return the state of an optimizer over parameters, given that of one over their flat masters; inverse of the next.
+
+    `state` maps numbers of optimised tensors to their entries; values of a tensor's size are cut up, others (the count
+    of steps) are given to every parameter.
+    """
+    number = {name: i for i, (name, _) in enumerate(named_params)}
+    split = {}
+    for (group, _), entries in zip(get_param_groups_and_shapes(named_params), state.values(), strict=True):
+        size = sum(p.numel() for _, p in group)
+        for name, _ in group:
+            split[number[name]] = {}
+        for key, value in entries.items():
+            whole = isinstance(value, torch.Tensor) and value.numel() == size and value.dim() > 0
+            parts = unflatten_master_params(group, value) if whole else [value] * len(group)
+            for (name, _), part in zip(group, parts):
+                split[number[name]][key] = part.clone() if isinstance(part, torch.Tensor) else part
+    return split
+
+
+def optimizer_state_of_masters(state, named_params):
+    """Return the state of an optimizer over flat masters, given that of one over the parameters."""
+    number = {name: i for i, (name, _) in enumerate(named_params)}
+    joined = {}
+    for i, (group, shape) in enumerate(get_param_groups_and_shapes(named_params)):
+        entries = [(state[number[name]], p) for name, p in group]
+        joined[i] = {
+            key: _joined((entry[key] for entry, _ in entries), shape) if value.shape == entries[0][1].shape else value
+            for key, value in entries[0][0].items()
+        }
+    return joined
+
+
 # Gradients
 
 def param_grad_or_zeros(param):
@@ -177,6 +212,28 @@ class MixedPrecisionTrainer:
             logger.log(f"gradients overflowed, step left out; lg_loss_scale is now {self.lg_loss_scale:g}")
         zero_master_grads(self.master_params)
         return usable
+
+    def load_optimizer(self, opt, content):
+        """Take over an optimizer's state dict, whether it was saved in half precision (over flat masters) or in full.
+
+        So a run changes its precision when it goes on, and files of guided-diffusion's half-precision runs are read.
+        Settings (learning rate and such) stay as they are in `opt`.
+
+        :raises ValueError: where the file is of an optimizer over other tensors.
+        """
+        state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # a number in files of old torch
+                 for i, entries in content["state"].items()}
+        named = list(self.model.named_parameters())
+        flat = get_param_groups_and_shapes(named)
+        sizes = [state[i]["exp_avg"].numel() for i in sorted(state)]
+        if sizes == [p.numel() for _, p in named] and self.use_fp16:
+            state = optimizer_state_of_masters(state, named)
+        elif sizes == [sum(p.numel() for _, p in group) for group, _ in flat] and not self.use_fp16:
+            state = optimizer_state_of_params(state, named)
+        elif state and sizes != [p.numel() for p in self.master_params]:
+            raise ValueError(f"the optimizer file is over {len(sizes)} tensors of {sum(sizes)} numbers in all, the "
+                             f"model has {len(named)} of {sum(p.numel() for _, p in named)}; it belongs to another one")
+        opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
     def master_params_to_state_dict(self, master_params):
         """Return a state dict of the model with these values, which may be an average, for its parameters."""

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -155,3 +157,64 @@ def test_what_is_not_finite_has_overflowed(value):
 def test_a_model_that_cannot_be_cast_is_refused():
     with pytest.raises(ValueError, match="convert_to_fp16.*Linear has.*--use_fp16 False"):
         MixedPrecisionTrainer(model=nn.Linear(1, 1), use_fp16=True)
+
+
+# Optimizer files
+
+
+def taught(use_fp16, steps=3):
+    """Return (trainer, AdamW) of a network that took some steps along made-up gradients."""
+    trainer = MixedPrecisionTrainer(model=Net(), use_fp16=use_fp16)
+    opt = torch.optim.AdamW(trainer.master_params, lr=0.1, fused=True)
+    for seed in range(steps):
+        step_along(trainer, opt, seed)
+    return trainer, opt
+
+
+def step_along(trainer, opt, seed):
+    """Take one step of the masters along a gradient that is the same whatever shape they have."""
+    named = [(name, p) for name, p in trainer.model.named_parameters()]
+    seeded = lambda i: torch.Generator().manual_seed(100 * seed + i)
+    grads = [torch.randn(p.shape, generator=seeded(i)) for i, (_, p) in enumerate(named)]
+    if trainer.use_fp16:
+        groups = fp16_util.get_param_groups_and_shapes([(name, g) for (name, _), g in zip(named, grads)])
+        grads = [p.detach() for p in fp16_util.make_master_params(groups)]
+    for master, grad in zip(trainer.master_params, grads, strict=True):
+        master.grad = grad
+    opt.step()
+
+
+def weights_of(trainer):
+    state = trainer.master_params_to_state_dict(trainer.master_params)
+    return torch.cat([state[name].detach().float().flatten() for name, _ in trainer.model.named_parameters()])
+
+
+@pytest.mark.parametrize("before, after", [(True, False), (False, True), (True, True), (False, False)])
+def test_a_run_goes_on_in_another_precision_with_the_same_optimizer(before, after):
+    old, old_opt = taught(before)
+    content = copy.deepcopy(old_opt.state_dict())
+    if before:  # as a file of guided-diffusion and an older torch has it
+        assert len(content["state"]) == 2
+        content["state"] = {i: {**entry, "step": int(entry["step"])} for i, entry in content["state"].items()}
+        content["param_groups"] = [{"lr": 5.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.3,
+                                    "amsgrad": False, "params": [0, 1]}]
+    new, new_opt = taught(after, steps=0)
+    with torch.no_grad():
+        loaded = new.state_dict_to_master_params(old.master_params_to_state_dict(old.master_params))
+        for master, value in zip(new.master_params, loaded, strict=True):
+            master.copy_(value)
+    new.load_optimizer(new_opt, content)
+    assert new_opt.param_groups[0]["lr"] == 0.1 and new_opt.param_groups[0]["fused"] is True
+    for trainer, opt in ((old, old_opt), (new, new_opt)):
+        step_along(trainer, opt, 9)
+    torch.testing.assert_close(weights_of(new), weights_of(old), rtol=1e-6, atol=1e-7)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    trainer, opt = taught(False)
+    other = nn.Linear(3, 4)
+    wrong = torch.optim.AdamW(other.parameters())
+    other(torch.ones(1, 3)).sum().backward()
+    wrong.step()
+    with pytest.raises(ValueError, match="over 2 tensors of 16 numbers in all, the model has 4 of 63; it belongs to"):
+        trainer.load_optimizer(opt, wrong.state_dict())
