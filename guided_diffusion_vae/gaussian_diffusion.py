@@ -2,7 +2,8 @@
 
 Letters are the papers': x_0 data, x_t noised data, t time (0 is the least noise), eps noise, beta and alpha-bar the
 schedule, q the fixed forward process, p the learned reverse one. Equations are named by paper: DDPM (arXiv 2006.11239),
-iDDPM (2102.09672), DDIM (2010.02502), ADM (2105.05233).
+iDDPM (2102.09672), DDIM (2010.02502), ADM (2105.05233), progressive distillation (2202.00512), zero terminal SNR
+(2305.08891), min-SNR (2303.09556).
 
 Tensors are [N x C x ...] with any number of spatial axes, t is [N] int64, results of one number a sample are [N].
 Where a `model` is asked for, it is called as model(x, times, **model_kwargs) and gives [N x C x ...], or
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from .config import opt
-from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
 from .nn import mean_flat
 
 
@@ -44,8 +45,24 @@ def _cosine_betas(steps):
     return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
+def zero_terminal_snr(betas):
+    """Return betas like the given ones whose last step leaves no signal at all; float64 [T], the last one 1.
+
+    Zero terminal SNR, algorithm 1: sqrt(alpha-bar) is shifted so that it ends at 0 and scaled so that it begins where
+    it did. A network can then not read the mean brightness of its data off the last step, nor miss it when sampling.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return 1.0 - (root / np.append(1.0, root[:-1])) ** 2
+
+
 # The choices of --noise_schedule.
-NOISE_SCHEDULES = {"linear": _linear_betas, "cosine": _cosine_betas}
+NOISE_SCHEDULES = {
+    "linear": _linear_betas,
+    "cosine": _cosine_betas,
+    "linear_zero_snr": lambda steps: zero_terminal_snr(_linear_betas(steps)),
+    "cosine_zero_snr": lambda steps: zero_terminal_snr(_cosine_betas(steps)),
+}
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
@@ -66,13 +83,19 @@ class DiffusionConfig:
     learn_sigma: bool = opt(False, "predict the variance of each reverse step too (twice the output channels); needed "
                                    "for good samples in few steps and for likelihoods")
     diffusion_steps: int = opt(1000, "steps of the process that the network is trained on")
-    noise_schedule: str = opt("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends)",
+    noise_schedule: str = opt("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends); with "
+                                        "_zero_snr down to pure noise, which --predict_v or --predict_xstart can take",
                               choices=tuple(NOISE_SCHEDULES))
     timestep_respacing: str = opt("", "steps to visit: a count (250), counts per equal section (10,15,20), ddimN "
-                                      "(ddim25: N steps at one stride, for DDIM); empty is every step")
+                                      "(ddim25: N steps at one stride, for DDIM), logsnrN (logsnr20: N steps evenly "
+                                      "spread over the log of the signal-to-noise ratio, for the multi-step solvers); "
+                                      "empty is every step")
     use_kl: bool = opt(False, "train on the variational bound alone, the loss of best likelihood, in place of the mean "
                               "squared error")
     predict_xstart: bool = opt(False, "let the network predict the clean x_0 in place of the noise")
+    predict_v: bool = opt(False, "let the network predict the velocity, noise and x_0 in turn as the noise falls")
+    min_snr_gamma: float = opt(0.0, "weigh the squared error by min(SNR, this), which keeps easy times from drowning "
+                                    "the others; 5 is usual, 0 is off")
     rescale_timesteps: bool = opt(False, "show the network times that run to 1000 whatever the number of steps")
     rescale_learned_sigmas: bool = opt(False, "weigh the variance term of the loss by steps / 1000, so that it never "
                                               "outweighs the squared error (with learn_sigma)")
@@ -84,6 +107,7 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = "the mean of x_{t-1}"
     START_X = "x_0"
     EPSILON = "the noise in x_t"
+    VELOCITY = "sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (progressive distillation, section 4)"
 
 
 class ModelVarType(enum.Enum):
@@ -100,6 +124,7 @@ class LossType(enum.Enum):
 
     MSE = "squared error of the prediction, plus the variational bound where variances are learned"
     RESCALED_MSE = "the same, with the bound weighed by T / 1000"
+    MIN_SNR = "squared error weighed by min(SNR, gamma), as it stands for an error of x_0 (min-SNR, section 3.4)"
     KL = "the variational bound's term of time t"
     RESCALED_KL = "the same times T, an estimate of the whole bound"
 
@@ -125,20 +150,32 @@ class GaussianDiffusion:
 
     betas: variance added by each step, [T] in (0, 1].
     rescale_timesteps: give models times in [0, 1000) whatever T is.
+    min_snr_gamma: the bound of LossType.MIN_SNR.
+    discrete_data: x_0 are 8-bit levels mapped to [-1, 1], and the likelihood of the last step is a probability; False:
+        x_0 are real numbers, such as latents, and it is a density.
 
-    Raises ValueError where `betas` is not a sequence of numbers in (0, 1].
+    Raises ValueError where `betas` is not a sequence of numbers in (0, 1], and where the network shall predict noise
+    or the previous x although the last step leaves nothing else.
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False):
+    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False,
+                 min_snr_gamma=5.0, discrete_data=True):
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
+        self.min_snr_gamma = min_snr_gamma
+        self.discrete_data = discrete_data
         self.betas = np.array(betas, dtype=np.float64)
         self.num_timesteps = _checked_length(self.betas)
         self._tables = {}       # (name of a schedule, device) -> tensor [T]
         with np.errstate(divide="ignore"):      # a last beta of 1 leaves no signal: 1 / sqrt(alpha-bar) is infinite
             self._derive_schedules()
+        if loss_type is LossType.MIN_SNR:
+            self._min_snr_weight = self._weights_of_min_snr()
+        if self.betas[-1] == 1 and model_mean_type in (ModelMeanType.EPSILON, ModelMeanType.PREVIOUS_X):
+            raise ValueError("the noise schedule ends in pure noise, from which a prediction of noise tells nothing of "
+                             "x_0; set --predict_v True or --predict_xstart True, or take another --noise_schedule")
 
     def _derive_schedules(self):
         alpha_bar = np.cumprod(1.0 - self.betas)
@@ -153,6 +190,8 @@ class GaussianDiffusion:
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alpha_bar)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alpha_bar - 1.0)
         self._one_minus_alphas_cumprod = 1.0 - alpha_bar
+        # d x_0 / d eps times d eps / d score; where no signal is left there is nothing that guidance could bend
+        self._xstart_per_score = np.where(alpha_bar > 0, (1.0 - alpha_bar) * self.sqrt_recip_alphas_cumprod, 0.0)
 
         # q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7. Its variance is 0 at t = 0; the logarithm takes the next time's
         # there (iDDPM, section 3.1), or where there is one time only, that of beta.
@@ -235,8 +274,17 @@ class GaussianDiffusion:
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
         """Solve the same equation for eps; inverse of `_predict_xstart_from_eps`."""
-        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-        return (scaled - pred_xstart) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        signal = self._at("sqrt_alphas_cumprod", t, x_t) * pred_xstart
+        return (x_t - signal) / self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
+
+    def _predict_xstart_from_v(self, x_t, t, v):
+        """Return x_0 = sqrt(alpha-bar) x_t - sqrt(1 - alpha-bar) v; progressive distillation, appendix D."""
+        return self._at("sqrt_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+
+    def _velocity(self, x_start, t, noise):
+        """Return v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0, [N x C x ...]."""
+        spread = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return self._at("sqrt_alphas_cumprod", t, x_start) * noise - spread * x_start
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         """Solve DDPM equation 7 for x_0; inverse of the mean of `q_posterior_mean_variance`."""
@@ -261,6 +309,7 @@ class GaussianDiffusion:
             ModelMeanType.PREVIOUS_X: self._predict_xstart_from_xprev,
             ModelMeanType.START_X: lambda x_t, t, x_0: x_0,
             ModelMeanType.EPSILON: self._predict_xstart_from_eps,
+            ModelMeanType.VELOCITY: self._predict_xstart_from_v,
         }[self.model_mean_type]
         pred_xstart = to_xstart(x, t, prediction)
         if denoised_fn is not None:
@@ -306,12 +355,11 @@ class GaussianDiffusion:
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """Return `p_mean_var` as if the network had predicted the guided noise; ADM, algorithm 2.
 
-        `mean` and `pred_xstart` change; the new pred_xstart is not clipped again.
+        The algorithm's eps - sqrt(1 - alpha-bar) gradient, told in x_0. `mean` and `pred_xstart` change; the new
+        pred_xstart is not clipped again.
         """
         gradient = cond_fn(x, self._model_times(t), **(model_kwargs or {}))
-        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        guided = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
-        pred_xstart = self._predict_xstart_from_eps(x, t, guided)
+        pred_xstart = p_mean_var["pred_xstart"] + self._at("_xstart_per_score", t, x) * gradient
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": self.q_posterior_mean_variance(pred_xstart, x, t)[0]}
 
     # One step of sampling. `noise_fn(x)` draws standard normal noise shaped like x; the default is torch.randn_like.
@@ -416,7 +464,7 @@ class GaussianDiffusion:
         """Yield step(x=x_t, t=t) for t from T - 1 to 0, each starting at the `sample` of the one before."""
         if device is None:
             device = next(model.parameters()).device
-        x = _starting_noise(tuple(shape), noise, device, noise_fn)
+        x = starting_noise(tuple(shape), noise, device, noise_fn)
         times = range(self.num_timesteps - 1, -1, -1)
         if progress:
             from tqdm.auto import tqdm
@@ -447,6 +495,7 @@ class GaussianDiffusion:
         vb_weight = {
             LossType.MSE: 1.0,
             LossType.RESCALED_MSE: self.num_timesteps / 1000.0,
+            LossType.MIN_SNR: 1.0,
             LossType.KL: 1.0,
             LossType.RESCALED_KL: self.num_timesteps,
         }[self.loss_type]
@@ -456,6 +505,8 @@ class GaussianDiffusion:
 
         prediction, sigma_head = self._split_heads(output, x_t)
         terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)}
+        if self.loss_type is LossType.MIN_SNR:
+            terms["mse"] = terms["mse"] * self._table("_min_snr_weight", t.device)[t]
         if sigma_head is None:
             return {"loss": terms["mse"], **terms}
         p = self._p_from_output(torch.cat([prediction.detach(), sigma_head], dim=1), x_t, t, clip_denoised=False)
@@ -466,17 +517,31 @@ class GaussianDiffusion:
         """Return what the network's prediction should equal, [N x C x ...]."""
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             return self.q_posterior_mean_variance(x_start, x_t, t)[0]
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            return self._velocity(x_start, t, noise)
         return {ModelMeanType.START_X: x_start, ModelMeanType.EPSILON: noise}[self.model_mean_type]
+
+    def _weights_of_min_snr(self):
+        """Return what min(SNR, gamma), the weight of an error of x_0, is for an error of the prediction, [T]."""
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        bounded = np.minimum(snr, self.min_snr_gamma)
+        # An error of eps is sqrt(SNR) times, one of v sqrt(SNR + 1) times as large as that of x_0.
+        ratios = {ModelMeanType.START_X: 1.0, ModelMeanType.EPSILON: snr, ModelMeanType.VELOCITY: snr + 1.0}
+        if self.model_mean_type not in ratios or not self.min_snr_gamma > 0:
+            raise ValueError(f"min-SNR weighting with gamma {self.min_snr_gamma} of {self.model_mean_type.name}: gamma "
+                             "is above 0 (--min_snr_gamma), and the network predicts noise, x_0 or the velocity")
+        return bounded / ratios[self.model_mean_type]
 
     def _bound_term(self, p, x_start, x_t, t):
         """Return L_t of the variational bound (iDDPM, equations 4 to 6) in bits per element, [N].
 
         How far p is from the step that knows x_0 (a KL divergence); at t = 0, what it costs to code x_start as 8-bit
-        data in [-1, 1] (a negative log likelihood).
+        data in [-1, 1], or the negative log density of real numbers (see `discrete_data`).
         """
         mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
-        decoded = discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=0.5 * p["log_variance"])
+        likelihood = discretized_gaussian_log_likelihood if self.discrete_data else gaussian_log_density
+        decoded = likelihood(x_start, means=p["mean"], log_scales=0.5 * p["log_variance"])
         return torch.where(t == 0, mean_flat(-decoded), mean_flat(kl)) / math.log(2.0)
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
@@ -491,7 +556,7 @@ class GaussianDiffusion:
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
-        """Compute the whole variational bound of x_start (8-bit data mapped to [-1, 1]) in bits per element.
+        """Compute the whole variational bound of x_start (see `discrete_data`) in bits per element.
 
         Returns a dict: `total_bpd` and `prior_bpd` [N]; `vb`, `xstart_mse`, `mse` (of the noise) [N x T], of which
         column 0 is the time T - 1. One draw of noise a time, from the last to the first.
@@ -525,7 +590,7 @@ def _checked_length(betas):
     return len(betas)
 
 
-def _starting_noise(shape, noise, device, noise_fn):
+def starting_noise(shape, noise, device, noise_fn):
     """Return x_T: `noise` where it is given, else a draw of `shape` on `device`."""
     if noise is None:
         return torch.randn(*shape, device=device) if noise_fn is None else noise_fn(torch.empty(shape, device=device))

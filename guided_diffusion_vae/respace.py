@@ -6,6 +6,9 @@ import numpy as np
 
 from .gaussian_diffusion import GaussianDiffusion
 
+# Half of it is where the authors of DPM-Solver end the cosine schedule.
+FAINTEST_LOG_SNR = -10.2
+
 
 def space_timesteps(num_timesteps, section_counts):
     """Choose the times of a shorter process; returns a set of integers in [0, num_timesteps).
@@ -38,6 +41,33 @@ def space_timesteps(num_timesteps, section_counts):
     return kept
 
 
+def space_by_log_snr(alphas_cumprod, count):
+    """Choose `count` times at even distances of log(alpha-bar / (1 - alpha-bar)); returns a set of integers.
+
+    The spacing of DPM-Solver (arXiv 2206.00927, section 3.4), for solvers of few steps. It goes from time 0 to the last
+    time with a log-SNR above FAINTEST_LOG_SNR, beyond which noise tells nothing reliable of x_0; a schedule that ends
+    in pure noise is meant to be started there, and is. Times are whole numbers, so where the distances fall below one
+    time, neighbours are taken.
+
+    Raises ValueError where there are not that many times, or fewer than 2 are wanted.
+    """
+    alphas_cumprod = np.asarray(alphas_cumprod)
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
+    usable = int((log_snr > FAINTEST_LOG_SNR).sum())
+    if not 2 <= count <= usable:
+        raise ValueError(f"--timestep_respacing logsnr{count}: choose from 2 to {usable}, the times of the "
+                         f"{len(log_snr)} --diffusion_steps whose noise leaves something of x_0")
+    even = np.linspace(log_snr[0], log_snr[usable - 1], count)
+    times = np.interp(-even, -log_snr[:usable], np.arange(usable)).round().astype(int)
+    for i in range(1, count):
+        times[i] = max(times[i], times[i - 1] + 1)
+    times = np.minimum(times, np.arange(usable - count, usable))
+    if alphas_cumprod[-1] == 0:
+        times[-1] = len(alphas_cumprod) - 1
+    return set(times.tolist())
+
+
 def _strided(num_timesteps, wanted):
     for stride in range(1, num_timesteps):
         times = range(0, num_timesteps, stride)
@@ -54,7 +84,8 @@ def _parse_counts(text, flag_value):
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--timestep_respacing {flag_value!r} is not a count (250), counts per section (10,15,20) or ddimN (ddim25)"
+            f"--timestep_respacing {flag_value!r} is not a count (250), counts per section (10,15,20), ddimN (ddim25) "
+            "or logsnrN (logsnr20)"
         ) from None
 
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import functools
 import inspect
 import json
 import os
@@ -14,18 +13,14 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import checkpoint_util, dist_util, logger
+from . import dist_util, logger
 from . import gaussian_diffusion as gd
 from .config import as_dict, from_dict, frozen, opt
 from .files import require_writable_folder, sweep_parts, write_json
 from .gaussian_diffusion import DiffusionConfig
-from .image_datasets import PictureFolder, parse_size
-from .latent_datasets import EncodedPictures, open_latents
-from .respace import SpacedDiffusion, space_timesteps
-from .sampling import Sampler
-from .train_util import TrainLoop, find_checkpoint, progress_bar
+from .respace import SpacedDiffusion, space_by_log_snr, space_timesteps
+from .train_util import find_checkpoint
 from .unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResModel, UNetModel
-from .vae_wrapper import LatentNormalizer, check_latent_std, create_vae
 
 NUM_CLASSES = 1000
 
@@ -37,10 +32,6 @@ CHANNEL_MULT = {
 }
 CLASSIFIER_CHANNEL_MULT = {size: CHANNEL_MULT[size] for size in (512, 256, 128, 64)}
 SUPER_RES_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
-
-# What a sampler may choose freely: everything else in the header of a model describes the weights.
-FREE_AT_SAMPLING = ("timestep_respacing", "use_fp16", "use_checkpoint", "dropout")
-
 
 @dataclasses.dataclass
 class RunConfig:
@@ -97,6 +88,11 @@ def part_of(cls, *names):
     return dataclasses.make_dataclass(cls.__name__, fields, namespace={"SECTION": section_of(cls)})
 
 
+def part_without(cls, *names):
+    """Return a config class of the same section with all fields of `cls` but these."""
+    return part_of(cls, *(f.name for f in dataclasses.fields(cls) if f.name not in names))
+
+
 def read_yaml(path, classes):
     """Return {flag: value} for the given config classes from a YAML file.
 
@@ -136,12 +132,13 @@ def read_yaml(path, classes):
 def _all_sections():
     """Return {section: known keys}; imported here because the scripts need only some of these modules."""
     from . import (
-        autoencoder, evaluation, image_datasets, latent_datasets, microdoppler, sampling, train_util, unet, vae_wrapper,
+        autoencoder, evaluation, export, guidance, image_datasets, latent_datasets, microdoppler, sampling, train_util,
+        unet, vae_wrapper,
     )
 
     sections = {}
-    for module in (autoencoder, evaluation, gd, image_datasets, latent_datasets, microdoppler, sampling, train_util,
-                   unet, vae_wrapper, sys.modules[__name__]):
+    for module in (autoencoder, evaluation, export, gd, guidance, image_datasets, latent_datasets, microdoppler,
+                   sampling, train_util, unet, vae_wrapper, sys.modules[__name__]):
         for cls in vars(module).values():
             if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config"):
                 sections.setdefault(section_of(cls), set()).update(f.name for f in dataclasses.fields(cls))
@@ -340,34 +337,6 @@ def print_report(report, indent=""):
             say(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")
 
 
-def one_sample(shape, model):
-    """Return what `print_model_size` calls: the UNet on one latent [C x ...]."""
-    labels = {"y": torch.zeros(1, dtype=torch.long, device="meta")} if model.class_cond else {}
-    return lambda network: network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long), **labels)
-
-
-def preprocessing(data):
-    """Return how pictures become numbers: what a checkpoint remembers of a DataConfig."""
-    return {k: v for k, v in as_dict(data).items() if k not in ("data_dir", "random_flip")}
-
-
-def loop_arguments(train, *without):
-    """Return the fields of a training config that TrainLoop takes, but for those named."""
-    return {k: v for k, v in vars(train).items() if k in inspect.signature(TrainLoop).parameters and k not in without}
-
-
-def say_source(source):
-    """Print what a latent source holds: count, shape, classes, statistics."""
-    classes = ""
-    if source.class_names:
-        counts = np.bincount(source.labels, minlength=len(source.class_names))
-        classes = "; classes: " + ", ".join(f"{name} {n}" for name, n in zip(source.class_names, counts))
-    of = source.statistics
-    spread = ", ".join(f"{std:.4f}" for std in of["channel_std"])
-    say(f"{source.count} latents {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}; "
-        f"mean {of['mean']:.4f}, std {of['std']:.4f}, std per channel {spread}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # defaults, by name of flag
 
@@ -414,21 +383,33 @@ def create_model_and_diffusion(image_size, learn_sigma=False, **flags):
     return model, _process_from_flags(learn_sigma=learn_sigma, **of_process)
 
 
-def create_model_and_diffusion_vae(latent_shape, model, diffusion):
-    """Build the UNet of a latent grid [C x ...] and its process from a ModelConfig and a DiffusionConfig."""
+def create_model_and_diffusion_vae(latent_shape, model, diffusion, super_res=None, discrete_data=False):
+    """Build the UNet of a grid [C x ...] and its process from a ModelConfig and a DiffusionConfig.
+
+    With a SuperResConfig it is the upsampler onto that grid. `discrete_data` says that the grid is of 8-bit pictures.
+    """
     flags = {**as_dict(model), "in_channels": latent_shape[0], "dims": len(latent_shape) - 1}
-    return create_model_and_diffusion(image_size=max(latent_shape[1:]), **flags, **as_dict(diffusion))
+    size = max(latent_shape[1:])
+    process = _process_from_flags(**as_dict(diffusion), discrete_data=discrete_data)
+    if super_res is None:
+        return create_model(size, learn_sigma=diffusion.learn_sigma, **flags), process
+    known = inspect.signature(sr_create_model).parameters
+    flags = {key: value for key, value in flags.items() if key in known}
+    network = sr_create_model(size, None, learn_sigma=diffusion.learn_sigma,
+                              noised_condition=super_res.cond_noise_steps > 0, **flags)
+    return network, process
 
 
 def create_model(
     image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
     use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
-    in_channels=0, num_classes=0, dims=0, resample_depth=False,
+    in_channels=0, num_classes=0, dims=0, resample_depth=False, class_dropout=0.0,
 ):
     """Build a UNet for a grid of `image_size` (of the latent, where it works on latents).
 
-    Zeros stand for what guided-diffusion has: 3 channels, 1000 classes, 2 axes.
+    Zeros stand for what guided-diffusion has: 3 channels, 1000 classes, 2 axes. With `class_dropout` there is one class
+    more, the last, which stands for none.
 
     :raises ValueError: where `image_size` has no default multipliers and `channel_mult` is empty.
     """
@@ -438,7 +419,7 @@ def create_model(
         out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
         attention_resolutions=_strides(image_size, attention_resolutions), dropout=dropout,
         channel_mult=_multipliers(image_size, channel_mult, CHANNEL_MULT), dims=dims or 2,
-        num_classes=(num_classes or NUM_CLASSES) if class_cond else None, use_checkpoint=use_checkpoint,
+        num_classes=_embedded_classes(class_cond, num_classes, class_dropout), use_checkpoint=use_checkpoint,
         use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
@@ -455,20 +436,37 @@ def sr_create_model_and_diffusion(large_size, small_size, learn_sigma=False, **f
 def sr_create_model(
     large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-    resblock_updown, use_fp16,
+    resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False, in_channels=0, num_classes=0, dims=0,
+    resample_depth=False, class_dropout=0.0, noised_condition=False,
 ):
     """Build an upsampler that works at `large_size` and sees the small picture as further channels.
 
-    :raises ValueError: where `large_size` has no multipliers.
+    Zeros and `class_dropout` are as in `create_model`; the network takes small pictures of any size.
+
+    :raises ValueError: where `large_size` has no multipliers and `channel_mult` is empty.
     """
+    in_channels = in_channels or 3
     return SuperResModel(
-        image_size=large_size, in_channels=3, model_channels=num_channels, out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks, attention_resolutions=_strides(large_size, attention_resolutions),
-        dropout=dropout, channel_mult=_multipliers(large_size, "", SUPER_RES_CHANNEL_MULT),
-        num_classes=NUM_CLASSES if class_cond else None, use_checkpoint=use_checkpoint, num_heads=num_heads,
-        num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
+        image_size=large_size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
+        attention_resolutions=_strides(large_size, attention_resolutions), dropout=dropout,
+        channel_mult=_multipliers(large_size, channel_mult, SUPER_RES_CHANNEL_MULT), dims=dims or 2,
+        num_classes=_embedded_classes(class_cond, num_classes, class_dropout), use_checkpoint=use_checkpoint,
+        num_heads=num_heads, num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown, use_fp16=use_fp16,
+        use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
+        noised_condition=noised_condition,
     )
+
+
+def _embedded_classes(class_cond, num_classes, class_dropout):
+    """Return how many classes a network has embeddings for, None for a network without."""
+    if class_dropout and not class_cond:
+        raise ValueError(f"--class_dropout {class_dropout} hides classes that --class_cond False does not show; set "
+                         "--class_cond True, or --class_dropout 0")
+    if not 0 <= class_dropout < 1:
+        raise ValueError(f"--class_dropout is {class_dropout}; it is a share from 0 to below 1")
+    return (num_classes or NUM_CLASSES) + (class_dropout > 0) if class_cond else None
 
 
 def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
@@ -480,40 +478,64 @@ def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
 def create_classifier(
     image_size, classifier_use_fp16, classifier_width, classifier_depth, classifier_attention_resolutions,
     classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, classifier_in_channels=0,
-    classifier_num_classes=0,
+    classifier_num_classes=0, classifier_channel_mult="", classifier_dims=0, classifier_resample_depth=False,
 ):
     """Build the half of a UNet that ends in logits.
 
-    :raises ValueError: where `image_size` has no multipliers.
+    :raises ValueError: where `image_size` has no multipliers and `classifier_channel_mult` is empty.
     """
     return EncoderUNetModel(
         image_size=image_size, in_channels=classifier_in_channels or 3, model_channels=classifier_width,
         out_channels=classifier_num_classes or NUM_CLASSES, num_res_blocks=classifier_depth,
         attention_resolutions=_strides(image_size, classifier_attention_resolutions),
-        channel_mult=_multipliers(image_size, "", CLASSIFIER_CHANNEL_MULT), use_fp16=classifier_use_fp16,
-        num_head_channels=64, use_scale_shift_norm=classifier_use_scale_shift_norm,
-        resblock_updown=classifier_resblock_updown, pool=classifier_pool,
+        channel_mult=_multipliers(image_size, classifier_channel_mult, CLASSIFIER_CHANNEL_MULT),
+        use_fp16=classifier_use_fp16, num_head_channels=64, use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown, pool=classifier_pool, dims=classifier_dims or 2,
+        resample_depth=classifier_resample_depth,
     )
 
 
 def create_gaussian_diffusion(
     *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
-    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="", predict_v=False, min_snr_gamma=0.0,
+    discrete_data=True,
 ):
-    """Build a process; `timestep_respacing` picks the steps that sampling walks through (empty: all)."""
+    """Build a process; `timestep_respacing` picks the steps that sampling walks through (empty: all).
+
+    :raises ValueError: for two predictions or two losses at once, and whatever `SpacedDiffusion` refuses.
+    """
+    if predict_xstart and predict_v:
+        raise ValueError("--predict_xstart True and --predict_v True exclude each other; give one of them")
+    if min_snr_gamma and (use_kl or rescale_learned_sigmas):
+        raise ValueError(f"--min_snr_gamma {min_snr_gamma} weighs the plain squared error; leave --use_kl and "
+                         "--rescale_learned_sigmas off")
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
+    elif min_snr_gamma:
+        loss_type = gd.LossType.MIN_SNR
     else:
         loss_type = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
+    mean_type = gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON
     fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    betas = gd.get_named_beta_schedule(noise_schedule, steps)
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        use_timesteps=choose_timesteps(betas, timestep_respacing),
+        betas=betas,
+        model_mean_type=gd.ModelMeanType.VELOCITY if predict_v else mean_type,
         model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        min_snr_gamma=min_snr_gamma,
+        discrete_data=discrete_data,
     )
+
+
+def choose_timesteps(betas, timestep_respacing):
+    """Return the times that `--timestep_respacing` asks for, of a schedule with these betas; empty: all."""
+    text = str(timestep_respacing)
+    if text.startswith("logsnr") and text[len("logsnr"):].isdigit():
+        return space_by_log_snr(np.cumprod(1.0 - betas), int(text[len("logsnr"):]))
+    return space_timesteps(len(betas), timestep_respacing or [len(betas)])
 
 
 def _process_from_flags(diffusion_steps=1000, **flags):
@@ -536,287 +558,13 @@ def _longest(size):
 
 def _multipliers(size, text, table):
     """Return the width multipliers that are given, else those of the longest side of the grid."""
+    flag = "--classifier_channel_mult" if table is CLASSIFIER_CHANNEL_MULT else "--channel_mult"
     if text:
         try:
             return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
         except ValueError:
-            raise ValueError(f"--channel_mult is {text!r}; needed are numbers with commas between: 1,2,2") from None
+            raise ValueError(f"{flag} is {text!r}; needed are numbers with commas between: 1,2,2") from None
     if _longest(size) not in table:
-        remedy = "give --channel_mult, for example 1,2,2" if table is CHANNEL_MULT else "choose another --image_size"
         known = ", ".join(map(str, sorted(table)))
-        raise ValueError(f"no width multipliers for a grid of {size}, only for {known}; {remedy}")
+        raise ValueError(f"no width multipliers for a grid of {size}, only for {known}; give {flag}, for example 1,2,2")
     return table[_longest(size)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# models from their checkpoints
-
-
-def open_source(latents, vae, data, given, seed, device, folder=None):
-    """Return (latent source, codec or None): a cache, or pictures that an autoencoder encodes on the fly.
-
-    A cache needs no autoencoder to train from; without one there are no previews. A run that goes on in `folder` keeps
-    the statistics it began with.
-    """
-    if bool(latents.cache_dir) == bool(data.data_dir):
-        raise ValueError(f"--cache_dir is {latents.cache_dir!r} and --data_dir is {data.data_dir!r}; give one of them: "
-                         "a cache of latents, or pictures together with --vae_path")
-    if latents.cache_dir:
-        source = open_latents(latents.cache_dir)
-        codec = codec_of(source.autoencoder, vae, device, required=False)
-        require_same_pictures(source, given)
-        verify(source)
-        if device.type == "cuda":
-            source.on_device(device, torch.cuda.mem_get_info()[0] // 4)
-        if codec is None:
-            say("the cache's autoencoder is not at hand (--vae_path), so there are no previews")
-        return source, codec
-    codec = create_vae(vae, device)
-    pictures = open_pictures(data, given, codec)
-    encoded = functools.partial(EncodedPictures, pictures, codec, device, latents.stats_samples, seed)
-    measured = begun_with(folder).get("statistics")
-    if dist_util.rank() == 0 and measured is None:
-        with progress_bar(None, 0, "measuring latents") as bar:
-            measured = encoded(progress=bar.advance_to).statistics
-    return encoded(statistics=dist_util.broadcast_object(measured)), codec
-
-
-def open_pictures(data, given, codec):
-    """Return the PictureFolder that an autoencoder shall see, read as it was trained where the flags do not say."""
-    return PictureFolder(as_trained(data, given, codec.preprocessing), multiple=codec.factors)
-
-
-def as_trained(data, given, preprocessing):
-    """Return a DataConfig with the settings that a model was trained with, but for those that are given."""
-    known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip"} - set(given)
-    return dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
-
-
-def require_same_pictures(cache, given):
-    """Refuse flags of the data that contradict how the pictures of a cache were read."""
-    read = getattr(cache, "preprocessing", None) or {}
-    for key, value in given.items():
-        if key in read and key != "data_dir" and frozen(read[key]) != value:
-            raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with "
-                             f"{key} {read[key]}; leave the flag away or encode again")
-
-
-def verify(cache, limit_bytes=2**32):
-    """Compare a cache with the SHA-256 of its files on rank 0, where that takes seconds."""
-    if dist_util.rank() == 0 and hasattr(cache, "verify"):
-        if cache.nbytes > limit_bytes:
-            return say(f"{cache.folder} is large and taken as it is; encode_dataset.py with the same flags verifies it")
-        with progress_bar(None, 0, "verifying the cache") as bar:
-            cache.verify(bar.advance_to)
-
-
-def begun_with(folder):
-    """Return the header of the run that goes on in `folder`, an empty dictionary where none does."""
-    if not folder or not checkpoint_util.steps(folder):
-        return {}
-    try:
-        return json.loads((Path(folder) / "config.json").read_text())["header"]
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
-def codec_of(described, vae, device, required=True):
-    """Open the autoencoder that latents were made with: `--vae_path`, else where the description says that it was.
-
-    :raises ValueError: where another autoencoder is found, naming both.
-    :raises FileNotFoundError: where none is found, unless `required` is False; then None is returned.
-    """
-    described = described or {"path": "", "sha256": None, "scale_factor": vae.scale_factor or None}
-    path = vae.vae_path or described["path"]
-    if not path or not vae.vae_path and not path.startswith("hub:") and not Path(path).exists():
-        if required:
-            raise FileNotFoundError(f"the autoencoder is no longer at {path or 'any known place'}; say with --vae_path "
-                                    "where it is")
-        return None
-    scale_factor = vae.scale_factor or described["scale_factor"]
-    codec = create_vae(dataclasses.replace(vae, vae_path=path, scale_factor=scale_factor or 0.0), device)
-    stale = not required and not vae.vae_path and codec.fingerprint != described["sha256"]
-    if stale:
-        say(f"{path} no longer holds the autoencoder {_short(described['sha256'])} that the latents were made with")
-        return None
-    for name, wanted, found in (("autoencoder", described["sha256"], codec.fingerprint),
-                                ("scale_factor", described["scale_factor"], codec.scale_factor)):
-        if wanted is not None and wanted != found:
-            raise ValueError(f"the latents were made with {name} {_short(wanted)} ({described['path']}), {path} has "
-                             f"{_short(found)}; give the autoencoder they were made with as --vae_path")
-    return codec
-
-
-def _short(value):
-    return value[:16] if isinstance(value, str) else value
-
-
-def fit_normalizer(config, source):
-    """Return the LatentNormalizer of a latent source, after checking what it makes of the measured deviation."""
-    normalizer = LatentNormalizer.fit(config.normalizer, source.statistics, source.scale_factor)
-    std = source.statistics["std"] / normalizer.std[0] if len(normalizer.std) == 1 else 1.0
-    check_latent_std(std, normalizer, config.allow_latent_std)
-    return normalizer
-
-
-def with_classes(model, source):
-    """Return a ModelConfig with the classes, channels and axes of the data, which flags must not contradict."""
-    classes = len(source.class_names) if source.class_names else 0
-    if model.class_cond and not classes:
-        raise ValueError(f"--class_cond True, but {source.folder} has no classes: name the files <class>_<rest>.png, "
-                         "or put each class into a folder of its own (and encode again)")
-    found = {"num_classes": classes, "in_channels": source.latent_shape[0], "dims": len(source.latent_shape) - 1}
-    return _from_data(model, {**found, "num_classes": classes if model.class_cond else 0}, source.folder)
-
-
-def _from_data(config, found, folder):
-    """Return a config with what was found in the data; a flag that says otherwise is refused."""
-    for name, value in found.items():
-        if getattr(config, name) not in (0, value):
-            raise ValueError(f"--{name} {getattr(config, name)}, but {folder} has {value}; leave the flag away")
-    return dataclasses.replace(config, **found)
-
-
-def diffusion_header(source, codec, normalizer, model, process):
-    """Return what the checkpoints of a diffusion run say about themselves.
-
-    A plain folder of latents does not know its autoencoder; then the one given as `--vae_path` is taken for it.
-    """
-    autoencoder = source.autoencoder or (codec and codec.describe())
-    return {
-        "kind": "diffusion", "latent_shape": list(source.latent_shape),
-        "image_shape": source.unpadded_shape and list(source.unpadded_shape),
-        "model": as_dict(model), "diffusion": as_dict(process), "normalizer": normalizer.to_dict(),
-        "scale_factor": autoencoder["scale_factor"] if autoencoder else source.scale_factor, "autoencoder": autoencoder,
-        "statistics": source.statistics,
-        "classes": source.class_names if model.class_cond else None,
-    }
-
-
-def load_diffusion_model(path, given, model, process, shape=None, flag="--model_path"):
-    """Rebuild a diffusion model from its weights file; return (model, diffusion, header).
-
-    The header describes the model; `given` flags that contradict it are refused, those of FREE_AT_SAMPLING win over it.
-    Weights without a header, such as a released checkpoint, are described by the flags alone; `shape` is then the
-    latent's [C x ...].
-    """
-    weights, header = checkpoint_util.load_weights(path, "cpu", flag)
-    if header is not None:
-        checkpoint_util.require_kind(header, "diffusion", path, flag)
-        described = {**header["model"], **header["diffusion"]}
-        for key, value in given.items():
-            if key in described and key not in FREE_AT_SAMPLING and frozen(described[key]) != value:
-                raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key} {described[key]}; "
-                                 "leave the flag away")
-        described.update({key: given[key] for key in FREE_AT_SAMPLING if key in given})
-        model, process = from_dict(ModelConfig, described), from_dict(DiffusionConfig, described)
-        shape = header["latent_shape"]
-    network, diffusion = create_model_and_diffusion_vae(tuple(shape), model, process)
-    checkpoint_util.load_into(network, weights, path, flag)
-    network.to(dist_util.dev())
-    if model.use_fp16:
-        network.convert_to_fp16()
-    return network.eval(), diffusion, header
-
-
-def load_sampler(configs, given, device):
-    """Return the Sampler that the configs of image_sample_vae.py describe."""
-    sample, vae, scale, data, model, process, _ = configs
-    codec = shape = None
-    size = parse_size(data.image_size)
-    path = weights_file(sample.model_path, "--model_path")
-    if not is_described(path):
-        codec = create_vae(vae, device)
-        shape = codec.latent_shape((data.image_channels or codec.in_channels, *size))
-    network, diffusion, header = load_diffusion_model(path, given, model, process, shape)
-    if header is None:
-        if scale.normalizer in ("auto", "channel"):
-            raise ValueError(f"{path} is a bare state dict and brings no statistics for --normalizer "
-                             f"{scale.normalizer}; give the number that its latents were divided by, or none")
-        normalizer = LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor)
-        image_shape = (data.image_channels or codec.in_channels, *size)
-        return Sampler(network, diffusion, shape, codec, normalizer, image_shape, network.num_classes or 0)
-    sampler = sampler_from(network, diffusion, codec_of(header["autoencoder"], vae, device), header)
-    channels, *sides = sampler.image_shape
-    described = {"normalizer": (scale.normalizer, sampler.normalizer.mode), "image_size": (size, tuple(sides)),
-                 "image_channels": (data.image_channels or channels, channels)}
-    for flag, (asked, found) in described.items():
-        if flag in given and asked != found:
-            raise ValueError(f"--{flag} {asked} contradicts {path}, which was trained with {flag} "
-                             f"{found}; leave the flag away")
-    return sampler
-
-
-def preview_sampler(model, codec, header):
-    """Return a Sampler for previews: the model in training, walked through in about 50 evenly spaced steps.
-
-    The spacing of DDIM begins below the very last step, where latents are all but pure noise and an unclipped
-    prediction of x0 from an unfinished model runs away.
-    """
-    steps = header["diffusion"]["diffusion_steps"]
-    spaced = len(range(0, steps, -(-steps // 50)))
-    process = {**header["diffusion"], "timestep_respacing": f"ddim{spaced}"}
-    return sampler_from(model, _process_from_flags(**process), codec, header)
-
-
-def sampler_from(model, diffusion, codec, header):
-    """Return the Sampler of a model that its header describes."""
-    shape = tuple(header["latent_shape"])
-    image_shape = header["image_shape"] or (codec.in_channels, *(n * f for n, f in zip(shape[1:], codec.factors)))
-    return Sampler(model, diffusion, shape, codec, LatentNormalizer.from_dict(header["normalizer"]), tuple(image_shape),
-                   header["model"]["num_classes"], header["classes"])
-
-
-def weights_file(path, flag):
-    """Return the weights file that a flag names: itself, or of a run folder the one to use (see `newest_weights`).
-
-    Rank 0 looks and all ranks take what it found, as the run may go on meanwhile.
-    """
-    if not path:
-        raise FileNotFoundError(f"no model given; {flag} wants a run folder, or a model or ema file")
-    if not Path(path).is_dir():
-        return path
-    newest = checkpoint_util.newest_weights(path, flag) if dist_util.rank() == 0 else None
-    newest = dist_util.broadcast_object(newest)
-    say(f"{flag} {path}: taking {newest.name}")
-    return newest
-
-
-def is_described(path, flag="--model_path"):
-    """Say whether a weights file carries a header."""
-    return checkpoint_util.load_weights(path, "meta", flag)[1] is not None
-
-
-def load_classifier(path, device, flag="--classifier_path"):
-    """Rebuild a classifier of this project from its run folder or weights file; return (model, header)."""
-    path = weights_file(path, flag)
-    weights, header = checkpoint_util.load_weights(path, "cpu", flag)
-    if header is None:
-        raise ValueError(f"{path} does not say how it is built; {flag} wants a checkpoint of classifier_train.py")
-    checkpoint_util.require_kind(header, "classifier", path, flag)
-    described = {**header["model"], **header["diffusion"]}
-    flags, process = from_dict(ClassifierConfig, described), from_dict(DiffusionConfig, described)
-    model, _ = build_classifier(flags, process, header["image_shape"])
-    checkpoint_util.load_into(model, weights, path, flag)
-    return model.to(device).eval(), header
-
-
-def classifier_for(flags, pictures):
-    """Return a ClassifierConfig with the channels and the number of classes of the data."""
-    if not pictures.class_names:
-        raise ValueError(f"{pictures.config.data_dir} has no classes: name the files <class>_<rest>.png, or put each "
-                         "class into a folder of its own")
-    found = {"classifier_in_channels": pictures.shape[0], "classifier_num_classes": len(pictures.class_names)}
-    return _from_data(flags, found, pictures.config.data_dir)
-
-
-def build_classifier(flags, process, shape):
-    """Build the classifier of pictures [C x H x W] and the process that noises them."""
-    sides = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
-    return create_classifier_and_diffusion(image_size=sides, **as_dict(flags), **as_dict(process))
-
-
-def classifier_header(pictures, flags, process, data):
-    """Return what the checkpoints of a classifier say about themselves."""
-    return {"kind": "classifier", "image_shape": list(pictures.shape), "model": as_dict(flags),
-            "diffusion": as_dict(process), "classes": pictures.class_names, "data": preprocessing(data)}

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import opt
+from .config import opt, size
 from .nn import (
     SiLU,
     adaptive_avg_pool_nd,
@@ -55,9 +55,23 @@ class ModelConfig:
     use_new_attention_order: bool = opt(False, "split qkv before heads; must match the checkpoint")
     in_channels: int = opt(0, "channels of what the network denoises; 0: those of the data (3 without data)")
     num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names")
+    class_dropout: float = opt(0.0, "share of training samples whose class is hidden, so that the model knows the data "
+                                    "without classes too, which --cfg_scale needs; 0.1 is usual")
     dims: int = opt(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)",
                     choices=(0, 1, 2, 3))
     resample_depth: bool = opt(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
+
+
+@dataclass
+class SuperResConfig:
+    """Describe what an upsampler has beyond `ModelConfig`."""
+
+    SECTION = "super_res"
+
+    large_size: size = opt(256, "size of the pictures that the upsampler makes: 256, or height x width as 64x128")
+    small_size: size = opt(64, "size of the pictures that it starts from")
+    cond_noise_steps: int = opt(0, "noise the small pictures to a random time below this while training, and tell the "
+                                   "network which (cascaded diffusion, arXiv 2106.15282, section 4.2); 0: never")
 
 
 @dataclass
@@ -73,6 +87,10 @@ class ClassifierConfig:
     classifier_pool: str = opt("attention", "how the classifier turns its last grid into logits", choices=POOLS)
     classifier_in_channels: int = opt(0, "channels of what is classified; 0: those of the data (3 without data)")
     classifier_num_classes: int = opt(0, "classes to tell apart; 0: as many as the data or the checkpoint names")
+    classifier_channel_mult: str = opt("", "width of each level in units of classifier_width, comma separated; empty: "
+                                           "by image size, which grids below 64 have no default for")
+    classifier_dims: int = opt(0, "spatial axes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
+    classifier_resample_depth: bool = opt(False, "volumes: also halve the first spatial axis")
 
 
 # Attention.
@@ -145,7 +163,8 @@ class AttentionBlock(nn.Module):
             if channels % num_head_channels:
                 raise ValueError(
                     f"{channels} channels do not divide into heads of {num_head_channels}; change --num_head_channels, "
-                    "or the width of this level (--num_channels, --channel_mult)"
+                    "or the width of this level (--num_channels and --channel_mult, of a classifier --classifier_width "
+                    "and --classifier_channel_mult)"
                 )
             num_heads = channels // num_head_channels
         if channels % num_heads:
@@ -537,11 +556,16 @@ class UNetModel(_TimedNetwork):
 
         :raises ValueError: where labels are missing or not wanted, or the levels do not divide the grid.
         """
-        self._require_labels(y, len(x))
-        self._require_grid(x.shape[2:])
+        return self._denoise(x, self._told(timesteps, y))
+
+    def _told(self, timesteps, y):
+        """Return the embedding of times and classes that every residual block is told.  [N], [N] -> [N x E]."""
+        self._require_labels(y, len(timesteps))
         emb = self.embed(timesteps)
-        if y is not None:
-            emb = emb + self.label_emb(y)
+        return emb if y is None else emb + self.label_emb(y)
+
+    def _denoise(self, x, emb):
+        self._require_grid(x.shape[2:])
         h, left = x.to(self.torso_dtype), []
         for block in self.input_blocks:
             h = block(h, emb)
@@ -564,12 +588,12 @@ class UNetModel(_TimedNetwork):
             raise ValueError(f"labels y have shape {tuple(y.shape)}, the batch wants one class per sample, ({count},)")
 
     def _require_grid(self, grid):
-        for axis, (size, step) in enumerate(zip(grid, self.grid_steps)):
-            if size % step:
+        for axis, (length, step) in enumerate(zip(grid, self.grid_steps)):
+            if length % step:
+                below = length - length % step
                 raise ValueError(
-                    f"spatial axis {axis} has size {size}, and the levels shrink it by {step}, which does not "
-                    f"divide it; use fewer levels (--channel_mult), or data of size {size - size % step} or "
-                    f"{size - size % step + step}"
+                    f"spatial axis {axis} has size {length}, and the levels shrink it by {step}, which does not "
+                    f"divide it; use fewer levels (--channel_mult), or data of size {below} or {below + step}"
                 )
 
 
@@ -577,20 +601,35 @@ class SuperResModel(UNetModel):
     """Predict from noisy data and a smaller picture, which is enlarged linearly and joined to it in channels.
 
     :param in_channels: channels of the data alone; the small picture brings as many again.
+    :param noised_condition: let the network be told to which time the small picture was noised.
     """
 
-    def __init__(self, image_size, in_channels, *args, **kwargs):
+    def __init__(self, image_size, in_channels, *args, noised_condition=False, **kwargs):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+        self.noised_condition = noised_condition
+        if noised_condition:
+            width = 4 * self.model_channels
+            # Zeros at first: what the network is told of the condition grows from nothing.
+            last = zero_module(linear(width, width))
+            self.low_res_embed = nn.Sequential(linear(self.model_channels, width), SiLU(), last)
 
-    def forward(self, x, timesteps, low_res=None, **kwargs):
-        """x [N x C x ...], low_res [N x C x smaller ...]; the rest as in `UNetModel`.
+    def forward(self, x, timesteps, low_res=None, low_res_times=None, y=None):
+        """x [N x C x ...], low_res [N x C x smaller ...], low_res_times [N] (0 where None); else as in `UNetModel`.
 
-        :raises ValueError: where `low_res` is missing.
+        :raises ValueError: where `low_res` is missing, or its times are given to a network that does not heed them.
         """
         if low_res is None:
             raise ValueError("an upsampler needs low_res, the small pictures; give them with --base_samples")
         enlarged = resize_linear(low_res, x.shape[2:]).to(x.dtype)
-        return super().forward(torch.cat([x, enlarged], dim=1), timesteps, **kwargs)
+        emb = self._told(timesteps, y)
+        if self.noised_condition:
+            times = torch.zeros_like(timesteps) if low_res_times is None else low_res_times
+            waves = timestep_embedding(times, self.model_channels)
+            emb = emb + self.low_res_embed(waves.to(emb.dtype))
+        elif low_res_times is not None:
+            raise ValueError("this upsampler was trained on small pictures without noise (--cond_noise_steps 0), and "
+                             "is told of noise in them; set --cond_noise_level 0")
+        return self._denoise(torch.cat([x, enlarged], dim=1), emb)
 
 
 class EncoderUNetModel(_TimedNetwork):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae import nn
+from guided_diffusion_vae import nn, script_util
 from guided_diffusion_vae.gaussian_diffusion import (
     DiffusionConfig,
     GaussianDiffusion,
@@ -89,11 +89,27 @@ def test_schedules_stay_float64_attributes():
         assert getattr(p, name).dtype == np.float64 and getattr(p, name).shape == (STEPS,)
 
 
-def test_defaults_are_those_of_the_reference():
+def test_defaults_are_those_of_the_reference_and_everything_beyond_is_off():
     assert dataclasses.asdict(DiffusionConfig()) == {
         "learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "",
         "use_kl": False, "predict_xstart": False, "rescale_timesteps": False, "rescale_learned_sigmas": False,
+        "predict_v": False, "min_snr_gamma": 0.0,
     }
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_zero_snr_schedules_begin_as_the_plain_ones_and_end_in_noise(name):
+    plain, zero = (np.cumprod(1 - get_named_beta_schedule(n, 1000)) for n in (name, f"{name}_zero_snr"))
+    assert zero[0] == pytest.approx(plain[0]) and zero[-1] == 0 and (np.diff(zero) < 0).all()
+    # Lin et al., algorithm 1: sqrt(alpha-bar) is changed linearly, so ratios of its differences stay.
+    steps_plain, steps_zero = np.diff(np.sqrt(plain)), np.diff(np.sqrt(zero))
+    np.testing.assert_allclose(steps_zero / steps_zero[0], steps_plain / steps_plain[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mean", ["EPSILON", "PREVIOUS_X"])
+def test_a_schedule_that_ends_in_noise_refuses_predictions_that_say_nothing_there(mean):
+    with pytest.raises(ValueError, match="ends in pure noise, .* set --predict_v True or --predict_xstart True"):
+        process(mean, betas=get_named_beta_schedule("linear_zero_snr", 50))
 
 
 # Forward process.
@@ -336,7 +352,8 @@ def test_eta_outside_its_range_is_refused():
 def test_an_exact_prediction_has_no_loss(shape, mean):
     p, x_0, eps, t = process(mean.name), drawn(shape), drawn(shape, 1), some_times(3)
     x_t = p.q_sample(x_0, t, eps)
-    exact = {"EPSILON": eps, "START_X": x_0, "PREVIOUS_X": p.q_posterior_mean_variance(x_0, x_t, t)[0]}[mean.name]
+    exact = {"EPSILON": eps, "START_X": x_0, "PREVIOUS_X": p.q_posterior_mean_variance(x_0, x_t, t)[0],
+             "VELOCITY": p._velocity(x_0, t, eps)}[mean.name]
     terms = p.training_losses(says(exact), x_0, t, noise=eps)
     assert sorted(terms) == ["loss", "mse"] and terms["loss"].shape == (3,) and (terms["loss"] < 1e-10).all()
 
@@ -350,6 +367,90 @@ def test_bound_teaches_the_variance_alone_beside_a_squared_error():
     grads = torch.autograd.grad(terms["vb"].sum(), [prediction, head], retain_graph=True, allow_unused=True)
     assert (grads[0] == 0).all() and (grads[1] != 0).any(dim=(1, 2)).all()
     assert (torch.autograd.grad(terms["mse"].sum(), head)[0] == 0).all()
+
+
+def test_velocity_is_the_derivative_of_x_by_the_angle_of_its_noise():
+    # x = cos(phi) x_0 + sin(phi) eps (progressive distillation, appendix D)
+    p, x_0, eps, t = process(), drawn((2, 1, 3)).double(), drawn((2, 1, 3), 1).double(), torch.tensor([3, 20])
+    phi = torch.from_numpy(np.arccos(p.sqrt_alphas_cumprod))[t].view(2, 1, 1).requires_grad_()
+    x = phi.cos() * x_0 + phi.sin() * eps
+    slope = torch.stack([torch.autograd.grad(v, phi, retain_graph=True)[0].sum() for v in x.flatten()]).view_as(x)
+    torch.testing.assert_close(p._velocity(x_0, t, eps), slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_noise_x_0_and_velocity_are_three_words_for_one_reverse_step(clip):
+    t, x_0, eps = some_times(3), drawn((3, 1, 5)), drawn((3, 1, 5), 1)
+    x_t = process().q_sample(x_0, t, eps)
+    said = {"EPSILON": eps, "START_X": x_0, "VELOCITY": process()._velocity(x_0, t, eps)}
+    steps = [process(mean).p_mean_variance(says(value), x_t, t, clip_denoised=clip) for mean, value in said.items()]
+    for step in steps[1:]:
+        for name in ("mean", "variance", "pred_xstart"):
+            torch.testing.assert_close(step[name], steps[0][name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("respacing", ["", "10"])
+def test_sampling_from_pure_noise_on_finds_what_the_network_knows(respacing):
+    known = torch.tensor([[[0.3, -0.8]]])
+    p = script_util.create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True,
+                                              timestep_respacing=respacing)
+    whole = script_util.create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True)
+
+    def model(x, t):
+        eps = whole._predict_eps_from_xstart(x, t, known.expand_as(x))
+        return whole._velocity(known.expand_as(x), t, eps)
+
+    for loop in (p.p_sample_loop, p.ddim_sample_loop):
+        x = loop(model, (4, 1, 2), device="cpu")
+        torch.testing.assert_close(x, known.expand(4, 1, 2), atol=1e-4, rtol=0)
+    pull = lambda x, t: torch.ones_like(x)  # guidance cannot bend what holds no signal, nor make it infinite
+    assert torch.isfinite(p.ddim_sample_loop(model, (4, 1, 2), device="cpu", cond_fn=pull)).all()
+
+
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X", "VELOCITY"])
+def test_min_snr_weighs_an_error_of_x_0_alike_whatever_is_predicted(mean):
+    p = process(mean, loss="MIN_SNR", min_snr_gamma=2.0)
+    x_0, eps, t = drawn((4, 1, 5)), drawn((4, 1, 5), 1), some_times(4)
+    x_t = p.q_sample(x_0, t, eps)
+    wrong = x_0 + 0.3
+    said = {"EPSILON": p._predict_eps_from_xstart(x_t, t, wrong), "START_X": wrong}
+    said["VELOCITY"] = p._velocity(wrong, t, said["EPSILON"])
+    snr = torch.from_numpy(p.alphas_cumprod / (1 - p.alphas_cumprod))[t].float()
+    loss = p.training_losses(says(said[mean]), x_0, t, noise=eps)["loss"]
+    torch.testing.assert_close(loss, 0.09 * snr.clamp(max=2), rtol=1e-3, atol=1e-5)
+
+
+def test_min_snr_needs_a_bound_and_a_prediction_that_it_is_defined_for():
+    with pytest.raises(ValueError, match="gamma -1.0 of EPSILON: gamma is above 0 .--min_snr_gamma"):
+        process(loss="MIN_SNR", min_snr_gamma=-1.0)
+    with pytest.raises(ValueError, match="of PREVIOUS_X: .* predicts noise, x_0 or the velocity"):
+        process("PREVIOUS_X", loss="MIN_SNR")
+
+
+def test_real_numbers_are_coded_by_a_density_and_levels_by_a_probability():
+    x, t = drawn((3, 1, 6)), torch.zeros(3, dtype=torch.long)
+    p = process("START_X", discrete_data=False)
+    bound = p._vb_terms_bpd(says(x + 0.01), x, p.q_sample(x, t), t, clip_denoised=False)
+    out = p.p_mean_variance(says(x + 0.01), p.q_sample(x, t), t, clip_denoised=False)
+    assert process("START_X").discrete_data and bound["output"].shape == (3,)
+    density = torch.distributions.Normal(out["mean"], (0.5 * out["log_variance"]).exp()).log_prob(x)
+    levels = process("START_X")._bound_term(out, x, p.q_sample(x, t), t)
+    torch.testing.assert_close(p._bound_term(out, x, p.q_sample(x, t), t), -density.mean((1, 2)) / math.log(2))
+    assert (levels - p._bound_term(out, x, p.q_sample(x, t), t)).abs().min() > 0.1
+
+
+def test_the_bound_of_latents_is_that_of_the_exact_model_of_a_gaussian():
+    # Data N(0, 1): the exact network is linear, and every reverse step but the last has the variance beta, which is
+    # FIXED_LARGE. So the bound is the entropy and what the last step's variance of another time costs.
+    p = script_util.create_gaussian_diffusion(discrete_data=False)
+    spread = torch.from_numpy(p.sqrt_one_minus_alphas_cumprod).float()
+    exact = lambda x, t: spread[t].view(-1, 1, 1) * x
+    torch.manual_seed(0)
+    bits = p.calc_bpd_loop(exact, drawn((64, 1, 64)), clip_denoised=False)
+    nats = bits["total_bpd"].mean().item() * math.log(2)
+    ratio = p.betas[0] / p.posterior_variance[1]
+    expected = 0.5 * math.log(2 * math.pi * math.e) + 0.5 * (ratio - 1 - math.log(ratio))
+    assert nats == pytest.approx(expected, abs=0.03)
 
 
 def test_rescaled_losses_are_multiples_of_the_plain_ones():

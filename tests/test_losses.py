@@ -7,8 +7,15 @@ from torch.distributions import Normal, kl_divergence
 from guided_diffusion_vae.losses import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
+    gaussian_log_density,
     normal_kl,
 )
+
+
+def test_the_density_agrees_with_torch_distributions():
+    x, means, log_scales = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).double()
+    wanted = Normal(means, log_scales.exp()).log_prob(x)
+    torch.testing.assert_close(gaussian_log_density(x, means=means, log_scales=log_scales), wanted)
 
 
 def test_kl_agrees_with_torch_distributions():

@@ -4,7 +4,8 @@ import torch
 
 from guided_diffusion_vae.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion_vae.gaussian_diffusion import get_named_beta_schedule
-from guided_diffusion_vae.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion_vae.respace import SpacedDiffusion, space_by_log_snr, space_timesteps
+from guided_diffusion_vae.script_util import choose_timesteps
 
 
 def settings(steps, rescale=False):
@@ -41,6 +42,49 @@ def test_a_list_means_what_the_text_means():
 def test_impossible_spacings_are_refused(steps, counts, message):
     with pytest.raises(ValueError, match=message):
         space_timesteps(steps, counts)
+
+
+def alpha_bar_of(schedule, steps=1000):
+    return np.cumprod(1 - get_named_beta_schedule(schedule, steps))
+
+
+@pytest.mark.parametrize("count", [2, 10, 20])
+def test_log_snr_spacing_takes_even_distances_from_end_to_end(count):
+    alpha_bar = alpha_bar_of("linear")
+    times = sorted(space_by_log_snr(alpha_bar, count))
+    assert len(times) == count and times[0] == 0 and times[-1] == 999
+    log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
+    gaps, nearest = -np.diff(log_snr[times]), -np.diff(log_snr)
+    even = (log_snr[0] - log_snr[-1]) / (count - 1)
+    # A whole number of times is as near to an even distance as the distance of two neighbours.
+    assert all(abs(gap - even) <= max(nearest[a], nearest[b - 1]) + 1e-9 for gap, a, b in zip(gaps, times, times[1:])
+               if even > nearest[a])
+
+
+def test_log_snr_spacing_leaves_the_faintest_times_out_but_for_pure_noise():
+    assert max(space_by_log_snr(alpha_bar_of("cosine"), 20)) < 999
+    zero = sorted(space_by_log_snr(alpha_bar_of("cosine_zero_snr"), 20))
+    assert zero[-1] == 999 and len(zero) == 20
+
+
+def test_every_time_can_be_taken_by_log_snr():
+    assert space_by_log_snr(alpha_bar_of("linear"), 1000) == set(range(1000))
+    assert len(space_by_log_snr(alpha_bar_of("linear"), 100)) == 100
+
+
+@pytest.mark.parametrize("count", [1, 47])
+def test_impossible_counts_by_log_snr_are_refused(count):
+    with pytest.raises(ValueError, match=f"--timestep_respacing logsnr{count}: choose from 2 to 46, the times of"):
+        space_by_log_snr(alpha_bar_of("linear", 50), count)
+
+
+def test_spacings_are_chosen_by_one_text():
+    betas = get_named_beta_schedule("linear", 50)
+    assert choose_timesteps(betas, "logsnr7") == space_by_log_snr(alpha_bar_of("linear", 50), 7)
+    assert choose_timesteps(betas, "ddim5") == space_timesteps(50, "ddim5")
+    assert choose_timesteps(betas, "") == set(range(50))
+    with pytest.raises(ValueError, match="'logsnr' is not a count .*logsnrN"):
+        choose_timesteps(betas, "logsnr")
 
 
 def test_kept_times_keep_their_alpha_bar():
