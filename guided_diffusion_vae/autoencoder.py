@@ -123,10 +123,10 @@ class AutoencoderKL(nn.Module):
         use_checkpointing=False, downsample_factors=None, initial_downsample_factor=1, downsample_kernel_size=None,
     ):
         super().__init__()
-        num_channels = _per_level(num_channels, 1)
+        num_channels = per_level(num_channels, 1)
         levels = len(num_channels)
-        num_res_blocks, attention_levels = _per_level(num_res_blocks, levels), _per_level(attention_levels, levels)
-        downsample_factors = _per_level(2 if downsample_factors is None else downsample_factors, levels - 1)
+        num_res_blocks, attention_levels = per_level(num_res_blocks, levels), per_level(attention_levels, levels)
+        downsample_factors = per_level(2 if downsample_factors is None else downsample_factors, levels - 1)
         for name, entries, count in (
             ("num_res_blocks", num_res_blocks, levels), ("attention_levels", attention_levels, levels),
             ("downsample_factors", downsample_factors, levels - 1),
@@ -461,6 +461,6 @@ def _strides(factor, dims, name):
     return values
 
 
-def _per_level(value, count):
+def per_level(value, count):
     """Return one entry per level: a single number or boolean serves every level."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count

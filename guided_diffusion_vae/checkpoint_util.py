@@ -55,16 +55,41 @@ def load(path, map_location="cpu", flag="the path"):
                          f"weights_only=True refuses ({reason}); check {flag}") from error
 
 
+def save_safetensors(path, state_dict, header):
+    """Write a state dict as .safetensors with `header` among the file's metadata, atomically."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", HEADER_KEY: json.dumps({"format": FORMAT, **header})}
+    with atomic_path(path) as part:
+        save_file({name: value.detach().contiguous() for name, value in state_dict.items()}, part, metadata)
+
+
 def load_weights(path, map_location="cpu", flag="--model_path"):
-    """Return (state dict, header); the header is None for a bare state dict, such as a released checkpoint."""
-    state_dict = load(path, map_location, flag)
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        raise ValueError(f"{path} holds no state dict (names with tensors); {flag} wants a model or ema file")
-    text = (getattr(state_dict, "_metadata", None) or {}).get(HEADER_KEY)
+    """Return (state dict, header) of a .pt or .safetensors file; the header of a bare state dict is None."""
+    if str(path).endswith(".safetensors"):
+        state_dict, text = _load_safetensors(path, map_location, flag)
+    else:
+        state_dict = load(path, map_location, flag)
+        if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+            raise ValueError(f"{path} holds no state dict (names with tensors); {flag} wants a model or ema file")
+        text = (getattr(state_dict, "_metadata", None) or {}).get(HEADER_KEY)
     header = json.loads(text) if isinstance(text, str) else None
     if header is not None and header.get("format") != FORMAT:
         raise ValueError(f"{path} has header format {header.get('format')}, this version reads format {FORMAT}")
     return state_dict, header
+
+
+def _load_safetensors(path, map_location, flag):
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there; check {flag}")
+    try:
+        with safe_open(path, "pt") as content:
+            tensors = {name: content.get_tensor(name).to(map_location) for name in content.keys()}
+            return tensors, (content.metadata() or {}).get(HEADER_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); check {flag}") from error
 
 
 def require_kind(header, kind, path, flag):

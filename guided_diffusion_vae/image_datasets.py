@@ -13,7 +13,9 @@ import math
 import os
 import queue
 import random
+import shutil
 import struct
+import tempfile
 import threading
 import weakref
 import zipfile
@@ -27,7 +29,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from .config import opt, size
+from .config import as_dict, opt, size
 
 REFERENCE_ENDINGS = ("jpg", "jpeg", "png", "gif")
 ENDINGS = REFERENCE_ENDINGS + ("tif", "tiff", "npy")
@@ -248,6 +250,11 @@ class PictureFolder:
             pictures[mirrored] = pictures[mirrored][..., ::-1]
         return torch.from_numpy(pictures)
 
+    @property
+    def preprocessing(self):
+        """How files become numbers: what a checkpoint remembers of the configuration."""
+        return {k: v for k, v in as_dict(self.config).items() if k not in ("data_dir", "random_flip")}
+
     def describe(self):
         """Return what was read and how, as a plain dictionary (the preprocessing entry of a latent cache)."""
         return {**dataclasses.asdict(self.config), "files": len(self), "ignored": self.ignored, "kinds": self.kinds,
@@ -279,11 +286,7 @@ class PictureFolder:
         return headers
 
     def _open_archive(self, path):
-        try:
-            with bf.BlobFile(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (*_UNREADABLE, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: cannot be read as an .npz archive ({error})") from error
+        arrays = open_archive(path)
         images = arrays.get("images", arrays.get("arr_0"))
         labels = arrays.get("labels", arrays.get("arr_1"))
         if images is None or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] not in (1, 3):
@@ -301,7 +304,10 @@ class PictureFolder:
         self.paths = [f"{path}[{i}]" for i in range(len(images))]
         self.ignored = 0
         self.labels = None if labels is None else labels.astype(np.int64)
-        self.class_names = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
+        self.class_names = None
+        if labels is not None:
+            names = arrays.get("class_names")
+            self.class_names = [str(i) for i in range(int(labels.max()) + 1)] if names is None else names.tolist()
         self.fingerprint = _digest([_stamp(path)])
         return [_Header(*self._stack.shape[1:], str(images.dtype))] * len(images)
 
@@ -477,6 +483,39 @@ def _channels_last(shape):
     if len(shape) == 3 and shape[0] in (1, 3):
         return (1, 2, 0), (*shape[1:], shape[0])
     raise ValueError(f"its shape {tuple(shape)} is not [H x W], [H x W x C] or [C x H x W] with 1 or 3 channels")
+
+
+def open_archive(path):
+    """Return {name: array} of an .npz; of local files, arrays of more than one axis are memory-mapped.
+
+    :raises ValueError: where it is none, or holds Python objects; names the file.
+    """
+    try:
+        with bf.BlobFile(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
+            return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
+    except (*_UNREADABLE, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read as an .npz archive ({error})") from error
+
+
+def _member(path, archive, info):
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)
+        header_size = stream.tell()
+    if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape:
+        with archive.open(info) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+    if info.compress_type != zipfile.ZIP_STORED:
+        # From an unpacked copy that has no name any more and goes with the last look at it.
+        with archive.open(info) as packed, tempfile.NamedTemporaryFile() as copy:
+            shutil.copyfileobj(packed, copy, 1 << 22)
+            copy.flush()
+            return np.load(copy.name, mmap_mode="r", allow_pickle=False)
+    with open(path, "rb") as stream:
+        stream.seek(info.header_offset + 26)    # in the local header: the lengths of name and extra field
+        start = info.header_offset + 30 + int(np.frombuffer(stream.read(4), "<u2").sum(dtype=int)) + header_size
+    return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
 
 
 class _naming:

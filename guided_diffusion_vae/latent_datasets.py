@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .config import opt
 from .files import (
@@ -53,6 +54,15 @@ class LatentConfig:
 
     cache_dir: str = opt("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
     stats_samples: int = opt(2048, "pictures over which latents are measured where they are encoded on the fly")
+
+
+@dataclass
+class SmallCacheConfig:
+    """Where an upsampler finds the latents that it starts from."""
+
+    SECTION = "latents"
+
+    small_cache_dir: str = opt("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
 
 
 class _Moments:
@@ -358,7 +368,7 @@ class LatentCache:
     @property
     def preprocessing(self):
         """How the pictures were read before they were encoded."""
-        return self.manifest["preprocessing"]
+        return {k: v for k, v in self.manifest["preprocessing"].items() if k != "data_dir"}
 
     @property
     def filenames(self):
@@ -462,6 +472,7 @@ class LatentFolder:
 
     random_crop = random_flip = draws_posterior = False
     image_shape = unpadded_shape = autoencoder = None
+    preprocessing = {}
 
     def __init__(self, folder, scale_factor=0.18215, most_measured=4096):
         self.folder = require_folder(folder, CACHE_FLAG)
@@ -524,8 +535,10 @@ class LatentFolder:
 class EncodedPictures:
     """Encode pictures as they come, a whole batch at a time on the device; a latent source like `LatentCache`.
 
+    With a `PixelCodec` the pictures themselves are x0, and there are no statistics to know.
+
     :param stats_samples: pictures over which mean and standard deviation are measured when made, chosen by `seed`.
-    :param statistics: known ones (of a run that goes on, or of rank 0) instead of measuring.
+    :param statistics: known ones (of a run that goes on, or of rank 0) instead of measuring; {}: nobody needs them.
     :param progress: called with (pictures measured, pictures in all).
     """
 
@@ -541,12 +554,17 @@ class EncodedPictures:
         self.unpadded_shape = tuple(pictures.unpadded_shape)
         self.labels = pictures.labels
         self.class_names = pictures.class_names
+        self.preprocessing = pictures.preprocessing
         self.scale_factor = codec.scale_factor
         self.autoencoder = codec.describe()
-        self.draws_posterior = True
+        self.draws_posterior = codec.has_posterior
         self.random_flip = pictures.config.random_flip
         self.random_crop = pictures.config.crop == "random"
-        self.statistics = statistics or self._measure(min(stats_samples, self.count), seed, batch_size, progress)
+        if not codec.has_posterior:
+            statistics = {}
+        elif statistics is None:
+            statistics = self._measure(min(stats_samples, self.count), seed, batch_size, progress)
+        self.statistics = statistics
 
     def __len__(self):
         return self.count
@@ -612,31 +630,59 @@ def require_same_autoencoder(cache, codec):
                          f"scales by {codec.scale_factor}; encode again or give the first as --scale_factor")
 
 
+class ShrunkPictures:
+    """The pictures of a `PictureFolder` averaged down to `sides` (height, width): what an upsampler starts from."""
+
+    def __init__(self, pictures, sides):
+        self.pictures, self.sides = pictures, tuple(sides)
+        self.config, self.labels, self.class_names = pictures.config, pictures.labels, pictures.class_names
+        self.preprocessing = pictures.preprocessing
+        self.shape = self.unpadded_shape = (pictures.shape[0], *self.sides)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def batch(self, indices, flips=None, rngs=None):
+        """Return pictures as float32 [n x C x *sides] in [0, 1]."""
+        return F.interpolate(self.pictures.batch(indices, flips, rngs), size=self.sides, mode="area")
+
+
 class LatentStream(BatchStream):
-    """Iterate over (x0 [n x C x ...] normalised on `device`, {"y": int64 [n]} or {}) for training.
+    """Iterate over (x0 [n x C x ...] normalised on `device`, what the model is told) for training.
+
+    The model is told {"y": int64 [n]} `with_labels` and {"low_res": [n x C x smaller ...]} where there is the source of
+    `small` pictures, item by item those of `source`; it may be told nothing.
 
     Items, flips and posterior noise depend on (seed, step, place in the batch of all ranks) alone. Reading and drawing
     run ahead in the background, encoding and normalising happen on the caller's thread.
     """
 
-    def __init__(self, source, normalizer, plan, seed, device, with_labels=False, start_step=0):
+    def __init__(self, source, normalizer, plan, seed, device, with_labels=False, small=None, start_step=0):
         require_labels(source, with_labels)
-        if plan.count != source.count:
-            raise ValueError(f"the plan is for {plan.count} items, {source.folder} has {source.count}")
+        for of in (source, small or source):
+            if plan.count != of.count:
+                raise ValueError(f"the plan is for {plan.count} items, {of.folder} has {of.count}")
 
         def make_batch(step):
             indices = plan.indices(step)
-            flips = plan.coins(step) if source.random_flip else None
-            crops = {"rngs": plan.generators(step)} if source.random_crop else {}
+
+            def read(of):
+                flips = plan.coins(step) if of.random_flip else None
+                return of.read(indices, flips, **({"rngs": plan.generators(step)} if of.random_crop else {}))
+
             eps = None
             if source.draws_posterior:
                 eps = keyed_randn(source.latent_shape, [(seed, _POSTERIOR, step, slot) for slot in plan.slots])
-            return source.read(indices, flips, **crops), eps, _labels_at(source, indices) if with_labels else None
+            labels = _labels_at(source, indices) if with_labels else None
+            return read(source), eps, labels, None if small is None else read(small)
 
         def finish(prepared):
-            values, eps, labels = prepared
+            values, eps, labels, small_values = prepared
             latents = source.latents(values.to(device), None if eps is None else eps.to(device))
-            return normalizer.normalise(latents), {} if labels is None else {"y": labels.to(device)}
+            told = {} if labels is None else {"y": labels.to(device)}
+            if small is not None:
+                told["low_res"] = normalizer.normalise(small.latents(small_values.to(device)))
+            return normalizer.normalise(latents), told
 
         super().__init__(make_batch, start_step, finish)
 

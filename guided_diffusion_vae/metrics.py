@@ -6,12 +6,15 @@ taken in float64. What is per sample comes back as a tensor beside the pictures,
 
 import itertools
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import Conv1d, Conv2d, Conv3d, Linear
 
+from .files import sha256_of_file
 from .unet import AttentionPool2d
 
 # ---- picture against picture ----
@@ -124,21 +127,39 @@ class FeatureStatistics:
     def update(self, features):
         """Take in features [n x D] and return self; ValueError where they are not finite or D changes."""
         features = _features(features)
-        count = len(features)
-        mean = features.mean(0)
-        centred = features - mean
-        scatter = centred.T @ centred
-        if self.count == 0:
-            self.count, self.mean, self._scatter = count, mean, scatter
+        batch = FeatureStatistics()
+        batch.count, batch.mean = len(features), features.mean(0)
+        centred = features - batch.mean
+        batch._scatter = centred.T @ centred
+        return self.merge(batch)
+
+    def merge(self, other):
+        """Take in the statistics of further features and return self."""
+        if not other.count:
             return self
-        if mean.shape != self.mean.shape:
-            raise ValueError(f"features of {len(mean)} numbers among features of {len(self.mean)}; use one extractor")
-        step = mean - self.mean
-        total = self.count + count
-        self._scatter += scatter + torch.outer(step, step) * (self.count * count / total)
-        self.mean += step * (count / total)
+        if self.count and self.mean.shape != other.mean.shape:
+            raise ValueError(f"features of {len(other.mean)} numbers among features of {len(self.mean)}; use one "
+                             "extractor")
+        if not self.count:
+            self.count, self.mean, self._scatter = other.count, other.mean.clone(), other._scatter.clone()
+            return self
+        step = other.mean - self.mean
+        total = self.count + other.count
+        self._scatter += other._scatter + torch.outer(step, step) * (self.count * other.count / total)
+        self.mean += step * (other.count / total)
         self.count = total
         return self
+
+    @classmethod
+    def given(cls, mean, covariance, count=10**6):
+        """Return statistics that were computed elsewhere, over many features unless their `count` is known."""
+        one = cls()
+        one.count, one.mean = count, _tensor(np.asarray(mean, np.float64))
+        one._scatter = _tensor(np.asarray(covariance, np.float64)) * (count - 1)
+        if one.mean.ndim != 1 or one._scatter.shape != (len(one.mean),) * 2:
+            raise ValueError(f"a mean of shape {list(one.mean.shape)} and a covariance of {list(one._scatter.shape)}; "
+                             "needed are [D] and [D x D]")
+        return one
 
     @property
     def covariance(self):
@@ -270,26 +291,79 @@ def _distance_blocks(a, b, block):
         yield rows, columns, torch.where(squared < 1e-13 * norms, 0, squared)
 
 
-def evaluate_sets(features_reference, features_samples, k=3, subsets=100, subset_size=1000, seed=0):
-    """Return {"frechet", "kernel", "precision", "recall"} of the samples' features against the reference's."""
-    reference, samples = _feature_pair(features_reference, features_samples)
-    precision, recall = precision_recall(reference, samples, k)
-    return {
-        "frechet": frechet_distance(FeatureStatistics().update(reference), FeatureStatistics().update(samples)),
-        "kernel": kernel_distance(reference, samples, subsets, subset_size, seed),
-        "precision": precision,
-        "recall": recall,
-    }
+def inception_score(logits, split_size=5000):
+    """Return the Inception Score of logits [N x K] (Salimans et al. 2016, equation 1), from 1 to K; higher is better.
+
+    exp of the mean divergence of a picture's classes from the set's, averaged over parts of `split_size` pictures as
+    guided-diffusion's evaluator does.
+    """
+    log_p = torch.log_softmax(_features(logits), dim=1)
+    scores = []
+    for part in log_p.split(split_size):
+        log_mean = part.logsumexp(0) - np.log(len(part))
+        scores.append((part.exp() * (part - log_mean)).sum(1).mean().exp())
+    return torch.stack(scores).mean().item()
 
 
 # ---- features ----
 
 
-def classifier_features(model):
-    """Return a function from images [n x C x ...] in [0, 1] to (features [n x D], logits [n x K]), both float32.
+class Features(NamedTuple):
+    """What an extractor reads off pictures: features [n x D], logits [n x K] or None, spatial ones [n x S] or None."""
 
-    `model` is an EncoderUNetModel; it is put into evaluation mode and sees the images in [-1, 1] at time step 0, where
-    a classifier of noisy pictures meets clean ones. The features are what its last layer turns into logits: the
+    pooled: torch.Tensor
+    logits: torch.Tensor | None = None
+    spatial: torch.Tensor | None = None
+
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+SPATIAL_CHANNELS = 7    # as many of a layer's channels as guided-diffusion's evaluator compares
+
+
+def inception_features(path, device=None, sha256=INCEPTION_SHA256):
+    """Return a function from pictures [n x C x H x W] in [0, 1] to `Features` of the Inception network of FID.
+
+    torch-fidelity's port of the network of Heusel et al. 2017, from a local weights file: 2048 pooled features, logits
+    without bias [n x 1008], and for sFID (Nash et al. 2021) the first 7 channels of `mixed_6/conv`, 17 x 17 positions.
+    Grey pictures are repeated. 8-bit levels go in, as from files.
+
+    :raises FileNotFoundError, ValueError: no such file, or another than the one with this SHA-256.
+    :raises ImportError: without torch-fidelity (the extra `eval`).
+    """
+    wanted = f"{INCEPTION_FILE} (SHA-256 {sha256}), from {INCEPTION_URL}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there; --inception_path wants {wanted}")
+    found = sha256_of_file(path)
+    if found != sha256:
+        raise ValueError(f"{path} has SHA-256 {found}; --inception_path wants {wanted}")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
+        raise ImportError("Inception features need torch-fidelity, with a torchvision that fits torch "
+                          f"({error}): pip install 'guided-diffusion-vae[eval]'") from error
+    network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=path)
+    network.to(device or "cpu").eval()
+    seen = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    @torch.no_grad()
+    def extract(images):
+        levels = torch.from_numpy(_bytes(_tensor(images))).to(next(network.parameters()).device)
+        seen.clear()
+        pooled, logits = network(levels.expand(-1, 3, -1, -1))
+        return Features(pooled.float(), logits.float(), seen[0][:, :SPATIAL_CHANNELS].flatten(1).float())
+
+    return extract
+
+
+def classifier_features(model, prepare=None):
+    """Return a function from images [n x C x ...] in [0, 1] to `Features` with logits, float32.
+
+    `model` is an EncoderUNetModel; it is put into evaluation mode and sees what `prepare` makes of the images (x0 of
+    latents; by default the images in [-1, 1]) at time step 0, where a classifier of noisy data meets clean ones. The
+    features are what its last layer turns into logits: the
     average over positions (pool adaptive) or the hidden units (spatial, spatial_v2). An attention pool reads a whole
     grid, of which the average is taken, so that features do not shrink to the number of classes.
     """
@@ -298,24 +372,25 @@ def classifier_features(model):
 
     @torch.no_grad()
     def extract(images):
-        images = _tensor(images).to(next(model.parameters()).device, torch.float32)
-        if images.shape[1] != model.in_channels:
-            raise ValueError(f"the classifier reads {model.in_channels} channels, the pictures have {images.shape[1]}; "
+        x0 = prepare(_tensor(images).float()) if prepare else _tensor(images).float() * 2 - 1
+        x0 = x0.to(next(model.parameters()).device)
+        if x0.shape[1] != model.in_channels:
+            raise ValueError(f"the classifier reads {model.in_channels} channels, the pictures have {x0.shape[1]}; "
                              "give a classifier that was trained on such pictures")
         seen = []
         hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            logits = model(images * 2 - 1, torch.zeros(len(images), dtype=torch.long, device=images.device))
+            logits = model(x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device))
         finally:
             hook.remove()
         read = seen[0].float()                                  # [n x D], or [n x D x ...] with positions
-        return read if read.ndim == 2 else read.flatten(2).mean(2), logits.float()
+        return Features(read if read.ndim == 2 else read.flatten(2).mean(2), logits.float())
 
     return extract
 
 
 def latent_features(codec, grid=2):
-    """Return a function from images [n x C x ...] in [0, 1] to (features [n x D], None), float32.
+    """Return a function from images [n x C x ...] in [0, 1] to `Features` without logits, float32.
 
     Per channel of the codec's latent (posterior mode, scaled): the mean in every cell of a grid of `grid` cells an
     axis, and the standard deviation over the whole; D = Z (grid^axes + 1), 20 for 4 channels in 2D. The overall mean
@@ -331,24 +406,26 @@ def latent_features(codec, grid=2):
             parts = cells.tensor_split(min(grid, cells.shape[axis]), axis)
             cells = torch.stack([part.mean(axis) for part in parts], axis)
         spread = latents.flatten(2).std(2, correction=0)
-        return torch.cat([cells.flatten(1), spread], 1), None
+        return Features(torch.cat([cells.flatten(1), spread], 1))
 
     return extract
 
 
 def collect_features(extract, batches):
-    """Return (features [N x D], logits [N x K] or None) over an iterable of image batches, as NumPy arrays.
+    """Return `Features` over an iterable of image batches: NumPy arrays, but of the spatial ones the statistics alone.
 
-    `extract` comes from `classifier_features` or `latent_features`; only the features are kept, not the images.
+    The images are not kept, and of spatial features neither is anything that would grow with their number.
     """
-    features, logits = [], []
+    pooled, logits, spatial = [], [], None
     for batch in batches:
-        of_batch, scores = extract(batch)
-        features.append(of_batch.cpu().numpy())
-        logits += [] if scores is None else [scores.cpu().numpy()]
-    if not features:
+        read = extract(batch)
+        pooled.append(read.pooled.cpu().numpy())
+        logits += [] if read.logits is None else [read.logits.cpu().numpy()]
+        if read.spatial is not None:
+            spatial = (spatial or FeatureStatistics()).update(read.spatial.cpu())
+    if not pooled:
         raise ValueError("no images to take features from; the set is empty")
-    return np.concatenate(features), np.concatenate(logits) if logits else None
+    return Features(np.concatenate(pooled), np.concatenate(logits) if logits else None, spatial)
 
 
 # ---- labels against labels ----

@@ -22,7 +22,6 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image

@@ -6,7 +6,7 @@ import torch
 from . import figures, logger, metrics
 from .autoencoder import from_image_range, to_image_range
 from .image_datasets import labels_in, unpad
-from .sampling import SamplingConfig
+from .train_util import Draws
 
 COUNT = 16  # pictures in a preview
 
@@ -48,7 +48,7 @@ class SamplePreview:
         images = []
         for start in range(0, rows * self.columns, COUNT):  # no more at once than training has memory for
             indices = range(start, min(start + COUNT, rows * self.columns))
-            x0, _ = self.sampler.x0(indices, classes and classes[:rows], SamplingConfig(), self.device)
+            x0 = self.sampler.x0(indices, classes and classes[:rows], self.device)
             images.append(self.sampler.decode(x0).cpu().numpy())
         images = np.concatenate(images)
         # Classes change fastest along the samples; on the sheet they are rows.
@@ -58,16 +58,33 @@ class SamplePreview:
         figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
 
 
-class Accuracy:
-    """Log the share of held-out pictures that a classifier gets right."""
+class ClassifierValidation:
+    """Log what a classifier's objective measures on held-out data, noised like that of training.
 
-    def __init__(self, model, pictures, class_names, batch_size=64):
-        self.extract = metrics.classifier_features(model)
-        self.pictures, self.batch_size = pictures, batch_size
-        self.labels = labels_in(pictures, class_names)
+    :param source: a source of x0 before `normalizer`; `class_names` are the model's.
+    :param count: items that are measured each time, evenly spread; 0: `batch_size` of them, the next ones each time.
+    """
 
+    def __init__(self, model, objective, source, normalizer, class_names, count, batch_size, interval, seed, device):
+        self.model, self.objective, self.source, self.normalizer = model, objective, source, normalizer
+        self.batch_size, self.interval, self.seed, self.device = batch_size, interval, seed, device
+        self.labels = labels_in(source, class_names)
+        spread = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+        self.chosen = spread if count else None
+
+    @torch.no_grad()
     def __call__(self, step):
-        starts = range(0, len(self.pictures), self.batch_size)
-        batches = (self.pictures.batch(range(s, min(s + self.batch_size, len(self.pictures)))) for s in starts)
-        _, logits = metrics.collect_features(self.extract, batches)
-        logger.logkv("val_accuracy", float((logits.argmax(1) == self.labels).mean()))
+        chosen = self.chosen
+        if chosen is None:
+            first = step // self.interval * self.batch_size
+            chosen = np.arange(first, first + self.batch_size) % len(self.source)
+        measured = []
+        for start in range(0, len(chosen), self.batch_size):
+            items = chosen[start:start + self.batch_size]
+            # Every visit meets the same noise, so that the curve shows the classifier and not the draw.
+            draws = Draws(self.seed, 0, range(start, start + len(items)), len(chosen))
+            x0 = self.normalizer.normalise(self.source.latents(self.source.read(items).to(self.device)))
+            labels = torch.from_numpy(self.labels[items]).to(self.device)
+            measured.append(self.objective(self.model, x0, {"y": labels}, draws))
+        terms = {name: torch.cat([terms[name] for terms, _ in measured]) for name in measured[0][0]}
+        self.objective.log(None, torch.cat([t for _, t in measured]), terms)

@@ -26,8 +26,9 @@ from .fp16_util import MixedPrecisionTrainer
 from .nn import keyed_randn, keyed_seed, update_ema
 from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, UniformSampler
 
-# Second number of every key, so that the streams of one seed never meet. LatentStream and sampling have 1 and 5.
-NOISE, TIMES, DROPOUT, WEIGHTS = 2, 3, 4, 6
+# Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
+NOISE, TIMES, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMES, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
+MIRROR = 12  # and one number more for every further axis; evaluation has 11
 
 
 @dataclass
@@ -64,6 +65,8 @@ class AutoencoderTrainConfig(TrainConfig):
     batch_size: int = opt(16, "pictures in a step on each rank")
     ema_rate: str = opt("0.999", "decay of the moving average of the weights, or several with commas between")
     save_interval: int = opt(1000, "steps between checkpoints")
+    mirror: bool = opt(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
+                              "more kinds of detail than the data have, which helps where they are few")
     val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
     val_pictures: int = opt(256, "how many held-out pictures are measured")
 
@@ -72,8 +75,10 @@ class AutoencoderTrainConfig(TrainConfig):
 class ClassifierTrainConfig:
     SECTION = "classifier.training"
 
-    val_data_dir: str = opt("", "held-out pictures; their accuracy is measured every --eval_interval steps")
-    noised: bool = opt(True, "train on pictures noised to random times, for guidance; False: on clean ones")
+    val_data_dir: str = opt("", "held-out pictures, or a cache of them; measured every --eval_interval steps")
+    val_pictures: int = opt(0, "how many held-out pictures are measured each time, evenly spread; 0: one batch, the "
+                               "next one each time")
+    noised: bool = opt(True, "train on data noised to random times, for guidance; False: on clean data")
     iterations: int = opt(150000, "steps to train")
     lr: float = opt(3e-4, "learning rate of AdamW")
     weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
@@ -103,32 +108,61 @@ class Draws:
         """Return the draws of the samples start..stop of this rank's batch."""
         return Draws(self.seed, self.step, self.slots[start:stop], self.global_batch)
 
-    def normal(self, shape, device):
+    def normal(self, shape, device, stream=NOISE):
         """Return standard normal noise [n x *shape], one row a slot."""
-        keys = [(self.seed, NOISE, self.step, slot) for slot in self.slots]
+        keys = [(self.seed, stream, self.step, slot) for slot in self.slots]
         return keyed_randn(shape, keys).to(device, non_blocking=True)
 
     def times(self, sampler, device):
         """Return (times [n], weights [n]): drawn for the whole global batch, so that every rank sees one draw."""
-        rng = np.random.RandomState(keyed_seed(self.seed, TIMES, self.step) % 2**32)
-        t, weights = sampler.sample(self.global_batch, device, rng)
-        here = slice(self.slots[0], self.slots[-1] + 1)
-        return t[here], weights[here]
+        t, weights = sampler.sample(self.global_batch, device, self._generator(TIMES))
+        return t[self._here], weights[self._here]
+
+    def uniform(self, stream, device):
+        """Return numbers evenly spread over [0, 1), [n], one a slot."""
+        drawn = self._generator(stream).random_sample(self.global_batch)[self._here]
+        return torch.from_numpy(drawn).to(device, non_blocking=True)
+
+    def _generator(self, stream):
+        return np.random.RandomState(keyed_seed(self.seed, stream, self.step) % 2**32)
+
+    @property
+    def _here(self):
+        return slice(self.slots[0], self.slots[-1] + 1)
 
 
 class DiffusionObjective:
-    """The losses of `GaussianDiffusion.training_losses` at drawn times, weighted as the sampler of times asks."""
+    """The losses of `GaussianDiffusion.training_losses` at drawn times, weighted as the sampler of times asks.
 
-    def __init__(self, diffusion, schedule_sampler=None):
+    :param class_dropout: share of samples whose label is replaced by `null_label`.
+    :param cond_noise_steps: noise the `low_res` of an upsampler to a time drawn below this, and tell the network.
+    """
+
+    def __init__(self, diffusion, schedule_sampler=None, class_dropout=0.0, null_label=None, cond_noise_steps=0):
         self.diffusion = diffusion
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.class_dropout, self.null_label, self.cond_noise_steps = class_dropout, null_label, cond_noise_steps
 
     def __call__(self, model, x0, cond, draws):
         t, weights = draws.times(self.schedule_sampler, x0.device)
         noise = draws.normal(x0.shape[1:], x0.device)
-        terms = self.diffusion.training_losses(model, x0, t, model_kwargs=cond, noise=noise)
+        terms = self.diffusion.training_losses(model, x0, t, model_kwargs=self._told(cond, draws), noise=noise)
         terms["unweighted"] = terms["loss"].detach()
         return {k: v if k == "unweighted" else v * weights for k, v in terms.items()}, t
+
+    def _told(self, cond, draws):
+        """Return what the network is told: labels of which some are hidden, small pictures with noise on them."""
+        told = dict(cond)
+        if self.class_dropout and "y" in cond:
+            hidden = draws.uniform(CLASSES, cond["y"].device) < self.class_dropout
+            told["y"] = cond["y"].masked_fill(hidden, self.null_label)
+        if self.cond_noise_steps:
+            low_res = cond["low_res"]
+            times = (draws.uniform(CONDITION_TIMES, low_res.device) * self.cond_noise_steps).long()
+            noise = draws.normal(low_res.shape[1:], low_res.device, CONDITION_NOISE)
+            told["low_res"] = noised_condition(self.diffusion, low_res, times, noise)
+            told["low_res_times"] = times
+        return told
 
     def after_step(self, t, terms):
         """Report the losses of a whole step to a sampler that learns from them."""
@@ -145,6 +179,12 @@ class DiffusionObjective:
     def load_state_dict(self, state):
         if state:
             self.schedule_sampler.load_state_dict(state)
+
+
+def noised_condition(diffusion, low_res, times, noise):
+    """Return small pictures noised to `times` [N]; time 0 stands for none at all, and leaves them alone."""
+    clean = (times == 0).view(-1, *(1,) * (low_res.dim() - 1))
+    return torch.where(clean, low_res, diffusion.q_sample(low_res, times, noise))
 
 
 class PlainObjective:
@@ -170,11 +210,19 @@ class PlainObjective:
         pass
 
 
-def autoencoder_objective(loss_config, network, image_range):
+def mirrored(images, draws):
+    """Return pictures mirrored along every axis by a coin of its own.  [N x C x ...] -> same."""
+    for axis in range(2, images.dim()):
+        heads = draws.uniform(MIRROR + axis - 2, images.device) < 0.5
+        images = torch.where(heads.view(-1, *(1,) * (images.dim() - 1)), images.flip(axis), images)
+    return images
+
+
+def autoencoder_objective(loss_config, network, image_range, mirror=False):
     """Return the objective of a KL autoencoder on pictures in [0, 1], its latents drawn with keyed noise."""
 
     def losses(model, images, cond, draws):
-        x = to_image_range(images, image_range)
+        x = to_image_range(mirrored(images, draws) if mirror else images, image_range)
         eps = draws.normal(network.latent_shape(x.shape[2:]), x.device)
         reconstruction, mean, sigma = model(x, eps)
         return autoencoder_losses(loss_config, x, reconstruction, mean, 2 * sigma.float().log())
@@ -182,20 +230,34 @@ def autoencoder_objective(loss_config, network, image_range):
     return PlainObjective(losses)
 
 
-def classifier_objective(schedule_sampler=None, diffusion=None):
-    """Return cross-entropy on pictures in [0, 1]; with a `diffusion` they are noised to a drawn time first."""
+class ClassifierObjective:
+    """Cross-entropy on x0; with `noised`, on x0 noised to drawn times. Log keys begin with `prefix`."""
 
-    def losses(model, images, cond, draws):
-        x = images * 2 - 1
-        t = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        if diffusion is not None:
-            t, _ = draws.times(schedule_sampler, x.device)
-            x = diffusion.q_sample(x, t, noise=draws.normal(x.shape[1:], x.device))
-        logits = model(x, t)
-        right = (logits.argmax(1) == cond["y"]).float()
-        return {"loss": F.cross_entropy(logits.float(), cond["y"], reduction="none"), "accuracy": right}
+    def __init__(self, diffusion, schedule_sampler, noised=True, prefix="train"):
+        self.diffusion, self.schedule_sampler, self.noised, self.prefix = diffusion, schedule_sampler, noised, prefix
 
-    return PlainObjective(losses)
+    def __call__(self, model, x0, cond, draws):
+        labels = cond["y"]
+        t = torch.zeros_like(labels)
+        if self.noised:
+            t, _ = draws.times(self.schedule_sampler, x0.device)
+            x0 = self.diffusion.q_sample(x0, t, noise=draws.normal(x0.shape[1:], x0.device))
+        logits = model(x0, t).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        return {"loss": F.cross_entropy(logits, labels, reduction="none"), "acc@1": best[:, 0].float(),
+                "acc@5": best.any(1).float()}, t
+
+    def after_step(self, t, terms):
+        pass
+
+    def log(self, batch, t, terms):
+        log_loss_dict(self.diffusion, t, {f"{self.prefix}_{name}": value for name, value in terms.items()})
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 class TrainLoop:
@@ -343,7 +405,7 @@ class TrainLoop:
         if self.device.type == "cuda":
             logger.logkv("peak_memory_mib", torch.cuda.max_memory_allocated() / 2**20)
         row = logger.dumpkvs()
-        loss = row.get("loss", math.nan)
+        loss = row.get("loss", row.get("train_loss", math.nan))
         bar.set_postfix_str(f"loss {loss:.4f}")
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
@@ -431,10 +493,11 @@ class TrainLoop:
                 raise FileNotFoundError(f"{folder / name} is not there; --ema_rate must name averages that the "
                                         "checkpoint has")
             self.ema_params[i] = [p.clone() for p in self.mp_trainer.state_dict_to_master_params(load(name)[0])]
-        name = folder / checkpoint_util.optimizer_name(step)
-        self.opt.load_state_dict(checkpoint_util.load(name, self.device, "--resume_checkpoint"))
-        for group in self.opt.param_groups:
-            group["lr"], group["weight_decay"] = self.lr, self.weight_decay
+        path = folder / checkpoint_util.optimizer_name(step)
+        try:
+            self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, self.device, "--resume_checkpoint"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; check --resume_checkpoint") from error
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
         logger.log(f"going on from step {step} of {folder}")

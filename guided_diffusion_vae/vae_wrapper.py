@@ -70,6 +70,8 @@ def sample_moments(moments, eps=None):
 class _Codec:
     """What all codecs share; they add `encode_moments`, `decode_batch` and `fingerprint`."""
 
+    has_posterior = True    # whether a picture has more than one latent
+
     def encode_batch(self, images, eps=None):
         """Encode pictures in [0, 1] as scaled latents: the mode, or with noise `eps` a draw from the posterior.
 
@@ -102,6 +104,7 @@ class _Codec:
 class PixelCodec(_Codec):
     """Take the pictures themselves as latents: x in [0, 1] becomes 2 x - 1, and nothing is random about it."""
 
+    has_posterior = False
     scale_factor, shift_factor, path = 1.0, 0.0, ""
     preprocessing = {}
     image_range = (-1.0, 1.0)
@@ -171,6 +174,7 @@ class VAEInterface(_Codec):
             raise ValueError(f"scale_factor is {self.scale_factor}; it is a number above 0 (--scale_factor)")
         self.shift_factor = float(found.shift_factor)
         self.preprocessing = found.preprocessing or {}
+        self.architecture = found.architecture
         self.image_range = found.image_range
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self.batch_size, self.tile = DTYPES[dtype], batch_size, tile
@@ -304,6 +308,7 @@ class _Found:
     scale_factor: float | None = None
     shift_factor: float = 0.0
     preprocessing: dict | None = None
+    architecture: AutoencoderConfig | None = None   # of an AutoencoderKL of this project or of MONAI
 
 
 def _open(path, vae_config):
@@ -337,15 +342,7 @@ def _class_name(folder):
 def _open_file(path, vae_config):
     """Open a weights file: one with a header describes itself, any other is MONAI's."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            weights, header = load_file(path), None
-        except Exception as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); check {FLAG}") from error
-    else:
-        weights, header = checkpoint_util.load_weights(path, flag=FLAG)
+    weights, header = checkpoint_util.load_weights(path, flag=FLAG)
     if header is None:
         return _open_monai(path, weights, vae_config)
     checkpoint_util.require_kind(header, "autoencoder", path, FLAG)
@@ -355,7 +352,7 @@ def _open_file(path, vae_config):
     described = {"class": "AutoencoderKL", **{k: v for k, v in as_dict(config).items() if v != default[k]}}
     described.pop("use_checkpointing", None)     # changes what is kept, not what is computed
     network = create_autoencoder(config)
-    return _ours(network, weights, path, described, config.image_range, header.get("scale_factor"), header.get("data"))
+    return _ours(network, weights, path, described, config, header.get("scale_factor"), header.get("data"))
 
 
 def _open_monai(path, weights, vae_config):
@@ -365,14 +362,16 @@ def _open_monai(path, weights, vae_config):
     scale_factor = arguments.pop("scale_factor", None)
     config = {"class": "AutoencoderKL", **json.loads(json.dumps(arguments)), "image_range": list(image_range)}
     config.pop("use_checkpointing", None)
-    return _ours(AutoencoderKL(**arguments), weights, path, config, image_range, scale_factor)
+    architecture = from_dict(AutoencoderConfig, {**arguments, "image_range": image_range})
+    return _ours(AutoencoderKL(**arguments), weights, path, config, architecture, scale_factor)
 
 
-def _ours(network, weights, path, config, image_range, scale_factor, preprocessing=None):
+def _ours(network, weights, path, config, architecture, scale_factor, preprocessing=None):
     checkpoint_util.load_into(network, weights, path, FLAG)
     return _Found(
         network, network.moments, network.decode, config, network.in_channels, network.latent_channels, network.factors,
-        tuple(image_range), str(Path(path).resolve()), scale_factor, preprocessing=preprocessing,
+        tuple(architecture.image_range), str(Path(path).resolve()), scale_factor, preprocessing=preprocessing,
+        architecture=architecture,
     )
 
 

@@ -1,17 +1,25 @@
-"""Hold samples against real pictures: Fréchet and kernel distance, precision, recall, class agreement, copies.
-
-The features come from a classifier of yours (classifier_train.py --noised False) or from an autoencoder's latents; no
-pretrained network is needed. Writes metrics.json, confusion matrices and nearest training pictures to the run folder.
+"""Hold samples against real pictures: distances between sets, class agreement, copies, what a classifier learns.
 
     python scripts/evaluate.py --samples samples_300x64x64x3.npz --reference DIR/val --train_dir DIR/train \\
         --classifier_path runs/classifier/model002000.pt
+    python scripts/evaluate.py --samples samples_50000x256x256x3.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+        --inception_path weights-inception-2015-12-05-6726825d.pth
+
+Features come from the Inception network of FID (a local weights file), from a classifier of yours (classifier_train.py
+--noised False), or from an autoencoder's latents, for which no pretrained network is needed. Writes metrics.json,
+confusion matrices and nearest training pictures to the run folder.
 """
 
-from guided_diffusion_vae import dist_util, evaluation, metrics, script_util
+from guided_diffusion_vae import dist_util, evaluation, pipeline, script_util
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
+from guided_diffusion_vae.train_util import ClassifierTrainConfig
+from guided_diffusion_vae.unet import ClassifierConfig
+from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (evaluation.EvaluateConfig, VAEConfig, DataConfig, script_util.RunConfig)
+CONFIGS = (evaluation.EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
+           script_util.part_without(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised"),
+           script_util.RunConfig)
 
 
 def create_argparser():
@@ -20,22 +28,18 @@ def create_argparser():
 
 def main():
     configs, given = script_util.parse_given(__doc__, *CONFIGS)
-    config, vae, data, run = configs
+    config, vae, data, flags, train, run = configs
     folder = script_util.begin_run(run, configs)
     if run.dry_run:
         return
 
-    names = shape = None
-    if config.classifier_path:
-        classifier, header = script_util.load_classifier(config.classifier_path, dist_util.dev())
-        extract, names, shape = metrics.classifier_features(classifier), header["classes"], header["image_shape"]
-        read = header["data"]
-    else:
-        codec = create_vae(vae, dist_util.dev())
-        extract, read = metrics.latent_features(codec), codec.preprocessing
-    data = script_util.as_trained(data, given, read)
-
-    script_util.print_report(evaluation.evaluate(config, data, extract, folder, names, shape))
+    extract, judge, header, data = pipeline.open_extractors(config, vae, data, given)
+    report = evaluation.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])
+    if config.tstr_iterations:
+        train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
+        report.update(pipeline.train_on_samples(config, data, given, flags, DiffusionConfig(), train, folder))
+        evaluation.write_report(report, folder)
+    script_util.print_report(report)
     script_util.end_run(folder)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from guided_diffusion_vae import checkpoint_util, dist_util, script_util
+from guided_diffusion_vae import dist_util, pipeline, script_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches
@@ -40,7 +40,7 @@ def main():
         return script_util.print_model_size(network, lambda m: m(torch.zeros(1, *pictures.shape))[0], train.batch_size)
 
     header = {"kind": "autoencoder", "autoencoder": as_dict(autoencoder), "image_shape": list(pictures.shape),
-              "data": script_util.preprocessing(data)}
+              "data": pictures.preprocessing}
     network.to(dist_util.dev())
     held_out = PictureFolder(data, network.factors, data_dir=train.val_data_dir) if train.val_data_dir else pictures
     preview = ReconstructionPreview(
@@ -48,7 +48,8 @@ def main():
     )
     loop = TrainLoop(
         model=network, data=picture_batches(pictures, plan), header=header, preview=preview,
-        objective=autoencoder_objective(loss, network, autoencoder.image_range), **script_util.loop_arguments(train),
+        objective=autoencoder_objective(loss, network, autoencoder.image_range, train.mirror),
+        **pipeline.loop_arguments(train),
     )
     script_util.write_config(folder, "train_autoencoder", configs, header)
     loop.run_loop()

@@ -20,10 +20,10 @@ from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder, pictur
 from guided_diffusion_vae.latent_datasets import (
     EncodedPictures, LatentCache, LatentCacheConfig, LatentStream, write_cache,
 )
-from guided_diffusion_vae.resample import LossSecondMomentResampler
-from guided_diffusion_vae.train_util import TrainLoop, autoencoder_objective, classifier_objective
+from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
+from guided_diffusion_vae.train_util import ClassifierObjective, TrainLoop, autoencoder_objective
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
-from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEInterface
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 
 COUNT, GLOBAL_BATCH, SEED = 10, 4, 7
 KINDS = ("cached", "encoded", "autoencoder", "classifier")
@@ -94,8 +94,9 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
         channel_mult=(1, 1), pool="adaptive",
     )
-    data = picture_batches(pictures, plan(batch_size), with_labels=True)
-    return network, {"objective": classifier_objective(process()), "data": data}
+    source = EncodedPictures(pictures, PixelCodec(1), "cpu")
+    data = LatentStream(source, LatentNormalizer([0], [1], "none"), plan(batch_size), SEED, "cpu", with_labels=True)
+    return network, {"objective": ClassifierObjective(process(), UniformSampler(process())), "data": data}
 
 
 class Interrupted:

@@ -47,10 +47,18 @@ def folder_of(path, count=12, seed=0, size=(16, 16)):
     return str(path)
 
 
+def samples_file(folder, images, labels, names=NAMES):
+    """Write pictures [N x 1 x H x W] as a file of samples; return its path."""
+    last = np.moveaxis(images, 1, -1)
+    path = folder / f"samples_{len(last)}.npz"
+    write_npz(path, last.shape, [last], labels, names)
+    return str(path)
+
+
 def extract(images):
     """Return features [n x 2] and the logits of a classifier that looks at the mean level."""
     mean = images.mean((1, 2, 3))
-    return torch.stack([mean, images.std((1, 2, 3))], 1), torch.stack([0.4 - mean, mean - 0.4], 1)
+    return metrics.Features(torch.stack([mean, images.std((1, 2, 3))], 1), torch.stack([0.4 - mean, mean - 0.4], 1))
 
 
 # the round trip
@@ -113,14 +121,14 @@ def test_every_missed_threshold_is_named():
 @pytest.fixture
 def samples(tmp_path):
     images, labels = levels(10, seed=5)
-    return str(write_npz(tmp_path, images, labels, NAMES))
+    return samples_file(tmp_path, images, labels)
 
 
 @pytest.fixture
 def run(tmp_path, samples):
     def run(data=DATA, **fields):
         config = {"samples": samples, "reference": str(tmp_path / "val"), "batch_size": 4, **fields}
-        return evaluate(EvaluateConfig(**config), data, extract, tmp_path / "run", NAMES)
+        return evaluate(EvaluateConfig(**config), data, extract, tmp_path / "run", extract, NAMES)
     folder_of(tmp_path / "val", seed=1)
     return run
 
@@ -139,7 +147,7 @@ def test_samples_are_held_against_pictures_classes_and_training_set(run, tmp_pat
 
 def test_copies_of_training_pictures_are_at_distance_nothing(run, tmp_path):
     images, labels = levels(12, seed=2)
-    copies = str(write_npz(tmp_path, images, labels, NAMES))
+    copies = samples_file(tmp_path, images, labels)
     report = run(samples=copies, train_dir=folder_of(tmp_path / "train", seed=2))
     assert report["neighbours"]["median_distance_of_samples"] == 0
     assert report["neighbours"]["shown_pixel_l1"] == [0] * 12
@@ -148,19 +156,19 @@ def test_copies_of_training_pictures_are_at_distance_nothing(run, tmp_path):
 
 def test_samples_of_the_wrong_class_lower_the_agreement(run, tmp_path):
     images, labels = levels(10, seed=5)
-    report = run(samples=str(write_npz(tmp_path, images, 1 - labels, NAMES)))
+    report = run(samples=samples_file(tmp_path, images, 1 - labels))
     assert report["class_agreement"]["accuracy"] == 0 and report["classifier_accuracy"]["accuracy"] == 1
 
 
 def test_classes_are_matched_by_name_and_not_by_number(run, tmp_path):
     images, labels = levels(10, seed=5)
-    report = run(samples=str(write_npz(tmp_path, images, 1 - labels, NAMES[::-1])))
+    report = run(samples=samples_file(tmp_path, images, 1 - labels, NAMES[::-1]))
     assert report["class_agreement"]["accuracy"] == 1
 
 
 def test_paired_samples_get_the_round_trips_scores(run, tmp_path):
     images, labels = levels(12, seed=1)
-    itself = str(write_npz(tmp_path, images, labels, NAMES))
+    itself = samples_file(tmp_path, images, labels)
     report = run(samples=itself, reference=itself, paired=True)
     assert report["l1"] == 0 and report["ssim"] == pytest.approx(1) and report["frechet"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="--paired True wants as many .*, found 10 and 12"):
@@ -177,7 +185,7 @@ def test_a_folder_of_pictures_is_judged_like_an_npz(run, tmp_path):
     ({"samples": ""}, FileNotFoundError, "--samples is not given; it wants a folder of pictures or an .npz"),
     ({"reference": ""}, FileNotFoundError, "--reference is not given"),
     ({"reference": "nowhere"}, FileNotFoundError, "nowhere is not there"),
-    ({"samples": "nowhere.npz"}, ValueError, "nowhere.npz is no batch of samples"),
+    ({"samples": "nowhere.npz"}, ValueError, "nowhere.npz: cannot be read as an .npz archive"),
 ])
 def test_what_is_missing_is_named(run, fields, error, match):
     with pytest.raises(error, match=match):
@@ -189,12 +197,92 @@ def test_pictures_of_another_shape_are_refused(run, tmp_path):
         run(data=DataConfig(image_size=8))
     config = EvaluateConfig(samples=str(tmp_path / "val"), reference=str(tmp_path / "val"), classifier_path="model.pt")
     with pytest.raises(ValueError, match=r"val holds .* \(1, 16, 16\), model.pt was trained on \(1, 32, 32\)"):
-        evaluate(config, DATA, extract, tmp_path, NAMES, (1, 32, 32))
+        evaluate(config, DATA, extract, tmp_path, extract, NAMES, (1, 32, 32))
+
+
+def blurred(images, width):
+    """Return pictures [N x 1 x H x W] averaged over squares of `width` (odd) pixels."""
+    padded = F.pad(images, (width // 2,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, width, stride=1)
+
+
+def bars(count, seed):
+    """Return pictures [N x 1 x 16 x 16] in [0, 1] of bars at random angles, distances and places."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:16, :16]
+    angle, period, shift = (rng.uniform(low, high, (count, 1, 1)) for low, high in ((0, np.pi), (3, 8), (0, 6)))
+    along = x * np.cos(angle) + y * np.sin(angle)
+    return torch.from_numpy(0.5 + 0.4 * np.sin(2 * np.pi * along / period + shift))[:, None]
+
+
+def levels_and_edges(images):
+    """Return features [n x 12]: levels and slopes in every quarter of the picture."""
+    maps = [images[..., 1:, 1:], images.diff(dim=2)[..., 1:].abs(), images.diff(dim=3)[..., 1:, :].abs()]
+    return metrics.Features(F.adaptive_avg_pool2d(torch.cat(maps, 1), 2).flatten(1))
+
+
+@pytest.mark.parametrize("spoil, amounts", [
+    (blurred, [1, 3, 5, 9]),
+    (lambda x, s: (x + s * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)).clamp(0, 1),
+     [0, 0.1, 0.3, 0.9]),
+])
+def test_every_distance_grows_with_blur_and_with_noise(tmp_path, spoil, amounts):
+    reference, clean = bars(300, 0), bars(300, 1)
+    reports = []
+    for name, images in [("reference", reference), *((f"{a}", spoil(clean, a)) for a in amounts)]:
+        levels = (images * 255).round().numpy().astype(np.uint8)
+        write_npz(tmp_path / f"{name}.npz", (300, 16, 16, 1), [np.moveaxis(levels, 1, -1)])
+    for amount in amounts:
+        config = EvaluateConfig(samples=str(tmp_path / f"{amount}.npz"), reference=str(tmp_path / "reference.npz"))
+        reports.append(evaluate(config, DATA, levels_and_edges, tmp_path))
+    for name in ("frechet", "kernel"):
+        values = [report[name] for report in reports]
+        assert values == sorted(values) and values[-1] > 10 * abs(values[0])
+    assert reports[0]["precision"] > 0.5 > reports[-1]["precision"]
+
+
+def as_inception(images):
+    """Return features [n x 2], logits [n x 3] and spatial features [n x 4] as the Inception network would."""
+    corners = images[:, 0, ::8, ::8].flatten(1)
+    return metrics.Features(extract(images).pooled, images[:, 0, 0, :3], corners)
+
+
+def test_features_of_inception_go_by_the_names_of_fid(run, samples, tmp_path):
+    config = EvaluateConfig(samples=samples, reference=str(tmp_path / "val"), batch_size=4)
+    report = evaluate(config, DATA, as_inception, tmp_path / "run", extract, NAMES)
+    assert {"fid", "sfid", "kid", "inception_score", "precision", "recall", "class_agreement"} <= set(report)
+    images = (PictureFolder(DATA, data_dir=str(tmp_path / "val")).batch(range(12)),
+              torch.from_numpy(levels(10, 5)[0] / 255))
+    spatial = [metrics.FeatureStatistics().update(as_inception(x.float()).spatial) for x in images]
+    assert report["sfid"] == pytest.approx(metrics.frechet_distance(*spatial), rel=1e-4)
+    logits = as_inception(images[1].float()).logits
+    assert report["inception_score"] == pytest.approx(metrics.inception_score(logits), rel=1e-5)
+
+
+@pytest.mark.parametrize("with_pictures", [False, True])
+def test_statistics_of_a_reference_file_are_taken_as_they_are(samples, tmp_path, with_pictures):
+    images = torch.from_numpy(levels(10, 5)[0] / 255).float()
+    read = as_inception(images)
+    pooled, spatial = (metrics.FeatureStatistics().update(x) for x in (read.pooled, read.spatial))
+    arrays = {"mu": pooled.mean + 3, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    if with_pictures:
+        arrays["arr_0"] = np.moveaxis(levels(10, 5)[0], 1, -1)
+    np.savez(tmp_path / "reference.npz", **arrays)
+    config = EvaluateConfig(samples=samples, reference=str(tmp_path / "reference.npz"))
+    report = evaluate(config, DATA, as_inception, tmp_path)
+    assert report["fid"] == pytest.approx(2 * 9, rel=1e-6) and report["sfid"] == pytest.approx(0, abs=1e-6)
+    assert ("precision" in report) == ("kid" in report) == with_pictures
+
+
+def test_statistics_alone_cannot_be_judged(run, tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="statistics.npz holds statistics and no pictures; --samples wants"):
+        run(samples=str(tmp_path / "statistics.npz"))
 
 
 def test_classes_that_the_classifier_does_not_know_are_refused(run, tmp_path):
     images, labels = levels(10, seed=5)
-    samples = write_npz(tmp_path, images, labels, ["dark", "grey"])
+    samples = samples_file(tmp_path, images, labels, ["dark", "grey"])
     with pytest.raises(ValueError, match=f"of {samples} have classes grey that the model does not know; it knows dark, "
                                          "light"):
         run(samples=str(samples))

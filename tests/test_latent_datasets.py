@@ -23,7 +23,7 @@ COUNT = 11
 class HalvingCodec(PixelCodec):
     """A codec with a posterior: means are block averages, scaled, and the variance depends on them."""
 
-    scale_factor, path, fingerprint = 0.5, "somewhere/vae", "a" * 64
+    has_posterior, scale_factor, path, fingerprint = True, 0.5, "somewhere/vae", "a" * 64
 
     def __init__(self, gain=1.0, fail_after=None):
         super().__init__(channels=1)

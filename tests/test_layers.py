@@ -11,7 +11,7 @@ LAYERS = """
     config files
     nn losses
     unet autoencoder
-    gaussian_diffusion respace resample
+    gaussian_diffusion respace resample solvers guidance export
     checkpoint_util
     vae_wrapper
     image_datasets latent_datasets microdoppler
@@ -20,7 +20,7 @@ LAYERS = """
     train_util
     metrics figures sampling
     previews evaluation
-    script_util
+    script_util pipeline
 """.split()
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 # library: (modules that may import it, whether only inside functions)

@@ -1,4 +1,5 @@
 import itertools
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -272,20 +273,41 @@ def test_nearest_neighbours_refuse_a_bank_that_is_too_small():
         metrics.nearest_neighbours(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
 
 
-def test_every_distance_grows_with_the_noise():
-    reference = gaussian(300, 6)
-    noise = gaussian(300, 6, seed=2)
-    results = [metrics.evaluate_sets(reference, gaussian(300, 6, seed=1) + s * noise) for s in (0, 1, 2, 4)]
-    assert set(results[0]) == {"frechet", "kernel", "precision", "recall"}
-    for name, growing in [("frechet", True), ("kernel", True), ("precision", False)]:
-        values = [result[name] for result in results]
-        assert values == sorted(values, reverse=not growing), name
-    json.dumps(results)
+def test_inception_score_runs_from_one_to_the_number_of_classes():
+    sure = 100.0 * np.eye(4)[np.arange(40) % 4]
+    assert metrics.inception_score(sure) == pytest.approx(4)
+    assert metrics.inception_score(np.zeros((40, 4))) == pytest.approx(1)
+    assert metrics.inception_score(sure[:1].repeat(40, 0)) == pytest.approx(1)  # sure, but always of the same
 
 
-def test_evaluate_sets_refuses_features_of_two_extractors():
-    with pytest.raises(ValueError, match="features of 4 and of 5 numbers"):
-        metrics.evaluate_sets(gaussian(9, 4), gaussian(9, 5))
+def test_inception_score_is_averaged_over_parts():
+    logits = gaussian(30, 5)
+    parts = [metrics.inception_score(logits[i:i + 10]) for i in (0, 10, 20)]
+    assert metrics.inception_score(logits, split_size=10) == pytest.approx(np.mean(parts))
+
+
+def test_merged_statistics_are_those_of_all_features():
+    features = gaussian(50, 4) + 1000
+    parts = [metrics.FeatureStatistics().update(features[i:j]) for i, j in ((0, 7), (7, 20), (20, 50))]
+    merged = metrics.FeatureStatistics()
+    for part in parts:
+        merged.merge(part)
+    whole = metrics.FeatureStatistics().update(features)
+    assert merged.count == 50 and np.allclose(merged.mean, whole.mean, rtol=1e-12)
+    assert np.allclose(merged.covariance, whole.covariance, rtol=1e-7)
+    assert merged.merge(metrics.FeatureStatistics()).count == 50
+    with pytest.raises(ValueError, match="features of 3 numbers among features of 4"):
+        merged.merge(metrics.FeatureStatistics().update(gaussian(5, 3)))
+
+
+def test_given_statistics_are_measured_against_as_they_are():
+    mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
+    given = metrics.FeatureStatistics.given(mean, covariance)
+    assert np.allclose(given.covariance, covariance)
+    moved = metrics.FeatureStatistics.given(mean + 2, covariance)
+    assert metrics.frechet_distance(given, moved) == pytest.approx(12)
+    with pytest.raises(ValueError, match=r"a mean of shape \[3\] and a covariance of \[2, 2\]; needed are"):
+        metrics.FeatureStatistics.given(mean, np.eye(2))
 
 
 # ---- features ----
@@ -304,10 +326,18 @@ def classifier(pool, channels=1):
     return model
 
 
+def test_a_classifier_of_latents_sees_what_the_pictures_become():
+    model, images = classifier("adaptive", channels=2), pictures(3, 1, 16, 16)
+    to_x0 = lambda x: torch.cat([x, -x], 1)
+    read = metrics.classifier_features(model, to_x0)(images)
+    expected = model.eval()(to_x0(torch.from_numpy(images)), torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(read.logits, expected)
+
+
 @pytest.mark.parametrize("pool", ["adaptive", "spatial", "spatial_v2"])
 def test_classifier_features_are_what_the_last_layer_turns_into_logits(pool):
     model = classifier(pool)
-    features, logits = metrics.classifier_features(model)(pictures(3, 1, 16, 16))
+    features, logits, _ = metrics.classifier_features(model)(pictures(3, 1, 16, 16))
     assert len(features) == 3 and logits.shape == (3, 5)
     expected = model(torch.from_numpy(pictures(3, 1, 16, 16)) * 2 - 1, torch.zeros(3, dtype=torch.long))
     assert torch.equal(logits, expected)
@@ -319,7 +349,7 @@ def test_classifier_features_before_an_attention_pool_are_the_average_of_what_it
     model = classifier("attention")
     read = []
     model.out[1].register_forward_hook(lambda *call: read.append(call[2]))
-    features, logits = metrics.classifier_features(model)(pictures(3, 1, 16, 16))
+    features, logits, _ = metrics.classifier_features(model)(pictures(3, 1, 16, 16))
     assert features.shape == (3, 32) and logits.shape == (3, 5)
     assert torch.allclose(features, read[0].mean((2, 3)))
 
@@ -340,28 +370,67 @@ class Identity:
     "shape, dimension", [((5, 4, 8), 12), ((5, 4, 8, 8), 20), ((5, 1, 4, 6, 5), 9), ((5, 2, 1, 8), 6)]
 )
 def test_latent_features_have_the_stated_dimension(shape, dimension):
-    features, logits = metrics.latent_features(Identity())(pictures(*shape))
+    features, logits, _ = metrics.latent_features(Identity())(pictures(*shape))
     assert features.shape == (5, dimension) and logits is None
 
 
 def test_latent_features_hold_the_mean_of_every_cell_and_the_spread():
     images = np.zeros((1, 1, 4, 4), np.float32)
     images[0, 0, :2, 2:] = 1.0
-    features, _ = metrics.latent_features(Identity())(images)
+    features, _, _ = metrics.latent_features(Identity())(images)
     assert features[0].tolist() == [0, 1, 0, 0, pytest.approx(math.sqrt(3 / 16))]
 
 
 def test_latent_features_of_many_pictures_have_a_covariance_of_full_rank():
-    features, _ = metrics.latent_features(Identity())(pictures(200, 2, 8, 8))
+    features, _, _ = metrics.latent_features(Identity())(pictures(200, 2, 8, 8))
     assert torch.linalg.matrix_rank(statistics(features).covariance) == features.shape[1]
 
 
 def test_features_in_batches_equal_features_at_once():
     images, extract = pictures(7, 2, 8, 8), metrics.latent_features(Identity())
-    features, logits = metrics.collect_features(extract, [images[:3], images[3:6], images[6:]])
+    features, logits, _ = metrics.collect_features(extract, [images[:3], images[3:6], images[6:]])
     assert np.allclose(features, extract(images)[0], atol=1e-6) and logits is None
     with pytest.raises(ValueError, match="no images"):
         metrics.collect_features(extract, [])
+
+
+def test_the_weights_of_inception_must_be_there_and_be_those(tmp_path):
+    named = "w.pth is not there; --inception_path wants weights-inception-2015-12-05-6726825d.pth .SHA-256 6726825d"
+    with pytest.raises(FileNotFoundError, match=f"{named}.*, from https://"):
+        metrics.inception_features(tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="w.pth has SHA-256 .*; --inception_path wants weights-inception-2015-12-05"):
+        metrics.inception_features(tmp_path / "w.pth")
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """The extractor with random weights, and the network behind it; skipped where torch-fidelity cannot be had."""
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as module
+    except Exception as error:  # a torchvision that does not fit torch raises a RuntimeError
+        pytest.skip(f"no torch-fidelity that works here: {error}")
+    torch.manual_seed(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patched.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    sha256 = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    return metrics.inception_features(tmp_path / "w.pth", sha256=sha256), network
+
+
+def test_inception_reads_levels_grey_ones_too_and_the_layer_of_sfid(inception):
+    extract, network = inception
+    grey = pictures(2, 1, 32, 32)
+    read = extract(grey)
+    levels = torch.from_numpy(np.rint(grey * 255).astype(np.uint8)).expand(-1, 3, -1, -1)
+    pooled, logits = network(levels)
+    torch.testing.assert_close(read.pooled, pooled)
+    torch.testing.assert_close(read.logits, logits)
+    assert read.spatial.shape == (2, 7 * 17 * 17) and (read.spatial >= 0).all() and read.spatial.std() > 0
+    again = extract(np.repeat(grey, 3, 1))
+    torch.testing.assert_close(again.spatial, read.spatial)
 
 
 # ---- labels against labels ----

@@ -3,12 +3,15 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import figures, logger, metrics, script_util
+from guided_diffusion_vae import figures, logger, metrics, pipeline, script_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
-from guided_diffusion_vae.previews import Accuracy, ReconstructionPreview, SamplePreview
-from guided_diffusion_vae.sampling import Sampler, SamplingConfig
+from guided_diffusion_vae.latent_datasets import EncodedPictures
+from guided_diffusion_vae.previews import ClassifierValidation, ReconstructionPreview, SamplePreview
+from guided_diffusion_vae.resample import UniformSampler
+from guided_diffusion_vae.sampling import Sampler
+from guided_diffusion_vae.train_util import ClassifierObjective
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 CPU = torch.device("cpu")
@@ -60,7 +63,7 @@ def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(t
     (images, columns, labels), (again, _, _) = shown
     assert columns == 2 and labels == ["a", "b", "c"] and np.array_equal(images, again)
     assert images.reshape(3, 2, -1).mean(2) == pytest.approx(np.array([[0.05] * 2, [0.5] * 2, [0.95] * 2]), abs=0.02)
-    expected = sampler.decode(sampler.x0(range(6), [0, 1, 2], SamplingConfig(), CPU)[0]).numpy()
+    expected = sampler.decode(sampler.x0(range(6), [0, 1, 2], CPU)).numpy()
     assert np.array_equal(images[1], expected[3])  # the second picture of the first class
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
 
@@ -70,23 +73,56 @@ def test_previews_take_evenly_spaced_steps_of_any_process(steps, taken, first):
     header = {"latent_shape": [1, 8, 8], "image_shape": [1, 8, 8], "classes": None, "model": {"num_classes": 0},
               "normalizer": LatentNormalizer([0], [1], "auto").to_dict(),
               "diffusion": vars(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine"))}
-    sampler = script_util.preview_sampler(None, PixelCodec(1), header)
+    sampler = pipeline.preview_sampler(None, PixelCodec(1), header)
     assert sampler.diffusion.num_timesteps == taken and max(sampler.diffusion.timestep_map) == first
 
 
-def test_accuracy_is_over_all_pictures_in_the_models_numbering(pictures):
-    class OddOnes(torch.nn.Module):
-        """Give every picture the class 'b', the model's first."""
-        in_channels = 1
+class OddOnes(torch.nn.Module):
+    """Give everything the model's first class, 'b', and remember what it saw."""
 
-        def __init__(self):
-            super().__init__()
-            self.out = torch.nn.Sequential(torch.nn.Linear(1, 2))
-            self.out[0].weight.data.zero_()
-            self.out[0].bias.data = torch.tensor([1.0, 0.0])
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
-        def forward(self, x, t):
-            return self.out(x.mean((2, 3)))
+    def forward(self, x, t):
+        self.seen.append((x, t))
+        return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
-    Accuracy(OddOnes(), pictures, ["b", "a"], batch_size=2)(1)
-    assert logger.getkvs() == {"val_accuracy": pytest.approx(3 / 5)}
+
+def validation(pictures, count, noised, batch_size=2):
+    diffusion = script_util.create_gaussian_diffusion(steps=40)
+    objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
+    source = EncodedPictures(pictures, PixelCodec(1), CPU)
+    model = OddOnes()
+    return model, ClassifierValidation(model, objective, source, LatentNormalizer([0], [1], "none"), ["b", "a"], count,
+                                       batch_size, 5, 0, CPU)
+
+
+def test_a_classifier_is_measured_on_all_held_out_pictures_in_its_own_numbering(pictures):
+    model, measure = validation(pictures, 99, noised=False)
+    measure(5)
+    logged = logger.getkvs()
+    assert logged["val_acc@1"] == pytest.approx(3 / 5) and logged["val_acc@5"] == 1
+    loss = (3 * np.log(1 + np.exp(-1)) + 2 * np.log(1 + np.exp(1))) / 5
+    assert logged["val_loss"] == pytest.approx(loss, rel=1e-5)
+    seen = torch.cat([x for x, _ in model.seen])
+    assert torch.equal(seen, 2 * pictures.batch(range(5)) - 1) and all((t == 0).all() for _, t in model.seen)
+
+
+def test_without_a_count_the_next_batch_is_measured_each_time(pictures):
+    model, measure = validation(pictures, 0, noised=False)
+    measure(5)
+    measure(10)
+    expected = 2 * pictures.batch([2, 3, 4, 0]) - 1
+    assert torch.equal(torch.cat([x for x, _ in model.seen]), expected)
+
+
+def test_noised_held_out_pictures_meet_the_same_noise_each_time(pictures):
+    model, measure = validation(pictures, 99, noised=True)
+    measure(5)
+    measure(10)
+    first, second = model.seen[:3], model.seen[3:]
+    assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(first, second, strict=True))
+    times = torch.cat([t for _, t in first])
+    noise = torch.cat([x for x, _ in first]) - 2 * pictures.batch(range(5)) + 1
+    assert len(set(times.tolist())) > 1 and noise.std() > 0.1

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import script_util
+from guided_diffusion_vae import pipeline, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.sampling import (
-    KeyedNoise, Sampler, SamplingConfig, draw, parse_classes, read_npz, to_uint8, write_npz, write_samples,
+    KeyedNoise, Sampler, SamplingConfig, SmallPictures, draw, open_npz, parse_classes, solver_of, to_uint8, write_npz,
 )
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
@@ -40,30 +40,34 @@ def pixels_of(path):
 # what a sample depends on
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_a_sample_depends_on_seed_and_number_alone(sampler, use_ddim):
-    config = SamplingConfig(use_ddim=use_ddim)
-    together, labels = sampler.x0(range(5), [2, 0], config, CPU)
-    alone = [sampler.x0([i], [2, 0], config, CPU) for i in range(5)]
-    assert labels.tolist() == [2, 0, 2, 0, 2] == [label.item() for _, label in alone]
-    torch.testing.assert_close(torch.cat([x for x, _ in alone]), together, atol=1e-5, rtol=0)
-    shuffled, _ = sampler.x0([4, 1], [2, 0], config, CPU)
-    torch.testing.assert_close(shuffled, together[[4, 1]], atol=1e-5, rtol=0)
+@pytest.mark.parametrize("solver, steps", [("ddpm", ""), ("ddim", ""), ("dpmpp", "logsnr3"), ("unipc", "logsnr3")])
+def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
+    diffusion = pipeline.process_of({**vars(PROCESS), "timestep_respacing": steps})
+    sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
+    together = sampler.x0(range(5), [2, 0], CPU)
+    assert sampler.labels(range(5), [2, 0]).tolist() == [2, 0, 2, 0, 2]
+    alone = torch.cat([sampler.x0([i], [2, 0], CPU) for i in range(5)])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sampler.x0([4, 1], [2, 0], CPU), together[[4, 1]], atol=1e-5, rtol=0)
 
 
-def test_batches_of_one_and_of_four_draw_the_same_pictures(sampler):
-    config = SamplingConfig(num_samples=6, batch_size=1, seed=3)
-    one, labels = draw(sampler, [0, 1, 2], config, CPU)
-    four, _ = draw(sampler, [0, 1, 2], dataclasses.replace(config, batch_size=4), CPU)
-    assert one.shape == (6, 1, 7, 8) and one.dtype == np.uint8 and labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert np.abs(one.astype(int) - four.astype(int)).max() <= 1  # a rounding at the edge of two grey levels
+def drawn(sampler, folder, classes=(0, 1, 2), **config):
+    """Draw into a folder; return the Samples that were written."""
+    path = draw(sampler, classes and list(classes), SamplingConfig(**config), folder, CPU)
+    return open_npz(path)
+
+
+def test_batches_of_one_and_of_four_draw_the_same_pictures(sampler, tmp_path):
+    one = drawn(sampler, tmp_path / "one", num_samples=6, batch_size=1)
+    four = drawn(sampler, tmp_path / "four", num_samples=6, batch_size=4)
+    assert one.images.shape == (6, 7, 8, 1) and one.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert np.abs(one.images.astype(int) - four.images).max() <= 1  # a rounding at the edge of two grey levels
 
 
 def test_another_seed_and_another_class_draw_another_picture(sampler):
-    config = SamplingConfig()
-    first, _ = sampler.x0([0], [0], config, CPU)
-    assert (first - sampler.x0([0], [0], dataclasses.replace(config, seed=1), CPU)[0]).abs().max() > 0.1
-    assert (first - sampler.x0([0], [1], config, CPU)[0]).abs().max() > 1e-3
+    first = sampler.x0([0], [0], CPU)
+    assert (first - dataclasses.replace(sampler, seed=1).x0([0], [0], CPU)).abs().max() > 0.1
+    assert (first - sampler.x0([0], [1], CPU)).abs().max() > 1e-3
 
 
 def test_noise_is_standard_normal_and_fresh_at_every_call():
@@ -74,29 +78,154 @@ def test_noise_is_standard_normal_and_fresh_at_every_call():
     assert noise(torch.empty(64, 1, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_ranks_share_the_batches_and_hold_the_whole(sampler, monkeypatch):
-    config = SamplingConfig(num_samples=5, batch_size=2)
-    whole, labels = draw(sampler, [0, 1], config, CPU)
-    parts = []
-    for rank in (0, 1):
-        monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 2)
-        monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: rank)
-        monkeypatch.setattr("guided_diffusion_vae.dist_util.gather_objects", lambda mine: parts.append(mine) or parts)
-        images, found = draw(sampler, [0, 1], config, CPU)
-    assert [[start for start, *_ in part] for part in parts] == [[0, 4], [2]]
-    assert np.array_equal(images, whole) and np.array_equal(found, labels)
+def test_pixels_are_clipped_and_latents_are_not_unless_it_is_said(sampler):
+    assert sampler.clip_denoised
+    assert not dataclasses.replace(sampler, codec=None, clip_denoised=None).clip_denoised
+    assert not dataclasses.replace(sampler, clip_denoised=False).clip_denoised
 
 
-def test_a_model_that_has_diverged_is_no_black_picture(sampler):
-    broken = Sampler(lambda x, t, **kwargs: x * float("nan"), sampler.diffusion, (1, 8, 8), sampler.codec,
-                     sampler.normalizer, (1, 8, 8))
+def test_a_model_that_has_diverged_is_no_black_picture(sampler, tmp_path):
+    broken = dataclasses.replace(sampler, model=lambda x, t, **kwargs: x * float("nan"), num_classes=0)
     with pytest.raises(FloatingPointError, match="samples 0 to 1 are not finite: the model has diverged"):
-        draw(broken, None, SamplingConfig(num_samples=2), CPU)
+        drawn(broken, tmp_path, None, num_samples=2)
 
 
-def test_nothing_to_draw_is_refused(sampler):
+def test_nothing_to_draw_is_refused(sampler, tmp_path):
     with pytest.raises(ValueError, match="--num_samples 0 --batch_size 16: both are at least 1"):
-        draw(sampler, None, SamplingConfig(num_samples=0), CPU)
+        drawn(sampler, tmp_path, num_samples=0)
+
+
+@pytest.mark.parametrize("flags, solver", [({}, "ddpm"), ({"use_ddim": True}, "ddim"), ({"sampler": "unipc"}, "unipc"),
+                                           ({"sampler": "ddim", "use_ddim": True}, "ddim")])
+def test_the_way_of_taking_steps_is_said_by_either_flag(flags, solver):
+    assert solver_of(SamplingConfig(**flags)) == solver
+
+
+def test_two_ways_of_taking_steps_are_refused():
+    with pytest.raises(ValueError, match="--use_ddim True contradicts --sampler dpmpp; leave one of them away"):
+        solver_of(SamplingConfig(use_ddim=True, sampler="dpmpp"))
+
+
+# samples that are written as they come
+
+
+FIVE = {"num_samples": 5, "batch_size": 2}
+
+
+def interrupted(sampler, folder, after, **config):
+    """Draw until so many batches are written, as if the process was killed then."""
+    def model(x, t, **told):
+        model.calls += 1
+        if model.calls > after * sampler.diffusion.num_timesteps:
+            raise KeyboardInterrupt
+        return sampler.model(x, t, **told)
+
+    model.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        drawn(dataclasses.replace(sampler, model=model), folder, **config)
+    return model
+
+
+def test_an_interrupted_sampling_leaves_whole_shards_and_ends_in_the_same_bytes(sampler, tmp_path):
+    drawn(sampler, tmp_path / "whole", **FIVE)
+    interrupted(sampler, tmp_path / "parts", 2, **FIVE)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts/shards").glob("*.npy")}
+    assert [path.name for path in sorted(kept)] == ["00000000-00000002.npy", "00000002-00000004.npy"]
+    assert sum(len(np.load(path)) for path in kept) == 4 and not list((tmp_path / "parts").glob("*.npz"))
+    calls = []
+    counting = lambda x, t, **told: calls.append(len(x)) or sampler.model(x, t, **told)
+    drawn(dataclasses.replace(sampler, model=counting), tmp_path / "parts", **FIVE)
+    assert calls == [1] * sampler.diffusion.num_timesteps  # the last batch alone
+    files = {name: {path.relative_to(tmp_path / name).as_posix(): path.read_bytes()
+                    for path in (tmp_path / name).rglob("*") if path.is_file()} for name in ("whole", "parts")}
+    assert files["whole"] == files["parts"] and "samples_5x7x8x1.npz" in files["whole"]
+    assert not (tmp_path / "parts/shards").exists()
+
+
+def test_more_samples_may_be_asked_for_when_going_on(sampler, tmp_path):
+    interrupted(sampler, tmp_path / "more", 1, **FIVE)
+    more = drawn(sampler, tmp_path / "more", num_samples=7, batch_size=2)
+    assert np.array_equal(more.images, drawn(sampler, tmp_path / "seven", num_samples=7, batch_size=2).images)
+
+
+@pytest.mark.parametrize("change, config, named", [
+    ({"seed": 1}, {}, "seed"), ({"solver": "ddim"}, {}, "sampler"), ({}, {"batch_size": 1}, "batch_size"),
+    ({"made_from": {"model": "another"}}, {}, "model"), ({}, {"classes": (0,)}, "classes"),
+])
+def test_shards_of_another_sampling_are_refused_by_name(sampler, tmp_path, change, config, named):
+    interrupted(sampler, tmp_path, 1, **FIVE)
+    with pytest.raises(ValueError, match=f"shards holds an unfinished sampling with another {named}; give the same"):
+        drawn(dataclasses.replace(sampler, **change), tmp_path, **{**FIVE, **config})
+    assert len(list((tmp_path / "shards").glob("*.npy"))) == 1
+
+
+def test_ranks_share_the_batches(sampler, tmp_path, monkeypatch):
+    whole = drawn(sampler, tmp_path / "whole", **FIVE)
+    monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 2)
+    for name in ("barrier", "broadcast_object"):
+        monkeypatch.setattr(f"guided_diffusion_vae.dist_util.{name}", lambda *item: item[0] if item else None)
+    (tmp_path / "ranks").mkdir()
+    monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 1)
+    draw(sampler, [0, 1, 2], SamplingConfig(**FIVE), tmp_path / "ranks", CPU)
+    assert [path.name for path in (tmp_path / "ranks/shards").glob("*")] == ["00000002-00000004.npy"]
+    # Rank 0 comes last here, and finds a folder that it has not begun: the record stands in for its earlier self.
+    monkeypatch.setattr("guided_diffusion_vae.sampling._agree_on", lambda *args: None)
+    monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 0)
+    monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 1)
+    assert np.array_equal(drawn(sampler, tmp_path / "ranks", **FIVE).images, whole.images)
+
+
+def test_pictures_and_sheet_stand_beside_the_npz(sampler, tmp_path):
+    samples = drawn(sampler, tmp_path, (2, 0), num_samples=7, batch_size=3)
+    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert names == ["push_000001.png", "push_000003.png", "push_000005.png",
+                     *(f"tapout_00000{i}.png" for i in (0, 2, 4, 6))]
+    assert np.array_equal(pixels_of(tmp_path / "png" / "push_000003.png"), samples.images[3, ..., 0])
+    tall, wide = pixels_of(tmp_path / "contact_sheet.png").shape[:2]
+    assert wide > 3 * 8 and tall >= 2 * 7 and samples.class_names == NAMES
+
+
+def test_new_samples_replace_the_pictures_of_older_ones(sampler, tmp_path):
+    drawn(sampler, tmp_path, num_samples=4)
+    drawn(sampler, tmp_path, (2,), num_samples=2)
+    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["tapout_000000.png", "tapout_000001.png"]
+    drawn(sampler, tmp_path, num_samples=2, png=False)
+    assert not (tmp_path / "png").exists()
+
+
+@pytest.mark.parametrize("classes, count", [(None, 1), ((1, 2), 1)])
+def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classes, count):
+    plain = dataclasses.replace(sampler, model=lambda x, t, y=None: 0 * x, num_classes=3 if classes else 0)
+    drawn(plain, tmp_path, classes, num_samples=count)
+    assert min(pixels_of(tmp_path / "contact_sheet.png").shape[:2]) >= 7
+
+
+# upsamplers
+
+
+def test_sample_i_is_told_small_picture_i_and_its_class():
+    images, labels = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([2, 0, 1])
+    identity = LatentNormalizer([0], [1], "none")
+    process = pipeline.process_of(vars(PROCESS))
+    small = SmallPictures(images, labels, PixelCodec(1), identity, process)
+    told = []
+    model = lambda x, t, y, low_res: told.append((y, low_res)) or 0 * x
+    sampler = Sampler(model, process, (1, 4, 4), PixelCodec(1), identity, (1, 4, 4), 3, NAMES, small=small)
+    sampler.x0([1, 5], None, CPU)
+    assert told[0][0].tolist() == [0, 1]
+    torch.testing.assert_close(told[0][1], torch.from_numpy(images[[1, 2]]) / 127.5 - 1)
+
+
+def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    process = pipeline.process_of(vars(PROCESS))
+    small = SmallPictures(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
+    both, one = small.condition([0, 3], CPU), small.condition([3], CPU)
+    assert both["low_res_times"].tolist() == [2, 2]
+    torch.testing.assert_close(both["low_res"][1:], one["low_res"])
+    spread = float(np.sqrt(1 - process.alphas_cumprod[2]))
+    assert both["low_res"].std() == pytest.approx(spread, rel=0.2)
+    assert (both["low_res"][0] - both["low_res"][1]).abs().max() > 0.1
 
 
 def test_decode_undoes_the_normalisation_and_the_padding(sampler):
@@ -138,77 +267,69 @@ def test_classes_of_a_model_without_any_are_refused():
 # files
 
 
-def test_the_npz_has_the_layout_of_the_reference(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 6), np.uint8)
-    path = write_npz(tmp_path, images, np.array([0, 1, 0, 1, 0]))
-    assert path.name == "samples_5x4x6x3.npz"
+def write(folder, images, labels=None, names=None, parts=1):
+    """Write images [N x C x ...] in so many parts; return the path."""
+    last = np.moveaxis(images, 1, -1)
+    path = folder / f"samples_{'x'.join(map(str, last.shape))}.npz"
+    write_npz(path, last.shape, np.array_split(last, parts), labels, names)
+    return path
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (3, 4, 5)])
+def test_the_npz_has_the_layout_of_the_reference(tmp_path, sides):
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, *sides), np.uint8)
+    path = write(tmp_path, images, np.array([0, 1, 0, 1, 0]), parts=2)
     with np.load(path) as content:
-        assert content["arr_0"].dtype == np.uint8 and content["arr_0"].shape == (5, 4, 6, 3)
-        assert np.array_equal(content["arr_0"][2, 3, 5], images[2, :, 3, 5])
+        assert content["arr_0"].dtype == np.uint8 and content["arr_0"].shape == (5, *sides, 3)
+        assert np.array_equal(np.moveaxis(content["arr_0"], -1, 1), images)
         assert content["arr_1"].tolist() == [0, 1, 0, 1, 0]
-    back, labels, names = read_npz(path)
-    assert np.array_equal(to_uint8(back), images) and labels.tolist() == [0, 1, 0, 1, 0] and names is None
+    back = open_npz(path)
+    assert np.array_equal(np.moveaxis(back.images, -1, 1), images) and back.class_names is None
+    assert isinstance(back.images, np.memmap) and back.labels.tolist() == [0, 1, 0, 1, 0]
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_same_pictures_give_the_same_bytes_in_however_many_parts(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 1, 4, 4), np.uint8)
+    first = write(tmp_path, images, np.arange(5), NAMES).read_bytes()
+    assert write(tmp_path, images, np.arange(5), NAMES, parts=4).read_bytes() == first
+
+
 def test_without_classes_the_npz_has_no_labels(tmp_path):
-    path = write_npz(tmp_path, np.zeros((2, 1, 4, 4), np.uint8), None)
+    path = write(tmp_path, np.zeros((2, 1, 4, 4), np.uint8))
     with np.load(path) as content:
         assert content.files == ["arr_0"]
-    assert read_npz(path)[1:] == (None, None)
+    assert open_npz(path).labels is None and open_npz(path).class_names is None
 
 
 def test_class_names_travel_with_the_labels(tmp_path):
-    path = write_npz(tmp_path, np.zeros((2, 1, 4, 4), np.uint8), np.array([2, 0]), NAMES)
-    assert read_npz(path)[2] == NAMES
+    assert open_npz(write(tmp_path, np.zeros((2, 1, 4, 4), np.uint8), np.array([2, 0]), NAMES)).class_names == NAMES
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_files_of_others_are_read_compressed_or_not(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    save(tmp_path / "theirs.npz", images, np.array([1, 2, 3]))
+    found = open_npz(tmp_path / "theirs.npz")
+    assert np.array_equal(found.images, images) and found.labels.tolist() == [1, 2, 3]
+    np.savez(tmp_path / "fortran.npz", np.asfortranarray(images))
+    assert np.array_equal(open_npz(tmp_path / "fortran.npz").images, images)
 
 
 def test_a_batch_of_samples_that_is_none_is_named(tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\3\4 and no more")
     np.savez(tmp_path / "other.npz", images=np.zeros((1, 4, 4)))
     np.savez(tmp_path / "float.npz", np.zeros((1, 4, 4, 1)))
-    for name in ("cut.npz", "other.npz", "gone.npz"):
-        with pytest.raises(ValueError, match=f"{name} is no batch of samples .*arr_0"):
-            read_npz(tmp_path / name)
-    with pytest.raises(ValueError, match="float.npz: arr_0 is float64, needed is uint8"):
-        read_npz(tmp_path / "float.npz")
-
-
-def test_samples_are_written_as_npz_pictures_and_a_sheet_with_a_row_a_class(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (7, 1, 16, 16), np.uint8)
-    path = write_samples(tmp_path, images, np.array([2, 0, 2, 0, 2, 0, 2]), [2, 0], NAMES)
-    assert path == tmp_path / "samples_7x16x16x1.npz" and path.exists()
-    names = sorted(p.name for p in (tmp_path / "png").iterdir())
-    assert names == ["push_000001.png", "push_000003.png", "push_000005.png",
-                     *(f"tapout_00000{i}.png" for i in (0, 2, 4, 6))]
-    assert np.array_equal(pixels_of(tmp_path / "png" / "push_000003.png"), images[3, 0])
-    tall, wide = pixels_of(tmp_path / "contact_sheet.png").shape[:2]
-    assert wide > 3 * 16 and tall >= 2 * 16
-
-
-def test_new_samples_replace_the_pictures_of_older_ones_whole(tmp_path, monkeypatch):
-    black, grey = (np.full((count, 1, 8, 8), level, np.uint8) for count, level in ((4, 0), (2, 99)))
-    write_samples(tmp_path, black, np.array([0, 1, 0, 1]), [0, 1], NAMES)
-    (tmp_path / "png.part").mkdir()
-    (tmp_path / "png.part" / "half.png").write_bytes(b"left by a killed one")
-    path = write_samples(tmp_path, grey, np.array([2, 2]), [2], NAMES)
-    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["tapout_000000.png", "tapout_000001.png"]
-    assert (pixels_of(tmp_path / "png" / "tapout_000001.png") == 99).all() and not (tmp_path / "png.part").exists()
-    assert read_npz(path)[1].tolist() == [2, 2] and read_npz(path)[2] == NAMES
-
-    def full(*args):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("guided_diffusion_vae.sampling.figures.save_picture", full)
-    with pytest.raises(OSError, match="no space left"):
-        write_samples(tmp_path, black, None)
-    assert len(list((tmp_path / "png").iterdir())) == 2  # half a set never takes the place of a whole one
-
-
-@pytest.mark.parametrize("labels, classes", [(None, None), (np.array([1]), [1, 2])])
-def test_few_samples_and_no_classes_make_a_plain_sheet(tmp_path, labels, classes):
-    write_samples(tmp_path, np.zeros((1, 3, 16, 16), np.uint8), labels, classes)
-    assert min(pixels_of(tmp_path / "contact_sheet.png").shape[:2]) >= 16
+    np.savez(tmp_path / "few.npz", np.zeros((2, 4, 4, 1), np.uint8), np.array([1]))
+    for name in ("cut.npz", "gone.npz"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as an .npz archive"):
+            open_npz(tmp_path / name)
+    with pytest.raises(ValueError, match="other.npz is no batch of samples: it holds images, needed is arr_0"):
+        open_npz(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="float.npz: arr_0 is float64 .*, needed is uint8"):
+        open_npz(tmp_path / "float.npz")
+    with pytest.raises(ValueError, match="few.npz: arr_1 has shape .1., not one label for each of 2 pictures"):
+        open_npz(tmp_path / "few.npz")
 
 
 def test_levels_are_rounded_to_the_nearest_of_256():

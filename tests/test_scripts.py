@@ -19,9 +19,8 @@ from PIL import Image
 from guided_diffusion_vae import checkpoint_util, dist_util, logger, script_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentCache
-from guided_diffusion_vae.sampling import read_npz
+from guided_diffusion_vae.sampling import open_npz
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -246,11 +245,11 @@ def test_a_model_file_alone_is_enough_and_two_ranks_draw_what_one_draws(chain, c
     assert status == 0, err
     done("image_sample_vae", ranks=2, config=chain.config, model_path=chain.diffusion, logdir=tmp_path / "two")
     assert f"saved 64 samples to {tmp_path}/one/samples_64x64x64x1.npz" in one
-    first, labels, names = (part[:5] for part in read_npz(tmp_path / "one" / "samples_64x64x64x1.npz"))
-    second, _, _ = read_npz(tmp_path / "two" / "samples_5x64x64x1.npz")
+    first, second = (open_npz(tmp_path / path) for path in ("one/samples_64x64x64x1.npz", "two/samples_5x64x64x1.npz"))
+    images = first.images[:5].astype(int)
     # a rounding error may fall on the edge between two of the 256 levels
-    assert (first - second).abs().max() <= 1 / 255 + 1e-6 and (first != second).float().mean() < 1e-3
-    assert labels.tolist() == [0, 1, 0, 1, 0] and names == ["a", "b"] and first.std() > 0.01
+    assert np.abs(images - second.images).max() <= 1 and (images != second.images).mean() < 1e-3
+    assert first.labels[:5].tolist() == [0, 1, 0, 1, 0] and first.class_names == ["a", "b"] and images.std() > 3
     assert {"contact_sheet.png", "png/a_000000.png", "png/b_000003.png"} <= set(listing(tmp_path / "one"))
 
 
@@ -258,7 +257,7 @@ def test_samples_of_asked_for_classes_by_a_faster_walk(chain, call, tmp_path):
     status, out, err = call("image_sample_vae", model_path=chain.model, logdir=tmp_path, num_samples=3, classes="b",
                             timestep_respacing="ddim4", use_ddim=True)
     assert status == 0 and "2 classes, 4 steps" in out, err
-    assert read_npz(tmp_path / "samples_3x64x64x1.npz")[1].tolist() == [1, 1, 1]
+    assert open_npz(tmp_path / "samples_3x64x64x1.npz").labels.tolist() == [1, 1, 1]
 
 
 def test_a_weights_file_loads_in_a_plain_load_state_dict(chain):
@@ -272,13 +271,13 @@ def test_a_weights_file_loads_in_a_plain_load_state_dict(chain):
 def classifier(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
     done("classifier_train", config=chain.config, data_dir=chain.data, val_data_dir=chain.data, noised=False,
-         iterations=2, logdir=folder)
+         iterations=2, eval_interval=2, logdir=folder)
     return folder
 
 
 def test_a_classifier_of_clean_pictures_is_trained_and_measured(classifier):
     assert checkpoint_util.load_weights(classifier / "model000002.pt")[1]["classes"] == ["a", "b"]
-    assert 0 <= float(rows_of(classifier)[-1]["val_accuracy"]) <= 1
+    assert 0 <= float(rows_of(classifier)[-1]["val_acc@1"]) <= 1
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
@@ -292,6 +291,35 @@ def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, c
     assert status == 0, err
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert "class_agreement" not in report and report["neighbours"]["median_distance_of_samples"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
+def test_two_ranks_evaluate_as_one_does(chain, classifier, call, tmp_path):
+    flags = {"samples": chain.data, "reference": chain.data, "train_dir": chain.data, "classifier_path": classifier,
+             "batch_size": 5}
+    done("evaluate", ranks=2, **flags, logdir=tmp_path / "two")
+    status, out, err = call("evaluate", **flags, logdir=tmp_path / "one")
+    assert status == 0, err
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one.keys() == two.keys() and one["class_agreement"] == two["class_agreement"]
+    assert one["neighbours"]["shown_samples"] == two["neighbours"]["shown_samples"]
+    assert all(one[name] == pytest.approx(two[name], abs=1e-6) for name in ("frechet", "kernel", "precision", "recall"))
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
+def test_what_a_classifier_learns_of_samples_is_tested_on_real_pictures(chain, call, tmp_path):
+    copies = np.stack([np.asarray(Image.open(path)) for path in sorted(chain.data.iterdir())])[..., None]
+    labels = [path.name[0] == "b" for path in sorted(chain.data.iterdir())]
+    np.savez(tmp_path / "made.npz", copies, np.array(labels, int), class_names=np.array(["a", "b"]))
+    status, out, err = call("evaluate", config=chain.config, vae_path=chain.autoencoder, samples=tmp_path / "made.npz",
+                            reference=chain.data, train_dir=chain.data, tstr_iterations=3, tstr_batch_size=4,
+                            logdir=tmp_path / "run")
+    assert status == 0, err
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    made, real = (report[f"train_on_{name}_test_on_real"] for name in ("samples", "training"))
+    assert made == real and made["count"] == COUNT  # the samples are the training pictures here
+    assert (tmp_path / "run" / "trained_on_samples" / "state000003.json").exists()
+    assert f"run folder: {tmp_path / 'run'}" in out.strip().splitlines()[-1]
 
 
 def test_training_on_the_fly_is_training_from_the_cache_but_for_half_precision(chain, call, tmp_path):
@@ -317,7 +345,7 @@ def test_a_noised_classifier_is_the_default(chain, call, tmp_path):
     ("image_train_vae", ["train"], "12 latents 3x16x16"),
     ("image_sample_vae", [], "latents 3x16x16 -> pictures 1x64x64, 2 classes, 8 steps"),
     ("check_roundtrip", [], "pictures (1, 64, 64) -> latents (3, 16, 16)"),
-    ("classifier_train", [], "12 pictures 1x64x64 (12 uint8)"),
+    ("classifier_train", [], "12 pictures 1x64x64 in "),
 ])
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chain, call, tmp_path, script, flags, said):
     options = getattr(chain, flags[0]) if flags else {
@@ -355,7 +383,7 @@ def trained_on_floats(tmp_path_factory):
     for i in range(4):
         np.save(folder / f"{'ab'[i % 2]}_{i}.npy", rng.uniform(-80, 0, (16, 16)).astype(np.float32))
     config = AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2)
-    data = script_util.preprocessing(DataConfig(image_size=8, value_range="-80,0"))
+    data = {"image_size": 8, "value_range": "-80,0"}
     torch.manual_seed(0)
     checkpoint_util.save_weights(folder / "vae.pt", create_autoencoder(config).state_dict(), {
         "kind": "autoencoder", "autoencoder": as_dict(config), "image_shape": [1, 8, 8], "data": data})
@@ -390,6 +418,246 @@ def test_the_built_in_data_set_is_written_once(call, tmp_path):
     assert status == 0 and "2 pictures written" in out, err
     before = listing(tmp_path)
     assert "already there" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
+
+
+# what guided-diffusion does, in pixels and in latents
+
+SMALL = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "", "channel_mult": "1,1", "batch_size": 2,
+         "diffusion_steps": 8, "noise_schedule": "cosine"}
+# Networks of random weights predict x0 in a sensible range; noise or velocity run away from it.
+TAME = {**SMALL, "predict_xstart": True}
+
+
+@pytest.fixture(scope="session")
+def pixels(chain, tmp_path_factory):
+    """A class-conditional model of 16x16 pictures with learned variances, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("pixels")
+    flags = {"data_dir": chain.data, "image_size": 16, "class_cond": True, "learn_sigma": True, "ema_rate": "0.9",
+             "class_dropout": 0.5, **TAME, "logdir": folder}
+    done("image_train", ranks=2, **flags, max_steps=2)
+    return flags
+
+
+def test_pictures_are_trained_on_and_gone_on_with(pixels, chain, tmp_path):
+    folder = shutil.copytree(pixels["logdir"], tmp_path / "run")
+    assert {"loss", "mse", "vb", "loss_q0", "grad_norm", "param_norm", "samples"} <= set(rows_of(folder)[-1])
+    assert {"previews/000002.png", "model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"} <= set(listing(folder))
+    out = done("image_train", ranks=2, **{**pixels, "logdir": folder}, max_steps=3)
+    assert "going on from step 2" in out and f"{COUNT} pictures 1x16x16 in {chain.data}; classes: a 6, b 6" in out
+    assert checkpoint_util.load_weights(folder / "model000003.pt")[1]["autoencoder"]["config"]["class"] == "PixelCodec"
+
+
+def test_pictures_are_sampled_by_one_rank_as_by_two(pixels, call, tmp_path):
+    flags = {"model_path": pixels["logdir"], "num_samples": 5, "batch_size": 2}
+    status, out, err = call("image_sample", **flags, logdir=tmp_path / "one")
+    assert status == 0 and "latents 1x16x16 -> pictures 1x16x16, 2 classes, 8 steps of ddpm" in out, err
+    done("image_sample", ranks=2, **flags, logdir=tmp_path / "two")
+    one, two = ((tmp_path / name / "samples_5x16x16x1.npz").read_bytes() for name in ("one", "two"))
+    assert one == two and "created 2 samples" in out
+
+
+def test_a_killed_sampling_goes_on_to_the_same_bytes(pixels, tmp_path):
+    flags = {"model_path": pixels["logdir"], "num_samples": 40, "batch_size": 1, "timestep_respacing": "4"}
+    process = subprocess.Popen(command("image_sample", 2, {**flags, "logdir": tmp_path / "killed"}), env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shards = tmp_path / "killed" / "shards"
+    while len(list(shards.glob("0*.npy"))) < 5 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(shards.glob("0*.npy")) and not list((tmp_path / "killed").glob("*.npz"))
+    time.sleep(1)  # for the ranks, which mpiexec leaves behind when it is killed itself
+    out = done("image_sample", ranks=2, **flags, logdir=tmp_path / "killed")
+    assert "of 40 batches are there already" in out
+    done("image_sample", **flags, logdir=tmp_path / "whole")
+    one, other = ((tmp_path / name / "samples_40x16x16x1.npz").read_bytes() for name in ("killed", "whole"))
+    assert one == other and not shards.exists()
+
+
+@pytest.mark.parametrize("flags", [
+    {"sampler": "unipc", "timestep_respacing": "logsnr4"}, {"sampler": "dpmpp", "timestep_respacing": "4"},
+    {"cfg_scale": 2}, {"cfg_scale": 2, "cfg_interval": "0.2,5", "use_ddim": True},
+])
+def test_solvers_and_guidance_without_a_classifier_sample_too(pixels, call, tmp_path, flags):
+    status, out, err = call("image_sample", model_path=pixels["logdir"], num_samples=2, logdir=tmp_path, **flags)
+    assert status == 0 and (tmp_path / "samples_2x16x16x1.npz").exists(), err
+
+
+def test_a_bare_checkpoint_is_described_by_flags_as_in_the_reference(pixels, call, tmp_path):
+    torch.save(dict(checkpoint_util.load_weights(pixels["logdir"] / "model000002.pt")[0]), tmp_path / "bare.pt")
+    flags = {name: pixels[name] for name in (*TAME, "image_size", "class_cond", "learn_sigma", "class_dropout")}
+    flags.update(image_channels=1, num_classes=2, num_samples=2)
+    status, out, err = call("image_sample", model_path=tmp_path / "bare.pt", **flags, logdir=tmp_path / "bare")
+    assert status == 0, err
+    call("image_sample", model_path=pixels["logdir"] / "model000002.pt", num_samples=2, batch_size=2,
+         logdir=tmp_path / "own")
+    bare, own = (open_npz(tmp_path / name / "samples_2x16x16x1.npz").images for name in ("bare", "own"))
+    assert np.array_equal(bare, own)
+
+
+def test_likelihoods_of_pictures_are_bits_and_those_of_latents_are_not(pixels, chain, call, tmp_path):
+    done("image_nll", ranks=2, model_path=pixels["logdir"], data_dir=chain.data, num_samples=6, batch_size=2,
+         logdir=tmp_path / "pixels")
+    status, out, err = call("image_nll", model_path=pixels["logdir"], data_dir=chain.data, num_samples=6, batch_size=2,
+                            logdir=tmp_path / "alone")
+    assert status == 0 and "bpd=" in out, err
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("pixels", "alone"))
+    assert one["bits_per_dim"] == pytest.approx(two["bits_per_dim"], rel=1e-5) and one["count"] == 6
+    with np.load(tmp_path / "alone" / "vb_terms.npz") as terms:
+        assert terms["arr_0"].shape == (8,) and 0 < terms["arr_0"].sum() < one["bits_per_dim"] + 1e-6
+    for place in ({"cache_dir": chain.cache}, {"data_dir": chain.data}):
+        flags = {"model_path": chain.model, "num_samples": 3, "logdir": tmp_path / "latents"}
+        status, out, err = call("image_nll", **flags, **place)
+        report = json.loads((tmp_path / "latents" / "metrics.json").read_text())
+        assert status == 0 and "nats_per_latent_dim" in report and "bits_per_dim" not in report, err
+
+
+@pytest.fixture(scope="session")
+def noisy_classifier(chain, tmp_path_factory):
+    """A classifier of noised latents from the chain's cache, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("noisy_classifier")
+    done("classifier_train", ranks=2, cache_dir=chain.cache, val_data_dir=chain.cache, classifier_channel_mult="1,2",
+         classifier_width=32, classifier_depth=1, classifier_attention_resolutions="", diffusion_steps=8, batch_size=2,
+         noise_schedule="cosine", iterations=2, eval_interval=2, logdir=folder)
+    return folder
+
+
+def test_a_classifier_of_noisy_latents_logs_as_that_of_the_reference(noisy_classifier):
+    last = rows_of(noisy_classifier)[-1]
+    assert {"train_loss", "train_acc@1", "train_acc@5", "train_loss_q0", "val_loss", "val_acc@1"} <= set(last)
+    header = checkpoint_util.load_weights(noisy_classifier / "model000002.pt")[1]
+    assert header["latent_shape"] == [3, 16, 16] and header["noised"] is True and header["classes"] == ["a", "b"]
+
+
+def test_a_classifier_guides_latents_by_one_rank_as_by_two(chain, noisy_classifier, call, tmp_path):
+    flags = {"model_path": chain.model, "classifier_path": noisy_classifier, "num_samples": 4, "batch_size": 2}
+    status, out, err = call("classifier_sample", **flags, classifier_scale=3, logdir=tmp_path / "one")
+    assert status == 0, err
+    done("classifier_sample", ranks=2, **flags, classifier_scale=3, logdir=tmp_path / "two")
+    status, _, err = call("classifier_sample", **flags, classifier_scale=0, logdir=tmp_path / "none")
+    assert status == 0, err
+    one, two, none = (open_npz(tmp_path / name / "samples_4x64x64x1.npz").images.astype(int)
+                      for name in ("one", "two", "none"))
+    assert np.array_equal(one, two) and (one != none).any()
+
+
+def test_a_classifier_guides_a_model_that_knows_no_classes(pixels, chain, call, tmp_path):
+    flags = {name: value for name, value in pixels.items() if not name.startswith("class_")}
+    status, _, err = call("image_train", **{**flags, "logdir": tmp_path / "run", "learn_sigma": False}, max_steps=1)
+    assert status == 0, err
+    status, _, err = call("classifier_train", data_dir=chain.data, image_size=16, classifier_channel_mult="1,2",
+                          classifier_width=32, classifier_depth=1, classifier_attention_resolutions="",
+                          diffusion_steps=8, noise_schedule="cosine", batch_size=2, iterations=1,
+                          logdir=tmp_path / "classifier")
+    assert status == 0, err
+    status, out, err = call("classifier_sample", model_path=tmp_path / "run", classifier_path=tmp_path / "classifier",
+                            classes="b", num_samples=2, use_ddim=True, logdir=tmp_path / "samples")
+    samples = open_npz(tmp_path / "samples" / "samples_2x16x16x1.npz")
+    assert status == 0 and samples.labels.tolist() == [1, 1] and samples.class_names == ["a", "b"], err
+
+
+def test_a_classifier_of_other_x0_or_other_noise_is_refused_by_name(pixels, chain, noisy_classifier, classifier, call,
+                                                                    tmp_path):
+    flags = {"num_samples": 1, "logdir": tmp_path}
+    refused(call("classifier_sample", model_path=pixels["logdir"], classifier_path=noisy_classifier, **flags),
+            "works on x0 of autoencoder")
+    refused(call("classifier_sample", model_path=pixels["logdir"], classifier_path=classifier, **flags),
+            "was trained on clean data (--noised False)")
+    weights, header = checkpoint_util.load_weights(noisy_classifier / "model000002.pt")
+    header["diffusion"]["diffusion_steps"] = 9
+    checkpoint_util.save_weights(tmp_path / "model000002.pt", weights, header)
+    refused(call("classifier_sample", model_path=chain.model, classifier_path=tmp_path / "model000002.pt", **flags),
+            "was trained with --diffusion_steps 9, the diffusion model with 8")
+
+
+@pytest.fixture(scope="session")
+def upsampler(chain, tmp_path_factory):
+    """An upsampler of pictures from 8x8 to 16x16 that was told of noise in the small ones, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("upsampler")
+    flags = {"data_dir": chain.data, "large_size": 16, "small_size": 8, "cond_noise_steps": 4, "class_cond": True,
+             "ema_rate": "0.9", **TAME, "logdir": folder}
+    done("super_res_train", ranks=2, **flags, max_steps=2)
+    return flags
+
+
+@pytest.fixture
+def base_samples(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]))
+    return tmp_path / "base.npz"
+
+
+def test_an_upsampler_goes_on_and_makes_large_pictures_of_small_ones(upsampler, base_samples, call, tmp_path):
+    folder = shutil.copytree(upsampler["logdir"], tmp_path / "run")
+    status, out, err = call("super_res_train", **{**upsampler, "logdir": folder, "batch_size": 4}, max_steps=3)
+    assert status == 0 and "going on from step 2" in out, err
+    flags = {"model_path": folder, "base_samples": base_samples, "num_samples": 4, "batch_size": 2}
+    status, out, err = call("super_res_sample", **flags, logdir=tmp_path / "one")
+    assert status == 0, err
+    done("super_res_sample", ranks=2, **flags, cond_noise_level=3, logdir=tmp_path / "two")
+    one, two = (open_npz(tmp_path / name / "samples_4x16x16x1.npz") for name in ("one", "two"))
+    assert one.labels.tolist() == [1, 0, 1, 1] and (one.images != two.images).any()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_upsampler_works_between_two_latent_grids(chain, call, tmp_path, cached):
+    flags = {**SMALL, "max_steps": 2, "logdir": tmp_path / "run"}
+    if cached:
+        status, _, err = call("encode_dataset", vae_path=chain.autoencoder, data_dir=chain.data, image_size=32,
+                              cache_dir=tmp_path / "small")
+        assert status == 0, err
+        flags.update(cache_dir=chain.cache, small_cache_dir=tmp_path / "small")
+    else:
+        flags.update(vae_path=chain.autoencoder, data_dir=chain.data, large_size=64, small_size=32)
+    status, out, err = call("super_res_train", **flags)
+    assert status == 0, err
+    header = checkpoint_util.load_weights(tmp_path / "run" / "model000002.pt")[1]
+    assert (header["super_res"]["large_size"], header["super_res"]["small_size"]) == (64, 32)
+    np.savez(tmp_path / "base.npz", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8))
+    status, out, err = call("super_res_sample", model_path=tmp_path / "run", base_samples=tmp_path / "base.npz",
+                            num_samples=2, clip_denoised=True, logdir=tmp_path / "samples")
+    assert status == 0 and "latents 3x16x16 -> pictures 1x64x64" in out, err
+    assert open_npz(tmp_path / "samples" / "samples_2x64x64x1.npz").images.std() > 0
+
+
+# what other programs are handed
+
+
+def test_an_exported_weights_file_is_as_good_as_the_original(chain, call, tmp_path):
+    for name, path in (("vae", chain.autoencoder), ("diffusion", chain.model)):
+        status, out, err = call("export", model_path=path, out=tmp_path / f"{name}.safetensors")
+        assert status == 0 and f"wrote {tmp_path}/{name}.safetensors: " in out, err
+    for name, flags in (("own", {"model_path": chain.model}),
+                        ("exported", {"model_path": tmp_path / "diffusion.safetensors",
+                                      "vae_path": tmp_path / "vae.safetensors"})):
+        status, _, err = call("image_sample_vae", **flags, num_samples=2, logdir=tmp_path / name)
+        assert status == 0, err
+    own, exported = ((tmp_path / name / "samples_2x64x64x1.npz").read_bytes() for name in ("own", "exported"))
+    assert own == exported
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers' own
+def test_diffusers_samples_from_an_exported_pipeline(chain, call, tmp_path):
+    import diffusers
+
+    flags = {"config": chain.config, "cache_dir": chain.cache, "class_cond": False, "logdir": tmp_path / "run"}
+    status, _, err = call("image_train_vae", **flags, max_steps=1)
+    assert status == 0, err
+    status, out, err = call("export", model_path=tmp_path / "run", format="diffusers", out=tmp_path / "pipeline")
+    assert status == 0 and "LDMPipeline" in out, err
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(num_inference_steps=4, output_type="np").images
+    assert picture.shape == (1, 64, 64, 1) and 0 <= picture.min() < picture.max() <= 1
+
+
+def test_diffusers_loads_a_class_conditional_model_of_pictures(pixels, call, tmp_path):
+    import diffusers
+
+    status, out, err = call("export", model_path=pixels["logdir"], format="diffusers", out=tmp_path / "pipeline")
+    assert status == 0 and "DDPMPipeline" in out, err
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline", low_cpu_mem_usage=False)
+    assert loaded.unet.config.num_class_embeds == 3 and loaded.scheduler.config.variance_type == "learned_range"
 
 
 # mistakes
@@ -512,7 +780,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("evaluate", {"samples": "{data}", "reference": "{data}", "classifier_path": "{diffusion}/model000002.pt"},
      "kind 'diffusion', --classifier_path wants one of kind 'classifier'"),
     ("evaluate", {"samples": "{tmp}/cut.npz", "reference": "{data}", "vae_path": "{autoencoder}"},
-     "cut.npz is no batch of samples"),
+     "cut.npz: cannot be read as an .npz archive"),
     ("evaluate", {"samples": "{data}", "vae_path": "{autoencoder}"}, "--reference is not given"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": "64x62"},
      "axis 1 has size 62, which the autoencoder's total factor 4"),
@@ -534,14 +802,34 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("classifier_train", {"data_dir": "{data}", "batch_size": 13, "iterations": 1}, "12 items are fewer"),
     ("classifier_train", {"data_dir": "{data}", "image_size": 32, "iterations": 1}, "for a grid of 32"),
     ("make_microdoppler", {"out_dir": "{tmp}/cut.pt/data"}, "cut.pt"),
+    ("image_train", {"data_dir": "{data}", "class_dropout": 0.1}, "--class_cond False does not show"),
+    ("image_train", {"data_dir": "{data}", "predict_v": True, "predict_xstart": True}, "exclude each other"),
+    ("image_train", {"data_dir": "{data}", "noise_schedule": "linear_zero_snr"}, "ends in pure noise"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "cfg_scale": 2}, "with --class_dropout above 0"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "cfg_interval": "1,2"}, "--cfg_scale 1 does not do"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "sampler": "unipc", "use_ddim": True}, "contradicts"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "timestep_respacing": "logsnr99"},
+     "logsnr99: choose from 2"),
+    ("classifier_sample", {"model_path": "{diffusion}/model000002.pt"}, "no classifier given; --classifier_path wants"),
+    ("classifier_sample", {"model_path": "{diffusion}", "classifier_path": "{diffusion}"}, "one of kind 'classifier'"),
+    ("super_res_train", {"cache_dir": "{cache}"}, "give that of the small pictures as --small_cache_dir"),
+    ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{cache}"}, "--small_size must be below"),
+    ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "--small_size must be below"),
+    ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'diffusion', --model_path wants"),
+    ("export", {"model_path": "{diffusion}"}, "nowhere to write to; set --out"),
+    ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "the file's name ends in .safetensors"),
+    ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is damaged"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{data}"}, "holds neither manifest.json"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "data_dir": "{data}", "image_size": 32}, "shape of x0"),
 ])
 def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, script, flags, message):
     (tmp_path / "cut.pt").write_bytes(chain.model.read_bytes()[:2000])
     (tmp_path / "cut.npz").write_bytes(b"PK\3\4 and no more")
     (tmp_path / "typo.yaml").write_text("autoencoder: {num_chanels: [8, 8]}")
     places = {"tmp": tmp_path, **vars(chain)}
-    given = {} if script in ("encode_dataset", "make_microdoppler") else {"logdir": tmp_path / "run"}
-    given.update({"max_steps": 1} if script in ("train_autoencoder", "image_train_vae") else {})
+    given = {} if script in ("encode_dataset", "export", "make_microdoppler") else {"logdir": tmp_path / "run"}
+    trains = ("train_autoencoder", "image_train_vae", "image_train", "super_res_train")
+    given.update({"max_steps": 1} if script in trains else {})
     given.update({name: value.format(**places) if isinstance(value, str) else value for name, value in flags.items()})
     result = call(script, **given)
     refused(result, message.format(**places) if "{tmp}" in message else message)

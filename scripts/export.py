@@ -1,0 +1,31 @@
+"""Hand a model to other programs: a .safetensors file with its header, or a folder that diffusers loads.
+
+    python scripts/export.py --model_path runs/diffusion --out diffusion.safetensors
+    python scripts/export.py --model_path runs/autoencoder --format diffusers --out exported/autoencoder
+    python scripts/export.py --model_path runs/diffusion --format diffusers --out exported/pipeline
+
+What goes to diffusers is compared with the original on random data before it is written; where the architectures do not
+agree the export is refused with the reason. A .safetensors file is taken by all scripts here as well.
+"""
+
+from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae.export import ExportConfig
+from guided_diffusion_vae.vae_wrapper import VAEConfig
+
+CONFIGS = (ExportConfig, script_util.part_of(VAEConfig, "vae_path", "scale_factor"))
+
+
+def create_argparser():
+    return script_util.argparser(__doc__, *CONFIGS)
+
+
+def main():
+    config, vae = script_util.parse(__doc__, *CONFIGS)
+    dist_util.setup_dist()
+    if dist_util.rank() == 0:
+        made = pipeline.export_model(config, VAEConfig(**vars(vae)))
+        script_util.say(f"wrote {config.out}: {made}")
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

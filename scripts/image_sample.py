@@ -1,0 +1,36 @@
+"""Sample pictures from a diffusion model and write samples_NxHxWxC.npz, PNG files and a contact sheet.
+
+    python scripts/image_sample.py --model_path runs/pixels --num_samples 64 --timestep_respacing 250
+    MODEL_FLAGS="--attention_resolutions 32,16,8 --class_cond True --image_size 64 --learn_sigma True ..."
+    mpiexec -n 2 python scripts/image_sample.py $MODEL_FLAGS --model_path 64x64_diffusion.pt --timestep_respacing 250
+
+A model of this project describes itself; one of guided-diffusion is described by the flags. An interrupted sampling
+goes on where it stopped.
+"""
+
+from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.image_datasets import DataConfig
+from guided_diffusion_vae.sampling import PixelSamplingConfig
+from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.vae_wrapper import VAEConfig
+
+CONFIGS = (PixelSamplingConfig, script_util.part_of(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
+           DiffusionConfig, script_util.RunConfig)
+
+
+def create_argparser():
+    return script_util.argparser(__doc__, *CONFIGS)
+
+
+def main():
+    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    config, data, vae, model, process, run = configs
+    folder = script_util.begin_run(run, configs)
+
+    sampler = pipeline.load_sampler(config, given, model, process, data, vae)
+    pipeline.sample(sampler, config, folder, run)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

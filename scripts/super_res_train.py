@@ -1,0 +1,44 @@
+"""Train an upsampler: a diffusion model that makes large pictures of small ones, in pixels or between latent grids.
+
+    mpiexec -n 2 python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64
+    mpiexec -n 2 python scripts/super_res_train.py --data_dir DIR --vae_path runs/autoencoder --large_size 256 \\
+        --small_size 64 --channel_mult 1,2,3,4 --cond_noise_steps 250
+    mpiexec -n 2 python scripts/super_res_train.py --cache_dir latents_cache/large --small_cache_dir latents_cache/small
+
+Small pictures are averaged from large ones, or read from a second cache of the same pictures.
+"""
+
+from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.image_datasets import DataConfig
+from guided_diffusion_vae.latent_datasets import LatentConfig, SmallCacheConfig
+from guided_diffusion_vae.train_util import DiffusionTrainConfig
+from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
+from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
+
+CONFIGS = (SuperResConfig, script_util.part_without(DataConfig, "image_size"), LatentConfig, SmallCacheConfig,
+           NormalizerConfig, VAEConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, script_util.RunConfig)
+
+
+def create_argparser():
+    return script_util.argparser(__doc__, *CONFIGS)
+
+
+def main():
+    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    super_res, data, latents, small_latents, scale, vae, model, process, train, run = configs
+    folder = script_util.begin_run(run, configs)
+
+    data = DataConfig(image_size=super_res.large_size, **vars(data))
+    sized = {**given, "image_size": super_res.large_size} if data.data_dir else given
+    source, space = pipeline.open_data(latents, vae, scale, data, sized, train.seed, folder)
+    small = pipeline.open_small(source, space, super_res.small_size, small_latents.small_cache_dir, given)
+    super_res = pipeline.with_sizes(super_res, source, small, given)
+    pipeline.train_diffusion(
+        "super_res_train", run, folder, configs, source, space, model, process, train, super_res, small
+    )
+    script_util.end_run(folder)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

@@ -1,0 +1,376 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion_vae import checkpoint_util, dist_util, logger, pipeline, script_util
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
+from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
+from guided_diffusion_vae.latent_datasets import (
+    LatentCache, LatentCacheConfig, LatentConfig, LatentFolder, write_cache,
+)
+from guided_diffusion_vae.pipeline import Space
+from guided_diffusion_vae.sampling import SamplingConfig
+from guided_diffusion_vae.train_util import seed_weights
+from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
+from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
+
+SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig,
+            script_util.RunConfig)
+MODEL = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=3)
+PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
+    for names in dist_util.LAUNCHERS.values():
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    yield
+    dist_util._settled = None
+    logger.reset()
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text, name="file.yaml"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    return write
+
+
+# latents and autoencoders
+
+
+def save_autoencoder(path, seed=0, **header):
+    config = AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2, latent_channels=3)
+    torch.manual_seed(seed)
+    network = create_autoencoder(config)
+    checkpoint_util.save_weights(path, network.state_dict(),
+                                 {"kind": "autoencoder", "autoencoder": as_dict(config), **header})
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'ab'[i % 2]}_{i}.png")
+    return DataConfig(data_dir=str(folder), image_size=8)
+
+
+@pytest.fixture
+def cache(tmp_path, pictures):
+    codec = create_vae(VAEConfig(vae_path=str(save_autoencoder(tmp_path / "vae.pt"))), CPU)
+    config = LatentCacheConfig(latent_dtype="float32")
+    return write_cache(tmp_path / "cache", PictureFolder(pictures), codec, config)
+
+
+def open_cache(cache, **vae):
+    return pipeline.open_latent_source(LatentConfig(str(cache.folder)), VAEConfig(**vae), DataConfig(), {}, 0)
+
+
+def test_a_cache_finds_its_autoencoder_where_it_was(cache):
+    source, codec = open_cache(cache)
+    assert isinstance(source, LatentCache) and codec.fingerprint == cache.autoencoder["sha256"]
+
+
+def test_a_cache_finds_its_autoencoder_where_it_is_said_to_be_now(cache, tmp_path):
+    (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
+    assert open_cache(cache)[1] is None
+    with pytest.raises(FileNotFoundError, match="no longer at .*vae.pt; say with --vae_path where it is"):
+        pipeline.codec_of(cache.autoencoder, VAEConfig(), CPU)
+    assert open_cache(cache, vae_path=str(tmp_path / "moved.pt"))[1].fingerprint == cache.autoencoder["sha256"]
+
+
+def test_another_autoencoder_than_the_caches_is_refused_by_name(cache, tmp_path):
+    other = save_autoencoder(tmp_path / "other.pt", seed=1)
+    with pytest.raises(ValueError, match=f"made with autoencoder {cache.autoencoder['sha256'][:16]} .*vae.pt.*, "
+                                         f".*other.pt has [0-9a-f]{{16}}; give the autoencoder"):
+        open_cache(cache, vae_path=str(other))
+
+
+def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, capsys):
+    save_autoencoder(tmp_path / "vae.pt", seed=1)
+    assert open_cache(cache)[1] is None
+    sha256 = cache.autoencoder["sha256"][:16]
+    assert f"vae.pt no longer holds the autoencoder {sha256} that the latents were made with" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="made with autoencoder"):
+        pipeline.codec_of(cache.autoencoder, VAEConfig(), CPU)
+
+
+@pytest.mark.parametrize("flag, asked, held", [
+    ("image_size", 16, 8), ("random_flip", True, False), ("crop", "none", "center"), ("pad", True, False),
+])
+def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache, flag, asked, held):
+    latents = LatentConfig(str(cache.folder))
+    opened = lambda given: pipeline.open_latent_source(latents, VAEConfig(), DataConfig(), given, 0)
+    assert opened({flag: held, "lr": 0.1})[0].count == cache.count
+    with pytest.raises(ValueError, match=f"--{flag} {asked} contradicts the cache {cache.folder}, whose pictures were "
+                                         f"read with {flag} {held}; leave the flag away or encode again"):
+        opened({flag: asked})
+
+
+def test_a_plain_folder_of_latents_knows_of_no_pictures_to_contradict(tmp_path):
+    np.save(tmp_path / "a_1.npy", np.ones((3, 4, 4), np.float32))
+    pipeline.require_same_pictures(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
+
+
+def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monkeypatch):
+    """As `open_source` does where there is one; here it has no memory to spare."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (400, 400))
+    (tmp_path / "vae.pt").unlink()  # it could not be opened on a GPU that is not there
+    (tmp_path / "plain").mkdir()
+    np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
+    for folder, kind in ((cache.folder, LatentCache), (tmp_path / "plain", LatentFolder)):
+        latents = LatentConfig(str(folder))
+        source, codec = pipeline.open_latent_source(latents, VAEConfig(), DataConfig(), {}, 0, torch.device("cuda"))
+        assert type(source) is kind and codec is None and source.batch([0])[0].device == CPU
+
+
+def test_a_damaged_cache_is_met_before_training(cache):
+    labels = cache.folder / "labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match="labels.npy is not what was written there"):
+        open_cache(cache)
+
+
+def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_before(cache, tmp_path):
+    def weights(seed):
+        source, codec = open_cache(cache)
+        seed_weights(seed)
+        network, _ = script_util.create_model_and_diffusion_vae(source.latent_shape, MODEL, PROCESS)
+        return torch.cat([p.detach().flatten() for p in network.parameters()]), codec
+
+    (first, codec), (other, _) = weights(0), weights(1)
+    (tmp_path / "vae.pt").unlink()
+    again, nothing = weights(0)
+    assert codec is not None and nothing is None
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
+    with pytest.raises(ValueError, match="made with scale_factor 0.18215 .* has 0.5"):
+        open_cache(cache, scale_factor=0.5)
+
+
+@pytest.mark.parametrize("cache_dir, data_dir", [("", ""), ("a", "b")])
+def test_a_cache_and_pictures_or_neither_are_refused(cache_dir, data_dir):
+    with pytest.raises(ValueError, match=f"--cache_dir is '{cache_dir}' and --data_dir is '{data_dir}'; give one"):
+        pipeline.open_latent_source(LatentConfig(cache_dir), VAEConfig(), DataConfig(data_dir), {}, 0)
+
+
+def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
+    fly, codec = pipeline.open_latent_source(LatentConfig(), VAEConfig(str(tmp_path / "vae.pt")), pictures, {}, 0)
+    assert fly.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-5)
+    torch.testing.assert_close(fly.batch([2, 0])[0], cache.batch([2, 0])[0])
+    assert codec.fingerprint == fly.autoencoder["sha256"]
+
+
+def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, cache, tmp_path):
+    vae, folder = VAEConfig(str(tmp_path / "vae.pt")), tmp_path / "run"
+    folder.mkdir()
+    opened = lambda count: pipeline.open_latent_source(LatentConfig(stats_samples=count), vae, pictures, {}, 0, folder)
+    source, codec = opened(1)
+    normalizer = pipeline.fit_normalizer(NormalizerConfig(), source)
+    header = pipeline.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
+    script_util.write_config(folder, "it", (), header)
+    assert opened(4)[0].statistics != source.statistics  # config.json alone is no run that goes on
+    checkpoint_util.commit(folder, 1, [], {})
+    assert opened(4)[0].statistics == source.statistics
+    (folder / "config.json").write_text("{")
+    assert opened(4)[0].statistics["channel_std"] == pytest.approx(cache.statistics["channel_std"], rel=1e-5)
+
+
+def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
+    trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1")), "data_dir": "there"}
+    read = pipeline.as_trained(DataConfig("here", crop="center"), {"crop": "center"}, trained)
+    assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
+
+
+def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
+    std = cache.statistics["std"]
+    assert pipeline.fit_normalizer(NormalizerConfig(), cache).std == [std]
+    assert pipeline.fit_normalizer(NormalizerConfig("channel"), cache).std == cache.statistics["channel_std"]
+    assert pipeline.fit_normalizer(NormalizerConfig(f"{std * 1.05}"), cache).std == [pytest.approx(std * 1.05)]
+    with pytest.raises(ValueError, match=f"deviation of 2 with --normalizer .*; --normalizer auto or {std:.5g}"):
+        pipeline.fit_normalizer(NormalizerConfig(f"{std / 2}"), cache)
+    with pytest.raises(ValueError, match="with --normalizer none, needed is 0.9 to 1.1"):
+        pipeline.fit_normalizer(NormalizerConfig("none"), cache)
+    assert pipeline.fit_normalizer(NormalizerConfig("none", allow_latent_std=True), cache).std == [1]
+
+
+def test_the_number_of_classes_is_that_of_the_data(cache):
+    assert pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
+    assert pipeline.with_classes(MODEL, cache).num_classes == 0
+    with pytest.raises(ValueError, match="--num_classes 7, but .*cache has 2; leave the flag away"):
+        pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
+    cache.class_names = None
+    with pytest.raises(ValueError, match="--class_cond True, but .*cache has no classes: name the files"):
+        pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True), cache)
+
+
+# models from their checkpoints
+
+
+@pytest.fixture
+def run(tmp_path, cache):
+    """The weights file of a diffusion model on the cache, as training writes it."""
+    model = pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
+    torch.manual_seed(0)
+    network, _ = script_util.create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
+    normalizer = pipeline.fit_normalizer(NormalizerConfig(), cache)
+    header = pipeline.diffusion_header(cache, Space(None, normalizer), model, PROCESS)
+    path = tmp_path / "ema_0.9_000001.pt"
+    checkpoint_util.save_weights(path, network.state_dict(), {**header, "step": 1})
+    return path
+
+
+def load(path, *flags):
+    configs, given = script_util.parse_given("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
+    config, vae, scale, data, model, process, _ = configs
+    return pipeline.load_sampler(config, given, model, process, data, vae, scale)
+
+
+def test_a_weights_file_is_enough_to_sample(run, cache):
+    sampler = load(run)
+    assert sampler.shape == (3, 4, 4) and sampler.image_shape == (1, 8, 8) and sampler.diffusion.num_timesteps == 20
+    assert sampler.class_names == ["a", "b"] and sampler.num_classes == 2
+    assert sampler.normalizer.std == [cache.statistics["std"]]
+    assert not sampler.model.training
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--num_channels", 64], "--num_channels 64 contradicts .*ema_0.9_000001.pt, .* with num_channels 32; leave"),
+    (["--diffusion_steps", 100], "--diffusion_steps 100 contradicts .* with diffusion_steps 20"),
+    (["--noise_schedule", "linear"], "--noise_schedule linear contradicts .* with noise_schedule cosine"),
+    (["--num_classes", 3], "--num_classes 3 contradicts .* with num_classes 2"),
+    (["--class_cond", False], "--class_cond False contradicts .* with class_cond True"),
+    (["--normalizer", "none"], "--normalizer none contradicts .* with normalizer auto"),
+    (["--image_size", 16], "--image_size 16 contradicts .* with image_size 8"),
+    (["--image_channels", 3], "--image_channels 3 contradicts .* with image_channels 1"),
+    (["--scale_factor", 0.5], "made with scale_factor 0.18215 .* has 0.5"),
+])
+def test_a_flag_that_contradicts_the_header_is_refused_with_both_values(run, flags, match):
+    with pytest.raises(ValueError, match=match):
+        load(run, *flags)
+
+
+def test_flags_that_agree_with_the_header_and_free_ones_are_taken(run, yaml_file):
+    path = yaml_file("model: {num_channels: 32, class_cond: true, dropout: 0.3}\ndata: {image_size: 8}\n"
+                     "latents: {normalizer: auto}\ndiffusion: {diffusion_steps: 20}\ntraining: {lr: 1.0}")
+    sampler = load(run, "--config", path, "--timestep_respacing", "ddim5", "--use_checkpoint", True)
+    assert sampler.diffusion.num_timesteps == 5 and sampler.model.num_classes == 2
+
+
+def test_a_bare_state_dict_works_with_flags(run, tmp_path):
+    described = load(run)
+    weights, _ = checkpoint_util.load_weights(run)
+    torch.save(dict(weights), tmp_path / "bare.pt")
+    flags = ["--vae_path", tmp_path / "vae.pt", "--image_size", 8, "--num_channels", 32, "--channel_mult", "1",
+             "--num_res_blocks", 1, "--attention_resolutions", "", "--class_cond", True, "--num_classes", 2,
+             "--diffusion_steps", 20, "--noise_schedule", "cosine", "--normalizer", described.normalizer.std[0]]
+    bare = load(tmp_path / "bare.pt", *flags)
+    assert (bare.shape, bare.image_shape, bare.num_classes) == (described.shape, described.image_shape, 2)
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([3, 7]), torch.tensor([0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(bare.model(x, t, y=y), described.model(x, t, y=y))
+    torch.testing.assert_close(bare.decode(x), described.decode(x))
+
+
+@pytest.mark.parametrize("left_out, error, match", [
+    ("--vae_path", FileNotFoundError, "no autoencoder is given; --vae_path wants"),
+    ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give"),
+    ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
+    ("--channel_mult", ValueError, "no width multipliers for a grid of 4, .*; give --channel_mult"),
+])
+def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, match):
+    torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
+    flags = {"--vae_path": tmp_path / "vae.pt", "--image_size": 8, "--num_channels": 32, "--channel_mult": "1",
+             "--num_res_blocks": 1, "--attention_resolutions": "", "--class_cond": True, "--num_classes": 2,
+             "--normalizer": 0.2}
+    del flags[left_out]
+    with pytest.raises(error, match=match):
+        load(tmp_path / "bare.pt", *(word for pair in flags.items() for word in pair))
+
+
+def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp_path, capsys):
+    folder = tmp_path / "training"
+    folder.mkdir()
+    weights, header = checkpoint_util.load_weights(run)
+    for step in (1, 2):
+        names = [checkpoint_util.model_name(step), *(checkpoint_util.ema_name(rate, step) for rate in (0.9, 0.99))]
+        for name in names:
+            checkpoint_util.save_weights(folder / name, weights, {**header, "step": step, "classes": [name, "b"]})
+        checkpoint_util.commit(folder, step, names, {})
+    assert load(folder).class_names == ["ema_0.99_000002.pt", "b"]
+    assert f"--model_path {folder}: taking ema_0.99_000002.pt" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--num_heads 7 contradicts .*training/ema_0.99_000002.pt, which was trained"):
+        load(folder, "--num_heads", 7)
+    with pytest.raises(ValueError, match="ema_0.99_000002.pt holds .* 'diffusion', --classifier_path wants"):
+        pipeline.load_classifier(str(folder), CPU)
+    with pytest.raises(FileNotFoundError, match="pictures holds no finished checkpoint .*check --model_path"):
+        load(tmp_path / "pictures")
+
+
+# classifiers
+
+CLASSIFIER = ClassifierConfig(classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
+                              classifier_in_channels=1, classifier_num_classes=3)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_classifier_takes_pictures_that_are_not_square(pool):
+    flags = dataclasses.replace(CLASSIFIER, classifier_pool=pool)
+    model, _ = pipeline.build_classifier(flags, PROCESS, (1, 16, 64))
+    assert model.image_size == (16, 64)
+    assert model(torch.zeros(2, 1, 16, 64), torch.tensor([0, 7])).shape == (2, 3)
+
+
+def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
+    torch.manual_seed(0)
+    model, _ = pipeline.build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
+    header = {"kind": "classifier", "latent_shape": [1, 16, 64], "model": as_dict(CLASSIFIER),
+              "diffusion": as_dict(PROCESS), "classes": ["a", "b", "c"], "data": {}}
+    checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)
+    checkpoint_util.commit(tmp_path, 1, ["model000001.pt"], {})
+    for path in (tmp_path, tmp_path / "model000001.pt"):
+        again, found = pipeline.load_classifier(str(path), CPU)
+        assert found["classes"] == ["a", "b", "c"] and not again.training
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_of_another_kind_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="vae.pt holds .* of kind 'autoencoder', --model_path wants .* 'diffusion'"):
+        load(tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match="ema_0.9_000001.pt holds a model of kind 'diffusion', --vae_path wants"):
+        load(run, "--vae_path", run)
+    with pytest.raises(ValueError, match="ema_0.9_000001.pt .*'diffusion', --classifier_path wants .*'classifier'"):
+        pipeline.load_classifier(run, CPU)
+    torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="bare.pt does not say how it is built; --classifier_path wants a checkpoint"):
+        pipeline.load_classifier(tmp_path / "bare.pt", CPU)
+
+
+def test_a_missing_or_damaged_model_is_named(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model given; --model_path wants"):
+        load("")
+    with pytest.raises(FileNotFoundError, match="gone.pt.*check --model_path"):
+        load(tmp_path / "gone.pt")
+    run.write_bytes(run.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="ema_0.9_000001.pt is damaged .*check --model_path"):
+        load(run)
+
+
+def test_an_autoencoder_replaced_after_training_is_refused_by_the_sampler(run, tmp_path):
+    save_autoencoder(tmp_path / "vae.pt", seed=1)
+    with pytest.raises(ValueError, match="made with autoencoder .*vae.pt has"):
+        load(run)
