@@ -91,12 +91,17 @@ def autoencoder_losses(config, x, reconstruction, mean, logvar):
     """
     difference = reconstruction.float() - x.float()
     distance = mean_flat(_DISTANCES[config.recon_loss](difference))
-    mean, logvar = mean.float(), logvar.float()
-    divergence = mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
+    divergence = kl_divergence(mean, logvar)
     return {"loss": distance + config.kl_weight * divergence, "recon_loss": distance, "kl_loss": divergence}
 
 
 _DISTANCES = {"l1": torch.abs, "l2": torch.square}
+
+
+def kl_divergence(mean, logvar):
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, a mean over the latent's elements.  [N x Z x ...] -> [N]."""
+    mean, logvar = mean.float(), logvar.float()
+    return mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
 
 
 class AutoencoderKL(nn.Module):
@@ -161,6 +166,11 @@ class AutoencoderKL(nn.Module):
         self.quant_conv_mu = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
         self.quant_conv_log_sigma = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
         self.post_quant_conv = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
+
+    @property
+    def last_layer(self):
+        """The weight of the last convolution, at which losses are compared."""
+        return self.decoder.blocks[-1].conv.weight
 
     def moments(self, x):
         """Return mean and log-variance (within LOGVAR_RANGE) of the latent.  [N x C x ...] -> two of [N x Z x ...].

@@ -7,6 +7,7 @@ configuration, normalizer, autoencoder) rides along as a JSON string in the stat
 A step of a run is a set of files and, written last, a marker `stateNNNNNN.json` with their sizes and SHA-256.
 """
 
+import contextlib
 import json
 import re
 from collections import OrderedDict
@@ -127,6 +128,14 @@ def optimizer_name(step):
     return f"opt{step:06d}.pt"
 
 
+def discriminator_name(step):
+    return f"discriminator{step:06d}.pt"
+
+
+def discriminator_optimizer_name(step):
+    return f"opt_discriminator{step:06d}.pt"
+
+
 def marker_name(step):
     return f"state{step:06d}.json"
 
@@ -183,19 +192,27 @@ def newest_marker(folder, warn=print):
 
 
 def newest_weights(folder, flag="--model_path"):
-    """Return the weights file of a run to use: the slowest moving average of its newest undamaged step."""
+    """Return the weights file of a run to use: the slowest moving average of its best step, else of its newest one.
+
+    Which step was best a run knows that measured itself (see `TrainLoop`); damaged steps are passed over.
+    """
     marker = newest_marker(folder)
     if marker is None:
         raise FileNotFoundError(f"{folder} holds no finished checkpoint (stateNNNNNN.json); check {flag}")
+    best = (marker.get("best") or {}).get("step", marker["step"])
+    if best != marker["step"] and best in steps(folder):
+        with contextlib.suppress(ValueError):
+            marker = read_marker(folder, best)
     averages = {float(m.group(1)): name for name in marker["files"] if (m := re.match(r"ema_([\d.]+)_\d+\.pt", name))}
     return Path(folder) / (averages[max(averages)] if averages else model_name(marker["step"]))
 
 
-def forget_all_but(folder, count):
-    """Delete the files of all but the newest `count` steps, each step's marker first."""
+def forget_all_but(folder, count, kept=()):
+    """Delete the files of all but the newest `count` steps and those `kept`, each step's marker first."""
     folder = Path(folder)
-    for step in steps(folder)[:-count]:
+    for step in set(steps(folder)[:-count]) - set(kept):
         (folder / marker_name(step)).unlink()
         # By name and not by what the marker lists: it may be damaged.
-        for path in [folder / model_name(step), folder / optimizer_name(step), *folder.glob(ema_name("*", step))]:
+        named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
+        for path in [*(folder / name(step) for name in named), *folder.glob(ema_name("*", step))]:
             path.unlink(missing_ok=True)

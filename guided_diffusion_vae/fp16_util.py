@@ -148,15 +148,18 @@ def check_overflow(value):
 class MixedPrecisionTrainer:
     """Step an optimiser over a model's parameters, or with `use_fp16` over float32 masters of a half-precision model.
 
-    With `use_fp16` the loss is multiplied by 2 ** lg_loss_scale before the backward pass. The exponent grows by
-    `fp16_scale_growth` at each step and drops by 1 when a gradient overflows; that step is left out.
-    `grad_clip` is the greatest norm over all gradients (after unscaling), 0 leaves them alone.
+    With `use_fp16`, and with `scale_loss` (for autocast to float16), the loss is multiplied by 2 ** lg_loss_scale
+    before the backward pass. The exponent grows by `fp16_scale_growth` at each step and drops by 1 when a gradient
+    overflows; that step is left out. `grad_clip` is the greatest norm over all gradients (after unscaling), 0 leaves
+    them alone. Log keys begin with `name`.
     """
 
     def __init__(self, *, model, use_fp16=False, fp16_scale_growth=1e-3, initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
-                 grad_clip=0.0):
+                 grad_clip=0.0, scale_loss=False, name=""):
         self.model = model
+        self.name = name
         self.use_fp16 = use_fp16
+        self.scale_loss = scale_loss or use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.lg_loss_scale = initial_lg_loss_scale
         self.grad_clip = grad_clip
@@ -178,38 +181,40 @@ class MixedPrecisionTrainer:
 
     def backward(self, loss):
         """Add the gradients of a scalar loss, times the loss scale in half precision, to those of the model."""
-        (loss * 2 ** self.lg_loss_scale if self.use_fp16 else loss).backward()
+        (loss * 2 ** self.lg_loss_scale if self.scale_loss else loss).backward()
 
     def optimize(self, opt):
         """Step the optimiser; return False where half-precision gradients overflowed and the step was left out.
 
         Logs grad_norm and param_norm, both before the step. In float32 nothing here waits for the device.
         """
-        return self._step_half(opt) if self.use_fp16 else self._step(opt)
+        return self._step_scaled(opt) if self.scale_loss else self._step(opt)
 
     def _step(self, opt):
         grads = [p.grad for p in self.master_params if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
-        logger.logkv_mean("grad_norm", grad_norm)
-        logger.logkv_mean("param_norm", nn.utils.get_total_norm([p.detach() for p in self.master_params]))
+        logger.logkv_mean(f"{self.name}grad_norm", grad_norm)
+        logger.logkv_mean(f"{self.name}param_norm", nn.utils.get_total_norm([p.detach() for p in self.master_params]))
         if self.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(self.master_params, self.grad_clip, grad_norm)
         opt.step()
         return True
 
-    def _step_half(self, opt):
-        logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
-        model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
-        grads = [master.grad for master in self.master_params]
+    def _step_scaled(self, opt):
+        logger.logkv_mean(f"{self.name}lg_loss_scale", self.lg_loss_scale)
+        if self.use_fp16:
+            model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
+        grads = [master.grad for master in self.master_params if master.grad is not None]
         usable = not check_overflow(nn.utils.get_total_norm(grads))
         if usable:
             torch._foreach_mul_(grads, 2.0 ** -self.lg_loss_scale)
             self._step(opt)
-            master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
+            if self.use_fp16:
+                master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
             self.lg_loss_scale += self.fp16_scale_growth
         else:
             self.lg_loss_scale -= 1
-            logger.log(f"gradients overflowed, step left out; lg_loss_scale is now {self.lg_loss_scale:g}")
+            logger.log(f"gradients overflowed, step left out; {self.name}lg_loss_scale is now {self.lg_loss_scale:g}")
         zero_master_grads(self.master_params)
         return usable
 

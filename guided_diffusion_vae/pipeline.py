@@ -15,20 +15,26 @@ import numpy as np
 import torch
 
 from . import checkpoint_util, dist_util, export, logger, metrics
+from .autoencoder import create_autoencoder
 from .config import as_dict, from_dict, frozen, size
+from .discriminator import create_discriminator
 from .files import sha256_of_file
 from .gaussian_diffusion import DiffusionConfig
 from .guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
-from .image_datasets import BatchPlan, PictureFolder, labels_in, parse_size, require_labels
+from .image_datasets import BatchPlan, PictureFolder, labels_in, parse_size, picture_batches, require_labels
 from .latent_datasets import MANIFEST, EncodedPictures, LatentStream, ShrunkPictures, open_latents
-from .previews import ClassifierValidation, SamplePreview
+from .perceptual import PerceptualLoss
+from .previews import ClassifierValidation, ReconstructionPreview, SamplePreview
 from .resample import create_named_schedule_sampler
 from .sampling import Sampler, SmallPictures, draw, open_npz, parse_classes, solver_of
 from .script_util import (
     NUM_CLASSES, RunConfig, create_classifier_and_diffusion, create_gaussian_diffusion, create_model_and_diffusion_vae,
     end_run, print_model_size, say, write_config,
 )
-from .train_util import ClassifierObjective, DiffusionObjective, TrainLoop, progress_bar, seed_weights
+from .train_util import (
+    Adversary, AutoencoderObjective, ClassifierObjective, DiffusionObjective, TrainLoop, progress_bar, seed_weights,
+    settled,
+)
 from .unet import ClassifierConfig, ModelConfig, SuperResConfig
 from .vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
 
@@ -303,6 +309,7 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
     With `run.dry_run` the model's size is printed and nothing is trained.
     """
     say_source(source)
+    train = settled(train)
     model_flags = with_classes(model_flags, source)
     seed_weights(train.seed)
     model, diffusion = create_model_and_diffusion_vae(
@@ -337,6 +344,52 @@ def diffusion_header(source, space, model, process, super_res=None):
     header = {"kind": "super_res" if super_res else "diffusion", "model": as_dict(model), "diffusion": as_dict(process),
               "classes": source.class_names if model.class_cond else None, **space_header(source, space)}
     return {**header, "super_res": as_dict(super_res)} if super_res else header
+
+
+def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perceptual, train):
+    """Train a KL autoencoder and save it in `folder`; with `run.dry_run` print its size alone.
+
+    :param rival: a DiscriminatorConfig; `perceptual`: a PerceptualConfig; both may say that there is none.
+    """
+    train = settled(train)
+    if train.use_gradient_checkpointing:
+        autoencoder = dataclasses.replace(autoencoder, use_checkpointing=True)
+    factors = create_autoencoder(dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or 1)).factors
+    pictures = PictureFolder(data, multiple=factors)
+    autoencoder = dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or pictures.shape[0])
+    seed_weights(train.seed)
+    network = create_autoencoder(autoencoder)
+    latent_shape = network.latent_shape(pictures.shape[1:])
+    say(pictures.summary())
+    say(f"total downsampling {network.factors}: pictures {pictures.shape} -> latents {latent_shape}")
+    plan = BatchPlan(len(pictures), train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
+    say(plan.summary())
+    if run.dry_run:
+        return print_model_size(network, lambda m: m(torch.zeros(1, *pictures.shape))[0], train.batch_size)
+
+    device = dist_util.dev()
+    network.to(device)
+    adversary = distance = None
+    if rival.discriminator_weight:
+        judge = create_discriminator(rival, autoencoder.spatial_dims, pictures.shape[0]).to(device)
+        adversary = Adversary(judge, rival, train.lr)
+    if perceptual.use_perceptual_loss:
+        distance = PerceptualLoss(perceptual, autoencoder.image_range).to(device)
+    objective = AutoencoderObjective(loss, network, autoencoder.image_range, train.mirror,
+                                     distance and (perceptual.perceptual_weight, distance), adversary)
+    header = {"kind": "autoencoder", "autoencoder": as_dict(autoencoder), "image_shape": list(pictures.shape),
+              "data": pictures.preprocessing}
+    held_out = pictures
+    if train.val_data_dir:
+        held_out = PictureFolder(dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False), factors)
+    preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, device)
+    bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
+    loop = TrainLoop(
+        model=network, data=picture_batches(pictures, plan), header=header, preview=preview, objective=objective,
+        best_by="val_psnr", stop_at={name: bound for name, bound in bounds.items() if bound}, **loop_arguments(train),
+    )
+    write_config(folder, "train_autoencoder", configs, header)
+    loop.run_loop()
 
 
 def train_classifier(run, folder, configs, given, source, space, data, flags, process, train):

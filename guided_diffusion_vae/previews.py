@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from . import figures, logger, metrics
-from .autoencoder import from_image_range, to_image_range
+from .autoencoder import from_image_range, kl_divergence, to_image_range
 from .image_datasets import labels_in, unpad
 from .train_util import Draws
 
@@ -12,7 +12,7 @@ COUNT = 16  # pictures in a preview
 
 
 class ReconstructionPreview:
-    """Write input, reconstruction and difference of held-out pictures, and log PSNR, SSIM and L1 over all of them."""
+    """Write input, reconstruction and difference of held-out pictures; log PSNR, SSIM, L1 and KL over all of them."""
 
     def __init__(self, model, image_range, pictures, count, folder, device, batch_size=32):
         self.model, self.image_range, self.pictures = model, image_range, pictures
@@ -21,19 +21,21 @@ class ReconstructionPreview:
 
     @torch.no_grad()
     def __call__(self, step):
-        scores = {"psnr": [], "ssim": [], "l1": []}
+        scores = {"psnr": [], "ssim": [], "l1": [], "kl": []}
         for start in range(0, len(self.chosen), self.batch_size):
             images = self.pictures.batch(self.chosen[start:start + self.batch_size]).to(self.device)
-            decoded = self.model.reconstruct(to_image_range(images, self.image_range))
-            decoded = from_image_range(decoded, self.image_range).clamp(0, 1)
+            mean, logvar = self.model.moments(to_image_range(images, self.image_range))
+            decoded = from_image_range(self.model.decode(mean), self.image_range).clamp(0, 1)
+            scores["kl"].append(kl_divergence(mean, logvar).cpu())
             images, decoded = (unpad(x, self.pictures.unpadded_shape) for x in (images, decoded))
             if start == 0:
                 sheet = figures.side_by_side(images[:COUNT].cpu().numpy(), decoded[:COUNT].cpu().numpy())
                 figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
-            for name, values in scores.items():
-                values.append(getattr(metrics, name)(images, decoded).cpu())
-        for name, values in scores.items():
-            logger.logkv(f"val_{name}", torch.cat(values).mean().item())
+            for name in ("psnr", "ssim", "l1"):
+                scores[name].append(getattr(metrics, name)(images, decoded).cpu())
+        measured = {f"val_{name}": torch.cat(values).mean().item() for name, values in scores.items()}
+        logger.logkvs(measured)
+        return measured
 
 
 class SamplePreview:

@@ -132,13 +132,13 @@ def read_yaml(path, classes):
 def _all_sections():
     """Return {section: known keys}; imported here because the scripts need only some of these modules."""
     from . import (
-        autoencoder, evaluation, export, guidance, image_datasets, latent_datasets, microdoppler, sampling, train_util,
-        unet, vae_wrapper,
+        autoencoder, discriminator, evaluation, export, guidance, image_datasets, latent_datasets, microdoppler,
+        perceptual, sampling, train_util, unet, vae_wrapper,
     )
 
     sections = {}
-    for module in (autoencoder, evaluation, export, gd, guidance, image_datasets, latent_datasets, microdoppler,
-                   sampling, train_util, unet, vae_wrapper, sys.modules[__name__]):
+    for module in (autoencoder, discriminator, evaluation, export, gd, guidance, image_datasets, latent_datasets,
+                   microdoppler, perceptual, sampling, train_util, unet, vae_wrapper, sys.modules[__name__]):
         for cls in vars(module).values():
             if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config"):
                 sections.setdefault(section_of(cls), set()).update(f.name for f in dataclasses.fields(cls))

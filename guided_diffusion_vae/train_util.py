@@ -11,7 +11,7 @@ import copy
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,32 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint_util, dist_util, logger
 from .autoencoder import autoencoder_losses, to_image_range
 from .config import opt
+from .discriminator import adaptive_weight, discriminator_losses, generator_losses
 from .fp16_util import MixedPrecisionTrainer
-from .nn import keyed_randn, keyed_seed, update_ema
+from .nn import keyed_randn, keyed_rng, keyed_seed, update_ema
 from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, UniformSampler
 
 # Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
 NOISE, TIMES, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMES, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
 MIRROR = 12  # and one number more for every further axis; evaluation has 11
+SLICES = 15
+
+
+def _adamw(params, **settings):
+    return torch.optim.AdamW(params, fused=True, **settings)
+
+
+def _adamw8bit(params, **settings):
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError("--optimizer adamw8bit needs bitsandbytes: "
+                          "pip install 'guided-diffusion-vae[gpu]'") from error
+    return AdamW8bit(params, **settings)
+
+
+OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit}
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -37,10 +56,15 @@ class TrainConfig:
 
     lr: float = opt(1e-4, "learning rate of AdamW")
     weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
+    lr_warmup_steps: int = opt(0, "let the learning rate rise linearly from zero over so many steps")
     lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never")
+    optimizer: str = opt("adamw", "adamw, or adamw8bit, whose state takes a quarter of the memory (extra: gpu)",
+                         choices=tuple(OPTIMIZERS))
     max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never")
     batch_size: int = opt(1, "samples in a step on each rank")
     microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size")
+    gradient_accumulation_steps: int = opt(1, "forward passes of batch_size each in a step: the same saving, counted "
+                                              "the other way round")
     ema_rate: str = opt("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
     log_interval: int = opt(10, "steps between rows of progress.csv")
     save_interval: int = opt(10000, "steps between checkpoints")
@@ -48,7 +72,13 @@ class TrainConfig:
     preview_interval: int = opt(0, "steps between preview pictures and validation; 0: with every checkpoint")
     resume_checkpoint: str = opt("", "model file to go on from; empty or auto: the newest of the run folder")
     grad_clip: float = opt(0.0, "scale gradients down to this norm; 0: leave them")
-    mixed_precision: bool = opt(False, "run the forward pass in bfloat16 autocast; weights stay float32")
+    mixed_precision: bool = opt(False, "run the forward pass in half-precision autocast; weights stay float32")
+    amp_dtype: str = opt("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
+                         choices=tuple(AMP_DTYPES))
+    init_from: str = opt("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
+                             "what is not taken over is listed")
+    fast_dev_run: bool = opt(False, "try everything out in a few steps: train, measure, save, end")
+    fast_dev_run_batches: int = opt(2, "steps of --fast_dev_run")
     seed: int = opt(0, "seed of everything random in training")
 
 
@@ -69,6 +99,9 @@ class AutoencoderTrainConfig(TrainConfig):
                               "more kinds of detail than the data have, which helps where they are few")
     val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
     val_pictures: int = opt(256, "how many held-out pictures are measured")
+    use_gradient_checkpointing: bool = opt(False, "the same as --use_checkpointing True of the autoencoder")
+    stop_at_psnr: float = opt(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look")
+    stop_at_l1: float = opt(0.0, "end when the held-out mean absolute error falls below this; 0: do not look")
 
 
 @dataclass
@@ -91,6 +124,25 @@ class ClassifierTrainConfig:
     eval_interval: int = opt(5, "steps between measurements on --val_data_dir")
     save_interval: int = opt(10000, "steps between checkpoints")
     seed: int = opt(0, "seed of everything random in training")
+
+
+def settled(train):
+    """Return a training config in which accumulation and a trial run are worked into the flags that the loop heeds.
+
+    :raises ValueError: where --microbatch and --gradient_accumulation_steps both cut a step up.
+    """
+    parts, changes = train.gradient_accumulation_steps, {}
+    if parts < 1 or parts > 1 and train.microbatch > 0:
+        raise ValueError(f"--gradient_accumulation_steps {parts} --microbatch {train.microbatch}: the first is at "
+                         "least 1, and only one of the two cuts a step into parts")
+    if parts > 1:
+        changes.update(batch_size=parts * train.batch_size, microbatch=train.batch_size)
+    if train.fast_dev_run:
+        steps = train.fast_dev_run_batches
+        changes.update(max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1)
+        if hasattr(train, "val_pictures"):
+            changes.update(val_pictures=train.batch_size)
+    return replace(train, **changes)
 
 
 def seed_weights(seed):
@@ -218,16 +270,81 @@ def mirrored(images, draws):
     return images
 
 
-def autoencoder_objective(loss_config, network, image_range, mirror=False):
-    """Return the objective of a KL autoencoder on pictures in [0, 1], its latents drawn with keyed noise."""
+class AutoencoderObjective(PlainObjective):
+    """The losses of a KL autoencoder on pictures in [0, 1], its latents drawn with keyed noise.
 
-    def losses(model, images, cond, draws):
-        x = to_image_range(mirrored(images, draws) if mirror else images, image_range)
-        eps = draws.normal(network.latent_shape(x.shape[2:]), x.device)
+    :param network: the autoencoder itself, without what distributes it.
+    :param perceptual: (weight, `PerceptualLoss`) or None.
+    :param adversary: an `Adversary`, or None.
+    """
+
+    def __init__(self, loss_config, network, image_range, mirror=False, perceptual=None, adversary=None):
+        self.config, self.network, self.image_range, self.mirror = loss_config, network, image_range, mirror
+        self.perceptual, self.adversary = perceptual, adversary
+
+    def __call__(self, model, images, cond, draws):
+        x = to_image_range(mirrored(images, draws) if self.mirror else images, self.image_range)
+        eps = draws.normal(self.network.latent_shape(x.shape[2:]), x.device)
         reconstruction, mean, sigma = model(x, eps)
-        return autoencoder_losses(loss_config, x, reconstruction, mean, 2 * sigma.float().log())
+        terms = autoencoder_losses(self.config, x, reconstruction, mean, 2 * sigma.float().log())
+        if self.perceptual:
+            weight, distance = self.perceptual
+            terms["perceptual_loss"] = distance(reconstruction, x, keyed_rng(draws.seed, SLICES, draws.step))
+            terms["loss"] = terms["loss"] + weight * terms["perceptual_loss"]
+        if self.adversary and self.adversary.is_heeded(draws.step):
+            self.adversary.add_to(terms, x, reconstruction, self.network.last_layer)
+        return terms, None
 
-    return PlainObjective(losses)
+
+class Adversary:
+    """A discriminator in training beside an autoencoder: `add_to` its loss, then `learn` from the same pictures."""
+
+    def __init__(self, network, config, lr):
+        self.network, self.config = network, config
+        self.opt = _adamw(network.parameters(), lr=config.discriminator_lr or lr, betas=(0.5, 0.9), weight_decay=0.0)
+        self._seen = []
+
+    def begin(self, ddp_model, scale_loss, scale_growth):
+        """Take over what the training loop decides: how the network is distributed, and its loss scaled."""
+        self.ddp_model = ddp_model
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=self.network, scale_loss=scale_loss, fp16_scale_growth=scale_growth, name="discriminator_"
+        )
+
+    def is_heeded(self, step):
+        """Say whether the warm-up is over."""
+        return step >= self.config.discriminator_start
+
+    def add_to(self, terms, real, fake, last_layer):
+        """Add the adversarial term of a microbatch to its losses [N], and remember the pictures for `learn`."""
+        self.network.requires_grad_(False)
+        losses = generator_losses(self.config.discriminator_loss, self.network(fake).float())
+        self.network.requires_grad_(True)
+        weight = self.config.discriminator_weight
+        if self.config.adaptive_weight:
+            factor = adaptive_weight(terms["loss"].mean(), losses.mean(), last_layer)
+            terms["adaptive_weight"] = factor.expand(len(losses))
+            weight = weight * factor
+        terms["adversarial_loss"] = losses
+        terms["loss"] = terms["loss"] + weight * losses
+        self._seen.append((real.detach(), fake.detach()))
+
+    def learn(self, communicate, autocast):
+        """Take one step on what `add_to` has seen since the last; nothing during the warm-up."""
+        seen, self._seen = self._seen, []
+        total = sum(len(real) for real, _ in seen)
+        self.mp_trainer.zero_grad()
+        for i, (real, fake) in enumerate(seen):
+            with communicate(self.ddp_model, i + 1 == len(seen)), autocast():
+                # One pass over both: two passes of a distributed model would need two reductions.
+                judged_real, judged_fake = self.ddp_model(torch.cat([real, fake])).float().chunk(2)
+                losses = discriminator_losses(self.config.discriminator_loss, judged_real, judged_fake)
+                self.mp_trainer.backward(losses.mean() * (len(real) / total))
+            logger.logkv_mean("discriminator_loss", losses.detach().mean(), len(real))
+            logger.logkv_mean("logits_real", judged_real.detach().mean(), len(real))
+            logger.logkv_mean("logits_fake", judged_fake.detach().mean(), len(real))
+        if seen:
+            self.mp_trainer.optimize(self.opt)
 
 
 class ClassifierObjective:
@@ -277,7 +394,8 @@ class TrainLoop:
         self, *, model, diffusion=None, data, batch_size, microbatch=-1, lr, ema_rate="0.9999", log_interval=10,
         save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
         weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
-        mixed_precision=False, seed=0, objective=None, header=None, preview=None,
+        mixed_precision=False, seed=0, objective=None, header=None, preview=None, lr_warmup_steps=0,
+        optimizer="adamw", amp_dtype="bfloat16", init_from="", best_by="", stop_at=None,
     ):
         if mixed_precision and use_fp16:
             raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
@@ -285,7 +403,7 @@ class TrainLoop:
         self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
+        self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, lr_warmup_steps, lr_anneal_steps
         self.max_steps = min((n for n in (max_steps, lr_anneal_steps) if n), default=math.inf)
         self.ema_rate = _rates(ema_rate)
         counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
@@ -295,26 +413,39 @@ class TrainLoop:
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval, self.preview = preview_interval or save_interval, preview
         self.keep_checkpoints = keep_checkpoints
-        self.mixed_precision, self.seed = mixed_precision, seed
+        self.autocast_dtype = AMP_DTYPES[amp_dtype] if mixed_precision else None
+        self.seed, self.best_by, self.stop_at = seed, best_by, stop_at or {}
         self.header = header or {"kind": "diffusion"}
         self.folder = Path(logger.get_dir())
         self.device = next(model.parameters()).device
         self.global_batch = batch_size * dist_util.world_size()
         self.slots = range(dist_util.rank() * batch_size, (dist_util.rank() + 1) * batch_size)
 
-        dist_util.sync_params(self.model.parameters())
+        checkpoint = find_checkpoint(self.folder, resume_checkpoint)
+        if checkpoint[0] is None and init_from:
+            begin_with(model, init_from)
+        self.adversary = getattr(self.objective, "adversary", None)
+        for network in (model, *([self.adversary.network] if self.adversary else [])):
+            dist_util.sync_params(network.parameters())
         self.mp_trainer = MixedPrecisionTrainer(
-            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip
+            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip,
+            scale_loss=self.autocast_dtype is torch.float16,
         )
-        self.opt = torch.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.opt = OPTIMIZERS[optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
-        self.resume_step = self.step = self._resume(resume_checkpoint)
+        self.best = None
         self.use_ddp = dist_util.world_size() > 1
-        self.ddp_model = self._distributed() if self.use_ddp else model
+        if self.adversary:
+            rival = self._distributed(self.adversary.network)
+            self.adversary.begin(rival, self.mp_trainer.scale_loss, fp16_scale_growth)
+        self.resume_step = self.step = self._resume(*checkpoint)
+        self.ddp_model = self._distributed(model)
 
-    def _distributed(self):
+    def _distributed(self, network):
+        if not self.use_ddp:
+            return network
         on_gpu = self.device.type == "cuda"
-        return DistributedDataParallel(self.model, device_ids=[self.device] if on_gpu else None, bucket_cap_mb=128)
+        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None, bucket_cap_mb=128)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -331,13 +462,17 @@ class TrainLoop:
                 self.run_step(batch, cond)
                 stopping = dist_util.any_rank(stop.received)
                 last = stopping or self.step >= self.max_steps
-                if last or self.step % self.save_interval == 0:
-                    self.save()
+                reached = False
                 if self.preview and (last or self.step % self.preview_interval == 0):
-                    self._preview()  # before the log, which takes what it measured
-                if last or self.step % self.log_interval == 0:
+                    reached = self._preview()  # before the log, which takes what it measured
+                if last or reached or self._is_best() or self.step % self.save_interval == 0:
+                    self.save()
+                if last or reached or self.step % self.log_interval == 0:
                     self._write_log(bar)
                 bar.update()
+                if reached:
+                    logger.log(f"step {self.step} has reached what training was to end at")
+                    break
                 if stopping:
                     logger.log(f"stopped by a signal; step {self.step} is saved, the same command goes on from there")
                     break
@@ -351,6 +486,8 @@ class TrainLoop:
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
+        if self.adversary:
+            self.adversary.learn(self._communicate, self._autocast)
         self.step += 1
         self.log_step()
 
@@ -364,7 +501,7 @@ class TrainLoop:
         parts = []
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))
-            with self._communicate(stop == len(batch)), self._autocast():
+            with self._communicate(self.ddp_model, stop == len(batch)), self._autocast():
                 micro_cond = {k: v[start:stop] for k, v in cond.items()}
                 terms, t = self.objective(self.ddp_model, batch[start:stop], micro_cond, draws.part(start, stop))
                 loss = terms["loss"].mean() * ((stop - start) / len(batch))
@@ -375,21 +512,22 @@ class TrainLoop:
         self.objective.after_step(times, terms)
         self.objective.log(batch, times, terms)
 
-    def _communicate(self, last):
+    def _communicate(self, network, last):
         """Gradients travel with the last microbatch only."""
-        return self.ddp_model.no_sync() if self.use_ddp and not last else contextlib.nullcontext()
+        return network.no_sync() if self.use_ddp and not last else contextlib.nullcontext()
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def _update_ema(self):
         for rate, params in zip(self.ema_rate, self.ema_params):
             update_ema(params, self.mp_trainer.master_params, rate=rate)
 
     def _anneal_lr(self):
-        if self.lr_anneal_steps:
-            for group in self.opt.param_groups:
-                group["lr"] = self.lr * (1 - self.step / self.lr_anneal_steps)
+        rising = min((self.step + 1) / self.lr_warmup_steps, 1.0) if self.lr_warmup_steps else 1.0
+        falling = 1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1.0
+        for group in self.opt.param_groups:
+            group["lr"] = self.lr * rising * falling
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -418,9 +556,19 @@ class TrainLoop:
         )
 
     def _preview(self):
+        """Draw and measure (on rank 0); return on every rank whether what training was to end at is reached."""
+        measured = None
         if dist_util.rank() == 0:
             with self.averaged_weights():
-                self.preview(self.step)
+                measured = self.preview(self.step)
+        measured = dist_util.broadcast_object(measured) or {}
+        if self.best_by in measured and (self.best is None or measured[self.best_by] > self.best[self.best_by]):
+            self.best = {"step": self.step, self.best_by: measured[self.best_by]}
+        met = {"val_psnr": lambda value, bound: value >= bound, "val_l1": lambda value, bound: value <= bound}
+        return any(name in measured and met[name](measured[name], bound) for name, bound in self.stop_at.items())
+
+    def _is_best(self):
+        return self.best is not None and self.best["step"] == self.step
 
     @contextlib.contextmanager
     def averaged_weights(self):
@@ -458,14 +606,39 @@ class TrainLoop:
         names.append(checkpoint_util.optimizer_name(self.step))
         checkpoint_util.save(self.folder / names[-1], self.opt.state_dict())
         state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
-                 "global_batch": self.global_batch, "seed": self.seed}
+                 "global_batch": self.global_batch, "seed": self.seed, "best": self.best}
+        if self.adversary:
+            names += self._save_adversary(header)
+            state["discriminator_lg_loss_scale"] = float(self.adversary.mp_trainer.lg_loss_scale)
         checkpoint_util.commit(self.folder, self.step, names, state)
         if self.keep_checkpoints:
-            checkpoint_util.forget_all_but(self.folder, self.keep_checkpoints)
+            best = {self.best["step"]} if self.best else set()
+            checkpoint_util.forget_all_but(self.folder, self.keep_checkpoints, best)
 
-    def _resume(self, resume_checkpoint):
+    def _save_adversary(self, header):
+        names = [checkpoint_util.discriminator_name(self.step), checkpoint_util.discriminator_optimizer_name(self.step)]
+        weights = self.adversary.network.state_dict()
+        checkpoint_util.save_weights(self.folder / names[0], weights, {**header, "kind": "discriminator"})
+        checkpoint_util.save(self.folder / names[1], self.adversary.opt.state_dict())
+        return names
+
+    def _resume_adversary(self, folder, marker):
+        """Load the discriminator of a step; a step from before there was one leaves it as it is."""
+        step = marker["step"]
+        path = folder / checkpoint_util.discriminator_name(step)
+        if not path.is_file():
+            logger.warn(f"{folder} has no discriminator at step {step}; a new one begins there")
+            return
+        weights, _ = checkpoint_util.load_weights(path, self.device, "--resume_checkpoint")
+        checkpoint_util.load_into(self.adversary.network, weights, path, "--resume_checkpoint")
+        content = checkpoint_util.load(folder / checkpoint_util.discriminator_optimizer_name(step), self.device,
+                                       "--resume_checkpoint")
+        trainer = self.adversary.mp_trainer
+        trainer.load_optimizer(self.adversary.opt, content)
+        trainer.lg_loss_scale = marker.get("discriminator_lg_loss_scale", trainer.lg_loss_scale)
+
+    def _resume(self, marker, folder):
         """Load the step to go on from, if there is one; return its number."""
-        marker, folder = find_checkpoint(self.folder, resume_checkpoint)
         if marker is None:
             return 0
         step = marker["step"]
@@ -500,8 +673,29 @@ class TrainLoop:
             raise ValueError(f"{path}: {error}; check --resume_checkpoint") from error
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
+        self.best = marker.get("best")
+        if self.adversary:
+            self._resume_adversary(folder, marker)
         logger.log(f"going on from step {step} of {folder}")
         return step
+
+
+def begin_with(model, path):
+    """Load the weights of another run into a model where names and shapes agree, and list what is not taken over.
+
+    :raises ValueError: where nothing agrees.
+    """
+    path = checkpoint_util.newest_weights(path, "--init_from") if Path(path).is_dir() else Path(path)
+    theirs, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
+    mine = model.state_dict()
+    taken = {name: value for name, value in theirs.items() if name in mine and mine[name].shape == value.shape}
+    if not taken:
+        raise ValueError(f"{path} has no weights in common with this model; check --init_from")
+    model.load_state_dict({**mine, **taken})
+    logger.log(f"{len(taken)} of {len(mine)} weights begin as in {path}")
+    for what, weights in (("begins anew", mine), ("is not taken over", theirs)):
+        for name in sorted(weights.keys() - taken.keys()):
+            logger.log(f"  {what}: {name} {tuple(weights[name].shape)}")
 
 
 def find_checkpoint(folder, resume_checkpoint=""):

@@ -16,20 +16,24 @@ from guided_diffusion_vae import checkpoint_util, dist_util, logger
 from guided_diffusion_vae import gaussian_diffusion as gd
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.discriminator import DiscriminatorConfig, create_discriminator
 from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder, picture_batches
 from guided_diffusion_vae.latent_datasets import (
     EncodedPictures, LatentCache, LatentCacheConfig, LatentStream, write_cache,
 )
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
-from guided_diffusion_vae.train_util import ClassifierObjective, TrainLoop, autoencoder_objective
+from guided_diffusion_vae.train_util import Adversary, AutoencoderObjective, ClassifierObjective, TrainLoop
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 
 COUNT, GLOBAL_BATCH, SEED = 10, 4, 7
-KINDS = ("cached", "encoded", "autoencoder", "classifier")
-WITHOUT_DROPOUT = ("cached", "autoencoder", "classifier")  # masks are drawn per rank, so their number matters
+KINDS = ("cached", "encoded", "autoencoder", "adversarial", "classifier")
+WITHOUT_DROPOUT = ("cached", "autoencoder", "adversarial", "classifier")  # masks are drawn per rank
 AUTOENCODER = AutoencoderConfig(
     in_channels=1, num_channels=(8, 16), num_res_blocks=1, latent_channels=4, norm_num_groups=2
+)
+DISCRIMINATOR = DiscriminatorConfig(
+    discriminator_weight=0.5, discriminator_start=3, discriminator_channels=16, discriminator_layers=1,
 )
 # Long enough for the sampler of times to leave its warm-up, and across the end of an epoch.
 STOP, END, EQUAL_STEPS = 8, 12, 20
@@ -86,9 +90,13 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
         dropout = 0.1 if kind == "encoded" else 0.0
         return unet(dropout), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
     pictures = pictures_in(folder)
-    if kind == "autoencoder":
-        network = create_autoencoder(AUTOENCODER)
-        objective = autoencoder_objective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range)
+    if kind in ("autoencoder", "adversarial"):
+        network, adversary = create_autoencoder(AUTOENCODER), None
+        if kind == "adversarial":
+            judge = create_discriminator(DISCRIMINATOR, 2, 1)
+            adversary = Adversary(judge, DISCRIMINATOR, lr=1e-4)
+        objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
+                                         mirror=True, adversary=adversary)
         return network, {"objective": objective, "data": picture_batches(pictures, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
@@ -131,6 +139,7 @@ def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0
     if interrupt:
         arguments["data"] = Interrupted(arguments["data"], interrupt)
     logger.configure(str(folder / name), [])
+    kind = loop.pop("header_kind", kind)
     options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
     running = TrainLoop(
         model=network, batch_size=batch_size, max_steps=steps, seed=SEED, header={"kind": kind}, **arguments, **options

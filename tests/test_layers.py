@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 LAYERS = """
     config files
     nn losses
-    unet autoencoder
+    unet autoencoder discriminator
     gaussian_diffusion respace resample solvers guidance export
-    checkpoint_util
+    checkpoint_util perceptual
     vae_wrapper
     image_datasets latent_datasets microdoppler
     dist_util logger

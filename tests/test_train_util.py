@@ -14,7 +14,8 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
 from guided_diffusion_vae.train_util import (
-    DiffusionObjective, PlainObjective, TrainLoop, find_checkpoint, parse_resume_step_from_filename, seed_weights,
+    AutoencoderTrainConfig, DiffusionObjective, Draws, PlainObjective, TrainLoop, begin_with, find_checkpoint, mirrored,
+    parse_resume_step_from_filename, seed_weights, settled,
 )
 from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
 
@@ -67,8 +68,10 @@ def one_rank(prepared):
 
 
 def files_of(folder, step, rate=0.9):
-    names = checkpoint_util.model_name(step), checkpoint_util.ema_name(rate, step), checkpoint_util.optimizer_name(step)
-    return [checkpoint_util.load(folder / name) for name in names]
+    of = checkpoint_util
+    names = [of.model_name(step), of.ema_name(rate, step), of.optimizer_name(step)]
+    rival = [of.discriminator_name(step), of.discriminator_optimizer_name(step)]
+    return [of.load(folder / name) for name in names + [n for n in rival if (folder / n).exists()]]
 
 
 def flat(content, at=""):
@@ -99,6 +102,9 @@ def farthest(one, other):
 def test_one_rank_with_twice_the_batch_takes_the_steps_of_two_ranks(one_rank, two_ranks, prepared, kind):
     one, two = (files_of(prepared / f"{ranks}/{kind}-equal", EQUAL_STEPS) for ranks in (1, 2))
     assert farthest(one[0], two[0]) < 1e-6 and farthest(one[1], two[1]) < 1e-6
+    assert len(one) == len(two) == (5 if kind == "adversarial" else 3)
+    if kind == "adversarial":
+        assert farthest(one[3], two[3]) < 1e-6
     torch.manual_seed(0)
     start, _ = rank_worker.network_and_loop_arguments(kind, prepared, 1)
     assert farthest(one[0], start.state_dict()) > 1e-3  # a thousand times what the ranks may differ
@@ -145,6 +151,42 @@ def test_half_precision_goes_on_in_the_same_bits_with_its_loss_scale(prepared, t
     assert same_bits(files_of(tmp_path / "whole", 4), files_of(tmp_path / "parts", 4))
     scales = [checkpoint_util.read_marker(tmp_path / run, 4)["lg_loss_scale"] for run in ("whole", "parts")]
     assert scales[0] == scales[1] != checkpoint_util.read_marker(tmp_path / "parts", 2)["lg_loss_scale"]
+
+
+@pytest.mark.parametrize("kind", ["adversarial", "classifier"])
+def test_float16_autocast_goes_on_in_the_same_bits_with_its_loss_scales(prepared, tmp_path, kind):
+    options = {"mixed_precision": True, "amp_dtype": "float16", "fp16_scale_growth": 0.25, "batch_size": 4}
+    train(prepared, tmp_path / "whole", kind, 6, **options)
+    train(prepared, tmp_path / "parts", kind, 4, **options)
+    train(prepared, tmp_path / "parts", kind, 6, start=1, **options)
+    assert same_bits(files_of(tmp_path / "whole", 6), files_of(tmp_path / "parts", 6))
+    whole, parts, before = (checkpoint_util.read_marker(tmp_path / run, step)
+                            for run, step in (("whole", 6), ("parts", 6), ("parts", 4)))
+    for scale in ("lg_loss_scale", *(["discriminator_lg_loss_scale"] if kind == "adversarial" else [])):
+        assert whole[scale] == parts[scale] != before[scale]
+
+
+def test_an_adversarial_step_does_not_depend_on_the_microbatch(prepared, tmp_path):
+    for size in (-1, 1):
+        train(prepared, tmp_path / str(size), "adversarial", 6, microbatch=size)
+    one, other = (files_of(tmp_path / str(size), 6) for size in (-1, 1))
+    assert farthest(one[:2], other[:2]) < 1e-6 and farthest(one[3], other[3]) < 1e-6
+
+
+def test_a_discriminator_learns_after_the_warm_up_and_not_before(prepared, tmp_path):
+    judges = {}
+    for steps in (1, 3, 4):
+        train(prepared, tmp_path / str(steps), "adversarial", steps)
+        judges[steps] = files_of(tmp_path / str(steps), steps)[3]
+    assert same_bits(judges[1], judges[3]) and not same_bits(judges[3], judges[4])
+
+
+def test_a_run_that_had_no_discriminator_goes_on_with_a_new_one(prepared, tmp_path, capsys):
+    train(prepared, tmp_path, "autoencoder", 2)
+    weights = files_of(tmp_path, 2)
+    logger.reset()
+    loop = train(prepared, tmp_path, "adversarial", 4, header_kind="autoencoder")
+    assert loop.resume_step == 2 and len(files_of(tmp_path, 4)) == 5 and len(weights) == 3
 
 
 # A line through the origin: fast enough to try every way a run may go
@@ -241,6 +283,102 @@ def test_the_learning_rate_falls_to_zero_and_the_run_ends_there(tmp_path):
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])  # the update after these would have none
     assert line(tmp_path / "both", 9, lr_anneal_steps=4).step == 4
     assert line(tmp_path / "both", 9, lr_anneal_steps=4).step == 4
+
+
+def test_the_learning_rate_rises_first_and_then_falls(tmp_path):
+    line(tmp_path, 0, lr_warmup_steps=3, lr_anneal_steps=6, formats=["csv"])
+    with open(tmp_path / "progress.csv", newline="") as stream:
+        rates = [float(row["lr"]) for row in csv.DictReader(stream)]
+    expected = [0.1 * min((step + 1) / 3, 1) * (1 - step / 6) for step in range(6)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given, settled_to", [
+    ({"batch_size": 2, "gradient_accumulation_steps": 3}, {"batch_size": 6, "microbatch": 2}),
+    ({"batch_size": 2, "microbatch": 1}, {"batch_size": 2, "microbatch": 1}),
+    ({"batch_size": 5, "fast_dev_run": True}, {"max_steps": 2, "save_interval": 2, "val_pictures": 5}),
+    ({"fast_dev_run": True, "fast_dev_run_batches": 7}, {"max_steps": 7, "preview_interval": 7}),
+])
+def test_accumulation_and_trial_runs_become_flags_of_the_loop(given, settled_to):
+    train = settled(AutoencoderTrainConfig(**given))
+    assert {name: getattr(train, name) for name in settled_to} == settled_to
+
+
+@pytest.mark.parametrize("given", [
+    {"gradient_accumulation_steps": 0}, {"gradient_accumulation_steps": 2, "microbatch": 1},
+])
+def test_a_step_is_cut_up_in_one_way_only(given):
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps . --microbatch .*only one of the two"):
+        settled(AutoencoderTrainConfig(**given))
+
+
+def measuring(values):
+    """A preview that measures these PSNRs in turn."""
+    values = iter(values)
+    return lambda step: {"val_psnr": next(values), "val_l1": 0.5}
+
+
+def test_the_best_step_is_kept_and_stands_for_the_run(tmp_path):
+    options = {"best_by": "val_psnr", "keep_checkpoints": 1, "save_interval": 9, "preview_interval": 1}
+    line(tmp_path, 4, preview=measuring([1.0, 5.0, 3.0, 4.0]), **options)
+    assert checkpoint_util.steps(tmp_path) == [2, 4]
+    assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000002.pt"
+    assert checkpoint_util.read_marker(tmp_path, 4)["best"] == {"step": 2, "val_psnr": 5.0}
+    line(tmp_path, 6, preview=measuring([4.5, 6.0]), **options)  # what was best is known when a run goes on
+    assert checkpoint_util.steps(tmp_path) == [6]
+    assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000006.pt"
+
+
+def test_a_damaged_best_step_is_passed_over(tmp_path):
+    line(tmp_path, 3, preview=measuring([5.0, 1.0, 1.0]), best_by="val_psnr", preview_interval=1, save_interval=1)
+    (tmp_path / "ema_0.9_000001.pt").write_bytes(b"damaged")
+    assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000003.pt"
+
+
+@pytest.mark.parametrize("stop_at, step", [({"val_psnr": 3.0}, 2), ({"val_l1": 0.5}, 1), ({"val_psnr": 99.0}, 3)])
+def test_a_run_ends_where_a_bound_is_reached(tmp_path, stop_at, step):
+    loop = line(tmp_path, 3, preview=measuring([1.0, 4.0, 2.0]), preview_interval=1, stop_at=stop_at)
+    assert loop.step == step and step in checkpoint_util.steps(tmp_path)
+
+
+def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path, capsys):
+    line(tmp_path / "first", 2)
+    model = torch.nn.Linear(3, 1)
+    logger.configure(str(tmp_path / "log"), ["stdout"])
+    begin_with(model, tmp_path / "first")
+    said = capsys.readouterr().out
+    assert torch.equal(model.weight, files_of(tmp_path / "first", 2)[1]["weight"])
+    assert "1 of 2 weights begin as in" in said and "begins anew: bias (1,)" in said
+    wide = torch.nn.Linear(5, 1)
+    with pytest.raises(ValueError, match="model000002.pt has no weights in common with this model; check --init_from"):
+        begin_with(wide, tmp_path / "first" / "model000002.pt")
+
+
+def test_a_run_that_goes_on_does_not_begin_again(tmp_path):
+    line(tmp_path / "other", 2, lr=0.3)
+    line(tmp_path / "run", 2)
+    line(tmp_path / "run", 4, init_from=str(tmp_path / "other"))
+    line(tmp_path / "whole", 4)
+    assert same_bits(files_of(tmp_path / "run", 4), files_of(tmp_path / "whole", 4))
+
+
+def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match=r"--optimizer adamw8bit needs bitsandbytes: pip install .*\[gpu\]"):
+        line(tmp_path, 1, optimizer="adamw8bit")
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 3, 4), (64, 2, 3, 2, 2)])
+def test_every_axis_is_mirrored_by_a_coin_of_its_own(shape):
+    images = torch.rand(shape)
+    out = mirrored(images, Draws(0, 5, range(64), 64))
+    axes = range(2, images.dim())
+    kinds = [tuple(axis for axis in axes if flips >> (axis - 2) & 1) for flips in range(2 ** len(axes))]
+    counts = [sum(torch.equal(o, i.flip([axis - 1 for axis in kind])) for o, i in zip(out, images)) for kind in kinds]
+    assert sum(counts) == 64 and min(counts) > 0
+    part = mirrored(images[10:20], Draws(0, 5, range(10, 20), 64))
+    assert torch.equal(part, out[10:20])  # a coin belongs to the place in the batch of all ranks
 
 
 def test_a_resumed_run_takes_the_learning_rate_that_is_given_now(tmp_path):

@@ -1,0 +1,91 @@
+"""Tell pictures from reconstructions, patch by patch, so that an autoencoder learns to leave no difference.
+
+Isola et al. 2017 (arXiv 1611.07004, section 3.2.2) as used by VQGAN (Esser et al. 2021, arXiv 2012.09841, section 3.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .config import opt
+from .nn import conv_nd, mean_flat
+
+GROUPS = 8
+
+
+@dataclass
+class DiscriminatorConfig:
+    SECTION = "autoencoder.training"
+
+    discriminator_weight: float = opt(0.0, "weight of the adversarial term, such as 0.5; 0: there is no discriminator")
+    discriminator_start: int = opt(1000, "steps before the discriminator begins to learn and to be heeded")
+    discriminator_loss: str = opt("hinge", "what the discriminator descends on", choices=("hinge", "least_squares"))
+    adaptive_weight: bool = opt(False, "scale the adversarial term so that its gradient at the last layer is as large "
+                                       "as that of the reconstruction (VQGAN, equation 7)")
+    discriminator_channels: int = opt(64, "width of the discriminator's first layer, a multiple of 8")
+    discriminator_layers: int = opt(3, "halvings of the discriminator; more see larger patches")
+    discriminator_lr: float = opt(0.0, "learning rate of the discriminator; 0: that of the autoencoder")
+
+
+def create_discriminator(config, dims, in_channels):
+    """Build the network that a DiscriminatorConfig describes."""
+    return PatchDiscriminator(dims, in_channels, config.discriminator_channels, config.discriminator_layers)
+
+
+class PatchDiscriminator(nn.Module):
+    """Judge overlapping patches: high where they look real.  [N x C x ...] -> [N x 1 x smaller ...].
+
+    Convolutions of 4 taps, `layers` of them with stride 2, widths doubling up to eightfold. Norms are over groups and
+    not over the batch, so that a sample is judged alike in any microbatch and on any number of ranks.
+
+    :raises ValueError: where `channels` does not divide into the norms' groups.
+    """
+
+    def __init__(self, dims, in_channels, channels=64, layers=3):
+        super().__init__()
+        if channels % GROUPS or layers < 1:
+            raise ValueError(f"--discriminator_channels {channels} --discriminator_layers {layers}: the first is a "
+                             f"multiple of {GROUPS}, the second at least 1")
+        blocks, width = [conv_nd(dims, in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], channels
+        for layer in range(1, layers + 1):
+            out = channels * min(2**layer, 8)
+            # One zero at either side keeps nothing of an axis of 1 under stride 1, and less under stride 2.
+            stride = 2 if layer < layers else 1
+            blocks += [conv_nd(dims, width, out, 4, stride=stride, padding=1, bias=False), nn.GroupNorm(GROUPS, out),
+                       nn.LeakyReLU(0.2)]
+            width = out
+        self.layers = nn.Sequential(*blocks, conv_nd(dims, width, 1, 4, padding=1))
+        self.smallest = 2**layers * 3
+
+    def forward(self, x):
+        if min(x.shape[2:]) < self.smallest:
+            raise ValueError(f"pictures of {tuple(x.shape[2:])} are too small for a discriminator that needs "
+                             f"{self.smallest} along every axis; lower --discriminator_layers")
+        return self.layers(x)
+
+
+def discriminator_losses(kind, real, fake):
+    """Return what the discriminator descends on, [N]: patches of pictures shall be high, of reconstructions low.
+
+    hinge: Lim and Ye 2017 (arXiv 1705.02894); least_squares: Mao et al. 2017 (arXiv 1611.04076, equation 9).
+    """
+    if kind == "hinge":
+        return 0.5 * (mean_flat(F.relu(1 - real)) + mean_flat(F.relu(1 + fake)))
+    return 0.5 * (mean_flat((real - 1) ** 2) + mean_flat(fake**2))
+
+
+def generator_losses(kind, fake):
+    """Return what the autoencoder descends on, [N]: its reconstructions shall be taken for pictures."""
+    return mean_flat(-fake) if kind == "hinge" else 0.5 * mean_flat((fake - 1) ** 2)
+
+
+def adaptive_weight(reconstruction, adversarial, last_layer):
+    """Return the factor that makes the gradients of two losses at a weight equally large (VQGAN, equation 7).
+
+    Both losses are scalars; no gradient flows through the factor.
+    """
+    large, small = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+                    for loss in (reconstruction, adversarial))
+    return (large / (small + 1e-4)).clamp(0, 1e4).detach()

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from guided_diffusion_vae.discriminator import (
+    DiscriminatorConfig, PatchDiscriminator, adaptive_weight, create_discriminator, discriminator_losses,
+    generator_losses,
+)
+
+
+def judge(dims=2, channels=16, layers=2):
+    torch.manual_seed(0)
+    return PatchDiscriminator(dims, 1, channels, layers)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layers, size, patches", [(1, 16, 6), (2, 16, 2), (3, 32, 2)])
+def test_every_patch_is_judged_by_itself(dims, layers, size, patches):
+    assert judge(dims, layers=layers)(torch.randn(2, 1, *(size,) * dims)).shape == (2, 1, *(patches,) * dims)
+
+
+def test_a_sample_is_judged_alike_in_any_batch():
+    x = torch.randn(4, 1, 24, 24)
+    torch.testing.assert_close(judge()(x)[2:3], judge()(x[2:3]))
+
+
+def test_a_patch_depends_on_its_own_place_alone_but_for_the_norms():
+    network = judge(layers=1)
+    network.layers[3] = torch.nn.Identity()
+    x = torch.randn(1, 1, 32, 32, requires_grad=True)
+    network(x)[0, 0, 0, 0].backward()
+    assert x.grad[..., 20:, :].abs().max() == 0 and x.grad[..., :8, :8].abs().max() > 0
+
+
+def test_widths_double_up_to_eight_times():
+    widths = [m.out_channels for m in judge(layers=4).layers if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [16, 32, 64, 128, 128, 1]
+
+
+@pytest.mark.parametrize("kind", ["hinge", "least_squares"])
+def test_losses_pull_patches_apart_and_together(kind):
+    real, fake = (torch.tensor(v).view(2, 1, 1).requires_grad_() for v in ([0.2, -0.5], [0.1, 0.7]))
+    losses = discriminator_losses(kind, real, fake)
+    assert losses.shape == (2,)
+    pull = torch.autograd.grad(losses.sum(), [real, fake])
+    assert (pull[0] < 0).all() and (pull[1] > 0).all()  # descent raises real, lowers fake
+    assert (torch.autograd.grad(generator_losses(kind, fake).sum(), fake)[0] < 0).all()
+
+
+def test_known_losses():
+    real, fake = torch.tensor([[2.0, 0.0]]), torch.tensor([[-3.0, 1.0]])
+    assert discriminator_losses("hinge", real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+    assert discriminator_losses("least_squares", real, fake).item() == pytest.approx(0.5 * (1.0 + 5.0))
+    assert generator_losses("hinge", fake).item() == pytest.approx(1.0)
+    assert generator_losses("least_squares", fake).item() == pytest.approx(0.5 * 8.0)
+
+
+def test_the_adaptive_weight_makes_gradients_equally_large():
+    weight = torch.randn(3, requires_grad=True)
+    first, second = (weight**2).sum(), 5 * (weight**4).sum()
+    factor = adaptive_weight(first, second, weight)
+    large, small = (torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (first, second))
+    assert not factor.requires_grad and (factor * small).item() == pytest.approx(large.item(), rel=1e-3)
+
+
+def test_a_network_is_built_from_its_flags_and_refuses_what_it_cannot_do():
+    config = DiscriminatorConfig(discriminator_channels=16, discriminator_layers=2)
+    network = create_discriminator(config, 3, 2)
+    assert network.layers[0].in_channels == 2
+    with pytest.raises(ValueError, match="--discriminator_channels 12 --discriminator_layers 3: the first is a"):
+        PatchDiscriminator(2, 1, 12)
+    with pytest.raises(ValueError, match=r"pictures of \(8, 8\) are too small for a discriminator that needs 12 along"):
+        judge()(torch.zeros(1, 1, 8, 8))
