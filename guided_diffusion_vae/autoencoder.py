@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from .config import as_dict, opt
-from .nn import checkpoint, conv_nd, conv_transpose_nd, mean_flat, per_axis, upsample_nearest
+from .nn import (
+    checkpoint, conv_nd, conv_of_recomputed, conv_transpose_nd, mean_flat, per_axis, upsample_nearest,
+)
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -37,6 +39,15 @@ class AutoencoderConfig:
         (), "stride from level to level, one entry less than num_channels, each a number or one per axis; empty: all 2"
     )
     initial_downsample_factor: tuple = opt(1, "stride of the first convolution: a number, or one per axis")
+    final_upsample: str = opt(
+        "nearest", "how initial_downsample_factor is undone: nearest repeats elements and convolves them; shuffle has a "
+                   "kernel of its own for each of the new elements", choices=("nearest", "shuffle")
+    )
+    space_to_channel: bool = opt(
+        False, "shortcuts around every change of size that move elements between space and channels (DC-AE), which keep "
+               "detail where strides are large"
+    )
+    recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
     downsample_kernel_size: int = opt(
         0, "kernel of strided convolutions; 0: wide enough to see every input; 3 for checkpoints made with a fixed 3"
     )
@@ -117,6 +128,8 @@ class AutoencoderKL(nn.Module):
     It is told from the state dict's `_metadata`: save and copy the object that `state_dict()` returns, not a plain
     dictionary of its items.
 
+    `final_upsample`, `space_to_channel` and `recompute_norms` are described in `AutoencoderConfig`.
+
     :raises ValueError: for lists of the wrong length, widths that `norm_num_groups` does not divide, factors or numbers
         of blocks below 1.
     """
@@ -126,6 +139,7 @@ class AutoencoderKL(nn.Module):
         attention_levels=(False, False, True, True), latent_channels=3, norm_num_groups=32, norm_eps=1e-6,
         with_encoder_nonlocal_attn=True, with_decoder_nonlocal_attn=True, use_convtranspose=False,
         use_checkpointing=False, downsample_factors=None, initial_downsample_factor=1, downsample_kernel_size=None,
+        final_upsample="nearest", space_to_channel=False, recompute_norms=False,
     ):
         super().__init__()
         num_channels = per_level(num_channels, 1)
@@ -153,15 +167,15 @@ class AutoencoderKL(nn.Module):
 
         self.in_channels, self.out_channels, self.latent_channels = in_channels, out_channels, latent_channels
         self.factors = tuple(math.prod(axis) for axis in zip(first, *strides))
-        block = {"dims": spatial_dims, "groups": norm_num_groups, "eps": norm_eps}
+        build = _Builder(spatial_dims, norm_num_groups, norm_eps, recompute_norms, space_to_channel)
         levels = list(zip(num_channels, num_res_blocks, attention_levels))
-        self.encoder = _Blocks(use_checkpointing, _encoder_blocks(
+        self.encoder = _Blocks(use_checkpointing, build.encoder(
             in_channels, latent_channels, levels, first, strides, downsample_kernel_size, with_encoder_nonlocal_attn,
-            block,
         ))
-        self.decoder = _Blocks(use_checkpointing, _decoder_blocks(
+        self.decoder = _Blocks(use_checkpointing, build.decoder(
             latent_channels, out_channels, levels[::-1], first, strides[::-1],
-            downsample_kernel_size if use_convtranspose else None, use_convtranspose, with_decoder_nonlocal_attn, block,
+            downsample_kernel_size if use_convtranspose else None, use_convtranspose, with_decoder_nonlocal_attn,
+            final_upsample == "shuffle",
         ))
         self.quant_conv_mu = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
         self.quant_conv_log_sigma = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
@@ -170,7 +184,7 @@ class AutoencoderKL(nn.Module):
     @property
     def last_layer(self):
         """The weight of the last convolution, at which losses are compared."""
-        return self.decoder.blocks[-1].conv.weight
+        return [module for module in self.decoder.modules() if isinstance(module, Conv)][-1].conv.weight
 
     def moments(self, x):
         """Return mean and log-variance (within LOGVAR_RANGE) of the latent.  [N x C x ...] -> two of [N x Z x ...].
@@ -234,46 +248,74 @@ def latent_grid(spatial, factors):
     return tuple(size // factor for size, factor in zip(spatial, factors))
 
 
-def _encoder_blocks(channels, latent_channels, levels, first, strides, kernel, nonlocal_attn, block):
-    width = levels[0][0]
-    yield _first_conv(block["dims"], channels, width, first, kernel)
-    for (out, repeats, attends), stride in zip(levels, [*strides, None]):
-        yield from _level(width, out, repeats, attends, block)
-        width = out
-        if stride:
-            yield Downsample(block["dims"], width, stride, kernel)
-    if nonlocal_attn:
-        yield from _nonlocal(width, block)
-    yield nn.GroupNorm(block["groups"], width, block["eps"])
-    yield Conv(block["dims"], width, latent_channels)
+@dataclasses.dataclass(frozen=True)
+class _Builder:
+    """Yield the blocks of an encoder or a decoder, from the options that all of them share."""
 
+    dims: int
+    groups: int
+    eps: float
+    recompute_norms: bool
+    shortcuts: bool
 
-def _decoder_blocks(latent_channels, channels, levels, first, strides, kernel, transposed, nonlocal_attn, block):
-    width = levels[0][0]
-    yield Conv(block["dims"], latent_channels, width)
-    if nonlocal_attn:
-        yield from _nonlocal(width, block)
-    for (out, repeats, attends), stride in zip(levels, [*strides, None]):
-        yield from _level(width, out, repeats, attends, block)
-        width = out
-        if stride:
-            yield Upsample(block["dims"], width, stride, transposed, kernel)
-    yield nn.GroupNorm(block["groups"], width, block["eps"])
-    yield UpsampledConv(block["dims"], width, channels, first)
+    def encoder(self, channels, latent_channels, levels, first, strides, kernel, nonlocal_attn):
+        width = levels[0][0]
+        kernels = tuple(3 if s == 1 else kernel or 2 * s - 1 for s in first)
+        yield self._around(Conv(self.dims, channels, width, kernels, first), SpaceToChannel(first, width), first)
+        for i, (out, repeats, attends) in enumerate(levels):
+            yield from self._level(width, out, repeats, attends)
+            width = out
+            if i < len(strides):
+                # With shortcuts widths change here, where channels can take in what space gives up.
+                out = levels[i + 1][0] if self.shortcuts else width
+                step = Downsample(self.dims, width, strides[i], kernel, out)
+                yield self._around(step, SpaceToChannel(strides[i], out), strides[i])
+                width = out
+        if nonlocal_attn:
+            yield from self._nonlocal(width)
+        last = nn.GroupNorm(self.groups, width, self.eps), Conv(self.dims, width, latent_channels)
+        yield from self._ends(last, SpaceToChannel((1,) * self.dims, latent_channels))
 
+    def decoder(
+        self, latent_channels, channels, levels, first, strides, kernel, transposed, nonlocal_attn, shuffled
+    ):
+        width = levels[0][0]
+        yield from self._ends((Conv(self.dims, latent_channels, width),), ChannelToSpace((1,) * self.dims, width))
+        if nonlocal_attn:
+            yield from self._nonlocal(width)
+        for i, (out, repeats, attends) in enumerate(levels):
+            yield from self._level(width, out, repeats, attends)
+            width = out
+            if i < len(strides):
+                out = levels[i + 1][0] if self.shortcuts else width
+                step = Upsample(self.dims, width, strides[i], transposed, kernel, out)
+                yield self._around(step, ChannelToSpace(strides[i], out), strides[i])
+                width = out
+        enlarge = ShuffledConv if shuffled else UpsampledConv
+        last = enlarge(self.dims, width, channels, first)
+        yield nn.GroupNorm(self.groups, width, self.eps)
+        yield self._around(last, ChannelToSpace(first, channels), first)
 
-def _level(width, out, repeats, attends, block):
-    for _ in range(repeats):
-        yield ResBlock(width, out, **block)
-        if attends:
-            yield Attention(out, block["groups"], block["eps"])
-        width = out
+    def _around(self, step, shortcut, strides):
+        return Residual((step,), shortcut) if self.shortcuts and math.prod(strides) > 1 else step
 
+    def _ends(self, blocks, shortcut):
+        yield from [Residual(blocks, shortcut)] if self.shortcuts else blocks
 
-def _nonlocal(width, block):
-    yield ResBlock(width, width, **block)
-    yield Attention(width, block["groups"], block["eps"])
-    yield ResBlock(width, width, **block)
+    def _residual(self, width, out):
+        return ResBlock(width, out, self.dims, self.groups, self.eps, self.recompute_norms)
+
+    def _level(self, width, out, repeats, attends):
+        for _ in range(repeats):
+            yield self._residual(width, out)
+            if attends:
+                yield Attention(out, self.groups, self.eps)
+            width = out
+
+    def _nonlocal(self, width):
+        yield self._residual(width, width)
+        yield Attention(width, self.groups, self.eps)
+        yield self._residual(width, width)
 
 
 class _Blocks(nn.Module):
@@ -303,27 +345,98 @@ class Conv(nn.Module):
         return self.conv(x)
 
 
-def _first_conv(dims, in_channels, out_channels, strides, kernel):
-    kernels = tuple(3 if s == 1 else kernel or 2 * s - 1 for s in strides)
-    return Conv(dims, in_channels, out_channels, kernels, strides)
+class Residual(nn.Module):
+    """Add a shortcut without weights to what a chain of blocks makes of the input."""
+
+    def __init__(self, blocks, shortcut):
+        super().__init__()
+        self.main = nn.Sequential(*blocks)
+        self.shortcut = shortcut
+
+    def forward(self, x):
+        return self.main(x) + self.shortcut(x)
+
+
+class SpaceToChannel(nn.Module):
+    """Move the elements of a block of space into channels, and average these to as many as are wanted.
+
+    [N x C x ...] -> [N x out_channels x ... / factors], the shortcut of downsampling in DC-AE (Chen et al. 2024, arXiv
+    2410.10733, section 3.2). Neighbouring channels are averaged, or repeated where there are fewer than wanted.
+    """
+
+    def __init__(self, factors, out_channels):
+        super().__init__()
+        self.factors, self.out_channels = tuple(factors), out_channels
+
+    def forward(self, x):
+        dims = len(self.factors)
+        for axis, factor in enumerate(self.factors):
+            x = x.unflatten(2 + 2 * axis, (-1, factor))                 # [N x C x (n / f) x f ...]
+        within, blocks = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
+        return _to_channels(x.permute(0, 1, *within, *blocks).flatten(1, 1 + dims), self.out_channels)
+
+
+class ChannelToSpace(nn.Module):
+    """Spread channels over blocks of space; the inverse of `SpaceToChannel` where nothing is averaged or repeated.
+
+    [N x C x ...] -> [N x out_channels x ... * factors], the shortcut of upsampling in DC-AE.
+    """
+
+    def __init__(self, factors, out_channels):
+        super().__init__()
+        self.factors, self.out_channels = tuple(factors), out_channels
+
+    def forward(self, x):
+        x = _to_channels(x, self.out_channels * math.prod(self.factors))
+        return _interleaved(x.unflatten(1, (self.out_channels, *self.factors)).movedim(1, len(self.factors) + 1))
+
+
+def _to_channels(x, wanted):
+    """Average neighbouring channels, or repeat them, until there are as many as wanted; their order stays."""
+    if x.shape[1] == wanted:
+        return x
+    pooled = F.adaptive_avg_pool1d(x.flatten(2).mT, wanted)             # [N x positions x wanted]
+    return pooled.mT.reshape(len(x), wanted, *x.shape[2:])
+
+
+def _interleaved(y):
+    """Lay the phases of a grid between each other.  [N x factors x C x grid] -> [N x C x grid * factors]."""
+    dims = (y.ndim - 2) // 2
+    factors, grid = y.shape[1:1 + dims], y.shape[2 + dims:]
+    order = [axis for a in range(dims) for axis in (2 + dims + a, 1 + a)]
+    return y.permute(0, 1 + dims, *order).reshape(len(y), -1, *(n * factor for n, factor in zip(grid, factors)))
 
 
 class Downsample(nn.Module):
-    """Shrink each axis by its stride s.  [N x C x ...] -> [N x C x ... / strides].
+    """Shrink each axis by its stride s.  [N x C x ...] -> [N x out_channels x ... / strides].
 
     The kernel has s + 1 taps, so that every input is seen, and one zero is padded at the far end (for s = 2 this is
     MONAI's layer). A fixed kernel of k taps pads k - s, the odd one at the far end, and nothing where k < s.
     """
 
-    def __init__(self, dims, channels, strides, kernel=None):
+    def __init__(self, dims, channels, strides, kernel=None, out_channels=None):
         super().__init__()
         kernels = tuple(kernel or s + 1 for s in strides)
         surplus = [max(k - s, 0) for k, s in zip(kernels, strides)]
         self.padding = [side for n in reversed(surplus) for side in (n // 2, n - n // 2)]
-        self.conv = Conv(dims, channels, channels, kernels, strides, padding=0)
+        self.conv = Conv(dims, channels, out_channels or channels, kernels, strides, padding=0)
 
     def forward(self, x):
         return self.conv(F.pad(x, self.padding))
+
+
+class ShuffledConv(Conv):
+    """Convolve to prod(factors) times the channels, and lay these between each other.
+
+    Shi et al. 2016 (arXiv 1609.05158, section 3.2). Each new element has a kernel of its own; `UpsampledConv`'s share one.
+    """
+
+    def __init__(self, dims, in_channels, out_channels, factors):
+        super().__init__(dims, in_channels, out_channels * math.prod(factors))
+        self.factors = factors
+
+    def forward(self, x):
+        return _interleaved(self.conv(x).unflatten(1, (*self.factors, -1)))
 
 
 class UpsampledConv(Conv):
@@ -346,13 +459,10 @@ class UpsampledConv(Conv):
             return self.conv(x)
         if phases > self.MOST_PHASES:
             return self.conv(upsample_nearest(x, self.factors))
-        dims, grid = len(self.factors), x.shape[2:]
+        dims = len(self.factors)
         kernels = _phase_kernels(self.conv.weight, self.factors).flatten(0, dims)
         y = functional_call(self.conv, {"weight": kernels, "bias": self.conv.bias.repeat(phases)}, x)
-        y = y.unflatten(1, (*self.factors, -1))                         # [N x factors x C' x grid]
-        interleaved = [axis for a in range(dims) for axis in (2 + dims + a, 1 + a)]
-        sizes = [n * factor for n, factor in zip(grid, self.factors)]
-        return y.permute(0, 1 + dims, *interleaved).reshape(len(x), -1, *sizes)
+        return _interleaved(y.unflatten(1, (*self.factors, -1)))
 
 
 def _phase_kernels(weight, factors):
@@ -388,12 +498,13 @@ class TransposedConv(nn.Module):
 class Upsample(nn.Module):
     """Enlarge each axis by its factor; the inverse, in shape, of `Downsample`."""
 
-    def __init__(self, dims, channels, factors, transposed=False, kernel=None):
+    def __init__(self, dims, channels, factors, transposed=False, kernel=None, out_channels=None):
         super().__init__()
+        out_channels = out_channels or channels
         if transposed:
-            self.conv = TransposedConv(dims, channels, channels, factors, kernel)
+            self.conv = TransposedConv(dims, channels, out_channels, factors, kernel)
         else:
-            self.conv = UpsampledConv(dims, channels, channels, factors)
+            self.conv = UpsampledConv(dims, channels, out_channels, factors)
 
     def forward(self, x):
         return self.conv(x)
@@ -407,8 +518,9 @@ class Upsample(nn.Module):
 class ResBlock(nn.Module):
     """Add two normed, activated convolutions to the input.  [N x C x ...] -> [N x C' x ...]."""
 
-    def __init__(self, in_channels, out_channels, dims, groups, eps):
+    def __init__(self, in_channels, out_channels, dims, groups, eps, recompute_norms=False):
         super().__init__()
+        self.recompute_norms = recompute_norms
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv(dims, in_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
@@ -417,9 +529,13 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else Conv(dims, in_channels, out_channels, kernel=1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        h = self._convolved(self.norm1, self.conv1, x)
+        return self.nin_shortcut(x) + self._convolved(self.norm2, self.conv2, h)
+
+    def _convolved(self, norm, conv, x):
+        if self.recompute_norms:
+            return conv_of_recomputed(lambda x: F.silu(norm(x)), conv.conv, (x,), tuple(norm.parameters()))
+        return conv(F.silu(norm(x)))
 
 
 class Attention(nn.Module):

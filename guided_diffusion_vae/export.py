@@ -69,6 +69,7 @@ def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
         (config.downsample_kernel_size in (0, 3),
          f"its strided convolutions have {config.downsample_kernel_size} taps"),
         (not config.use_convtranspose, "it upsamples by transposed convolution"),
+        (not config.space_to_channel, "it has shortcuts between space and channels"),
         (config.norm_eps == 1e-6, f"its norms add {config.norm_eps}, not 1e-6, to the variance"),
         (tuple(config.image_range) == (-1.0, 1.0),
          f"black and white are {tuple(config.image_range)} inside, not -1 and 1"),

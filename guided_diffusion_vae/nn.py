@@ -149,6 +149,49 @@ def normalization(channels):
     return GroupNorm32(NORM_GROUPS, channels)
 
 
+# Memory.
+
+
+def conv_of_recomputed(cheap, conv, inputs, params=()):
+    """Return conv(cheap(*inputs)) without keeping cheap(*inputs) for the backward pass, which computes it again.
+
+    A convolution keeps its input to learn its weights. Where that is a norm and an activation of something that is kept
+    anyway, it costs two tensors to keep and little to compute; numbers and gradients stay the same to the bit.
+
+    :param cheap: a function without randomness; `params` are the parameters that it uses besides its `inputs`.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():    # a compiler decides such things itself
+        return conv(cheap(*inputs))
+    return _ConvOfRecomputed.apply(cheap, conv, len(inputs), conv.weight, conv.bias, *inputs, *params)
+
+
+class _ConvOfRecomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, cheap, conv, count, weight, bias, *tensors):
+        ctx.cheap, ctx.conv, ctx.count = cheap, conv, count
+        device = tensors[0].device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.save_for_backward(weight, *tensors)
+        return conv(cheap(*tensors[:count]))
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, *tensors = ctx.saved_tensors
+        inputs, params = tensors[:ctx.count], tensors[ctx.count:]
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
+            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+            value = ctx.cheap(*inputs)
+        conv = ctx.conv
+        of_value, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            grad, value.detach().to(grad.dtype), weight.to(grad.dtype), [weight.shape[0]], conv.stride, conv.padding,
+            conv.dilation, False, [0] * len(conv.stride), conv.groups, [True, True, conv.bias is not None],
+        )
+        further = torch.autograd.grad(value, [*inputs, *params], of_value.to(value.dtype))
+        of_bias = None if of_bias is None else of_bias.to(conv.bias.dtype)
+        return None, None, None, of_weight.to(weight.dtype), of_bias, *further
+
+
 # Parameters.
 
 

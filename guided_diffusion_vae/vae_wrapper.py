@@ -350,7 +350,8 @@ def _open_file(path, vae_config):
     # Defaults are left out, so that a knob of a later version does not rename the functions of today.
     default = as_dict(AutoencoderConfig())
     described = {"class": "AutoencoderKL", **{k: v for k, v in as_dict(config).items() if v != default[k]}}
-    described.pop("use_checkpointing", None)     # changes what is kept, not what is computed
+    for name in ("use_checkpointing", "recompute_norms"):   # they change what is kept, not what is computed
+        described.pop(name, None)
     network = create_autoencoder(config)
     return _ours(network, weights, path, described, config, header.get("scale_factor"), header.get("data"))
 

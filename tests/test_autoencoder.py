@@ -1,13 +1,17 @@
 import io
+import math
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from guided_diffusion_vae.autoencoder import (
-    LOGVAR_RANGE, Attention, AutoencoderConfig, AutoencoderKL, AutoencoderLossConfig, Downsample, UpsampledConv,
-    autoencoder_losses, create_autoencoder, from_image_range, to_image_range,
+    LOGVAR_RANGE, Attention, AutoencoderConfig, AutoencoderKL, AutoencoderLossConfig, ChannelToSpace, Downsample,
+    ShuffledConv, SpaceToChannel, UpsampledConv, autoencoder_losses, create_autoencoder, from_image_range,
+    to_image_range,
 )
 from guided_diffusion_vae.config import as_dict, from_dict
 from guided_diffusion_vae.nn import upsample_nearest
@@ -40,6 +44,140 @@ def test_latent_grid_is_size_over_factors_and_decode_undoes_it(spatial_dims, cha
     mu, sigma = network.encode(torch.randn(2, 2, *size))
     assert mu.shape == sigma.shape == (2, *network.latent_shape(size)) == (2, 3, *grid)
     assert network.decode(mu).shape == (2, 1, *size)
+
+
+@st.composite
+def networks_and_sizes(draw):
+    """Return (flags of an autoencoder, sizes that its factors divide, the grid) over one to three axes."""
+    dims = draw(st.integers(1, 3))
+    factor = st.tuples(*[st.integers(1, 5)] * dims)
+    levels = draw(st.integers(1, 3))
+    factors, first = draw(st.tuples(*[factor] * (levels - 1))), draw(factor)
+    flags = {"spatial_dims": dims, "num_channels": (4,) * levels, "downsample_factors": factors,
+             "initial_downsample_factor": first, "final_upsample": draw(st.sampled_from(["nearest", "shuffle"])),
+             "use_convtranspose": draw(st.booleans()), "space_to_channel": draw(st.booleans())}
+    total = [math.prod(axis) for axis in zip(first, *factors)]
+    grid = draw(st.tuples(*[st.integers(1, 3)] * dims))
+    size = tuple(n * f for n, f in zip(grid, total))
+    assume(math.prod(size) <= 30000)
+    return flags, size, grid
+
+
+@settings(deadline=None, max_examples=40)
+@given(networks_and_sizes())
+def test_sizes_are_divided_by_all_factors_and_come_back(case):
+    flags, size, grid = case
+    network = tiny(**flags)
+    assert network.latent_shape(size) == (3, *grid)
+    mean, _ = network.moments(torch.randn(1, 1, *size))
+    assert mean.shape[2:] == grid and network.decode(mean).shape == (1, 1, *size)
+
+
+@settings(deadline=None, max_examples=20)
+@given(networks_and_sizes())
+def test_every_input_element_can_influence_the_latent(case):
+    flags, size, _ = case
+    assume(math.prod(size) <= 4000)
+    network = tiny(**flags).double()
+    x = torch.randn(1, 1, *size, dtype=torch.float64, requires_grad=True)
+    mean, _ = network.moments(x)
+    (mean * torch.randn_like(mean)).sum().backward()
+    # But where a norm of a single position takes everything away.
+    assert (x.grad != 0).all() or math.prod(mean.shape[2:]) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(networks_and_sizes(), st.data())
+def test_sizes_that_no_factor_divides_are_refused_with_sizes_that_fit(case, data):
+    flags, size, _ = case
+    network = tiny(**flags)
+    axis = data.draw(st.integers(0, len(size) - 1))
+    assume(network.factors[axis] > 1)
+    wrong = list(size)
+    wrong[axis] += data.draw(st.integers(1, network.factors[axis] - 1))
+    with pytest.raises(ValueError, match=f"axis {axis} has size {wrong[axis]}, which .* total factor "
+                                         f"{network.factors[axis]} .* {size[axis]} and "
+                                         f"{size[axis] + network.factors[axis]} would fit"):
+        network.latent_shape(wrong)
+
+
+@pytest.mark.parametrize("flags", [
+    {"use_checkpointing": True}, {"recompute_norms": True}, {"recompute_norms": True, "use_checkpointing": True},
+])
+@pytest.mark.parametrize("dims, autocast", [(2, False), (3, False), (2, True)])
+def test_savings_change_no_gradient(flags, dims, autocast):
+    shape = {"num_channels": (4, 8), "attention_levels": (False, True), "space_to_channel": True, "num_res_blocks": 2}
+    plain, saving = tiny(dims, **shape), tiny(dims, **shape, **flags)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 1, *(8,) * dims)
+    for network in (plain.train(), saving.train()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            mean, logvar = network.moments(x)
+            (network.decode(mean).square().mean() + logvar.mean()).backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def saved_bytes(network, x):
+    kept = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes()}) or t, lambda t: t)
+    with hooks:
+        network.decode(network.moments(x)[0])
+    return sum(kept.values())
+
+
+def test_recomputed_norms_keep_less():
+    flags = {"num_channels": (16, 16), "num_res_blocks": 2, "norm_num_groups": 4}
+    x = torch.randn(1, 1, 64, 64)
+    assert saved_bytes(tiny(**flags, recompute_norms=True), x) < 0.6 * saved_bytes(tiny(**flags), x)
+
+
+@pytest.mark.parametrize("factors", [(2,), (2, 2), (1, 3), (2, 1, 2)])
+def test_space_goes_into_channels_and_back(factors):
+    dims, count = len(factors), math.prod(factors)
+    x = torch.randn(2, 3, *(2 * f for f in factors))
+    channels = SpaceToChannel(factors, 3 * count)(x)
+    assert channels.shape == (2, 3 * count, *(2,) * dims)
+    assert torch.equal(ChannelToSpace(factors, 3)(channels), x)
+    averaged = SpaceToChannel(factors, 3)(x)
+    expected = x
+    for axis, f in enumerate(factors):
+        expected = expected.unflatten(2 + axis, (-1, f)).mean(3 + axis)
+    torch.testing.assert_close(averaged, expected)
+
+
+def test_channels_are_averaged_or_repeated_in_their_order():
+    x = torch.arange(8.0).view(1, 8, 1)
+    ones = (1,)
+    assert SpaceToChannel(ones, 4)(x).flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert SpaceToChannel(ones, 16)(x).flatten().tolist() == [float(i // 2) for i in range(16)]
+    assert ChannelToSpace((2,), 4)(x[:, :4]).flatten().tolist() == [0.0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_shuffle_whose_kernels_are_alike_is_repeating_then_convolving():
+    shared = UpsampledConv(2, 3, 2, (2, 3))
+    shuffled = ShuffledConv(2, 3, 2, (2, 3))
+    x = torch.randn(1, 3, 4, 5)
+    from guided_diffusion_vae.autoencoder import _phase_kernels
+    shuffled.conv.weight.data = _phase_kernels(shared.conv.weight, (2, 3)).flatten(0, 2).detach()
+    shuffled.conv.bias.data = shared.conv.bias.repeat(6).detach()
+    torch.testing.assert_close(shuffled(x), shared(x))
+
+
+def test_shortcuts_carry_detail_through_layers_that_do_nothing():
+    network = tiny(num_channels=(4, 16), latent_channels=16, space_to_channel=True)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.GroupNorm)):
+                module.weight.zero_()
+                module.bias.zero_()
+        first, last = network.encoder.blocks[0], network.decoder.blocks[-1]
+        first.conv.weight[0, 0, 1, 1] = last.conv.weight[0, 0, 1, 1] = 1
+        x = torch.randn(1, 1, 4, 4)
+        moved = network.encoder.blocks[2](network.encoder.blocks[0](x))
+    # Level 0 has 4 channels; two by two pixels of the first one lie in the first four of 16.
+    assert torch.equal(ChannelToSpace((2, 2), 4)(moved)[:, :1], x)
 
 
 @pytest.mark.parametrize("strides", [(2, 2), (4, 4), (1, 5), (3, 8)])

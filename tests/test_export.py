@@ -73,6 +73,7 @@ def test_a_normalizer_is_worked_into_the_autoencoder(normalizer):
     ({"initial_downsample_factor": 2}, r"it shrinks pictures by \(4, 4\) over 2 levels"),
     ({"downsample_kernel_size": 5}, "its strided convolutions have 5 taps"),
     ({"use_convtranspose": True}, "it upsamples by transposed convolution"),
+    ({"space_to_channel": True}, "it has shortcuts between space and channels"),
     ({"norm_eps": 1e-5}, "its norms add 1e-05, not 1e-6"),
     ({"image_range": (0.0, 1.0)}, r"black and white are \(0.0, 1.0\) inside"),
 ])
