@@ -26,6 +26,6 @@ setup(
         "eval": ["torch-fidelity"],
         "perceptual": ["lpips"],
         "gpu": ["bitsandbytes"],
-        "test": ["pytest", "hypothesis"],
+        "test": ["pytest", "hypothesis", "nibabel"],
     },
 )

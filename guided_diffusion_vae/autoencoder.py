@@ -40,12 +40,12 @@ class AutoencoderConfig:
     )
     initial_downsample_factor: tuple = opt(1, "stride of the first convolution: a number, or one per axis")
     final_upsample: str = opt(
-        "nearest", "how initial_downsample_factor is undone: nearest repeats elements and convolves them; shuffle has a "
-                   "kernel of its own for each of the new elements", choices=("nearest", "shuffle")
+        "nearest", "how initial_downsample_factor is undone: nearest repeats elements and convolves them; shuffle has "
+                   "a kernel of its own for each of the new elements", choices=("nearest", "shuffle")
     )
     space_to_channel: bool = opt(
-        False, "shortcuts around every change of size that move elements between space and channels (DC-AE), which keep "
-               "detail where strides are large"
+        False, "shortcuts around every change of size that move elements between space and channels (DC-AE), which "
+               "keep detail where strides are large"
     )
     recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
     downsample_kernel_size: int = opt(
@@ -195,7 +195,10 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"pictures of shape {tuple(x.shape)} have {x.shape[1]} channels, the autoencoder "
                              f"takes {self.in_channels} (--in_channels)")
         self.latent_shape(x.shape[2:])
-        h = self.encoder(x)
+        return self.moments_of(self.encoder(x))
+
+    def moments_of(self, h):
+        """Return mean and log-variance of what the encoder gave, [N x Z x ...]."""
         return self.quant_conv_mu(h), self.quant_conv_log_sigma(h).clamp(*LOGVAR_RANGE)
 
     def encode(self, x):
@@ -428,7 +431,8 @@ class Downsample(nn.Module):
 class ShuffledConv(Conv):
     """Convolve to prod(factors) times the channels, and lay these between each other.
 
-    Shi et al. 2016 (arXiv 1609.05158, section 3.2). Each new element has a kernel of its own; `UpsampledConv`'s share one.
+    Shi et al. 2016 (arXiv 1609.05158, section 3.2). Each new element has a kernel of its own; those of `UpsampledConv`
+    share one.
     """
 
     def __init__(self, dims, in_channels, out_channels, factors):

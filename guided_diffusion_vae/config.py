@@ -16,10 +16,9 @@ def opt(default, help, choices=None):
 
 
 def size(text):
-    """Convert a size from a command line: `64` and `64x64` to a number, `64x128` (height x width) to text."""
-    sides = set(str(text).lower().split("x"))
-    side = sides.pop()
-    return int(side) if side.isdigit() and not sides else str(text)
+    """Convert a size from a command line: `64` and `64x64` to a number, `64x128` and `32x64x64` to text."""
+    sides = str(text).lower().split("x")
+    return int(sides[0]) if sides[0].isdigit() and len(sides) < 3 and len(set(sides)) == 1 else str(text)
 
 
 def as_dict(config):

@@ -10,9 +10,10 @@ import torch
 from . import dist_util, figures, logger, metrics
 from .config import opt
 from .files import atomic_path, write_json
-from .image_datasets import PictureFolder, labels_in, open_archive, unpad
+from .image_datasets import labels_in, open_archive, unpad
 from .nn import keyed_seed
 from .sampling import open_npz
+from .volume_datasets import open_folder
 
 LIKELIHOOD = 11  # second number of the keys of noise, apart from those of training and sampling
 
@@ -303,7 +304,7 @@ def open_pictures(path, data, flag):
         raise FileNotFoundError(f"{flag} is not given; it wants a folder of pictures or an .npz of samples")
     if str(path).endswith(".npz"):
         return SampleFile(path)
-    return PictureFolder(data, data_dir=str(path))
+    return open_folder(data, data_dir=str(path))
 
 
 def _read(extract, pictures, batch_size, what):

@@ -62,7 +62,7 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
         shard = torch.distributed.get_rank() if running else 0
     if num_shards is None:
         num_shards = torch.distributed.get_world_size() if running else 1
-    _require_data_dir(data_dir)
+    require_data_dir(data_dir)
     files = _list_image_files_recursively(data_dir)
     if not files:
         raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(REFERENCE_ENDINGS)}); check --data_dir")
@@ -130,17 +130,17 @@ def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0)
 
 def _list_image_files_recursively(data_dir):
     """Return the paths of all jpg, jpeg, png and gif files below a folder, entries sorted folder by folder."""
-    return [path for path in _walk(data_dir, REFERENCE_ENDINGS) if _ending(path) in REFERENCE_ENDINGS]
+    return [path for path in walk_files(data_dir, REFERENCE_ENDINGS) if ending_of(path) in REFERENCE_ENDINGS]
 
 
-def _walk(folder, endings):
+def walk_files(folder, endings):
     for entry in sorted(bf.listdir(folder)):
         path = bf.join(folder, entry)
         # A name that ends like a picture is taken for one without asking the file system, which is slow on clouds.
-        if _ending(entry) in endings or not bf.isdir(path):
+        if ending_of(entry) in endings or not bf.isdir(path):
             yield path
         else:
-            yield from _walk(path, endings)
+            yield from walk_files(path, endings)
 
 
 def _endless(loader):
@@ -148,7 +148,7 @@ def _endless(loader):
         yield from loader
 
 
-def _ending(path):
+def ending_of(path):
     stem, dot, ending = bf.basename(path).rpartition(".")
     return ending.lower() if dot else ""
 
@@ -166,19 +166,36 @@ class DataConfig:
 
     data_dir: str = opt("", "folder of pictures (jpg, png, gif, tiff, npy; sub-folders are classes), or one .npz "
                             "with images [N x H x W (x C)] and labels")
-    image_size: size = opt(64, "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk")
+    image_size: size = opt(64, "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk. Three "
+                               "sizes, such as 128x128x64, are those of volumes, or of patches cut out of them")
+    voxel_size: tuple = opt((), "the same for volumes as a list: [128,128,64]")
     image_channels: int = opt(0, "1 or 3: convert every picture to grey or colour; 0: as the files are, all alike",
                               choices=(0, 1, 3))
     value_range: str = opt("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "
-                               "and 32-bit files, else the integer type's full range")
+                               "and 32-bit files, else the integer type's full range; values outside are refused")
+    value_window: str = opt("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
+                                "units (--value_window=-1000,400)")
     dynamic_range_db: float = opt(0.0, "complex .npy: [reference - D, reference] dB of the magnitude become [0, 1], "
                                        "what lies below is 0; needed for complex files")
     reference_db: str = opt("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
     crop: str = opt("center", "what happens to a picture of another shape; center or random: cut to the shape asked "
-                              "for; none: squeezed into it whole", choices=("center", "random", "none"))
+                              "for; none: squeezed into it whole, while volumes must have that shape; grid (volumes): "
+                              "cut into as many patches as cover it", choices=("center", "random", "none", "grid"))
     random_flip: bool = opt(False, "mirror every other picture left to right (a spectrogram then runs back in time)")
     pad: bool = opt(False, "repeat the last row and column until the autoencoder's strides divide the size; results "
                            "are cropped back")
+    patches_per_volume: int = opt(1, "volumes with --crop random: patches that each gives in an epoch")
+    spacing: str = opt("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
+                           "file says (.nii), else 1")
+
+    def __post_init__(self):
+        if self.voxel_size:
+            self.image_size, self.voxel_size = "x".join(str(int(n)) for n in self.voxel_size), ()
+
+    @property
+    def sides(self):
+        """The sizes along every axis, (height, width) or (depth, height, width)."""
+        return parse_size(self.image_size)
 
 
 class PictureFolder:
@@ -199,12 +216,17 @@ class PictureFolder:
     def __init__(self, config=None, multiple=None, **fields):
         self.config = config = dataclasses.replace(config or DataConfig(), **fields)
         self.folder = config.data_dir
-        self.height, self.width = parse_size(config.image_size)
-        self.value_range = parse_range(config.value_range)
+        if len(config.sides) != 2 or config.crop == "grid":
+            raise ValueError(f"--image_size {config.image_size} --crop {config.crop}: pictures have two sizes and no "
+                             "grid of patches; volumes are read by volume_datasets")
+        self.height, self.width = config.sides
+        self.value_range = parse_range(config.value_range or config.value_window)
         self.reference_db = float(config.reference_db) if str(config.reference_db) else None
-        _require_data_dir(config.data_dir)
+        require_data_dir(config.data_dir)
         self._stack = None  # the pictures of an .npz, which is read whole
         self._pool = None
+        if config.value_range and config.value_window:
+            raise ValueError("--value_range refuses what --value_window cuts off; give one of them")
         if config.data_dir.endswith(".npz") and not bf.isdir(config.data_dir):
             headers = self._open_archive(config.data_dir)
         else:
@@ -271,18 +293,18 @@ class PictureFolder:
         return text + (f"; {self.ignored} other files ignored" if self.ignored else "")
 
     def _open_folder(self, data_dir):
-        found = list(_walk(data_dir, ENDINGS))
-        self.paths = [p for p in found if _ending(p) in ENDINGS and not bf.basename(p).startswith(".")]
+        found = list(walk_files(data_dir, ENDINGS))
+        self.paths = [p for p in found if ending_of(p) in ENDINGS and not bf.basename(p).startswith(".")]
         self.ignored = len(found) - len(self.paths)
         if not self.paths:
-            hint = "; give the .npz file itself" if any(_ending(p) == "npz" for p in found) else ""
+            hint = "; give the .npz file itself" if any(ending_of(p) == "npz" for p in found) else ""
             raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(ENDINGS)}) among {len(found)} files{hint}"
                                     "; check --data_dir")
-        self.names = _names_below(data_dir, self.paths)
+        self.names = names_below(data_dir, self.paths)
         self.class_names, self.labels = classes_of(self.names, data_dir)
         with ThreadPoolExecutor(8) as pool:  # opening files waits for the disk or the network
-            headers, stamps = zip(*pool.map(lambda path: (_read_header(path), _stamp(path)), self.paths))
-        self.fingerprint = _digest(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
+            headers, stamps = zip(*pool.map(lambda path: (_read_header(path), stamp_of(path)), self.paths))
+        self.fingerprint = digest_of(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
         return headers
 
     def _open_archive(self, path):
@@ -308,7 +330,7 @@ class PictureFolder:
         if labels is not None:
             names = arrays.get("class_names")
             self.class_names = [str(i) for i in range(int(labels.max()) + 1)] if names is None else names.tolist()
-        self.fingerprint = _digest([_stamp(path)])
+        self.fingerprint = digest_of([stamp_of(path)])
         return [_Header(*self._stack.shape[1:], str(images.dtype))] * len(images)
 
     def _require_alike(self, headers):
@@ -334,7 +356,8 @@ class PictureFolder:
         return self.config.image_channels or (1 if grey else 3)
 
     def _unit(self, pixels, where):
-        return _to_unit(pixels, where, self.value_range, self.config.dynamic_range_db, self.reference_db)
+        clip = bool(self.config.value_window)
+        return to_unit(pixels, where, self.value_range, self.config.dynamic_range_db, self.reference_db, clip)
 
 
 def read_array(path, value_range=None, dynamic_range_db=0.0, reference_db=None):
@@ -347,21 +370,22 @@ def read_array(path, value_range=None, dynamic_range_db=0.0, reference_db=None):
     :raises ValueError: values that are not finite or outside the range, or a range that is needed and missing; names
         the file, what was found and the flag.
     """
-    pixels = _to_unit(_load(path), path, value_range, dynamic_range_db, reference_db)
+    pixels = to_unit(_load(path), path, value_range, dynamic_range_db, reference_db)
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
 def unpad(images, unpadded_shape):
-    """Return pictures [N x C x H x W] without the rows and columns that `--pad` added; `unpadded_shape`: (C, H, W)."""
-    return images[..., :unpadded_shape[-2], :unpadded_shape[-1]]
+    """Return pictures [N x C x ...] without the rows and columns that `--pad` added; `unpadded_shape`: (C, ...)."""
+    return images[(..., *(slice(n) for n in unpadded_shape[1:]))]
 
 
 def parse_size(text):
-    """Return (height, width) from 64, "64" or "64x128"."""
+    """Return (height, width) from 64, "64" or "64x128", and (depth, height, width) from "32x64x128"."""
     sides = str(text).lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"--image_size {text} is not a size; write 64, or height x width as 64x128")
-    return int(sides[0]), int(sides[-1])
+    if len(sides) > 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"--image_size {text} is not a size; write 64, height x width as 64x128, or for volumes "
+                         "depth x height x width as 32x64x128")
+    return tuple(int(side) for side in sides) if len(sides) > 1 else (int(text), int(text))
 
 
 def parse_range(text):
@@ -377,7 +401,7 @@ def parse_range(text):
     return lo, hi
 
 
-def _names_below(folder, paths):
+def names_below(folder, paths):
     """Return the paths relative to `folder`, with forward slashes."""
     start = len(folder.rstrip("/")) + 1
     return [path[start:].replace(os.sep, "/") for path in paths]
@@ -407,19 +431,19 @@ def classes_of(names, folder):
 _Header = collections.namedtuple("_Header", "height width channels dtype")
 
 
-def _require_data_dir(data_dir):
+def require_data_dir(data_dir):
     if not data_dir:
         raise FileNotFoundError("no folder of pictures given; set --data_dir")
     if not bf.exists(data_dir):
         raise FileNotFoundError(f"{data_dir} is not there; check --data_dir")
-    if not bf.isdir(data_dir) and _ending(data_dir) != "npz":
+    if not bf.isdir(data_dir) and ending_of(data_dir) != "npz":
         raise FileNotFoundError(f"{data_dir} is a file; give its folder (or an .npz) as --data_dir")
 
 
 def _read_header(path):
     """Return height, width, channels and value type of a file without decoding it."""
-    with _naming(path), bf.BlobFile(path, "rb") as stream:
-        if _ending(path) == "npy":
+    with naming(path), bf.BlobFile(path, "rb") as stream:
+        if ending_of(path) == "npy":
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
@@ -431,8 +455,8 @@ def _read_header(path):
 
 def _load(path):
     """Return a file's values [H x W x C] in their own type; 8-bit pictures are uint8, grey or RGB."""
-    with _naming(path), bf.BlobFile(path, "rb") as stream:
-        if _ending(path) == "npy":
+    with naming(path), bf.BlobFile(path, "rb") as stream:
+        if ending_of(path) == "npy":
             values = np.load(io.BytesIO(stream.read()), allow_pickle=False)
             order, shape = _channels_last(values.shape)
             return np.transpose(values, order).reshape(shape)
@@ -518,7 +542,7 @@ def _member(path, archive, info):
     return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
 
 
-class _naming:
+class naming:
     """Turn whatever goes wrong while reading a file into a ValueError that names it."""
 
     def __init__(self, path):
@@ -534,8 +558,8 @@ class _naming:
             raise ValueError(f"{self.path}: cannot be read ({reason}); mend it or take it out of the folder") from error
 
 
-def _to_unit(values, where, value_range=None, dynamic_range_db=0.0, reference_db=None):
-    """Return values as float32 in [0, 1]; see `read_array`."""
+def to_unit(values, where, value_range=None, dynamic_range_db=0.0, reference_db=None, clip=False):
+    """Return values as float32 in [0, 1]; see `read_array`. With `clip` values outside the range become 0 or 1."""
     if values.dtype.kind in "fc" and not np.isfinite(values).all():
         raise ValueError(f"{where}: {(~np.isfinite(values)).sum()} of {values.size} values are not finite")
     if values.dtype.kind == "c":
@@ -544,9 +568,11 @@ def _to_unit(values, where, value_range=None, dynamic_range_db=0.0, reference_db
     if lo is None:
         raise ValueError(f"{where}: {values.dtype} values need --value_range lo,hi, the values that become 0 and 1")
     least, most = values.min(), values.max()
-    if least < lo or most > hi:
+    if clip:
+        values = values.clip(lo, hi)
+    elif least < lo or most > hi:
         raise ValueError(f"{where}: values from {least:.6g} to {most:.6g} leave --value_range {lo:g},{hi:g}; widen it "
-                         "(nothing is clipped)")
+                         "(nothing is clipped), or give --value_window to cut values off")
     # float32 holds 16-bit integers exactly; only wider types need more for the subtraction.
     wide = np.float32 if values.dtype.itemsize <= 2 else np.float64
     return ((values.astype(wide) - wide(lo)) / wide(hi - lo)).astype(np.float32)
@@ -633,12 +659,12 @@ def _window(pixels, height, width):
     return pixels[top:top + height, left:left + width]
 
 
-def _stamp(path):
+def stamp_of(path):
     known = bf.stat(path)
     return f"{known.size} {known.mtime}"
 
 
-def _digest(rows):
+def digest_of(rows):
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 

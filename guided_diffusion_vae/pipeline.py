@@ -21,7 +21,7 @@ from .discriminator import create_discriminator
 from .files import sha256_of_file
 from .gaussian_diffusion import DiffusionConfig
 from .guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
-from .image_datasets import BatchPlan, PictureFolder, labels_in, parse_size, picture_batches, require_labels
+from .image_datasets import BatchPlan, labels_in, parse_size, picture_batches, require_labels
 from .latent_datasets import MANIFEST, EncodedPictures, LatentStream, ShrunkPictures, open_latents
 from .perceptual import PerceptualLoss
 from .previews import ClassifierValidation, ReconstructionPreview, SamplePreview
@@ -37,6 +37,7 @@ from .train_util import (
 )
 from .unet import ClassifierConfig, ModelConfig, SuperResConfig
 from .vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
+from .volume_datasets import open_folder
 
 # What a sampler may choose freely: everything else in the header of a model describes the weights.
 FREE_AT_SAMPLING = ("timestep_respacing", "use_fp16", "use_checkpoint", "dropout", "classifier_use_fp16")
@@ -71,7 +72,7 @@ def open_data(latents, vae, scale, data, given, seed, folder=None):
     if latents.cache_dir or vae.vae_path:
         source, codec = open_latent_source(latents, vae, data, given, seed, folder)
         return source, Space(codec, fit_normalizer(scale, source))
-    return open_pixels(PictureFolder(data))
+    return open_pixels(open_folder(data))
 
 
 def open_pixels(pictures):
@@ -134,8 +135,8 @@ def open_held_out(path, space, data, given):
 
 
 def open_pictures(data, given, codec):
-    """Return the PictureFolder that a codec shall see, read as it was trained where the flags do not say."""
-    return PictureFolder(as_trained(data, given, codec.preprocessing), multiple=codec.factors)
+    """Return the pictures or volumes that a codec shall see, read as it was trained where the flags do not say."""
+    return open_folder(as_trained(data, given, codec.preprocessing), multiple=codec.factors)
 
 
 def open_small(source, space, small_size, small_cache, given):
@@ -177,6 +178,8 @@ def with_sizes(super_res, source, small, given):
 def as_trained(data, given, preprocessing):
     """Return a DataConfig with the settings that a model was trained with, but for those that are given."""
     known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip"} - set(given)
+    if "voxel_size" in given:
+        known -= {"image_size"}
     return dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
 
 
@@ -354,8 +357,9 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     train = settled(train)
     if train.use_gradient_checkpointing:
         autoencoder = dataclasses.replace(autoencoder, use_checkpointing=True)
+    autoencoder = dataclasses.replace(autoencoder, spatial_dims=len(data.sides))
     factors = create_autoencoder(dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or 1)).factors
-    pictures = PictureFolder(data, multiple=factors)
+    pictures = open_folder(data, multiple=factors)
     autoencoder = dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or pictures.shape[0])
     seed_weights(train.seed)
     network = create_autoencoder(autoencoder)
@@ -381,7 +385,7 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
               "data": pictures.preprocessing}
     held_out = pictures
     if train.val_data_dir:
-        held_out = PictureFolder(dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False), factors)
+        held_out = open_folder(dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False), factors)
     preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, device)
     bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
     loop = TrainLoop(
@@ -455,7 +459,7 @@ def train_on_samples(config, data, given, flags, process, train, folder):
     The accuracy of the first, beside that of the second, says how much of what tells classes apart the samples have.
     Each run stands in its own folder below `folder`.
     """
-    read = lambda path: PictureFolder(data, data_dir=str(path))
+    read = lambda path: open_folder(data, data_dir=str(path))
     real, report = read(config.reference), {}
     for name, path in (("samples", config.samples), ("training", config.train_dir)):
         if not path:
@@ -726,8 +730,11 @@ def sampler_from(model, diffusion, space, header):
     image_shape = header["image_shape"]
     if not image_shape:
         image_shape = space.codec.in_channels, *(n * f for n, f in zip(shape[1:], space.codec.factors))
-    return Sampler(model, diffusion, shape, space.codec, space.normalizer, tuple(image_shape),
-                   header["model"]["num_classes"], header["classes"])
+    sampler = Sampler(model, diffusion, shape, space.codec, space.normalizer, tuple(image_shape),
+                      header["model"]["num_classes"], header["classes"])
+    if len(image_shape) == 4 and (header.get("data") or {}).get("spacing"):
+        sampler.spacing = tuple(float(s) for s in header["data"]["spacing"].split(","))
+    return sampler
 
 
 def load_with_data(config, given, model, process, data, latents, vae):
@@ -743,14 +750,14 @@ def load_with_data(config, given, model, process, data, latents, vae):
         data = as_trained(data, given, header["data"])
         if works_on_pixels(header) or data.data_dir:
             space = space_of(header, vae, device)
-            pictures = PictureFolder(data, multiple=space.codec.factors)
+            pictures = open_folder(data, multiple=space.codec.factors)
             source = EncodedPictures(pictures, space.codec, device, statistics={})
         else:
             space = Space(None, LatentNormalizer.from_dict(header["normalizer"]))
             source = open_cache(latents.cache_dir, given)
         require_same_space(header, {**header, **space_header(source, space)}, source.folder, "the data")
     else:
-        pictures = PictureFolder(data)
+        pictures = open_folder(data)
         source, space = open_pixels(pictures)
         network, diffusion, header = load_diffusion_model(path, given, model, process, source.latent_shape, pixels=True)
         header = {"classes": source.class_names}

@@ -7,6 +7,8 @@ from . import figures, logger, metrics
 from .autoencoder import from_image_range, kl_divergence, to_image_range
 from .image_datasets import labels_in, unpad
 from .train_util import Draws
+from .vae_wrapper import blend_tiles
+from .volume_datasets import VolumeFolder
 
 COUNT = 16  # pictures in a preview
 
@@ -17,18 +19,27 @@ class ReconstructionPreview:
     def __init__(self, model, image_range, pictures, count, folder, device, batch_size=32):
         self.model, self.image_range, self.pictures = model, image_range, pictures
         self.folder, self.device, self.batch_size = folder, device, batch_size
-        self.chosen = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
+        # Volumes of which patches are trained on are judged whole.
+        self.whole = isinstance(pictures, VolumeFolder) and pictures.config.crop != "none" and not pictures.config.pad
+        items = len(pictures.paths) if self.whole else len(pictures)
+        self.chosen = np.linspace(0, items - 1, min(count, items)).round().astype(int)
 
     @torch.no_grad()
     def __call__(self, step):
-        scores = {"psnr": [], "ssim": [], "l1": [], "kl": []}
-        for start in range(0, len(self.chosen), self.batch_size):
-            images = self.pictures.batch(self.chosen[start:start + self.batch_size]).to(self.device)
-            mean, logvar = self.model.moments(to_image_range(images, self.image_range))
-            decoded = from_image_range(self.model.decode(mean), self.image_range).clamp(0, 1)
-            scores["kl"].append(kl_divergence(mean, logvar).cpu())
-            images, decoded = (unpad(x, self.pictures.unpadded_shape) for x in (images, decoded))
-            if start == 0:
+        scores, sheet = {"psnr": [], "ssim": [], "l1": [], "kl": []}, None
+        for images in self._batches():
+            divergences = []
+
+            def reconstruct(part):
+                mean, logvar = self.model.moments(to_image_range(part.to(self.device), self.image_range))
+                divergences.append(kl_divergence(mean, logvar).cpu())
+                return from_image_range(self.model.decode(mean), self.image_range).clamp(0, 1)
+
+            decoded = self._windowed(reconstruct, images)
+            images = images.to(decoded.device)
+            scores["kl"].append(torch.stack(divergences).mean(0))
+            images, decoded = (unpad(x, self._unpadded(images)) for x in (images, decoded))
+            if sheet is None:
                 sheet = figures.side_by_side(images[:COUNT].cpu().numpy(), decoded[:COUNT].cpu().numpy())
                 figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
             for name in ("psnr", "ssim", "l1"):
@@ -36,6 +47,24 @@ class ReconstructionPreview:
         measured = {f"val_{name}": torch.cat(values).mean().item() for name, values in scores.items()}
         logger.logkvs(measured)
         return measured
+
+    def _batches(self):
+        """Yield batches of pictures, or one whole volume after the other."""
+        if self.whole:
+            yield from (torch.from_numpy(self.pictures.whole(file))[None] for file in self.chosen)
+        else:
+            for start in range(0, len(self.chosen), self.batch_size):
+                yield self.pictures.batch(self.chosen[start:start + self.batch_size])
+
+    def _windowed(self, reconstruct, images):
+        """Reconstruct pictures at once, and whole volumes in overlapping windows of the size that is trained on."""
+        grid, ones = images.shape[2:], (1,) * (images.dim() - 2)
+        if tuple(grid) == tuple(self.pictures.shape[1:]):
+            return reconstruct(images)
+        return blend_tiles(reconstruct, images, grid, self.pictures.sides, ones, ones)
+
+    def _unpadded(self, images):
+        return images.shape[1:] if self.whole else self.pictures.unpadded_shape
 
 
 class SamplePreview:

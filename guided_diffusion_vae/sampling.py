@@ -23,6 +23,7 @@ from .nn import keyed_randn, keyed_rng
 from .solvers import LOOPS
 from .train_util import noised_condition
 from .vae_wrapper import PixelCodec
+from .volume_datasets import write_nifti
 
 # Share of x0's variance at the first sampling step below which its prediction from the noise is unsafe unclipped: the
 # cosine schedule ends at 2e-9, the linear one at 4e-5.
@@ -49,7 +50,7 @@ class SamplingConfig:
                                 "empty: all")
     classes: str = opt("", "names or numbers of the classes to draw, in turn: tapin,tapout; empty: all of them")
     seed: int = opt(0, "seed; sample i depends on (seed, i) alone")
-    png: bool = opt(True, "write every sample as a PNG file too")
+    png: bool = opt(True, "write every sample as a PNG file too, and every volume as .nii.gz")
 
 
 @dataclass
@@ -151,6 +152,7 @@ class Sampler:
     :param clip_denoised: clip predicted x0 to [-1, 1]; None: where x0 are pixels.
     :param cond_fn: a gradient of guidance towards one of `guided_classes`, which the model need not know itself.
     :param small: `SmallPictures`, for an upsampler.
+    :param spacing: distance of neighbouring voxels of a volume in mm.
     :param made_from: what else than these settings makes the samples what they are, a dictionary for JSON.
     """
 
@@ -169,6 +171,7 @@ class Sampler:
     guided_classes: int = 0
     small: SmallPictures | None = None
     made_from: dict = field(default_factory=dict)
+    spacing: tuple = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
         if self.clip_denoised is None:
@@ -214,8 +217,8 @@ class Sampler:
 def draw(sampler, classes, config, folder, device):
     """Draw all samples over the ranks and write them; return the path of samples_NxHxWxC.npz.
 
-    Beside it stand contact_sheet.png and, with `config.png`, png/. While it goes on, shards/ holds a file a batch; the
-    same call again makes those that are missing.
+    Beside it stand contact_sheet.png and, with `config.png`, png/, and of volumes volumes/. While it goes on, shards/
+    holds a file a batch; the same call again makes those that are missing.
 
     :raises ValueError: where there is nothing to draw, or shards/ holds other samples than these.
     :raises FloatingPointError: where samples are not finite.
@@ -242,8 +245,7 @@ def draw(sampler, classes, config, folder, device):
             labels = sampler.labels(indices, classes)
             for row, i in enumerate(indices):
                 prefix = "" if labels is None else f"{name_of(labels[row])}_"
-                unit = images[row].astype(np.float32) / 255
-                figures.save_picture(folder / "png" / f"{prefix}{i:06d}.png", figures.picture(unit))
+                _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing)
         with atomic_path(_shard_path(shards, indices)) as part, open(part, "wb") as stream:
             np.save(stream, np.moveaxis(images, 1, -1))
         logger.log(f"created {min(indices.stop, config.num_samples)} samples")
@@ -259,6 +261,20 @@ def draw(sampler, classes, config, folder, device):
         shutil.rmtree(shards)
     dist_util.barrier()
     return path
+
+
+def _write_one(folder, stem, image, spacing):
+    """Write a sample uint8 [C x ...] as a PNG file; of a volume its middle slices, and itself as .nii.gz (or .npy)."""
+    figures.save_picture(folder / "png" / f"{stem}.png", figures.picture(image.astype(np.float32) / 255))
+    if image.ndim == 4:
+        try:
+            with atomic_path(folder / "volumes" / f"{stem}.nii.gz") as part:
+                whole = part.with_name(part.name + ".nii.gz")   # the name says how it is packed
+                write_nifti(whole, image, spacing)
+                whole.rename(part)
+        except ImportError:     # nibabel is an extra
+            with atomic_path(folder / "volumes" / f"{stem}.npy") as part, open(part, "wb") as stream:
+                np.save(stream, image)
 
 
 def _warn_of_unsafe_start(sampler):
@@ -280,8 +296,8 @@ def _agree_on(shards, png, sampler, classes, config):
         try:
             found = json.loads(record.read_text())
         except (OSError, ValueError):   # none, or one that a kill cut short before any shard was written
-            shutil.rmtree(shards, ignore_errors=True)
-            shutil.rmtree(png, ignore_errors=True)
+            for older in (shards, png, png.with_name("volumes")):
+                shutil.rmtree(older, ignore_errors=True)
             write_json(record, making)
         else:
             other = sorted(key for key in making.keys() | found.keys() if making.get(key) != found.get(key))

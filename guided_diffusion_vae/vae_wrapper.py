@@ -22,6 +22,7 @@ from .autoencoder import (
     LOGVAR_RANGE, AutoencoderConfig, AutoencoderKL, create_autoencoder, from_image_range, latent_grid, to_image_range,
 )
 from .config import as_dict, from_dict, frozen, opt
+from .streaming import Streamer
 
 SCALE_FACTOR = 0.18215
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,7 +39,9 @@ class VAEConfig:
     vae_config: str = opt("", "YAML file with the arguments of MONAI weights; empty: the one beside them")
     vae_dtype: str = opt("float32", "precision inside the autoencoder", choices=tuple(DTYPES))
     vae_batch_size: int = opt(0, "pictures that the autoencoder takes at a time; 0: all it is given")
-    vae_tile: int = opt(0, "work on overlapping tiles of this many pixels a side where pictures are larger; 0: never")
+    vae_tile: int = opt(0, "have no more than this many pixels of the longest side on the device at a time, for "
+                           "pictures and volumes larger than its memory; exact for autoencoders of this project and of "
+                           "MONAI, overlapping tiles for those of diffusers; 0: the whole")
 
 
 @dataclasses.dataclass
@@ -149,9 +152,10 @@ class VAEInterface(_Codec):
 
     :param dtype: "float32", or "bfloat16" for autocast inside the networks; results are float32.
     :param batch_size: pictures the networks take at a time; 0: all at once.
-    :param tile: pixels a side, a multiple of the factors. Larger pictures are worked on in tiles that overlap by a
-        quarter, blended linearly over their seams: less memory, and an approximation, since norms and attention see one
-        tile. 0: never.
+    :param tile: pixels along the longest side that may be on the device at a time; 0: all. Our own networks stream
+        larger pictures slab by slab with the same result (see `streaming`), and leave them on the host. Those of
+        diffusers work on tiles that overlap by a quarter, blended linearly over their seams: an approximation, since
+        norms and attention see one tile; `tile` is then a multiple of the factors.
     :raises FileNotFoundError: where there is no such path, or a part of what it should hold is missing.
     :raises ValueError: where something else is found there.
     """
@@ -162,7 +166,9 @@ class VAEInterface(_Codec):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, possible are {', '.join(DTYPES)} (--vae_dtype)")
         found = _open(str(vae_path), vae_config)
-        if any(tile % factor for factor in found.factors) or tile < 0 or 0 < tile < 2 * max(found.factors):
+        streams = found.architecture is not None
+        fits = streams or not any(tile % factor for factor in found.factors) and not 0 < tile < 2 * max(found.factors)
+        if tile < 0 or not fits:
             raise ValueError(f"tile is {tile}; it is a multiple of the autoencoder's factors {found.factors} and at "
                              "least twice as large, or 0 (--vae_tile)")
         self.path, self.config = found.path, found.config
@@ -177,12 +183,14 @@ class VAEInterface(_Codec):
         self.architecture = found.architecture
         self.image_range = found.image_range
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype, self.batch_size, self.tile = DTYPES[dtype], batch_size, tile
+        self.dtype, self.batch_size = DTYPES[dtype], batch_size
+        self.tile, self.slab = (0, tile) if streams else (tile, 0)
         self.network = found.network.float().eval().requires_grad_(False).to(self.device)
         if self.dtype is not torch.float32:
             # half precision convolutions are fastest on this layout; volumes have none of it and stay as they are
             self.network.to(memory_format=torch.channels_last)
         self._moments, self._decode = found.moments, found.decode
+        self._streamer = Streamer(self.network, self.device, tile) if streams and tile else None
 
     @functools.cached_property
     def fingerprint(self):
@@ -212,7 +220,7 @@ class VAEInterface(_Codec):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, {self.path} decodes {self.latent_channels} "
                              f"channels over {len(self.factors)} axes; check {FLAG}")
         grid = latents.shape[2:]
-        z = latents.to(self.device, torch.float32) / self.scale_factor + self.shift_factor
+        z = latents.float() / self.scale_factor + self.shift_factor
         values = self._in_parts(self._decode_part, z, grid, (1,) * len(grid), self.factors)
         images = from_image_range(values, self.image_range)
         if self._grey if channels is None else channels < self.in_channels:
@@ -223,11 +231,18 @@ class VAEInterface(_Codec):
         return (3, 1) if self.in_channels == 3 else (self.in_channels,)
 
     def _encode_part(self, images):
-        x = to_image_range(images.to(self.device, torch.float32), self.image_range)
-        return torch.cat(self._moments(x.expand(-1, self.in_channels, *x.shape[2:])), dim=1).float()
+        stream = self._streams(images.shape[2:])
+        x = to_image_range(images.to("cpu" if stream else self.device, torch.float32), self.image_range)
+        x = x.expand(-1, self.in_channels, *x.shape[2:])
+        return torch.cat(self._streamer.moments(x) if stream else self._moments(x), dim=1).float()
 
     def _decode_part(self, z):
-        return self._decode(z).float()
+        if self._streams([n * factor for n, factor in zip(z.shape[2:], self.factors)]):
+            return self._streamer.decode(z.cpu()).float()
+        return self._decode(z.to(self.device)).float()
+
+    def _streams(self, sides):
+        return self._streamer is not None and max(sides) > self.slab
 
     def _in_parts(self, function, x, grid, gain_in, gain_out):
         """Apply `function` to batches of batch_size and, where the picture is larger than a tile, to tiles."""
@@ -250,7 +265,7 @@ def blend_tiles(function, x, grid, window, gain_in, gain_out):
     starts = [[*range(0, n - w, max(w - overlap, 1)), n - w] for n, w, overlap in zip(grid, window, overlaps)]
     total = weights = None
     for corner in itertools.product(*starts):
-        y = function(x[(..., *_region(corner, window, gain_in))])
+        y = function(x[(..., *_region(corner, window, gain_in))]).to(x.device)  # the whole stays where it was
         weight = torch.ones((), device=y.device)
         for start, n, w, overlap, gain in zip(corner, grid, window, overlaps, gain_out):
             profile = _profile(w * gain, overlap * gain, start > 0, start + w < n).to(y.device)

@@ -6,9 +6,10 @@
 
 from guided_diffusion_vae import dist_util, pipeline, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
+from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.volume_datasets import open_folder
 
 CONFIGS = (DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, script_util.RunConfig)
 
@@ -21,7 +22,7 @@ def main():
     data, model, process, train, run = configs = script_util.parse(__doc__, *CONFIGS)
     folder = script_util.begin_run(run, configs)
 
-    source, space = pipeline.open_pixels(PictureFolder(data))
+    source, space = pipeline.open_pixels(open_folder(data))
     pipeline.train_diffusion("image_train", run, folder, configs, source, space, model, process, train)
     script_util.end_run(folder)
 

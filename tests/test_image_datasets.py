@@ -267,14 +267,15 @@ def test_padding_reaches_the_next_multiple_and_is_undone(tmp_path):
     assert folder_of(tmp_path, image_size="9x10", multiple=4).shape == (1, 9, 10)
 
 
-@pytest.mark.parametrize("text, size", [(64, (64, 64)), ("64", (64, 64)), ("64x128", (64, 128)), ("9X10", (9, 10))])
+@pytest.mark.parametrize("text, size", [(64, (64, 64)), ("64", (64, 64)), ("64x128", (64, 128)), ("9X10", (9, 10)),
+                                        ("32x64x64", (32, 64, 64))])
 def test_sizes_are_one_number_or_height_by_width(text, size):
     assert data.parse_size(text) == size
 
 
 @pytest.mark.parametrize("parse, text, match", [
     (data.parse_size, "64x", "--image_size 64x is not a size"), (data.parse_size, "0", "not a size"),
-    (data.parse_size, "1x2x3", "not a size"), (data.parse_range, "1", "not two numbers"),
+    (data.parse_size, "1x2x3x4", "not a size"), (data.parse_range, "1", "not two numbers"),
     (data.parse_range, "2,1", "must be below"), (data.parse_range, "0,nan", "must be below"),
 ])
 def test_sizes_and_ranges_that_make_no_sense_are_refused(parse, text, match):

@@ -13,8 +13,8 @@ LAYERS = """
     unet autoencoder discriminator
     gaussian_diffusion respace resample solvers guidance export
     checkpoint_util perceptual
-    vae_wrapper
-    image_datasets latent_datasets microdoppler
+    streaming vae_wrapper
+    image_datasets volume_datasets latent_datasets microdoppler
     dist_util logger
     fp16_util
     train_util
@@ -31,7 +31,7 @@ KEPT_IN = {
     "matplotlib": (["figures"], False),
     "tensorboard": (["logger"], True),
 }
-ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm"]
+ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "lpips", "bitsandbytes"]
 
 
 def tree_of(module):

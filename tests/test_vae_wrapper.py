@@ -91,15 +91,32 @@ def test_batches_and_full_tiles_do_not_change_the_result(own):
     torch.testing.assert_close(parts.decode_batch(latents), whole.decode_batch(latents))
 
 
-def test_tiles_give_the_shapes_of_the_whole_and_nearly_its_values(tmp_path):
-    config = dataclasses.replace(CONFIG, with_decoder_nonlocal_attn=False)
-    write_weights(tmp_path / "a.pt", config=config)
+@pytest.mark.parametrize("tile", [2, 16])
+def test_pictures_that_pass_in_slabs_are_the_whole(own, tile):
     x = pictures(2, 1, 24, 40)
-    whole, tiled = vae(tmp_path / "a.pt"), vae(tmp_path / "a.pt", tile=16, batch_size=1)
+    whole, streamed = vae(own[0]), vae(own[0], tile=tile, batch_size=1)
+    latents = whole.encode_batch(x)
+    torch.testing.assert_close(streamed.encode_batch(x), latents)
+    torch.testing.assert_close(streamed.decode_batch(latents), whole.decode_batch(latents))
+    assert streamed.tile == 0  # nothing that a cache would have to tell
+
+
+def test_tiles_of_a_diffusers_autoencoder_are_nearly_the_whole(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(tmp_path / "kl")
+    x = pictures(1, 3, 24, 40)
+    whole, tiled = vae(tmp_path / "kl"), vae(tmp_path / "kl", tile=16)
     latents = whole.encode_batch(x)
     found = tiled.encode_batch(x)
     assert found.shape == latents.shape and (found - latents).abs().mean() < 0.5 * latents.std()
-    assert tiled.decode_batch(latents).shape == x.shape
+    assert tiled.decode_batch(latents).shape == x.shape and tiled.tile == 16
+    for tile in (2, 5):
+        with pytest.raises(ValueError, match="tile is .; it is a multiple of the autoencoder's factors .*--vae_tile"):
+            vae(tmp_path / "kl", tile=tile)
 
 
 @pytest.mark.parametrize("grid, window", [((7,), (4,)), ((9, 5), (4, 5)), ((5, 6, 7), (2, 3, 5))])
@@ -214,7 +231,7 @@ def test_scale_factor_is_the_argument_then_the_autoencoders_then_the_usual(tmp_p
     assert vae(tmp_path / "a.pt", scale_factor=0.3).scale_factor == 0.3
     config = VAEConfig(vae_path=str(tmp_path / "a.pt"), vae_tile=8, vae_batch_size=2)
     codec = create_vae(config, "cpu")
-    assert (codec.scale_factor, codec.tile, codec.batch_size) == (0.7, 8, 2)
+    assert (codec.scale_factor, codec.slab, codec.batch_size) == (0.7, 8, 2)
     with pytest.raises(ValueError, match="--scale_factor"):
         vae(tmp_path / "a.pt", scale_factor=0.0)
 
@@ -251,9 +268,8 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
 def test_arguments_outside_their_range_are_refused(own):
     with pytest.raises(ValueError, match="'half', possible are float32, bfloat16"):
         vae(own[0], dtype="half")
-    for tile in (-2, 2, 5):
-        with pytest.raises(ValueError, match="--vae_tile"):
-            vae(own[0], tile=tile)
+    with pytest.raises(ValueError, match="--vae_tile"):
+        vae(own[0], tile=-2)
 
 
 # MONAI

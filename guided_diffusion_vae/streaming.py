@@ -1,0 +1,135 @@
+"""Run an autoencoder over pictures or volumes larger than the device's memory: slab by slab, with the same result.
+
+Tiles that are encoded each by itself show seams, since a norm sees one tile's statistics in place of the whole's. Here
+one layer after the other runs over the whole input, a slab of its longest axis at a time: convolutions see as many rows
+beyond the slab as they need, norms take statistics that were gathered over all slabs before. Whole feature maps lie in
+the host's memory, slabs on the device. What comes out is the result without slabs, but for rounding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .autoencoder import (
+    Attention, ChannelToSpace, Conv, Downsample, ResBlock, Residual, ShuffledConv, SpaceToChannel, Upsample,
+    UpsampledConv,
+)
+
+
+class Streamer:
+    """Encode and decode with an `AutoencoderKL` on `device`, `rows` picture rows at a time; tensors are on the host.
+
+    The longest axis is cut. Rows are those of the picture: where the grid is smaller, a slab has fewer.
+    """
+
+    def __init__(self, network, device, rows):
+        self.network, self.device, self.rows = network, device, rows
+
+    @torch.no_grad()
+    def moments(self, x):
+        """Return mean and log-variance of the latent, as `AutoencoderKL.moments` does."""
+        return self.network.moments_of(self._run(self.network.encoder.blocks, x, (1,) * (x.dim() - 2)).to(self.device))
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Return the picture of a latent, on the host, as `AutoencoderKL.decode` does."""
+        h = self.network.post_quant_conv(z.to(self.device)).to(z.device)
+        return self._run(self.network.decoder.blocks, h, self.network.factors)
+
+    def _run(self, blocks, x, scales):
+        """Return what the blocks make of `x`; `scales` are picture rows per row of x along every axis."""
+        self.axis = max(range(2, x.dim()), key=lambda axis: x.shape[axis])
+        self.scale = scales[self.axis - 2]
+        for block in blocks:
+            x = self._apply(block, x)
+        return x
+
+    def _apply(self, block, x):
+        if isinstance(block, ResBlock):
+            h = self._local(self._normed(block.norm1, block.conv1, x), x)
+            h = self._local(self._normed(block.norm2, block.conv2, h), h)
+            return h.add_(x if isinstance(block.nin_shortcut, nn.Identity) else self._local(block.nin_shortcut, x))
+        if isinstance(block, nn.GroupNorm):
+            return self._local(_norm_with(block, *self._statistics(block, x)), x)
+        if isinstance(block, Residual):
+            before = self.scale
+            h = x
+            for inner in block.main:
+                h = self._apply(inner, h)
+            after, self.scale = self.scale, before
+            h = h.add_(self._apply(block.shortcut, x))
+            self.scale = after
+            return h
+        if isinstance(block, Attention):
+            return block(x.to(self.device)).to(x.device)    # its grid is the smallest, and every place sees all others
+        if isinstance(block, (Upsample, UpsampledConv, ShuffledConv, ChannelToSpace)):
+            return self._local(block, x, up=_factor_of(block, self.axis))
+        if isinstance(block, (Conv, Downsample, SpaceToChannel)):
+            return self._local(block, x, down=_stride_of(block, self.axis))
+        raise TypeError(f"streaming does not know how far a {type(block).__name__} sees")
+
+    def _local(self, function, x, down=1, up=1):
+        """Apply a function that sees a row and its neighbours; `down` input rows become one, or one becomes `up`."""
+        rows = max(int(self.rows / self.scale) // down, 1) * down
+        halo = 2 * down     # at least as far as any of the layers sees, and whole strides
+        length, result = x.shape[self.axis], None
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            first, last = max(start - halo, 0), min(stop + halo, length)
+            slab = x.narrow(self.axis, first, last - first).to(self.device, non_blocking=True)
+            y = function(slab).narrow(self.axis, (start - first) * up // down, (stop - start) * up // down)
+            if result is None:
+                shape = list(y.shape)
+                shape[self.axis] = length * up // down
+                result = x.new_empty(shape, dtype=y.dtype)
+            result.narrow(self.axis, start * up // down, y.shape[self.axis]).copy_(y)
+        self.scale *= down / up
+        return result
+
+    def _normed(self, norm, conv, x):
+        normed = _norm_with(norm, *self._statistics(norm, x))
+        return lambda slab: conv(F.silu(normed(slab)))
+
+    def _statistics(self, norm, x):
+        """Return mean and reciprocal standard deviation of every group over the whole of `x`, each [N x G].
+
+        Slabs are combined by the update of Chan, Golub and LeVeque (1979).
+        """
+        rows = max(int(self.rows / self.scale), 1)
+        count = mean = squares = 0
+        for slab in x.split(rows, self.axis):
+            grouped = slab.to(self.device, torch.float32).reshape(len(x), norm.num_groups, -1)
+            here = grouped.shape[2]
+            var, m = torch.var_mean(grouped, dim=2, correction=0)
+            m, total = m.double(), count + here
+            apart = m - mean
+            squares = squares + var.double() * here + apart**2 * (count * here / total)
+            mean, count = mean + apart * (here / total), total
+        return mean.float(), torch.rsqrt(squares / count + norm.eps).float()
+
+
+def _norm_with(norm, mean, rstd):
+    """Return the norm as a function of single rows, its statistics being known."""
+
+    def normed(slab):
+        grouped = slab.float().unflatten(1, (norm.num_groups, -1))
+        per_group = (*mean.shape, *(1,) * (grouped.dim() - 2))
+        whitened = ((grouped - mean.view(per_group)) * rstd.view(per_group)).flatten(1, 2)
+        per_channel = (-1, *(1,) * (slab.dim() - 2))
+        return whitened * norm.weight.view(per_channel) + norm.bias.view(per_channel)
+
+    return normed
+
+
+def _stride_of(block, axis):
+    if isinstance(block, SpaceToChannel):
+        return block.factors[axis - 2]
+    conv = block.conv.conv if isinstance(block, Downsample) else block.conv
+    return conv.stride[axis - 2]
+
+
+def _factor_of(block, axis):
+    if isinstance(block, Upsample):
+        inner = block.conv
+        return inner.factors[axis - 2] if isinstance(inner, Conv) else inner.conv.stride[axis - 2]
+    return block.factors[axis - 2]

@@ -1,0 +1,274 @@
+"""Turn volume files into batches: patches to train on, whole volumes to judge by; values windowed as stated.
+
+`VolumeFolder` has the interface of `PictureFolder`, of which it is the counterpart with three axes; `open_folder`
+returns whichever a `DataConfig` asks for.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+
+import blobfile as bf
+import numpy as np
+import torch
+
+from .image_datasets import (
+    DataConfig, PictureFolder, classes_of, digest_of, ending_of, names_below, naming, open_archive, parse_range,
+    require_data_dir, stamp_of, to_unit, walk_files,
+)
+
+ENDINGS = ("npy", "npz", "nii", "gz")
+RECENT_BYTES = 4 * 2**30    # of volumes that have to be unpacked to be read at all, and are kept for the next patch
+
+_Header = collections.namedtuple("_Header", "shape dtype spacing")
+
+
+def open_folder(config, multiple=None, **fields):
+    """Return the PictureFolder or, where `image_size` has three sizes, the VolumeFolder that a DataConfig describes."""
+    config = dataclasses.replace(config, **fields)
+    return (VolumeFolder if len(config.sides) == 3 else PictureFolder)(config, multiple)
+
+
+class VolumeFolder:
+    """Read patches of one size out of volumes as float32 [C x D x H x W] in [0, 1].
+
+    `.npy` [D x H x W] or [C x D x H x W], `.npz` with one such array, `.nii` and `.nii.gz` (its axes as they are
+    stored). `config.crop` says what an item is: the volume's middle (center), a patch at a place drawn anew for each
+    visit (random), each of the patches that cover the volume evenly (grid), or the whole volume, which must then have
+    the size that is asked for (none). Files on disk that are not compressed are read patch by patch.
+
+    Classes are told from names as in `PictureFolder`.
+
+    :param multiple: strides per axis that shall divide the size, where `config.pad` is True.
+    :raises FileNotFoundError: no folder, or no volume in it.
+    :raises ValueError: a file that cannot be read, a volume smaller than asked for, ranges that are needed and not
+        given; the message names the file and the flag.
+    """
+
+    def __init__(self, config=None, multiple=None, **fields):
+        self.config = config = dataclasses.replace(config or DataConfig(), **fields)
+        self.folder = config.data_dir
+        self.sides = config.sides
+        if config.value_range and config.value_window:
+            raise ValueError("--value_range refuses what --value_window cuts off; give one of them")
+        if config.image_channels not in (0, 1):
+            raise ValueError(f"--image_channels {config.image_channels}: volumes keep the channels that they have")
+        self.value_range = parse_range(config.value_range or config.value_window)
+        require_data_dir(config.data_dir)
+        found = list(walk_files(config.data_dir, ENDINGS))
+        self.paths = [p for p in found if _is_volume(p)]
+        self.ignored = len(found) - len(self.paths)
+        if not self.paths:
+            raise FileNotFoundError(f"{config.data_dir} holds no volume (.npy, .npz, .nii, .nii.gz) among {len(found)} "
+                                    "files; check --data_dir, or give --image_size two sizes for pictures")
+        headers = [_read_header(path) for path in self.paths]
+        files = names_below(config.data_dir, self.paths)
+        self.class_names, labels = classes_of(files, config.data_dir)
+        self.fingerprint = digest_of(f"{name} {stamp_of(path)}" for name, path in zip(files, self.paths))
+        self.kinds = dict(collections.Counter(header.dtype for header in headers))
+        self.spacings = [self._spacing(header) for header in headers]
+        self.unpadded_shape = self.shape = (self._require_alike(headers), *self.sides)
+        if config.pad and multiple is not None:
+            self.shape = (self.shape[0], *(-(-n // step) * step for n, step in zip(self.sides, multiple)))
+        # An item is a file, and of a grid the corner of a patch; None is chosen when it is read.
+        visits = config.patches_per_volume if config.crop == "random" else 1
+        corners = [_grid(header.shape[1:], self.sides) if config.crop == "grid" else [None] * visits
+                   for header in headers]
+        self.items = [(file, corner) for file, of_file in enumerate(corners) for corner in of_file]
+        self.names = [files[file] + ("" if corner is None else "[{},{},{}]".format(*corner))
+                      for file, corner in self.items]
+        self.labels = None if labels is None else labels[[file for file, _ in self.items]]
+
+    def __len__(self):
+        return len(self.items)
+
+    @property
+    def spacing(self):
+        """Distance of neighbouring voxels along every axis in mm, the median over the files."""
+        return tuple(np.median(self.spacings, axis=0).tolist())
+
+    @property
+    def preprocessing(self):
+        """How files become numbers: what a checkpoint remembers of the configuration."""
+        return {**PictureFolder.preprocessing.fget(self), "spacing": ",".join(f"{s:g}" for s in self.spacing)}
+
+    def read(self, index, rng=None):
+        """Return item `index` as float32 [C x D x H x W]; `rng` (numpy Generator) places a random patch."""
+        file, corner = self.items[index]
+        volume = _values(self.paths[file])
+        sizes = volume.shape[1:]
+        if corner is None:
+            room = [n - m for n, m in zip(sizes, self.sides)]
+            drawn = self.config.crop == "random" and rng is not None
+            corner = [int(rng.integers(r + 1)) if drawn else r // 2 for r in room]
+        window = tuple(slice(start, start + n) for start, n in zip(corner, self.sides))
+        values = self._unit(np.asarray(volume[(slice(None), *window)]), self.paths[file])
+        beyond = [(0, n - m) for n, m in zip(self.shape[1:], self.sides)]
+        return np.pad(values, [(0, 0), *beyond], mode="edge") if any(after for _, after in beyond) else values
+
+    def whole(self, file):
+        """Return volume `file` (not an item) as float32 [C x D x H x W] at its own size."""
+        return self._unit(np.asarray(_values(self.paths[file])), self.paths[file])
+
+    def batch(self, indices, flips=None, rngs=None):
+        """Return items as float32 [n x C x D x H x W] in [0, 1], those of `flips` mirrored along the last axis."""
+        rngs = rngs if rngs is not None else [None] * len(indices)
+        volumes = np.stack([self.read(int(i), rng) for i, rng in zip(indices, rngs)])
+        if flips is not None and any(flips):
+            mirrored = np.asarray(flips, bool)
+            volumes[mirrored] = volumes[mirrored][..., ::-1]
+        return torch.from_numpy(volumes)
+
+    def describe(self):
+        """Return what was read and how, as a plain dictionary (the preprocessing entry of a latent cache)."""
+        return {**dataclasses.asdict(self.config), **self.preprocessing, "files": len(self.paths),
+                "ignored": self.ignored, "kinds": self.kinds, "shape": list(self.shape),
+                "unpadded_shape": list(self.unpadded_shape), "fingerprint": self.fingerprint}
+
+    def summary(self):
+        """Return one line for the log: count, shape, types, spacing and classes."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        text = (f"{len(self)} items {'x'.join(map(str, self.shape))} of {len(self.paths)} volumes ({kinds}) in "
+                f"{self.folder}, {' x '.join(f'{s:g}' for s in self.spacing)} mm")
+        if self.labels is not None:
+            counts = np.bincount(self.labels, minlength=len(self.class_names))
+            text += "; classes: " + ", ".join(f"{name} {n}" for name, n in zip(self.class_names, counts))
+        return text + (f"; {self.ignored} other files ignored" if self.ignored else "")
+
+    def _unit(self, values, where):
+        return to_unit(values, where, self.value_range, clip=bool(self.config.value_window))
+
+    def _spacing(self, header):
+        if not self.config.spacing:
+            return header.spacing
+        try:
+            given = [float(part) for part in self.config.spacing.split(",")]
+        except ValueError:
+            given = []
+        if len(given) not in (1, 3) or not all(0 < s < math.inf for s in given):
+            raise ValueError(f"--spacing {self.config.spacing}: needed are one or three distances in mm, such as "
+                             "2,1.5,1.5")
+        return tuple(given * 3 if len(given) == 1 else given)
+
+    def _require_alike(self, headers):
+        """Return the number of channels, or raise ValueError where files do not suit each other or the flags."""
+        channels = headers[0].shape[0]
+        for path, header in zip(self.paths, headers):
+            if header.shape[0] != channels:
+                raise ValueError(f"{path} has {header.shape[0]} channels, {self.paths[0]} {channels}; take one of them "
+                                 "out")
+            if any(n < m for n, m in zip(header.shape[1:], self.sides)):
+                raise ValueError(f"{path} is {_by(header.shape[1:])}, smaller than --image_size {_by(self.sides)}; "
+                                 "nothing is enlarged: lower the size, or leave the volume out")
+            if self.config.crop == "none" and header.shape[1:] != self.sides:
+                raise ValueError(f"{path} is {_by(header.shape[1:])}, not {_by(self.sides)}, and --crop none takes "
+                                 "volumes whole; choose center, grid or random")
+            if not self.value_range and header.dtype not in ("uint8", "int8", "uint16", "int16", "bool"):
+                raise ValueError(f"{path} holds {header.dtype} values; give --value_range lo,hi, the values that "
+                                 "become 0 and 1, or --value_window lo,hi, which cuts off what lies outside")
+        return channels
+
+
+def _by(sizes):
+    return "x".join(map(str, sizes))
+
+
+def _is_volume(path):
+    name = bf.basename(path).lower()
+    return not name.startswith(".") and (ending_of(path) in ("npy", "npz", "nii") or name.endswith(".nii.gz"))
+
+
+def _grid(sizes, patch):
+    """Return the corners of the fewest patches that cover a volume, evenly spread from one end to the other."""
+    along = []
+    for n, m in zip(sizes, patch):
+        count = -(-n // m)
+        along.append(np.linspace(0, n - m, count).round().astype(int) if count > 1 else np.array([0]))
+    return [tuple(int(v) for v in corner) for corner in np.stack(np.meshgrid(*along, indexing="ij"), -1).reshape(-1, 3)]
+
+
+def _with_channels(shape):
+    """Return [C x D x H x W] of a stored shape, or raise ValueError."""
+    if len(shape) == 3:
+        return (1, *shape)
+    if len(shape) == 4 and shape[0] <= 4:
+        return tuple(shape)
+    raise ValueError(f"its shape {tuple(shape)} is not [D x H x W] or [C x D x H x W] with up to 4 channels")
+
+
+def _read_header(path):
+    with naming(path):
+        if ending_of(path) in ("nii", "gz"):
+            image = _nifti(path)
+            spacing = tuple(float(s) for s in image.header.get_zooms()[:3])
+            shape = image.shape
+            return _Header(_with_channels((*shape[3:], *shape[:3])), str(_scaled_dtype(image)), spacing)
+        values = _array(path)
+        return _Header(_with_channels(values.shape), str(values.dtype), (1.0, 1.0, 1.0))
+
+
+def _scaled_dtype(image):
+    """Return the type of a NIfTI image's values: a slope and an intercept make numbers of stored integers."""
+    plain = (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+    return image.get_data_dtype() if plain else np.dtype(np.float32)
+
+
+def _values(path):
+    """Return the values of a file, [C x D x H x W], memory-mapped where it can be."""
+    with naming(path):
+        values = _unpacked(path, stamp_of(path)) if ending_of(path) in ("nii", "gz") else _array(path)
+        return values.reshape(_with_channels(values.shape))
+
+
+def _array(path):
+    if ending_of(path) == "npz":
+        arrays = [array for array in open_archive(path).values() if array.ndim in (3, 4)]
+        if len(arrays) != 1:
+            raise ValueError(f"it holds {len(arrays)} arrays of three or four axes, needed is one")
+        return arrays[0]
+    if "://" in str(path):
+        with bf.BlobFile(path, "rb") as stream:
+            return np.load(io.BytesIO(stream.read()), allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _nifti(path):
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ImportError(f"{path} needs nibabel: pip install 'guided-diffusion-vae[volumes]'") from error
+    try:
+        return nibabel.load(path)
+    except nibabel.filebasedimages.ImageFileError as error:
+        raise ValueError(str(error)) from error
+
+
+_recent = collections.OrderedDict()     # (path, stamp) -> values of NIfTI files, the least recently used first
+
+
+def _unpacked(path, stamp):
+    """Return a NIfTI file's values, channels first; recent ones are kept, as patches come from the same files again."""
+    key = str(path), stamp
+    if key not in _recent:
+        image = _nifti(path)
+        values = np.asarray(image.dataobj).astype(_scaled_dtype(image), copy=False)
+        _recent[key] = values if values.ndim == 3 else np.moveaxis(values, -1, 0)
+        while len(_recent) > 1 and sum(kept.nbytes for kept in _recent.values()) > RECENT_BYTES:
+            _recent.popitem(last=False)
+    _recent.move_to_end(key)
+    return _recent[key]
+
+
+def write_nifti(path, volume, spacing=(1.0, 1.0, 1.0)):
+    """Write a volume [D x H x W] or [C x D x H x W] as .nii.gz, its axes as `VolumeFolder` reads them.
+
+    :raises ImportError: without nibabel (the extra `volumes`).
+    """
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ImportError(f"{path} needs nibabel: pip install 'guided-diffusion-vae[volumes]'") from error
+    if volume.ndim == 4:
+        volume = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([*spacing, 1.0])), path)

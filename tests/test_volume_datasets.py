@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches
+from guided_diffusion_vae.volume_datasets import VolumeFolder, open_folder, write_nifti
+
+nibabel = pytest.importorskip("nibabel")
+
+
+def ramp(*shape):
+    """Return a volume whose values tell where they stand."""
+    return np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three volumes of two kinds, in three formats."""
+    np.save(tmp_path / "ct_0.npy", ramp(8, 10, 12))
+    np.savez_compressed(tmp_path / "mr_1.npz", volume=ramp(8, 8, 8))
+    image = nibabel.Nifti1Image(ramp(9, 8, 10), np.diag([2.0, 1.5, 1.5, 1.0]))
+    nibabel.save(image, tmp_path / "mr_2.nii.gz")
+    (tmp_path / "index.json").write_text("[]")
+    return tmp_path
+
+
+def opened(folder, size="8x8x8", **fields):
+    return VolumeFolder(DataConfig(str(folder), size, **fields))
+
+
+def test_volumes_of_all_formats_are_read_with_their_classes_and_spacing(folder):
+    volumes = opened(folder)
+    assert len(volumes) == 3 and volumes.shape == (1, 8, 8, 8) and volumes.ignored == 1
+    assert volumes.names == ["ct_0.npy", "mr_1.npz", "mr_2.nii.gz"] and volumes.class_names == ["ct", "mr"]
+    assert volumes.labels.tolist() == [0, 1, 1] and volumes.kinds == {"uint16": 3}
+    assert volumes.spacings[2] == (2.0, 1.5, 1.5) and volumes.spacing == (1.0, 1.0, 1.0)
+    batch = volumes.batch([1, 2])
+    assert batch.shape == (2, 1, 8, 8, 8) and batch.dtype == torch.float32
+    np.testing.assert_allclose(batch[0, 0] * 65535, ramp(8, 8, 8), atol=0.01)
+    np.testing.assert_allclose(batch[1, 0] * 65535, ramp(9, 8, 10)[0:8, :, 1:9], atol=0.01)  # the middle
+
+
+def test_three_sizes_mean_volumes_and_two_mean_pictures(folder, tmp_path):
+    assert isinstance(open_folder(DataConfig(str(folder), "8x8x8")), VolumeFolder)
+    assert DataConfig(voxel_size=(8, 4, 2)).image_size == "8x4x2" == DataConfig(image_size="8x4x2").image_size
+    with pytest.raises(ValueError, match="pictures have two sizes and no grid"):
+        PictureFolder(DataConfig(str(folder), "8x8x8"))
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        open_folder(DataConfig(str(tmp_path / "nowhere"), 8))
+
+
+def test_a_grid_covers_every_voxel_with_the_fewest_patches(folder):
+    volumes = opened(folder, "4x8x8", crop="grid")
+    of_first = [name for name in volumes.names if name.startswith("ct")]
+    assert len(of_first) == 2 * 2 * 2 and "ct_0.npy[4,2,4]" in of_first
+    seen = {round(float(v) * 65535) for i in range(8) for v in volumes.read(i).flatten()}
+    assert seen == set(range(8 * 10 * 12)) and volumes.labels.tolist() == [0] * 8 + [1] * 2 + [1] * 6
+
+
+def test_random_patches_depend_on_seed_step_and_slot_alone(folder):
+    volumes = opened(folder, "4x4x4", crop="random", patches_per_volume=3)
+    assert len(volumes) == 9
+    whole = picture_batches(volumes, BatchPlan(9, 4, seed=5))
+    first, second = next(whole)[0], next(whole)[0]
+    parts = [picture_batches(volumes, BatchPlan(9, 2, rank, 2, seed=5), start_step=1) for rank in (0, 1)]
+    assert torch.equal(torch.cat([next(part)[0] for part in parts]), second) and not torch.equal(first, second)
+    for stream in (whole, *parts):
+        stream.close()
+
+
+def test_whole_volumes_keep_their_own_size(folder):
+    assert opened(folder).whole(2).shape == (1, 9, 8, 10)
+
+
+def test_volumes_are_mirrored_along_their_last_axis(folder):
+    volumes = opened(folder)
+    plain, flipped = volumes.batch([0, 0], flips=[False, True])
+    assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
+
+
+def test_padding_repeats_the_far_end(folder):
+    volumes = VolumeFolder(DataConfig(str(folder), "7x8x8", pad=True), multiple=(4, 4, 4))
+    assert volumes.shape == (1, 8, 8, 8) and volumes.unpadded_shape == (1, 7, 8, 8)
+    item = volumes.read(0)
+    assert np.array_equal(item[:, 7], item[:, 6])
+
+
+def test_a_window_cuts_values_off_and_a_range_refuses_them(tmp_path):
+    np.save(tmp_path / "ct.npy", np.linspace(-2000, 2000, 64).reshape(4, 4, 4).astype(np.float32))
+    windowed = opened(tmp_path, "4x4x4", value_window="-1000,1000").read(0)
+    assert windowed.min() == 0 and windowed.max() == 1 and (windowed == 0).sum() == 16
+    with pytest.raises(ValueError, match="ct.npy: values from -2000 to 2000 leave --value_range .*--value_window"):
+        opened(tmp_path, "4x4x4", value_range="-1000,1000").read(0)
+    with pytest.raises(ValueError, match="refuses what --value_window cuts off; give one of them"):
+        opened(tmp_path, "4x4x4", value_range="0,1", value_window="0,1")
+    with pytest.raises(ValueError, match="holds float32 values; give --value_range lo,hi, .* or --value_window"):
+        opened(tmp_path, "4x4x4")
+
+
+def test_pictures_have_windows_too(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[-5.0, 0], [5, 10]], np.float32))
+    assert PictureFolder(DataConfig(str(tmp_path), 2, value_window="0,5")).read(0).flatten().tolist() == [0, 0, 1, 1]
+
+
+def test_slope_and_intercept_of_a_header_are_applied(tmp_path):
+    values = 2.0 * ramp(4, 4, 4) - 10
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.set_data_dtype(np.int16)      # stored as integers, with a slope and an intercept
+    nibabel.save(image, tmp_path / "a.nii")
+    volumes = opened(tmp_path, "4x4x4", value_window="-10,116")
+    assert volumes.kinds == {"float32": 1}
+    np.testing.assert_allclose(volumes.read(0)[0] * 126 - 10, values, atol=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_written_volumes_are_read_back(tmp_path, channels):
+    values = np.random.default_rng(0).integers(0, 256, (channels, 4, 5, 6), np.uint8)
+    write_nifti(tmp_path / "a.nii.gz", values, (3.0, 2.0, 1.0))
+    volumes = opened(tmp_path, "4x5x6", crop="none")
+    assert volumes.spacing == (3.0, 2.0, 1.0) and np.array_equal(np.rint(volumes.read(0) * 255), values)
+
+
+def test_a_stated_spacing_wins_over_the_files(folder):
+    assert opened(folder, spacing="3").spacing == (3.0, 3.0, 3.0)
+    assert opened(folder, spacing="3,2,1").preprocessing["spacing"] == "3,2,1"
+    with pytest.raises(ValueError, match="--spacing 1,2: needed are one or three distances in mm"):
+        opened(folder, spacing="1,2")
+
+
+def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
+    np.save(tmp_path / "a.npy", ramp(16, 16, 16))
+    assert isinstance(opened(tmp_path), VolumeFolder)
+    from guided_diffusion_vae.volume_datasets import _values
+    assert isinstance(_values(str(tmp_path / "a.npy")).base, np.memmap)
+
+
+@pytest.mark.parametrize("make, fields, match", [
+    (lambda f: np.save(f / "ct_0.npy", ramp(4, 8, 8)), {}, "ct_0.npy is 4x8x8, smaller than --image_size 8x8x8"),
+    (lambda f: np.save(f / "ct_0.npy", ramp(8, 8)), {}, "ct_0.npy: cannot be read .its shape .8, 8. is not"),
+    (lambda f: np.save(f / "ct_0.npy", ramp(2, 8, 8, 8)), {}, "mr_1.npz has 1 channels, .*ct_0.npy 2"),
+    (lambda f: (f / "mr_2.nii.gz").write_bytes(b"no volume"), {}, "mr_2.nii.gz: cannot be read"),
+    (lambda f: np.savez(f / "mr_1.npz", a=ramp(8, 8, 8), b=ramp(8, 8, 8)), {}, "it holds 2 arrays of three"),
+    (lambda f: None, {"crop": "none"}, "ct_0.npy is 8x10x12, not 8x8x8, and --crop none takes volumes whole"),
+    (lambda f: None, {"image_channels": 3}, "--image_channels 3: volumes keep the channels that they have"),
+])
+def test_what_cannot_be_is_refused_by_name(folder, make, fields, match):
+    make(folder)
+    with pytest.raises(ValueError, match=match):
+        opened(folder, **fields)
+
+
+def test_a_folder_without_volumes_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no volume .*, or give --image_size two sizes for pictures"):
+        opened(tmp_path)
