@@ -3,6 +3,7 @@
 This is the only file that asks how many spatial axes there are; everywhere else `dims` is passed through.
 """
 
+import contextlib
 import hashlib
 import math
 
@@ -132,8 +133,11 @@ class GroupNorm32(nn.GroupNorm):
     """Normalise in float32, whatever the type of the input or of the weights; the result has the input's type."""
 
     def forward(self, x):
-        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
+        return self.over(self.num_groups, x, self.weight, self.bias)
+
+    def over(self, groups, x, weight, bias):
+        """Normalise some of the groups, with their part of weight and bias [C]."""
+        return F.group_norm(x.float(), groups, weight.float(), bias.float(), self.eps).to(x.dtype)
 
 
 def normalization(channels):
@@ -152,44 +156,89 @@ def normalization(channels):
 # Memory.
 
 
-def conv_of_recomputed(cheap, conv, inputs, params=()):
-    """Return conv(cheap(*inputs)) without keeping cheap(*inputs) for the backward pass, which computes it again.
+def conv_of_recomputed(cheap, conv, inputs, params, groups, random=False, whole=False):
+    """Return conv(cheap(groups, *inputs, *params)), without keeping what `cheap` gave for the backward pass.
 
     A convolution keeps its input to learn its weights. Where that is a norm and an activation of something that is kept
-    anyway, it costs two tensors to keep and little to compute; numbers and gradients stay the same to the bit.
+    anyway, it costs two tensors to keep and little to compute again. Numbers and gradients stay the same.
 
-    :param cheap: a function without randomness; `params` are the parameters that it uses besides its `inputs`.
+    :param cheap: a function of any number of whole groups of channels, which it treats each by itself; what is large is
+        worked on in a few of them at a time in the backward pass, unless `whole`.
+    :param inputs: tensors [N x C x ...]; `params`: [C].
+    :param random: whether `cheap` draws random numbers; the backward pass then draws the same.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():    # a compiler decides such things itself
-        return conv(cheap(*inputs))
-    return _ConvOfRecomputed.apply(cheap, conv, len(inputs), conv.weight, conv.bias, *inputs, *params)
+        return conv(cheap(groups, *inputs, *params))
+    at_once = math.inf if random or whole else _ConvOfRecomputed.AT_ONCE
+    return _ConvOfRecomputed.apply(cheap, conv, groups, at_once, random, len(inputs), conv.weight, conv.bias, *inputs,
+                                   *params)
 
 
 class _ConvOfRecomputed(torch.autograd.Function):
+    AT_ONCE = 2**24     # elements to recompute at a time; a few times their bytes come on top of everything else
+
     @staticmethod
-    def forward(ctx, cheap, conv, count, weight, bias, *tensors):
-        ctx.cheap, ctx.conv, ctx.count = cheap, conv, count
+    def forward(ctx, cheap, conv, groups, at_once, random, count, weight, bias, *tensors):
+        ctx.cheap, ctx.conv, ctx.groups, ctx.at_once, ctx.count = cheap, conv, groups, at_once, count
         device = tensors[0].device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.random_state = _random_state(tensors[0].device) if random else None
         ctx.save_for_backward(weight, *tensors)
-        return conv(cheap(*tensors[:count]))
+        return conv(cheap(groups, *tensors))
 
     @staticmethod
     def backward(ctx, grad):
         weight, *tensors = ctx.saved_tensors
-        inputs, params = tensors[:ctx.count], tensors[ctx.count:]
-        device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
-            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-            value = ctx.cheap(*inputs)
+        parts = next((n for n in range(1, ctx.groups) if ctx.groups % n == 0
+                      and tensors[0].numel() <= n * ctx.at_once), ctx.groups)
+        split = [tensor.detach().chunk(parts, dim=1 if i < ctx.count else 0) for i, tensor in enumerate(tensors)]
+        pieces = [[piece.requires_grad_() for piece in pieces] for pieces in zip(*split)]
+
+        def compute(part):
+            device, dtype, enabled = ctx.autocast
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), _drawing_from(ctx.random_state):
+                return ctx.cheap(ctx.groups // parts, *pieces[part]).to(grad.dtype)
+
+        only = compute(0) if parts == 1 else None
+        value = torch.cat([compute(part).detach() for part in range(parts)], 1) if only is None else only.detach()
         conv = ctx.conv
         of_value, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            grad, value.detach().to(grad.dtype), weight.to(grad.dtype), [weight.shape[0]], conv.stride, conv.padding,
-            conv.dilation, False, [0] * len(conv.stride), conv.groups, [True, True, conv.bias is not None],
+            grad, value, weight.to(grad.dtype), [weight.shape[0]], conv.stride, conv.padding, conv.dilation, False,
+            [0] * len(conv.stride), conv.groups, [True, True, conv.bias is not None],
         )
-        further = torch.autograd.grad(value, [*inputs, *params], of_value.to(value.dtype))
+        del value
+        further = [torch.empty_like(tensor) for tensor in tensors]
+        slots = [whole.chunk(parts, dim=1 if i < ctx.count else 0) for i, whole in enumerate(further)]
+        for part, of_part in enumerate(of_value.chunk(parts, dim=1)):
+            result = compute(part) if only is None else only
+            for slot, gradient in zip(slots, torch.autograd.grad(result, pieces[part], of_part)):
+                slot[part].copy_(gradient)
+            del result
         of_bias = None if of_bias is None else of_bias.to(conv.bias.dtype)
-        return None, None, None, of_weight.to(weight.dtype), of_bias, *further
+        return *(None,) * 6, of_weight.to(weight.dtype), of_bias, *further
+
+
+def _random_state(device):
+    """Return what `_drawing_from` needs to draw once more what will be drawn on this device now."""
+    if device.type == "cpu":
+        return device, torch.get_rng_state()
+    return device, getattr(torch, device.type).get_rng_state(device)
+
+
+@contextlib.contextmanager
+def _drawing_from(state):
+    """Draw inside from a state of `_random_state`, and outside go on as if nothing had been drawn."""
+    if state is None:
+        yield
+        return
+    device, numbers = state
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        if devices:
+            getattr(torch, device.type).set_rng_state(numbers, device)
+        else:
+            torch.set_rng_state(numbers)
+        yield
 
 
 # Parameters.

@@ -172,3 +172,51 @@ def test_a_checkpointed_function_is_recomputed_under_autocast():
         y = nn.checkpoint(func, (torch.ones(1, 4),), layer.parameters(), True)
     y.sum().backward()
     assert seen == [torch.bfloat16] * 2
+
+
+# recomputing
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("groups_at_a_time", [4, 1])
+def test_recomputed_inputs_of_a_convolution_change_no_gradient(monkeypatch, groups_at_a_time, random):
+    torch.manual_seed(0)
+    conv = nn.conv_nd(2, 8, 6, 3, padding=1)
+    x, shift = torch.randn(2, 8, 5, 5, requires_grad=True), torch.randn(2, 8, 1, 1, requires_grad=True)
+    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    everything = [x, shift, weight, bias, *conv.parameters()]
+    monkeypatch.setattr(nn._ConvOfRecomputed, "AT_ONCE", x.numel() * groups_at_a_time // 4)
+    calls = []
+
+    def cheap(groups, x, shift, weight, bias):
+        calls.append(groups)
+        return F.dropout(F.silu(F.group_norm(x + shift, groups, weight, bias)), 0.5 if random else 0.0)
+
+    def run(result):
+        result.square().sum().backward()
+        gradients = [tensor.grad for tensor in everything]
+        for tensor in everything:
+            tensor.grad = None
+        return result, torch.rand(1), gradients
+
+    torch.manual_seed(1)
+    expected = run(conv(cheap(4, x, shift, weight, bias)))
+    torch.manual_seed(1)
+    got = run(nn.conv_of_recomputed(cheap, conv, (x, shift), (weight, bias), 4, random=random))
+    assert min(calls) == (4 if random else groups_at_a_time)
+    torch.testing.assert_close(got, expected)
+
+
+def test_recomputed_inputs_are_not_kept():
+    conv, x, weight = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9, requires_grad=True), torch.ones(8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        nn.conv_of_recomputed(lambda groups, x, weight: F.silu(x * weight.view(-1, 1, 1)), conv, (x,), (weight,), 8)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weight, conv.weight)}
+
+
+def test_recomputing_needs_no_gradient():
+    conv, x = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        y = nn.conv_of_recomputed(lambda groups, x: x.relu(), conv, (x,), (), 8)
+    torch.testing.assert_close(y, conv(x.relu()))
