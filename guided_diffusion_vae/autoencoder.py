@@ -81,6 +81,17 @@ def create_autoencoder(config):
     return AutoencoderKL(**arguments)
 
 
+def strides_in_words(network):
+    """Return the strides of an AutoencoderKL as `initial=2, layers=(4, 2), total downsampling: 16x`.
+
+    One number stands for all axes where they agree.
+    """
+    short = lambda axes: axes[0] if len(set(axes)) == 1 else tuple(axes)
+    layers = tuple(short(strides) for strides in network.strides)
+    total = "x".join(map(str, dict.fromkeys(network.factors) if len(set(network.factors)) == 1 else network.factors))
+    return f"initial={short(network.initial_strides)}, layers={layers}, total downsampling: {total}x"
+
+
 def to_image_range(images, image_range):
     """Map images in [0, 1] to the values that a network was trained on; inverse of `from_image_range`."""
     low, high = image_range
@@ -166,6 +177,7 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"downsample_kernel_size is {downsample_kernel_size}; it is odd, or None for the rule")
 
         self.in_channels, self.out_channels, self.latent_channels = in_channels, out_channels, latent_channels
+        self.initial_strides, self.strides = first, tuple(strides)
         self.factors = tuple(math.prod(axis) for axis in zip(first, *strides))
         build = _Builder(spatial_dims, norm_num_groups, norm_eps, recompute_norms, space_to_channel)
         levels = list(zip(num_channels, num_res_blocks, attention_levels))
@@ -537,9 +549,10 @@ class ResBlock(nn.Module):
         return self.nin_shortcut(x) + self._convolved(self.norm2, self.conv2, h)
 
     def _convolved(self, norm, conv, x):
-        if self.recompute_norms:
-            return conv_of_recomputed(lambda x: F.silu(norm(x)), conv.conv, (x,), tuple(norm.parameters()))
-        return conv(F.silu(norm(x)))
+        if not self.recompute_norms:
+            return conv(F.silu(norm(x)))
+        cheap = lambda groups, x, weight, bias: F.silu(F.group_norm(x, groups, weight, bias, norm.eps))
+        return conv_of_recomputed(cheap, conv.conv, (x,), (norm.weight, norm.bias), norm.num_groups)
 
 
 class Attention(nn.Module):

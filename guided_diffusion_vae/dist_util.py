@@ -9,6 +9,7 @@ reads it when torch is imported, so it belongs into the environment or before th
 """
 
 import atexit
+import contextlib
 import datetime
 import os
 import re
@@ -351,8 +352,8 @@ def _leave():
 def _fail(error):
     text = str(error) or type(error).__name__
     explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
-    if isinstance(error, torch.OutOfMemoryError):
-        text, explained = f"out of GPU memory{_memory_remedy()} ({text})", True
+    if is_out_of_memory(error):
+        text, explained = f"out of memory{_memory_remedy()} ({text})", True
     elif "gloo/transport" in text:  # what a rank sees when another one has left
         text, explained = "another rank ended while this one waited for it; its own error says why", True
     if not explained or os.environ.get("GDVAE_TRACEBACK") == "1":
@@ -361,6 +362,29 @@ def _fail(error):
     which = f"rank {place.rank}: " if place.size > 1 else ""
     print(f"error: {which}{text}", file=sys.stderr, flush=True)
     _end(1)
+
+
+def is_out_of_memory(error):
+    """Say whether an error came of too little memory, of the GPU's or of the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextlib.contextmanager
+def advising_on_memory(advise):
+    """Where memory runs out inside, let the error end in advise(bytes of memory), beside the memory's own message."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(f"{advise(memory_bytes())}; {error}") from error
+
+
+def memory_bytes():
+    """Return how much memory the device has that this process works on."""
+    if dev().type == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _memory_remedy():

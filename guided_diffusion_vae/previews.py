@@ -6,7 +6,7 @@ import torch
 from . import figures, logger, metrics
 from .autoencoder import from_image_range, kl_divergence, to_image_range
 from .image_datasets import labels_in, unpad
-from .train_util import Draws
+from .objectives import Draws
 from .vae_wrapper import blend_tiles
 from .volume_datasets import VolumeFolder
 

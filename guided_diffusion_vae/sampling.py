@@ -21,7 +21,7 @@ from .gaussian_diffusion import ModelMeanType
 from .image_datasets import open_archive
 from .nn import keyed_randn, keyed_rng
 from .solvers import LOOPS
-from .train_util import noised_condition
+from .objectives import noised_condition
 from .vae_wrapper import PixelCodec
 from .volume_datasets import write_nifti
 

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.overrides import TorchFunctionMode
 
 from . import dist_util, logger
 from . import gaussian_diffusion as gd
@@ -37,6 +35,12 @@ SUPER_RES_CHANNEL_MULT = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: 
 class RunConfig:
     logdir: str = opt("", "folder of the run; default $OPENAI_LOGDIR, else runs/<script>-<date>")
     dry_run: bool = opt(False, "print the resolved configuration, the data and the model's size, then stop")
+
+
+@dataclasses.dataclass
+class PlanConfig:
+    budget_gb: str = opt("12,24,32,40", "memory of the devices to plan for, in GiB, with commas between")
+    plan_batch_sizes: str = opt("1,2,4,8", "samples in a forward pass to plan for, with commas between")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,40 +291,6 @@ def _by_section(configs):
     return flags
 
 
-def print_model_size(model, forward, batch_size, averages=1):
-    """Print the parameter count and what training needs: weights, gradients, AdamW, averages, saved activations.
-
-    `forward(model)` runs the model on one sample; it is done on the meta device, where nothing is allocated, and the
-    bytes that it keeps for the backward pass are counted.
-    """
-    count = sum(p.numel() for p in model.parameters())
-    fixed = 4 * count * (4 + averages)
-    shadow = model.to("meta")
-    saved = []
-
-    def keep(tensor):
-        saved.append(tensor)  # and alive, so that no two share a number
-        return tensor
-
-    with torch.device("meta"), _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        kept_alive = forward(shadow)
-    unique = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*saved, kept_alive]}
-    for parameter in shadow.parameters():
-        unique.pop(parameter.untyped_storage()._cdata, None)
-    say(f"model: {count / 1e6:.2f} M parameters; training needs about {fixed / 2**20:.0f} MiB for weights, gradients, "
-        f"AdamW and averages, and {batch_size * sum(unique.values()) / 2**20:.0f} MiB for activations (float32, batch "
-        f"{batch_size}, without --use_checkpoint or --mixed_precision savings)")
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Let attention on the meta device keep what fused kernels keep; it would take the one that keeps the weights."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return function(*args, **(kwargs or {}))
-
-
 def say(text):
     """Print on rank 0, and into the log where there is one."""
     if dist_util.rank() == 0:
@@ -380,7 +350,7 @@ def create_model_and_diffusion(image_size, learn_sigma=False, **flags):
     """Build a UNet and its process from the flags of `model_and_diffusion_defaults`."""
     of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
     model = create_model(image_size, learn_sigma=learn_sigma, **flags)
-    return model, _process_from_flags(learn_sigma=learn_sigma, **of_process)
+    return model, create_process(learn_sigma=learn_sigma, **of_process)
 
 
 def create_model_and_diffusion_vae(latent_shape, model, diffusion, super_res=None, discrete_data=False):
@@ -390,7 +360,7 @@ def create_model_and_diffusion_vae(latent_shape, model, diffusion, super_res=Non
     """
     flags = {**as_dict(model), "in_channels": latent_shape[0], "dims": len(latent_shape) - 1}
     size = max(latent_shape[1:])
-    process = _process_from_flags(**as_dict(diffusion), discrete_data=discrete_data)
+    process = create_process(**as_dict(diffusion), discrete_data=discrete_data)
     if super_res is None:
         return create_model(size, learn_sigma=diffusion.learn_sigma, **flags), process
     known = inspect.signature(sr_create_model).parameters
@@ -404,7 +374,7 @@ def create_model(
     image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
     use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
-    in_channels=0, num_classes=0, dims=0, resample_depth=False, class_dropout=0.0,
+    in_channels=0, num_classes=0, dims=0, resample_depth=False, class_dropout=0.0, recompute_norms=False,
 ):
     """Build a UNet for a grid of `image_size` (of the latent, where it works on latents).
 
@@ -423,6 +393,7 @@ def create_model(
         use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
+        recompute_norms=recompute_norms,
     )
 
 
@@ -430,14 +401,14 @@ def sr_create_model_and_diffusion(large_size, small_size, learn_sigma=False, **f
     """Build an upsampler and its process from the flags of `sr_model_and_diffusion_defaults`."""
     of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
     model = sr_create_model(large_size, small_size, learn_sigma=learn_sigma, **flags)
-    return model, _process_from_flags(learn_sigma=learn_sigma, **of_process)
+    return model, create_process(learn_sigma=learn_sigma, **of_process)
 
 
 def sr_create_model(
     large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
     resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False, in_channels=0, num_classes=0, dims=0,
-    resample_depth=False, class_dropout=0.0, noised_condition=False,
+    resample_depth=False, class_dropout=0.0, noised_condition=False, recompute_norms=False,
 ):
     """Build an upsampler that works at `large_size` and sees the small picture as further channels.
 
@@ -455,7 +426,7 @@ def sr_create_model(
         num_heads=num_heads, num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown, use_fp16=use_fp16,
         use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
-        noised_condition=noised_condition,
+        noised_condition=noised_condition, recompute_norms=recompute_norms,
     )
 
 
@@ -472,7 +443,7 @@ def _embedded_classes(class_cond, num_classes, class_dropout):
 def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
     """Build a classifier and the process that noises its input, from `classifier_and_diffusion_defaults`."""
     of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
-    return create_classifier(image_size, **flags), _process_from_flags(learn_sigma=learn_sigma, **of_process)
+    return create_classifier(image_size, **flags), create_process(learn_sigma=learn_sigma, **of_process)
 
 
 def create_classifier(
@@ -530,16 +501,17 @@ def create_gaussian_diffusion(
     )
 
 
+def create_process(diffusion_steps=1000, **flags):
+    """Build the process that the "diffusion" flags of a header describe."""
+    return create_gaussian_diffusion(steps=diffusion_steps, **flags)
+
+
 def choose_timesteps(betas, timestep_respacing):
     """Return the times that `--timestep_respacing` asks for, of a schedule with these betas; empty: all."""
     text = str(timestep_respacing)
     if text.startswith("logsnr") and text[len("logsnr"):].isdigit():
         return space_by_log_snr(np.cumprod(1.0 - betas), int(text[len("logsnr"):]))
     return space_timesteps(len(betas), timestep_respacing or [len(betas)])
-
-
-def _process_from_flags(diffusion_steps=1000, **flags):
-    return create_gaussian_diffusion(steps=diffusion_steps, **flags)
 
 
 def _strides(size, resolutions):

@@ -20,6 +20,7 @@ from .nn import (
     cast_convolutions,
     checkpoint,
     conv_nd,
+    conv_of_recomputed,
     linear,
     normalization,
     per_axis,
@@ -49,6 +50,7 @@ class ModelConfig:
     dropout: float = opt(0.0, "probability of dropping a feature inside residual blocks while training")
     class_cond: bool = opt(False, "condition on class labels")
     use_checkpoint: bool = opt(False, "recompute blocks in the backward pass: less memory, about a third more time")
+    recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
     use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the norms, not only add to features")
     resblock_updown: bool = opt(False, "resample inside residual blocks, not by strided convolutions between them")
     use_fp16: bool = opt(False, "run the convolutions and attention in float16, with loss scaling")
@@ -156,7 +158,8 @@ class AttentionBlock(nn.Module):
     """
 
     def __init__(
-        self, channels, num_heads=1, num_head_channels=-1, use_checkpoint=False, use_new_attention_order=False
+        self, channels, num_heads=1, num_head_channels=-1, use_checkpoint=False, use_new_attention_order=False,
+        recompute_norms=False,
     ):
         super().__init__()
         if num_head_channels != -1:
@@ -174,7 +177,7 @@ class AttentionBlock(nn.Module):
             )
         self.channels = channels
         self.num_heads = num_heads
-        self.use_checkpoint = use_checkpoint
+        self.use_checkpoint, self.recompute_norms = use_checkpoint, recompute_norms
         self.norm = normalization(channels)
         self.qkv = conv_nd(1, channels, 3 * channels, 1)
         self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(num_heads)
@@ -185,9 +188,13 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._residual, (x,), self.parameters(), self.use_checkpoint)
 
     def _residual(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)        # [N x T x C]
-        mixed = self.attention.attend_tokens(pointwise(self.qkv, tokens))
+        # What a linear layer gives, its backward pass does not need: only the norm is computed again.
+        qkv = checkpoint(self._project, (x,), self.qkv.parameters(), self.recompute_norms and torch.is_grad_enabled())
+        mixed = self.attention.attend_tokens(qkv)
         return x + pointwise(self.proj_out, mixed).transpose(1, 2).reshape(x.shape)
+
+    def _project(self, x):
+        return pointwise(self.qkv, self.norm(x).flatten(2).transpose(1, 2))     # [N x T x 3*C]
 
 
 class AttentionPool2d(nn.Module):
@@ -308,11 +315,12 @@ class ResBlock(TimestepBlock):
         up=False,
         down=False,
         resample_depth=False,
+        recompute_norms=False,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.channels, self.out_channels = channels, out_channels
-        self.use_checkpoint = use_checkpoint
+        self.use_checkpoint, self.recompute_norms = use_checkpoint, recompute_norms
         self.use_scale_shift_norm = use_scale_shift_norm
 
         self.in_layers = nn.Sequential(
@@ -340,16 +348,30 @@ class ResBlock(TimestepBlock):
 
     def _residual(self, x, emb):
         norm, activation, convolve = self.in_layers
-        h = convolve(self.resample(activation(norm(x))))
+        prepare = lambda groups, x, *weights: self.resample(activation(norm.over(groups, x, *weights)))
+        # Built for all channels at once, resampling cannot be computed again in a few of them at a time.
+        h = self._convolve(prepare, norm, convolve, (x,), whole=not isinstance(self.resample, nn.Identity))
+
         told = self.emb_layers(emb).to(h.dtype)
         told = told.view(*told.shape, *(1,) * (h.dim() - 2))    # [N x C x 1 ...]
+        norm, activation, dropout, convolve = self.out_layers
+        finish = lambda h: dropout(activation(h))
+        random = dropout.p > 0 and self.training
         if self.use_scale_shift_norm:
-            scale, shift = told.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
-            h = self.out_layers[1:](h)
+            modulated = lambda groups, h, scale, shift, *weights: finish(
+                torch.addcmul(shift, norm.over(groups, h, *weights), 1 + scale)
+            )
+            h = self._convolve(modulated, norm, convolve, (h, *told.chunk(2, dim=1)), random=random)
         else:
-            h = self.out_layers(h + told)
+            biased = lambda groups, h, shift, *weights: finish(norm.over(groups, h + shift, *weights))
+            h = self._convolve(biased, norm, convolve, (h, told), random=random)
         return self.skip_connection(self.resample(x)) + h
+
+    def _convolve(self, cheap, norm, convolve, inputs, **how):
+        weights = norm.weight, norm.bias
+        if self.recompute_norms:
+            return conv_of_recomputed(cheap, convolve, inputs, weights, norm.num_groups, **how)
+        return convolve(cheap(norm.num_groups, *inputs, *weights))
 
 
 # Networks.
@@ -364,6 +386,7 @@ class _Blocks:
     conv_resample: bool
     dims: int
     use_checkpoint: bool
+    recompute_norms: bool
     num_head_channels: int
     use_scale_shift_norm: bool
     resblock_updown: bool
@@ -380,12 +403,14 @@ class _Blocks:
             dims=self.dims,
             use_checkpoint=self.use_checkpoint,
             resample_depth=self.resample_depth,
+            recompute_norms=self.recompute_norms,
             **resampling,
         )
 
     def attention(self, channels, num_heads):
         return AttentionBlock(
-            channels, num_heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
+            channels, num_heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order,
+            self.recompute_norms,
         )
 
     def halve(self, channels):
@@ -488,6 +513,7 @@ class UNetModel(_TimedNetwork):
     :param dims: spatial axes, 1 to 3.
     :param num_classes: condition on so many classes; None for none.
     :param use_checkpoint: recompute blocks in the backward pass.
+    :param recompute_norms: recompute only norms, activations and dropout.
     :param use_fp16: whether the owner means to call `convert_to_fp16`; kept for the owner.
     :param num_heads: attention heads, where `num_head_channels` is -1.
     :param num_head_channels: channels per head.
@@ -520,6 +546,7 @@ class UNetModel(_TimedNetwork):
         resblock_updown=False,
         use_new_attention_order=False,
         resample_depth=False,
+        recompute_norms=False,
     ):
         super().__init__()
         blocks = _Blocks(
@@ -528,6 +555,7 @@ class UNetModel(_TimedNetwork):
             conv_resample=conv_resample,
             dims=dims,
             use_checkpoint=use_checkpoint,
+            recompute_norms=recompute_norms,
             num_head_channels=num_head_channels,
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,
@@ -666,6 +694,7 @@ class EncoderUNetModel(_TimedNetwork):
         use_new_attention_order=False,
         pool="adaptive",
         resample_depth=False,
+        recompute_norms=False,
     ):
         super().__init__()
         blocks = _Blocks(
@@ -674,6 +703,7 @@ class EncoderUNetModel(_TimedNetwork):
             conv_resample=conv_resample,
             dims=dims,
             use_checkpoint=use_checkpoint,
+            recompute_norms=recompute_norms,
             num_head_channels=num_head_channels,
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,

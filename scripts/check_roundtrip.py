@@ -7,7 +7,7 @@ Writes metrics.json and a side-by-side picture into the run folder; the exit sta
 
 import sys
 
-from guided_diffusion_vae import dist_util, evaluation, pipeline, script_util
+from guided_diffusion_vae import dist_util, evaluation, script_util, spaces
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
@@ -24,7 +24,7 @@ def main():
     folder = script_util.begin_run(run, configs)
 
     codec = create_vae(vae, dist_util.dev())
-    pictures = pipeline.open_pictures(data, given, codec)
+    pictures = spaces.open_pictures(data, given, codec)
     latent_shape = codec.latent_shape(pictures.shape)
     script_util.say(pictures.summary())
     script_util.say(f"{codec.path}: pictures {pictures.shape} -> latents {latent_shape}")

@@ -9,7 +9,7 @@ Both models of this project describe themselves and must work on the same x0 (pi
 those of guided-diffusion are described by the flags. The diffusion model need not know classes.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, loading, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.guidance import GuidanceConfig
 from guided_diffusion_vae.image_datasets import DataConfig
@@ -30,10 +30,10 @@ def main():
     config, guidance, data, vae, model, classifier, process, run = configs
     folder = script_util.begin_run(run, configs)
 
-    sampler = pipeline.load_sampler(
+    sampler = loading.load_sampler(
         config, given, model, process, data, vae, guidance=guidance, classifier=classifier
     )
-    pipeline.sample(sampler, config, folder, run)
+    loading.sample(sampler, config, folder, run)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 It reads pictures, or latents where --cache_dir or --vae_path is given: those of the diffusion model it shall guide.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, script_util, spaces, training
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
@@ -29,8 +29,8 @@ def main():
     data, latents, scale, vae, flags, process, train, run = configs
     folder = script_util.begin_run(run, configs)
 
-    source, space = pipeline.open_data(latents, vae, scale, data, given, train.seed, folder)
-    pipeline.train_classifier(run, folder, configs, given, source, space, data, flags, process, train)
+    source, space = spaces.open_data(latents, vae, scale, data, given, train.seed, folder)
+    training.train_classifier(run, folder, configs, given, source, space, data, flags, process, train)
     script_util.end_run(folder)
 
 

@@ -4,7 +4,7 @@
         --cache_dir latents_cache/NAME
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, script_util, spaces
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentCacheConfig, write_cache
 from guided_diffusion_vae.train_util import progress_bar
@@ -23,7 +23,7 @@ def main():
     dist_util.setup_dist()
 
     codec = create_vae(vae, dist_util.dev())
-    pictures = pipeline.open_pictures(data, given, codec)
+    pictures = spaces.open_pictures(data, given, codec)
     script_util.say(pictures.summary())
 
     with progress_bar(None, 0, "encoding") as bar:
@@ -31,7 +31,7 @@ def main():
             config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(), bar.advance_to,
             dist_util.barrier, device=dist_util.dev(),
         )
-    pipeline.say_source(cache)
+    spaces.say_source(cache)
 
 
 if __name__ == "__main__":

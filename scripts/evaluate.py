@@ -10,7 +10,7 @@ Features come from the Inception network of FID (a local weights file), from a c
 confusion matrices and nearest training pictures to the run folder.
 """
 
-from guided_diffusion_vae import dist_util, evaluation, pipeline, script_util
+from guided_diffusion_vae import dist_util, evaluation, loading, script_util, training
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.train_util import ClassifierTrainConfig
@@ -33,11 +33,11 @@ def main():
     if run.dry_run:
         return
 
-    extract, judge, header, data = pipeline.open_extractors(config, vae, data, given)
+    extract, judge, header, data = loading.open_extractors(config, vae, data, given)
     report = evaluation.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])
     if config.tstr_iterations:
         train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
-        report.update(pipeline.train_on_samples(config, data, given, flags, DiffusionConfig(), train, folder))
+        report.update(training.train_on_samples(config, data, given, flags, DiffusionConfig(), train, folder))
         evaluation.write_report(report, folder)
     script_util.print_report(report)
     script_util.end_run(folder)

@@ -8,7 +8,7 @@ What goes to diffusers is compared with the original on random data before it is
 agree the export is refused with the reason. A .safetensors file is taken by all scripts here as well.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, loading, script_util
 from guided_diffusion_vae.export import ExportConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
@@ -23,7 +23,7 @@ def main():
     config, vae = script_util.parse(__doc__, *CONFIGS)
     dist_util.setup_dist()
     if dist_util.rank() == 0:
-        made = pipeline.export_model(config, VAEConfig(**vars(vae)))
+        made = loading.export_model(config, VAEConfig(**vars(vae)))
         script_util.say(f"wrote {config.out}: {made}")
 
 

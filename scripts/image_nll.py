@@ -7,7 +7,7 @@ Of pictures it is given in bits per dimension, as guided-diffusion does. Of late
 latent dimension; it says nothing of pictures, and the two must not be compared.
 """
 
-from guided_diffusion_vae import dist_util, evaluation, pipeline, script_util
+from guided_diffusion_vae import dist_util, evaluation, loading, script_util, spaces
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
@@ -27,10 +27,10 @@ def main():
     config, data, latents, vae, model, process, run = configs
     folder = script_util.begin_run(run, configs)
 
-    network, diffusion, source, space, labels = pipeline.load_with_data(
+    network, diffusion, source, space, labels = loading.load_with_data(
         config, given, model, process, data, latents, vae
     )
-    pipeline.say_source(source)
+    spaces.say_source(source)
     if run.dry_run:
         return
     clip = config.clip_denoised if space.is_pixels or "clip_denoised" in given else False

@@ -8,7 +8,7 @@ A model of this project describes itself; one of guided-diffusion is described b
 goes on where it stopped.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, loading, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.sampling import PixelSamplingConfig
@@ -28,8 +28,8 @@ def main():
     config, data, vae, model, process, run = configs
     folder = script_util.begin_run(run, configs)
 
-    sampler = pipeline.load_sampler(config, given, model, process, data, vae)
-    pipeline.sample(sampler, config, folder, run)
+    sampler = loading.load_sampler(config, given, model, process, data, vae)
+    loading.sample(sampler, config, folder, run)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ guided-diffusion, is described by the flags of its model, and needs --vae_path, 
 An interrupted sampling goes on where it stopped.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, loading, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.sampling import SamplingConfig
@@ -30,8 +30,8 @@ def main():
     config, vae, scale, data, model, process, run = configs
     folder = script_util.begin_run(run, configs)
 
-    sampler = pipeline.load_sampler(config, given, model, process, data, vae, scale)
-    pipeline.sample(sampler, config, folder, run)
+    sampler = loading.load_sampler(config, given, model, process, data, vae, scale)
+    loading.sample(sampler, config, folder, run)
 
 
 if __name__ == "__main__":

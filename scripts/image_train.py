@@ -4,7 +4,7 @@
         --lr 1e-4 --batch_size 16
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, script_util, spaces, training
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
@@ -22,8 +22,8 @@ def main():
     data, model, process, train, run = configs = script_util.parse(__doc__, *CONFIGS)
     folder = script_util.begin_run(run, configs)
 
-    source, space = pipeline.open_pixels(open_folder(data))
-    pipeline.train_diffusion("image_train", run, folder, configs, source, space, model, process, train)
+    source, space = spaces.open_pixels(open_folder(data))
+    training.train_diffusion("image_train", run, folder, configs, source, space, model, process, train)
     script_util.end_run(folder)
 
 

@@ -5,7 +5,7 @@
     mpiexec -n 2 python scripts/image_train_vae.py --config ... --data_dir DIR --vae_path runs/autoencoder
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, script_util, spaces, training
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
@@ -26,9 +26,9 @@ def main():
     latents, scale, vae, data, model, process, train, run = configs
     folder = script_util.begin_run(run, configs)
 
-    source, codec = pipeline.open_latent_source(latents, vae, data, given, train.seed, folder)
-    space = pipeline.Space(codec, pipeline.fit_normalizer(scale, source))
-    pipeline.train_diffusion("image_train_vae", run, folder, configs, source, space, model, process, train)
+    source, codec = spaces.open_latent_source(latents, vae, data, given, train.seed, folder)
+    space = spaces.Space(codec, spaces.fit_normalizer(scale, source))
+    training.train_diffusion("image_train_vae", run, folder, configs, source, space, model, process, train)
     script_util.end_run(folder)
 
 

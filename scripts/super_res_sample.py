@@ -6,7 +6,7 @@
         --model_path 64_256_upsampler.pt --base_samples 64_samples.npz --timestep_respacing 250
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, loading, script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.sampling import BaseConfig, PixelSamplingConfig
@@ -26,8 +26,8 @@ def main():
     config, base, super_res, data, vae, model, process, run = configs
     folder = script_util.begin_run(run, configs)
 
-    sampler = pipeline.load_sampler(config, given, model, process, data, vae, super_res=(base, super_res))
-    pipeline.sample(sampler, config, folder, run)
+    sampler = loading.load_sampler(config, given, model, process, data, vae, super_res=(base, super_res))
+    loading.sample(sampler, config, folder, run)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 Small pictures are averaged from large ones, or read from a second cache of the same pictures.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, script_util, spaces, training
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig, SmallCacheConfig
@@ -31,10 +31,10 @@ def main():
 
     data = DataConfig(image_size=super_res.large_size, **vars(data))
     sized = {**given, "image_size": super_res.large_size} if data.data_dir else given
-    source, space = pipeline.open_data(latents, vae, scale, data, sized, train.seed, folder)
-    small = pipeline.open_small(source, space, super_res.small_size, small_latents.small_cache_dir, given)
-    super_res = pipeline.with_sizes(super_res, source, small, given)
-    pipeline.train_diffusion(
+    source, space = spaces.open_data(latents, vae, scale, data, sized, train.seed, folder)
+    small = spaces.open_small(source, space, super_res.small_size, small_latents.small_cache_dir, given)
+    super_res = spaces.with_sizes(super_res, source, small, given)
+    training.train_diffusion(
         "super_res_train", run, folder, configs, source, space, model, process, train, super_res, small
     )
     script_util.end_run(folder)

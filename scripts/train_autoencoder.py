@@ -9,7 +9,7 @@ Held-out pictures (--val_data_dir) are measured beside every preview; the step w
 folder stands for it.
 """
 
-from guided_diffusion_vae import dist_util, pipeline, script_util
+from guided_diffusion_vae import dist_util, script_util, training
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig
 from guided_diffusion_vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.image_datasets import DataConfig
@@ -28,7 +28,7 @@ def main():
     data, autoencoder, loss, rival, perceptual, train, run = configs = script_util.parse(__doc__, *CONFIGS)
     folder = script_util.begin_run(run, configs)
 
-    pipeline.train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perceptual, train)
+    training.train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perceptual, train)
     script_util.end_run(folder)
 
 

@@ -22,7 +22,8 @@ from guided_diffusion_vae.latent_datasets import (
     EncodedPictures, LatentCache, LatentCacheConfig, LatentStream, write_cache,
 )
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
-from guided_diffusion_vae.train_util import Adversary, AutoencoderObjective, ClassifierObjective, TrainLoop
+from guided_diffusion_vae.objectives import Adversary, AutoencoderObjective, ClassifierObjective
+from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 

@@ -261,7 +261,7 @@ def test_memory_that_runs_out_is_answered_with_flags_that_the_script_has(flags, 
     monkeypatch.setattr(dist_util, "memory_flags", flags)
     with pytest.raises(SystemExit):
         dist_util.launch(main)
-    assert capsys.readouterr().err == f"error: out of GPU memory{remedy} (1 GiB)\n"
+    assert capsys.readouterr().err == f"error: out of memory{remedy} (1 GiB)\n"
 
 
 def test_mistakes_of_the_program_show_where(capsys):

@@ -17,10 +17,11 @@ LAYERS = """
     image_datasets volume_datasets latent_datasets microdoppler
     dist_util logger
     fp16_util
-    train_util
+    objectives train_util
     metrics figures sampling
     previews evaluation
-    script_util pipeline
+    script_util
+    memory spaces loading training
 """.split()
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 # library: (modules that may import it, whether only inside functions)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import figures, logger, metrics, pipeline, script_util
+from guided_diffusion_vae import figures, logger, metrics, script_util, training
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
@@ -11,7 +11,7 @@ from guided_diffusion_vae.latent_datasets import EncodedPictures
 from guided_diffusion_vae.previews import ClassifierValidation, ReconstructionPreview, SamplePreview
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.sampling import Sampler
-from guided_diffusion_vae.train_util import ClassifierObjective
+from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_previews_take_evenly_spaced_steps_of_any_process(steps, taken, first):
     header = {"latent_shape": [1, 8, 8], "image_shape": [1, 8, 8], "classes": None, "model": {"num_classes": 0},
               "normalizer": LatentNormalizer([0], [1], "auto").to_dict(),
               "diffusion": vars(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine"))}
-    sampler = pipeline.preview_sampler(None, PixelCodec(1), header)
+    sampler = training.preview_sampler(None, PixelCodec(1), header)
     assert sampler.diffusion.num_timesteps == taken and max(sampler.diffusion.timestep_map) == first
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import pipeline, script_util
+from guided_diffusion_vae import script_util
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.sampling import (
     KeyedNoise, Sampler, SamplingConfig, SmallPictures, draw, open_npz, parse_classes, solver_of, to_uint8, write_npz,
@@ -42,7 +42,7 @@ def pixels_of(path):
 
 @pytest.mark.parametrize("solver, steps", [("ddpm", ""), ("ddim", ""), ("dpmpp", "logsnr3"), ("unipc", "logsnr3")])
 def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
-    diffusion = pipeline.process_of({**vars(PROCESS), "timestep_respacing": steps})
+    diffusion = script_util.create_process(**{**vars(PROCESS), "timestep_respacing": steps})
     sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
     together = sampler.x0(range(5), [2, 0], CPU)
     assert sampler.labels(range(5), [2, 0]).tolist() == [2, 0, 2, 0, 2]
@@ -206,7 +206,7 @@ def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classe
 def test_sample_i_is_told_small_picture_i_and_its_class():
     images, labels = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([2, 0, 1])
     identity = LatentNormalizer([0], [1], "none")
-    process = pipeline.process_of(vars(PROCESS))
+    process = script_util.create_process(**vars(PROCESS))
     small = SmallPictures(images, labels, PixelCodec(1), identity, process)
     told = []
     model = lambda x, t, y, low_res: told.append((y, low_res)) or 0 * x
@@ -218,7 +218,7 @@ def test_sample_i_is_told_small_picture_i_and_its_class():
 
 def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
     images = np.zeros((2, 1, 8, 8), np.uint8)
-    process = pipeline.process_of(vars(PROCESS))
+    process = script_util.create_process(**vars(PROCESS))
     small = SmallPictures(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
     both, one = small.condition([0, 3], CPU), small.condition([3], CPU)
     assert both["low_res_times"].tolist() == [2, 2]

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from guided_diffusion_vae import dist_util, logger, pipeline, script_util
+from guided_diffusion_vae import dist_util, logger, script_util, training
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
@@ -196,7 +196,7 @@ def test_a_part_of_a_config_keeps_section_help_and_default():
 
 
 def test_every_flag_of_the_loop_is_a_field_or_an_object():
-    given = pipeline.loop_arguments(DiffusionTrainConfig(), "schedule_sampler")
+    given = training.loop_arguments(DiffusionTrainConfig(), "schedule_sampler")
     assert "schedule_sampler" not in given and given["lr"] == 1e-4
     assert set(given) <= set(TrainLoop.__init__.__kwdefaults__) | {"batch_size", "lr"}
 
@@ -219,27 +219,6 @@ def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
 
 
 # the size of a model
-
-
-@pytest.mark.parametrize("class_cond", [False, True])
-def test_activation_bytes_are_those_that_autograd_saves(capsys, class_cond):
-    classes = {"class_cond": True, "num_classes": 3} if class_cond else {}
-    model = dataclasses.replace(MODEL, attention_resolutions="8", **classes)
-    shape = (3, 8, 8)
-    network, _ = script_util.create_model_and_diffusion_vae(shape, model, PROCESS)
-    kept = []
-    labels = {"y": torch.zeros(1, dtype=torch.long)} if class_cond else {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long), **labels)
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, y]}
-    expected = sum(size for place, size in storages.items() if place not in weights)
-    count = sum(p.numel() for p in network.parameters())
-    script_util.print_model_size(network, pipeline.one_sample(shape, model), batch_size=1000)
-    said = capsys.readouterr().out
-    shown = int(said.split(" MiB for activations")[0].split()[-1]) * 2**20
-    assert f"model: {count / 1e6:.2f} M parameters" in said
-    assert shown == pytest.approx(1000 * expected, rel=0.001)
 
 
 # the run

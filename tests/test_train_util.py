@@ -13,9 +13,10 @@ import torch
 
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
+from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, mirrored
 from guided_diffusion_vae.train_util import (
-    AutoencoderTrainConfig, DiffusionObjective, Draws, PlainObjective, TrainLoop, begin_with, find_checkpoint, mirrored,
-    parse_resume_step_from_filename, seed_weights, settled,
+    AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
+    settled,
 )
 from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion_vae import unet
+from guided_diffusion_vae import memory, unet
 from guided_diffusion_vae.config import as_dict
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -142,14 +142,28 @@ def test_a_block_without_forward_is_abstract():
         unet.TimestepBlock()
 
 
-@pytest.mark.parametrize("scale_shift", [False, True])
-def test_recomputing_activations_changes_no_gradient(scale_shift):
-    x, t = inputs(2, 4, 4)
+@pytest.mark.parametrize("flag", ["use_checkpoint", "recompute_norms"])
+@pytest.mark.parametrize("options", [
+    {"use_scale_shift_norm": False}, {"use_scale_shift_norm": True}, {"dropout": 0.3}, {"resblock_updown": True},
+    {"dims": 3},
+])
+def test_recomputing_changes_no_gradient(flag, options):
+    x, t = inputs(2, *(4,) * options.get("dims", 2))
     gradients = []
-    for flag in (False, True):
-        network = tiny_unet(use_checkpoint=flag, use_scale_shift_norm=scale_shift)
+    for value in (False, True):
+        network = tiny_unet(**{flag: value}, **options).train()
+        torch.manual_seed(1)
         gradients.append(torch.autograd.grad(network(x, t).square().mean(), list(network.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_recomputing_norms_keeps_little_more_than_half(amp):
+    bytes_kept = []
+    for value in (False, True):
+        network = tiny_unet(recompute_norms=value, dropout=0.1)
+        bytes_kept.append(sum(memory.saved_activations(network, lambda n: n(*inputs(2, 16, 16)), amp).values()))
+    assert bytes_kept[1] < 0.6 * bytes_kept[0]
 
 
 def test_nothing_is_recomputed_unless_asked(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, dist_util, logger, pipeline, script_util
+from guided_diffusion_vae import checkpoint_util, dist_util, loading, logger, script_util, spaces, training
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
@@ -13,8 +13,8 @@ from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
 from guided_diffusion_vae.latent_datasets import (
     LatentCache, LatentCacheConfig, LatentConfig, LatentFolder, write_cache,
 )
-from guided_diffusion_vae.pipeline import Space
 from guided_diffusion_vae.sampling import SamplingConfig
+from guided_diffusion_vae.spaces import Space
 from guided_diffusion_vae.train_util import seed_weights
 from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
@@ -75,7 +75,7 @@ def cache(tmp_path, pictures):
 
 
 def open_cache(cache, **vae):
-    return pipeline.open_latent_source(LatentConfig(str(cache.folder)), VAEConfig(**vae), DataConfig(), {}, 0)
+    return spaces.open_latent_source(LatentConfig(str(cache.folder)), VAEConfig(**vae), DataConfig(), {}, 0)
 
 
 def test_a_cache_finds_its_autoencoder_where_it_was(cache):
@@ -87,7 +87,7 @@ def test_a_cache_finds_its_autoencoder_where_it_is_said_to_be_now(cache, tmp_pat
     (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
     assert open_cache(cache)[1] is None
     with pytest.raises(FileNotFoundError, match="no longer at .*vae.pt; say with --vae_path where it is"):
-        pipeline.codec_of(cache.autoencoder, VAEConfig(), CPU)
+        spaces.codec_of(cache.autoencoder, VAEConfig(), CPU)
     assert open_cache(cache, vae_path=str(tmp_path / "moved.pt"))[1].fingerprint == cache.autoencoder["sha256"]
 
 
@@ -104,7 +104,7 @@ def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, cap
     sha256 = cache.autoencoder["sha256"][:16]
     assert f"vae.pt no longer holds the autoencoder {sha256} that the latents were made with" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with autoencoder"):
-        pipeline.codec_of(cache.autoencoder, VAEConfig(), CPU)
+        spaces.codec_of(cache.autoencoder, VAEConfig(), CPU)
 
 
 @pytest.mark.parametrize("flag, asked, held", [
@@ -112,7 +112,7 @@ def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, cap
 ])
 def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache, flag, asked, held):
     latents = LatentConfig(str(cache.folder))
-    opened = lambda given: pipeline.open_latent_source(latents, VAEConfig(), DataConfig(), given, 0)
+    opened = lambda given: spaces.open_latent_source(latents, VAEConfig(), DataConfig(), given, 0)
     assert opened({flag: held, "lr": 0.1})[0].count == cache.count
     with pytest.raises(ValueError, match=f"--{flag} {asked} contradicts the cache {cache.folder}, whose pictures were "
                                          f"read with {flag} {held}; leave the flag away or encode again"):
@@ -121,7 +121,7 @@ def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache
 
 def test_a_plain_folder_of_latents_knows_of_no_pictures_to_contradict(tmp_path):
     np.save(tmp_path / "a_1.npy", np.ones((3, 4, 4), np.float32))
-    pipeline.require_same_pictures(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
+    spaces.require_same_pictures(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
 
 
 def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monke
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
     for folder, kind in ((cache.folder, LatentCache), (tmp_path / "plain", LatentFolder)):
         latents = LatentConfig(str(folder))
-        source, codec = pipeline.open_latent_source(latents, VAEConfig(), DataConfig(), {}, 0, torch.device("cuda"))
+        source, codec = spaces.open_latent_source(latents, VAEConfig(), DataConfig(), {}, 0, torch.device("cuda"))
         assert type(source) is kind and codec is None and source.batch([0])[0].device == CPU
 
 
@@ -165,11 +165,11 @@ def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
 @pytest.mark.parametrize("cache_dir, data_dir", [("", ""), ("a", "b")])
 def test_a_cache_and_pictures_or_neither_are_refused(cache_dir, data_dir):
     with pytest.raises(ValueError, match=f"--cache_dir is '{cache_dir}' and --data_dir is '{data_dir}'; give one"):
-        pipeline.open_latent_source(LatentConfig(cache_dir), VAEConfig(), DataConfig(data_dir), {}, 0)
+        spaces.open_latent_source(LatentConfig(cache_dir), VAEConfig(), DataConfig(data_dir), {}, 0)
 
 
 def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
-    fly, codec = pipeline.open_latent_source(LatentConfig(), VAEConfig(str(tmp_path / "vae.pt")), pictures, {}, 0)
+    fly, codec = spaces.open_latent_source(LatentConfig(), VAEConfig(str(tmp_path / "vae.pt")), pictures, {}, 0)
     assert fly.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-5)
     torch.testing.assert_close(fly.batch([2, 0])[0], cache.batch([2, 0])[0])
     assert codec.fingerprint == fly.autoencoder["sha256"]
@@ -178,10 +178,10 @@ def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
 def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, cache, tmp_path):
     vae, folder = VAEConfig(str(tmp_path / "vae.pt")), tmp_path / "run"
     folder.mkdir()
-    opened = lambda count: pipeline.open_latent_source(LatentConfig(stats_samples=count), vae, pictures, {}, 0, folder)
+    opened = lambda count: spaces.open_latent_source(LatentConfig(stats_samples=count), vae, pictures, {}, 0, folder)
     source, codec = opened(1)
-    normalizer = pipeline.fit_normalizer(NormalizerConfig(), source)
-    header = pipeline.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
+    normalizer = spaces.fit_normalizer(NormalizerConfig(), source)
+    header = training.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
     script_util.write_config(folder, "it", (), header)
     assert opened(4)[0].statistics != source.statistics  # config.json alone is no run that goes on
     checkpoint_util.commit(folder, 1, [], {})
@@ -192,30 +192,30 @@ def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, ca
 
 def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
     trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1")), "data_dir": "there"}
-    read = pipeline.as_trained(DataConfig("here", crop="center"), {"crop": "center"}, trained)
+    read = spaces.as_trained(DataConfig("here", crop="center"), {"crop": "center"}, trained)
     assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
 
 
 def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
     std = cache.statistics["std"]
-    assert pipeline.fit_normalizer(NormalizerConfig(), cache).std == [std]
-    assert pipeline.fit_normalizer(NormalizerConfig("channel"), cache).std == cache.statistics["channel_std"]
-    assert pipeline.fit_normalizer(NormalizerConfig(f"{std * 1.05}"), cache).std == [pytest.approx(std * 1.05)]
+    assert spaces.fit_normalizer(NormalizerConfig(), cache).std == [std]
+    assert spaces.fit_normalizer(NormalizerConfig("channel"), cache).std == cache.statistics["channel_std"]
+    assert spaces.fit_normalizer(NormalizerConfig(f"{std * 1.05}"), cache).std == [pytest.approx(std * 1.05)]
     with pytest.raises(ValueError, match=f"deviation of 2 with --normalizer .*; --normalizer auto or {std:.5g}"):
-        pipeline.fit_normalizer(NormalizerConfig(f"{std / 2}"), cache)
+        spaces.fit_normalizer(NormalizerConfig(f"{std / 2}"), cache)
     with pytest.raises(ValueError, match="with --normalizer none, needed is 0.9 to 1.1"):
-        pipeline.fit_normalizer(NormalizerConfig("none"), cache)
-    assert pipeline.fit_normalizer(NormalizerConfig("none", allow_latent_std=True), cache).std == [1]
+        spaces.fit_normalizer(NormalizerConfig("none"), cache)
+    assert spaces.fit_normalizer(NormalizerConfig("none", allow_latent_std=True), cache).std == [1]
 
 
 def test_the_number_of_classes_is_that_of_the_data(cache):
-    assert pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
-    assert pipeline.with_classes(MODEL, cache).num_classes == 0
+    assert training.with_classes(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
+    assert training.with_classes(MODEL, cache).num_classes == 0
     with pytest.raises(ValueError, match="--num_classes 7, but .*cache has 2; leave the flag away"):
-        pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
+        training.with_classes(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
     cache.class_names = None
     with pytest.raises(ValueError, match="--class_cond True, but .*cache has no classes: name the files"):
-        pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True), cache)
+        training.with_classes(dataclasses.replace(MODEL, class_cond=True), cache)
 
 
 # models from their checkpoints
@@ -224,11 +224,11 @@ def test_the_number_of_classes_is_that_of_the_data(cache):
 @pytest.fixture
 def run(tmp_path, cache):
     """The weights file of a diffusion model on the cache, as training writes it."""
-    model = pipeline.with_classes(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
+    model = training.with_classes(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
     torch.manual_seed(0)
     network, _ = script_util.create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
-    normalizer = pipeline.fit_normalizer(NormalizerConfig(), cache)
-    header = pipeline.diffusion_header(cache, Space(None, normalizer), model, PROCESS)
+    normalizer = spaces.fit_normalizer(NormalizerConfig(), cache)
+    header = training.diffusion_header(cache, Space(None, normalizer), model, PROCESS)
     path = tmp_path / "ema_0.9_000001.pt"
     checkpoint_util.save_weights(path, network.state_dict(), {**header, "step": 1})
     return path
@@ -237,7 +237,7 @@ def run(tmp_path, cache):
 def load(path, *flags):
     configs, given = script_util.parse_given("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
     config, vae, scale, data, model, process, _ = configs
-    return pipeline.load_sampler(config, given, model, process, data, vae, scale)
+    return loading.load_sampler(config, given, model, process, data, vae, scale)
 
 
 def test_a_weights_file_is_enough_to_sample(run, cache):
@@ -316,7 +316,7 @@ def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp
     with pytest.raises(ValueError, match="--num_heads 7 contradicts .*training/ema_0.99_000002.pt, which was trained"):
         load(folder, "--num_heads", 7)
     with pytest.raises(ValueError, match="ema_0.99_000002.pt holds .* 'diffusion', --classifier_path wants"):
-        pipeline.load_classifier(str(folder), CPU)
+        loading.load_classifier(str(folder), CPU)
     with pytest.raises(FileNotFoundError, match="pictures holds no finished checkpoint .*check --model_path"):
         load(tmp_path / "pictures")
 
@@ -330,20 +330,20 @@ CLASSIFIER = ClassifierConfig(classifier_width=32, classifier_depth=1, classifie
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_classifier_takes_pictures_that_are_not_square(pool):
     flags = dataclasses.replace(CLASSIFIER, classifier_pool=pool)
-    model, _ = pipeline.build_classifier(flags, PROCESS, (1, 16, 64))
+    model, _ = loading.build_classifier(flags, PROCESS, (1, 16, 64))
     assert model.image_size == (16, 64)
     assert model(torch.zeros(2, 1, 16, 64), torch.tensor([0, 7])).shape == (2, 3)
 
 
 def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
     torch.manual_seed(0)
-    model, _ = pipeline.build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
+    model, _ = loading.build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
     header = {"kind": "classifier", "latent_shape": [1, 16, 64], "model": as_dict(CLASSIFIER),
               "diffusion": as_dict(PROCESS), "classes": ["a", "b", "c"], "data": {}}
     checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)
     checkpoint_util.commit(tmp_path, 1, ["model000001.pt"], {})
     for path in (tmp_path, tmp_path / "model000001.pt"):
-        again, found = pipeline.load_classifier(str(path), CPU)
+        again, found = loading.load_classifier(str(path), CPU)
         assert found["classes"] == ["a", "b", "c"] and not again.training
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
@@ -354,10 +354,10 @@ def test_weights_of_another_kind_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="ema_0.9_000001.pt holds a model of kind 'diffusion', --vae_path wants"):
         load(run, "--vae_path", run)
     with pytest.raises(ValueError, match="ema_0.9_000001.pt .*'diffusion', --classifier_path wants .*'classifier'"):
-        pipeline.load_classifier(run, CPU)
+        loading.load_classifier(run, CPU)
     torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="bare.pt does not say how it is built; --classifier_path wants a checkpoint"):
-        pipeline.load_classifier(tmp_path / "bare.pt", CPU)
+        loading.load_classifier(tmp_path / "bare.pt", CPU)
 
 
 def test_a_missing_or_damaged_model_is_named(run, tmp_path):

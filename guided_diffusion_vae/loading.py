@@ -1,0 +1,364 @@
+"""Build models and samplers from checkpoints: their headers describe them, flags may not contradict these.
+
+A bare state dict, such as a released checkpoint, is described by flags alone.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from . import checkpoint_util, dist_util, export, metrics
+from .config import as_dict, from_dict, frozen, size
+from .files import sha256_of_file
+from .gaussian_diffusion import DiffusionConfig
+from .guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
+from .image_datasets import labels_in, parse_size, require_labels
+from .latent_datasets import EncodedPictures
+from .sampling import Sampler, SmallPictures, draw, open_npz, parse_classes, solver_of
+from .script_util import (
+    NUM_CLASSES, create_classifier_and_diffusion, create_model_and_diffusion_vae, create_process, end_run,
+    say,
+)
+from .spaces import (
+    Space, as_trained, open_cache, open_pixels, require_same_space, space_header, space_of, works_on_pixels,
+)
+from .unet import ClassifierConfig, ModelConfig, SuperResConfig
+from .vae_wrapper import LatentNormalizer, PixelCodec, create_vae
+from .volume_datasets import open_folder
+
+# What a sampler may choose freely: everything else in the header of a model describes the weights.
+FREE_AT_SAMPLING = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
+                    "classifier_use_fp16")
+
+
+def open_extractors(config, vae, data, given):
+    """Return (extract, judge, header, data) for `evaluation.evaluate`: what measures pictures, and how they are read.
+
+    `judge` is the classifier of `--classifier_path` or None; `header` says which pictures and classes it knows.
+    """
+    device = dist_util.dev()
+    header, judge = {"classes": None, "image_shape": None, "data": {}}, None
+    if config.classifier_path:
+        classifier, header = load_classifier(config.classifier_path, device)
+        space = space_of(header, vae, device)
+        prepare = None if space.is_pixels else lambda images: space.encode(images.to(device))
+        judge = metrics.classifier_features(classifier, prepare)
+    if config.inception_path:
+        extract = metrics.inception_features(config.inception_path, device)
+    elif judge:
+        extract = judge
+    else:
+        codec = create_vae(vae, device)
+        extract, header = metrics.latent_features(codec), {**header, "data": codec.preprocessing}
+    return extract, judge, header, as_trained(data, given, header["data"])
+
+
+def build_classifier(flags, process, shape):
+    """Build the classifier of x0 [C x ...] and the process that noises them."""
+    sides = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
+    return create_classifier_and_diffusion(image_size=sides, **as_dict(flags), **as_dict(process))
+
+
+def load_diffusion_model(path, given, model, process, shape=None, super_res=None, pixels=False, flag="--model_path"):
+    """Rebuild a diffusion model or an upsampler from its weights file; return (model, diffusion, header).
+
+    The header describes the model; `given` flags that contradict it are refused, those of FREE_AT_SAMPLING win over it.
+    Weights without a header, such as a released checkpoint, are described by the flags alone: the two configs, the
+    `shape` of x0 [C x ...], a SuperResConfig for an upsampler, and whether x0 are `pixels`.
+    """
+    weights, header = checkpoint_util.load_weights(path, "cpu", flag)
+    if header is not None:
+        checkpoint_util.require_kind(header, "super_res" if super_res else "diffusion", path, flag)
+        described = described_by(header, given, path, ("model", "diffusion", "super_res"))
+        model, process = from_dict(ModelConfig, described), from_dict(DiffusionConfig, described)
+        super_res = super_res and from_dict(SuperResConfig, described)
+        shape = header["latent_shape"]
+        pixels = works_on_pixels(header)
+    network, diffusion = create_model_and_diffusion_vae(tuple(shape), model, process, super_res, discrete_data=pixels)
+    checkpoint_util.load_into(network, weights, path, flag)
+    network.to(dist_util.dev())
+    if model.use_fp16:
+        network.convert_to_fp16()
+    return network.eval(), diffusion, header
+
+
+def described_by(header, given, path, sections):
+    """Return the flags of a header's sections; `given` ones that contradict it are refused or, if free, win."""
+    described = {key: value for section in sections for key, value in header.get(section, {}).items()}
+    for key, value in given.items():
+        if key in described and key not in FREE_AT_SAMPLING and frozen(described[key]) != value:
+            raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key} {described[key]}; "
+                             "leave the flag away")
+    return {**described, **{key: given[key] for key in FREE_AT_SAMPLING if key in given}}
+
+
+def load_sampler(config, given, model, process, data, vae, scale=None, guidance=None, classifier=None, super_res=None):
+    """Return the Sampler that the configs of a sampling script describe.
+
+    `scale` is there where a model without a header works on latents; without it such a model works on pixels.
+    `guidance` and `classifier` (their configs) are there where a classifier guides, `super_res` (a BaseConfig and a
+    SuperResConfig) for an upsampler.
+    """
+    base, super_res = super_res or (None, None)
+    path = weights_file(config.model_path, "--model_path")
+    if is_described(path):
+        network, diffusion, header = load_diffusion_model(path, given, model, process, super_res=super_res)
+        space = space_of(header, vae, dist_util.dev())
+    else:
+        space = _space_of_flags(path, scale, data, vae)
+        header = _header_of_flags(space, model, process, data, super_res)
+        network, diffusion, _ = load_diffusion_model(
+            path, given, model, process, header["latent_shape"], super_res, space.is_pixels
+        )
+    sampler = sampler_from(network, diffusion, space, header)
+    _require_described(sampler, given, scale, data, path)
+    sampler.solver, sampler.seed = solver_of(config), config.seed
+    sampler.made_from["model"] = _digest_on_rank_0(path)
+    if "clip_denoised" in given:
+        sampler.clip_denoised = config.clip_denoised
+    if config.cfg_scale != 1:
+        _guide_free(sampler, config, header, path)
+    elif config.cfg_interval:
+        raise ValueError(f"--cfg_interval {config.cfg_interval} bounds a guidance that --cfg_scale 1 does not do")
+    if guidance is not None:
+        _guide_by_classifier(sampler, guidance, classifier, process, given, header)
+    if super_res is not None:
+        sampler.small = open_base(base, sampler, from_dict(SuperResConfig, header["super_res"]), header["diffusion"])
+        sampler.made_from.update(base=base.base_samples, cond_noise_level=base.cond_noise_level)
+    return sampler
+
+
+def _digest_on_rank_0(path):
+    """Return the SHA-256 of a file where samplings are compared with it, on rank 0; reading it once is enough."""
+    return sha256_of_file(path) if dist_util.rank() == 0 else None
+
+
+def _space_of_flags(path, scale, data, vae):
+    """Return the Space of a bare state dict, which only flags can tell."""
+    if scale is None:
+        return Space(PixelCodec(data.image_channels or 3), LatentNormalizer([0], [1], "none"))
+    if scale.normalizer in ("auto", "channel"):
+        raise ValueError(f"{path} is a bare state dict and brings no statistics for --normalizer {scale.normalizer}; "
+                         "give the number that its latents were divided by, or none")
+    codec = create_vae(vae, dist_util.dev())
+    return Space(codec, LatentNormalizer.fit(scale.normalizer, None, codec.scale_factor))
+
+
+def _header_of_flags(space, model, process, data, super_res):
+    """Return what the header of a bare state dict would say."""
+    sides = parse_size(super_res.large_size if super_res else data.image_size)
+    shape = [data.image_channels or space.codec.in_channels, *sides]
+    classes = (model.num_classes or NUM_CLASSES) if model.class_cond else 0
+    return {"model": {**as_dict(model), "num_classes": classes}, "diffusion": as_dict(process), "classes": None,
+            "super_res": super_res and as_dict(super_res), "latent_shape": list(space.codec.latent_shape(shape)),
+            "image_shape": shape, "normalizer": space.normalizer.to_dict(), "autoencoder": space.codec.describe()}
+
+
+def _require_described(sampler, given, scale, data, path):
+    """Refuse flags of the space and the pictures that contradict the model; those of the model itself are done with."""
+    channels, *sides = sampler.image_shape
+    found = {"image_size": size("x".join(map(str, sides))), "image_channels": channels}
+    asked = {**vars(data), **({} if scale is None else vars(scale))}
+    for flag, value in {**found, "normalizer": sampler.normalizer.mode}.items():
+        if flag in given and asked[flag] not in (0, value):
+            raise ValueError(f"--{flag} {asked[flag]} contradicts {path}, which was trained with {flag} {value}; leave "
+                             "the flag away")
+
+
+def _guide_free(sampler, config, header, path):
+    if not header["model"].get("class_dropout"):
+        raise ValueError(f"--cfg_scale {config.cfg_scale} needs a model that was trained with --class_dropout above 0; "
+                         f"{path} was not, so it knows nothing of data without classes")
+    interval = parse_interval(config.cfg_interval)
+    times = times_between(sampler.diffusion, interval) if interval else None
+    if interval and times is None:
+        raise ValueError(f"--cfg_interval {config.cfg_interval}: none of the {sampler.diffusion.num_timesteps} steps "
+                         "has a noise level inside; widen it")
+    sampler.model = ClassifierFree(sampler.model, sampler.num_classes, config.cfg_scale, times)
+    sampler.made_from.update(cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
+
+
+def _guide_by_classifier(sampler, guidance, classifier, process, given, header):
+    if not guidance.classifier_path:
+        raise FileNotFoundError("no classifier given; --classifier_path wants a run of classifier_train.py, or one "
+                                "weights file of it")
+    path = weights_file(guidance.classifier_path, "--classifier_path")
+    network, described = load_classifier(path, dist_util.dev(), given, classifier, process, sampler.shape)
+    if described["noised"] is False:
+        raise ValueError(f"{path} was trained on clean data (--noised False) and cannot read noisy x0; train another "
+                         "with --noised True")
+    if "autoencoder" in described:
+        require_same_space(header, described, path, "--classifier_path")
+        _require_same_noise(header["diffusion"], described["diffusion"], path)
+    names = described["classes"], sampler.class_names
+    if all(names) and names[0] != names[1]:
+        raise ValueError(f"{path} knows the classes {', '.join(names[0])}, the diffusion model {', '.join(names[1])}")
+    sampler.class_names = sampler.class_names or described["classes"]
+    sampler.guided_classes = network.out_channels
+    sampler.cond_fn = classifier_gradient(network, guidance.classifier_scale)
+    sampler.made_from.update(classifier=_digest_on_rank_0(path), classifier_scale=guidance.classifier_scale)
+
+
+def _require_same_noise(model, classifier, path):
+    for flag in ("diffusion_steps", "noise_schedule", "rescale_timesteps"):
+        if model[flag] != classifier[flag]:
+            raise ValueError(f"{path} was trained with --{flag} {classifier[flag]}, the diffusion model with "
+                             f"{model[flag]}: the same time would mean another noise to each; train the classifier "
+                             "with the diffusion model's")
+
+
+def open_base(base, sampler, super_res, process):
+    """Return the `SmallPictures` that `--base_samples` holds, after comparing them with the upsampler."""
+    if not base.base_samples:
+        raise FileNotFoundError("no small pictures given; --base_samples wants an .npz of samples")
+    samples = open_npz(base.base_samples)
+    channels, sides = samples.images.shape[-1], samples.images.shape[1:-1]
+    wanted = (sampler.image_shape[0], *parse_size(super_res.small_size))
+    if (channels, *sides) != wanted:
+        raise ValueError(f"{base.base_samples} holds pictures of shape {(channels, *sides)}, the upsampler was trained "
+                         f"on {wanted} (channels, sides); give another --base_samples")
+    if sampler.num_classes and samples.labels is None:
+        raise ValueError(f"{base.base_samples} has no labels (arr_1), which this upsampler wants; sample the small "
+                         "pictures with a model that has classes")
+    if not 0 <= base.cond_noise_level <= max(super_res.cond_noise_steps - 1, 0):
+        raise ValueError(f"--cond_noise_level {base.cond_noise_level}: the upsampler was trained with "
+                         f"--cond_noise_steps {super_res.cond_noise_steps}, so levels from 0 to below that can be had")
+    images = np.moveaxis(samples.images, -1, 1)
+    whole = create_process(**{**process, "timestep_respacing": ""})
+    return SmallPictures(images, samples.labels if sampler.num_classes else None, sampler.codec, sampler.normalizer,
+                         whole, base.cond_noise_level, sampler.seed)
+
+
+def sampler_from(model, diffusion, space, header):
+    """Return the Sampler of a model that its header describes."""
+    shape = tuple(header["latent_shape"])
+    image_shape = header["image_shape"]
+    if not image_shape:
+        image_shape = space.codec.in_channels, *(n * f for n, f in zip(shape[1:], space.codec.factors))
+    sampler = Sampler(model, diffusion, shape, space.codec, space.normalizer, tuple(image_shape),
+                      header["model"]["num_classes"], header["classes"])
+    if len(image_shape) == 4 and (header.get("data") or {}).get("spacing"):
+        sampler.spacing = tuple(float(s) for s in header["data"]["spacing"].split(","))
+    return sampler
+
+
+def load_with_data(config, given, model, process, data, latents, vae):
+    """Return (network, diffusion, source, Space, labels or None): a diffusion model, and held-out data as it sees them.
+
+    The data are a cache or pictures, in the space that the model's header names; a model without a header works on
+    pixels. Labels are numbered as the model's classes are, and None where it has none.
+    """
+    device = dist_util.dev()
+    path = weights_file(config.model_path, "--model_path")
+    if is_described(path):
+        network, diffusion, header = load_diffusion_model(path, given, model, process)
+        data = as_trained(data, given, header["data"])
+        if works_on_pixels(header) or data.data_dir:
+            space = space_of(header, vae, device)
+            pictures = open_folder(data, multiple=space.codec.factors)
+            source = EncodedPictures(pictures, space.codec, device, statistics={})
+        else:
+            space = Space(None, LatentNormalizer.from_dict(header["normalizer"]))
+            source = open_cache(latents.cache_dir, given)
+        require_same_space(header, {**header, **space_header(source, space)}, source.folder, "the data")
+    else:
+        pictures = open_folder(data)
+        source, space = open_pixels(pictures)
+        network, diffusion, header = load_diffusion_model(path, given, model, process, source.latent_shape, pixels=True)
+        header = {"classes": source.class_names}
+    if not network.num_classes:
+        return network, diffusion, source, space, None
+    require_labels(source, True)
+    return network, diffusion, source, space, labels_in(source, header["classes"])
+
+
+def weights_file(path, flag):
+    """Return the weights file that a flag names: itself, or of a run folder the one to use (see `newest_weights`).
+
+    Rank 0 looks and all ranks take what it found, as the run may go on meanwhile.
+    """
+    if not path:
+        raise FileNotFoundError(f"no model given; {flag} wants a run folder, or a model or ema file")
+    if not Path(path).is_dir():
+        return path
+    newest = checkpoint_util.newest_weights(path, flag) if dist_util.rank() == 0 else None
+    newest = dist_util.broadcast_object(newest)
+    say(f"{flag} {path}: taking {newest.name}")
+    return newest
+
+
+def is_described(path, flag="--model_path"):
+    """Say whether a weights file carries a header."""
+    return checkpoint_util.load_weights(path, "meta", flag)[1] is not None
+
+
+def load_classifier(path, device, given=(), flags=None, process=None, shape=None, flag="--classifier_path"):
+    """Rebuild a classifier from its run folder or weights file; return (model, header).
+
+    One without a header, such as a released checkpoint, is described by `flags` (a ClassifierConfig), the process that
+    noised its data and the `shape` of x0 [C x ...]; where they are missing it is refused.
+    """
+    path = weights_file(path, flag)
+    weights, header = checkpoint_util.load_weights(path, "cpu", flag)
+    if header is not None:
+        checkpoint_util.require_kind(header, "classifier", path, flag)
+        own = {key: value for key, value in dict(given).items() if key.startswith("classifier_")}
+        described = described_by(header, own, path, ("model", "diffusion"))
+        flags, process = from_dict(ClassifierConfig, described), from_dict(DiffusionConfig, described)
+        shape = header["latent_shape"]
+    elif flags is None:
+        raise ValueError(f"{path} does not say how it is built; {flag} wants a checkpoint of classifier_train.py")
+    else:
+        flags = dataclasses.replace(flags, classifier_in_channels=shape[0], classifier_dims=len(shape) - 1)
+        header = {"classes": None, "noised": True}
+    model, _ = build_classifier(flags, process, shape)
+    checkpoint_util.load_into(model, weights, path, flag)
+    model.to(device)
+    if flags.classifier_use_fp16:
+        model.convert_to_fp16()
+    return model.eval(), header
+
+
+def export_model(config, vae):
+    """Write a model as ExportConfig says; return what it was made of, for the log.
+
+    :raises ValueError: for a kind of model, or an architecture, that the format has no place for.
+    """
+    if not config.out:
+        raise FileNotFoundError("nowhere to write to; set --out")
+    path = weights_file(config.model_path, "--model_path")
+    weights, header = checkpoint_util.load_weights(path, "cpu")
+    if header is None:
+        raise ValueError(f"{path} does not say how it is built; --model_path wants a run or a weights file of this "
+                         "project")
+    if config.format == "safetensors":
+        if not config.out.endswith(".safetensors"):
+            raise ValueError(f"--out {config.out}: the file's name ends in .safetensors")
+        checkpoint_util.save_safetensors(config.out, weights, header)
+        return f"{header['kind']} of {path} with its header"
+    if header["kind"] == "autoencoder":
+        codec = create_vae(dataclasses.replace(vae, vae_path=str(path)), "cpu")
+        export.save_folder(export.codec_to_diffusers(codec), config.out)
+        return f"AutoencoderKL of {path}, scaling_factor {codec.scale_factor}"
+    checkpoint_util.require_kind(header, "diffusion", path, "--format diffusers")
+    network, _, header = load_diffusion_model(path, {}, None, None)
+    space = space_of(header, vae, "cpu")
+    made = export.pipeline_to_diffusers(network.cpu(), header, space.codec, space.normalizer)
+    export.save_folder(made, config.out)
+    return f"{type(made).__name__} of {path}"
+
+
+def sample(sampler, config, folder, run):
+    """Draw the samples that a SamplingConfig asks for into `folder`; with `run.dry_run` say what would be drawn."""
+    if sampler.small is not None and sampler.small.labels is not None:
+        classes = None
+        if config.classes:
+            raise ValueError(f"--classes {config.classes}: an upsampler takes the classes of its --base_samples")
+    else:
+        classes = parse_classes(config.classes, sampler.num_classes or sampler.guided_classes, sampler.class_names)
+    say(sampler.summary())
+    if not run.dry_run:
+        path = draw(sampler, classes, config, folder, dist_util.dev())
+        say(f"saved {config.num_samples} samples to {path}")
+        end_run(folder)

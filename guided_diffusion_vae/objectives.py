@@ -1,0 +1,262 @@
+"""What is learned: losses per sample, from keyed random numbers.
+
+An objective is a callable `(model, batch, cond, draws) -> (terms, times)`, where `terms` are losses per sample [N] with
+the one to descend under "loss", and `times` are diffusion steps [N] or None. Everything random is keyed by (seed, step,
+slot in the global batch), so neither the number of ranks nor an interruption changes it.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import logger
+from .autoencoder import autoencoder_losses, to_image_range
+from .discriminator import adaptive_weight, discriminator_losses, generator_losses
+from .fp16_util import MixedPrecisionTrainer
+from .nn import keyed_randn, keyed_rng, keyed_seed
+from .resample import LossAwareSampler, UniformSampler
+
+# Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
+NOISE, TIMES, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMES, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
+MIRROR = 12  # and one number more for every further axis; evaluation has 11
+SLICES = 15
+
+
+class Draws:
+    """Random numbers of one step, for the slots of the global batch that one forward pass works on."""
+
+    def __init__(self, seed, step, slots, global_batch):
+        self.seed, self.step, self.slots, self.global_batch = seed, step, slots, global_batch
+
+    def part(self, start, stop):
+        """Return the draws of the samples start..stop of this rank's batch."""
+        return Draws(self.seed, self.step, self.slots[start:stop], self.global_batch)
+
+    def normal(self, shape, device, stream=NOISE):
+        """Return standard normal noise [n x *shape], one row a slot."""
+        keys = [(self.seed, stream, self.step, slot) for slot in self.slots]
+        return keyed_randn(shape, keys).to(device, non_blocking=True)
+
+    def times(self, sampler, device):
+        """Return (times [n], weights [n]): drawn for the whole global batch, so that every rank sees one draw."""
+        t, weights = sampler.sample(self.global_batch, device, self._generator(TIMES))
+        return t[self._here], weights[self._here]
+
+    def uniform(self, stream, device):
+        """Return numbers evenly spread over [0, 1), [n], one a slot."""
+        drawn = self._generator(stream).random_sample(self.global_batch)[self._here]
+        return torch.from_numpy(drawn).to(device, non_blocking=True)
+
+    def _generator(self, stream):
+        return np.random.RandomState(keyed_seed(self.seed, stream, self.step) % 2**32)
+
+    @property
+    def _here(self):
+        return slice(self.slots[0], self.slots[-1] + 1)
+
+
+class DiffusionObjective:
+    """The losses of `GaussianDiffusion.training_losses` at drawn times, weighted as the sampler of times asks.
+
+    :param class_dropout: share of samples whose label is replaced by `null_label`.
+    :param cond_noise_steps: noise the `low_res` of an upsampler to a time drawn below this, and tell the network.
+    """
+
+    def __init__(self, diffusion, schedule_sampler=None, class_dropout=0.0, null_label=None, cond_noise_steps=0):
+        self.diffusion = diffusion
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.class_dropout, self.null_label, self.cond_noise_steps = class_dropout, null_label, cond_noise_steps
+
+    def __call__(self, model, x0, cond, draws):
+        t, weights = draws.times(self.schedule_sampler, x0.device)
+        noise = draws.normal(x0.shape[1:], x0.device)
+        terms = self.diffusion.training_losses(model, x0, t, model_kwargs=self._told(cond, draws), noise=noise)
+        terms["unweighted"] = terms["loss"].detach()
+        return {k: v if k == "unweighted" else v * weights for k, v in terms.items()}, t
+
+    def _told(self, cond, draws):
+        """Return what the network is told: labels of which some are hidden, small pictures with noise on them."""
+        told = dict(cond)
+        if self.class_dropout and "y" in cond:
+            hidden = draws.uniform(CLASSES, cond["y"].device) < self.class_dropout
+            told["y"] = cond["y"].masked_fill(hidden, self.null_label)
+        if self.cond_noise_steps:
+            low_res = cond["low_res"]
+            times = (draws.uniform(CONDITION_TIMES, low_res.device) * self.cond_noise_steps).long()
+            noise = draws.normal(low_res.shape[1:], low_res.device, CONDITION_NOISE)
+            told["low_res"] = noised_condition(self.diffusion, low_res, times, noise)
+            told["low_res_times"] = times
+        return told
+
+    def after_step(self, t, terms):
+        """Report the losses of a whole step to a sampler that learns from them."""
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, terms["unweighted"])
+
+    def log(self, batch, t, terms):
+        logger.logkv_mean("x0_std", batch.std(correction=0))
+        log_loss_dict(self.diffusion, t, {k: v for k, v in terms.items() if k != "unweighted"})
+
+    def state_dict(self):
+        return self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
+
+    def load_state_dict(self, state):
+        if state:
+            self.schedule_sampler.load_state_dict(state)
+
+
+def noised_condition(diffusion, low_res, times, noise):
+    """Return small pictures noised to `times` [N]; time 0 stands for none at all, and leaves them alone."""
+    clean = (times == 0).view(-1, *(1,) * (low_res.dim() - 1))
+    return torch.where(clean, low_res, diffusion.q_sample(low_res, times, noise))
+
+
+class PlainObjective:
+    """An objective without times or memory: `losses(model, batch, cond, draws) -> {name: [N]}`."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def __call__(self, model, batch, cond, draws):
+        return self.losses(model, batch, cond, draws), None
+
+    def after_step(self, t, terms):
+        pass
+
+    def log(self, batch, t, terms):
+        for name, value in terms.items():
+            logger.logkv_mean(name, value.detach().mean())
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def mirrored(images, draws):
+    """Return pictures mirrored along every axis by a coin of its own.  [N x C x ...] -> same."""
+    for axis in range(2, images.dim()):
+        heads = draws.uniform(MIRROR + axis - 2, images.device) < 0.5
+        images = torch.where(heads.view(-1, *(1,) * (images.dim() - 1)), images.flip(axis), images)
+    return images
+
+
+class AutoencoderObjective(PlainObjective):
+    """The losses of a KL autoencoder on pictures in [0, 1], its latents drawn with keyed noise.
+
+    :param network: the autoencoder itself, without what distributes it.
+    :param perceptual: (weight, `PerceptualLoss`) or None.
+    :param adversary: an `Adversary`, or None.
+    """
+
+    def __init__(self, loss_config, network, image_range, mirror=False, perceptual=None, adversary=None):
+        self.config, self.network, self.image_range, self.mirror = loss_config, network, image_range, mirror
+        self.perceptual, self.adversary = perceptual, adversary
+
+    def __call__(self, model, images, cond, draws):
+        x = to_image_range(mirrored(images, draws) if self.mirror else images, self.image_range)
+        eps = draws.normal(self.network.latent_shape(x.shape[2:]), x.device)
+        reconstruction, mean, sigma = model(x, eps)
+        terms = autoencoder_losses(self.config, x, reconstruction, mean, 2 * sigma.float().log())
+        if self.perceptual:
+            weight, distance = self.perceptual
+            terms["perceptual_loss"] = distance(reconstruction, x, keyed_rng(draws.seed, SLICES, draws.step))
+            terms["loss"] = terms["loss"] + weight * terms["perceptual_loss"]
+        if self.adversary and self.adversary.is_heeded(draws.step):
+            self.adversary.add_to(terms, x, reconstruction, self.network.last_layer)
+        return terms, None
+
+
+class Adversary:
+    """A discriminator in training beside an autoencoder: `add_to` its loss, then `learn` from the same pictures."""
+
+    def __init__(self, network, config, lr):
+        self.network, self.config = network, config
+        self.opt = torch.optim.AdamW(network.parameters(), lr=config.discriminator_lr or lr, betas=(0.5, 0.9),
+                                     weight_decay=0.0, fused=True)
+        self._seen = []
+
+    def begin(self, ddp_model, scale_loss, scale_growth):
+        """Take over what the training loop decides: how the network is distributed, and its loss scaled."""
+        self.ddp_model = ddp_model
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=self.network, scale_loss=scale_loss, fp16_scale_growth=scale_growth, name="discriminator_"
+        )
+
+    def is_heeded(self, step):
+        """Say whether the warm-up is over."""
+        return step >= self.config.discriminator_start
+
+    def add_to(self, terms, real, fake, last_layer):
+        """Add the adversarial term of a microbatch to its losses [N], and remember the pictures for `learn`."""
+        self.network.requires_grad_(False)
+        losses = generator_losses(self.config.discriminator_loss, self.network(fake).float())
+        self.network.requires_grad_(True)
+        weight = self.config.discriminator_weight
+        if self.config.adaptive_weight:
+            factor = adaptive_weight(terms["loss"].mean(), losses.mean(), last_layer)
+            terms["adaptive_weight"] = factor.expand(len(losses))
+            weight = weight * factor
+        terms["adversarial_loss"] = losses
+        terms["loss"] = terms["loss"] + weight * losses
+        self._seen.append((real.detach(), fake.detach()))
+
+    def learn(self, communicate, autocast):
+        """Take one step on what `add_to` has seen since the last; nothing during the warm-up."""
+        seen, self._seen = self._seen, []
+        total = sum(len(real) for real, _ in seen)
+        self.mp_trainer.zero_grad()
+        for i, (real, fake) in enumerate(seen):
+            with communicate(self.ddp_model, i + 1 == len(seen)), autocast():
+                # One pass over both: two passes of a distributed model would need two reductions.
+                judged_real, judged_fake = self.ddp_model(torch.cat([real, fake])).float().chunk(2)
+                losses = discriminator_losses(self.config.discriminator_loss, judged_real, judged_fake)
+                self.mp_trainer.backward(losses.mean() * (len(real) / total))
+            logger.logkv_mean("discriminator_loss", losses.detach().mean(), len(real))
+            logger.logkv_mean("logits_real", judged_real.detach().mean(), len(real))
+            logger.logkv_mean("logits_fake", judged_fake.detach().mean(), len(real))
+        if seen:
+            self.mp_trainer.optimize(self.opt)
+
+
+class ClassifierObjective:
+    """Cross-entropy on x0; with `noised`, on x0 noised to drawn times. Log keys begin with `prefix`."""
+
+    def __init__(self, diffusion, schedule_sampler, noised=True, prefix="train"):
+        self.diffusion, self.schedule_sampler, self.noised, self.prefix = diffusion, schedule_sampler, noised, prefix
+
+    def __call__(self, model, x0, cond, draws):
+        labels = cond["y"]
+        t = torch.zeros_like(labels)
+        if self.noised:
+            t, _ = draws.times(self.schedule_sampler, x0.device)
+            x0 = self.diffusion.q_sample(x0, t, noise=draws.normal(x0.shape[1:], x0.device))
+        logits = model(x0, t).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        return {"loss": F.cross_entropy(logits, labels, reduction="none"), "acc@1": best[:, 0].float(),
+                "acc@5": best.any(1).float()}, t
+
+    def after_step(self, t, terms):
+        pass
+
+    def log(self, batch, t, terms):
+        log_loss_dict(self.diffusion, t, {f"{self.prefix}_{name}": value for name, value in terms.items()})
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """Log the mean of every loss [N] and its means over the quarters of the process, without waiting for the device."""
+    quarter = (ts * 4).div(diffusion.num_timesteps, rounding_mode="floor").long()
+    counts = torch.zeros(4, device=ts.device).index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))
+    for name, value in losses.items():
+        value = value.detach().float()
+        logger.logkv_mean(name, value.mean())
+        sums = torch.zeros(4, device=ts.device).index_add_(0, quarter, value)
+        for q in range(4):
+            logger.logkv_mean(f"{name}_q{q}", sums[q] / counts[q].clamp(min=1), weight=counts[q])

@@ -1,0 +1,175 @@
+import contextlib
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from guided_diffusion_vae import dist_util, memory
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
+from guided_diffusion_vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.memory import GIB, AutoencoderPlan, DiffusionPlan, Estimate, advice, estimated, savings
+from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig
+from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
+
+NETWORK = AutoencoderConfig(num_channels=(16, 32), downsample_factors=(4,), attention_levels=(False, True))
+
+
+def autoencoder_plan(shape=(1, 32, 32), network=None, train=None, **rival):
+    return AutoencoderPlan(shape, dataclasses.replace(NETWORK, **(network or {})), AutoencoderTrainConfig(
+        **{"batch_size": 2, **(train or {})}), AutoencoderLossConfig(), DiscriminatorConfig(**rival))
+
+
+def diffusion_plan(train=None, super_res=None, low_res_shape=None, **model):
+    flags = {"num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "attention_resolutions": "8", **model}
+    return DiffusionPlan((4, 16, 16), ModelConfig(**flags), DiffusionTrainConfig(**{"batch_size": 2, **(train or {})}),
+                         DiffusionConfig(), super_res, low_res_shape)
+
+
+def saved_in_truth(network, forward):
+    """Return the bytes of distinct storages that autograd keeps in a real run, and of the result."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = forward(network)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, *result]}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"recompute_norms": True}, {"initial_downsample_factor": 2}, {"space_to_channel": True},
+    {"initial_downsample_factor": 2, "final_upsample": "shuffle"}, {"spatial_dims": 3, "downsample_factors": (2,)},
+])
+def test_activations_of_an_autoencoder_are_what_autograd_saves(flags):
+    config = dataclasses.replace(NETWORK, in_channels=1, **flags)
+    shape = (2, 1, 16, 16, 16) if config.spatial_dims == 3 else (2, 1, 64, 64)
+    forward = lambda network: network(torch.zeros(shape), torch.zeros(2, *network.latent_shape(shape[2:])))
+    expected = saved_in_truth(create_autoencoder(config), forward)
+    layers = memory.saved_activations(create_autoencoder(config), forward)
+    assert sum(layers.values()) == pytest.approx(expected, rel=0.02)
+    assert layers["encoder.blocks.0.conv"] > 0
+
+
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_activations_of_a_unet_are_what_autograd_saves(class_cond):
+    classes = {"class_cond": True, "num_classes": 3} if class_cond else {}
+    model = ModelConfig(num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8", **classes)
+    build = lambda: create_model_and_diffusion_vae((3, 16, 16), model, DiffusionConfig())[0]
+    labels = {"y": torch.zeros(2, dtype=torch.long)} if class_cond else {}
+    forward = lambda network: [network(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long), **labels)]
+    assert sum(memory.saved_activations(build(), forward).values()) == pytest.approx(
+        saved_in_truth(build(), forward), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("plan", [
+    autoencoder_plan(), autoencoder_plan(network={"recompute_norms": True}),
+    autoencoder_plan(network={"use_checkpointing": True}), autoencoder_plan(discriminator_weight=0.5,
+                                                                            discriminator_layers=1),
+    diffusion_plan(), diffusion_plan(use_checkpoint=True),
+    diffusion_plan(super_res=SuperResConfig(), low_res_shape=(4, 8, 8)),
+    diffusion_plan(class_cond=True, num_classes=4),
+], ids=str)
+def test_a_plan_is_the_peak_of_a_real_step(plan, monkeypatch):
+    @contextlib.contextmanager
+    def real(amp=None):
+        yield
+
+    planned = plan.training()
+    monkeypatch.setattr(memory, "_fake", real)
+    monkeypatch.setattr(memory, "_emptied", lambda network: network.to_empty(device="cpu"))
+    run = plan.training()
+    assert planned.peak == pytest.approx(run.peak, rel=0.02)
+    assert planned.activations == pytest.approx(run.activations, rel=0.02)
+    assert planned.gradients == run.gradients == planned.parameters
+
+
+def test_parts_follow_from_the_parameters():
+    plan = autoencoder_plan(train={"ema_rate": "0.9,0.99", "optimizer": "adamw8bit"})
+    network = create_autoencoder(plan.network)
+    count = sum(p.numel() for p in network.parameters())
+    estimate = plan.training()
+    assert estimate.parameters == estimate.gradients == 4 * count
+    assert estimate.averages == 8 * count and 2 * count <= estimate.optimizer <= 2.1 * count
+    assert sum(estimate.layers.values()) == estimate.activations
+
+
+def test_autocast_keeps_norms_in_float32_and_halves_convolutions():
+    plain, half = autoencoder_plan(), autoencoder_plan(train={"mixed_precision": True})
+    a, b = plain.training().layers, half.training().layers
+    assert b["decoder.blocks.0.conv"] < 0.6 * a["decoder.blocks.0.conv"]
+    norms = [name for name in a if name.endswith("norm1")]
+    assert norms and all(b[name] >= a[name] for name in norms)
+
+
+def test_savings_go_from_harmless_to_another_network():
+    steps = list(savings(autoencoder_plan(train={"batch_size": 4})))
+    assert [list(step.latest) for step in steps] == [
+        [], ["mixed_precision"], ["recompute_norms"], ["batch_size", "gradient_accumulation_steps"],
+        ["batch_size", "gradient_accumulation_steps"], ["use_checkpointing"], ["optimizer"],
+        ["initial_downsample_factor", "downsample_factors", "final_upsample"],
+        ["initial_downsample_factor", "downsample_factors", "final_upsample"],
+    ]
+    assert steps[4].flags["batch_size"] == 1 and steps[4].flags["gradient_accumulation_steps"] == 4
+    same, smaller = (create_autoencoder(step.plan.network).factors for step in steps[-2:])
+    assert same == (4, 4) and smaller == (8, 8)
+    assert "--initial_downsample_factor 2 --downsample_factors [2]" in str(steps[-2])
+    sizes = [estimate.needed for _, estimate in estimated(autoencoder_plan((1, 128, 128), train={"batch_size": 4}))]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_a_microbatch_saves_already_is_heeded():
+    plan = diffusion_plan(train={"batch_size": 8, "microbatch": 2, "mixed_precision": True})
+    assert plan.forward_size == 2
+    assert [step.latest for step in savings(plan) if "microbatch" in step.latest] == [{"microbatch": 1}]
+
+
+def test_the_least_lossy_choice_is_taken():
+    plan = autoencoder_plan((1, 128, 128), train={"batch_size": 4})
+    needed = [estimate.needed for _, estimate in estimated(plan)]
+    assert "--mixed_precision True would take" in advice(plan, needed[1])
+    assert "--mixed_precision True --recompute_norms True would take" in advice(plan, needed[2])
+    assert "no saving brings" in advice(plan, 0.1 * GIB)
+
+
+def test_a_budget_counts_what_lies_beside_tensors():
+    estimate = Estimate(parameters=GIB)
+    assert estimate.needed > 1.5 * GIB and estimate.fits(2 * GIB) and not estimate.fits(1.2 * GIB)
+
+
+def test_strides_that_do_not_divide_the_size_are_passed_over():
+    assert [saving.latest for saving, _ in estimated(autoencoder_plan((1, 36, 36)))][-1] != {}
+    assert len(list(estimated(autoencoder_plan((1, 36, 36))))) == len(list(savings(autoencoder_plan()))) - 1
+
+
+def test_a_report_names_parts_layers_and_budgets():
+    lines = list(memory.report(autoencoder_plan(), [1, 3], [12.0, 0.61]))
+    text = "\n".join(lines)
+    assert lines[0].startswith("initial=1, layers=(4,), total downsampling: 4x: 1x32x32 (0.00 MiB) -> 4x8x8")
+    assert "MiB  decoder.blocks." in text and "as configured" in text
+    assert "least lossy within 12 GiB: as configured" in text and "least lossy within 0.61 GiB" in text
+    row = next(line for line in lines if line.endswith("  as configured"))
+    one, three = map(float, re.findall(r"[\d.]+", row))
+    assert three > one
+    exact = autoencoder_plan(train={"batch_size": 3}).training().needed / GIB
+    assert three == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2**60), lambda: (_ for _ in ()).throw(
+    torch.OutOfMemoryError("CUDA out of memory"))])
+def test_exhausted_memory_brings_advice(fail):
+    def run():
+        result = fail()
+        next(result)
+
+    with pytest.raises(torch.OutOfMemoryError, match="^give less than [0-9]+; .*(memory)"):
+        with dist_util.advising_on_memory(lambda budget: f"give less than {budget}"):
+            run()
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        with dist_util.advising_on_memory(lambda budget: "advice"):
+            raise RuntimeError("shapes differ")
