@@ -65,8 +65,8 @@ class Estimate:
         return (
             f"{self.parameters / 4e6:.2f} M parameters; {mib(self.parameters)} MiB of weights, {mib(self.gradients)} "
             f"of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of averages, "
-            f"{mib(self.activations)} of activations, {mib(self.workspace)} of workspace at the peak: {self.peak / GIB:.2f} GiB, "
-            f"{self.needed / GIB:.2f} with what a GPU needs besides"
+            f"{mib(self.activations)} of activations, {mib(self.workspace)} of workspace at the peak: "
+            f"{self.peak / GIB:.2f} GiB, {self.needed / GIB:.2f} with what a GPU needs besides"
         )
 
 

@@ -5,6 +5,9 @@ the one to descend under "loss", and `times` are diffusion steps [N] or None. Ev
 slot in the global batch), so neither the number of ranks nor an interruption changes it.
 """
 
+import itertools
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from .resample import LossAwareSampler, UniformSampler
 NOISE, TIMES, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMES, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
 MIRROR = 12  # and one number more for every further axis; evaluation has 11
 SLICES = 15
+AUGMENT = 16  # and one number more for every angle, shift and scale
 
 
 class Draws:
@@ -142,20 +146,52 @@ def mirrored(images, draws):
     return images
 
 
+def augmented(images, draws, config):
+    """Return pictures or volumes of which a share `config.augment` is turned, scaled and shifted a little.
+
+    Angles (in every plane), scales and shifts are evenly spread within the bounds of an AutoencoderTrainConfig; edges
+    are repeated.  [N x C x ...] -> same.
+    """
+    dims = images.dim() - 2
+    streams = itertools.count(AUGMENT)
+    share = lambda: draws.uniform(next(streams), images.device)
+    chosen = share() < config.augment
+    within = lambda bound: torch.where(chosen, bound * (2 * share() - 1), 0.0)
+
+    turn = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
+    for a, b in itertools.combinations(range(dims), 2):
+        angle = within(math.radians(config.augment_rotation))
+        plane = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
+        plane[:, a, a] = plane[:, b, b] = angle.cos()
+        plane[:, a, b], plane[:, b, a] = -angle.sin(), angle.sin()
+        turn = turn @ plane
+    turn = turn / (1 + within(config.augment_scale))[:, None, None]
+    shift = torch.stack([within(config.augment_translation) for _ in range(dims)], dim=1)
+    # affine_grid measures every axis from -1 to 1, the last axis first.
+    half = torch.tensor(images.shape[:1:-1], dtype=torch.float64, device=images.device) / 2
+    theta = torch.cat([turn * half / half[:, None], (shift / half)[..., None]], dim=2)
+    grid = F.affine_grid(theta.float(), images.shape, align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return torch.where(chosen.view(-1, *(1,) * (images.dim() - 1)), moved, images)
+
+
 class AutoencoderObjective(PlainObjective):
     """The losses of a KL autoencoder on pictures in [0, 1], its latents drawn with keyed noise.
 
     :param network: the autoencoder itself, without what distributes it.
+    :param train: an AutoencoderTrainConfig, for how pictures are varied.
     :param perceptual: (weight, `PerceptualLoss`) or None.
     :param adversary: an `Adversary`, or None.
     """
 
-    def __init__(self, loss_config, network, image_range, mirror=False, perceptual=None, adversary=None):
-        self.config, self.network, self.image_range, self.mirror = loss_config, network, image_range, mirror
+    def __init__(self, loss_config, network, image_range, train, perceptual=None, adversary=None):
+        self.config, self.network, self.image_range, self.train = loss_config, network, image_range, train
         self.perceptual, self.adversary = perceptual, adversary
 
     def __call__(self, model, images, cond, draws):
-        x = to_image_range(mirrored(images, draws) if self.mirror else images, self.image_range)
+        images = mirrored(images, draws) if self.train.mirror else images
+        images = augmented(images, draws, self.train) if self.train.augment else images
+        x = to_image_range(images, self.image_range)
         eps = draws.normal(self.network.latent_shape(x.shape[2:]), x.device)
         reconstruction, mean, sigma = model(x, eps)
         terms = autoencoder_losses(self.config, x, reconstruction, mean, 2 * sigma.float().log())

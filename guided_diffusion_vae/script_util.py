@@ -102,7 +102,7 @@ def read_yaml(path, classes):
 
     Keys stand alone or in the section of their class (`data`, `autoencoder`, `autoencoder.training`, ...). Sections of
     other scripts are passed over, so one file can serve a whole pipeline; a key that no class of its section has is
-    refused with the nearest one that exists.
+    refused with the nearest one that exists. Keys in the section `device` hold for every section that has them.
     """
     import yaml
 
@@ -118,15 +118,16 @@ def read_yaml(path, classes):
     values, sections = {}, _all_sections()
 
     def take(section, entries):
-        here = {f.name for cls in classes if section_of(cls) == section for f in dataclasses.fields(cls)}
-        known = sections[section] if section else set(mine)
+        heeded = [cls for cls in classes if section in ("", "device", section_of(cls))]
+        here = {f.name for cls in heeded for f in dataclasses.fields(cls)}
+        known = sections.get(section, set())
         for key, value in entries.items():
             nested = f"{section}.{key}" if section else key
             if isinstance(value, dict) and nested in sections:
                 take(nested, value)
             elif key not in known | here:
                 raise ValueError(f"{path} has an unknown key {nested!r}{_nearest(key, known | here | set(sections))}")
-            elif key in here or (not section and key in mine):
+            elif key in here:
                 values[key] = _from_yaml(mine[key], value, path)
 
     take("", content)
@@ -146,7 +147,7 @@ def _all_sections():
         for cls in vars(module).values():
             if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__name__.endswith("Config"):
                 sections.setdefault(section_of(cls), set()).update(f.name for f in dataclasses.fields(cls))
-    return sections
+    return {**sections, "device": set().union(*sections.values())}
 
 
 def _from_yaml(field, value, path):

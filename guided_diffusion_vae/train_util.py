@@ -90,6 +90,10 @@ class AutoencoderTrainConfig(TrainConfig):
     save_interval: int = opt(1000, "steps between checkpoints")
     mirror: bool = opt(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
                               "more kinds of detail than the data have, which helps where they are few")
+    augment: float = opt(0.0, "share of pictures that are turned, scaled and shifted a little while training")
+    augment_rotation: float = opt(5.0, "largest angle of --augment in degrees, either way, in every plane")
+    augment_scale: float = opt(0.05, "largest share by which --augment makes larger or smaller")
+    augment_translation: float = opt(1.0, "largest shift of --augment in pixels, along every axis")
     val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
     val_pictures: int = opt(256, "how many held-out pictures are measured")
     use_gradient_checkpointing: bool = opt(False, "the same as --use_checkpointing True of the autoencoder")

@@ -102,7 +102,7 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
         adversary = Adversary(judge, rival, train.lr)
     if perceptual.use_perceptual_loss:
         distance = PerceptualLoss(perceptual, autoencoder.image_range).to(device)
-    objective = AutoencoderObjective(loss, network, autoencoder.image_range, train.mirror,
+    objective = AutoencoderObjective(loss, network, autoencoder.image_range, train,
                                      distance and (perceptual.perceptual_weight, distance), adversary)
     header = {"kind": "autoencoder", "autoencoder": as_dict(autoencoder), "image_shape": list(pictures.shape),
               "data": pictures.preprocessing}

@@ -23,7 +23,7 @@ from guided_diffusion_vae.latent_datasets import (
 )
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.objectives import Adversary, AutoencoderObjective, ClassifierObjective
-from guided_diffusion_vae.train_util import TrainLoop
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 
@@ -97,7 +97,7 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
             judge = create_discriminator(DISCRIMINATOR, 2, 1)
             adversary = Adversary(judge, DISCRIMINATOR, lr=1e-4)
         objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
-                                         mirror=True, adversary=adversary)
+                                         AutoencoderTrainConfig(mirror=True), adversary=adversary)
         return network, {"objective": objective, "data": picture_batches(pictures, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),

@@ -80,6 +80,14 @@ def test_keys_may_stand_in_sections_or_alone(yaml_file):
     assert grouped == alone and grouped[6].lr == 0.5 and grouped[3].crop == "none"
 
 
+def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
+    argv = ["--config", yaml_file("device: {mixed_precision: true}\ndata: {voxel_size: [8, 16, 16]}")]
+    data, _, _, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)
+    assert train.mixed_precision and data.image_size == "8x16x16" and data.sides == (8, 16, 16)
+    assert script_util.parse("doc", *DIFFUSION, argv=argv)[6].mixed_precision
+    assert script_util.parse("doc", *SAMPLING, argv=argv)[0].num_samples  # has no such flag, and passes it over
+
+
 def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
     argv = ["--config", yaml_file(PIPELINE)]
     data, autoencoder, loss, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)
@@ -97,6 +105,7 @@ def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
     ("model: {num_chanels: 32}", r"file.yaml has an unknown key 'model.num_chanels'; did you mean 'num_channels'\?"),
     ("training: {learning_rat: 1}", "unknown key 'training.learning_rat'"),
     ("autoencoder: {training: {kl_weigth: 1}}", r"'autoencoder.training.kl_weigth'; did you mean 'kl_weight'\?"),
+    ("device: {mixed_precison: true}", r"unknown key 'device.mixed_precison'; did you mean 'mixed_precision'\?"),
     ("modle: {num_channels: 32}", r"unknown key 'modle'; did you mean 'model'\?"),
     ("training: {num_channels: 32}", "unknown key 'training.num_channels'"),
     ("model: 3", "unknown key 'model'"),

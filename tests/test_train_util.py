@@ -13,7 +13,7 @@ import torch
 
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
-from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, mirrored
+from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, augmented, mirrored
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
     settled,
@@ -380,6 +380,50 @@ def test_every_axis_is_mirrored_by_a_coin_of_its_own(shape):
     assert sum(counts) == 64 and min(counts) > 0
     part = mirrored(images[10:20], Draws(0, 5, range(10, 20), 64))
     assert torch.equal(part, out[10:20])  # a coin belongs to the place in the batch of all ranks
+
+
+def spots(*shape):
+    """Return pictures [64 x 1 x *shape], dark but for a bright spot to one side of the middle, and its place."""
+    axes = [torch.arange(n) - (n - 1) / 2 for n in shape]
+    place = torch.tensor([n / 4 for n in shape])
+    squared = sum(axis.sub(p).square().view([-1 if i == j else 1 for i in range(len(shape))])
+                  for j, (axis, p) in enumerate(zip(axes, place)))
+    return torch.exp(-squared / 4).expand(64, 1, *shape).clone(), place
+
+
+def centres(images):
+    """Return where the bright spots of pictures are, from the middle.  [N x 1 x ...] -> [N x axes]."""
+    total = images.flatten(1).sum(1)
+    axes = [torch.arange(n) - (n - 1) / 2 for n in images.shape[2:]]
+    along = lambda i: images[:, 0].sum([j + 1 for j in range(len(axes)) if j != i])
+    return torch.stack([along(i) @ axis / total for i, axis in enumerate(axes)], dim=1)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (24, 40, 28)])
+def test_a_share_of_pictures_is_turned_scaled_and_shifted_within_bounds(shape):
+    images, place = spots(*shape)
+    draws = Draws(0, 5, range(64), 64)
+    only = lambda **bounds: AutoencoderTrainConfig(**{"augment": 0.5, "augment_rotation": 0, "augment_scale": 0,
+                                                      "augment_translation": 0, **bounds})
+    assert torch.allclose(augmented(images, draws, only()), images, atol=1e-5)
+    assert torch.equal(augmented(images, draws, only(augment=0, augment_rotation=90)), images)
+    for bounds in ({"augment_translation": 2}, {"augment_rotation": 10}, {"augment_scale": 0.2}):
+        out = augmented(images, draws, only(**bounds))
+        moved = centres(out) - place
+        changed = torch.tensor([not torch.equal(o, i) for o, i in zip(out, images)])
+        assert 20 < changed.sum() < 44 and moved[~changed].abs().max() < 1e-3
+        if "augment_translation" in bounds:
+            assert 1.5 < moved.abs().max() < 2.02
+        elif "augment_rotation" in bounds:  # by up to 10 degrees in each plane, at an unchanged distance
+            assert centres(out).norm(dim=1).sub(place.norm()).abs().max() < 0.1
+            angles = torch.nn.functional.cosine_similarity(centres(out), place[None]).clamp(max=1).acos().rad2deg()
+            assert 6 < angles.max() < (10.1 if len(shape) == 2 else 18)
+        else:
+            stretch = (centres(out) / place).view(64, -1)
+            assert stretch.std(1).max() < 0.02 and 0.12 < (stretch - 1).abs().max() < 0.26
+    everything = AutoencoderTrainConfig(augment=0.5)
+    whole, part = (augmented(images[s], Draws(0, 5, range(64)[s], 64), everything) for s in (slice(64), slice(9, 20)))
+    assert torch.allclose(whole[9:20], part, atol=1e-6)
 
 
 def test_a_resumed_run_takes_the_learning_rate_that_is_given_now(tmp_path):
