@@ -1,20 +1,24 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from guided_diffusion_vae import dist_util, logger, script_util, training
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentCacheConfig, LatentConfig
+from guided_diffusion_vae.memory import AutoencoderPlan, DiffusionPlan
 from guided_diffusion_vae.sampling import SamplingConfig
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 AUTOENCODER = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, script_util.RunConfig)
 DIFFUSION = (LatentConfig, NormalizerConfig, VAEConfig, DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig,
              script_util.RunConfig)
@@ -78,6 +82,20 @@ def test_keys_may_stand_in_sections_or_alone(yaml_file):
     read = lambda text: script_util.parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
     grouped, alone = read("training: {lr: 0.5}\ndata: {crop: none}"), read("lr: 0.5\ncrop: none")
     assert grouped == alone and grouped[6].lr == 0.5 and grouped[3].crop == "none"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
+    data, network, loss, train, _ = script_util.parse("doc", *AUTOENCODER, argv=["--config", str(path)])
+    plan = AutoencoderPlan((1, *data.sides), network, train, loss, DiscriminatorConfig())
+    with torch.device("meta"):
+        shape = create_autoencoder(plan.network).latent_shape(data.sides)
+    assert f"-> {'x'.join(map(str, shape))} latents" in path.read_text().splitlines()[0]
+    assert plan.encoding().needed > 0  # a forward pass without values
+    model, process, train = script_util.parse("doc", *DIFFUSION, argv=["--config", str(path)])[4:7]
+    if "model:" in path.read_text():
+        model = dataclasses.replace(model, in_channels=shape[0], dims=len(shape) - 1, num_classes=2 * model.class_cond)
+        assert DiffusionPlan(shape, model, dataclasses.replace(train, batch_size=1), process).training().activations > 0
 
 
 def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
