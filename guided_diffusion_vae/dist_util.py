@@ -453,14 +453,6 @@ def sync_params(params):
         _exchange([p.detach() for p in params], lambda flat: dist.broadcast(flat, 0))
 
 
-def all_reduce_mean_(tensors):
-    """Replace every tensor (None is skipped) by its mean over the ranks, in place, a bucket at a time."""
-    size = world_size()
-    if size > 1:
-        # Divided before the sum: scaled half-precision gradients would overflow in it.
-        _exchange([t.detach() for t in tensors if t is not None], lambda flat: dist.all_reduce(flat.div_(size)))
-
-
 def _exchange(tensors, collective):
     """Run a collective over flat buckets of the tensors and write the results back; all ranks pass the same shapes."""
     for bucket in _buckets(tensors):

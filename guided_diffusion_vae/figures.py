@@ -90,21 +90,17 @@ def neighbour_sheet(samples, neighbours, distances=None, scale=1):
     return contact_sheet(np.concatenate(rows), len(rows[0]), labels, header, scale)
 
 
-def curve_plot(rows, keys, x="step"):
-    """Return a picture with one panel a key of `rows`, the lines of a progress.csv (csv.DictReader or dictionaries).
-
-    Cells that are empty or missing are passed over, since not every key is logged at every step. The vertical axis
-    is logarithmic where a key is positive and spans more than a factor of 100. ValueError for a key no row holds.
-    """
-    curves = [_curve(rows, x, key) for key in keys]
-    figure, panels = _figure(len(keys), width=8, height=2.4 * len(keys))
-    for panel, key, (steps, values) in zip(panels, keys, curves):
-        panel.plot(steps, values, linewidth=1.2, marker="o" if len(steps) == 1 else None)
-        if min(values) > 0 and max(values) > 100 * min(values):
-            panel.set_yscale("log")
-        panel.set_ylabel(key)
-        panel.grid(alpha=0.3)
-    panels[-1].set_xlabel(x)
+def line_plot(curves, x, y, log_x=False):
+    """Return a picture of the curves {name: [(x, y), ...]} in one panel, their points marked; x and y name the axes."""
+    figure, (panel,) = _figure(1, width=7, height=4)
+    for name, points in curves.items():
+        panel.plot(*zip(*sorted(points)), linewidth=1.2, marker="o", markersize=4, label=name)
+    if log_x:
+        panel.set_xscale("log", base=2)
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    panel.grid(alpha=0.3)
+    panel.legend()
     return _drawn(figure)
 
 
@@ -166,15 +162,6 @@ def _text_box(text, font):
     """Return (width, height) of a text with its margins."""
     _, _, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
     return math.ceil(right) + 2 * MARGIN, math.ceil(bottom) + 2 * MARGIN
-
-
-def _curve(rows, x, key):
-    cells = [(row.get(x), row.get(key)) for row in rows]
-    points = [(float(at), float(value)) for at, value in cells if at not in (None, "") and value not in (None, "")]
-    if not points:
-        known = ", ".join(sorted({name for row in rows for name in row}))
-        raise ValueError(f"no row holds both {x} and {key}; the columns are: {known or 'none'}")
-    return zip(*points)
 
 
 def _figure(panels, width, height):

@@ -1,6 +1,6 @@
 """Say what memory an autoencoder will take to train, encode and decode, and what fits in the memory there is.
 
-    python scripts/plan_memory.py --config configs/guides/high.yaml
+    python scripts/plan_memory.py --config configs/volumes/high.yaml
     python scripts/plan_memory.py --image_size 256x256x64 --image_channels 1 --downsample_factors 4,2 \\
         --mixed_precision True --budget_gb 12,24
 

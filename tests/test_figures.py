@@ -1,5 +1,3 @@
-import csv
-import io
 import subprocess
 import sys
 
@@ -114,16 +112,10 @@ def test_neighbour_sheet_refuses_neighbours_of_other_samples():
         figures.neighbour_sheet(np.zeros((2, 1, 4, 4)), np.zeros((3, 2, 1, 4, 4)))
 
 
-def test_curve_plot_reads_progress_csv_with_empty_cells():
-    table = "step,loss,grad_norm\n1,0.5,\n2,0.25,3\n3,,2\n"
-    plot = figures.curve_plot(list(csv.DictReader(io.StringIO(table))), ["loss", "grad_norm"])
-    assert plot.mode == "RGB" and plot.size == (800, 480)
-    assert len(np.unique(np.asarray(plot).reshape(-1, 3), axis=0)) > 2
-
-
-def test_curve_plot_refuses_a_key_that_nobody_logged():
-    with pytest.raises(ValueError, match="no row holds both step and lose; the columns are: loss, step"):
-        figures.curve_plot([{"step": 1, "loss": 2}], ["lose"])
+def test_line_plot_draws_every_curve_in_a_colour_of_its_own():
+    plot = np.asarray(figures.line_plot({"a": [(2, 1.0), (1, 2.0)], "b": [(1, 1.5), (2, 1.5)]}, "x", "y", log_x=True))
+    colours = {tuple(c) for c in plot.reshape(-1, 3)}
+    assert plot.shape == (400, 700, 3) and {(31, 119, 180), (255, 127, 14)} <= colours
 
 
 def test_confusion_plot_shades_the_diagonal():
