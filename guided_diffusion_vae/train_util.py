@@ -68,6 +68,8 @@ class TrainConfig:
     mixed_precision: bool = opt(False, "run the forward pass in half-precision autocast; weights stay float32")
     amp_dtype: str = opt("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
                          choices=tuple(AMP_DTYPES))
+    compile: bool = opt(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, and "
+                               "pays in runs of some thousand steps")
     init_from: str = opt("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
                              "what is not taken over is listed")
     fast_dev_run: bool = opt(False, "try everything out in a few steps: train, measure, save, end")
@@ -142,6 +144,11 @@ def settled(train):
     return replace(train, **changes)
 
 
+def _compiled(network, device):
+    """Return the network compiled for the shapes that it meets, sharing its weights; CUDA graphs save its launches."""
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 def seed_weights(seed):
     """Make the initial weights of the model that is built next depend on `seed` alone."""
     torch.manual_seed(keyed_seed(seed, WEIGHTS))
@@ -165,7 +172,7 @@ class TrainLoop:
         save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
         weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
         mixed_precision=False, seed=0, objective=None, header=None, preview=None, lr_warmup_steps=0,
-        optimizer="adamw", amp_dtype="bfloat16", init_from="", best_by="", stop_at=None,
+        optimizer="adamw", amp_dtype="bfloat16", init_from="", best_by="", stop_at=None, compile=False,
     ):
         if mixed_precision and use_fp16:
             raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
@@ -209,7 +216,9 @@ class TrainLoop:
             rival = self._distributed(self.adversary.network)
             self.adversary.begin(rival, self.mp_trainer.scale_loss, fp16_scale_growth)
         self.resume_step = self.step = self._resume(*checkpoint)
-        self.ddp_model = self._distributed(model)
+        self.compile = compile
+        # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
+        self.ddp_model = self._distributed(_compiled(model, self.device) if compile else model)
 
     def _distributed(self, network):
         if not self.use_ddp:
@@ -252,12 +261,15 @@ class TrainLoop:
 
     def run_step(self, batch, cond):
         """Take one optimizer step on this rank's batch [N x C x ...]."""
+        begun = time.perf_counter()
         self._anneal_lr()
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
         if self.adversary:
             self.adversary.learn(self._communicate, self._autocast)
+        if self.compile and self.step == self.resume_step:
+            logger.log(f"the first step took {time.perf_counter() - begun:.0f} s, compiling included")
         self.step += 1
         self.log_step()
 
@@ -271,6 +283,8 @@ class TrainLoop:
         parts = []
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))
+            if self.compile:
+                torch.compiler.cudagraph_mark_step_begin()
             with self._communicate(self.ddp_model, stop == len(batch)), self._autocast():
                 micro_cond = {k: v[start:stop] for k, v in cond.items()}
                 terms, t = self.objective(self.ddp_model, batch[start:stop], micro_cond, draws.part(start, stop))

@@ -14,10 +14,12 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
 from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, augmented, mirrored
+from guided_diffusion_vae.script_util import create_gaussian_diffusion
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
     settled,
 )
+from guided_diffusion_vae.unet import UNetModel
 from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
 
 ROOT = Path(__file__).parents[1]
@@ -361,6 +363,32 @@ def test_a_run_that_goes_on_does_not_begin_again(tmp_path):
     line(tmp_path / "run", 4, init_from=str(tmp_path / "other"))
     line(tmp_path / "whole", 4)
     assert same_bits(files_of(tmp_path / "run", 4), files_of(tmp_path / "whole", 4))
+
+
+@pytest.mark.parametrize("recompute_norms", [False, True])
+def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_path, monkeypatch, recompute_norms):
+    # Tracing alone, so that no compiler of C++ is needed; what it traces is what --compile hands to the compiler.
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic, mode: compile(
+        network, dynamic=dynamic, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    weights = {}
+    for compiled in (False, True):
+        counters.clear()
+        torch.manual_seed(0)
+        network = UNetModel(image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1,
+                            attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16,
+                            recompute_norms=recompute_norms)
+        draw = torch.Generator().manual_seed(1)
+        data = iter(lambda: (torch.randn(4, 4, 8, 8, generator=draw), {}), None)
+        with logger.scoped_configure(str(tmp_path / str(compiled)), ["log"]):
+            TrainLoop(model=network, diffusion=create_gaussian_diffusion(), data=data, batch_size=4, microbatch=2,
+                      lr=1e-3, max_steps=3, compile=compiled).run_loop()
+        weights[compiled] = network.state_dict()
+        assert counters["stats"].get("unique_graphs", 0) == compiled and not counters["graph_break"]
+    assert farthest(weights[False], weights[True]) < 1e-5
+    assert "compiling included" in (tmp_path / "True/log.txt").read_text()
 
 
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
