@@ -15,6 +15,7 @@ import time
 from numbers import Number
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -211,6 +212,9 @@ def _short(value):
 
 # What is collected
 
+_MEAN = object()
+
+
 class Logger:
     """Hold numbers between two dumps, and pass them and messages on to the output formats.
 
@@ -222,7 +226,7 @@ class Logger:
     CURRENT = None
 
     def __init__(self, dir, output_formats, comm=None):
-        self._held = {}  # name -> (weighted sum, sum of weights), or (value, None) where logkv has set it
+        self._held = {}  # name -> ([(value, weight), ...], _MEAN), or (value, None) where logkv has set it
         self.level = INFO
         self.dir = dir
         self.output_formats = output_formats
@@ -235,17 +239,20 @@ class Logger:
     def logkv_mean(self, key, val, weight=1):
         """Add a number to the weighted mean of those logged under this name since the last dump.
 
-        `weight` may be a tensor too, and 0; a name that has no weight at the dump is left out of it.
+        `weight` may be a tensor too, and 0; a name that has no weight at the dump is left out of it. Tensors are kept
+        as they are and read at the dump, so that a step that does not log asks nothing of the device: log a result,
+        not memory that the next step writes to.
         """
-        total, weights = self._held.get(key, (0.0, None))
-        if weights is None:  # nothing or a value of logkv, which starts no mean
-            total, weights = 0.0, 0
-        weight = _detached(key, weight)
-        self._held[key] = total + _detached(key, val) * weight, weights + weight
+        pairs, weights = self._held.get(key, (None, None))
+        if weights is not _MEAN:  # nothing, or a value of logkv, which starts no mean
+            pairs = []
+            self._held[key] = pairs, _MEAN
+        pairs.append((_detached(key, val), _detached(key, weight)))
 
     def add(self, key, val):
         """Add a number to the sum under this name since the last dump."""
-        self._held[key] = self._held.get(key, (0.0, None))[0] + val, None
+        held, kind = self._held.get(key, (0.0, None))
+        self._held[key] = (0.0 if kind is _MEAN else held) + val, None
 
     def getkvs(self):
         """Return what is held as plain numbers, on this rank; waits for the device."""
@@ -254,12 +261,13 @@ class Logger:
     def _means(self):
         """Return name -> (mean, weight), tensors read out."""
         means = {}
-        for key, (total, weights) in self._held.items():
-            total, weights = _plain(total), _plain(weights)
-            if weights is None:
-                means[key] = total, 1
-            elif weights:
-                means[key] = total / weights, weights
+        for key, (held, kind) in self._held.items():
+            if kind is not _MEAN:
+                means[key] = _plain(held), 1
+                continue
+            values, weights = (_read([pair[i] for pair in held]) for i in (0, 1))
+            if weights.sum():
+                means[key] = float((values * weights).sum() / weights.sum()), float(weights.sum())
         return means
 
     def dumpkvs(self):
@@ -312,9 +320,14 @@ def _detached(key, val):
     if val.numel() != 1:
         raise ValueError(f"{key!r} was logged as a tensor of shape {list(val.shape)}; "
                          "log one number, such as its mean()")
-    # A copy, because the next step may overwrite the memory (CUDA graphs do); not in half precision, for the sum.
-    wide = torch.float64 if val.dtype == torch.float64 else torch.float32
-    return val.detach().reshape(()).to(wide, copy=True)
+    return val.detach().reshape(())
+
+
+def _read(numbers):
+    """Return numbers and tensors of one element as a float64 array, read from their device at once."""
+    tensors = [n for n in numbers if isinstance(n, torch.Tensor)]
+    read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else ())
+    return np.array([next(read) if isinstance(n, torch.Tensor) else n for n in numbers], np.float64)
 
 
 def _weighted_mean(pairs):

@@ -293,6 +293,6 @@ def log_loss_dict(diffusion, ts, losses):
     for name, value in losses.items():
         value = value.detach().float()
         logger.logkv_mean(name, value.mean())
-        sums = torch.zeros(4, device=ts.device).index_add_(0, quarter, value)
+        means = torch.zeros(4, device=ts.device).index_add_(0, quarter, value) / counts.clamp(min=1)
         for q in range(4):
-            logger.logkv_mean(f"{name}_q{q}", sums[q] / counts[q].clamp(min=1), weight=counts[q])
+            logger.logkv_mean(f"{name}_q{q}", means[q], weight=counts[q])

@@ -149,6 +149,12 @@ def _compiled(network, device):
     return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
+def _joined(parts):
+    """Return (times [N] or None, terms of [N]) of a batch, given those of its microbatches."""
+    times, terms = zip(*parts)
+    return None if times[0] is None else torch.cat(times), {k: torch.cat([t[k] for t in terms]) for k in terms[0]}
+
+
 def seed_weights(seed):
     """Make the initial weights of the model that is built next depend on `seed` alone."""
     torch.manual_seed(keyed_seed(seed, WEIGHTS))
@@ -291,8 +297,7 @@ class TrainLoop:
                 loss = terms["loss"].mean() * ((stop - start) / len(batch))
                 self.mp_trainer.backward(loss)
             parts.append((t, {k: v.detach() for k, v in terms.items()}))
-        times = None if parts[0][0] is None else torch.cat([t for t, _ in parts])
-        terms = {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]}
+        times, terms = parts[0] if len(parts) == 1 else _joined(parts)
         self.objective.after_step(times, terms)
         self.objective.log(batch, times, terms)
 

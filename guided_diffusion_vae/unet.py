@@ -126,12 +126,12 @@ class QKVAttention(nn.Module):
         self.n_heads = n_heads
 
     def split(self, qkv):
-        """Cut tokens into queries, keys and values.  [N x T x 3*H*C] -> [N x T x 3 x H x C]."""
-        return qkv.unflatten(2, (3, self.n_heads, -1))
+        """Cut tokens into queries, keys and values.  [N x T x 3*H*C] -> three of [N x T x H x C]."""
+        return qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
 
     def attend_tokens(self, qkv):
         """Return the attention's result for channels-last tokens.  [N x T x 3*H*C] -> [N x T x H*C]."""
-        q, k, v = self.split(qkv).permute(2, 0, 3, 1, 4)        # each [N x H x T x C]
+        q, k, v = (part.transpose(1, 2) for part in self.split(qkv))
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
     def forward(self, qkv):
@@ -143,7 +143,7 @@ class QKVAttentionLegacy(QKVAttention):
     """Attend with channels ordered by heads, then (q, k, v): the order of most released checkpoints."""
 
     def split(self, qkv):
-        return qkv.unflatten(2, (self.n_heads, 3, -1)).transpose(2, 3)
+        return qkv.unflatten(2, (self.n_heads, 3, -1)).unbind(3)
 
 
 def pointwise(convolution, tokens):
@@ -194,7 +194,8 @@ class AttentionBlock(nn.Module):
         return x + pointwise(self.proj_out, mixed).transpose(1, 2).reshape(x.shape)
 
     def _project(self, x):
-        return pointwise(self.qkv, self.norm(x).flatten(2).transpose(1, 2))     # [N x T x 3*C]
+        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()   # else the bias is added in a pass of its own
+        return pointwise(self.qkv, tokens)                              # [N x T x 3*C]
 
 
 class AttentionPool2d(nn.Module):
@@ -300,6 +301,7 @@ class ResBlock(TimestepBlock):
     :param use_scale_shift_norm: the embedding scales and shifts the second norm (ADM, "adaptive group
         normalisation", section 3, eq. 3), in the place of being added to its input.
     :param up: double the grid; `down`: halve it; in both cases on both paths, before the first convolution.
+    :param emb_is_activated: the embedding that comes in has gone through SiLU already, once for all blocks.
     """
 
     def __init__(
@@ -316,10 +318,12 @@ class ResBlock(TimestepBlock):
         down=False,
         resample_depth=False,
         recompute_norms=False,
+        emb_is_activated=False,
     ):
         super().__init__()
         out_channels = out_channels or channels
         self.channels, self.out_channels = channels, out_channels
+        self.emb_is_activated = emb_is_activated
         self.use_checkpoint, self.recompute_norms = use_checkpoint, recompute_norms
         self.use_scale_shift_norm = use_scale_shift_norm
 
@@ -352,14 +356,14 @@ class ResBlock(TimestepBlock):
         # Built for all channels at once, resampling cannot be computed again in a few of them at a time.
         h = self._convolve(prepare, norm, convolve, (x,), whole=not isinstance(self.resample, nn.Identity))
 
-        told = self.emb_layers(emb).to(h.dtype)
+        told = (self.emb_layers[-1] if self.emb_is_activated else self.emb_layers)(emb).to(h.dtype)
         told = told.view(*told.shape, *(1,) * (h.dim() - 2))    # [N x C x 1 ...]
         norm, activation, dropout, convolve = self.out_layers
         finish = lambda h: dropout(activation(h))
         random = dropout.p > 0 and self.training
         if self.use_scale_shift_norm:
             modulated = lambda groups, h, scale, shift, *weights: finish(
-                torch.addcmul(shift, norm.over(groups, h, *weights), 1 + scale)
+                norm.over(groups, h, *weights) * (1 + scale) + shift
             )
             h = self._convolve(modulated, norm, convolve, (h, *told.chunk(2, dim=1)), random=random)
         else:
@@ -404,6 +408,7 @@ class _Blocks:
             use_checkpoint=self.use_checkpoint,
             resample_depth=self.resample_depth,
             recompute_norms=self.recompute_norms,
+            emb_is_activated=True,
             **resampling,
         )
 
@@ -594,6 +599,7 @@ class UNetModel(_TimedNetwork):
 
     def _denoise(self, x, emb):
         self._require_grid(x.shape[2:])
+        emb = F.silu(emb)
         h, left = x.to(self.torso_dtype), []
         for block in self.input_blocks:
             h = block(h, emb)
@@ -725,7 +731,7 @@ class EncoderUNetModel(_TimedNetwork):
 
     def forward(self, x, timesteps):
         """Apply the network.  x [N x C x ...], timesteps [N] -> [N x out_channels]."""
-        emb = self.embed(timesteps)
+        emb = F.silu(self.embed(timesteps))
         h, averages = x.to(self.torso_dtype), []
         for block in (*self.input_blocks, self.middle_block):
             h = block(h, emb)

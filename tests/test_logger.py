@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from guided_diffusion_vae import logger
+from launches import Launches
 from guided_diffusion_vae.logger import CSVOutputFormat, JSONOutputFormat, Logger, TensorBoardOutputFormat
 
 ROOT = Path(__file__).parents[1]
@@ -71,13 +72,15 @@ def test_a_value_that_was_set_starts_no_mean():
     assert logger.getkvs() == {"loss": 1.5}
 
 
-def test_a_logged_tensor_may_change_afterwards():
+def test_logging_tensors_asks_nothing_of_the_device_before_the_dump():
     logger.configure("run", [])
-    loss = torch.tensor(2.0)
-    logger.logkv("a", loss)
-    logger.logkv_mean("b", loss)
-    loss.zero_()
-    assert logger.getkvs() == {"a": 2.0, "b": 2.0}
+    loss, weight = torch.tensor([2.0]), torch.tensor(3)
+    with Launches() as launches:
+        logger.logkv("a", loss)
+        logger.logkv_mean("b", loss, weight)
+        logger.logkv_mean("b", loss * 2, 1)
+    assert launches.total == 1  # the product
+    assert logger.getkvs() == {"a": 2.0, "b": 2.5}
 
 
 def test_tensors_of_several_elements_are_refused():

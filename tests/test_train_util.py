@@ -14,12 +14,14 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
 from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, augmented, mirrored
-from guided_diffusion_vae.script_util import create_gaussian_diffusion
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.script_util import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
     settled,
 )
-from guided_diffusion_vae.unet import UNetModel
+from guided_diffusion_vae.unet import ModelConfig, UNetModel
+from launches import Launches
 from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
 
 ROOT = Path(__file__).parents[1]
@@ -389,6 +391,21 @@ def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_
         assert counters["stats"].get("unique_graphs", 0) == compiled and not counters["graph_break"]
     assert farthest(weights[False], weights[True]) < 1e-5
     assert "compiling included" in (tmp_path / "True/log.txt").read_text()
+
+
+@pytest.mark.parametrize("amp, most", [(False, 800), (True, 1500)])
+def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, amp, most):
+    """guided-diffusion: 2,591 and 548 for this network on a GPU; autocast adds a cast for every weight."""
+    flags = ModelConfig(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")
+    network, diffusion = create_model_and_diffusion_vae((4, 16, 16), flags, DiffusionConfig())
+    with logger.scoped_configure(str(tmp_path), ["csv"]):
+        loop = TrainLoop(model=network, diffusion=diffusion, data=iter(()), batch_size=2, lr=1e-4,
+                         ema_rate="0.99,0.9999", mixed_precision=amp)
+        batch = torch.randn(2, 4, 16, 16)
+        loop.run_step(batch, {})
+        with Launches() as launches:
+            loop.run_step(batch, {})
+    assert 400 < launches.total <= most and launches.synchronisations == 0, launches.counts.most_common(20)
 
 
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
