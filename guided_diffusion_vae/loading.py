@@ -114,9 +114,13 @@ def load_sampler(config, given, model, process, data, vae, scale=None, guidance=
     sampler = sampler_from(network, diffusion, space, header)
     _require_described(sampler, given, scale, data, path)
     sampler.solver, sampler.seed = solver_of(config), config.seed
-    sampler.made_from["model"] = _digest_on_rank_0(path)
+    sampler.made_from.update(model=_digest_on_rank_0(path), sample_dtype=config.sample_dtype)
     if "clip_denoised" in given:
         sampler.clip_denoised = config.clip_denoised
+    if config.sample_dtype == "bfloat16":
+        if network.use_fp16:
+            raise ValueError("--sample_dtype bfloat16 and --use_fp16 True are two ways to one end; give one of them")
+        network.convert_to_bf16()
     if config.cfg_scale != 1:
         _guide_free(sampler, config, header, path)
     elif config.cfg_interval:

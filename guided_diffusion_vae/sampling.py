@@ -48,6 +48,8 @@ class SamplingConfig:
                                 "shows classes more clearly and with less variety")
     cfg_interval: str = opt("", "lo,hi: noise levels (noise per signal) between which --cfg_scale acts, such as 0.3,3; "
                                 "empty: all")
+    sample_dtype: str = opt("float32", "what the network computes in: bfloat16 is about twice as fast, and its samples "
+                                       "differ a little", choices=("float32", "bfloat16"))
     classes: str = opt("", "names or numbers of the classes to draw, in turn: tapin,tapout; empty: all of them")
     seed: int = opt(0, "seed; sample i depends on (seed, i) alone")
     png: bool = opt(True, "write every sample as a PNG file too, and every volume as .nii.gz")

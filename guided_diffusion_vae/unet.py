@@ -489,6 +489,10 @@ class _TimedNetwork(nn.Module):
         """Turn the convolutions and attention of all inner blocks into float16; norms and embeddings stay float32."""
         self._cast_torso(torch.float16)
 
+    def convert_to_bf16(self):
+        """Do the same with bfloat16, whose range is that of float32 and which CPUs compute in as well."""
+        self._cast_torso(torch.bfloat16)
+
     def convert_to_fp32(self):
         """Undo `convert_to_fp16` (what half precision rounded off stays lost)."""
         self._cast_torso(torch.float32)

@@ -248,6 +248,20 @@ def test_a_weights_file_is_enough_to_sample(run, cache):
     assert not sampler.model.training
 
 
+def test_samples_in_bfloat16_are_those_in_float32_but_for_rounding(run):
+    plain, short = load(run), load(run, "--sample_dtype", "bfloat16")
+    assert short.model.torso_dtype == torch.bfloat16 and plain.made_from != short.made_from
+    for sampler in (plain, short):
+        torch.manual_seed(1)
+        for parameter in sampler.model.parameters():  # many are zero at first, and would say nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    one, other = (sampler.x0(range(4), (0, 1), "cpu") for sampler in (plain, short))
+    assert one.dtype == other.dtype == torch.float32
+    assert 0 < (one - other).abs().max() and (one - other).std() < 0.05 * one.std()
+    with pytest.raises(ValueError, match="--sample_dtype bfloat16 and --use_fp16 True are two ways to one end"):
+        load(run, "--sample_dtype", "bfloat16", "--use_fp16", True)
+
+
 @pytest.mark.parametrize("flags, match", [
     (["--num_channels", 64], "--num_channels 64 contradicts .*ema_0.9_000001.pt, .* with num_channels 32; leave"),
     (["--diffusion_steps", 100], "--diffusion_steps 100 contradicts .* with diffusion_steps 20"),

@@ -1,0 +1,161 @@
+"""What the benchmarks share: interleaved measurements, paired ratios, and reports that name machine and versions.
+
+On a CPU the clock is the process's own CPU time, which a busy neighbour disturbs little; on a GPU it is that of CUDA
+events. All variants of a comparison run in one process in turn, one repetition of each after the other, and ratios are
+taken pair by pair. Set OMP_NUM_THREADS=1: threads that wait burn CPU time, too.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from guided_diffusion_vae import logger, script_util
+from guided_diffusion_vae.config import opt
+
+
+@dataclasses.dataclass
+class BenchConfig:
+    SECTION = "benchmark"
+
+    repetitions: int = opt(7, "how often every variant is measured, in turn with the others")
+    out: str = opt("runs/benchmarks", "folder for the JSON files")
+    device: str = opt("", "cpu or cuda; empty: cuda where there is one")
+
+
+@dataclasses.dataclass
+class ReferenceConfig:
+    SECTION = "benchmark"
+
+    reference: str = opt("", "checkout of openai/guided-diffusion to measure against; empty: this project's own network "
+                             "without its fast paths is the baseline")
+
+
+def configure(doc, *classes):
+    """Return (config instances, device) and print what is measured on what."""
+    bench, *configs = script_util.parse(doc, BenchConfig, *classes)
+    device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{doc.splitlines()[0]}\n{machine(device)}\n", flush=True)
+    return (bench, *configs), device
+
+
+def machine(device):
+    """Return the hardware and versions in one line."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return (f"{chip}; {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}; "
+            f"Python {platform.python_version()}, torch {torch.__version__}")
+
+
+def _processor():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds(function, device):
+    """Return how long a call takes, on the clock of the device."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
+
+
+def interleaved(variants, repetitions, device, warmup=1):
+    """Return {name: [seconds, ...]} of functions by name, each called once before it counts."""
+    times = {name: [] for name in variants}
+    gc.collect()
+    gc.disable()
+    try:
+        for repetition in range(-warmup, repetitions):
+            for name, function in variants.items():
+                taken = seconds(function, device)
+                if repetition >= 0:
+                    times[name].append(taken)
+    finally:
+        gc.enable()
+    return times
+
+
+def compared(times, baseline, per=1):
+    """Return rows of a table: median milliseconds (a `per`-th of a call), and how much faster than the baseline.
+
+    The ratio is the median over pairs measured next to each other; its spread is that of the middle half.
+    """
+    rows = []
+    for name, taken in times.items():
+        ratios = sorted(base / own for base, own in zip(times[baseline], taken))
+        quarter = len(ratios) // 4
+        rows.append({"variant": name, "ms": 1e3 * statistics.median(taken) / per,
+                     "speedup": statistics.median(ratios), "from": ratios[quarter], "to": ratios[-1 - quarter]})
+    return rows
+
+
+def report(name, rows, bench, device, **settings):
+    """Print rows (dictionaries with the same keys) as a Markdown table and write them, with settings, as JSON."""
+    print(table(rows), flush=True)
+    folder = Path(bench.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), "settings": settings,
+               "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nwritten to {folder / name}.json\n", flush=True)
+
+
+def table(rows):
+    """Return rows as a Markdown table, numbers to three digits."""
+    text = lambda value: f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else (
+        f"{value:,.0f}" if isinstance(value, float) else str(value))
+    lines = [list(rows[0]), ["---"] * len(rows[0])] + [[text(v) for v in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@contextlib.contextmanager
+def silent():
+    """Let training loops log into a folder that vanishes, and not to the terminal."""
+    with tempfile.TemporaryDirectory() as folder, logger.scoped_configure(folder, ["csv"]):
+        yield folder
+
+
+def waken(model, seed=0):
+    """Give parameters that are zero small random values: networks begin with zeros, which no gradient passes."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.copy_(0.02 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def open_reference(folder):
+    """Import guided_diffusion from a checkout, with one process as its world; return the package."""
+    import importlib
+
+    import torch.distributed as dist
+
+    if not (Path(folder) / "guided_diffusion").is_dir():
+        raise FileNotFoundError(f"{folder} is no checkout of openai/guided-diffusion; check --reference")
+    sys.path.insert(0, str(folder))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    names = "gaussian_diffusion resample respace script_util train_util unet logger fp16_util".split()
+    package = importlib.import_module("guided_diffusion")
+    for name in names:
+        importlib.import_module(f"guided_diffusion.{name}")
+    return package

@@ -1,0 +1,116 @@
+"""Time one training step of the diffusion model: forward, backward, AdamW, moving averages, logging.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --reference ../guided-diffusion
+    python benchmarks/train_step.py --size 32m1224 --bench_batch_size 256 --compile_too True        # on a GPU
+
+Both sides take the same step on the same weights and batches; loss and gradients are compared first.
+"""
+
+import dataclasses
+
+import common
+import torch
+
+from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
+from guided_diffusion_vae.train_util import TrainLoop
+from guided_diffusion_vae.unet import ModelConfig
+
+SIZES = {
+    "16m122": ((4, 16, 16), dict(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")),
+    "32m1224": ((4, 32, 32), dict(num_channels=128, channel_mult="1,2,2,4", attention_resolutions="16,8")),
+    "32adm256": ((4, 32, 32), dict(num_channels=256, channel_mult="1,2,4", attention_resolutions="16,8")),
+}
+
+
+@dataclasses.dataclass
+class StepConfig:
+    SECTION = "benchmark"
+
+    size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
+    bench_batch_size: int = opt(16, "latents in a step")
+    compile_too: bool = opt(False, "measure compiled networks as well")
+
+
+def main():
+    (bench, against, config), device = common.configure(__doc__, common.ReferenceConfig, StepConfig)
+    shape, flags = SIZES[config.size]
+    model, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
+    weights = common.waken(model).state_dict()
+    draw = torch.Generator().manual_seed(1)
+    batch = torch.randn(config.bench_batch_size, *shape, generator=draw)
+
+    with common.silent():
+        loops, counterpart = {}, None
+        if against.reference:
+            loops["guided-diffusion"], counterpart = reference_loop(against.reference, shape, flags, weights,
+                                                                    config.bench_batch_size, device)
+        loops["float32"] = own_loop(shape, flags, weights, config.bench_batch_size, device)
+        loops["bfloat16"] = own_loop(shape, flags, weights, config.bench_batch_size, device, mixed_precision=True)
+        loops["float32, recompute_norms"] = own_loop(
+            shape, {**flags, "recompute_norms": True}, weights, config.bench_batch_size, device)
+        loops["bfloat16, recompute_norms"] = own_loop(
+            shape, {**flags, "recompute_norms": True}, weights, config.bench_batch_size, device, mixed_precision=True)
+        if config.compile_too:
+            loops["bfloat16, compiled"] = own_loop(shape, flags, weights, config.bench_batch_size, device,
+                                                   mixed_precision=True, compile=True)
+        if counterpart:
+            compare(counterpart, loops["float32"], batch, device)
+        times = common.interleaved({name: lambda loop=loop: loop.run_step(batch, {}) for name, loop in loops.items()},
+                                   bench.repetitions, device)
+    rows = common.compared(times, next(iter(loops)))
+    if device.type == "cuda":
+        for row, loop in zip(rows, loops.values()):
+            torch.cuda.reset_peak_memory_stats()
+            loop.run_step(batch, {})
+            row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, size=config.size,
+                  batch_size=config.bench_batch_size, baseline=next(iter(loops)))
+
+
+def own_loop(shape, flags, weights, batch_size, device, **options):
+    model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
+    model.load_state_dict(weights)
+    return TrainLoop(model=model.to(device), diffusion=diffusion, data=iter(()), batch_size=batch_size, lr=1e-4,
+                     ema_rate="0.9999", log_interval=10**9, save_interval=10**9, **options)
+
+
+def reference_loop(folder, shape, flags, weights, batch_size, device):
+    """Return the TrainLoop of guided-diffusion on the same weights, and (its module, its diffusion)."""
+    theirs = common.open_reference(folder)
+    theirs.dist_util.dev = lambda: device
+    known = theirs.script_util.model_and_diffusion_defaults()
+    _, diffusion = theirs.script_util.create_model_and_diffusion(**{**known, "image_size": 64})
+    widths = tuple(int(m) for m in flags["channel_mult"].split(","))
+    at = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
+    model = theirs.unet.UNetModel(
+        image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], out_channels=shape[0],
+        num_res_blocks=2, attention_resolutions=at, channel_mult=widths, num_heads=4, use_scale_shift_norm=True,
+    ).to(device)
+    model.load_state_dict(weights)
+    theirs.logger.configure(dir=common.logger.get_dir(), format_strs=["csv"])
+    loop = theirs.train_util.TrainLoop(
+        model=model, diffusion=diffusion, data=iter(()), batch_size=batch_size, microbatch=-1, lr=1e-4,
+        ema_rate="0.9999", log_interval=10**9, save_interval=10**9, resume_checkpoint="",
+    )
+    return loop, (model, diffusion)
+
+
+def compare(counterpart, loop, batch, device):
+    """Print how far loss and gradients of the two networks are apart, for the same times and noise."""
+    times = torch.arange(len(batch), device=device) * 1000 // len(batch)
+    noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    found = []
+    for model, diffusion in (counterpart, (loop.model, loop.objective.diffusion)):
+        loss = diffusion.training_losses(model, batch.to(device), times, noise=noise)["loss"].mean()
+        loss.backward()
+        found.append((loss.item(), [p.grad.double() for p in model.parameters()]))
+        model.zero_grad(set_to_none=True)
+    (one, left), (two, right) = found
+    far = sum((a - b).square().sum() for a, b in zip(left, right)) / sum(a.square().sum() for a in left)
+    print(f"loss {one:.6f} and {two:.6f}; gradients {far.sqrt():.1e} apart (relative, over all weights)\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
