@@ -15,7 +15,7 @@ import torch
 
 from . import checkpoint_util, dist_util
 from .config import frozen, size
-from .image_datasets import parse_size
+from .image_datasets import DataConfig, parse_size
 from .latent_datasets import MANIFEST, EncodedPictures, ShrunkPictures, open_latents
 from .script_util import say
 from .train_util import progress_bar
@@ -162,8 +162,10 @@ def as_trained(data, given, preprocessing):
 def require_same_pictures(cache, given):
     """Refuse flags of the data that contradict how the pictures of a cache were read."""
     read = cache.preprocessing
+    if given.get("voxel_size"):
+        given = {**given, "image_size": DataConfig(voxel_size=given["voxel_size"]).image_size}
     for key, value in given.items():
-        if key in read and frozen(read[key]) != value:
+        if key in read and key != "voxel_size" and frozen(read[key]) != value:
             raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with "
                              f"{key} {read[key]}; leave the flag away or encode again")
 

@@ -732,6 +732,77 @@ def test_a_damaged_cache_is_named(chain, call, tmp_path, damage, message):
     assert not list(tmp_path.rglob("state*.json"))
 
 
+# volumes, other ways to train an autoencoder, the memory planner
+
+
+VOLUMES = """
+data: {voxel_size: [8, 16, 12], spacing: "2,1,1"}
+autoencoder: {num_channels: [8, 8], norm_num_groups: 4, latent_channels: 3, downsample_factors: [2]}
+autoencoder.training: {batch_size: 2}
+model: {num_channels: 32, channel_mult: "1,1", num_res_blocks: 1, attention_resolutions: "", resample_depth: true}
+diffusion: {diffusion_steps: 8, noise_schedule: cosine}
+training: {batch_size: 2, ema_rate: "0.9"}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 4 samples")
+def test_the_whole_chain_works_on_volumes(call, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        np.save(tmp_path / f"data/{i}.npy", rng.integers(0, 256, (10, 18, 24), np.uint8))
+    config = tmp_path / "volumes.yaml"
+    config.write_text(VOLUMES)
+    common = {"config": config, "data_dir": tmp_path / "data"}
+    for script, ranks, flags, said in (
+        ("train_autoencoder", 1, {**common, "crop": "random", "patches_per_volume": 2, "max_steps": 2,
+                                  "logdir": tmp_path / "ae"}, "total downsampling: 2x: pictures (1, 8, 16, 12)"),
+        ("check_roundtrip", 1, {**common, "crop": "grid", "vae_path": tmp_path / "ae", "logdir": tmp_path / "trip"},
+         "psnr"),
+        ("encode_dataset", 2, {**common, "crop": "grid", "vae_path": tmp_path / "ae",
+                               "cache_dir": tmp_path / "cache"}, "24 latents"),
+        ("image_train_vae", 2, {"config": config, "cache_dir": tmp_path / "cache", "max_steps": 2,
+                                "logdir": tmp_path / "diffusion"}, "24 latents 3x4x8x6"),
+        ("image_sample_vae", 1, {"model_path": tmp_path / "diffusion", "num_samples": 4, "logdir": tmp_path / "out",
+                                 "sampler": "unipc", "timestep_respacing": "logsnr4"}, "saved 4 samples"),
+        ("evaluate", 1, {"samples": tmp_path / "out/samples_4x8x16x12x1.npz", "reference": tmp_path / "data",
+                         "vae_path": tmp_path / "ae", "crop": "grid", "logdir": tmp_path / "eval"}, "frechet"),
+    ):
+        if ranks > 1:
+            printed = done(script, ranks, **flags)
+        else:
+            status, printed, err = call(script, **flags)
+            assert status == 0, err
+        assert said in printed, printed
+    written = nibabel.load(tmp_path / "out/volumes/000003.nii.gz")
+    assert written.shape == (8, 16, 12) and np.allclose(written.header.get_zooms(), (2, 1, 1))
+    assert (tmp_path / "out/contact_sheet.png").exists() and (tmp_path / "trip/roundtrip.png").exists()
+
+
+def test_an_adversarial_autoencoder_goes_on_and_hands_its_weights_to_another(chain, call, tmp_path):
+    flags = {"config": chain.config, "data_dir": chain.data, "discriminator_weight": 0.1, "discriminator_start": 1,
+             "discriminator_channels": 8, "discriminator_layers": 1, "adaptive_weight": True, "save_interval": 1}
+    assert call("train_autoencoder", **flags, max_steps=2, logdir=tmp_path / "sharp")[0] == 0
+    status, out, err = call("train_autoencoder", **flags, max_steps=3, logdir=tmp_path / "sharp")
+    assert status == 0 and (tmp_path / "sharp/discriminator000003.pt").exists(), err
+    assert {"adversarial_loss", "discriminator_loss", "logits_fake"} <= set(rows_of(tmp_path / "sharp")[-1])
+
+    larger = {"config": chain.config, "data_dir": chain.data, "max_steps": 1, "logdir": tmp_path / "next",
+              "init_from": tmp_path / "sharp", "downsample_factors": "2,4"}
+    status, out, err = call("train_autoencoder", **larger)
+    assert status == 0 and "not taken over" in out, out + err
+
+
+def test_memory_is_planned_from_a_configuration_alone(call):
+    status, out, err = call("plan_memory", config=ROOT / "configs/volumes/low.yaml", budget_gb="1.5,12",
+                            plan_batch_sizes="1,4")
+    assert status == 0, err
+    for said in ("initial=1, layers=(2, 2), total downsampling: 4x: 1x64x64x32", "kept for the backward pass",
+                 "least lossy within 1.5 GiB: --", "least lossy within 12 GiB: as configured"):
+        assert said in out, out
+
+
 @pytest.fixture(scope="session")
 def other_autoencoder(chain, tmp_path_factory):
     """A run like the chain's autoencoder with other weights."""

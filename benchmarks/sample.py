@@ -1,0 +1,128 @@
+"""Time one sampling step, plain and guided by a classifier, and compare whole 50-step DDIM runs.
+
+    OMP_NUM_THREADS=1 python benchmarks/sample.py --reference ../guided-diffusion
+
+Both sides start from the same weights and the same noise.
+"""
+
+import dataclasses
+
+import common
+import torch
+import torch.nn.functional as F
+from train_step import SIZES
+
+from guided_diffusion_vae.config import as_dict, opt
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.guidance import classifier_gradient
+from guided_diffusion_vae.script_util import create_classifier, create_model_and_diffusion_vae
+from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
+
+CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
+                  classifier_num_classes=6)
+
+
+@dataclasses.dataclass
+class SampleConfig:
+    SECTION = "benchmark"
+
+    size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
+    bench_batch_size: int = opt(16, "samples at a time")
+
+
+def main():
+    (bench, against, config), device = common.configure(__doc__, common.ReferenceConfig, SampleConfig)
+    shape, flags = SIZES[config.size]
+    network, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags),
+                                                        DiffusionConfig(timestep_respacing="ddim50"))
+    common.waken(network).eval()
+    judge = common.waken(create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))).eval()
+    weights = network.state_dict(), judge.state_dict()
+    x = torch.randn(config.bench_batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(len(x), device=device) % 6
+
+    sides = {}
+    if against.reference:
+        sides["guided-diffusion"] = reference_side(against.reference, shape, flags, weights, device)
+    gradient = classifier_gradient(judge.to(device), 1.0)
+    sides["float32"] = network.to(device), diffusion, gradient
+    if against.reference:
+        compare_runs(sides, x, device)
+    half = [part(device) for part in (lambda d: rebuilt(shape, flags, weights[0], d),
+                                      lambda d: rebuilt_judge(shape, weights[1], d))]
+    sides["bfloat16"] = half[0], diffusion, classifier_gradient(half[1], 1.0)
+
+    for guided in (False, True):
+        steps = {name: (lambda side=side: step(*side, x, labels if guided else None)) for name, side in sides.items()}
+        times = common.interleaved(steps, bench.repetitions, device)
+        name = f"sample_{config.size}_{'guided' if guided else 'plain'}"
+        common.report(name, common.compared(times, next(iter(sides))), bench, device, guided=guided, size=config.size,
+                      batch_size=config.bench_batch_size, baseline=next(iter(sides)))
+
+
+@torch.no_grad()
+def step(network, diffusion, gradient, x, labels):
+    """Take one random step, with the classifier's gradient where there are labels."""
+    t = torch.full((len(x),), diffusion.num_timesteps // 2, device=x.device)
+    told = {} if labels is None else {"y": labels}
+    ask = lambda x, t, y=None: network(x, t)
+    return diffusion.p_sample(ask, x, t, clip_denoised=False, cond_fn=None if labels is None else gradient,
+                              model_kwargs=told)["sample"]
+
+
+def compare_runs(sides, x, device):
+    """Print how far the samples of a whole DDIM run are apart."""
+    found = []
+    for network, diffusion, _ in sides.values():
+        with torch.no_grad():
+            found.append(diffusion.ddim_sample_loop(network, tuple(x.shape), noise=x.clone(), clip_denoised=False,
+                                                    device=device))
+    far = (found[0] - found[1]).abs().max() / found[0].std()
+    print(f"50 steps of DDIM: samples at most {far:.1e} apart, in units of their standard deviation\n", flush=True)
+
+
+def rebuilt(shape, flags, weights, device):
+    network, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
+    network.load_state_dict(weights)
+    network.to(device).eval().convert_to_bf16()
+    return network
+
+
+def rebuilt_judge(shape, weights, device):
+    judge = create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))
+    judge.load_state_dict(weights)
+    judge.to(device).eval().convert_to_bf16()
+    return judge
+
+
+def reference_side(folder, shape, flags, weights, device):
+    """Return network, process and classifier gradient of guided-diffusion on the same weights."""
+    theirs = common.open_reference(folder)
+    multipliers = tuple(int(m) for m in flags["channel_mult"].split(","))
+    at = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
+    known = dict(image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], num_res_blocks=2,
+                 use_scale_shift_norm=True)
+    network = theirs.unet.UNetModel(out_channels=shape[0], attention_resolutions=at, channel_mult=multipliers,
+                                    num_heads=4, **known)
+    network.load_state_dict(weights[0])
+    own = ClassifierConfig()
+    judge = theirs.unet.EncoderUNetModel(
+        **{**known, "model_channels": own.classifier_width, "num_res_blocks": own.classifier_depth}, out_channels=6,
+        attention_resolutions=(shape[-1] // 8,), channel_mult=(1, 2, 2), num_head_channels=64, resblock_updown=True,
+        pool="attention",
+    )
+    judge.load_state_dict(weights[1])
+    network, judge = network.to(device).eval(), judge.to(device).eval()
+    process = theirs.script_util.create_gaussian_diffusion(timestep_respacing="ddim50")
+
+    def gradient(x, t, y):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            chosen = F.log_softmax(judge(x, t), dim=-1).gather(1, y[:, None])
+            return torch.autograd.grad(chosen.sum(), x)[0]
+
+    return network, process, gradient
+
+
+if __name__ == "__main__":
+    main()
