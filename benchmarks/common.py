@@ -36,8 +36,8 @@ class BenchConfig:
 class ReferenceConfig:
     SECTION = "benchmark"
 
-    reference: str = opt("", "checkout of openai/guided-diffusion to measure against; empty: this project's own network "
-                             "without its fast paths is the baseline")
+    reference: str = opt("", "checkout of openai/guided-diffusion to measure against; empty: this project's plain "
+                             "float32 form is the baseline")
 
 
 def configure(doc, *classes):

@@ -1,0 +1,139 @@
+"""Train autoencoders that differ in their strides for the same CPU time each, and measure held-out pictures or patches.
+
+    OMP_NUM_THREADS=1 python benchmarks/strides.py --data_dir DATA/train --val_data_dir DATA/val --minutes 3
+    OMP_NUM_THREADS=1 python benchmarks/strides.py --data_dir VOLUMES --val_data_dir HELD_OUT --image_size 32x32x32 \\
+        --minutes 3 --crop random --patches_per_volume 64
+
+The variants take turns of a few seconds, so that a change of the machine's speed meets all of them.
+"""
+
+import dataclasses
+import math
+import time
+
+import common
+import torch
+
+from guided_diffusion_vae import figures, memory, metrics
+from guided_diffusion_vae.autoencoder import (
+    AutoencoderConfig, AutoencoderLossConfig, create_autoencoder, from_image_range, to_image_range,
+)
+from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, picture_batches
+from guided_diffusion_vae.objectives import AutoencoderObjective
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
+from guided_diffusion_vae.volume_datasets import open_folder
+
+TURN = 10.0  # seconds of CPU time
+
+
+@dataclasses.dataclass
+class StridesConfig:
+    SECTION = "benchmark"
+
+    val_data_dir: str = opt("", "held-out pictures or volumes")
+    minutes: float = opt(3.0, "CPU time that each variant trains")
+    bench_batch_size: int = opt(8, "pictures in a step")
+    only: str = opt("", "names of variants with semicolons between; empty: all")
+
+
+def variants(dims):
+    """Return {name: what it changes in an AutoencoderConfig}, from small to large strides."""
+    axes = lambda *pair: pair if dims == 2 else (pair[0], *pair)
+    wide, narrow = (32, 64, 64), (64, 64)
+    shuffle = {"final_upsample": "shuffle"}
+    found = {
+        "4x: [2,2]": dict(num_channels=wide, downsample_factors=(2, 2)),
+        "4x: 2 + [2]": dict(num_channels=narrow, initial_downsample_factor=2, downsample_factors=(2,)),
+        "4x: 2 + [2], shuffle": dict(num_channels=narrow, initial_downsample_factor=2, downsample_factors=(2,),
+                                     **shuffle),
+        "4x2": dict(num_channels=wide, downsample_factors=(axes(2, 1), axes(2, 2))),
+        "2x4": dict(num_channels=wide, downsample_factors=(axes(1, 2), axes(2, 2))),
+    }
+    for total, factors in ((8, (4, 2)), (16, (8, 2)), (16, (4, 4))):
+        found[f"{total}x: {list(factors)}"] = dict(num_channels=wide, downsample_factors=factors)
+        found[f"{total}x: {list(factors)}, space_to_channel"] = dict(
+            num_channels=wide, downsample_factors=factors, space_to_channel=True)
+    found["8x: 2 + [2,2], shuffle"] = dict(num_channels=wide, initial_downsample_factor=2, downsample_factors=(2, 2),
+                                           **shuffle)
+    found["8x: [4,2], 16 channels"] = dict(num_channels=wide, downsample_factors=(4, 2), latent_channels=16)
+    found["16x: 2 + [4,2], shuffle"] = dict(num_channels=wide, initial_downsample_factor=2, downsample_factors=(4, 2),
+                                            **shuffle)
+    for plus in (False, True):
+        found["32x: 4 + [4,2], shuffle" + ", space_to_channel" * plus] = dict(
+            num_channels=wide, initial_downsample_factor=4, downsample_factors=(4, 2), space_to_channel=plus, **shuffle)
+    return found
+
+
+class Variant:
+    """One autoencoder in training."""
+
+    def __init__(self, changes, pictures, device, batch_size):
+        shape = pictures.shape
+        network = AutoencoderConfig(spatial_dims=len(shape) - 1, in_channels=shape[0], **changes)
+        loss, train = AutoencoderLossConfig(recon_loss="l1"), AutoencoderTrainConfig(mirror=True, mixed_precision=True)
+        seed_weights(0)
+        self.network = create_autoencoder(network).to(device)
+        self.latent = self.network.latent_shape(shape[1:])
+        plan = memory.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
+                                      DiscriminatorConfig())
+        self.activations = plan.training().activations
+        self.data = picture_batches(pictures, BatchPlan(len(pictures), batch_size))
+        self.loop = TrainLoop(
+            model=self.network, objective=AutoencoderObjective(loss, self.network, network.image_range, train),
+            data=self.data, batch_size=batch_size, lr=1e-3, ema_rate="0.998", log_interval=10**9, save_interval=10**9,
+            mixed_precision=True, grad_clip=0.5,
+        )
+        self.range, self.spent = network.image_range, 0.0
+
+    def train(self, seconds):
+        """Train for so much CPU time."""
+        begun = time.process_time()
+        while time.process_time() - begun < seconds:
+            self.loop.run_step(*next(self.data))
+        self.spent += time.process_time() - begun
+
+    def measure(self, pictures, device):
+        """Return (PSNR in dB, SSIM, L1) of held-out pictures, means over them."""
+        found = []
+        with self.loop.averaged_weights() as network, torch.no_grad():
+            for start in range(0, len(pictures), 16):
+                x = pictures.batch(range(start, min(start + 16, len(pictures)))).to(device)
+                y = from_image_range(network.reconstruct(to_image_range(x, self.range)), self.range).clamp(0, 1)
+                found.append(torch.stack([measure(x, y) for measure in (metrics.psnr, metrics.ssim, metrics.l1)]))
+        return torch.cat(found, dim=1).mean(1).tolist()
+
+
+def main():
+    (bench, data, config), device = common.configure(__doc__, DataConfig, StridesConfig)
+    pictures = open_folder(data)
+    crop = {"crop": "grid"} if len(data.sides) == 3 else {}
+    held_out = open_folder(data, data_dir=config.val_data_dir, **crop)
+    wanted = [name.strip() for name in config.only.split(";") if name.strip()]
+    rows, curves = [], {}
+    with common.silent():
+        running = {name: Variant(changes, pictures, device, config.bench_batch_size)
+                   for name, changes in variants(len(data.sides)).items() if not wanted or name in wanted}
+        turns = math.ceil(60 * config.minutes / TURN)
+        for _ in range(turns):
+            for variant in running.values():
+                variant.train(60 * config.minutes / turns)
+        for name, variant in running.items():
+            psnr, ssim, l1 = variant.measure(held_out, device)
+            rows.append({"strides": name, "latent": "x".join(map(str, variant.latent)),
+                         "kept MiB": variant.activations / 2**20, "steps": variant.loop.step,
+                         "PSNR": psnr, "SSIM": ssim, "L1": l1})
+            kind = "with space_to_channel" if "space_to_channel" in name else "without"
+            total = math.prod(pictures.shape[1:]) / math.prod(variant.latent[1:])
+            curves.setdefault(kind, []).append((total, psnr))
+            variant.data.close()
+    common.report(f"strides_{len(data.sides)}d", rows, bench, device, **dataclasses.asdict(config))
+    dims = len(data.sides)
+    figures.line_plot({kind: sorted(points) for kind, points in curves.items()},
+                      f"values of a channel for one latent place ({dims}D)", "held-out PSNR (dB)", log_x=True
+                      ).save(f"{bench.out}/strides_{dims}d.png")
+
+
+if __name__ == "__main__":
+    main()
