@@ -453,6 +453,36 @@ def sync_params(params):
         _exchange([p.detach() for p in params], lambda flat: dist.broadcast(flat, 0))
 
 
+def shard(model):
+    """Split weights, gradients and what is made of them over the ranks (FSDP2), layer by layer; return the model.
+
+    Entries of module lists are gathered when their turn comes and let go afterwards; the rest stays together. Its
+    parameters are DTensors from then on, on this rank's device.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(dev().type, (world_size(),))
+    for blocks in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor):
+    """Return a tensor that may be sharded with all its values; for a sharded one all ranks call this together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(value, tensor):
+    """Return a whole tensor, the same on all ranks, sharded as another one is; inverse of `whole`."""
+    if not hasattr(tensor, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+
+
 def _exchange(tensors, collective):
     """Run a collective over flat buckets of the tensors and write the results back; all ranks pass the same shapes."""
     for bucket in _buckets(tensors):

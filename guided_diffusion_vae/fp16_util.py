@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from . import logger
+from . import dist_util, logger
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -193,8 +193,9 @@ class MixedPrecisionTrainer:
     def _step(self, opt):
         grads = [p.grad for p in self.master_params if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
-        logger.logkv_mean(f"{self.name}grad_norm", grad_norm)
-        logger.logkv_mean(f"{self.name}param_norm", nn.utils.get_total_norm([p.detach() for p in self.master_params]))
+        param_norm = nn.utils.get_total_norm([p.detach() for p in self.master_params])
+        logger.logkv_mean(f"{self.name}grad_norm", dist_util.whole(grad_norm))
+        logger.logkv_mean(f"{self.name}param_norm", dist_util.whole(param_norm))
         if self.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(self.master_params, self.grad_clip, grad_norm)
         opt.step()
@@ -205,7 +206,7 @@ class MixedPrecisionTrainer:
         if self.use_fp16:
             model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
         grads = [master.grad for master in self.master_params if master.grad is not None]
-        usable = not check_overflow(nn.utils.get_total_norm(grads))
+        usable = not check_overflow(dist_util.whole(nn.utils.get_total_norm(grads)))
         if usable:
             torch._foreach_mul_(grads, 2.0 ** -self.lg_loss_scale)
             self._step(opt)
@@ -238,6 +239,10 @@ class MixedPrecisionTrainer:
         elif state and sizes != [p.numel() for p in self.master_params]:
             raise ValueError(f"the optimizer file is over {len(sizes)} tensors of {sum(sizes)} numbers in all, the "
                              f"model has {len(named)} of {sum(p.numel() for _, p in named)}; it belongs to another one")
+        for i, entries in state.items():
+            master = self.master_params[i]
+            state[i] = {key: dist_util.like(value, master) if value.shape == master.shape else value
+                        for key, value in entries.items()}
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
     def master_params_to_state_dict(self, master_params):

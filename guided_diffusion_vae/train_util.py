@@ -81,6 +81,8 @@ class TrainConfig:
 class DiffusionTrainConfig(TrainConfig):
     schedule_sampler: str = opt("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
     fp16_scale_growth: float = opt(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
+    fsdp: bool = opt(False, "split weights, gradients, averages and optimizer over the ranks (FSDP2), for models that do "
+                            "not fit; checkpoints stay the same files, and there are no previews")
 
 
 @dataclass
@@ -179,9 +181,14 @@ class TrainLoop:
         weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
         mixed_precision=False, seed=0, objective=None, header=None, preview=None, lr_warmup_steps=0,
         optimizer="adamw", amp_dtype="bfloat16", init_from="", best_by="", stop_at=None, compile=False,
+        fsdp=False,
     ):
         if mixed_precision and use_fp16:
             raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
+        if fsdp and (use_fp16 or dist_util.world_size() == 1):
+            found = "--use_fp16 True" if use_fp16 else "a single rank"
+            raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, torchrun), "
+                             "and computes in half precision with --mixed_precision True")
         self.model, self.diffusion, self.data = model, diffusion, data
         self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
@@ -200,7 +207,7 @@ class TrainLoop:
         self.seed, self.best_by, self.stop_at = seed, best_by, stop_at or {}
         self.header = header or {"kind": "diffusion"}
         self.folder = Path(logger.get_dir())
-        self.device = next(model.parameters()).device
+        self.device = dist_util.dev() if fsdp else next(model.parameters()).device
         self.global_batch = batch_size * dist_util.world_size()
         self.slots = range(dist_util.rank() * batch_size, (dist_util.rank() + 1) * batch_size)
 
@@ -210,6 +217,9 @@ class TrainLoop:
         self.adversary = getattr(self.objective, "adversary", None)
         for network in (model, *([self.adversary.network] if self.adversary else [])):
             dist_util.sync_params(network.parameters())
+        self.fsdp = fsdp
+        if fsdp:
+            dist_util.shard(model)
         self.mp_trainer = MixedPrecisionTrainer(
             model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip,
             scale_loss=self.autocast_dtype is torch.float16,
@@ -217,7 +227,7 @@ class TrainLoop:
         self.opt = OPTIMIZERS[optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.best = None
-        self.use_ddp = dist_util.world_size() > 1
+        self.use_ddp = dist_util.world_size() > 1 and not fsdp
         if self.adversary:
             rival = self._distributed(self.adversary.network)
             self.adversary.begin(rival, self.mp_trainer.scale_loss, fp16_scale_growth)
@@ -303,6 +313,8 @@ class TrainLoop:
 
     def _communicate(self, network, last):
         """Gradients travel with the last microbatch only."""
+        if self.fsdp:
+            self.model.set_requires_gradient_sync(last)
         return network.no_sync() if self.use_ddp and not last else contextlib.nullcontext()
 
     def _autocast(self):
@@ -380,20 +392,25 @@ class TrainLoop:
 
         Weights that are not finite are never saved: the log may not have met the loss that spoilt them yet.
         """
-        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.mp_trainer.master_params])
+        norm = dist_util.whole(torch.nn.utils.get_total_norm([p.detach() for p in self.mp_trainer.master_params]))
         if not math.isfinite(norm):
             raise self._diverged(f"the norm of the weights is {float(norm)}")
+        # What is sharded all ranks put together, one tensor at a time; rank 0 keeps and writes it.
+        sets = [self._gathered(params) for params in (self.mp_trainer.master_params, *self.ema_params)]
+        moments = self.opt.state_dict()
+        moments["state"] = {i: dict(zip(entries, self._gathered(entries.values())))
+                            for i, entries in moments["state"].items()}
         if dist_util.rank() != 0:
             return
         logger.log(f"saving step {self.step} ...")
         names = [checkpoint_util.model_name(self.step)]
         names += [checkpoint_util.ema_name(rate, self.step) for rate in self.ema_rate]
         header = {**self.header, "step": self.step}
-        for name, params in zip(names, [self.mp_trainer.master_params, *self.ema_params]):
+        for name, params in zip(names, sets):
             weights = self.mp_trainer.master_params_to_state_dict(params)
             checkpoint_util.save_weights(self.folder / name, weights, header)
         names.append(checkpoint_util.optimizer_name(self.step))
-        checkpoint_util.save(self.folder / names[-1], self.opt.state_dict())
+        checkpoint_util.save(self.folder / names[-1], moments)
         state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
                  "global_batch": self.global_batch, "seed": self.seed, "best": self.best}
         if self.adversary:
@@ -403,6 +420,13 @@ class TrainLoop:
         if self.keep_checkpoints:
             best = {self.best["step"]} if self.best else set()
             checkpoint_util.forget_all_but(self.folder, self.keep_checkpoints, best)
+
+    def _gathered(self, tensors):
+        """Return tensors as they are or, where they are sharded, whole ones in main memory on rank 0, None elsewhere."""
+        if not self.fsdp:
+            return list(tensors)
+        parts = (dist_util.whole(t) for t in tensors)
+        return [t.cpu() if dist_util.rank() == 0 else None for t in parts]
 
     def _save_adversary(self, header):
         names = [checkpoint_util.discriminator_name(self.step), checkpoint_util.discriminator_optimizer_name(self.step)]
@@ -444,17 +468,20 @@ class TrainLoop:
                 raise ValueError(f"{path} holds step {found}, so it was renamed; --resume_checkpoint wants "
                                  f"{checkpoint_util.model_name(found)} with its optimizer and averages beside it")
             require_same_model(header, self.header, folder)
-        checkpoint_util.load_into(self.model, weights, path, "--resume_checkpoint")
+        mine = self.model.state_dict() if self.fsdp else {}
+        placed = {k: dist_util.like(v, mine[k]) for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
+        checkpoint_util.load_into(self.model, {**weights, **placed} if placed else weights, path, "--resume_checkpoint")
         with torch.no_grad():
             loaded = self.mp_trainer.state_dict_to_master_params(weights)
             for param, value in zip(self.mp_trainer.master_params, loaded):
-                param.copy_(value)
+                param.copy_(dist_util.like(value, param))
         for i, rate in enumerate(self.ema_rate):
             name = checkpoint_util.ema_name(rate, step)
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is not there; --ema_rate must name averages that the "
                                         "checkpoint has")
-            self.ema_params[i] = [p.clone() for p in self.mp_trainer.state_dict_to_master_params(load(name)[0])]
+            loaded = self.mp_trainer.state_dict_to_master_params(load(name)[0])
+            self.ema_params[i] = [dist_util.like(v.clone(), p) for v, p in zip(loaded, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)
         try:
             self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, self.device, "--resume_checkpoint"))

@@ -46,9 +46,12 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
 
     header = diffusion_header(source, space, model_flags, process, super_res)
     device = dist_util.dev()
-    model.to(device)
     preview = None
-    if space.codec is not None and super_res is None:
+    if train.fsdp:
+        say("no previews with --fsdp True: no rank has the whole model")
+    else:
+        model.to(device)  # else it moves there in parts
+    if space.codec is not None and super_res is None and not train.fsdp:
         preview = SamplePreview(preview_sampler(model, space.codec, header), folder, device)
     objective = DiffusionObjective(
         diffusion, create_named_schedule_sampler(train.schedule_sampler, diffusion),

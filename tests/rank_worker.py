@@ -153,6 +153,17 @@ def schedule_of(kind):
     return "loss" if kind == "cached" else "uniform"
 
 
+def train_sharded(folder, part):
+    """Train the cached kind split over the ranks: without a stop, with one, and by microbatches."""
+    if part == "again":
+        train(folder, "2/sharded-parts", "cached", END, start=1, fsdp=True)
+        return
+    train(folder, "2/sharded-equal", "cached", EQUAL_STEPS, fsdp=True)
+    train(folder, "2/sharded-whole", "cached", END, fsdp=True)
+    train(folder, "2/sharded-parts", "cached", END, fsdp=True, interrupt=STOP)
+    train(folder, "2/sharded-micro", "cached", 4, microbatch=1, fsdp=True)
+
+
 def main():
     folder, part = Path(sys.argv[1]), sys.argv[2]
     dist_util.setup_dist()
@@ -165,6 +176,7 @@ def main():
             train(folder, f"2/{kind}-equal", kind, EQUAL_STEPS)
         train(folder, f"2/{kind}-whole", kind, END, schedule=schedule)
         train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, interrupt=STOP)
+    train_sharded(folder, part)
     if part == "first":
         train(folder, "2/cached-micro", "cached", 4, microbatch=1)
 

@@ -115,6 +115,28 @@ def test_one_rank_with_twice_the_batch_takes_the_steps_of_two_ranks(one_rank, tw
     assert farthest(one[0], start.state_dict()) > 1e-3  # a thousand times what the ranks may differ
 
 
+def test_a_model_split_over_ranks_takes_the_same_steps_and_writes_the_same_files(one_rank, two_ranks, prepared):
+    whole, split = (files_of(prepared / name, EQUAL_STEPS) for name in ("1/cached-equal", "2/sharded-equal"))
+    assert farthest(whole[0], split[0]) < 1e-6 and farthest(whole[1], split[1]) < 1e-6
+    assert flat(whole[2]).keys() == flat(split[2]).keys() and farthest_moments(whole[2], split[2]) < 1e-5
+    micro = [files_of(prepared / f"2/{kind}-micro", 4)[0] for kind in ("cached", "sharded")]
+    assert farthest(*micro) < 1e-6
+    assert same_bits(*(files_of(prepared / f"2/sharded-{run}", END) for run in ("whole", "parts")))
+    logger.configure(str(prepared / "2/sharded-parts"), [])
+    unsplit = rank_worker.train(prepared, "2/sharded-parts", "cached", END + 1, batch_size=GLOBAL_BATCH)
+    assert unsplit.resume_step == END  # one rank goes on with what two had split
+
+
+def farthest_moments(one, other):
+    pairs = [(one["state"][i], other["state"][i]) for i in one["state"]]
+    return max((a[key] - b[key]).abs().max().item() for a, b in pairs for key in a)
+
+
+def test_a_single_rank_has_nothing_to_split(tmp_path):
+    with pytest.raises(ValueError, match="--fsdp True with a single rank: .* several ranks .mpiexec"):
+        line(tmp_path, 1, fsdp=True)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_started_again_a_run_ends_in_the_same_bits(request, prepared, kind, ranks):
