@@ -730,9 +730,11 @@ class BatchPlan:
         """This rank's places in the batch of all ranks."""
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
-    def indices(self, step):
-        """Return the items of batch `step` on this rank, int64 [batch_size]."""
-        positions = step * self.batch_size * self.num_ranks + np.array(self.slots, np.int64)
+    def indices(self, step, steps=1):
+        """Return the items of batch `step`, and of the `steps` from there on, on this rank, int64 [steps * batch_size].
+        """
+        firsts = np.arange(step, step + steps, dtype=np.int64) * (self.batch_size * self.num_ranks)
+        positions = (firsts[:, None] + np.array(self.slots, np.int64)).reshape(-1)
         epochs, places = np.divmod(positions, self.count)
         if not self.shuffle:
             return places
@@ -755,17 +757,17 @@ class BatchPlan:
 class Prefetcher:
     """Make the batches of successive steps ahead in a background thread.
 
-    :param make_batch: step -> batch; called for start_step, start_step + 1, ... by one thread.
+    :param make_batch: step -> batch; called for start_step, start_step + stride, ... by one thread.
     :param depth: batches that may wait.
     :param end_step: where to stop; None never.
     """
 
-    def __init__(self, make_batch, start_step=0, depth=2, end_step=None):
+    def __init__(self, make_batch, start_step=0, depth=2, end_step=None, stride=1):
         self._ready = queue.Queue()
         self._room = threading.Semaphore(depth)
         self._stop = threading.Event()
         self._error = None
-        arguments = make_batch, start_step, end_step, self._ready, self._room, self._stop
+        arguments = make_batch, start_step, end_step, stride, self._ready, self._room, self._stop
         self._thread = threading.Thread(target=_produce, args=arguments, daemon=True, name="prefetch")
         self._thread.start()
         # Also at exit: a thread still inside numpy or torch while the interpreter ends would crash it.
@@ -787,7 +789,7 @@ class Prefetcher:
         self._finalizer()
 
 
-def _produce(make_batch, step, end_step, ready, room, stop):
+def _produce(make_batch, step, end_step, stride, ready, room, stop):
     while end_step is None or step < end_step:
         room.acquire()
         if stop.is_set():
@@ -797,7 +799,7 @@ def _produce(make_batch, step, end_step, ready, room, stop):
         except Exception as error:
             ready.put((None, error))
             return
-        step += 1
+        step += stride
 
 
 def _halt(stop, room, thread):
@@ -812,24 +814,31 @@ class BatchStream:
 
     :param make_batch: step -> prepared batch, on a background thread.
     :param finish: prepared batch -> (batch, extra), on the caller's thread (what touches a device belongs here).
+    :param together: where it is more than 1, so many steps are prepared and finished in one go, since small batches
+        cost more to hand over than to read: `make_batch` is given the first step, `finish` returns a list.
     """
 
-    def __init__(self, make_batch, start_step=0, finish=None, depth=2):
+    def __init__(self, make_batch, start_step=0, finish=None, depth=2, together=1):
         self.step = start_step
         self._make_batch = make_batch
         self._finish = finish
         self._depth = depth
+        self._together = together
         self._ahead = None
+        self._finished = collections.deque()
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self._ahead is None:
-            self._ahead = Prefetcher(self._make_batch, self.step, self._depth)
-        batch = self._ahead.next()
+        if not self._finished:
+            if self._ahead is None:
+                self._ahead = Prefetcher(self._make_batch, self.step, self._depth, stride=self._together)
+            made = self._ahead.next()
+            made = self._finish(made) if self._finish else made
+            self._finished.extend(made if self._together > 1 else [made])
         self.step += 1
-        return self._finish(batch) if self._finish else batch
+        return self._finished.popleft()
 
     def seek(self, step):
         """Make `step` the next batch."""
@@ -839,6 +848,7 @@ class BatchStream:
 
     def close(self):
         """Stop reading ahead; the next batch starts it again."""
+        self._finished.clear()
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None

@@ -30,6 +30,7 @@ MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 _REDO = "remove the cache and encode it again"
 _EXACT = {"vae_dtype": "float32", "vae_tile": 0}
+BULK = 1024  # latents that are read, drawn and normalised in one go
 _POSTERIOR = 1  # sets the posterior's noise apart from other draws of the same seed and step
 
 
@@ -337,6 +338,7 @@ class LatentCache:
     """
 
     random_crop = False
+    in_bulk = True  # many items are read as quickly, one by one, as few
 
     def __init__(self, folder):
         self.folder = require_folder(folder, CACHE_FLAG)
@@ -389,10 +391,11 @@ class LatentCache:
             return torch.from_numpy(rows)
         values = np.empty((len(rows), *_stored_shape(self.manifest)), np.float32)
         owners = np.searchsorted(self._firsts, rows, side="right") - 1
-        for owner in np.unique(owners):
-            here = owners == owner
+        order = np.argsort(owners, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1):
+            owner = owners[here[0]]
             values[here] = self._shards[owner][rows[here] - self._firsts[owner]]
-        if not np.isfinite(values).all():
+        if not np.isfinite(values.sum()) and not np.isfinite(values).all():  # the first alone is fast
             bad = int(rows[~np.isfinite(values).reshape(len(rows), -1).all(1)][0])
             raise ValueError(f"{self.folder}: latent {bad} is not finite; the cache is damaged, encode it again")
         return torch.from_numpy(values)
@@ -400,7 +403,7 @@ class LatentCache:
     def latents(self, values, eps=None):
         """Return scaled latents [n x C x ...] of what `read` gave; `eps` is the posterior's noise, None the mode."""
         if self._resident is not None:
-            values = self._resident[values.to(self._resident.device)].float()
+            values = self._resident.index_select(0, values.to(self._resident.device)).float()
         return sample_moments(values, eps) if self.draws_posterior else values
 
     def batch(self, indices, eps=None, flips=None):
@@ -470,7 +473,7 @@ class LatentFolder:
     `encode_batch` returns them. Statistics are measured over up to 4096 of them, evenly spread.
     """
 
-    random_crop = random_flip = draws_posterior = False
+    random_crop = random_flip = draws_posterior = in_bulk = False
     image_shape = unpadded_shape = autoencoder = None
     preprocessing = {}
 
@@ -541,6 +544,8 @@ class EncodedPictures:
     :param statistics: known ones (of a run that goes on, or of rank 0) instead of measuring; {}: nobody needs them.
     :param progress: called with (pictures measured, pictures in all).
     """
+
+    in_bulk = False
 
     def __init__(self, pictures, codec, device, stats_samples=2048, seed=0, batch_size=32, statistics=None,
                  progress=None):
@@ -663,16 +668,21 @@ class LatentStream(BatchStream):
             if plan.count != of.count:
                 raise ValueError(f"the plan is for {plan.count} items, {of.folder} has {of.count}")
 
-        def make_batch(step):
-            indices = plan.indices(step)
+        # Latents of a cache are so small that handing them over by the batch would take longer than reading them.
+        together = 1 if not source.in_bulk else max(1, BULK // plan.batch_size)
+
+        def make_batches(step):
+            steps = range(step, step + together)
+            indices = plan.indices(step, together)
 
             def read(of):
-                flips = plan.coins(step) if of.random_flip else None
+                flips = np.concatenate([plan.coins(s) for s in steps]) if of.random_flip else None
                 return of.read(indices, flips, **({"rngs": plan.generators(step)} if of.random_crop else {}))
 
             eps = None
             if source.draws_posterior:
-                eps = keyed_randn(source.latent_shape, [(seed, _POSTERIOR, step, slot) for slot in plan.slots])
+                keys = [(seed, _POSTERIOR, s, slot) for s in steps for slot in plan.slots]
+                eps = keyed_randn(source.latent_shape, keys)
             labels = _labels_at(source, indices) if with_labels else None
             return read(source), eps, labels, None if small is None else read(small)
 
@@ -682,9 +692,13 @@ class LatentStream(BatchStream):
             told = {} if labels is None else {"y": labels.to(device)}
             if small is not None:
                 told["low_res"] = normalizer.normalise(small.latents(small_values.to(device)))
-            return normalizer.normalise(latents), told
+            x0 = normalizer.normalise(latents)
+            if together == 1:
+                return x0, told
+            parts = zip(*(values.split(plan.batch_size) for values in told.values())) if told else [()] * together
+            return [(x, dict(zip(told, part))) for x, part in zip(x0.split(plan.batch_size), parts)]
 
-        super().__init__(make_batch, start_step, finish)
+        super().__init__(make_batches, start_step, finish, together=together)
 
 
 def _labels_at(source, indices):

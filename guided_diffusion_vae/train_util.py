@@ -81,8 +81,8 @@ class TrainConfig:
 class DiffusionTrainConfig(TrainConfig):
     schedule_sampler: str = opt("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
     fp16_scale_growth: float = opt(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
-    fsdp: bool = opt(False, "split weights, gradients, averages and optimizer over the ranks (FSDP2), for models that do "
-                            "not fit; checkpoints stay the same files, and there are no previews")
+    fsdp: bool = opt(False, "split weights, gradients, averages and optimizer over the ranks (FSDP2), for models that "
+                            "do not fit; checkpoints stay the same files, and there are no previews")
 
 
 @dataclass
@@ -187,8 +187,8 @@ class TrainLoop:
             raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
         if fsdp and (use_fp16 or dist_util.world_size() == 1):
             found = "--use_fp16 True" if use_fp16 else "a single rank"
-            raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, torchrun), "
-                             "and computes in half precision with --mixed_precision True")
+            raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, "
+                             "torchrun), and computes in half precision with --mixed_precision True")
         self.model, self.diffusion, self.data = model, diffusion, data
         self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
@@ -422,7 +422,7 @@ class TrainLoop:
             checkpoint_util.forget_all_but(self.folder, self.keep_checkpoints, best)
 
     def _gathered(self, tensors):
-        """Return tensors as they are or, where they are sharded, whole ones in main memory on rank 0, None elsewhere."""
+        """Return tensors as they are or, where they are split, whole ones in main memory on rank 0, else None."""
         if not self.fsdp:
             return list(tensors)
         parts = (dist_util.whole(t) for t in tensors)

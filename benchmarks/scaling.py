@@ -1,0 +1,103 @@
+"""Time training steps on 1, 2, 4 ranks of this machine: the same batch on each (weak), or the same in all (strong).
+
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py --ranks 1,2
+    python benchmarks/scaling.py --ranks 1,2,4,8 --bench_batch_size 64              # on a machine with GPUs
+
+Ranks are started by mpiexec. Times are those of the clock on the wall, since waiting for each other counts here.
+"""
+
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import common
+import torch
+from train_step import SIZES
+
+from guided_diffusion_vae import dist_util, script_util
+from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
+from guided_diffusion_vae.train_util import TrainLoop
+from guided_diffusion_vae.unet import ModelConfig
+
+RESULT = "seconds per step: "
+
+
+@dataclasses.dataclass
+class ScalingConfig:
+    SECTION = "benchmark"
+
+    ranks: str = opt("1,2,4", "numbers of ranks with commas between, beginning with 1")
+    size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
+    bench_batch_size: int = opt(8, "latents on each rank (weak), and in all (strong)")
+    fsdp: bool = opt(False, "split the model over the ranks")
+    mixed_precision: bool = opt(True, "bfloat16")
+    worker: int = opt(0, "used by this script itself: time steps of so many latents on this rank")
+
+
+def main():
+    bench, config = script_util.parse(__doc__, common.BenchConfig, ScalingConfig)
+    if config.worker:
+        return work(bench, config)
+    device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{__doc__.splitlines()[0]}\n{common.machine(device)}\n", flush=True)
+    counts = [int(n) for n in config.ranks.split(",")]
+    rows, alone = [], {}
+    for kind in ("weak", "strong"):
+        for n in counts:
+            each = config.bench_batch_size if kind == "weak" else config.bench_batch_size // n
+            if not each:
+                continue
+            taken = started(n, each, bench, config)
+            rate = n * each / taken
+            alone.setdefault(kind, rate)
+            rows.append({"scaling": kind, "ranks": n, "latents a rank": each, "ms a step": 1e3 * taken,
+                         "latents/s": rate, "efficiency": f"{rate / alone[kind] / n:.0%}"})
+    common.report("scaling", rows, bench, device, **dataclasses.asdict(config))
+
+
+def started(ranks, batch_size, bench, config):
+    """Run this script as a worker on so many ranks; return the seconds of a step."""
+    launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
+    command = [launcher, "-n", str(ranks)] if ranks > 1 else []
+    command += [sys.executable, __file__, "--worker", str(batch_size), "--size", config.size,
+                "--fsdp", str(config.fsdp and ranks > 1), "--mixed_precision", str(config.mixed_precision),
+                "--repetitions", str(bench.repetitions)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    for line in out.stdout.splitlines():
+        if line.startswith(RESULT):
+            return json.loads(line.removeprefix(RESULT))
+    raise RuntimeError(f"{' '.join(command)} ended with {out.returncode}:\n{out.stdout}{out.stderr}")
+
+
+def work(bench, config):
+    dist_util.setup_dist()
+    device = dist_util.dev()
+    shape, flags = SIZES[config.size]
+    model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
+    batch = torch.randn(config.worker, *shape)
+    with common.silent():
+        loop = TrainLoop(model=common.waken(model).to(device), diffusion=diffusion, data=iter(()),
+                         batch_size=config.worker, lr=1e-4, log_interval=10**9, save_interval=10**9, fsdp=config.fsdp,
+                         mixed_precision=config.mixed_precision)
+        times = []
+        for _ in range(bench.repetitions + 2):
+            dist_util.barrier()
+            begun = time.perf_counter()
+            loop.run_step(batch, {})
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            dist_util.barrier()
+            times.append(time.perf_counter() - begun)
+    if dist_util.rank() == 0:
+        print(f"{RESULT}{statistics.median(times[2:])}", flush=True)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

@@ -1,0 +1,65 @@
+"""Time from typing a command to its help, and to the first training step of a run from a cache.
+
+    python benchmarks/startup.py
+    python benchmarks/startup.py --cache_dir latents_cache/mine --train_flags "--config configs/microdoppler_small.yaml"
+
+`import torch` alone is the baseline: nothing here can be faster.
+"""
+
+import dataclasses
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+from guided_diffusion_vae.config import opt
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
+
+
+@dataclasses.dataclass
+class StartupConfig:
+    SECTION = "benchmark"
+
+    cache_dir: str = opt("", "a latent cache, for the first training step; empty: leave that out")
+    train_flags: str = opt("", "further flags of image_train_vae.py")
+
+
+def main():
+    (bench, config), device = common.configure(__doc__, StartupConfig)
+    commands = {"import torch": [sys.executable, "-c", "import torch"]}
+    commands |= {f"{script.stem} --help": [sys.executable, str(script), "--help"] for script in SCRIPTS}
+    if config.cache_dir:
+        train = SCRIPTS[0].with_name("image_train_vae.py")
+        commands["first step of image_train_vae"] = [
+            sys.executable, str(train), "--cache_dir", config.cache_dir, "--max_steps", "1",
+            *shlex.split(config.train_flags),
+        ]
+    taken = {name: [] for name in commands}
+    for _ in range(bench.repetitions):
+        for name, command in commands.items():
+            taken[name].append(elapsed(command))
+    rows = [{"command": name, "wall s": statistics.median(w for w, _ in times),
+             "CPU s": statistics.median(c for _, c in times)} for name, times in taken.items()]
+    common.report("startup", rows, bench, device)
+
+
+def elapsed(command):
+    """Return (seconds on the wall, seconds of CPU time) of a command that must end well."""
+    with tempfile.TemporaryDirectory() as folder:
+        environ = {**os.environ, "OPENAI_LOGDIR": folder}
+        before, begun = os.times(), time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env=environ)
+        after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - begun, cpu
+
+
+if __name__ == "__main__":
+    main()
