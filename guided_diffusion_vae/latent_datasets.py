@@ -456,7 +456,7 @@ class LatentCache:
     def _read_labels(self):
         path = self.folder / LABELS
         try:
-            labels = np.load(path, allow_pickle=False)
+            labels = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {_REDO}") from error
         right = labels.dtype == np.int64 and labels.shape == (self.count,)
