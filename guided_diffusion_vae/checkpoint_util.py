@@ -13,10 +13,9 @@ import re
 from collections import OrderedDict
 from pathlib import Path
 
-import blobfile as bf
 import torch
 
-from .files import atomic_path, sha256_of_file, write_json
+from .files import atomic_path, bf, sha256_of_file, write_json
 
 FORMAT = 1
 HEADER_KEY = "guided_diffusion_vae"

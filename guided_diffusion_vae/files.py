@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import socket
+import sys
 import uuid
 from pathlib import Path
 
@@ -103,3 +105,20 @@ def _lives(process):
 def _space_left(path):
     folder = next(p for p in [path.parent, *path.parent.parents] if os.path.exists(p))
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB left on {folder}"
+
+
+def lazily(name):
+    """Return a module that is imported when it is first used; the standard library's recipe for LazyLoader.
+
+    blobfile brings the clients of two clouds along, which nobody shall wait for who wants to read `--help`.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bf = lazily("blobfile")

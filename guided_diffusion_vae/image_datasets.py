@@ -23,13 +23,13 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import blobfile as bf
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from .config import as_dict, opt, size
+from .files import bf
 
 REFERENCE_ENDINGS = ("jpg", "jpeg", "png", "gif")
 ENDINGS = REFERENCE_ENDINGS + ("tif", "tiff", "npy")

@@ -9,10 +9,10 @@ import dataclasses
 import io
 import math
 
-import blobfile as bf
 import numpy as np
 import torch
 
+from .files import bf
 from .image_datasets import (
     DataConfig, PictureFolder, classes_of, digest_of, ending_of, names_below, naming, open_archive, parse_range,
     require_data_dir, stamp_of, to_unit, walk_files,
