@@ -5,7 +5,7 @@
 
 Memory is that of one training step in bfloat16 at 256x256x64, batch 1, as `scripts/plan_memory.py` counts it; beside it
 stand the claims of the guides that this project was made for. On a GPU the timed steps report the peak that was
-allocated, too, beside what was planned for them.
+allocated beyond weights, averages and AdamW's moments, beside what was planned for that.
 """
 
 import dataclasses
@@ -95,8 +95,11 @@ def timed(size, bench, device):
     steps = {name: lambda loop=loop: loop.run_step(x, {}) for name, loop in loops.items()}
     rows = common.compared(common.interleaved(steps, bench.repetitions, device), "[2,2]")
     for row, (changes, _) in zip(rows, variants().values()):
-        row["planned MiB"] = planned(changes, size).training().peak / 2**20
+        plan = planned(changes, size).training()
+        row["planned MiB"] = (plan.gradients + plan.activations + plan.workspace) / 2**20
         if device.type == "cuda":
+            for loop in loops.values():
+                loop.mp_trainer.zero_grad()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             steps[row["variant"]]()

@@ -1,4 +1,4 @@
-"""Time from typing a command to its help, and to the first training step of a run from a cache.
+"""Time from typing a command to its help, and to the end of a run of one training step from a cache.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --cache_dir latents_cache/mine --train_flags "--config configs/microdoppler_small.yaml"
@@ -27,7 +27,7 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 class StartupConfig:
     SECTION = "benchmark"
 
-    cache_dir: str = opt("", "a latent cache, for the first training step; empty: leave that out")
+    cache_dir: str = opt("", "a latent cache, for a training run; empty: leave that out")
     train_flags: str = opt("", "further flags of image_train_vae.py")
 
 
@@ -37,7 +37,7 @@ def main():
     commands |= {f"{script.stem} --help": [sys.executable, str(script), "--help"] for script in SCRIPTS}
     if config.cache_dir:
         train = SCRIPTS[0].with_name("image_train_vae.py")
-        commands["first step of image_train_vae"] = [
+        commands["image_train_vae, one step, preview, checkpoint"] = [
             sys.executable, str(train), "--cache_dir", config.cache_dir, "--max_steps", "1",
             *shlex.split(config.train_flags),
         ]

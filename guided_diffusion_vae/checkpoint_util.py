@@ -7,6 +7,7 @@ configuration, normalizer, autoencoder) rides along as a JSON string in the stat
 A step of a run is a set of files and, written last, a marker `stateNNNNNN.json` with their sizes and SHA-256.
 """
 
+import collections
 import contextlib
 import json
 import re
@@ -19,6 +20,7 @@ from .files import atomic_path, bf, sha256_of_file, write_json
 
 FORMAT = 1
 HEADER_KEY = "guided_diffusion_vae"
+VERSIONS_KEY = "module_versions"
 
 
 def save_weights(path, state_dict, header):
@@ -59,7 +61,9 @@ def save_safetensors(path, state_dict, header):
     """Write a state dict as .safetensors with `header` among the file's metadata, atomically."""
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", HEADER_KEY: json.dumps({"format": FORMAT, **header})}
+    versions = {k: v for k, v in (getattr(state_dict, "_metadata", None) or {}).items() if isinstance(v, dict)}
+    metadata = {"format": "pt", HEADER_KEY: json.dumps({"format": FORMAT, **header}),
+                VERSIONS_KEY: json.dumps(versions)}
     with atomic_path(path) as part:
         save_file({name: value.detach().contiguous() for name, value in state_dict.items()}, part, metadata)
 
@@ -86,8 +90,12 @@ def _load_safetensors(path, map_location, flag):
         raise FileNotFoundError(f"{path} is not there; check {flag}")
     try:
         with safe_open(path, "pt") as content:
-            tensors = {name: content.get_tensor(name).to(map_location) for name in content.keys()}
-            return tensors, (content.metadata() or {}).get(HEADER_KEY)
+            tensors = collections.OrderedDict((name, content.get_tensor(name).to(map_location))
+                                              for name in content.keys())
+            metadata = content.metadata() or {}
+            if VERSIONS_KEY in metadata:
+                tensors._metadata = json.loads(metadata[VERSIONS_KEY])  # modules ask for the version of their weights
+            return tensors, metadata.get(HEADER_KEY)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); check {flag}") from error
 

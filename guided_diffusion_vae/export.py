@@ -281,7 +281,7 @@ def _unet_entries(name, layer):
             # `split` knows where queries, keys and values lie: taken to rows of weights as it is applied to tokens.
             rows = layer.attention.split(value.flatten(1).T[None] if value.dim() > 1 else value[None, None])
             for i, part in enumerate(("to_q", "to_k", "to_v")):
-                flat = rows[:, :, i].flatten(2)[0]
+                flat = rows[i].flatten(2)[0]
                 yield f"{name}.{part}.{key}", flat.T if value.dim() > 1 else flat[0]
     elif isinstance(layer, unet.Downsample):
         parts = {"conv": layer.op}

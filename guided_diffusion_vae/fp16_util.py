@@ -227,6 +227,8 @@ class MixedPrecisionTrainer:
 
         :raises ValueError: where the file is of an optimizer over other tensors.
         """
+        if not all("exp_avg" in entries for entries in content["state"].values()):
+            return opt.load_state_dict(content)  # of an optimizer with moments of its own, such as the 8-bit one
         state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # a number in files of old torch
                  for i, entries in content["state"].items()}
         named = list(self.model.named_parameters())

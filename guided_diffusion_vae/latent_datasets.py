@@ -7,7 +7,9 @@ interface: `read` gathers a batch on any thread, `latents` turns it into latents
 
 import hashlib
 import json
+import math
 import re
+import resource
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +30,10 @@ CACHE_FLAG = "--cache_dir"
 FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
 MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
+SPARE_FILES = 256  # that a process has open besides a cache
 _REDO = "remove the cache and encode it again"
 _EXACT = {"vae_dtype": "float32", "vae_tile": 0}
-BULK = 1024  # latents that are read, drawn and normalised in one go
+BULK, BULK_NUMBERS = 1024, 2**23  # latents that are read, drawn and normalised in one go, and the numbers in them
 _POSTERIOR = 1  # sets the posterior's noise apart from other draws of the same seed and step
 
 
@@ -353,6 +356,7 @@ class LatentCache:
         self.statistics = manifest["statistics"]
         self.draws_posterior = manifest["store"] == "moments"
         self.random_flip = manifest["flips"]
+        _allow_open_files(len(manifest["shards"]))
         self._shards = [self._open_shard(shard) for shard in manifest["shards"]]
         self._firsts = np.array([shard["first"] for shard in manifest["shards"]])
         self._require_whole()
@@ -669,7 +673,8 @@ class LatentStream(BatchStream):
                 raise ValueError(f"the plan is for {plan.count} items, {of.folder} has {of.count}")
 
         # Latents of a cache are so small that handing them over by the batch would take longer than reading them.
-        together = 1 if not source.in_bulk else max(1, BULK // plan.batch_size)
+        numbers = plan.batch_size * math.prod(source.latent_shape)
+        together = max(1, min(BULK // plan.batch_size, BULK_NUMBERS // numbers)) if source.in_bulk else 1
 
         def make_batches(step):
             steps = range(step, step + together)
@@ -699,6 +704,20 @@ class LatentStream(BatchStream):
             return [(x, dict(zip(told, part))) for x, part in zip(x0.split(plan.batch_size), parts)]
 
         super().__init__(make_batches, start_step, finish, together=together)
+
+
+def _allow_open_files(count):
+    """Raise this process's limit of open files: each shard that is mapped into memory holds one.
+
+    :raises ValueError: where the limit cannot be raised so far.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ValueError(f"the cache has {count} shards and this process may open {hard} files; raise the limit "
+                             f"(ulimit -n {needed}), or encode with a larger --shard_size")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _labels_at(source, indices):

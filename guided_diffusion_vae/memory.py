@@ -371,9 +371,11 @@ def savings(plan):
     if not plan.network.recompute_norms:
         yield change(recompute_norms=True)
     while plan.forward_size > 1:
-        smaller = {"microbatch": plan.forward_size // 2} if plan.train.microbatch > 0 else {
-            "batch_size": plan.train.batch_size // 2,
-            "gradient_accumulation_steps": plan.train.gradient_accumulation_steps * 2,
+        # By the smallest prime, so that a step stays of as many samples.
+        parts = next(n for n in range(2, plan.forward_size + 1) if plan.forward_size % n == 0)
+        smaller = {"microbatch": plan.forward_size // parts} if plan.train.microbatch > 0 else {
+            "batch_size": plan.train.batch_size // parts,
+            "gradient_accumulation_steps": plan.train.gradient_accumulation_steps * parts,
         }
         yield change(**smaller)
     if not getattr(plan.network, plan.CHECKPOINTING):

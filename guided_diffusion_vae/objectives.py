@@ -170,7 +170,8 @@ def augmented(images, draws, config):
     # affine_grid measures every axis from -1 to 1, the last axis first.
     half = torch.tensor(images.shape[:1:-1], dtype=torch.float64, device=images.device) / 2
     theta = torch.cat([turn * half / half[:, None], (shift / half)[..., None]], dim=2)
-    grid = F.affine_grid(theta.float(), images.shape, align_corners=False)
+    # In float64, which autocast leaves alone: in bfloat16 the grid would be off by half a pixel.
+    grid = F.affine_grid(theta, images.shape, align_corners=False).to(images.dtype)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return torch.where(chosen.view(-1, *(1,) * (images.dim() - 1)), moved, images)
 

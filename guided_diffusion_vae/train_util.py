@@ -69,7 +69,7 @@ class TrainConfig:
     amp_dtype: str = opt("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
                          choices=tuple(AMP_DTYPES))
     compile: bool = opt(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, and "
-                               "pays in runs of some thousand steps")
+                               "pays in runs of some thousand steps (without --recompute_norms: the compiler decides)")
     init_from: str = opt("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
                              "what is not taken over is listed")
     fast_dev_run: bool = opt(False, "try everything out in a few steps: train, measure, save, end")
@@ -146,11 +146,6 @@ def settled(train):
     return replace(train, **changes)
 
 
-def _compiled(network, device):
-    """Return the network compiled for the shapes that it meets, sharing its weights; CUDA graphs save its launches."""
-    return torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-
-
 def _joined(parts):
     """Return (times [N] or None, terms of [N]) of a batch, given those of its microbatches."""
     times, terms = zip(*parts)
@@ -185,10 +180,12 @@ class TrainLoop:
     ):
         if mixed_precision and use_fp16:
             raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
-        if fsdp and (use_fp16 or dist_util.world_size() == 1):
-            found = "--use_fp16 True" if use_fp16 else "a single rank"
+        others = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16, "--compile True": compile,
+                  f"--optimizer {optimizer}": optimizer != "adamw"}
+        if fsdp and any(others.values()):
+            found = next(name for name, there in others.items() if there)
             raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, "
-                             "torchrun), and computes in half precision with --mixed_precision True")
+                             "torchrun), with AdamW, and in half precision with --mixed_precision True")
         self.model, self.diffusion, self.data = model, diffusion, data
         self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
@@ -215,6 +212,9 @@ class TrainLoop:
         if checkpoint[0] is None and init_from:
             begin_with(model, init_from)
         self.adversary = getattr(self.objective, "adversary", None)
+        if compile and self.adversary:
+            raise ValueError("--compile True with a discriminator (--discriminator_weight): its gradients pass through "
+                             "the network a second time, which a compiled one does not allow; leave one of them away")
         for network in (model, *([self.adversary.network] if self.adversary else [])):
             dist_util.sync_params(network.parameters())
         self.fsdp = fsdp
@@ -234,13 +234,21 @@ class TrainLoop:
         self.resume_step = self.step = self._resume(*checkpoint)
         self.compile = compile
         # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
-        self.ddp_model = self._distributed(_compiled(model, self.device) if compile else model)
+        self.ddp_model = self._distributed(self._compiled(model) if compile else model)
 
     def _distributed(self, network):
         if not self.use_ddp:
             return network
         on_gpu = self.device.type == "cuda"
-        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None, bucket_cap_mb=128)
+        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None)
+
+    def _compiled(self, network):
+        """Return the network compiled for the shapes that it meets, sharing its weights; CUDA graphs save launches.
+
+        A graph owns the memory of the gradients that it makes, so that it cannot add up those of microbatches.
+        """
+        graphs = self.device.type == "cuda" and self.microbatch >= self.batch_size
+        return torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -459,7 +467,8 @@ class TrainLoop:
             if marker.get(name, now) != now:
                 logger.warn(f"{name} is {now} now and was {marker[name]} until step {step}: from here on the run is "
                             "another one")
-        load = lambda name: checkpoint_util.load_weights(folder / name, self.device, "--resume_checkpoint")
+        device = "cpu" if self.fsdp else self.device  # no device has room for the whole of what is split
+        load = lambda name: checkpoint_util.load_weights(folder / name, device, "--resume_checkpoint")
         path = folder / checkpoint_util.model_name(step)
         weights, header = load(path.name)
         if header is not None:
@@ -484,7 +493,7 @@ class TrainLoop:
             self.ema_params[i] = [dist_util.like(v.clone(), p) for v, p in zip(loaded, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)
         try:
-            self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, self.device, "--resume_checkpoint"))
+            self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, device, "--resume_checkpoint"))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}; check --resume_checkpoint") from error
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
@@ -507,7 +516,10 @@ def begin_with(model, path):
     taken = {name: value for name, value in theirs.items() if name in mine and mine[name].shape == value.shape}
     if not taken:
         raise ValueError(f"{path} has no weights in common with this model; check --init_from")
-    model.load_state_dict({**mine, **taken})
+    mine.update(taken)
+    # Modules look at the versions that came with their weights, and at their own where they begin anew.
+    mine._metadata = {**mine._metadata, **theirs._metadata} if hasattr(theirs, "_metadata") else {}
+    model.load_state_dict(mine)
     logger.log(f"{len(taken)} of {len(mine)} weights begin as in {path}")
     for what, weights in (("begins anew", mine), ("is not taken over", theirs)):
         for name in sorted(weights.keys() - taken.keys()):

@@ -33,6 +33,7 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
     """
     say_source(source)
     model_flags = with_classes(model_flags, source)
+    _refuse_both(train.compile, model_flags.recompute_norms)
     memory = DiffusionPlan(source.latent_shape, model_flags, train, process, super_res, small and small.latent_shape)
     train = settled(train)
     seed_weights(train.seed)
@@ -67,6 +68,12 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
         loop.run_loop()
 
 
+def _refuse_both(compile, recompute_norms):
+    if compile and recompute_norms:
+        raise ValueError("--compile True and --recompute_norms True exclude each other: the compiler decides itself "
+                         "what to compute again; give one of them")
+
+
 def diffusion_header(source, space, model, process, super_res=None):
     """Return what the checkpoints of a diffusion model, or of an upsampler, say about themselves."""
     header = {"kind": "super_res" if super_res else "diffusion", "model": as_dict(model), "diffusion": as_dict(process),
@@ -79,6 +86,7 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
 
     :param rival: a DiscriminatorConfig; `perceptual`: a PerceptualConfig; both may say that there is none.
     """
+    _refuse_both(train.compile, autoencoder.recompute_norms)
     unsettled, train = train, settled(train)
     if train.use_gradient_checkpointing:
         autoencoder = dataclasses.replace(autoencoder, use_checkpointing=True)

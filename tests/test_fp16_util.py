@@ -210,6 +210,17 @@ def test_a_run_goes_on_in_another_precision_with_the_same_optimizer(before, afte
     torch.testing.assert_close(weights_of(new), weights_of(old), rtol=1e-6, atol=1e-7)
 
 
+def test_the_state_of_an_optimizer_with_moments_of_its_own_is_handed_on_as_it_is():
+    class EightBit:
+        def load_state_dict(self, content):
+            self.content = content
+
+    content = {"state": {0: {"state1": torch.zeros(3, dtype=torch.uint8), "step": 5}}, "param_groups": []}
+    optimizer = EightBit()
+    MixedPrecisionTrainer(model=Net()).load_optimizer(optimizer, content)
+    assert optimizer.content is content
+
+
 def test_an_optimizer_of_another_model_is_refused():
     trainer, opt = taught(False)
     other = nn.Linear(3, 4)

@@ -59,6 +59,29 @@ def cached(tmp_path, pictures):
     return write
 
 
+def test_a_cache_of_more_shards_than_files_may_be_open_is_refused(cached, monkeypatch):
+    folder = cached().folder
+    asked = []
+    monkeypatch.setattr(latent_datasets.resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    monkeypatch.setattr(latent_datasets.resource, "getrlimit", lambda kind: (100, 1000))
+    LatentCache(folder)
+    assert asked == [(259, 1000)]  # three shards, and what else is open
+    monkeypatch.setattr(latent_datasets.resource, "getrlimit", lambda kind: (100, 200))
+    with pytest.raises(ValueError, match="has 3 shards and this process may open 200 files; raise .*ulimit -n 259"):
+        LatentCache(folder)
+
+
+def test_few_steps_are_read_together_where_latents_are_large(cached, monkeypatch):
+    cache = cached()
+    whiten = LatentNormalizer.fit("auto", cache.statistics, cache.scale_factor)
+    for numbers, together in ((2**23, 512), (6 * 16, 3), (1, 1)):
+        monkeypatch.setattr(latent_datasets, "BULK_NUMBERS", numbers)
+        stream = LatentStream(cache, whiten, BatchPlan(COUNT, 2), 0, "cpu")
+        next(stream)
+        assert len(stream._finished) == together - 1
+        stream.close()
+
+
 def everything(source):
     return source.batch(np.arange(source.count))[0]
 

@@ -120,6 +120,12 @@ def test_savings_go_from_harmless_to_another_network():
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("batch_size, parts", [(6, [(3, 2), (1, 6)]), (7, [(1, 7)])])
+def test_a_step_stays_of_as_many_samples(batch_size, parts):
+    steps = savings(autoencoder_plan(train={"batch_size": batch_size}))
+    assert [tuple(step.latest.values()) for step in steps if "batch_size" in step.latest] == parts
+
+
 def test_what_a_microbatch_saves_already_is_heeded():
     plan = diffusion_plan(train={"batch_size": 8, "microbatch": 2, "mixed_precision": True})
     assert plan.forward_size == 2

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
 COUNT = 12
 PIPELINE = """
-autoencoder: {num_channels: [8, 8, 8], norm_num_groups: 4, latent_channels: 3}
+autoencoder: {num_channels: [8, 8, 8], norm_num_groups: 4, latent_channels: 3, attention_levels: [false, false, true]}
 autoencoder.training: {batch_size: 2}
 model: {num_channels: 32, channel_mult: "1", num_res_blocks: 1, attention_resolutions: "16", class_cond: true}
 diffusion: {diffusion_steps: 8, noise_schedule: cosine}
@@ -861,6 +861,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("train_autoencoder", {"data_dir": "{data}", "batch_size": 13}, "12 items are fewer than one step takes"),
     ("train_autoencoder", {"data_dir": "{data}", "logdir": "{tmp}/cut.pt/run"},
      "cannot write into {tmp}/cut.pt/run (Not a directory); give --logdir a folder that can be written"),
+    ("image_train_vae", {"cache_dir": "{cache}", "compile": True, "recompute_norms": True}, "exclude each other"),
     ("image_train_vae", {"cache_dir": "{cache}", "batch_size": 13}, "12 items are fewer than one step takes"),
     ("image_train_vae", {"cache_dir": "{cache}", "normalizer": "none"}, "x0 has a measured standard deviation of"),
     ("image_train_vae", {"cache_dir": "{cache}", "data_dir": "{data}"}, "give one of them"),

@@ -13,6 +13,7 @@ import torch
 
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, augmented, mirrored
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.script_util import create_gaussian_diffusion, create_model_and_diffusion_vae
@@ -130,6 +131,28 @@ def test_a_model_split_over_ranks_takes_the_same_steps_and_writes_the_same_files
 def farthest_moments(one, other):
     pairs = [(one["state"][i], other["state"][i]) for i in one["state"]]
     return max((a[key] - b[key]).abs().max().item() for a, b in pairs for key in a)
+
+
+def test_a_discriminator_is_not_compiled_with(prepared, tmp_path):
+    with pytest.raises(ValueError, match="--compile True with a discriminator"):
+        train(prepared, tmp_path, "adversarial", 1, compile=True)
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+def test_attention_begins_with_the_projection_that_was_applied(tmp_path, versioned):
+    torch.manual_seed(0)
+    first, then = (create_autoencoder(AutoencoderConfig(in_channels=1, num_channels=(16, 16), attention_levels=levels))
+                   for levels in ((False, True), (True, True)))
+    weights = first.state_dict() if versioned else dict(first.state_dict())
+    if versioned:
+        checkpoint_util.save_weights(tmp_path / "model.pt", weights, {"kind": "autoencoder"})
+    else:  # as GenerativeModels writes it, whose projection is never applied
+        torch.save(weights, tmp_path / "model.pt")
+    logger.configure(str(tmp_path), [])
+    begin_with(then, tmp_path / "model.pt")
+    name = next(n for n in first.state_dict() if n.endswith("proj_attn.weight") and n in then.state_dict())
+    wanted = first.state_dict()[name] if versioned else torch.eye(16)
+    assert torch.equal(then.state_dict()[name], wanted)
 
 
 def test_a_single_rank_has_nothing_to_split(tmp_path):
@@ -387,6 +410,14 @@ def test_a_run_that_goes_on_does_not_begin_again(tmp_path):
     line(tmp_path / "run", 4, init_from=str(tmp_path / "other"))
     line(tmp_path / "whole", 4)
     assert same_bits(files_of(tmp_path / "run", 4), files_of(tmp_path / "whole", 4))
+
+
+def test_a_share_of_pictures_is_varied_as_precisely_under_autocast():
+    images = torch.rand(8, 1, 256, 256)
+    draws, config = Draws(0, 5, range(8), 8), AutoencoderTrainConfig(augment=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = augmented(images, draws, config)
+    assert narrow.dtype == torch.float32 and torch.allclose(narrow, augmented(images, draws, config), atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute_norms", [False, True])

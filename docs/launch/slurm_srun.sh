@@ -10,4 +10,4 @@
 #SBATCH --requeue                  # the same command goes on where the run stopped
 
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK OMP_WAIT_POLICY=PASSIVE
-srun --kill-on-bad-exit=1 python scripts/image_train_vae.py --logdir "runs/$SLURM_JOB_NAME" "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" python scripts/image_train_vae.py --logdir "runs/$SLURM_JOB_NAME" "$@"
