@@ -1,5 +1,5 @@
 #!/bin/bash
-# One or many nodes with Slurm alone: srun starts a task for every GPU, and ranks find each other through Slurm's variables.
+# One or many nodes with Slurm alone: srun starts a task for every GPU; ranks meet by Slurm's variables.
 #   sbatch --nodes 2 docs/launch/slurm_srun.sh --config configs/pictures/512.yaml --cache_dir latents_cache/mine
 #SBATCH --job-name=diffusion
 #SBATCH --gpus-per-node=8
@@ -10,4 +10,5 @@
 #SBATCH --requeue                  # the same command goes on where the run stopped
 
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK OMP_WAIT_POLICY=PASSIVE
-srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" python scripts/image_train_vae.py --logdir "runs/$SLURM_JOB_NAME" "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" \
+    python scripts/image_train_vae.py --logdir "runs/$SLURM_JOB_NAME" "$@"

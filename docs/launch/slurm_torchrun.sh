@@ -6,10 +6,11 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300          # torchrun passes SIGTERM on to its ranks, which save; it then ends with an error of its own
+#SBATCH --signal=TERM@300          # torchrun passes it on to its ranks, which save; it ends with an error itself
 
 export OMP_NUM_THREADS=8 OMP_WAIT_POLICY=PASSIVE
 MEETING=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --shutdown-timeout 280 --nnodes "$SLURM_NNODES" --nproc_per_node 8 --rdzv_backend c10d \
+srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --shutdown-timeout 280 \
+    --nnodes "$SLURM_NNODES" --nproc_per_node 8 --rdzv_backend c10d \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$MEETING:29500" \
     scripts/image_train_vae.py --logdir "runs/$SLURM_JOB_NAME" "$@"
