@@ -38,8 +38,8 @@ class SamplingConfig:
     num_samples: int = opt(64, "how many samples to draw")
     batch_size: int = opt(16, "samples at a time on each rank; does not change the samples")
     sampler: str = opt("", "how steps are taken: ddpm (random), ddim (deterministic), or a multi-step solver, which 10 "
-                           "to 20 steps are enough for: dpmpp (DPM-Solver++), unipc; empty: ddpm, or ddim with "
-                           "--use_ddim",
+                           "to 25 steps are enough for: dpmpp_sde (random, forgives a model's errors), dpmpp, unipc; "
+                           "empty: ddpm, or ddim with --use_ddim",
                        choices=("", *LOOPS))
     use_ddim: bool = opt(False, "the same as --sampler ddim, usually with --timestep_respacing ddim50")
     clip_denoised: bool = opt(False, "clip the predicted x0 to [-1, 1]: right for pixels, where it is the default, and "

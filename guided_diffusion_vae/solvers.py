@@ -20,14 +20,22 @@ def _dpmpp(**settings):
     return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **settings)
 
 
+def _dpmpp_sde(**settings):
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=2, **settings)
+
+
 def _unipc(**settings):
     from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(solver_order=3, **settings)
 
 
-# DPM-Solver++(2M), arXiv 2211.01095, algorithm 2; UniPC-3, arXiv 2302.04867, algorithm 2.
-SOLVERS = {"dpmpp": _dpmpp, "unipc": _unipc}
+# DPM-Solver++(2M) and SDE-DPM-Solver++(2M), arXiv 2211.01095, algorithm 2 and appendix A; UniPC-3, arXiv 2302.04867,
+# algorithm 2.
+SOLVERS = {"dpmpp": _dpmpp, "dpmpp_sde": _dpmpp_sde, "unipc": _unipc}
+RANDOM = ("dpmpp_sde",)  # draw noise at every step
 
 
 def multistep_sample_loop(
@@ -37,7 +45,7 @@ def multistep_sample_loop(
     """Sample x_0 of `shape` [N, C, ...] with a key of SOLVERS; the other arguments are those of `p_sample_loop`.
 
     The network is called once for each time of `diffusion`; `logsnrN` spaces them as these solvers like it. Nothing is
-    random but the start.
+    random but the start, except for solvers in RANDOM.
     """
     if device is None:
         device = next(model.parameters()).device
@@ -59,7 +67,8 @@ def multistep_sample_loop(
             p = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
             if cond_fn is not None:
                 p = diffusion.condition_score(cond_fn, p, x, t, model_kwargs)
-            x = scheduler.step(p["pred_xstart"], i, x, return_dict=False)[0]
+            drawn = {"variance_noise": (noise_fn or torch.randn_like)(x)} if solver in RANDOM else {}
+            x = scheduler.step(p["pred_xstart"], i, x, return_dict=False, **drawn)[0]
     return x
 
 

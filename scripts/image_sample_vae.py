@@ -2,7 +2,7 @@
 
     python scripts/image_sample_vae.py --model_path runs/diffusion/ema_0.999_010000.pt
     mpiexec -n 2 python scripts/image_sample_vae.py --model_path ... --classes tapin,tapout \\
-        --sampler unipc --timestep_respacing logsnr15 --cfg_scale 2
+        --sampler dpmpp_sde --timestep_respacing logsnr20 --cfg_scale 2
 
 The model file carries its own description; flags that contradict it are refused. A bare state dict, such as one of
 guided-diffusion, is described by the flags of its model, and needs --vae_path, --image_size and --normalizer as well.

@@ -4,9 +4,10 @@ import torch
 
 from guided_diffusion_vae import script_util
 from guided_diffusion_vae.gaussian_diffusion import ModelMeanType
-from guided_diffusion_vae.solvers import LOOPS, SOLVERS, multistep_sample_loop
+from guided_diffusion_vae.solvers import LOOPS, RANDOM, SOLVERS, multistep_sample_loop
 
 SHAPE, SPREAD = (16, 2, 8, 8), 0.3
+OF_A_PATH = [solver for solver in SOLVERS if solver not in RANDOM]
 
 
 class Mixture:
@@ -38,6 +39,7 @@ def sampled(solver, respacing, **flags):
     network = Mixture(script_util.create_gaussian_diffusion(**flags), 2 if flags.get("learn_sigma") else 1)
     process = script_util.create_gaussian_diffusion(timestep_respacing=respacing, **flags)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).double()
+    torch.manual_seed(1)
     x = LOOPS[solver](process, network, SHAPE, noise=noise, clip_denoised=False, device="cpu")
     return x, network
 
@@ -53,7 +55,7 @@ def error(x, converged):
 
 def test_twenty_steps_of_a_solver_are_as_near_to_the_converged_path_as_250_of_ddim(converged):
     ddim = {steps: error(sampled("ddim", f"ddim{steps}")[0], converged) for steps in (20, 250)}
-    solved = {solver: error(sampled(solver, "logsnr20")[0], converged) for solver in SOLVERS}
+    solved = {solver: error(sampled(solver, "logsnr20")[0], converged) for solver in OF_A_PATH}
     assert solved["unipc"] < 0.7 * ddim[250] and solved["dpmpp"] < 2 * ddim[250]
     assert max(solved.values()) < ddim[20] / 8
 
@@ -73,7 +75,24 @@ def test_whatever_the_network_predicts_the_samples_are_the_same(solver, flags):
     torch.testing.assert_close(other, plain, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver, respacing", [("dpmpp_sde", "logsnr20"), ("ddpm", "250")])
+def test_random_steps_end_in_the_data(solver, respacing):
+    x, network = sampled(solver, respacing)
+    offsets = x[:, None] - network.centres
+    nearest = offsets[torch.arange(len(x)), offsets.square().sum((2, 3, 4)).argmin(1)]
+    assert abs(nearest.std().item() / SPREAD - 1) < 0.05 and abs(nearest.mean().item()) < 0.05 * SPREAD
+
+
+@pytest.mark.parametrize("solver", RANDOM)
+def test_a_random_solver_takes_its_noise_from_whom_it_is_told(solver):
+    process = script_util.create_gaussian_diffusion(timestep_respacing="logsnr6")
+    draw = lambda noise_fn: multistep_sample_loop(process, lambda x, t: 0.1 * x, (2, 1, 4), solver, device="cpu",
+                                                  noise=torch.ones(2, 1, 4), noise_fn=noise_fn)
+    one, same = draw(torch.ones_like), draw(torch.ones_like)
+    assert torch.equal(one, same) and not torch.equal(one, draw(torch.zeros_like))
+
+
+@pytest.mark.parametrize("solver", OF_A_PATH)
 def test_schedules_that_end_in_pure_noise_can_be_solved(solver):
     x, _ = sampled(solver, "logsnr20", noise_schedule="linear_zero_snr", predict_v=True)
     converged = sampled("ddim", "500", noise_schedule="linear_zero_snr", predict_v=True)[0]
@@ -91,7 +110,7 @@ def test_guidance_and_denoising_reach_the_solver(solver):
 
     network = lambda x, t, y: torch.zeros_like(x)
     draw = lambda **more: multistep_sample_loop(process, network, (2, 1, 4), solver, noise=torch.zeros(2, 1, 4),
-                                                model_kwargs={"y": torch.tensor([1, 2])}, device="cpu", **more)
+                                                noise_fn=torch.zeros_like, model_kwargs={"y": torch.tensor([1, 2])}, device="cpu", **more)
     assert (draw(cond_fn=pull) > draw() + 0.1).all()
     assert [t for t, _ in told] == process.timestep_map[::-1] and told[0][1] == [1, 2]
     assert (draw(denoised_fn=lambda x_0: x_0 * 0 + 0.25) == 0.25).all()
