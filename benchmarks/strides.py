@@ -1,6 +1,6 @@
 """Train autoencoders that differ in their strides for the same CPU time each, and measure held-out pictures or patches.
 
-    OMP_NUM_THREADS=1 python benchmarks/strides.py --data_dir DATA/train --val_data_dir DATA/val --minutes 3
+    OMP_NUM_THREADS=1 python benchmarks/strides.py --data_dir DATA/train --val_data_dir DATA/val --minutes 10
     OMP_NUM_THREADS=1 python benchmarks/strides.py --data_dir VOLUMES --val_data_dir HELD_OUT --image_size 32x32x32 \\
         --minutes 3 --crop random --patches_per_volume 64
 
@@ -52,9 +52,9 @@ def variants(dims):
         "2x4": dict(num_channels=wide, downsample_factors=(axes(1, 2), axes(2, 2))),
     }
     for total, factors in ((8, (4, 2)), (16, (8, 2)), (16, (4, 4))):
-        found[f"{total}x: {list(factors)}"] = dict(num_channels=wide, downsample_factors=factors)
-        found[f"{total}x: {list(factors)}, space_to_channel"] = dict(
-            num_channels=wide, downsample_factors=factors, space_to_channel=True)
+        name = f"{total}x: [{factors[0]},{factors[1]}]"
+        found[name] = dict(num_channels=wide, downsample_factors=factors)
+        found[f"{name}, space_to_channel"] = dict(num_channels=wide, downsample_factors=factors, space_to_channel=True)
     found["8x: 2 + [2,2], shuffle"] = dict(num_channels=wide, initial_downsample_factor=2, downsample_factors=(2, 2),
                                            **shuffle)
     found["8x: [4,2], 16 channels"] = dict(num_channels=wide, downsample_factors=(4, 2), latent_channels=16)
@@ -111,6 +111,9 @@ def main():
     crop = {"crop": "grid"} if len(data.sides) == 3 else {}
     held_out = open_folder(data, data_dir=config.val_data_dir, **crop)
     wanted = [name.strip() for name in config.only.split(";") if name.strip()]
+    if unknown := set(wanted) - set(variants(len(data.sides))):
+        raise ValueError(f"--only: there is no variant {', '.join(unknown)}; known are: "
+                         f"{'; '.join(variants(len(data.sides)))}")
     rows, curves = [], {}
     with common.silent():
         running = {name: Variant(changes, pictures, device, config.bench_batch_size)
@@ -124,7 +127,7 @@ def main():
             rows.append({"strides": name, "latent": "x".join(map(str, variant.latent)),
                          "kept MiB": variant.activations / 2**20, "steps": variant.loop.step,
                          "PSNR": psnr, "SSIM": ssim, "L1": l1})
-            kind = "with space_to_channel" if "space_to_channel" in name else "without"
+            kind = "space_to_channel" if "space" in name else "first stride" if "+" in name else "between levels"
             total = math.prod(pictures.shape[1:]) / math.prod(variant.latent[1:])
             curves.setdefault(kind, []).append((total, psnr))
             variant.data.close()
