@@ -5,6 +5,7 @@
 Both sides start from the same weights and the same noise.
 """
 
+import copy
 import dataclasses
 
 import common
@@ -48,8 +49,9 @@ def main():
     sides["float32"] = network.to(device), diffusion, gradient
     if against.reference:
         compare_runs(sides, x, device)
-    half = [part(device) for part in (lambda d: rebuilt(shape, flags, weights[0], d),
-                                      lambda d: rebuilt_judge(shape, weights[1], d))]
+    half = copy.deepcopy(network), copy.deepcopy(judge)
+    for model in half:
+        model.convert_to_bf16()
     sides["bfloat16"] = half[0], diffusion, classifier_gradient(half[1], 1.0)
 
     for guided in (False, True):
@@ -79,20 +81,6 @@ def compare_runs(sides, x, device):
                                                     device=device))
     far = (found[0] - found[1]).abs().max() / found[0].std()
     print(f"50 steps of DDIM: samples at most {far:.1e} apart, in units of their standard deviation\n", flush=True)
-
-
-def rebuilt(shape, flags, weights, device):
-    network, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
-    network.load_state_dict(weights)
-    network.to(device).eval().convert_to_bf16()
-    return network
-
-
-def rebuilt_judge(shape, weights, device):
-    judge = create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))
-    judge.load_state_dict(weights)
-    judge.to(device).eval().convert_to_bf16()
-    return judge
 
 
 def reference_side(folder, shape, flags, weights, device):

@@ -374,7 +374,7 @@ def advising_on_memory(advise):
     """Where memory runs out inside, let the error end in advise(bytes of memory), beside the memory's own message."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(f"{advise(memory_bytes())}; {error}") from error

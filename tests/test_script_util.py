@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion_vae import dist_util, logger, script_util, training
+from guided_diffusion_vae import dist_util, script_util, training
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.discriminator import DiscriminatorConfig
@@ -26,7 +26,6 @@ SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig
             script_util.RunConfig)
 MODEL = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=3)
 PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
-CPU = torch.device("cpu")
 
 PIPELINE = """
 data: {image_size: 16x32}
@@ -42,23 +41,7 @@ sampling: {num_samples: 12}
 """
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
-    for names in dist_util.LAUNCHERS.values():
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-    yield
-    dist_util._settled = None
-    logger.reset()
-
-
-@pytest.fixture
-def yaml_file(tmp_path):
-    def write(text, name="file.yaml"):
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-    return write
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 # flags and YAML

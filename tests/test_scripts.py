@@ -21,10 +21,10 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencod
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.sampling import open_npz
+from conftest import LAUNCHER_NAMES
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
 COUNT = 12
 PIPELINE = """
 autoencoder: {num_channels: [8, 8, 8], norm_num_groups: 4, latent_channels: 3, attention_levels: [false, false, true]}
@@ -37,14 +37,7 @@ classifier: {classifier_width: 32, classifier_depth: 1, classifier_attention_res
 """
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    for name in (*LAUNCHER_NAMES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GDVAE_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
-    yield
-    dist_util._settled = None
-    logger.reset()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def words(flags):

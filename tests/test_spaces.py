@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, dist_util, loading, logger, script_util, spaces, training
+from guided_diffusion_vae import checkpoint_util, loading, script_util, spaces, training
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
@@ -26,23 +26,7 @@ PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
-    for names in dist_util.LAUNCHERS.values():
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-    yield
-    dist_util._settled = None
-    logger.reset()
-
-
-@pytest.fixture
-def yaml_file(tmp_path):
-    def write(text, name="file.yaml"):
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-    return write
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 # latents and autoencoders

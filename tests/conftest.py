@@ -1,0 +1,25 @@
+import pytest
+
+from guided_diffusion_vae import dist_util, logger
+
+LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Stand alone, whoever started the tests, and leave no place among ranks and no log behind."""
+    for name in (*LAUNCHER_NAMES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GDVAE_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
+    yield
+    dist_util._settled = None
+    logger.reset()
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Write text to a YAML file and return its path."""
+    def write(text, name="file.yaml"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    return write
