@@ -33,11 +33,12 @@ class BenchConfig:
 
 
 @dataclasses.dataclass
-class ReferenceConfig:
+class ComparisonConfig:
     SECTION = "benchmark"
 
     reference: str = opt("", "checkout of openai/guided-diffusion to measure against; empty: this project's plain "
                              "float32 form is the baseline")
+    profile: bool = opt(False, "print the operators that each side spends its time in")
 
 
 def configure(doc, *classes):
@@ -105,6 +106,22 @@ def compared(times, baseline, per=1):
         rows.append({"variant": name, "ms": 1e3 * statistics.median(taken) / per,
                      "speedup": statistics.median(ratios), "from": ratios[quarter], "to": ratios[-1 - quarter]})
     return rows
+
+
+def print_operators(variants, device, rows=10):
+    """Print, for functions by name, the operators that a call spends most of its own time in."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    own = lambda event: (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e3
+    for name, function in variants.items():
+        with profile(activities=activities) as profiler:
+            function()
+        events = sorted(profiler.key_averages(), key=own, reverse=True)
+        total = sum(map(own, events))
+        print(f"{name}: {total:,.0f} ms, {sum(event.count for event in events):,} calls\n")
+        print(table([{"operator": event.key, "ms": own(event), "share": f"{own(event) / total:.0%}",
+                      "calls": event.count} for event in events[:rows]]) + "\n", flush=True)
 
 
 def report(name, rows, bench, device, **settings):

@@ -32,7 +32,7 @@ class SampleConfig:
 
 
 def main():
-    (bench, against, config), device = common.configure(__doc__, common.ReferenceConfig, SampleConfig)
+    (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, SampleConfig)
     shape, flags = SIZES[config.size]
     network, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags),
                                                         DiffusionConfig(timestep_respacing="ddim50"))
@@ -57,6 +57,8 @@ def main():
     for guided in (False, True):
         steps = {name: (lambda side=side: step(*side, x, labels if guided else None)) for name, side in sides.items()}
         times = common.interleaved(steps, bench.repetitions, device)
+        if against.profile:
+            common.print_operators(steps, device)
         name = f"sample_{config.size}_{'guided' if guided else 'plain'}"
         common.report(name, common.compared(times, next(iter(sides))), bench, device, guided=guided, size=config.size,
                       batch_size=config.bench_batch_size, baseline=next(iter(sides)))

@@ -31,11 +31,10 @@ class StepConfig:
     size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
     bench_batch_size: int = opt(16, "latents in a step")
     compile_too: bool = opt(False, "measure compiled networks as well")
-    profile: bool = opt(False, "print the operators that each variant spends its time in")
 
 
 def main():
-    (bench, against, config), device = common.configure(__doc__, common.ReferenceConfig, StepConfig)
+    (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, StepConfig)
     shape, flags = SIZES[config.size]
     model, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     weights = common.waken(model).state_dict()
@@ -58,11 +57,10 @@ def main():
                                                    mixed_precision=True, compile=True)
         if counterpart:
             compare(counterpart, loops["float32"], batch, device)
-        times = common.interleaved({name: lambda loop=loop: loop.run_step(batch, {}) for name, loop in loops.items()},
-                                   bench.repetitions, device)
-        if config.profile:
-            for name, loop in loops.items():
-                print(f"{name}\n{operators(lambda: loop.run_step(batch, {}), device)}\n", flush=True)
+        steps = {name: lambda loop=loop: loop.run_step(batch, {}) for name, loop in loops.items()}
+        times = common.interleaved(steps, bench.repetitions, device)
+        if against.profile:
+            common.print_operators(steps, device)
     rows = common.compared(times, next(iter(loops)))
     if device.type == "cuda":
         for row, loop in zip(rows, loops.values()):
@@ -71,17 +69,6 @@ def main():
             row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
     common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, size=config.size,
                   batch_size=config.bench_batch_size, baseline=next(iter(loops)))
-
-
-def operators(step, device, rows=12):
-    """Return a table of the operators that a step spends most of its time in."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
-        step()
-    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=48)
 
 
 def own_loop(shape, flags, weights, batch_size, device, **options):
