@@ -228,11 +228,11 @@ class TrainLoop:
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.best = None
         self.use_ddp = dist_util.world_size() > 1 and not fsdp
+        self.compile = compile
         if self.adversary:
             rival = self._distributed(self.adversary.network)
             self.adversary.begin(rival, self.mp_trainer.scale_loss, fp16_scale_growth)
         self.resume_step = self.step = self._resume(*checkpoint)
-        self.compile = compile
         # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
         self.ddp_model = self._distributed(self._compiled(model) if compile else model)
 
@@ -240,7 +240,12 @@ class TrainLoop:
         if not self.use_ddp:
             return network
         on_gpu = self.device.type == "cuda"
-        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None)
+        # A discriminator joins later, the first microbatches do not communicate, and a compiled network has a say in
+        # the buckets itself: everywhere else all steps have one graph. Gradients that live in the buckets are not
+        # copied there and need no memory of their own.
+        same = not (self.adversary or self.compile or self.microbatch < self.batch_size)
+        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None, static_graph=same,
+                                       gradient_as_bucket_view=True)
 
     def _compiled(self, network):
         """Return the network compiled for the shapes that it meets, sharing its weights; CUDA graphs save launches.
