@@ -39,7 +39,8 @@ def _adamw8bit(params, **settings):
 
 OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit}
 # What a run may go on with another value of: it changes no weight's meaning.
-FREE_ON_RESUMING = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms")
+FREE_ON_RESUMING = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms",
+                    "use_fp16", "classifier_use_fp16")
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -271,7 +272,8 @@ class TrainLoop:
                 stopping = dist_util.any_rank(stop.received)
                 last = stopping or self.step >= self.max_steps
                 reached = False
-                if self.preview and (last or self.step % self.preview_interval == 0):
+                # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
+                if self.preview and not stopping and (last or self.step % self.preview_interval == 0):
                     reached = self._preview()  # before the log, which takes what it measured
                 if last or reached or self._is_best() or self.step % self.save_interval == 0:
                     self.save()
@@ -386,11 +388,15 @@ class TrainLoop:
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """Let the model hold its fastest moving average, if it has one, in evaluation mode inside the `with` block."""
+        """Let the model hold a moving average, if it has one, in evaluation mode inside the `with` block.
+
+        It is the fastest, which shows early what is learned; where steps are ranked, the one that stands for the run.
+        """
         kept = copy.deepcopy(self.model.state_dict())
         if self.ema_rate:
-            fastest = self.ema_params[self.ema_rate.index(min(self.ema_rate))]
-            self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(fastest))
+            rate = max(self.ema_rate) if self.best_by else min(self.ema_rate)
+            average = self.ema_params[self.ema_rate.index(rate)]
+            self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(average))
         self.model.eval()
         try:
             yield self.model

@@ -379,6 +379,29 @@ def test_the_best_step_is_kept_and_stands_for_the_run(tmp_path):
     assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000006.pt"
 
 
+def test_a_run_that_ranks_its_steps_measures_the_average_that_stands_for_it(tmp_path):
+    seen, found = [], measuring([1.0, 2.0])
+    options = {"best_by": "val_psnr", "ema_rate": "0.5,0.99", "save_interval": 1}
+    torch.manual_seed(0)
+    logger.configure(str(tmp_path), [])
+    loop = TrainLoop(
+        model=torch.nn.Linear(3, 1, bias=False), objective=PlainObjective(squared_error), header=HEADER, data=Points(),
+        batch_size=4, max_steps=2, lr=0.1, **options,
+        preview=lambda step: seen.append(loop.model.weight.detach().clone()) or found(step),
+    )
+    loop.run_loop()
+    path = checkpoint_util.newest_weights(tmp_path)
+    assert path.name == "ema_0.99_000002.pt"
+    assert torch.equal(seen[-1], checkpoint_util.load_weights(path)[0]["weight"])
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path):
+    header = {**HEADER, "model": {"width": 3, "use_fp16": False, "classifier_use_fp16": True}}
+    line(tmp_path, 2, header=header)
+    other = {**HEADER, "model": {"width": 3, "use_fp16": True, "classifier_use_fp16": False}}
+    assert line(tmp_path, 3, header=other).resume_step == 2
+
+
 def test_a_damaged_best_step_is_passed_over(tmp_path):
     line(tmp_path, 3, preview=measuring([5.0, 1.0, 1.0]), best_by="val_psnr", preview_interval=1, save_interval=1)
     (tmp_path / "ema_0.9_000001.pt").write_bytes(b"damaged")
@@ -563,6 +586,15 @@ def test_a_signal_ends_the_run_after_the_step_and_saves_it(tmp_path, number):
     loop = line(tmp_path, 9, data=Points(hook=lambda step: step == 3 and os.kill(os.getpid(), number)))
     assert loop.step == 3 and checkpoint_util.steps(tmp_path) == [2, 3]
     assert signal.getsignal(number) is former
+
+
+def test_a_signal_leaves_no_time_for_a_preview(tmp_path):
+    def preview(step):
+        raise AssertionError("drawn")
+
+    data = Points(hook=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    assert line(tmp_path, 9, data=data, preview=preview, preview_interval=100).step == 3
+    assert checkpoint_util.steps(tmp_path) == [2, 3]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(tmp_path):
