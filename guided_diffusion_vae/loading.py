@@ -228,10 +228,20 @@ def open_base(base, sampler, super_res, process):
     if not 0 <= base.cond_noise_level <= max(super_res.cond_noise_steps - 1, 0):
         raise ValueError(f"--cond_noise_level {base.cond_noise_level}: the upsampler was trained with "
                          f"--cond_noise_steps {super_res.cond_noise_steps}, so levels from 0 to below that can be had")
+    labels = _labels_of_base(base.base_samples, samples, sampler) if sampler.num_classes else None
     images = np.moveaxis(samples.images, -1, 1)
     whole = create_process(**{**process, "timestep_respacing": ""})
-    return SmallPictures(images, samples.labels if sampler.num_classes else None, sampler.codec, sampler.normalizer,
-                         whole, base.cond_noise_level, sampler.seed)
+    return SmallPictures(images, labels, sampler.codec, sampler.normalizer, whole, base.cond_noise_level, sampler.seed)
+
+
+def _labels_of_base(path, samples, sampler):
+    """Return the labels of small samples in the upsampler's numbering: by name where both have names."""
+    if samples.class_names and sampler.class_names:
+        return labels_in(samples, sampler.class_names)
+    if samples.labels.min() < 0 or samples.labels.max() >= sampler.num_classes:
+        raise ValueError(f"{path} has labels (arr_1) from {samples.labels.min()} to {samples.labels.max()}, the "
+                         f"upsampler knows 0 to {sampler.num_classes - 1}; give another --base_samples")
+    return samples.labels
 
 
 def sampler_from(model, diffusion, space, header):
@@ -258,6 +268,9 @@ def load_with_data(config, given, model, process, data, latents, vae):
     if is_described(path):
         network, diffusion, header = load_diffusion_model(path, given, model, process)
         data = as_trained(data, given, header["data"])
+        if latents.cache_dir and (data.data_dir or works_on_pixels(header)):
+            raise ValueError(f"--cache_dir {latents.cache_dir} with --data_dir {data.data_dir}: a model of latents is "
+                             "measured on one of them, a model of pictures on pictures alone")
         if works_on_pixels(header) or data.data_dir:
             space = space_of(header, vae, device)
             pictures = open_folder(data, multiple=space.codec.factors)
@@ -325,13 +338,13 @@ def load_classifier(path, device, given=(), flags=None, process=None, shape=None
 
 
 def export_model(config, vae):
-    """Write a model as ExportConfig says; return what it was made of, for the log.
+    """Write a model, a weights file, as ExportConfig says; return what it was made of, for the log.
 
     :raises ValueError: for a kind of model, or an architecture, that the format has no place for.
     """
     if not config.out:
         raise FileNotFoundError("nowhere to write to; set --out")
-    path = weights_file(config.model_path, "--model_path")
+    path = config.model_path
     weights, header = checkpoint_util.load_weights(path, "cpu")
     if header is None:
         raise ValueError(f"{path} does not say how it is built; --model_path wants a run or a weights file of this "

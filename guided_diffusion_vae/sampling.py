@@ -29,7 +29,8 @@ from .volume_datasets import write_nifti
 # cosine schedule ends at 2e-9, the linear one at 4e-5.
 FAINTEST = 1e-6
 START, CONDITION = 5, 8  # second number of the keys of sampling noise, apart from those of training
-SHEET = 64  # pictures on a contact sheet without classes
+SHEET, SHEET_ROWS = 64, 16  # pictures on a contact sheet without classes, classes on one with them
+OURS = ".sampling"  # stands in folders that sampling has made, and may make anew
 
 
 @dataclass
@@ -298,8 +299,7 @@ def _agree_on(shards, png, sampler, classes, config):
         try:
             found = json.loads(record.read_text())
         except (OSError, ValueError):   # none, or one that a kill cut short before any shard was written
-            for older in (shards, png, png.with_name("volumes")):
-                shutil.rmtree(older, ignore_errors=True)
+            _begin_folders(shards, (png, png.with_name("volumes")), len(sampler.image_shape) - 2 if config.png else 0)
             write_json(record, making)
         else:
             other = sorted(key for key in making.keys() | found.keys() if making.get(key) != found.get(key))
@@ -307,6 +307,22 @@ def _agree_on(shards, png, sampler, classes, config):
                 raise ValueError(f"{shards} holds an unfinished sampling with another {', '.join(other)}; give the "
                                  "same flags to go on with it, another --logdir, or remove that folder")
     dist_util.barrier()
+
+
+def _begin_folders(shards, pictures, count):
+    """Remove what an earlier sampling has left, and make the first `count` folders of `pictures`.
+
+    :raises FileExistsError: where one of these holds what no sampling has written; nothing is removed then.
+    """
+    for folder in pictures[:count]:
+        if folder.exists() and not (folder / OURS).exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is there and not from a sampling, and samples would be written into it; "
+                                  "give another --logdir, or --png False")
+    for older in (shards, *(folder for folder in pictures if (folder / OURS).exists())):
+        shutil.rmtree(older, ignore_errors=True)
+    for folder in pictures[:count]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OURS).touch()
 
 
 def _shard_path(shards, indices):
@@ -320,7 +336,7 @@ def _namer(sampler):
 def _write_sheet(path, npz, labels, classes, name_of):
     """Write a contact sheet of samples, one row a class where they were drawn in turn."""
     samples = open_npz(npz)
-    rows = list(dict.fromkeys(classes)) if labels is not None and classes else []
+    rows = list(dict.fromkeys(classes))[:SHEET_ROWS] if labels is not None and classes else []
     per_row = min((12, *(int((labels == c).sum()) for c in rows)))
     if rows and per_row:
         chosen = np.concatenate([np.flatnonzero(labels == c)[:per_row] for c in rows])
@@ -361,6 +377,7 @@ def write_npz(path, shape, parts, labels=None, names=None):
 class Samples:
     """An .npz of samples: images uint8 [N x H x W x C] on disk, labels int64 [N] or None, names or None."""
 
+    folder: str     # the file; named so as that of PictureFolder, which may be an .npz too
     images: np.ndarray
     labels: np.ndarray | None
     class_names: list | None
@@ -382,4 +399,4 @@ def open_npz(path):
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"{path}: arr_1 has shape {list(labels.shape)}, not one label for each of {len(images)} "
                          "pictures")
-    return Samples(images, labels, None if names is None else names.tolist())
+    return Samples(path, images, labels, None if names is None else names.tolist())

@@ -22,6 +22,7 @@ def create_argparser():
 def main():
     config, vae = script_util.parse(__doc__, *CONFIGS)
     dist_util.setup_dist()
+    config.model_path = loading.weights_file(config.model_path, "--model_path")  # asked by all ranks
     if dist_util.rank() == 0:
         made = loading.export_model(config, VAEConfig(**vars(vae)))
         script_util.say(f"wrote {config.out}: {made}")

@@ -177,7 +177,7 @@ def test_ranks_share_the_batches(sampler, tmp_path, monkeypatch):
 
 def test_pictures_and_sheet_stand_beside_the_npz(sampler, tmp_path):
     samples = drawn(sampler, tmp_path, (2, 0), num_samples=7, batch_size=3)
-    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    names = sorted(path.name for path in (tmp_path / "png").glob("*.png"))
     assert names == ["push_000001.png", "push_000003.png", "push_000005.png",
                      *(f"tapout_00000{i}.png" for i in (0, 2, 4, 6))]
     assert np.array_equal(pixels_of(tmp_path / "png" / "push_000003.png"), samples.images[3, ..., 0])
@@ -188,9 +188,19 @@ def test_pictures_and_sheet_stand_beside_the_npz(sampler, tmp_path):
 def test_new_samples_replace_the_pictures_of_older_ones(sampler, tmp_path):
     drawn(sampler, tmp_path, num_samples=4)
     drawn(sampler, tmp_path, (2,), num_samples=2)
-    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["tapout_000000.png", "tapout_000001.png"]
+    assert sorted(p.name for p in (tmp_path / "png").glob("*.png")) == ["tapout_000000.png", "tapout_000001.png"]
     drawn(sampler, tmp_path, num_samples=2, png=False)
     assert not (tmp_path / "png").exists()
+
+
+def test_pictures_of_others_are_never_removed(sampler, tmp_path):
+    mine = tmp_path / "png" / "mine.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="png is there and not from a sampling.* another --logdir, or --png False"):
+        drawn(sampler, tmp_path, num_samples=2)
+    drawn(sampler, tmp_path, num_samples=2, png=False)
+    assert mine.read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("classes, count", [(None, 1), ((1, 2), 1)])
