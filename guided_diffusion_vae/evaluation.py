@@ -1,7 +1,7 @@
 """Measure an autoencoder's round trip and the quality of samples; what is measured stands in `metrics`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ from . import dist_util, figures, logger, metrics
 from .config import opt
 from .files import atomic_path, write_json
 from .image_datasets import labels_in, open_archive, unpad
+from .latent_datasets import Moments
 from .nn import keyed_seed
-from .sampling import open_npz
+from .sampling import OURS, open_npz
 from .volume_datasets import open_folder
 
 LIKELIHOOD = 11  # second number of the keys of noise, apart from those of training and sampling
@@ -105,13 +106,13 @@ def roundtrip(codec, pictures, config, folder, device):
     """
     count = config.num_pictures or len(pictures)
     chosen = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
-    scores, latents, sheet = {}, [], None
+    scores, moments, sheet = {}, Moments(), None
     for start in _progress(range(0, len(chosen), config.batch_size), "round trip"):
         images = pictures.batch(chosen[start:start + config.batch_size]).to(device)
         with torch.no_grad():
             latent = codec.encode_batch(images)
             decoded = codec.decode_batch(latent).to(images.dtype)
-        latents.append(latent.float().cpu())
+        moments.add(latent.float().cpu().numpy())
         bicubic = metrics.bicubic_baseline(images, codec.factors)
         images, decoded, bicubic = (unpad(x, pictures.unpadded_shape) for x in (images, decoded, bicubic))
         for prefix, rival in {"": decoded, "bicubic_": bicubic}.items():
@@ -120,14 +121,13 @@ def roundtrip(codec, pictures, config, folder, device):
         scores.setdefault("max_error", []).append(metrics.max_error(images, decoded).cpu())
         if sheet is None:
             sheet = figures.side_by_side(images[:12].cpu().numpy(), decoded[:12].cpu().numpy())
-    latents = torch.cat(latents).double().transpose(0, 1).flatten(1)  # [C x values]
-    std = latents.std(1, correction=0)
+    statistics = moments.statistics()
+    std = statistics["channel_std"]
     report = {k: (torch.cat(v).max() if k == "max_error" else torch.cat(v).mean()).item() for k, v in scores.items()}
     report.update(
         pictures=len(chosen), latent_shape=list(codec.latent_shape(pictures.shape)), scale_factor=codec.scale_factor,
-        latent_mean=latents.mean().item(), latent_std=latents.std(correction=0).item(),
-        channel_mean=latents.mean(1).tolist(), channel_std=std.tolist(),
-        dead_channels=[i for i, s in enumerate(std.tolist()) if s < 1e-3 * std.max().item()],
+        latent_mean=statistics["mean"], latent_std=statistics["std"], channel_mean=statistics["channel_mean"],
+        channel_std=std, dead_channels=[i for i, s in enumerate(std) if s < 1e-3 * max(std)],
     )
     figures.save_picture(Path(folder) / "roundtrip.png", sheet)
     write_json(Path(folder) / "metrics.json", report)
@@ -158,35 +158,45 @@ def evaluate(config, data, extract, folder, judge=None, class_names=None, image_
         hold spatial features too, these are Inception's and the distances go by the names of FID and its kin.
     :param judge: the same of a classifier whose logits mean `class_names`; may be `extract` itself.
     :param image_shape: the only shape (C, ...) that the classifier takes; None: any.
-    :raises ValueError: where the pictures differ in shape, or have classes that `class_names` lacks.
+    :raises ValueError: where the pictures differ in shape, or have classes that `class_names` lacks; before any is read.
     """
     reference = open_pictures(config.reference, data, "--reference")
     samples = open_pictures(config.samples, data, "--samples")
-    if len(samples) == 0:
-        raise ValueError(f"{config.samples} holds statistics and no pictures; --samples wants the pictures themselves")
-    if len(reference) and reference.shape != samples.shape:
-        raise ValueError(f"{config.samples} holds pictures of shape {samples.shape}, {config.reference} of "
-                         f"{reference.shape} (channels, height, width); set --image_size or --image_channels")
+    training = open_pictures(config.train_dir, data, "--train_dir") if config.train_dir else None
+    for flag, path, pictures in (("--samples", config.samples, samples), ("--train_dir", config.train_dir, training)):
+        if pictures is not None and len(pictures) == 0:
+            raise ValueError(f"{path} holds statistics and no pictures; {flag} wants the pictures themselves")
+    if not len(reference) and not config.inception_path:
+        raise ValueError(f"{config.reference} holds statistics of Inception features; give --inception_path to compare "
+                         "with them, or pictures as --reference")
+    for path, pictures in ((config.reference, reference), (config.train_dir, training)):
+        if pictures is not None and len(pictures) and pictures.shape != samples.shape:
+            raise ValueError(f"{config.samples} holds pictures of shape {samples.shape}, {path} of {pictures.shape} "
+                             "(channels, height, width); set --image_size or --image_channels")
     if image_shape and samples.shape != tuple(image_shape):
         raise ValueError(f"{config.samples} holds pictures of shape {samples.shape}, {config.classifier_path} was "
                          f"trained on {tuple(image_shape)} (channels, height, width); set --image_size or "
                          "--image_channels, or take another --classifier_path")
+    if config.paired and len(reference) != len(samples):
+        raise ValueError("--paired True wants as many samples as reference pictures, "
+                         f"found {len(samples)} and {len(reference)}")
+    judged_sets = [(name, pictures, labels_in(pictures, class_names))
+                   for name, pictures in (("reference", reference), ("samples", samples))
+                   if judge is not None and len(pictures) and pictures.labels is not None]
     real = _measure(extract, reference, config.batch_size, "reference")
     made = _measure(extract, samples, config.batch_size, "samples")
     report = {"num_reference": len(reference), "num_samples": len(samples), **_distances(real, made, seed)}
     if config.paired:
         report.update(_paired_scores(reference, samples, config.batch_size))
-    for name, pictures, measured in (("reference", reference, real), ("samples", samples, made)):
-        if judge is None or not len(pictures) or pictures.labels is None:
-            continue
-        features = measured.features if judge is extract else _read(judge, pictures, config.batch_size, "classes")
-        judged = metrics.classification_report(features.logits.argmax(1), labels_in(pictures, class_names), class_names)
+    for name, pictures, labels in judged_sets:
+        known = real.features if name == "reference" else made.features
+        features = known if judge is extract else _read(judge, pictures, config.batch_size, "classes")
+        judged = metrics.classification_report(features.logits.argmax(1), labels, class_names)
         report["classifier_accuracy" if name == "reference" else "class_agreement"] = judged
-        if dist_util.rank() == 0:
+        if dist_util.rank() == 0 and len(class_names) <= figures.MOST_CLASSES:
             sheet = figures.confusion_plot(np.array(judged["confusion"]), class_names)
             figures.save_picture(Path(folder) / f"confusion_{name}.png", sheet)
-    if config.train_dir:
-        training = open_pictures(config.train_dir, data, "--train_dir")
+    if training is not None:
         bank = _measure(extract, training, config.batch_size, "training")
         between = _distances(real, bank, seed)
         report["training_to_reference"] = {"num_training": len(training), **between}
@@ -258,9 +268,6 @@ def _neighbours(samples, made, real, training, bank, folder, shown=12):
 
 
 def _paired_scores(reference, samples, batch_size):
-    if len(reference) != len(samples):
-        raise ValueError("--paired True wants as many samples as reference pictures, "
-                         f"found {len(samples)} and {len(reference)}")
     scores = {"psnr": [], "ssim": [], "l1": []}
     for start in range(0, len(samples), batch_size):
         rows = range(start, min(start + batch_size, len(samples)))
@@ -299,12 +306,20 @@ class SampleFile:
 
 
 def open_pictures(path, data, flag):
-    """Return the pictures of a folder (read as `data` says) or of an .npz of samples."""
+    """Return the pictures of an .npz of samples, or of a folder or an .npz of data, which are read as `data` says."""
     if not path:
         raise FileNotFoundError(f"{flag} is not given; it wants a folder of pictures or an .npz of samples")
-    if str(path).endswith(".npz"):
+    if str(path).endswith(".npz") and {"arr_0", "mu"} & set(open_archive(path)):
         return SampleFile(path)
-    return open_folder(data, data_dir=str(path))
+    return open_folder(as_read(path, data), data_dir=str(path))
+
+
+def as_read(path, data):
+    """Return a DataConfig for a folder: what sampling has written has 8 bits, whatever the range of the real values."""
+    if not (Path(path) / OURS).exists():
+        return data
+    return replace(data, value_range="", value_window="", dynamic_range_db=0.0, reference_db="", crop="center",
+                   patches_per_volume=1)
 
 
 def _read(extract, pictures, batch_size, what):

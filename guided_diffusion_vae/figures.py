@@ -1,7 +1,7 @@
 """Draw contact sheets with Pillow and plots with Matplotlib; every function takes arrays and returns a PIL image.
 
-Pictures are [N x C x ...] in [0, 1] with 1 or 3 channels; one channel stays grey. A volume is shown by the middle
-slice of each axis, side by side. `save_picture` writes what the others return.
+Pictures are [N x C x ...] in [0, 1]; three channels are colours, of other numbers the first one is shown in grey. A
+volume is shown by the middle slice of each axis, side by side. `save_picture` writes what the others return.
 """
 
 import math
@@ -16,6 +16,7 @@ from .files import atomic_path
 GAP = 2  # pixels between tiles
 MARGIN = 6  # pixels around text
 FONT_SIZE = 14  # the smallest that reads well on a screen
+MOST_CLASSES = 64  # in a confusion plot, whose area grows with their square
 PAPER, INK = "white", "black"
 
 
@@ -23,8 +24,8 @@ def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
     """Return a PIL image with `columns` tiles a row, labels to the left of the rows and `header` above.
 
     `images` [N x C x ...] fill the rows in order, the last row may be short. `row_labels` holds one text a row.
-    `scale` repeats every pixel that many times. Values outside [0, 1] are clipped; NaN, a channel count other than 1
-    or 3, no images, or a wrong number of labels raise ValueError.
+    `scale` repeats every pixel that many times. Values outside [0, 1] are clipped; NaN, no images, or a wrong number
+    of labels raise ValueError.
     """
     tiles = [_tile(image, scale) for image in _pictures(images)]
     columns = min(columns, len(tiles))
@@ -110,6 +111,8 @@ def confusion_plot(matrix, names):
     if matrix.shape != (len(names), len(names)):
         raise ValueError(f"a confusion matrix {list(matrix.shape)} for {len(names)} names")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    if len(names) > MOST_CLASSES:
+        raise ValueError(f"{len(names)} classes are too many to be drawn; {MOST_CLASSES} are not")
     side = 2.5 + 0.6 * len(names)
     figure, (panel,) = _figure(1, side, side)
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -137,9 +140,10 @@ def _pictures(images):
     if isinstance(images, torch.Tensor):
         images = images.detach().float().cpu()
     pictures = np.asarray(images, dtype=np.float32)
-    if pictures.ndim not in (4, 5) or pictures.shape[1] not in (1, 3) or not len(pictures):
-        found = list(pictures.shape)
-        raise ValueError(f"pictures must be [N x C x H x W] or [N x C x D x H x W] with C 1 or 3, found {found}")
+    if pictures.ndim not in (4, 5) or 0 in pictures.shape[:2]:
+        raise ValueError(f"pictures must be [N x C x H x W] or [N x C x D x H x W], found {list(pictures.shape)}")
+    if pictures.shape[1] != 3:
+        pictures = pictures[:, :1]
     if np.isnan(pictures).any():
         raise ValueError("pictures hold NaN; the model that made them has diverged")
     return pictures

@@ -69,7 +69,7 @@ class SmallCacheConfig:
     small_cache_dir: str = opt("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
 
 
-class _Moments:
+class Moments:
     """Accumulate mean and variance per channel in float64 (Chan, Golub and LeVeque 1979, pairwise update)."""
 
     def __init__(self, count=0, mean=0.0, squares=0.0):
@@ -82,7 +82,7 @@ class _Moments:
         squares = ((flat - mean[:, None]) ** 2).sum(1)
         if variances is not None:
             squares = squares + np.moveaxis(variances, 1, 0).reshape(len(mean), -1).sum(1)
-        self.merge(_Moments(flat.shape[1], mean, squares))
+        self.merge(Moments(flat.shape[1], mean, squares))
 
     def merge(self, other):
         total = self.count + other.count
@@ -127,6 +127,8 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     if pictures.config.crop == "random":
         raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, or "
                          "encode on the fly")
+    if not folder:
+        raise FileNotFoundError(f"no folder given for the cache; set {CACHE_FLAG}")
     folder = require_writable_folder(folder, CACHE_FLAG)
     sweep_parts(folder)
     head = _head(pictures, codec, config)
@@ -231,7 +233,7 @@ def _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device)
     # The second half of the entries are the first half's pictures, mirrored.
     ahead = Prefetcher(lambda k: pictures.batch(groups[k] % len(pictures), groups[k] >= len(pictures)),
                        end_step=len(groups))
-    moments = _Moments()
+    moments = Moments()
     try:
         with atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream:
             layout = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
@@ -286,14 +288,14 @@ def _add(moments, stored, store):
 
 
 def _write_manifest(folder, shards, key, head, pictures):
-    moments, table = _Moments(), []
+    moments, table = Moments(), []
     for shard in shards:
         try:
             record = json.loads(_record_path(folder, shard).read_text())
         except OSError as error:
             raise FileNotFoundError(f"{_record_path(folder, shard)} is not there after encoding; all ranks must see "
                                     f"the same {CACHE_FLAG}") from error
-        moments.merge(_Moments(**record["moments"]))
+        moments.merge(Moments(**record["moments"]))
         table.append({**shard, "sha256": record["sha256"]})
     files = {}
     if pictures.labels is not None:
@@ -493,7 +495,7 @@ class LatentFolder:
             raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, not [C x ...]; check {CACHE_FLAG}")
         self.filenames = [path.relative_to(self.folder).as_posix() for path in self.paths]
         self.class_names, self.labels = classes_of(self.filenames, str(self.folder))
-        moments = _Moments()
+        moments = Moments()
         for index in np.unique(np.linspace(0, self.count - 1, min(self.count, most_measured)).astype(int)):
             moments.add(self.read([index]).numpy())
         self.statistics = moments.statistics()
@@ -598,7 +600,7 @@ class EncodedPictures:
         chosen = np.sort(permuted(np.arange(number), self.count, seed, 0).astype(np.int64))
         groups = [chosen[start:start + batch_size] for start in range(0, number, batch_size)]
         ahead = Prefetcher(lambda k: self.read(groups[k]), end_step=len(groups))
-        moments, done = _Moments(), 0
+        moments, done = Moments(), 0
         try:
             for group in groups:
                 stored = _encode(self.codec, ahead.next().to(self.device), "moments").cpu().numpy()

@@ -21,13 +21,14 @@ from .unet import AttentionPool2d
 
 
 def psnr(a, b):
-    """Return the peak signal-to-noise ratio in dB per sample, [N] float64; infinite where two pictures are equal.
+    """Return the peak signal-to-noise ratio in dB per sample, [N] float64; at most 100, where two pictures are equal.
 
     The peak is 1 and the squared error is averaged over channels and positions of one sample. A set is reported by
-    the mean over its samples. Raises ValueError where the shapes differ.
+    the mean over its samples, which one equal pair (a patch of air) must not make infinite. Raises ValueError where the
+    shapes differ.
     """
     mean_square = (_difference(a, b) ** 2).mean(1)
-    return -10 * torch.log10(mean_square)
+    return -10 * torch.log10(mean_square.clamp(min=1e-10))
 
 
 def l1(a, b):

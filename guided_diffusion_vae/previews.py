@@ -5,7 +5,7 @@ import torch
 
 from . import figures, logger, metrics
 from .autoencoder import from_image_range, kl_divergence, to_image_range
-from .image_datasets import labels_in, unpad
+from .image_datasets import labels_in, require_labels, unpad
 from .objectives import Draws
 from .vae_wrapper import blend_tiles
 from .volume_datasets import VolumeFolder
@@ -14,9 +14,14 @@ COUNT = 16  # pictures in a preview
 
 
 class ReconstructionPreview:
-    """Write input, reconstruction and difference of held-out pictures; log PSNR, SSIM, L1 and KL over all of them."""
+    """Write input, reconstruction and difference of held-out pictures; log PSNR, SSIM, L1 and KL over all of them.
 
-    def __init__(self, model, image_range, pictures, count, folder, device, batch_size=32):
+    :param count: how many pictures, evenly spread; `batch_size` of them at a time.
+    """
+
+    def __init__(self, model, image_range, pictures, count, folder, device, batch_size):
+        if count < 1:
+            raise ValueError(f"--val_pictures {count}: at least one picture is needed to measure")
         self.model, self.image_range, self.pictures = model, image_range, pictures
         self.folder, self.device, self.batch_size = folder, device, batch_size
         # Volumes of which patches are trained on are judged whole.
@@ -70,17 +75,18 @@ class ReconstructionPreview:
 class SamplePreview:
     """Write a contact sheet of samples, one row a class, each time from the same noise."""
 
-    def __init__(self, sampler, folder, device, columns=6):
+    def __init__(self, sampler, folder, device, decode_batch=COUNT, columns=6):
         self.sampler, self.folder, self.device, self.columns = sampler, folder, device, columns
+        self.decode_batch = decode_batch
 
     def __call__(self, step):
         classes = list(range(self.sampler.num_classes)) or None
         rows = min(len(classes), 16) if classes else 2
         images = []
-        for start in range(0, rows * self.columns, COUNT):  # no more at once than training has memory for
+        for start in range(0, rows * self.columns, COUNT):
             indices = range(start, min(start + COUNT, rows * self.columns))
             x0 = self.sampler.x0(indices, classes and classes[:rows], self.device)
-            images.append(self.sampler.decode(x0).cpu().numpy())
+            images += [self.sampler.decode(part).cpu().numpy() for part in x0.split(self.decode_batch)]
         images = np.concatenate(images)
         # Classes change fastest along the samples; on the sheet they are rows.
         images = images.reshape(self.columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
@@ -94,9 +100,12 @@ class ClassifierValidation:
 
     :param source: a source of x0 before `normalizer`; `class_names` are the model's.
     :param count: items that are measured each time, evenly spread; 0: `batch_size` of them, the next ones each time.
+    :param interval: steps from one visit to the next.
+    :raises ValueError: where the source has no classes, or others than the model.
     """
 
     def __init__(self, model, objective, source, normalizer, class_names, count, batch_size, interval, seed, device):
+        require_labels(source, True)
         self.model, self.objective, self.source, self.normalizer = model, objective, source, normalizer
         self.batch_size, self.interval, self.seed, self.device = batch_size, interval, seed, device
         self.labels = labels_in(source, class_names)

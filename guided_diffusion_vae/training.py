@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from . import dist_util, logger, metrics
+from . import dist_util, evaluation, logger, metrics
 from .autoencoder import create_autoencoder, strides_in_words
 from .config import as_dict
 from .discriminator import create_discriminator
-from .image_datasets import BatchPlan, labels_in, picture_batches
+from .image_datasets import BatchPlan, digest_of, labels_in, picture_batches
 from .latent_datasets import LatentStream
 from .loading import build_classifier, load_classifier, sampler_from
 from .perceptual import PerceptualLoss
@@ -53,7 +53,8 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
     else:
         model.to(device)  # else it moves there in parts
     if space.codec is not None and super_res is None and not train.fsdp:
-        preview = SamplePreview(preview_sampler(model, space.codec, header), folder, device)
+        at_once = train.batch_size if train.microbatch <= 0 else train.microbatch
+        preview = SamplePreview(preview_sampler(model, space.codec, header), folder, device, at_once)
     objective = DiffusionObjective(
         diffusion, create_named_schedule_sampler(train.schedule_sampler, diffusion),
         model_flags.class_dropout, model_flags.num_classes, super_res.cond_noise_steps if super_res else 0,
@@ -110,6 +111,9 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     adversary = distance = None
     if rival.discriminator_weight:
         judge = create_discriminator(rival, autoencoder.spatial_dims, pictures.shape[0]).to(device)
+        judge.require_large_enough(pictures.shape[1:])
+        if train.fast_dev_run:
+            rival = dataclasses.replace(rival, discriminator_start=0)
         adversary = Adversary(judge, rival, train.lr)
     if perceptual.use_perceptual_loss:
         distance = PerceptualLoss(perceptual, autoencoder.image_range).to(device)
@@ -120,7 +124,12 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     held_out = pictures
     if train.val_data_dir:
         held_out = open_folder(dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False), factors)
-    preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, device)
+    if held_out.shape[0] != pictures.shape[0]:
+        raise ValueError(f"{held_out.folder} (--val_data_dir) has {held_out.shape[0]} channels, {pictures.folder} "
+                         f"{pictures.shape[0]}; give pictures of the same kind, or --image_channels")
+    at_once = min(32, train.batch_size if train.microbatch <= 0 else train.microbatch)  # what memory was planned for
+    preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, device,
+                                    at_once)
     bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
     loop = TrainLoop(
         model=network, data=picture_batches(pictures, plan), header=header, preview=preview, objective=objective,
@@ -154,7 +163,7 @@ def train_classifier(run, folder, configs, given, source, space, data, flags, pr
         validation = ClassifierValidation(
             model, ClassifierObjective(diffusion, times, train.noised, "val"),
             open_held_out(train.val_data_dir, space, data, given), space.normalizer, source.class_names,
-            train.val_pictures, train.batch_size, train.eval_interval, train.seed, device,
+            train.val_pictures, train.batch_size, train.eval_interval or train.save_interval, train.seed, device,
         )
     loop = TrainLoop(
         model=model, objective=ClassifierObjective(diffusion, times, train.noised), header=header,
@@ -167,21 +176,48 @@ def train_classifier(run, folder, configs, given, source, space, data, flags, pr
     loop.run_loop()
 
 
-def train_on_samples(config, data, given, flags, process, train, folder):
+def sets_to_train_on(config, data, flags, process):
+    """Return {name: pictures} of `train_on_samples`, after looking for all that could keep it from training on them.
+
+    :raises ValueError: for pictures without classes, too few of them, or flags that build no classifier for them.
+    """
+    sets = {}
+    for name, flag in (("real", "reference"), ("samples", "samples"), ("training", "train_dir")):
+        path = getattr(config, flag)
+        if not path:
+            continue
+        pictures = evaluation.open_pictures(path, data, f"--{flag}")
+        if isinstance(pictures, evaluation.SampleFile):
+            if len(pictures.shape) == 4:
+                raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds volumes; give the folder "
+                                 "volumes/ beside it")
+            pictures = open_folder(data, data_dir=str(path), value_range="", value_window="")
+        source, _ = open_pixels(pictures)
+        build_classifier(classifier_for(flags, source), process, source.latent_shape)
+        together = config.tstr_batch_size * dist_util.world_size()
+        if name != "real" and len(pictures) < together:
+            raise ValueError(f"{path} has {len(pictures)} pictures, fewer than a step of {together} takes; lower "
+                             "--tstr_batch_size")
+        sets[name] = pictures
+    return sets
+
+
+def train_on_samples(config, sets, given, data, flags, process, train, folder):
     """Train a classifier on samples, and one on the training pictures; return what share of real pictures they tell.
 
     The accuracy of the first, beside that of the second, says how much of what tells classes apart the samples have.
-    Each run stands in its own folder below `folder`.
+    `sets` are those of `sets_to_train_on`. Each run stands in a folder below `folder` that is named after what it is made
+    of, so that the same evaluation goes on with it and no other does.
     """
-    read = lambda path: open_folder(data, data_dir=str(path))
-    real, report = read(config.reference), {}
-    for name, path in (("samples", config.samples), ("training", config.train_dir)):
-        if not path:
+    real, report = sets["real"], {}
+    once = dataclasses.replace(train, iterations=config.tstr_iterations, noised=False, val_data_dir="",
+                               save_interval=config.tstr_iterations)
+    for name, pictures in sets.items():
+        if name == "real":
             continue
-        place = Path(folder) / f"trained_on_{name}"
-        source, space = open_pixels(read(path))
-        once = dataclasses.replace(train, iterations=config.tstr_iterations, noised=False, val_data_dir="",
-                                   save_interval=config.tstr_iterations)
+        made_from = digest_of([pictures.fingerprint, *map(repr, (once, flags, process, dist_util.world_size()))])
+        place = Path(folder) / f"trained_on_{name}_{made_from[:8]}"
+        source, space = open_pixels(pictures)
         with logger.scoped_configure(str(place), ["log", "csv"]):
             train_classifier(RunConfig(str(place)), place, (), given, source, space, data, flags, process, once)
         model, header = load_classifier(str(place), dist_util.dev())

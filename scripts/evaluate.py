@@ -18,7 +18,8 @@ from guided_diffusion_vae.unet import ClassifierConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
 CONFIGS = (evaluation.EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
-           script_util.part_without(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised"),
+           script_util.part_without(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised",
+                                    "resume_checkpoint"),
            script_util.RunConfig)
 
 
@@ -34,10 +35,12 @@ def main():
         return
 
     extract, judge, header, data = loading.open_extractors(config, vae, data, given)
+    train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
+    process = DiffusionConfig()
+    sets = training.sets_to_train_on(config, data, flags, process) if config.tstr_iterations else {}
     report = evaluation.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])
     if config.tstr_iterations:
-        train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
-        report.update(training.train_on_samples(config, data, given, flags, DiffusionConfig(), train, folder))
+        report.update(training.train_on_samples(config, sets, given, data, flags, process, train, folder))
         evaluation.write_report(report, folder)
     script_util.print_report(report)
     script_util.end_run(folder)

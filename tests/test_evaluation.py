@@ -268,7 +268,7 @@ def test_statistics_of_a_reference_file_are_taken_as_they_are(samples, tmp_path,
     if with_pictures:
         arrays["arr_0"] = np.moveaxis(levels(10, 5)[0], 1, -1)
     np.savez(tmp_path / "reference.npz", **arrays)
-    config = EvaluateConfig(samples=samples, reference=str(tmp_path / "reference.npz"))
+    config = EvaluateConfig(samples=samples, reference=str(tmp_path / "reference.npz"), inception_path="weights")
     report = evaluate(config, DATA, as_inception, tmp_path)
     assert report["fid"] == pytest.approx(2 * 9, rel=1e-6) and report["sfid"] == pytest.approx(0, abs=1e-6)
     assert ("precision" in report) == ("kid" in report) == with_pictures

@@ -72,7 +72,7 @@ def test_a_volume_is_shown_by_the_middle_slice_of_each_axis():
     "images, message",
     [
         (np.zeros((0, 1, 4, 4)), "found \\[0, 1, 4, 4\\]"),
-        (np.zeros((2, 2, 4, 4)), "with C 1 or 3"),
+        (np.zeros((2, 0, 4, 4)), "found \\[2, 0, 4, 4\\]"),
         (np.zeros((2, 1, 9)), "found \\[2, 1, 9\\]"),
         (np.full((1, 1, 4, 4), np.nan), "NaN"),
     ],
@@ -80,6 +80,17 @@ def test_a_volume_is_shown_by_the_middle_slice_of_each_axis():
 def test_contact_sheet_refuses_what_is_no_picture(images, message):
     with pytest.raises(ValueError, match=message):
         figures.contact_sheet(images, 1)
+
+
+def test_of_two_or_four_channels_the_first_is_shown():
+    images = pictures(2, 4, 5, 5)
+    assert np.array_equal(figures.contact_sheet(images, 2), figures.contact_sheet(images[:, :1], 2))
+    assert figures.side_by_side(images[:, :2], images[:, 2:]).mode == "L"
+
+
+def test_too_many_classes_for_a_plot_are_refused():
+    with pytest.raises(ValueError, match="65 classes are too many to be drawn; 64 are not"):
+        figures.confusion_plot(np.zeros((65, 65)), list("x" * 65))
 
 
 def test_contact_sheet_refuses_a_wrong_number_of_labels():

@@ -507,7 +507,7 @@ def test_x0_has_a_standard_deviation_of_one(cached):
 
 def test_labels_that_are_not_there_and_foreign_plans_are_refused(tmp_path, cached):
     np.save(tmp_path / "latent.npy", np.arange(8.0).reshape(2, 2, 2))
-    with pytest.raises(ValueError, match="--class_cond True needs classes"):
+    with pytest.raises(ValueError, match="has no classes, which are needed here .--class_cond True"):
         stream_of(LatentFolder(tmp_path), batch=1)
     cache = cached()
     with pytest.raises(ValueError, match="the plan is for 12 items, .*cache has 11"):
