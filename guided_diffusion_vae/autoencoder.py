@@ -22,7 +22,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclasses.dataclass
 class AutoencoderConfig:
-    spatial_dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes")
+    spatial_dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes; --image_size says it too")
     in_channels: int = opt(0, "channels of the pictures; 0: as the data has")
     out_channels: int = opt(0, "channels of the reconstruction; 0: as in_channels")
     num_channels: tuple = opt((32, 64, 64), "width of every level, each a multiple of norm_num_groups")
@@ -250,7 +250,7 @@ def latent_grid(spatial, factors):
     """
     if len(spatial) != len(factors):
         raise ValueError(f"sizes {tuple(spatial)} are {len(spatial)} axes, the autoencoder works on {len(factors)} "
-                         "(--spatial_dims)")
+                         "(--image_size has one number an axis)")
     for axis, (size, factor) in enumerate(zip(spatial, factors)):
         if size % factor or size < 1:
             below = size // factor * factor

@@ -59,10 +59,14 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*blocks, conv_nd(dims, width, 1, 4, padding=1))
         self.smallest = 2**layers * 3
 
-    def forward(self, x):
-        if min(x.shape[2:]) < self.smallest:
-            raise ValueError(f"pictures of {tuple(x.shape[2:])} are too small for a discriminator that needs "
+    def require_large_enough(self, sizes):
+        """Raise ValueError for pictures of which too little would be left to judge."""
+        if min(sizes) < self.smallest:
+            raise ValueError(f"pictures of {tuple(sizes)} are too small for a discriminator that needs "
                              f"{self.smallest} along every axis; lower --discriminator_layers")
+
+    def forward(self, x):
+        self.require_large_enough(x.shape[2:])
         return self.layers(x)
 
 

@@ -874,8 +874,9 @@ def picture_batches(folder, plan, start_step=0, with_labels=False):
 def require_labels(source, wanted):
     """Raise ValueError where labels are wanted and `source` has none."""
     if wanted and source.labels is None:
-        raise ValueError("--class_cond True needs classes: name the files CLASS_rest.png or put them into one folder "
-                         "per class (or, for an .npz, give it 'labels')")
+        raise ValueError(f"{source.folder} has no classes, which are needed here (--class_cond True, or a classifier): "
+                         "name the files CLASS_rest.png, or put them into one folder per class (or, for an .npz, give "
+                         "it 'labels')")
 
 
 def labels_in(pictures, class_names):

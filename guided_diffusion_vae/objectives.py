@@ -59,16 +59,38 @@ class Draws:
         return slice(self.slots[0], self.slots[-1] + 1)
 
 
-class DiffusionObjective:
+class _OverTimes:
+    """What objectives share whose times a sampler draws; losses before its weights are the terms' "unweighted"."""
+
+    def __init__(self, diffusion, schedule_sampler=None):
+        self.diffusion, self.schedule_sampler = diffusion, schedule_sampler or UniformSampler(diffusion)
+
+    def after_step(self, t, terms):
+        """Report the losses of a whole step to a sampler that learns from them."""
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, terms["unweighted"])
+
+    def state_dict(self):
+        return self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
+
+    def load_state_dict(self, state):
+        if state:
+            self.schedule_sampler.load_state_dict(state)
+
+
+class DiffusionObjective(_OverTimes):
     """The losses of `GaussianDiffusion.training_losses` at drawn times, weighted as the sampler of times asks.
 
     :param class_dropout: share of samples whose label is replaced by `null_label`.
     :param cond_noise_steps: noise the `low_res` of an upsampler to a time drawn below this, and tell the network.
+    :raises ValueError: where the process has fewer steps than that.
     """
 
     def __init__(self, diffusion, schedule_sampler=None, class_dropout=0.0, null_label=None, cond_noise_steps=0):
-        self.diffusion = diffusion
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        if cond_noise_steps > diffusion.num_timesteps:
+            raise ValueError(f"--cond_noise_steps {cond_noise_steps} is more than the {diffusion.num_timesteps} steps of "
+                             "the process; lower it, or raise --diffusion_steps")
+        super().__init__(diffusion, schedule_sampler)
         self.class_dropout, self.null_label, self.cond_noise_steps = class_dropout, null_label, cond_noise_steps
 
     def __call__(self, model, x0, cond, draws):
@@ -92,21 +114,9 @@ class DiffusionObjective:
             told["low_res_times"] = times
         return told
 
-    def after_step(self, t, terms):
-        """Report the losses of a whole step to a sampler that learns from them."""
-        if isinstance(self.schedule_sampler, LossAwareSampler):
-            self.schedule_sampler.update_with_local_losses(t, terms["unweighted"])
-
     def log(self, batch, t, terms):
         logger.logkv_mean("x0_std", batch.std(correction=0))
         log_loss_dict(self.diffusion, t, {k: v for k, v in terms.items() if k != "unweighted"})
-
-    def state_dict(self):
-        return self.schedule_sampler.state_dict() if hasattr(self.schedule_sampler, "state_dict") else {}
-
-    def load_state_dict(self, state):
-        if state:
-            self.schedule_sampler.load_state_dict(state)
 
 
 def noised_condition(diffusion, low_res, times, noise):
@@ -257,34 +267,28 @@ class Adversary:
             self.mp_trainer.optimize(self.opt)
 
 
-class ClassifierObjective:
+class ClassifierObjective(_OverTimes):
     """Cross-entropy on x0; with `noised`, on x0 noised to drawn times. Log keys begin with `prefix`."""
 
     def __init__(self, diffusion, schedule_sampler, noised=True, prefix="train"):
-        self.diffusion, self.schedule_sampler, self.noised, self.prefix = diffusion, schedule_sampler, noised, prefix
+        super().__init__(diffusion, schedule_sampler)
+        self.noised, self.prefix = noised, prefix
 
     def __call__(self, model, x0, cond, draws):
         labels = cond["y"]
-        t = torch.zeros_like(labels)
+        t, weights = torch.zeros_like(labels), 1.0
         if self.noised:
-            t, _ = draws.times(self.schedule_sampler, x0.device)
+            t, weights = draws.times(self.schedule_sampler, x0.device)
             x0 = self.diffusion.q_sample(x0, t, noise=draws.normal(x0.shape[1:], x0.device))
         logits = model(x0, t).float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        return {"loss": F.cross_entropy(logits, labels, reduction="none"), "acc@1": best[:, 0].float(),
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": loss * weights, "unweighted": loss.detach(), "acc@1": best[:, 0].float(),
                 "acc@5": best.any(1).float()}, t
 
-    def after_step(self, t, terms):
-        pass
-
     def log(self, batch, t, terms):
-        log_loss_dict(self.diffusion, t, {f"{self.prefix}_{name}": value for name, value in terms.items()})
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
+        named = {f"{self.prefix}_{name}": value for name, value in terms.items() if name != "unweighted"}
+        log_loss_dict(self.diffusion, t, named)
 
 
 def log_loss_dict(diffusion, ts, losses):

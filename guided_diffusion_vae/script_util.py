@@ -16,6 +16,7 @@ from . import gaussian_diffusion as gd
 from .config import as_dict, from_dict, frozen, opt
 from .files import require_writable_folder, sweep_parts, write_json
 from .gaussian_diffusion import DiffusionConfig
+from .image_datasets import DataConfig, parse_size
 from .respace import SpacedDiffusion, space_by_log_snr, space_timesteps
 from .train_util import find_checkpoint
 from .unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResModel, UNetModel
@@ -60,8 +61,27 @@ def parse_given(doc, *classes, argv=None):
     fields = {f.name for cls in classes for f in dataclasses.fields(cls)}
     dist_util.memory_flags = [name for name in dist_util.MEMORY_FLAGS if name in fields]
     from_file = read_yaml(flags.pop("config"), classes) if "config" in flags else {}
+    _settle_sizes(from_file, flags)
     given = {**from_file, **flags}
     return [from_dict(cls, given) for cls in classes], given
+
+
+def _settle_sizes(from_file, flags):
+    """Let the size on the command line win, under whichever of its two names, and refuse what contradicts it."""
+    for where in (from_file, flags):
+        if "image_size" in where and where.get("voxel_size"):
+            raise ValueError(f"--voxel_size {where['voxel_size']} and --image_size {where['image_size']} are two names "
+                             "for one size; give one of them")
+    for name, other in (("image_size", "voxel_size"), ("voxel_size", "image_size")):
+        if name in flags:
+            from_file.pop(other, None)
+    given = {**from_file, **flags}
+    if "spatial_dims" not in given:
+        return
+    sides = given.get("voxel_size") or parse_size(given.get("image_size", DataConfig.image_size))
+    if given["spatial_dims"] != len(sides):
+        raise ValueError(f"--spatial_dims {given['spatial_dims']}, but the size {'x'.join(map(str, sides))} has "
+                         f"{len(sides)} axes; give --image_size one number an axis, and leave --spatial_dims away")
 
 
 def argparser(doc, *classes):
@@ -244,7 +264,8 @@ def args_to_dict(args, keys):
 def begin_run(run, configs=()):
     """Start the ranks, the run folder and the log; return the folder.
 
-    The folder is printed first and, by `end_run`, last. Where it already holds checkpoints, the logs go on from them.
+    The folder is printed first and, by `end_run`, last. Where a training run goes on in it, so do its curves; scripts
+    that do not train (their configs have no `resume_checkpoint`) leave them alone and write log.txt only.
     """
     dist_util.setup_dist()
     folder = run.logdir or os.environ.get("OPENAI_LOGDIR")
@@ -252,16 +273,21 @@ def begin_run(run, configs=()):
         print_configuration(configs)
         return folder
     resume_step = None
+    trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
     if folder:
         require_writable_folder(folder, "--logdir")
         if dist_util.rank() == 0:
             sweep_parts(folder)
-        trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
         found = find_checkpoint(folder, trains[0])[0] if trains else None
         resume_step = found["step"] if found else None
-    logger.configure(dir=folder, resume_step=resume_step)
+    logger.configure(dir=folder, format_strs=None if trains else _texts(), resume_step=resume_step)
     logger.log(f"run folder: {logger.get_dir()}")
     return Path(logger.get_dir())
+
+
+def _texts():
+    """Return the formats of the log that hold no curves, as far as the environment wants them."""
+    return [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",") if name in ("stdout", "log")]
 
 
 def end_run(folder):

@@ -20,7 +20,7 @@ from .latent_datasets import MANIFEST, EncodedPictures, ShrunkPictures, open_lat
 from .script_util import say
 from .train_util import progress_bar
 from .vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
-from .volume_datasets import open_folder
+from .volume_datasets import open_folder, parse_spacing
 
 
 @dataclasses.dataclass
@@ -128,6 +128,11 @@ def open_small(source, space, small_size, small_cache, given):
         if small.autoencoder != source.autoencoder:
             raise ValueError(f"{small_cache} and {source.folder} were made by different autoencoders, "
                              f"{small.autoencoder['path']} and {source.autoencoder['path']}")
+        for key in ("random_flip", "crop", "image_channels", "value_range", "value_window"):
+            if small.preprocessing.get(key) != source.preprocessing.get(key):
+                raise ValueError(f"{small_cache} was encoded with --{key} {small.preprocessing.get(key)}, "
+                                 f"{source.folder} with {source.preprocessing.get(key)}, so that its items would not "
+                                 "go with these; encode both with the same flags but for --image_size")
     elif isinstance(source, EncodedPictures):
         sides = parse_size(small_size)
         small = EncodedPictures(ShrunkPictures(source.pictures, sides), space.codec, dist_util.dev(), statistics={})
@@ -152,8 +157,11 @@ def with_sizes(super_res, source, small, given):
 
 
 def as_trained(data, given, preprocessing):
-    """Return a DataConfig with the settings that a model was trained with, but for those that are given."""
-    known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip"} - set(given)
+    """Return a DataConfig with the settings that a model was trained with, but for those that are given.
+
+    How far voxels are apart is a fact of each file and no setting.
+    """
+    known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(given)
     if "voxel_size" in given:
         known -= {"image_size"}
     return dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
@@ -164,6 +172,8 @@ def require_same_pictures(cache, given):
     read = cache.preprocessing
     if given.get("voxel_size"):
         given = {**given, "image_size": DataConfig(voxel_size=given["voxel_size"]).image_size}
+    if given.get("spacing"):
+        given = {**given, "spacing": ",".join(f"{s:g}" for s in parse_spacing(given["spacing"]))}
     for key, value in given.items():
         if key in read and key != "voxel_size" and frozen(read[key]) != value:
             raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with "

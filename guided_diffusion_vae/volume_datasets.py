@@ -55,6 +55,7 @@ class VolumeFolder:
         if config.image_channels not in (0, 1):
             raise ValueError(f"--image_channels {config.image_channels}: volumes keep the channels that they have")
         self.value_range = parse_range(config.value_range or config.value_window)
+        self.reference_db = float(config.reference_db) if config.reference_db else None
         require_data_dir(config.data_dir)
         found = list(walk_files(config.data_dir, ENDINGS))
         self.paths = [p for p in found if _is_volume(p)]
@@ -137,19 +138,11 @@ class VolumeFolder:
         return text + (f"; {self.ignored} other files ignored" if self.ignored else "")
 
     def _unit(self, values, where):
-        return to_unit(values, where, self.value_range, clip=bool(self.config.value_window))
+        clip = bool(self.config.value_window)
+        return to_unit(values, where, self.value_range, self.config.dynamic_range_db, self.reference_db, clip)
 
     def _spacing(self, header):
-        if not self.config.spacing:
-            return header.spacing
-        try:
-            given = [float(part) for part in self.config.spacing.split(",")]
-        except ValueError:
-            given = []
-        if len(given) not in (1, 3) or not all(0 < s < math.inf for s in given):
-            raise ValueError(f"--spacing {self.config.spacing}: needed are one or three distances in mm, such as "
-                             "2,1.5,1.5")
-        return tuple(given * 3 if len(given) == 1 else given)
+        return parse_spacing(self.config.spacing) if self.config.spacing else header.spacing
 
     def _require_alike(self, headers):
         """Return the number of channels, or raise ValueError where files do not suit each other or the flags."""
@@ -164,10 +157,25 @@ class VolumeFolder:
             if self.config.crop == "none" and header.shape[1:] != self.sides:
                 raise ValueError(f"{path} is {_by(header.shape[1:])}, not {_by(self.sides)}, and --crop none takes "
                                  "volumes whole; choose center, grid or random")
-            if not self.value_range and header.dtype not in ("uint8", "int8", "uint16", "int16", "bool"):
+            if header.dtype.startswith("complex"):
+                if self.config.dynamic_range_db <= 0 or self.reference_db is None:
+                    raise ValueError(f"{path} is complex; give --dynamic_range_db (say 40) and --reference_db, the level "
+                                     "in dB that becomes 1: all patches of a volume share it")
+            elif not self.value_range and header.dtype not in ("uint8", "int8", "uint16", "int16", "bool"):
                 raise ValueError(f"{path} holds {header.dtype} values; give --value_range lo,hi, the values that "
                                  "become 0 and 1, or --value_window lo,hi, which cuts off what lies outside")
         return channels
+
+
+def parse_spacing(text):
+    """Read `--spacing`, one number or one an axis, in mm; return one an axis."""
+    try:
+        given = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        given = ()
+    if len(given) not in (1, 3) or not all(0 < s < math.inf for s in given):
+        raise ValueError(f"--spacing {text}: needed are one or three distances in mm, such as 2,1.5,1.5")
+    return given * 3 if len(given) == 1 else given
 
 
 def _by(sizes):

@@ -4,12 +4,14 @@
     python scripts/plan_memory.py --image_size 256x256x64 --image_channels 1 --downsample_factors 4,2 \\
         --mixed_precision True --budget_gb 12,24
 
-Nothing is allocated and no data are needed; --data_dir gives size and channels where flags do not. For a diffusion
-model, `image_train_vae.py --dry_run True` says the same.
+Nothing is allocated and no data are needed; --data_dir gives the channels where flags do not. For a diffusion model,
+`image_train_vae.py --dry_run True` says the same.
 """
 
+import dataclasses
+
 from guided_diffusion_vae import dist_util, memory, script_util
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.perceptual import PerceptualConfig
@@ -29,7 +31,11 @@ def main():
     channels = autoencoder.in_channels or data.image_channels
     if not channels:
         channels = open_folder(data).shape[0] if data.data_dir else 1
-    plan = memory.AutoencoderPlan((channels, *data.sides), autoencoder, train, loss, rival)
+    sides = data.sides
+    if data.pad:
+        factors = create_autoencoder(dataclasses.replace(autoencoder, spatial_dims=len(sides), in_channels=1)).factors
+        sides = [-(-n // factor) * factor for n, factor in zip(sides, factors)]
+    plan = memory.AutoencoderPlan((channels, *sides), autoencoder, train, loss, rival)
     if perceptual.use_perceptual_loss:
         print("the perceptual term is not counted: its backbone takes memory of its own")
     for line in memory.report(plan, numbers(wanted.plan_batch_sizes, int), numbers(wanted.budget_gb, float)):

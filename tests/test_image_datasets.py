@@ -316,7 +316,7 @@ def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
     assert flat.class_names == ["a", "b"] and flat.labels.tolist() == [0, 1] and flat.names == ["a_1_x.png", "b_1.png"]
     assert deep.class_names == ["slide", "tap"] and deep.names == ["slide/x/1.png", "tap/1.png"]
     assert none.class_names is None and none.labels is None
-    with pytest.raises(ValueError, match="--class_cond True needs classes"):
+    with pytest.raises(ValueError, match="has no classes, which are needed here .--class_cond True"):
         data.picture_batches(none, BatchPlan(2, 1), with_labels=True)
 
 

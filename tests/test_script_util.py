@@ -89,6 +89,25 @@ def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
     assert script_util.parse("doc", *SAMPLING, argv=argv)[0].num_samples  # has no such flag, and passes it over
 
 
+def test_a_size_on_the_command_line_wins_under_either_name(yaml_file):
+    config = ["--config", yaml_file("data: {voxel_size: [8, 16, 16]}")]
+    read = lambda *argv: script_util.parse("doc", *AUTOENCODER, argv=[*config, *argv])[0].sides
+    assert read() == (8, 16, 16) and read("--image_size", "4x8x8") == (4, 8, 8)
+    assert read("--spatial_dims", "3") == (8, 16, 16)
+    pictures = ["--config", yaml_file("data: {image_size: 32}"), "--voxel_size", "4,4,4"]
+    assert script_util.parse("doc", *AUTOENCODER, argv=pictures)[0].sides == (4, 4, 4)
+
+
+@pytest.mark.parametrize("text, flags, match", [
+    ("data: {voxel_size: [8, 8, 8], image_size: 32}", [], "are two names for one size"),
+    ("data: {voxel_size: [8, 8, 8]}", ["--spatial_dims", "2"], "--spatial_dims 2, but the size 8x8x8 has 3 axes"),
+    ("autoencoder: {spatial_dims: 3}", [], "--spatial_dims 3, but the size 64x64 has 2 axes"),
+])
+def test_sizes_that_contradict_each_other_are_refused(yaml_file, text, flags, match):
+    with pytest.raises(ValueError, match=match):
+        script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *flags])
+
+
 def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
     argv = ["--config", yaml_file(PIPELINE)]
     data, autoencoder, loss, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)

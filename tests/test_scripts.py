@@ -311,7 +311,13 @@ def test_what_a_classifier_learns_of_samples_is_tested_on_real_pictures(chain, c
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     made, real = (report[f"train_on_{name}_test_on_real"] for name in ("samples", "training"))
     assert made == real and made["count"] == COUNT  # the samples are the training pictures here
-    assert (tmp_path / "run" / "trained_on_samples" / "state000003.json").exists()
+    assert len(list((tmp_path / "run").glob("trained_on_samples_*/state000003.json"))) == 1
+    np.savez(tmp_path / "made.npz", copies, 1 - np.array(labels, int), class_names=np.array(["a", "b"]))
+    status, out, err = call("evaluate", config=chain.config, vae_path=chain.autoencoder, samples=tmp_path / "made.npz",
+                            reference=tmp_path / "made.npz", tstr_iterations=3, tstr_batch_size=4,
+                            logdir=tmp_path / "run")
+    assert status == 0, err  # other samples are learned from anew, and never taken for the former ones
+    assert len(list((tmp_path / "run").glob("trained_on_samples_*/state000003.json"))) == 2
     assert f"run folder: {tmp_path / 'run'}" in out.strip().splitlines()[-1]
 
 
@@ -580,6 +586,19 @@ def base_samples(tmp_path):
     return tmp_path / "base.npz"
 
 
+def test_small_pictures_bring_classes_that_the_upsampler_knows(upsampler, call, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    flags = {"model_path": upsampler["logdir"], "base_samples": tmp_path / "base.npz", "num_samples": 3}
+    np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "a"]))
+    status, _, err = call("super_res_sample", **flags, logdir=tmp_path / "run")
+    assert status == 0, err
+    assert open_npz(tmp_path / "run" / "samples_3x16x16x1.npz").labels.tolist() == [0, 1, 0]  # by name
+    np.savez(tmp_path / "base.npz", images, np.array([1, 0, 2]))
+    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "has labels (arr_1) from 0 to 2, the upsampler")
+    np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "c"]))
+    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "have classes c that the model does not know")
+
+
 def test_an_upsampler_goes_on_and_makes_large_pictures_of_small_ones(upsampler, base_samples, call, tmp_path):
     folder = shutil.copytree(upsampler["logdir"], tmp_path / "run")
     status, out, err = call("super_res_train", **{**upsampler, "logdir": folder, "batch_size": 4}, max_steps=3)
@@ -614,6 +633,32 @@ def test_an_upsampler_works_between_two_latent_grids(chain, call, tmp_path, cach
 
 
 # what other programs are handed
+
+
+def test_two_ranks_export_a_run(chain, tmp_path):
+    out = done("export", ranks=2, model_path=chain.diffusion, out=tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").exists() and "wrote" in out
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
+def test_scripts_that_do_not_train_leave_the_curves_of_a_run_alone(chain, call, tmp_path):
+    folder = shutil.copytree(chain.diffusion, tmp_path / "run")
+    before = (folder / "progress.csv").read_bytes()
+    status, _, err = call("image_sample_vae", model_path=folder, num_samples=1, timestep_respacing="2", logdir=folder)
+    assert status == 0, err
+    status, _, err = call("evaluate", samples=chain.data, reference=chain.data, vae_path=chain.autoencoder,
+                          logdir=folder)
+    assert status == 0, err
+    assert (folder / "progress.csv").read_bytes() == before and b"step" in before
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
+def test_data_in_one_file_are_a_reference_too(chain, call, tmp_path):
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(chain.data.iterdir())])
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(len(images)) % 2)
+    status, out, err = call("evaluate", samples=chain.data, reference=tmp_path / "data.npz", vae_path=chain.autoencoder,
+                            logdir=tmp_path / "run")
+    assert status == 0 and "frechet: " in out, err
 
 
 def test_an_exported_weights_file_is_as_good_as_the_original(chain, call, tmp_path):
@@ -881,6 +926,26 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{cache}"}, "--small_size must be below"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "--small_size must be below"),
     ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'diffusion', --model_path wants"),
+    ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder given for the cache"),
+    ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{colour}", "batch_size": 4},
+     "(--val_data_dir) has 3 channels"),
+    ("train_autoencoder", {"data_dir": "{data}", "val_pictures": 0, "batch_size": 4}, "--val_pictures 0: at least one picture"),
+    ("train_autoencoder", {"data_dir": "{data}", "image_size": 16, "discriminator_weight": 0.5, "batch_size": 4},
+     "too small for a discriminator that needs 24"),
+    ("classifier_train", {"data_dir": "{data}", "val_data_dir": "{plain}", "iterations": 1}, "has no classes"),
+    ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "tstr_iterations": 3,
+                  "tstr_batch_size": 13}, "fewer than a step of 13 takes; lower --tstr_batch_size"),
+    ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "image_size": 32,
+                  "tstr_iterations": 3}, "for a grid of 32"),
+    ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "train_dir": "{tmp}/none"},
+     "{tmp}/none is not there"),
+    ("evaluate", {"samples": "{data}", "reference": "{tmp}/statistics.npz", "vae_path": "{autoencoder}"},
+     "holds statistics of Inception features; give --inception_path"),
+    ("super_res_train", {"data_dir": "{data}", "large_size": 16, "small_size": 8, "channel_mult": "1", "diffusion_steps": 100,
+                         "cond_noise_steps": 250}, "--cond_noise_steps 250 is more than the 100 steps"),
+    ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{mirrored}"}, "was encoded with --random_flip True"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{cache}", "data_dir": "{data}"},
+     "is measured on one of them"),
     ("export", {"model_path": "{diffusion}"}, "nowhere to write to; set --out"),
     ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "the file's name ends in .safetensors"),
     ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is damaged"),
@@ -891,7 +956,13 @@ def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, scrip
     (tmp_path / "cut.pt").write_bytes(chain.model.read_bytes()[:2000])
     (tmp_path / "cut.npz").write_bytes(b"PK\3\4 and no more")
     (tmp_path / "typo.yaml").write_text("autoencoder: {num_chanels: [8, 8]}")
-    places = {"tmp": tmp_path, **vars(chain)}
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
+    picture(tmp_path / "colour" / "0.png", 0, mode="RGB")
+    picture(tmp_path / "plain" / "0.png", 0)
+    if "{mirrored}" in str(flags):
+        call("encode_dataset", vae_path=chain.autoencoder, data_dir=chain.data, image_size=32, random_flip=True,
+             cache_dir=tmp_path / "mirrored")
+    places = {"tmp": tmp_path, **{name: tmp_path / name for name in ("colour", "plain", "mirrored")}, **vars(chain)}
     given = {} if script in ("encode_dataset", "export", "make_microdoppler") else {"logdir": tmp_path / "run"}
     trains = ("train_autoencoder", "image_train_vae", "image_train", "super_res_train")
     given.update({"max_steps": 1} if script in trains else {})

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,8 +175,16 @@ def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, ca
     assert opened(4)[0].statistics["channel_std"] == pytest.approx(cache.statistics["channel_std"], rel=1e-5)
 
 
+def test_a_spacing_may_be_written_shorter_than_it_is_recorded():
+    cache = SimpleNamespace(folder="cache", preprocessing={"spacing": "2,2,2"})
+    spaces.require_same_pictures(cache, {"spacing": "2"})
+    spaces.require_same_pictures(cache, {"spacing": "2.0,2,2"})
+    with pytest.raises(ValueError, match="--spacing 2,2,3 contradicts the cache"):
+        spaces.require_same_pictures(cache, {"spacing": "2,2,3"})
+
+
 def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
-    trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1")), "data_dir": "there"}
+    trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1", spacing="9")), "data_dir": "there"}
     read = spaces.as_trained(DataConfig("here", crop="center"), {"crop": "center"}, trained)
     assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
 

@@ -97,6 +97,16 @@ def test_a_window_cuts_values_off_and_a_range_refuses_them(tmp_path):
         opened(tmp_path, "4x4x4")
 
 
+def test_complex_cubes_share_one_reference_level(tmp_path):
+    cube = np.full((4, 4, 8), 0.1, np.complex64)
+    cube[..., 4:] = 1j
+    np.save(tmp_path / "a.npy", cube)
+    volumes = opened(tmp_path, "4x4x4", crop="grid", dynamic_range_db=40.0, reference_db="0")
+    np.testing.assert_allclose(volumes.batch([0, 1]).mean((1, 2, 3, 4)), [0.5, 1.0], atol=1e-6)  # -20 dB and 0 dB
+    with pytest.raises(ValueError, match="a.npy is complex; give --dynamic_range_db .* and --reference_db"):
+        opened(tmp_path, "4x4x4", dynamic_range_db=40.0)
+
+
 def test_pictures_have_windows_too(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[-5.0, 0], [5, 10]], np.float32))
     assert PictureFolder(DataConfig(str(tmp_path), 2, value_window="0,5")).read(0).flatten().tolist() == [0, 0, 1, 1]
