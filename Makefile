@@ -24,4 +24,4 @@ quickstart: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/quickstart.sh
 
 clean:
-	rm -rf quickstart runs
+	rm -rf quickstart

@@ -158,7 +158,7 @@ def evaluate(config, data, extract, folder, judge=None, class_names=None, image_
         hold spatial features too, these are Inception's and the distances go by the names of FID and its kin.
     :param judge: the same of a classifier whose logits mean `class_names`; may be `extract` itself.
     :param image_shape: the only shape (C, ...) that the classifier takes; None: any.
-    :raises ValueError: where the pictures differ in shape, or have classes that `class_names` lacks; before any is read.
+    :raises ValueError: before any is read, where the pictures differ in shape or have classes that `class_names` lacks.
     """
     reference = open_pictures(config.reference, data, "--reference")
     samples = open_pictures(config.samples, data, "--samples")

@@ -1,6 +1,6 @@
 """Feed latents to diffusion training: a cache on disk, a folder of single files, or pictures encoded as they come.
 
-All three sources hand out scaled latents (z * scale_factor; `DESIGN.md`, the latent scale contract) and share one
+All three sources hand out scaled latents (z * scale_factor; README, the scale of latents) and share one
 interface: `read` gathers a batch on any thread, `latents` turns it into latents on the device, `batch` does both.
 `LatentStream` adds the normalisation and says which latents form which step.
 """

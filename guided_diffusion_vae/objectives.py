@@ -88,8 +88,8 @@ class DiffusionObjective(_OverTimes):
 
     def __init__(self, diffusion, schedule_sampler=None, class_dropout=0.0, null_label=None, cond_noise_steps=0):
         if cond_noise_steps > diffusion.num_timesteps:
-            raise ValueError(f"--cond_noise_steps {cond_noise_steps} is more than the {diffusion.num_timesteps} steps of "
-                             "the process; lower it, or raise --diffusion_steps")
+            raise ValueError(f"--cond_noise_steps {cond_noise_steps} is more than the {diffusion.num_timesteps} steps "
+                             "of the process; lower it, or raise --diffusion_steps")
         super().__init__(diffusion, schedule_sampler)
         self.class_dropout, self.null_label, self.cond_noise_steps = class_dropout, null_label, cond_noise_steps
 

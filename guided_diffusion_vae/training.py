@@ -206,8 +206,8 @@ def train_on_samples(config, sets, given, data, flags, process, train, folder):
     """Train a classifier on samples, and one on the training pictures; return what share of real pictures they tell.
 
     The accuracy of the first, beside that of the second, says how much of what tells classes apart the samples have.
-    `sets` are those of `sets_to_train_on`. Each run stands in a folder below `folder` that is named after what it is made
-    of, so that the same evaluation goes on with it and no other does.
+    `sets` are those of `sets_to_train_on`. Each run stands in a folder below `folder` that is named after what it is
+    made of, so that the same evaluation goes on with it and no other does.
     """
     real, report = sets["real"], {}
     once = dataclasses.replace(train, iterations=config.tstr_iterations, noised=False, val_data_dir="",

@@ -159,8 +159,8 @@ class VolumeFolder:
                                  "volumes whole; choose center, grid or random")
             if header.dtype.startswith("complex"):
                 if self.config.dynamic_range_db <= 0 or self.reference_db is None:
-                    raise ValueError(f"{path} is complex; give --dynamic_range_db (say 40) and --reference_db, the level "
-                                     "in dB that becomes 1: all patches of a volume share it")
+                    raise ValueError(f"{path} is complex; give --dynamic_range_db (say 40) and --reference_db, the "
+                                     "level in dB that becomes 1: all patches of a volume share it")
             elif not self.value_range and header.dtype not in ("uint8", "int8", "uint16", "int16", "bool"):
                 raise ValueError(f"{path} holds {header.dtype} values; give --value_range lo,hi, the values that "
                                  "become 0 and 1, or --value_window lo,hi, which cuts off what lies outside")

@@ -197,7 +197,7 @@ def test_pictures_of_others_are_never_removed(sampler, tmp_path):
     mine = tmp_path / "png" / "mine.png"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="png is there and not from a sampling.* another --logdir, or --png False"):
+    with pytest.raises(FileExistsError, match="png is there and not from a sampling.* --logdir, or --png False"):
         drawn(sampler, tmp_path, num_samples=2)
     drawn(sampler, tmp_path, num_samples=2, png=False)
     assert mine.read_bytes() == b"precious"

@@ -110,7 +110,8 @@ def test_guidance_and_denoising_reach_the_solver(solver):
 
     network = lambda x, t, y: torch.zeros_like(x)
     draw = lambda **more: multistep_sample_loop(process, network, (2, 1, 4), solver, noise=torch.zeros(2, 1, 4),
-                                                noise_fn=torch.zeros_like, model_kwargs={"y": torch.tensor([1, 2])}, device="cpu", **more)
+                                                noise_fn=torch.zeros_like, device="cpu",
+                                                model_kwargs={"y": torch.tensor([1, 2])}, **more)
     assert (draw(cond_fn=pull) > draw() + 0.1).all()
     assert [t for t, _ in told] == process.timestep_map[::-1] and told[0][1] == [1, 2]
     assert (draw(denoised_fn=lambda x_0: x_0 * 0 + 0.25) == 0.25).all()
