@@ -832,6 +832,19 @@ def test_an_adversarial_autoencoder_goes_on_and_hands_its_weights_to_another(cha
     assert status == 0 and "not taken over" in out, out + err
 
 
+def test_a_trial_run_tries_the_discriminator_too(chain, call, tmp_path):
+    status, _, err = call("train_autoencoder", config=chain.config, data_dir=chain.data, discriminator_weight=0.1,
+                          discriminator_channels=8, discriminator_layers=1, fast_dev_run=True, logdir=tmp_path / "run")
+    assert status == 0, err
+    assert "discriminator_loss" in rows_of(tmp_path / "run")[-1] and (tmp_path / "run/state000002.json").exists()
+
+
+def test_the_memory_of_padded_volumes_is_planned(call):
+    status, out, err = call("plan_memory", image_size="31x30x16", pad=True, num_channels="8,8", downsample_factors="4",
+                            norm_num_groups=4, plan_batch_sizes="1")
+    assert status == 0 and "1x32x32x16" in out, err
+
+
 def test_memory_is_planned_from_a_configuration_alone(call):
     status, out, err = call("plan_memory", config=ROOT / "configs/volumes/low.yaml", budget_gb="1.5,12",
                             plan_batch_sizes="1,4")
