@@ -7,6 +7,8 @@ Both sides take the same step on the same weights and batches; loss and gradient
 """
 
 import dataclasses
+import statistics
+import time
 
 import common
 import torch
@@ -17,6 +19,7 @@ from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 
+COMPILED = "bfloat16, compiled"
 SIZES = {
     "16m122": ((4, 16, 16), dict(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")),
     "32m1224": ((4, 32, 32), dict(num_channels=128, channel_mult="1,2,2,4", attention_resolutions="16,8")),
@@ -53,8 +56,11 @@ def main():
         loops["bfloat16, recompute_norms"] = own_loop(
             shape, {**flags, "recompute_norms": True}, weights, config.bench_batch_size, device, mixed_precision=True)
         if config.compile_too:
-            loops["bfloat16, compiled"] = own_loop(shape, flags, weights, config.bench_batch_size, device,
-                                                   mixed_precision=True, compile=True)
+            loops[COMPILED] = own_loop(shape, flags, weights, config.bench_batch_size, device, mixed_precision=True,
+                                       compile=True)
+            begun = time.perf_counter()  # the compiler works in processes of its own
+            loops[COMPILED].run_step(batch, {})
+            first_step = time.perf_counter() - begun
         if counterpart:
             compare(counterpart, loops["float32"], batch, device)
         steps = {name: lambda loop=loop: loop.run_step(batch, {}) for name, loop in loops.items()}
@@ -62,6 +68,11 @@ def main():
         if against.profile:
             common.print_operators(steps, device)
     rows = common.compared(times, next(iter(loops)))
+    if config.compile_too:
+        eager, compiled = (statistics.median(times[name]) for name in ("bfloat16", COMPILED))
+        gain = eager - compiled
+        paid = f"{first_step / gain:,.0f} steps pay that back" if gain > 0 else "nothing pays that back"
+        print(f"the first compiled step took {first_step:.0f} s; {paid}\n")
     if device.type == "cuda":
         for row, loop in zip(rows, loops.values()):
             torch.cuda.reset_peak_memory_stats()
