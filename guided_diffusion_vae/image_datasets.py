@@ -34,6 +34,7 @@ from .files import bf
 REFERENCE_ENDINGS = ("jpg", "jpeg", "png", "gif")
 ENDINGS = REFERENCE_ENDINGS + ("tif", "tiff", "npy")
 SMALLEST_CROP = 0.8
+ORDERED_AHEAD = 2**14   # items whose order is drawn at once
 
 # Channels that a Pillow mode is read as; a palette stands for colours, an opaque alpha channel is left out.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
@@ -718,6 +719,9 @@ class BatchPlan:
         self.num_ranks = num_ranks
         self.seed = seed
         self.shuffle = shuffle
+        # The last rounds of `permuted` go around with few items: of many at once they cost next to nothing.
+        self._together = max(1, min(ORDERED_AHEAD, count) // (batch_size * num_ranks))
+        self._ordered = {}
 
     def summary(self):
         """Return one line for the log: how many items a step and steps an epoch take."""
@@ -733,7 +737,15 @@ class BatchPlan:
     def indices(self, step, steps=1):
         """Return the items of batch `step`, and of the `steps` from there on, on this rank, int64 [steps * batch_size].
         """
-        firsts = np.arange(step, step + steps, dtype=np.int64) * (self.batch_size * self.num_ranks)
+        blocks = range(step // self._together, (step + steps - 1) // self._together + 1)
+        self._ordered = {b: self._ordered[b] if b in self._ordered else self._order(b) for b in blocks}
+        begin = (step - blocks.start * self._together) * self.batch_size
+        return np.concatenate(list(self._ordered.values()))[begin:begin + steps * self.batch_size]
+
+    def _order(self, block):
+        """Return the items of the `_together` batches of a block on this rank."""
+        steps = np.arange(block * self._together, (block + 1) * self._together, dtype=np.int64)
+        firsts = steps * (self.batch_size * self.num_ranks)
         positions = (firsts[:, None] + np.array(self.slots, np.int64)).reshape(-1)
         epochs, places = np.divmod(positions, self.count)
         if not self.shuffle:

@@ -360,6 +360,7 @@ class LatentCache:
         self.random_flip = manifest["flips"]
         _allow_open_files(len(manifest["shards"]))
         self._shards = [self._open_shard(shard) for shard in manifest["shards"]]
+        self._entries = sum(len(shard) for shard in self._shards)  # with mirrored ones
         self._firsts = np.array([shard["first"] for shard in manifest["shards"]])
         self._require_whole()
         self.labels = self._read_labels() if self.class_names is not None else None
@@ -393,18 +394,32 @@ class LatentCache:
             if not self.random_flip:
                 raise ValueError(f"{self.folder} holds no mirrored pictures; encode again with --random_flip True")
             rows = rows + self.count * np.asarray(flips, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._entries:
+            raise IndexError(f"{self.folder} has {self._entries} latents, asked for were {rows.min()} to {rows.max()}")
         if self._resident is not None:
             return torch.from_numpy(rows)
-        values = np.empty((len(rows), *_stored_shape(self.manifest)), np.float32)
+        values = torch.from_numpy(self._gather(rows)).float()
+        if not values.sum().isfinite() and not values.isfinite().all():  # the first alone is fast
+            bad = int(rows[~values.isfinite().flatten(1).all(1).numpy()][0])
+            raise ValueError(f"{self.folder}: latent {bad} is not finite; the cache is damaged, encode it again")
+        return values
+
+    def _gather(self, rows):
+        """Return stored values of `rows` [n x ...]: one gather a shard, in the order of the shards, then one over all."""
+        if len(self._shards) == 1:
+            return self._shards[0].take(rows, axis=0)
         owners = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(owners, kind="stable")
-        for here in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1):
-            owner = owners[here[0]]
-            values[here] = self._shards[owner][rows[here] - self._firsts[owner]]
-        if not np.isfinite(values.sum()) and not np.isfinite(values).all():  # the first alone is fast
-            bad = int(rows[~np.isfinite(values).reshape(len(rows), -1).all(1)][0])
-            raise ValueError(f"{self.folder}: latent {bad} is not finite; the cache is damaged, encode it again")
-        return torch.from_numpy(values)
+        ends = np.flatnonzero(np.diff(owners[order], append=len(self._shards))) + 1
+        by_shard = np.empty((len(rows), *_stored_shape(self.manifest)), self._shards[0].dtype)
+        for begin, end in zip([0, *ends[:-1]], ends):
+            owner = owners[order[begin]]
+            # mode "clip" because numpy writes by way of a copy where it has to look for rows that are not there
+            self._shards[owner].take(rows[order[begin:end]] - self._firsts[owner], axis=0, out=by_shard[begin:end],
+                                     mode="clip")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return by_shard.take(back, axis=0)
 
     def latents(self, values, eps=None):
         """Return scaled latents [n x C x ...] of what `read` gave; `eps` is the posterior's noise, None the mode."""
@@ -421,7 +436,7 @@ class LatentCache:
         if self.nbytes > limit_bytes:
             return False
         dtype = getattr(torch, self.manifest["dtype"])
-        shape = sum(len(shard) for shard in self._shards), *_stored_shape(self.manifest)
+        shape = self._entries, *_stored_shape(self.manifest)
         resident = torch.empty(shape, dtype=dtype, device=device)
         for first, shard in zip(self._firsts, self._shards):
             resident[first:first + len(shard)] = torch.from_numpy(np.array(shard)).to(device)

@@ -539,7 +539,7 @@ class LatentNormalizer:
 
     def normalise(self, latents):
         """Return x0 of scaled latents; inverse of `inverse`.  [N x C x ...] -> same."""
-        return (latents - self._column(self.shift, latents)) / self._column(self.std, latents)
+        return (latents - self._column(self.shift, latents)).div_(self._column(self.std, latents))
 
     def inverse(self, x0):
         """Return the scaled latents of x0; inverse of `normalise`.  [N x C x ...] -> same."""
