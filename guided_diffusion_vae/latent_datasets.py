@@ -405,7 +405,7 @@ class LatentCache:
         return values
 
     def _gather(self, rows):
-        """Return stored values of `rows` [n x ...]: one gather a shard, in the order of the shards, then one over all."""
+        """Return the stored values of `rows`, [n x ...]: one gather a shard, in their order, then one over all."""
         if len(self._shards) == 1:
             return self._shards[0].take(rows, axis=0)
         owners = np.searchsorted(self._firsts, rows, side="right") - 1
