@@ -66,6 +66,12 @@ def variants(dims):
     return found
 
 
+def curve_of(name):
+    """Return the curve of the figure that a variant is a point of; some stand alone."""
+    kinds = {"space": "space_to_channel", "+": "first stride", "channels": name, "[": "between levels"}
+    return next((kind for part, kind in kinds.items() if part in name), name)
+
+
 class Variant:
     """One autoencoder in training."""
 
@@ -127,9 +133,8 @@ def main():
             rows.append({"strides": name, "latent": "x".join(map(str, variant.latent)),
                          "kept MiB": variant.activations / 2**20, "steps": variant.loop.step,
                          "PSNR": psnr, "SSIM": ssim, "L1": l1})
-            kind = "space_to_channel" if "space" in name else "first stride" if "+" in name else "between levels"
             total = math.prod(pictures.shape[1:]) / math.prod(variant.latent[1:])
-            curves.setdefault(kind, []).append((total, psnr))
+            curves.setdefault(curve_of(name), []).append((total, psnr))
             variant.data.close()
     common.report(f"strides_{len(data.sides)}d", rows, bench, device, **dataclasses.asdict(config))
     dims = len(data.sides)
