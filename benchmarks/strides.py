@@ -26,6 +26,7 @@ from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, s
 from guided_diffusion_vae.volume_datasets import open_folder
 
 TURN = 10.0  # seconds of CPU time
+EMA_RATE = "0.99"  # so fast that the beginning is forgotten after some hundred steps, which is all that some variants take
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ class Variant:
         self.data = picture_batches(pictures, BatchPlan(len(pictures), batch_size))
         self.loop = TrainLoop(
             model=self.network, objective=AutoencoderObjective(loss, self.network, network.image_range, train),
-            data=self.data, batch_size=batch_size, lr=1e-3, ema_rate="0.998", log_interval=10**9, save_interval=10**9,
+            data=self.data, batch_size=batch_size, lr=1e-3, ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9,
             mixed_precision=True, grad_clip=0.5,
         )
         self.range, self.spent = network.image_range, 0.0

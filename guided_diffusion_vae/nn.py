@@ -15,8 +15,37 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 NORM_GROUPS = 32
 
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d whose gradients are right on grids that are flatter than the kernel, too.
+
+    Where the kernel finds no place along the first axis that is free of padding, oneDNN (PyTorch 2.13, CPU, half
+    precision) leaves gradients of weights as they were in memory, and writes beyond it. With zeros written out it has no
+    padding to do.
+    """
+
+    def forward(self, x):
+        if not self.too_flat(x):
+            return super().forward(x)
+        return F.conv3d(self.written_out(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def too_flat(self, x):
+        """Say whether the convolution of x [N x C x D x H x W] needs its padding written out."""
+        if x.device.type != "cpu" or x.shape[2] >= self.kernel_size[0] or not any(self.padding):
+            return False
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return dtype in (torch.bfloat16, torch.float16)
+
+    def written_out(self, x):
+        """Return x with the zeros around it that the convolution would add."""
+        return F.pad(x, [n for padding in reversed(self.padding) for n in (padding, padding)])
+
+    def taken_off(self, x):
+        """Return x without what `written_out` has added."""
+        return x[(..., *(slice(padding, n - padding) for n, padding in zip(x.shape[2:], self.padding)))]
+
+
 _LAYERS = {
-    "convolution": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "convolution": (nn.Conv1d, nn.Conv2d, Conv3d),
     "transposed convolution": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     "average pooling": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     "adaptive average pooling": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
@@ -207,10 +236,13 @@ class _ConvOfRecomputed(torch.autograd.Function):
         only = compute(0) if parts == 1 else None
         value = torch.cat([compute(part).detach() for part in range(parts)], 1) if only is None else only.detach()
         conv = ctx.conv
+        flat = isinstance(conv, Conv3d) and conv.too_flat(value)
         of_value, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            grad, value, weight.to(grad.dtype), [weight.shape[0]], conv.stride, conv.padding, conv.dilation, False,
-            [0] * len(conv.stride), conv.groups, [True, True, conv.bias is not None],
+            grad, conv.written_out(value) if flat else value, weight.to(grad.dtype), [weight.shape[0]], conv.stride,
+            [0] * len(conv.stride) if flat else conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups,
+            [True, True, conv.bias is not None],
         )
+        of_value = conv.taken_off(of_value) if flat else of_value
         del value
         further = [torch.empty_like(tensor) for tensor in tensors]
         slots = [whole.chunk(parts, dim=1 if i < ctx.count else 0) for i, whole in enumerate(further)]

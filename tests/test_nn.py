@@ -208,6 +208,24 @@ def test_recomputed_inputs_of_a_convolution_change_no_gradient(monkeypatch, grou
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("grid, kernel, stride", [
+    ((2, 2, 2), 3, 1), ((2, 4, 6), 3, 1), ((4, 6, 6), 5, 2), ((1, 3, 3), 3, 1),
+])
+def test_gradients_in_half_precision_are_right_on_flat_grids(grid, kernel, stride, recomputed):
+    torch.manual_seed(0)
+    conv = nn.conv_nd(3, 32, 32, kernel, stride=stride, padding=kernel // 2)
+    x, found = torch.randn(2, 32, *grid, requires_grad=True), []
+    cheap = lambda groups, x: x.sin()
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = nn.conv_of_recomputed(cheap, conv, (x,), (), 32) if recomputed else conv(cheap(32, x))
+        y.float().square().sum().backward()
+        found.append([t.grad.clone() for t in (x, conv.weight, conv.bias)])
+        x.grad = conv.weight.grad = conv.bias.grad = None
+    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*found))
+
+
 def test_recomputed_inputs_are_not_kept():
     conv, x, weight = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9, requires_grad=True), torch.ones(8)
     kept = []
