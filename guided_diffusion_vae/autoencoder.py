@@ -62,6 +62,14 @@ class AutoencoderLossConfig:
     recon_loss: str = opt("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
 
 
+def total_factors(config, dims):
+    """Return by what every one of `dims` axes shrinks in the network that a config describes; nothing is allocated."""
+    with torch.device("meta"):
+        return create_autoencoder(
+            dataclasses.replace(config, spatial_dims=dims, in_channels=config.in_channels or 1)
+        ).factors
+
+
 def create_autoencoder(config):
     """Build the network that an AutoencoderConfig describes.
 

@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 NORM_GROUPS = 32
 
+
 class Conv3d(nn.Conv3d):
     """nn.Conv3d whose gradients are right on grids that are flatter than the kernel, too.
 
     Where the kernel finds no place along the first axis that is free of padding, oneDNN (PyTorch 2.13, CPU, half
-    precision) leaves gradients of weights as they were in memory, and writes beyond it. With zeros written out it has no
-    padding to do.
+    precision) leaves gradients of weights as they were in memory, and writes beyond it. With zeros written out it has
+    no padding to do.
     """
 
     def forward(self, x):

@@ -7,6 +7,7 @@ from . import figures, logger, metrics
 from .autoencoder import from_image_range, kl_divergence, to_image_range
 from .image_datasets import labels_in, require_labels, unpad
 from .objectives import Draws
+from .sampling import SHEET_ROWS
 from .vae_wrapper import blend_tiles
 from .volume_datasets import VolumeFolder
 
@@ -81,7 +82,7 @@ class SamplePreview:
 
     def __call__(self, step):
         classes = list(range(self.sampler.num_classes)) or None
-        rows = min(len(classes), 16) if classes else 2
+        rows = min(len(classes), SHEET_ROWS) if classes else 2
         images = []
         for start in range(0, rows * self.columns, COUNT):
             indices = range(start, min(start + COUNT, rows * self.columns))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import dist_util, evaluation, logger, metrics
-from .autoencoder import create_autoencoder, strides_in_words
+from .autoencoder import create_autoencoder, strides_in_words, total_factors
 from .config import as_dict
 from .discriminator import create_discriminator
 from .image_datasets import BatchPlan, digest_of, labels_in, picture_batches
@@ -53,8 +53,7 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
     else:
         model.to(device)  # else it moves there in parts
     if space.codec is not None and super_res is None and not train.fsdp:
-        at_once = train.batch_size if train.microbatch <= 0 else train.microbatch
-        preview = SamplePreview(preview_sampler(model, space.codec, header), folder, device, at_once)
+        preview = SamplePreview(preview_sampler(model, space.codec, header), folder, device, memory.forward_size)
     objective = DiffusionObjective(
         diffusion, create_named_schedule_sampler(train.schedule_sampler, diffusion),
         model_flags.class_dropout, model_flags.num_classes, super_res.cond_noise_steps if super_res else 0,
@@ -92,7 +91,7 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     if train.use_gradient_checkpointing:
         autoencoder = dataclasses.replace(autoencoder, use_checkpointing=True)
     autoencoder = dataclasses.replace(autoencoder, spatial_dims=len(data.sides))
-    factors = create_autoencoder(dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or 1)).factors
+    factors = total_factors(autoencoder, len(data.sides))
     pictures = open_folder(data, multiple=factors)
     autoencoder = dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or pictures.shape[0])
     memory = AutoencoderPlan(pictures.shape, autoencoder, unsettled, loss, rival)
@@ -127,9 +126,8 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     if held_out.shape[0] != pictures.shape[0]:
         raise ValueError(f"{held_out.folder} (--val_data_dir) has {held_out.shape[0]} channels, {pictures.folder} "
                          f"{pictures.shape[0]}; give pictures of the same kind, or --image_channels")
-    at_once = min(32, train.batch_size if train.microbatch <= 0 else train.microbatch)  # what memory was planned for
     preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, device,
-                                    at_once)
+                                    min(32, memory.forward_size))  # no more at once than memory was planned for
     bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
     loop = TrainLoop(
         model=network, data=picture_batches(pictures, plan), header=header, preview=preview, objective=objective,

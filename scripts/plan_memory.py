@@ -8,10 +8,8 @@ Nothing is allocated and no data are needed; --data_dir gives the channels where
 `image_train_vae.py --dry_run True` says the same.
 """
 
-import dataclasses
-
 from guided_diffusion_vae import dist_util, memory, script_util
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, total_factors
 from guided_diffusion_vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.perceptual import PerceptualConfig
@@ -33,8 +31,7 @@ def main():
         channels = open_folder(data).shape[0] if data.data_dir else 1
     sides = data.sides
     if data.pad:
-        factors = create_autoencoder(dataclasses.replace(autoencoder, spatial_dims=len(sides), in_channels=1)).factors
-        sides = [-(-n // factor) * factor for n, factor in zip(sides, factors)]
+        sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(autoencoder, len(sides)))]
     plan = memory.AutoencoderPlan((channels, *sides), autoencoder, train, loss, rival)
     if perceptual.use_perceptual_loss:
         print("the perceptual term is not counted: its backbone takes memory of its own")
