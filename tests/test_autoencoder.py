@@ -203,15 +203,15 @@ def test_downsample_by_two_pads_one_zero_at_the_far_end():
     assert layer(torch.tensor([[[1.0, 2, 3, 4]]])).flatten().tolist() == [321.0, 43.0]
 
 
-@pytest.mark.parametrize("factors", [(3,), (4, 2), (1, 2), (5, 1), (2, 1, 3)])
+@pytest.mark.parametrize("factors", [(3,), (4, 2), (1, 2), (5, 1), (2, 1, 3), (9, 8), (8, 8, 4)])
 def test_upsampled_convolution_equals_repeating_then_convolving(factors):
-    layer = UpsampledConv(len(factors), 3, 2, factors)
-    x = torch.randn(2, 3, *range(3, 3 + len(factors)))
-    torch.testing.assert_close(layer(x), layer.conv(upsample_nearest(x, factors)))
-
-
-def test_many_phases_give_the_same_shape():
-    assert UpsampledConv(2, 1, 2, (9, 8))(torch.randn(1, 1, 2, 2)).shape == (1, 2, 18, 16)
+    layer = UpsampledConv(len(factors), 3, 2, factors).double()
+    x = torch.randn(2, 3, *range(3, 3 + len(factors)), dtype=torch.float64, requires_grad=True)
+    found, expected = layer(x), layer.conv(upsample_nearest(x, factors))
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * weights).sum(), [x, layer.conv.weight]) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_attention_is_softmax_of_scaled_products_then_projected():
