@@ -125,8 +125,8 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     if config.shard_size < 0:
         raise ValueError(f"--shard_size {config.shard_size} must be at least 1, or 0 to have it chosen")
     if pictures.config.crop == "random":
-        raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, or "
-                         "encode on the fly")
+        raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, of "
+                         "volumes --crop grid, or encode on the fly")
     if not folder:
         raise FileNotFoundError(f"no folder given for the cache; set {CACHE_FLAG}")
     folder = require_writable_folder(folder, CACHE_FLAG)

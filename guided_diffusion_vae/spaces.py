@@ -159,12 +159,16 @@ def with_sizes(super_res, source, small, given):
 def as_trained(data, given, preprocessing):
     """Return a DataConfig with the settings that a model was trained with, but for those that are given.
 
-    How far voxels are apart is a fact of each file and no setting.
+    How far voxels are apart is a fact of each file and no setting. Where patches were drawn at random, pictures are cut
+    in the middle, and volumes into a grid of patches that covers them.
     """
     known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(given)
     if "voxel_size" in given:
         known -= {"image_size"}
-    return dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
+    data = dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
+    if data.crop == "random" and "crop" not in given:
+        data = dataclasses.replace(data, crop="grid" if len(data.sides) == 3 else "center")
+    return data
 
 
 def require_same_pictures(cache, given):

@@ -17,6 +17,7 @@ from .image_datasets import (
     DataConfig, PictureFolder, classes_of, digest_of, ending_of, names_below, naming, open_archive, parse_range,
     require_data_dir, stamp_of, to_unit, walk_files,
 )
+from .nn import keyed_rng
 
 ENDINGS = ("npy", "npz", "nii", "gz")
 RECENT_BYTES = 4 * 2**30    # of volumes that have to be unpacked to be read at all, and are kept for the next patch
@@ -95,14 +96,20 @@ class VolumeFolder:
         return {**PictureFolder.preprocessing.fget(self), "spacing": ",".join(f"{s:g}" for s in self.spacing)}
 
     def read(self, index, rng=None):
-        """Return item `index` as float32 [C x D x H x W]; `rng` (numpy Generator) places a random patch."""
+        """Return item `index` as float32 [C x D x H x W]; `rng` (numpy Generator) places a random patch.
+
+        Without it the patch is at a place of its own that stays, so that items can be measured.
+        """
         file, corner = self.items[index]
         volume = _values(self.paths[file])
         sizes = volume.shape[1:]
         if corner is None:
             room = [n - m for n, m in zip(sizes, self.sides)]
-            drawn = self.config.crop == "random" and rng is not None
-            corner = [int(rng.integers(r + 1)) if drawn else r // 2 for r in room]
+            if self.config.crop == "random":
+                rng = keyed_rng(index) if rng is None else rng
+                corner = [int(rng.integers(r + 1)) for r in room]
+            else:
+                corner = [r // 2 for r in room]
         window = tuple(slice(start, start + n) for start, n in zip(corner, self.sides))
         values = self._unit(np.asarray(volume[(slice(None), *window)]), self.paths[file])
         beyond = [(0, n - m) for n, m in zip(self.shape[1:], self.sides)]

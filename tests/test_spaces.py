@@ -189,6 +189,13 @@ def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise
     assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
 
 
+@pytest.mark.parametrize("image_size, crop", [("8x16", "center"), ("8x16x4", "grid")])
+def test_what_was_trained_on_at_random_places_is_covered_evenly(image_size, crop):
+    trained = vars(DataConfig(image_size=image_size, crop="random"))
+    assert spaces.as_trained(DataConfig("here"), {}, trained).crop == crop
+    assert spaces.as_trained(DataConfig("here", crop="random"), {"crop": "random"}, trained).crop == "random"
+
+
 def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
     std = cache.statistics["std"]
     assert spaces.fit_normalizer(NormalizerConfig(), cache).std == [std]

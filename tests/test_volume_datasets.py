@@ -68,6 +68,13 @@ def test_random_patches_depend_on_seed_step_and_slot_alone(folder):
         stream.close()
 
 
+def test_random_patches_are_measured_at_places_that_stay(folder):
+    volumes = opened(folder, "4x4x4", crop="random", patches_per_volume=3)
+    first = volumes.batch(range(9))
+    assert torch.equal(first, volumes.batch(range(9)))
+    assert len({tuple(patch.flatten().tolist()) for patch in first}) == 9
+
+
 def test_whole_volumes_keep_their_own_size(folder):
     assert opened(folder).whole(2).shape == (1, 9, 8, 10)
 
