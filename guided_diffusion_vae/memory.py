@@ -131,18 +131,28 @@ class _Living(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _fake(amp=None):
-    """Make tensors fake inside; with `amp` (a dtype) compute in it as CUDA's autocast would.
-
-    That one runs norms in float32, where a CPU's keeps the type of their input. They are changed for good and not by a
-    mode, because what is computed again in the backward pass is computed outside of modes.
-    """
-    group_norm = F.group_norm
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
-        if amp is not None:
-            stack.callback(setattr, F, "group_norm", group_norm)
-            F.group_norm = lambda x, *args, **kwargs: group_norm(x.float(), *args, **kwargs)
-            stack.enter_context(torch.autocast("cpu", amp))
+    """Make tensors fake inside; with `amp` (a dtype) compute in it as CUDA's autocast would."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _like_cuda(amp):
         yield
+
+
+@contextlib.contextmanager
+def _like_cuda(amp):
+    """Run the CPU's autocast to `amp`, if that is a dtype, with norms in float32 as CUDA's has them.
+
+    Norms are changed for good and not by a mode, because what is computed again in the backward pass is computed
+    outside of modes.
+    """
+    if amp is None:
+        yield
+        return
+    group_norm = F.group_norm
+    F.group_norm = lambda x, *args, **kwargs: group_norm(x.float(), *args, **kwargs)
+    try:
+        with torch.autocast("cpu", amp):
+            yield
+    finally:
+        F.group_norm = group_norm
 
 
 def _emptied(network):
@@ -307,25 +317,27 @@ class AutoencoderPlan(Plan):
             judged = judge(torch.cat([x, fake])).float().chunk(2)
             discriminator_losses(kind, *judged).mean().backward()
 
-    def encoding(self):
-        """Return the `Estimate` of encoding a batch in one piece."""
-        with torch.device("meta"):
-            network = create_autoencoder(self.network).eval()
-        batch = (self.forward_size, *self.shape)
-        return estimate_inference(network, lambda network: network.moments(torch.empty(batch)), self.amp)
+    def encoding(self, dtype=torch.float32):
+        """Return the `Estimate` of encoding a batch in one piece, as with `--vae_dtype` of that name."""
+        return self._without_gradients(self.shape, lambda network, batch: network.moments(batch), dtype)
 
-    def decoding(self):
-        """Return the `Estimate` of decoding a batch in one piece."""
+    def decoding(self, dtype=torch.float32):
+        """Return the `Estimate` of decoding a batch in one piece, as with `--vae_dtype` of that name."""
+        with torch.device("meta"):
+            latent = create_autoencoder(self.network).latent_shape(self.shape[1:])
+        return self._without_gradients(latent, lambda network, batch: network.decode(batch), dtype)
+
+    def _without_gradients(self, shape, compute, dtype):
         with torch.device("meta"):
             network = create_autoencoder(self.network).eval()
-        batch = (self.forward_size, *network.latent_shape(self.shape[1:]))
-        return estimate_inference(network, lambda network: network.decode(torch.empty(batch)), self.amp)
+        forward = lambda network: compute(network, torch.empty(self.forward_size, *shape))
+        return estimate_inference(network, forward, None if dtype is torch.float32 else dtype)
 
     def smaller(self):
         """Yield the same latent from a first level of half the size, then a smaller latent."""
         dims = self.network.spatial_dims
         first = per_axis(self.network.initial_downsample_factor, dims)
-        factors = per_level(self.network.downsample_factors or 2, len(self.network.num_channels) - 1)
+        factors = per_level(self.network.downsample_factors or 2, len(per_level(self.network.num_channels, 1)) - 1)
         factors = [per_axis(factor, dims) for factor in factors]
         doubled = tuple(2 * factor for factor in first)
         for i, factor in enumerate(factors):
@@ -334,8 +346,9 @@ class AutoencoderPlan(Plan):
                 yield "a latent of the same size", {"initial_downsample_factor": doubled, "downsample_factors": halved,
                                                     "final_upsample": "shuffle"}
                 break
+        between = {"downsample_factors": tuple(factors)} if factors else {}
         yield "a latent half as large along every axis", {
-            "initial_downsample_factor": doubled, "downsample_factors": tuple(factors), "final_upsample": "shuffle"
+            "initial_downsample_factor": doubled, **between, "final_upsample": "shuffle"
         }
 
 
@@ -418,20 +431,26 @@ def report(plan, batch_sizes, budgets):
     estimate = plan.training()
     yield f"training, {plan.forward_size} in a forward pass: {estimate.summary()}"
     for name in ("encoding", "decoding"):
-        yield f"{name}, {plan.forward_size} at once in one piece: {getattr(plan, name)().needed / GIB:.2f} GiB"
-
+        needed = [getattr(plan, name)(dtype).needed / GIB for dtype in (torch.float32, torch.bfloat16)]
+        yield (f"{name}, {plan.forward_size} at once in one piece: {needed[0]:.2f} GiB, with --vae_dtype bfloat16 "
+               f"{needed[1]:.2f}")
     yield "\nkept for the backward pass, by the layer that makes it:"
     most = sorted(estimate.layers.items(), key=lambda entry: -entry[1])
     rest = (f"{len(most) - LAYERS_SHOWN} more layers", sum(size for _, size in most[LAYERS_SHOWN:]))
     for name, size in most[:LAYERS_SHOWN] + [rest] * (len(most) > LAYERS_SHOWN):
         yield f"{size / 2**20:12.1f} MiB  {name or 'the batch and its losses'}"
 
+    yield "\nGiB that training needs with one thing changed:"
+    for changes in _alternatives(plan):
+        yield f"{plan.changed(**changes).training().needed / GIB:9.2f}  {_flags(changes)}"
+
     yield "\nGiB that training needs, by the samples in a forward pass; each line has all savings above it, too:"
     yield "".join(f"{n:>9}" for n in batch_sizes)
     for saving in savings(plan.changed(batch_size=1, microbatch=-1, gradient_accumulation_steps=1)):
         what = _flags(saving.latest, saving.note) or "as configured"
         try:
-            yield "".join(f"{size:9.2f}" for size in _needed(saving.plan, batch_sizes)) + f"  {what}"
+            needed = [saving.plan.changed(batch_size=n).training().needed / GIB for n in batch_sizes]
+            yield "".join(f"{size:9.2f}" for size in needed) + f"  {what}"
         except ValueError as error:
             yield f"{what}: {error}"
 
@@ -443,10 +462,12 @@ def report(plan, batch_sizes, budgets):
         yield f"least lossy within {budget:g} GiB: {next(fitting, 'nothing fits')}"
 
 
-def _needed(plan, batch_sizes):
-    """Return GiB for every batch size; the peak is linear in it, and so known from one and two samples."""
-    one, two = (plan.changed(batch_size=n).training().needed for n in (1, 2))
-    return [(one + (n - 1) * (two - one)) / GIB for n in batch_sizes]
+def _alternatives(plan):
+    """Yield the flags of every saving that changes no network, each turned the other way for itself."""
+    yield {"mixed_precision": not plan.train.mixed_precision}
+    yield {"recompute_norms": not plan.network.recompute_norms}
+    yield {plan.CHECKPOINTING: not getattr(plan.network, plan.CHECKPOINTING)}
+    yield {"optimizer": "adamw" if plan.train.optimizer == "adamw8bit" else "adamw8bit"}
 
 
 def _flags(flags, note=""):

@@ -216,27 +216,30 @@ class AutoencoderObjective(PlainObjective):
 
 
 class Adversary:
-    """A discriminator in training beside an autoencoder: `add_to` its loss, then `learn` from the same pictures."""
+    """A discriminator in training beside an autoencoder.
 
-    def __init__(self, network, config, lr):
-        self.network, self.config = network, config
-        self.opt = torch.optim.AdamW(network.parameters(), lr=config.discriminator_lr or lr, betas=(0.5, 0.9),
-                                     weight_decay=0.0, fused=True)
-        self._seen = []
+    Every microbatch adds its judgement to the losses (`add_to`) and its gradient to the discriminator's (`judge`), with
+    which `learn` takes a step. So no more than a microbatch of pictures is kept.
+    """
+
+    def __init__(self, network, config, lr, grad_clip=0.0):
+        self.network, self.config, self.grad_clip = network, config, grad_clip
+        self.lr = config.discriminator_lr or lr
+        self.opt = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+        self._pair, self._judged = None, False
 
     def begin(self, ddp_model, scale_loss, scale_growth):
         """Take over what the training loop decides: how the network is distributed, and its loss scaled."""
         self.ddp_model = ddp_model
-        self.mp_trainer = MixedPrecisionTrainer(
-            model=self.network, scale_loss=scale_loss, fp16_scale_growth=scale_growth, name="discriminator_"
-        )
+        self.mp_trainer = MixedPrecisionTrainer(model=self.network, scale_loss=scale_loss, grad_clip=self.grad_clip,
+                                                fp16_scale_growth=scale_growth, name="discriminator_")
 
     def is_heeded(self, step):
         """Say whether the warm-up is over."""
         return step >= self.config.discriminator_start
 
     def add_to(self, terms, real, fake, last_layer):
-        """Add the adversarial term of a microbatch to its losses [N], and remember the pictures for `learn`."""
+        """Add the adversarial term of a microbatch to its losses [N], and remember the pictures for `judge`."""
         self.network.requires_grad_(False)
         losses = generator_losses(self.config.discriminator_loss, self.network(fake).float())
         self.network.requires_grad_(True)
@@ -247,23 +250,29 @@ class Adversary:
             weight = weight * factor
         terms["adversarial_loss"] = losses
         terms["loss"] = terms["loss"] + weight * losses
-        self._seen.append((real.detach(), fake.detach()))
+        self._pair = real.detach(), fake.detach()
 
-    def learn(self, communicate, autocast):
-        """Take one step on what `add_to` has seen since the last; nothing during the warm-up."""
-        seen, self._seen = self._seen, []
-        total = sum(len(real) for real, _ in seen)
-        self.mp_trainer.zero_grad()
-        for i, (real, fake) in enumerate(seen):
-            with communicate(self.ddp_model, i + 1 == len(seen)), autocast():
-                # One pass over both: two passes of a distributed model would need two reductions.
-                judged_real, judged_fake = self.ddp_model(torch.cat([real, fake])).float().chunk(2)
-                losses = discriminator_losses(self.config.discriminator_loss, judged_real, judged_fake)
-                self.mp_trainer.backward(losses.mean() * (len(real) / total))
-            logger.logkv_mean("discriminator_loss", losses.detach().mean(), len(real))
-            logger.logkv_mean("logits_real", judged_real.detach().mean(), len(real))
-            logger.logkv_mean("logits_fake", judged_fake.detach().mean(), len(real))
-        if seen:
+    def judge(self, share):
+        """Add to the gradient what `add_to` has seen last, a `share` of the batch; nothing during the warm-up."""
+        if self._pair is None:
+            return
+        (real, fake), self._pair = self._pair, None
+        if not self._judged:
+            self.mp_trainer.zero_grad()
+            self._judged = True
+        # One pass over both: two passes of a distributed model would need two reductions.
+        judged_real, judged_fake = self.ddp_model(torch.cat([real, fake])).float().chunk(2)
+        losses = discriminator_losses(self.config.discriminator_loss, judged_real, judged_fake)
+        self.mp_trainer.backward(losses.mean() * share)
+        logger.logkv_mean("discriminator_loss", losses.detach().mean(), len(real))
+        logger.logkv_mean("logits_real", judged_real.detach().mean(), len(real))
+        logger.logkv_mean("logits_fake", judged_fake.detach().mean(), len(real))
+
+    def learn(self, lr_factor=1.0):
+        """Take one step on what was judged since the last, at `lr_factor` times the learning rate."""
+        if self._judged:
+            self._judged = False
+            self.opt.param_groups[0]["lr"] = self.lr * lr_factor
             self.mp_trainer.optimize(self.opt)
 
 

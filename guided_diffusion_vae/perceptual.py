@@ -31,11 +31,13 @@ class PerceptualLoss(nn.Module):
 
     :param image_range: the values of black and white.
     :raises ImportError: without lpips (the extra `perceptual`).
-    :raises FileNotFoundError, ValueError: no such weights, or those of another network.
+    :raises FileNotFoundError, ValueError: no such weights, or those of another network; no slices.
     """
 
     def __init__(self, config, image_range=(-1.0, 1.0)):
         super().__init__()
+        if config.perceptual_slices < 1:
+            raise ValueError(f"--perceptual_slices {config.perceptual_slices}: at least one is compared")
         path = config.perceptual_path
         if not path or not Path(path).is_file():
             raise FileNotFoundError(f"{path or 'no file'} is given for the backbone of the perceptual loss; "
@@ -55,6 +57,15 @@ class PerceptualLoss(nn.Module):
         """Stay in evaluation mode: the distance has no dropout."""
         return super().train(False)
 
+    def require_fitting(self, shape):
+        """Raise ValueError for pictures or volumes [C x ...] that the backbone cannot look at."""
+        if shape[0] not in (1, 3):
+            raise ValueError(f"{shape[0]} channels: the perceptual loss looks at one or three; set "
+                             "--use_perceptual_loss False, or --image_channels")
+        if min(shape[1:]) < SMALLEST:
+            raise ValueError(f"pictures of {'x'.join(map(str, shape[1:]))} are too small for the perceptual loss, which "
+                             f"needs {SMALLEST} pixels along every axis; set --use_perceptual_loss False")
+
     def forward(self, x, y, rng=None):
         """Return the distance of two batches; `rng` (numpy Generator) draws the slices of volumes."""
         low, high = self.image_range
@@ -70,9 +81,6 @@ class PerceptualLoss(nn.Module):
 
     def _distance(self, x, y):
         shown = [v.expand(-1, 3, -1, -1) if v.shape[1] == 1 else v for v in (x, y)]
-        if min(x.shape[2:]) < SMALLEST:
-            raise ValueError(f"pictures of {tuple(x.shape[2:])} are too small for the perceptual loss, which needs "
-                             f"{SMALLEST} pixels a side; set --use_perceptual_loss False")
         with torch.autocast(x.device.type, enabled=False):
             return self.network(*shown).flatten()
 

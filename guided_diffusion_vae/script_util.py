@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -274,6 +275,11 @@ def begin_run(run, configs=()):
         return folder
     resume_step = None
     trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
+    if folder and any(getattr(c, "fast_dev_run", False) for c in configs):
+        folder = Path(folder) / "fast_dev_run"  # so that no run goes on from a trial
+        if dist_util.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        dist_util.barrier()
     if folder:
         require_writable_folder(folder, "--logdir")
         if dist_util.rank() == 0:

@@ -73,7 +73,8 @@ class TrainConfig:
                                "pays in runs of some thousand steps (without --recompute_norms: the compiler decides)")
     init_from: str = opt("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
                              "what is not taken over is listed")
-    fast_dev_run: bool = opt(False, "try everything out in a few steps: train, measure, save, end")
+    fast_dev_run: bool = opt(False, "try everything out in a few steps (train, measure, save, end), in the folder "
+                                      "fast_dev_run of the run's, which is emptied first")
     fast_dev_run_batches: int = opt(2, "steps of --fast_dev_run")
     seed: int = opt(0, "seed of everything random in training")
 
@@ -140,6 +141,9 @@ def settled(train):
     if parts > 1:
         changes.update(batch_size=parts * train.batch_size, microbatch=train.batch_size)
     if train.fast_dev_run:
+        if train.resume_checkpoint not in ("", "auto"):
+            raise ValueError(f"--fast_dev_run True --resume_checkpoint {train.resume_checkpoint}: a trial begins anew; "
+                             "leave one of them away")
         steps = train.fast_dev_run_batches
         changes.update(max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1)
         if hasattr(train, "val_pictures"):
@@ -227,7 +231,7 @@ class TrainLoop:
         )
         self.opt = OPTIMIZERS[optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
-        self.best = None
+        self.best, self.measured = None, {}
         self.use_ddp = dist_util.world_size() > 1 and not fsdp
         self.compile = compile
         if self.adversary:
@@ -260,6 +264,9 @@ class TrainLoop:
 
     def run_loop(self):
         """Run all steps; return the number of the last one."""
+        if self._has_reached_bounds():
+            logger.log(f"step {self.step} had reached what training was to end at")
+            return self.step
         if hasattr(self.data, "seek"):
             self.data.seek(self.step)
         stream = iter(self.data)
@@ -298,30 +305,34 @@ class TrainLoop:
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
         if self.adversary:
-            self.adversary.learn(self._communicate, self._autocast)
+            self.adversary.learn(self._lr_factor)
         if self.compile and self.step == self.resume_step:
             logger.log(f"the first step took {time.perf_counter() - begun:.0f} s, compiling included")
         self.step += 1
         self.log_step()
 
     def forward_backward(self, batch, cond):
-        """Accumulate the gradient of the mean loss over the batch, one microbatch at a time."""
+        """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
         self.mp_trainer.zero_grad()
         torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, dist_util.rank()))
-        batch = batch.to(self.device, non_blocking=True)
-        cond = {k: v.to(self.device, non_blocking=True) for k, v in cond.items()}
         draws = Draws(self.seed, self.step, self.slots, self.global_batch)
         parts = []
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))
+            share, last = (stop - start) / len(batch), stop == len(batch)
             if self.compile:
                 torch.compiler.cudagraph_mark_step_begin()
-            with self._communicate(self.ddp_model, stop == len(batch)), self._autocast():
-                micro_cond = {k: v[start:stop] for k, v in cond.items()}
-                terms, t = self.objective(self.ddp_model, batch[start:stop], micro_cond, draws.part(start, stop))
-                loss = terms["loss"].mean() * ((stop - start) / len(batch))
-                self.mp_trainer.backward(loss)
+            micro = batch[start:stop].to(self.device, non_blocking=True)
+            micro_cond = {k: v[start:stop].to(self.device, non_blocking=True) for k, v in cond.items()}
+            with self._communicate(self.ddp_model, last), self._autocast():
+                terms, t = self.objective(self.ddp_model, micro, micro_cond, draws.part(start, stop))
+                self.mp_trainer.backward(terms["loss"].mean() * share)
             parts.append((t, {k: v.detach() for k, v in terms.items()}))
+            if self.adversary:
+                del terms  # with the autoencoder's graph, before the discriminator makes its own
+                with self._communicate(self.adversary.ddp_model, last), self._autocast():
+                    self.adversary.judge(share)
+        batch = micro if len(parts) == 1 else batch
         times, terms = parts[0] if len(parts) == 1 else _joined(parts)
         self.objective.after_step(times, terms)
         self.objective.log(batch, times, terms)
@@ -339,11 +350,14 @@ class TrainLoop:
         for rate, params in zip(self.ema_rate, self.ema_params):
             update_ema(params, self.mp_trainer.master_params, rate=rate)
 
-    def _anneal_lr(self):
+    @property
+    def _lr_factor(self):
         rising = min((self.step + 1) / self.lr_warmup_steps, 1.0) if self.lr_warmup_steps else 1.0
-        falling = 1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1.0
+        return rising * (1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1.0)
+
+    def _anneal_lr(self):
         for group in self.opt.param_groups:
-            group["lr"] = self.lr * rising * falling
+            group["lr"] = self.lr * self._lr_factor
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -377,11 +391,15 @@ class TrainLoop:
         if dist_util.rank() == 0:
             with self.averaged_weights():
                 measured = self.preview(self.step)
-        measured = dist_util.broadcast_object(measured) or {}
+        self.measured = measured = dist_util.broadcast_object(measured) or {}
         if self.best_by in measured and (self.best is None or measured[self.best_by] > self.best[self.best_by]):
             self.best = {"step": self.step, self.best_by: measured[self.best_by]}
+        return self._has_reached_bounds()
+
+    def _has_reached_bounds(self):
         met = {"val_psnr": lambda value, bound: value >= bound, "val_l1": lambda value, bound: value <= bound}
-        return any(name in measured and met[name](measured[name], bound) for name, bound in self.stop_at.items())
+        return any(name in self.measured and met[name](self.measured[name], bound)
+                   for name, bound in self.stop_at.items())
 
     def _is_best(self):
         return self.best is not None and self.best["step"] == self.step
@@ -431,7 +449,8 @@ class TrainLoop:
         names.append(checkpoint_util.optimizer_name(self.step))
         checkpoint_util.save(self.folder / names[-1], moments)
         state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
-                 "global_batch": self.global_batch, "seed": self.seed, "best": self.best}
+                 "global_batch": self.global_batch, "seed": self.seed, "best": self.best,
+                 "measured": self.measured}
         if self.adversary:
             names += self._save_adversary(header)
             state["discriminator_lg_loss_scale"] = float(self.adversary.mp_trainer.lg_loss_scale)
@@ -509,7 +528,7 @@ class TrainLoop:
             raise ValueError(f"{path}: {error}; check --resume_checkpoint") from error
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
-        self.best = marker.get("best")
+        self.best, self.measured = marker.get("best"), marker.get("measured", {})
         if self.adversary:
             self._resume_adversary(folder, marker)
         logger.log(f"going on from step {step} of {folder}")

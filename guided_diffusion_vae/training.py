@@ -94,6 +94,9 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     factors = total_factors(autoencoder, len(data.sides))
     pictures = open_folder(data, multiple=factors)
     autoencoder = dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or pictures.shape[0])
+    if autoencoder.out_channels not in (0, pictures.shape[0]):
+        raise ValueError(f"--out_channels {autoencoder.out_channels}, but the pictures have {pictures.shape[0]} channels"
+                         ", and an autoencoder learns to give them back; leave the flag away")
     memory = AutoencoderPlan(pictures.shape, autoencoder, unsettled, loss, rival)
     seed_weights(train.seed)
     network = create_autoencoder(autoencoder)
@@ -102,20 +105,23 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     say(f"{strides_in_words(network)}: pictures {pictures.shape} -> latents {latent_shape}")
     plan = BatchPlan(len(pictures), train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
     say(plan.summary())
+    judge = adversary = distance = None
+    if rival.discriminator_weight:
+        judge = create_discriminator(rival, autoencoder.spatial_dims, pictures.shape[0])
+        judge.require_large_enough(pictures.shape[1:])
+    if perceptual.use_perceptual_loss:
+        distance = PerceptualLoss(perceptual, autoencoder.image_range)
+        distance.require_fitting(pictures.shape)
     if run.dry_run:
         return say(memory.training().summary())
 
     device = dist_util.dev()
-    network.to(device)
-    adversary = distance = None
-    if rival.discriminator_weight:
-        judge = create_discriminator(rival, autoencoder.spatial_dims, pictures.shape[0]).to(device)
-        judge.require_large_enough(pictures.shape[1:])
+    for part in filter(None, (network, judge, distance)):
+        part.to(device)
+    if judge:
         if train.fast_dev_run:
             rival = dataclasses.replace(rival, discriminator_start=0)
-        adversary = Adversary(judge, rival, train.lr)
-    if perceptual.use_perceptual_loss:
-        distance = PerceptualLoss(perceptual, autoencoder.image_range).to(device)
+        adversary = Adversary(judge, rival, train.lr, train.grad_clip)
     objective = AutoencoderObjective(loss, network, autoencoder.image_range, train,
                                      distance and (perceptual.perceptual_weight, distance), adversary)
     header = {"kind": "autoencoder", "autoencoder": as_dict(autoencoder), "image_shape": list(pictures.shape),

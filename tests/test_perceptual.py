@@ -1,4 +1,5 @@
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,17 +10,30 @@ from guided_diffusion_vae.perceptual import NETS, PerceptualConfig, PerceptualLo
 LAYERS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
+class StandIn(torch.nn.Module):
+    """The interface of lpips.LPIPS with one convolution, for machines where lpips cannot be had."""
+
+    def __init__(self, net, pnet_rand, verbose):
+        super().__init__()
+        self.net = torch.nn.Module()
+        self.net.slice1 = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, 1))
+
+    def forward(self, x, y):
+        return (self.net.slice1(x) - self.net.slice1(y)).square().mean((1, 2, 3), keepdim=True)
+
+
 @pytest.fixture(params=NETS)
-def perceptual(request, tmp_path):
-    """The loss with a backbone of random weights in torchvision's layout; skipped where lpips cannot be had."""
+def perceptual(request, tmp_path, monkeypatch):
+    """The loss with a backbone of random weights in torchvision's layout, or one of a single layer without lpips."""
+    torch.manual_seed(0)
     try:
         import lpips  # noqa: F401
         import torchvision
-    except Exception as error:  # a torchvision that does not fit torch raises a RuntimeError
-        pytest.skip(f"no lpips that works here: {error}")
-    torch.manual_seed(0)
-    backbone = getattr(torchvision.models, LAYERS[request.param])(weights=None)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+        weights = getattr(torchvision.models, LAYERS[request.param])(weights=None).state_dict()
+    except Exception:  # a torchvision that does not fit torch raises a RuntimeError
+        monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=StandIn))
+        weights = {"features.0.weight": torch.randn(4, 3, 3, 3), "features.0.bias": torch.randn(4)}
+    torch.save(weights, tmp_path / "backbone.pth")
     path = str(tmp_path / "backbone.pth")
     return PerceptualLoss(PerceptualConfig(perceptual_net=request.param, perceptual_path=path))
 
@@ -51,9 +65,19 @@ def test_the_range_of_black_and_white_is_taken_away(perceptual):
     torch.testing.assert_close(perceptual(x, y), as_is, rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_too_small_for_the_backbone_are_refused(perceptual):
-    with pytest.raises(ValueError, match=r"pictures of \(16, 64\) are too small for the perceptual loss"):
-        perceptual(torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 16, 64))
+@pytest.mark.parametrize("shape, said", [
+    ((1, 16, 64), "pictures of 16x64 are too small for the perceptual loss"),
+    ((1, 64, 64, 24), "pictures of 64x64x24 are too small"),
+    ((2, 64, 64), "2 channels: the perceptual loss looks at one or three"),
+])
+def test_pictures_that_the_backbone_cannot_look_at_are_refused(perceptual, shape, said):
+    with pytest.raises(ValueError, match=said):
+        perceptual.require_fitting(shape)
+
+
+def test_at_least_one_slice_is_compared():
+    with pytest.raises(ValueError, match="--perceptual_slices 0"):
+        PerceptualLoss(PerceptualConfig(perceptual_slices=0))
 
 
 def test_weights_must_be_given_and_be_those_of_the_backbone(tmp_path, monkeypatch):

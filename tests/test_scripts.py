@@ -832,11 +832,27 @@ def test_an_adversarial_autoencoder_goes_on_and_hands_its_weights_to_another(cha
     assert status == 0 and "not taken over" in out, out + err
 
 
-def test_a_trial_run_tries_the_discriminator_too(chain, call, tmp_path):
-    status, _, err = call("train_autoencoder", config=chain.config, data_dir=chain.data, discriminator_weight=0.1,
-                          discriminator_channels=8, discriminator_layers=1, fast_dev_run=True, logdir=tmp_path / "run")
-    assert status == 0, err
-    assert "discriminator_loss" in rows_of(tmp_path / "run")[-1] and (tmp_path / "run/state000002.json").exists()
+def test_a_trial_run_tries_the_discriminator_too_and_leaves_the_run_alone(chain, call, tmp_path):
+    flags = {"config": chain.config, "data_dir": chain.data, "discriminator_weight": 0.1, "discriminator_channels": 8,
+             "discriminator_layers": 1, "logdir": tmp_path / "run"}
+    trial = tmp_path / "run/fast_dev_run"
+    for steps in (2, 1):
+        status, _, err = call("train_autoencoder", **flags, fast_dev_run=True, fast_dev_run_batches=steps)
+        assert status == 0, err
+        assert "discriminator_loss" in rows_of(trial)[-1] and [p.name for p in trial.glob("state*")] == [
+            f"state{steps:06d}.json"]
+    status, out, err = call("train_autoencoder", **flags, max_steps=1)
+    assert status == 0 and "going on" not in out and (tmp_path / "run/state000001.json").exists(), out + err
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"out_channels": 3}, "--out_channels 3, but the pictures have 1 channels"),
+    ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth is given for the backbone"),
+    ({"discriminator_weight": 1, "discriminator_layers": 5}, "lower --discriminator_layers"),
+])
+def test_what_cannot_be_trained_is_refused_by_a_dry_run(chain, call, tmp_path, flags, said):
+    status, _, err = call("train_autoencoder", config=chain.config, data_dir=chain.data, dry_run=True, **flags)
+    assert status != 0 and said in err
 
 
 def test_the_memory_of_padded_volumes_is_planned(call):

@@ -414,6 +414,23 @@ def test_a_run_ends_where_a_bound_is_reached(tmp_path, stop_at, step):
     assert loop.step == step and step in checkpoint_util.steps(tmp_path)
 
 
+def test_a_run_that_ended_at_a_bound_has_ended_until_the_bound_moves(tmp_path):
+    again = lambda bound: line(tmp_path, 9, preview=measuring([1.0, 4.0, 9.0]), preview_interval=1,
+                               stop_at={"val_psnr": bound}).step
+    assert [again(3.0), again(3.0), again(8.0)] == [2, 2, 5]
+
+
+def test_a_trial_does_not_go_on_with_another_run():
+    with pytest.raises(ValueError, match="--fast_dev_run True --resume_checkpoint model000002.pt: a trial begins anew"):
+        settled(AutoencoderTrainConfig(fast_dev_run=True, resume_checkpoint="model000002.pt"))
+
+
+def test_the_discriminator_learns_at_the_rate_and_with_the_bound_of_the_autoencoder(prepared, tmp_path):
+    loop = train(prepared, tmp_path, "adversarial", 6, lr_anneal_steps=12, grad_clip=1e-3)
+    rate = loop.adversary.opt.param_groups[0]["lr"]
+    assert rate == pytest.approx(loop.adversary.lr * (1 - 5 / 12))
+
+
 def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path, capsys):
     line(tmp_path / "first", 2)
     model = torch.nn.Linear(3, 1)
