@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/strides.py --data_dir VOLUMES --val_data_dir HELD_OUT --image_size 32x32x32 \\
         --minutes 3 --crop random --patches_per_volume 64
 
-The variants take turns of a few seconds, so that a change of the machine's speed meets all of them.
+The variants take turns of a few seconds, so that a change of the machine's speed meets all of them. The learning rate
+falls linearly to zero over each one's time, however many steps that is.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, s
 from guided_diffusion_vae.volume_datasets import open_folder
 
 TURN = 10.0  # seconds of CPU time
+LR = 1e-3
 EMA_RATE = "0.99"  # so fast that the beginning is forgotten after some hundred steps, which is all that some variants take
 
 
@@ -56,8 +58,9 @@ def variants(dims):
         name = f"{total}x: [{factors[0]},{factors[1]}]"
         found[name] = dict(num_channels=wide, downsample_factors=factors)
         found[f"{name}, space_to_channel"] = dict(num_channels=wide, downsample_factors=factors, space_to_channel=True)
-    found["8x: 2 + [2,2], shuffle"] = dict(num_channels=wide, initial_downsample_factor=2, downsample_factors=(2, 2),
-                                           **shuffle)
+    for plus in (False, True):
+        found["8x: 2 + [2,2], shuffle" + ", space_to_channel" * plus] = dict(
+            num_channels=wide, initial_downsample_factor=2, downsample_factors=(2, 2), space_to_channel=plus, **shuffle)
     found["8x: [4,2], 16 channels"] = dict(num_channels=wide, downsample_factors=(4, 2), latent_channels=16)
     found["16x: 2 + [4,2], shuffle"] = dict(num_channels=wide, initial_downsample_factor=2, downsample_factors=(4, 2),
                                             **shuffle)
@@ -89,17 +92,16 @@ class Variant:
         self.data = picture_batches(pictures, BatchPlan(len(pictures), batch_size))
         self.loop = TrainLoop(
             model=self.network, objective=AutoencoderObjective(loss, self.network, network.image_range, train),
-            data=self.data, batch_size=batch_size, lr=1e-3, ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9,
+            data=self.data, batch_size=batch_size, lr=LR, ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9,
             mixed_precision=True, grad_clip=0.5,
         )
-        self.range, self.spent = network.image_range, 0.0
+        self.range, self.psnr_after = network.image_range, {}
 
-    def train(self, seconds):
+    def train(self, seconds, lr):
         """Train for so much CPU time."""
-        begun = time.process_time()
+        begun, self.loop.lr = time.process_time(), lr
         while time.process_time() - begun < seconds:
             self.loop.run_step(*next(self.data))
-        self.spent += time.process_time() - begun
 
     def measure(self, pictures, device):
         """Return (PSNR in dB, SSIM, L1) of held-out pictures, means over them."""
@@ -126,14 +128,17 @@ def main():
         running = {name: Variant(changes, pictures, device, config.bench_batch_size)
                    for name, changes in variants(len(data.sides)).items() if not wanted or name in wanted}
         turns = math.ceil(60 * config.minutes / TURN)
-        for _ in range(turns):
+        on_the_way = {turns // part: f"PSNR after {config.minutes / part:.3g} min" for part in (8, 4, 2)}
+        for turn in range(1, turns + 1):
             for variant in running.values():
-                variant.train(60 * config.minutes / turns)
+                variant.train(60 * config.minutes / turns, LR * (1 - (turn - 1) / turns))
+                if turn in on_the_way:
+                    variant.psnr_after[on_the_way[turn]] = variant.measure(held_out, device)[0]
         for name, variant in running.items():
             psnr, ssim, l1 = variant.measure(held_out, device)
             rows.append({"strides": name, "latent": "x".join(map(str, variant.latent)),
                          "kept MiB": variant.activations / 2**20, "steps": variant.loop.step,
-                         "PSNR": psnr, "SSIM": ssim, "L1": l1})
+                         **variant.psnr_after, "PSNR": psnr, "SSIM": ssim, "L1": l1})
             total = math.prod(pictures.shape[1:]) / math.prod(variant.latent[1:])
             curves.setdefault(curve_of(name), []).append((total, psnr))
             variant.data.close()
