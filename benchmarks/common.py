@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from guided_diffusion_vae import logger, script_util  # before torch, for the settings of its threads
 
-from guided_diffusion_vae import logger, script_util
+import torch  # isort: skip
+
 from guided_diffusion_vae.config import opt
 
 

@@ -529,7 +529,22 @@ class StopSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self):
-        self.received = False
+        self.received, self._asked = False, None
+
+    def anywhere(self):
+        """Return on every rank whether any rank had received a signal when this was called before.
+
+        So a loop stops a step later than it could, and no step waits for the slowest rank to answer. A process that is
+        alone knows at once.
+        """
+        if world_size() == 1:
+            return self.received
+        asked, raised = self._asked, torch.tensor([int(self.received)])
+        self._asked = raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, async_op=True)
+        if asked is None:
+            return False
+        asked[1].wait()
+        return bool(asked[0].item())
 
     def __enter__(self):
         self._former = {number: signal.signal(number, self._notice) for number in self.SIGNALS}

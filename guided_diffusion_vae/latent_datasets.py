@@ -23,7 +23,7 @@ from .files import (
     atomic_path, require_folder, require_writable_folder, sha256_of_file, sweep_parts, write_json,
 )
 from .image_datasets import BatchStream, Prefetcher, classes_of, permuted, require_labels
-from .nn import keyed_randn
+from .nn import keyed_randn, send
 from .vae_wrapper import sample_moments
 
 CACHE_FLAG = "--cache_dir"
@@ -605,7 +605,7 @@ class EncodedPictures:
         images = images.to(self.device)
         if eps is None:
             return self.codec.encode_batch(images).float()
-        return sample_moments(self.codec.encode_moments(images).float(), eps.to(self.device))
+        return sample_moments(self.codec.encode_moments(images).float(), send(eps, self.device))
 
     def batch(self, indices, eps=None, flips=None):
         """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
@@ -710,10 +710,10 @@ class LatentStream(BatchStream):
 
         def finish(prepared):
             values, eps, labels, small_values = prepared
-            latents = source.latents(values.to(device), None if eps is None else eps.to(device))
-            told = {} if labels is None else {"y": labels.to(device)}
+            latents = source.latents(send(values, device), None if eps is None else send(eps, device))
+            told = {} if labels is None else {"y": send(labels, device)}
             if small is not None:
-                told["low_res"] = normalizer.normalise(small.latents(small_values.to(device)))
+                told["low_res"] = normalizer.normalise(small.latents(send(small_values, device)))
             x0 = normalizer.normalise(latents)
             if together == 1:
                 return x0, told

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .autoencoder import autoencoder_losses, create_autoencoder, per_level, strides_in_words
 from .config import as_dict
 from .discriminator import create_discriminator, discriminator_losses, generator_losses
+from . import nn as nn_util
 from .nn import per_axis
 from .script_util import create_model_and_diffusion_vae, create_process
 from .train_util import AMP_DTYPES
@@ -146,13 +147,14 @@ def _like_cuda(amp):
     if amp is None:
         yield
         return
-    group_norm = F.group_norm
+    group_norm, fast = F.group_norm, nn_util.NORMS_ADD_IN_FLOAT32
     F.group_norm = lambda x, *args, **kwargs: group_norm(x.float(), *args, **kwargs)
+    nn_util.NORMS_ADD_IN_FLOAT32 = set()
     try:
         with torch.autocast("cpu", amp):
             yield
     finally:
-        F.group_norm = group_norm
+        F.group_norm, nn_util.NORMS_ADD_IN_FLOAT32 = group_norm, fast
 
 
 def _emptied(network):

@@ -157,11 +157,23 @@ def _layer(name, dims):
     return _LAYERS[name][dims - 1]
 
 
+def send(tensor, device):
+    """Copy a tensor to a device without waiting for what that is doing (from pinned memory, as CUDA wants it)."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 # Activations and norms.
 
 
 class SiLU(nn.SiLU):
     """Multiply by the logistic function, x * sigmoid(x) (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 4)."""
+
+
+# Where the kernel itself adds up in float32, and takes weights of that type beside such an input.
+NORMS_ADD_IN_FLOAT32 = {("cpu", torch.bfloat16)}
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -172,7 +184,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def over(self, groups, x, weight, bias):
         """Normalise some of the groups, with their part of weight and bias [C]."""
-        return F.group_norm(x.float(), groups, weight.float(), bias.float(), self.eps).to(x.dtype)
+        wide = x if (x.device.type, x.dtype) in NORMS_ADD_IN_FLOAT32 else x.float()
+        return F.group_norm(wide, groups, weight.float(), bias.float(), self.eps).to(x.dtype)
 
 
 def normalization(channels):

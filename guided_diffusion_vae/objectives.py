@@ -16,7 +16,7 @@ from . import logger
 from .autoencoder import autoencoder_losses, to_image_range
 from .discriminator import adaptive_weight, discriminator_losses, generator_losses
 from .fp16_util import MixedPrecisionTrainer
-from .nn import keyed_randn, keyed_rng, keyed_seed
+from .nn import keyed_randn, keyed_rng, keyed_seed, send
 from .resample import LossAwareSampler, UniformSampler
 
 # Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
@@ -39,7 +39,7 @@ class Draws:
     def normal(self, shape, device, stream=NOISE):
         """Return standard normal noise [n x *shape], one row a slot."""
         keys = [(self.seed, stream, self.step, slot) for slot in self.slots]
-        return keyed_randn(shape, keys).to(device, non_blocking=True)
+        return send(keyed_randn(shape, keys), device)
 
     def times(self, sampler, device):
         """Return (times [n], weights [n]): drawn for the whole global batch, so that every rank sees one draw."""
@@ -49,7 +49,7 @@ class Draws:
     def uniform(self, stream, device):
         """Return numbers evenly spread over [0, 1), [n], one a slot."""
         drawn = self._generator(stream).random_sample(self.global_batch)[self._here]
-        return torch.from_numpy(drawn).to(device, non_blocking=True)
+        return send(torch.from_numpy(drawn), device)
 
     def _generator(self, stream):
         return np.random.RandomState(keyed_seed(self.seed, stream, self.step) % 2**32)
@@ -178,7 +178,7 @@ def augmented(images, draws, config):
     turn = turn / (1 + within(config.augment_scale))[:, None, None]
     shift = torch.stack([within(config.augment_translation) for _ in range(dims)], dim=1)
     # affine_grid measures every axis from -1 to 1, the last axis first.
-    half = torch.tensor(images.shape[:1:-1], dtype=torch.float64, device=images.device) / 2
+    half = send(torch.tensor(images.shape[:1:-1], dtype=torch.float64), images.device) / 2
     theta = torch.cat([turn * half / half[:, None], (shift / half)[..., None]], dim=2)
     # In float64, which autocast leaves alone: in bfloat16 the grid would be off by half a pixel.
     grid = F.affine_grid(theta, images.shape, align_corners=False).to(images.dtype)

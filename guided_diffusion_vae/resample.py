@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .nn import send
+
 
 def create_named_schedule_sampler(name, diffusion):
     """Return the sampler called `name` (a key of SCHEDULE_SAMPLERS) for the times of `diffusion`.
@@ -38,8 +40,8 @@ class ScheduleSampler(ABC):
         times = (np.random if rng is None else rng).choice(len(p), size=(batch_size,), p=p)
         importance = 1.0 / (len(p) * p[times])
         return (
-            torch.from_numpy(times.astype(np.int64)).to(device),
-            torch.from_numpy(importance.astype(np.float32)).to(device),
+            send(torch.from_numpy(times.astype(np.int64)), device),
+            send(torch.from_numpy(importance.astype(np.float32)), device),
         )
 
 

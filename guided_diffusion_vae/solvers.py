@@ -57,7 +57,8 @@ def multistep_sample_loop(
     # In place of its own, which are rounded to single precision before the subtraction from 1.
     sigmas = np.append(np.sqrt((1 - alpha_bar) / alpha_bar)[::-1], 0.0)
     scheduler.sigmas = torch.from_numpy(sigmas.astype(np.float32))
-    times = scheduler.timesteps
+    scheduler.set_begin_index(0)            # else it looks for the first time on the device, and waits
+    times = scheduler.timesteps.tolist()
     if progress:
         from tqdm.auto import tqdm
         times = tqdm(times)

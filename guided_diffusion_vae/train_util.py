@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint_util, dist_util, logger
 from .config import opt
 from .fp16_util import MixedPrecisionTrainer
-from .nn import keyed_seed, update_ema
+from .nn import keyed_seed, send, update_ema
 from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, Draws
 from .objectives import log_loss_dict as log_loss_dict  # as guided-diffusion names it
 from .resample import SCHEDULE_SAMPLERS
@@ -276,7 +276,7 @@ class TrainLoop:
             while self.step < self.max_steps:
                 batch, cond = next(stream)
                 self.run_step(batch, cond)
-                stopping = dist_util.any_rank(stop.received)
+                stopping = stop.anywhere()
                 last = stopping or self.step >= self.max_steps
                 reached = False
                 # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
@@ -322,8 +322,8 @@ class TrainLoop:
             share, last = (stop - start) / len(batch), stop == len(batch)
             if self.compile:
                 torch.compiler.cudagraph_mark_step_begin()
-            micro = batch[start:stop].to(self.device, non_blocking=True)
-            micro_cond = {k: v[start:stop].to(self.device, non_blocking=True) for k, v in cond.items()}
+            micro = send(batch[start:stop], self.device)
+            micro_cond = {k: send(v[start:stop], self.device) for k, v in cond.items()}
             with self._communicate(self.ddp_model, last), self._autocast():
                 terms, t = self.objective(self.ddp_model, micro, micro_cond, draws.part(start, stop))
                 self.mp_trainer.backward(terms["loss"].mean() * share)

@@ -22,6 +22,7 @@ from .autoencoder import (
     LOGVAR_RANGE, AutoencoderConfig, AutoencoderKL, create_autoencoder, from_image_range, latent_grid, to_image_range,
 )
 from .config import as_dict, from_dict, frozen, opt
+from .nn import send
 from .streaming import Streamer
 
 SCALE_FACTOR = 0.18215
@@ -558,7 +559,7 @@ class LatentNormalizer:
         if len(values) != like.shape[1]:
             raise ValueError(f"the normalizer knows {len(values)} channels, latents of shape {tuple(like.shape)} have "
                              f"{like.shape[1]}; it belongs to another autoencoder")
-        return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, *(1 for _ in like.shape[2:]))
+        return send(torch.tensor(values, dtype=like.dtype).reshape(-1, *(1 for _ in like.shape[2:])), like.device)
 
 
 def check_latent_std(measured_std_of_x0, normalizer, allow=False):

@@ -16,11 +16,16 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.counts = collections.Counter()
+        self.waiting_copies = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if not func.is_view:
             self.counts[func.name()] += 1
-        return func(*args, **(kwargs or {}))
+        device = kwargs.get("device")
+        if func.name() == "aten::_to_copy" and device not in (None, args[0].device):
+            self.waiting_copies += not kwargs.get("non_blocking")
+        return func(*args, **kwargs)
 
     @property
     def total(self):
@@ -30,4 +35,4 @@ class Launches(TorchDispatchMode):
     @property
     def synchronisations(self):
         """How often the host waited for the device."""
-        return sum(n for name, n in self.counts.items() if name.startswith(SYNCHRONISES))
+        return self.waiting_copies + sum(n for name, n in self.counts.items() if name.startswith(SYNCHRONISES))

@@ -120,13 +120,13 @@ def main():
         for step in range(9):
             if step == dist_util.rank() + 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if dist_util.any_rank(stop.received):
+            if stop.anywhere():
                 return print(f"stopped after {step}\\n", end="")
 dist_util.launch(main)
 """
     done = started("mpiexec", script)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stopped after 3") == 2
+    assert done.stdout.count("stopped after 4") == 2
 
 
 def test_one_process_never_imports_mpi4py():

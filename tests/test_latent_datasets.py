@@ -16,6 +16,7 @@ from guided_diffusion_vae.latent_datasets import (
 )
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, sample_moments
+from launches import Launches
 
 COUNT = 11
 
@@ -497,6 +498,18 @@ def test_the_stream_is_normalised_and_its_noise_keyed_by_seed_step_and_slot(cach
     expected = sample_moments(cache.read(indices), eps) / cache.statistics["std"]
     assert torch.allclose(x0, expected) and extra["y"].tolist() == cache.labels[indices].tolist()
     stream.close()
+
+
+@pytest.mark.parametrize("mode", ["auto", "channel"])
+def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
+    """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
+    cache = cached()
+    normalizer = LatentNormalizer.fit(mode, cache.statistics, cache.scale_factor)
+    with Launches() as launches:
+        stream = LatentStream(cache, normalizer, BatchPlan(COUNT, 4), 3, "meta", with_labels=True)
+        x0, told = next(stream)
+    stream.close()
+    assert x0.device.type == told["y"].device.type == "meta" and launches.synchronisations == 0
 
 
 def test_x0_has_a_standard_deviation_of_one(cached):

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import rank_worker
-from guided_diffusion_vae import checkpoint_util, logger
+from guided_diffusion_vae import checkpoint_util, logger, nn
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, augmented, mirrored
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.script_util import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
@@ -168,13 +169,13 @@ def test_stopped_and_started_again_a_run_ends_in_the_same_bits(request, prepared
     assert same_bits(whole, parts)
 
 
-def test_a_signal_to_one_of_two_ranks_saves_that_step_and_exits_with_0(two_ranks):
-    assert two_ranks == {kind: [STOP] for kind in KINDS}
+def test_a_signal_to_one_of_two_ranks_saves_the_next_step_and_exits_with_0(two_ranks):
+    assert two_ranks == {kind: [STOP + 1] for kind in KINDS}
 
 
 def test_the_sampler_that_learns_from_losses_had_learnt_before_it_was_stopped(one_rank, two_ranks, prepared):
     for ranks in (1, 2):
-        marker = checkpoint_util.read_marker(prepared / f"{ranks}/cached-parts", STOP)
+        marker = checkpoint_util.read_marker(prepared / f"{ranks}/cached-parts", STOP + ranks - 1)
         assert min(marker["objective"]["counts"]) == 2
     histories = [checkpoint_util.read_marker(prepared / f"{ranks}/cached-whole", END)["objective"] for ranks in (1, 2)]
     assert histories[0]["counts"] == histories[1]["counts"]
@@ -487,8 +488,9 @@ def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_
 
 
 @pytest.mark.parametrize("amp, most", [(False, 800), (True, 1500)])
-def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, amp, most):
+def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, monkeypatch, amp, most):
     """guided-diffusion: 2,591 and 548 for this network on a GPU; autocast adds a cast for every weight."""
+    monkeypatch.setattr(nn, "NORMS_ADD_IN_FLOAT32", set())  # as on a GPU
     flags = ModelConfig(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")
     network, diffusion = create_model_and_diffusion_vae((4, 16, 16), flags, DiffusionConfig())
     with logger.scoped_configure(str(tmp_path), ["csv"]):
@@ -499,6 +501,20 @@ def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, am
         with Launches() as launches:
             loop.run_step(batch, {})
     assert 400 < launches.total <= most and launches.synchronisations == 0, launches.counts.most_common(20)
+
+
+@pytest.mark.parametrize("kind", [UniformSampler, LossSecondMomentResampler])
+def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
+    """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
+    sampler = kind(create_gaussian_diffusion(steps=100))
+    draws = Draws(0, 5, range(2, 6), 8)
+    with Launches() as launches:
+        drawn = [*draws.times(sampler, "meta"), draws.normal((4, 2, 2), "meta"), draws.uniform(7, "meta")]
+        torch.zeros(1).to("meta", non_blocking=True)
+    assert all(x.device.type == "meta" and len(x) == 4 for x in drawn) and launches.synchronisations == 0
+    with Launches() as launches:
+        torch.zeros(1).to("meta")
+    assert launches.synchronisations == 1
 
 
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
