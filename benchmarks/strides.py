@@ -28,7 +28,7 @@ from guided_diffusion_vae.volume_datasets import open_folder
 
 TURN = 10.0  # seconds of CPU time
 LR = 1e-3
-EMA_RATE = "0.99"  # so fast that the beginning is forgotten after some hundred steps, which is all that some variants take
+EMA_RATE = "0.99"  # so fast that the beginning is forgotten after some hundred steps, all that some variants take
 
 
 @dataclasses.dataclass

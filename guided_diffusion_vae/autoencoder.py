@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from .config import as_dict, opt
-from .nn import (
-    checkpoint, conv_nd, conv_of_recomputed, conv_transpose_nd, mean_flat, per_axis, upsample_nearest,
-)
+from .nn import checkpoint, conv_nd, conv_of_recomputed, conv_transpose_nd, mean_flat, per_axis
 
 LOGVAR_RANGE = (-30.0, 20.0)
 

@@ -63,8 +63,8 @@ class PerceptualLoss(nn.Module):
             raise ValueError(f"{shape[0]} channels: the perceptual loss looks at one or three; set "
                              "--use_perceptual_loss False, or --image_channels")
         if min(shape[1:]) < SMALLEST:
-            raise ValueError(f"pictures of {'x'.join(map(str, shape[1:]))} are too small for the perceptual loss, which "
-                             f"needs {SMALLEST} pixels along every axis; set --use_perceptual_loss False")
+            raise ValueError(f"pictures of {'x'.join(map(str, shape[1:]))} are too small for the perceptual loss, "
+                             f"which needs {SMALLEST} pixels along every axis; set --use_perceptual_loss False")
 
     def forward(self, x, y, rng=None):
         """Return the distance of two batches; `rng` (numpy Generator) draws the slices of volumes."""

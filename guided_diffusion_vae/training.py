@@ -95,8 +95,8 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     pictures = open_folder(data, multiple=factors)
     autoencoder = dataclasses.replace(autoencoder, in_channels=autoencoder.in_channels or pictures.shape[0])
     if autoencoder.out_channels not in (0, pictures.shape[0]):
-        raise ValueError(f"--out_channels {autoencoder.out_channels}, but the pictures have {pictures.shape[0]} channels"
-                         ", and an autoencoder learns to give them back; leave the flag away")
+        raise ValueError(f"--out_channels {autoencoder.out_channels}, but the pictures have {pictures.shape[0]}, and "
+                         "an autoencoder learns to give them back; leave the flag away")
     memory = AutoencoderPlan(pictures.shape, autoencoder, unsettled, loss, rival)
     seed_weights(train.seed)
     network = create_autoencoder(autoencoder)

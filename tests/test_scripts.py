@@ -846,7 +846,7 @@ def test_a_trial_run_tries_the_discriminator_too_and_leaves_the_run_alone(chain,
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"out_channels": 3}, "--out_channels 3, but the pictures have 1 channels"),
+    ({"out_channels": 3}, "--out_channels 3, but the pictures have 1, and"),
     ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth is given for the backbone"),
     ({"discriminator_weight": 1, "discriminator_layers": 5}, "lower --discriminator_layers"),
 ])
