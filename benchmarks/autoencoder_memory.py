@@ -100,10 +100,7 @@ def timed(size, bench, device):
         if device.type == "cuda":
             for loop in loops.values():
                 loop.mp_trainer.zero_grad()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            steps[row["variant"]]()
-            row["measured MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            row["measured MiB"] = common.peak_of(steps[row["variant"]]) / 2**20
     common.report("autoencoder_step", rows, bench, device, size=size)
 
 

@@ -109,6 +109,29 @@ def compared(times, baseline, per=1):
     return rows
 
 
+def matrix_product(device):
+    """Return a function that multiplies large bfloat16 matrices, with the operations that it takes as `flops`."""
+    side, times = (8192, 20) if device.type == "cuda" else (1024, 20)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def product():
+        for _ in range(times):
+            torch.mm(a, b)
+
+    product.flops = 2 * side**3 * times
+    return product
+
+
+def peak_of(function):
+    """Return the bytes that a call takes on a GPU beyond what is allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def print_operators(variants, device, rows=10):
     """Print, for functions by name, the operators that a call spends most of its own time in."""
     from torch.profiler import ProfilerActivity, profile
@@ -171,7 +194,8 @@ def open_reference(folder):
         raise FileNotFoundError(f"{folder} is no checkout of openai/guided-diffusion; check --reference")
     sys.path.insert(0, str(folder))
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # it reduces gradients even when alone
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     names = "gaussian_diffusion resample respace script_util train_util unet logger fp16_util".split()
     package = importlib.import_module("guided_diffusion")
     for name in names:

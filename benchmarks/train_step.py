@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --reference ../guided-diffusion
     python benchmarks/train_step.py --size 32m1224 --bench_batch_size 256 --compile_too True        # on a GPU
 
-Both sides take the same step on the same weights and batches; loss and gradients are compared first.
+Both sides take the same step on the same weights and batches. The loss and the gradients of all variants are compared
+with the baseline's first. The share of the machine's matrix rate is that of a large product of bfloat16 matrices, in
+the same run.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import time
 
 import common
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
@@ -61,25 +64,33 @@ def main():
             begun = time.perf_counter()  # the compiler works in processes of its own
             loops[COMPILED].run_step(batch, {})
             first_step = time.perf_counter() - begun
+        networks = {name: (loop.model, loop.objective.diffusion, loop.autocast_dtype) for name, loop in loops.items()
+                    if name != "guided-diffusion"}
         if counterpart:
-            compare(counterpart, loops["float32"], batch, device)
+            networks["guided-diffusion"] = (*counterpart, None)
+        apart = compared_gradients(networks, next(iter(loops)), batch, device)
+        work = flops(networks["float32"][:2], batch, device)
         steps = {name: lambda loop=loop: loop.run_step(batch, {}) for name, loop in loops.items()}
-        times = common.interleaved(steps, bench.repetitions, device)
+        product = common.matrix_product(device)
+        times = common.interleaved({**steps, "product": product}, bench.repetitions, device)
+        rate = product.flops / statistics.median(times.pop("product"))
         if against.profile:
             common.print_operators(steps, device)
     rows = common.compared(times, next(iter(loops)))
+    settings = {"size": config.size, "batch_size": config.bench_batch_size, "baseline": next(iter(loops)),
+                "flops_of_a_step": work, "flops_per_second_of_a_product": rate}
     if config.compile_too:
         eager, compiled = (statistics.median(times[name]) for name in ("bfloat16", COMPILED))
-        gain = eager - compiled
+        settings["compile_seconds"], gain = first_step, eager - compiled
+        settings["steps_that_pay_it_back"] = first_step / gain if gain > 0 else None
         paid = f"{first_step / gain:,.0f} steps pay that back" if gain > 0 else "nothing pays that back"
         print(f"the first compiled step took {first_step:.0f} s; {paid}\n")
-    if device.type == "cuda":
-        for row, loop in zip(rows, loops.values()):
-            torch.cuda.reset_peak_memory_stats()
-            loop.run_step(batch, {})
-            row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, size=config.size,
-                  batch_size=config.bench_batch_size, baseline=next(iter(loops)))
+    for row, loop in zip(rows, loops.values()):
+        row["gradients apart"] = f"{apart[row['variant']]:.1e}"
+        row["of the matrix rate"] = f"{work / (row['ms'] / 1e3) / rate:.0%}"
+        if device.type == "cuda":
+            row["MiB beyond what stays"] = common.peak_of(lambda: loop.run_step(batch, {})) / 2**20
+    common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, **settings)
 
 
 def own_loop(shape, flags, weights, batch_size, device, **options):
@@ -110,19 +121,35 @@ def reference_loop(folder, shape, flags, weights, batch_size, device):
     return loop, (model, diffusion)
 
 
-def compare(counterpart, loop, batch, device):
-    """Print how far loss and gradients of the two networks are apart, for the same times and noise."""
+def compared_gradients(networks, baseline, batch, device):
+    """Return {name: how far the gradients are from the baseline's, relative, over all weights}; print the losses.
+
+    `networks` are {name: (model, diffusion, type of autocast or None)}; all see the same times and noise.
+    """
     times = torch.arange(len(batch), device=device) * 1000 // len(batch)
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(2)).to(device)
-    found = []
-    for model, diffusion in (counterpart, (loop.model, loop.objective.diffusion)):
-        loss = diffusion.training_losses(model, batch.to(device), times, noise=noise)["loss"].mean()
+    losses, gradients = {}, {}
+    for name, (model, diffusion, autocast) in networks.items():
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = diffusion.training_losses(model, batch.to(device), times, noise=noise)["loss"].mean()
         loss.backward()
-        found.append((loss.item(), [p.grad.double() for p in model.parameters()]))
+        losses[name], gradients[name] = loss.item(), [p.grad.double() for p in model.parameters()]
         model.zero_grad(set_to_none=True)
-    (one, left), (two, right) = found
-    far = sum((a - b).square().sum() for a, b in zip(left, right)) / sum(a.square().sum() for a in left)
-    print(f"loss {one:.6f} and {two:.6f}; gradients {far.sqrt():.1e} apart (relative, over all weights)\n", flush=True)
+    print("; ".join(f"{name}: loss {loss:.6f}" for name, loss in losses.items()) + "\n", flush=True)
+    wanted = gradients[baseline]
+    norm = sum(g.square().sum() for g in wanted).sqrt()
+    far = lambda found: sum((a - b).square().sum() for a, b in zip(found, wanted)).sqrt() / norm
+    return {name: far(found).item() for name, found in gradients.items()}
+
+
+def flops(network, batch, device):
+    """Return the floating-point operations of convolutions and products in a forward and a backward pass."""
+    model, diffusion = network
+    with FlopCounterMode(display=False) as counter:
+        times = torch.zeros(len(batch), dtype=torch.long, device=device)
+        diffusion.training_losses(model, batch.to(device), times)["loss"].mean().backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
 
 
 if __name__ == "__main__":
