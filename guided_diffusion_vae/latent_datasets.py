@@ -11,6 +11,7 @@ import math
 import re
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,7 +227,10 @@ def _require_space(folder, missing, head):
 
 
 def _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device):
-    """Write one shard and its record, yielding the size of every batch that is done."""
+    """Write one shard and its record, yielding the size of every batch that is encoded.
+
+    Reading the pictures of the next batch, encoding this one, and writing the one before happen at the same time.
+    """
     count, dtype = shard["count"], np.dtype(head["dtype"])
     entries = np.arange(shard["first"], shard["first"] + count)
     groups = [entries[start:start + batch_size] for start in range(0, count, batch_size)]
@@ -234,16 +238,25 @@ def _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device)
     ahead = Prefetcher(lambda k: pictures.batch(groups[k] % len(pictures), groups[k] >= len(pictures)),
                        end_step=len(groups))
     moments = Moments()
+
+    def write(stored, group, stream):
+        stored = stored.cpu().numpy()
+        _add(moments, _narrow(stored, dtype, _group_name(pictures, group), stream), head["store"])
+
     try:
-        with atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream:
+        with (atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream,
+              ThreadPoolExecutor(1, "write") as writer):
             layout = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
                       "shape": (count, *_stored_shape(head))}
             np.lib.format.write_array_header_1_0(stream, layout)
+            written = None
             for group in groups:
-                stored = _encode(codec, ahead.next().to(device), head["store"]).cpu().numpy()
-                names = _group_name(pictures, group)
-                _add(moments, _narrow(stored, dtype, names, stream), head["store"])
+                stored = _encode(codec, ahead.next().to(device), head["store"])
+                if written:
+                    written.result()    # no more than one batch waits to be written
+                written = writer.submit(write, stored, group, stream)
                 yield len(group)
+            written.result()
     finally:
         ahead.close()
     sha256 = sha256_of_file(folder / shard["file"])

@@ -334,7 +334,7 @@ def load_classifier(path, device, given=(), flags=None, process=None, shape=None
     model.to(device)
     if flags.classifier_use_fp16:
         model.convert_to_fp16()
-    return model.eval(), header
+    return model.eval().requires_grad_(False), header
 
 
 def export_model(config, vae):
