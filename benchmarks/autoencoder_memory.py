@@ -6,12 +6,18 @@
 Memory is that of one training step in bfloat16 at 256x256x64, batch 1, as `scripts/plan_memory.py` counts it; beside it
 stand the claims of the guides that this project was made for. On a GPU the timed steps report the peak that was
 allocated beyond weights, averages and AdamW's moments, beside what was planned for that.
+
+With `--reference DIR`, where MONAI is (pip install --no-deps --target DIR monai einops), its
+AutoencoderKL of the same weights takes the same steps as [2,2].
 """
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import common
 import torch
+from torch import nn
 
 from guided_diffusion_vae import memory
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
@@ -30,6 +36,7 @@ class MemoryConfig:
 
     full_size: str = opt("256x256x64", "size whose memory is counted")
     timed_size: str = opt("64x64x32", "size whose steps are timed; empty: none")
+    reference: str = opt("", "folder that holds the package monai; empty: it is left out")
 
 
 def variants():
@@ -59,8 +66,11 @@ def variants():
 def main():
     (bench, config), device = common.configure(__doc__, MemoryConfig)
     rows, base = [], None
-    for name, (changes, claim) in variants().items():
-        plan = planned(changes, config.full_size).training()
+    plans = {name: (planned(changes, config.full_size).training(), claim)
+             for name, (changes, claim) in variants().items()}
+    if config.reference:
+        plans["[2,2], MONAI"] = Monai.planned(config.reference, config.full_size), None
+    for name, (plan, claim) in plans.items():
         base = base or plan.peak
         rows.append({"strides": name, "GiB kept": plan.activations / 2**30, "GiB at the peak": plan.peak / 2**30,
                      "against [2,2]": f"{plan.peak / base - 1:+.0%}", "claim (GB)": claim or "",
@@ -68,7 +78,7 @@ def main():
     common.report("autoencoder_memory", rows, bench, device, size=config.full_size)
     if config.timed_size:
         with common.silent():
-            timed(config.timed_size, bench, device)
+            timed(config.timed_size, bench, device, config.reference)
 
 
 def planned(changes, size):
@@ -82,20 +92,59 @@ def configured(changes):
                                 "attention_levels": (False, False, True), **changes})
 
 
-def timed(size, bench, device):
+class Monai(nn.Module):
+    """MONAI's AutoencoderKL for [2,2] behind the interface of ours, for the same training loop."""
+
+    def __init__(self, folder):
+        if not (Path(folder) / "monai").is_dir():
+            raise FileNotFoundError(f"{folder} holds no package monai; check --reference")
+        super().__init__()
+        sys.path.insert(0, folder)
+        from monai.networks.nets import AutoencoderKL
+
+        config = configured(variants()["[2,2]"][0])
+        self.latent_shape = create_autoencoder(config).latent_shape
+        self.network = AutoencoderKL(
+            config.spatial_dims, 1, 1, (config.num_res_blocks,) * len(config.num_channels), config.num_channels,
+            config.attention_levels, config.latent_channels, config.norm_num_groups, config.norm_eps,
+            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+        )
+
+    @classmethod
+    def planned(cls, folder, size):
+        plan = planned(variants()["[2,2]"][0], size)
+        return memory.estimate_training([cls(folder)], plan.step, amp=plan.amp)
+
+    def forward(self, x, eps):
+        mean, sigma = self.network.encode(x)
+        return self.network.decode(mean + sigma * eps), mean, sigma
+
+
+def timed(size, bench, device, reference=""):
     """Report the time of a training step of each variant, all on the same volume."""
     x = torch.rand(1, 1, *parse_size(size), generator=torch.Generator().manual_seed(0))
-    loops = {}
+    networks, plans = {}, {name: planned(changes, size).training() for name, (changes, _) in variants().items()}
     for name, (changes, _) in variants().items():
         seed_weights(0)
-        network = create_autoencoder(configured(changes)).to(device)
+        networks[name] = create_autoencoder(configured(changes)).to(device)
+    if reference:
+        theirs, ours = Monai(reference).to(device), networks["[2,2]"]
+        ours.load_state_dict(theirs.network.state_dict())
+        eps = torch.zeros(1, *ours.latent_shape(x.shape[2:]), device=device)
+        with torch.no_grad():
+            (a, *_), (b, *_) = theirs(x.to(device), eps), ours(x.to(device), eps)
+        print(f"reconstructions of MONAI's network and of [2,2] differ by {(a - b).abs().max():.1e}\n", flush=True)
+        networks["[2,2], MONAI"] = theirs
+        plans["[2,2], MONAI"] = Monai.planned(reference, size)
+    loops = {}
+    for name, network in networks.items():
         objective = AutoencoderObjective(LOSS, network, (-1.0, 1.0), AutoencoderTrainConfig())
         loops[name] = TrainLoop(model=network, objective=objective, data=iter(()), batch_size=1, lr=1e-4,
                                 log_interval=10**9, save_interval=10**9, mixed_precision=True)
     steps = {name: lambda loop=loop: loop.run_step(x, {}) for name, loop in loops.items()}
     rows = common.compared(common.interleaved(steps, bench.repetitions, device), "[2,2]")
-    for row, (changes, _) in zip(rows, variants().values()):
-        plan = planned(changes, size).training()
+    for row in rows:
+        plan = plans[row["variant"]]
         row["planned MiB"] = (plan.gradients + plan.activations + plan.workspace) / 2**20
         if device.type == "cuda":
             for loop in loops.values():
