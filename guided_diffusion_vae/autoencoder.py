@@ -10,10 +10,11 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 
 from .config import as_dict, opt
-from .nn import checkpoint, conv_nd, conv_of_recomputed, conv_transpose_nd, mean_flat, per_axis
+from .nn import (
+    checkpoint, conv_nd, conv_of_recomputed, conv_of_repeated, conv_transpose_nd, mean_flat, per_axis,
+)
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -420,22 +421,12 @@ def _to_channels(x, wanted):
     return pooled.mT.reshape(len(x), wanted, *x.shape[2:])
 
 
-def _interleaved(y, factors=None):
-    """Lay the phases of a grid between each other.  [N x phases x C x grid] -> [N x C x grid * factors].
-
-    Along an axis with fewer phases than its factor (by default there are as many) the second of three is repeated.
-    """
+def _interleaved(y):
+    """Lay the phases of a grid between each other.  [N x factors x C x grid] -> [N x C x grid * factors]."""
     dims = (y.ndim - 2) // 2
-    phases, grid = y.shape[1:1 + dims], y.shape[2 + dims:]
-    factors = factors or phases
-    y = y.permute(0, 1 + dims, *(axis for a in range(dims) for axis in (2 + dims + a, 1 + a)))
-    for axis, (n, factor) in reversed(list(zip(range(3, 3 + 2 * dims, 2), zip(phases, factors)))):
-        if n < factor:
-            first, between, last = y.split(1, axis)
-            repeats = [-1] * y.ndim
-            repeats[axis] = factor - 2
-            y = torch.cat([first, between.expand(repeats), last], axis)
-    return y.reshape(len(y), -1, *(n * factor for n, factor in zip(grid, factors)))
+    factors, grid = y.shape[1:1 + dims], y.shape[2 + dims:]
+    order = [axis for a in range(dims) for axis in (2 + dims + a, 1 + a)]
+    return y.permute(0, 1 + dims, *order).reshape(len(y), -1, *(n * factor for n, factor in zip(grid, factors)))
 
 
 class Downsample(nn.Module):
@@ -472,40 +463,14 @@ class ShuffledConv(Conv):
 
 
 class UpsampledConv(Conv):
-    """Repeat elements along each axis by its factor, then convolve.  [N x C x ...] -> [N x C' x ... * factors].
-
-    The enlarged input is never made. A repeated element meets sums of the kernel's taps, so each phase of the output is
-    a convolution of the small input with 3 taps per axis; their results are interleaved (Shi et al. 2016, arXiv
-    1609.07009). Along an axis the first and the last phase look beyond their element, all between them are the same.
-    """
+    """Repeat elements along each axis by its factor, then convolve.  [N x C x ...] -> [N x C' x ... * factors]."""
 
     def __init__(self, dims, in_channels, out_channels, factors):
         super().__init__(dims, in_channels, out_channels)
         self.factors = factors
 
     def forward(self, x):
-        if set(self.factors) == {1}:
-            return self.conv(x)
-        distinct = [min(factor, 3) for factor in self.factors]
-        kernels = _phase_kernels(self.conv.weight, self.factors).flatten(0, len(distinct))
-        y = functional_call(self.conv, {"weight": kernels, "bias": self.conv.bias.repeat(math.prod(distinct))}, x)
-        return _interleaved(y.unflatten(1, (*distinct, -1)), self.factors)
-
-
-def _phase_kernels(weight, factors):
-    """Sum the taps that fall on the same small element.  [C' x C x 3 ...] -> [phases x C' x C x 3 ...].
-
-    In phase p, tap t (-1, 0, 1) of the enlarged grid falls on the element floor((p + t) / factor) of the small one; of
-    the phases that are neither first nor last there is one.
-    """
-    taps = torch.arange(3, device=weight.device)
-    for factor in factors:
-        phase = torch.tensor(sorted({0, min(1, factor - 1), factor - 1}), device=weight.device).unsqueeze(1)
-        element = (phase + taps - 1).div(factor, rounding_mode="floor") + 1
-        falls_on = F.one_hot(element, 3).to(weight.dtype)               # [phase x tap x element]
-        weight = torch.tensordot(weight, falls_on, dims=([2], [1]))     # takes the axis away, appends two
-    axes = range(2, weight.ndim, 2)
-    return weight.permute(*axes, 0, 1, *(axis + 1 for axis in axes))
+        return conv_of_repeated(self.conv, x, self.factors)
 
 
 class TransposedConv(nn.Module):

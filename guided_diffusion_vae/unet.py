@@ -21,6 +21,7 @@ from .nn import (
     checkpoint,
     conv_nd,
     conv_of_recomputed,
+    conv_of_repeated,
     linear,
     normalization,
     per_axis,
@@ -33,6 +34,7 @@ from .nn import (
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048        # hidden units of the "spatial" pools
+MANY_POSITIONS = 1024       # from here on one convolution of a wide stride is faster than repeating before it
 MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to here; see `attend`
 
 
@@ -264,7 +266,9 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         _require_channels(self, x)
-        return self.conv(upsample_nearest(x, self.factors))
+        if isinstance(self.conv, nn.Identity) or x.numel() < MANY_POSITIONS * self.channels:
+            return self.conv(upsample_nearest(x, self.factors))
+        return conv_of_repeated(self.conv, x, self.factors)
 
 
 class Downsample(nn.Module):

@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 from collections import OrderedDict
 
@@ -155,12 +156,26 @@ def test_channels_are_averaged_or_repeated_in_their_order():
     assert ChannelToSpace((2,), 4)(x[:, :4]).flatten().tolist() == [0.0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def phase_kernels(weight, factors):
+    """Sum the taps that fall on the same small element, for every phase of the large grid.  -> [phases x C' x C x 3 x 3].
+
+    In phase p, tap t (-1, 0, 1) of the large grid falls on the element floor((p + t) / factor) of the small one.
+    """
+    kernels = []
+    for phase in itertools.product(*map(range, factors)):
+        kernel = torch.zeros_like(weight)
+        for taps in itertools.product(range(3), repeat=len(factors)):
+            place = tuple((p + t - 1) // f + 1 for p, t, f in zip(phase, taps, factors))
+            kernel[(..., *place)] += weight[(..., *taps)]
+        kernels.append(kernel)
+    return torch.stack(kernels)
+
+
 def test_a_shuffle_whose_kernels_are_alike_is_repeating_then_convolving():
     shared = UpsampledConv(2, 3, 2, (2, 3))
     shuffled = ShuffledConv(2, 3, 2, (2, 3))
     x = torch.randn(1, 3, 4, 5)
-    from guided_diffusion_vae.autoencoder import _phase_kernels
-    shuffled.conv.weight.data = _phase_kernels(shared.conv.weight, (2, 3)).flatten(0, 2).detach()
+    shuffled.conv.weight.data = phase_kernels(shared.conv.weight.detach(), (2, 3)).flatten(0, 1)
     shuffled.conv.bias.data = shared.conv.bias.repeat(6).detach()
     torch.testing.assert_close(shuffled(x), shared(x))
 

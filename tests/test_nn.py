@@ -88,6 +88,22 @@ def test_upsampling_repeats_every_element(factor):
     assert torch.equal(nn.upsample_nearest(x, (2, factor)), expected)
 
 
+@pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8))])
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors, amp):
+    """With the gradients, on flat grids in half precision, too, which oneDNN gets wrong elsewhere."""
+    conv = nn.conv_nd(len(grid), 8, 8, 3, padding=1)
+    x = torch.randn(2, 8, *grid, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        found = nn.conv_of_repeated(conv, x, factors).float()
+    expected = conv(nn.upsample_nearest(x, factors))
+    towards = torch.randn_like(expected)
+    pairs = [(found, expected), *zip(*(torch.autograd.grad((y * towards).sum(), [x, conv.weight, conv.bias])
+                                       for y in (found, expected)))]
+    for a, b in pairs:
+        assert (a - b).norm() < (2e-2 if amp else 1e-5) * b.norm()
+
+
 def test_groupnorm_keeps_the_type_and_counts_in_float32():
     norm = nn.normalization(32)
     x = 300 * torch.randn(2, 32, 16)
