@@ -12,6 +12,7 @@ AutoencoderKL of the same weights takes the same steps as [2,2].
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import common
 import torch
 from torch import nn
 
-from guided_diffusion_vae import memory
+from guided_diffusion_vae import figures, memory
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.discriminator import DiscriminatorConfig
@@ -28,6 +29,9 @@ from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
 
 LOSS = AutoencoderLossConfig()
+DRAWN_SIZES = ("64x64x32", "128x128x64", "256x256x64", "512x512x128")
+DRAWN = ("[2,2]", "as shipped: [4,2] (initial_a)", "2 + [2] (same latent), shuffle, recompute_norms",
+         "as shipped: 2 + [4,2] (initial_b)", "as shipped: 4 + [4,2] (initial_c)")
 
 
 @dataclasses.dataclass
@@ -76,9 +80,20 @@ def main():
                      "against [2,2]": f"{plan.peak / base - 1:+.0%}", "claim (GB)": claim or "",
                      "claimed": f"{claim / 8.2 - 1:+.0%}" if claim else ""})
     common.report("autoencoder_memory", rows, bench, device, size=config.full_size)
+    draw(config.reference).save(f"{bench.out}/autoencoder_memory.png")
     if config.timed_size:
         with common.silent():
             timed(config.timed_size, bench, device, config.reference)
+
+
+def draw(reference):
+    """Return a figure of what training needs over the number of voxels."""
+    plans = {name: lambda size, name=name: planned(variants()[name][0], size).training() for name in DRAWN}
+    if reference:
+        plans["[2,2], MONAI"] = lambda size: Monai.planned(reference, size)
+    curves = {name: [(math.prod(parse_size(size)) / 1e6, plan(size).needed / 2**30) for size in DRAWN_SIZES]
+              for name, plan in plans.items()}
+    return figures.line_plot(curves, "million voxels", "GiB that training needs", log_x=True, log_y=True)
 
 
 def planned(changes, size):

@@ -91,13 +91,16 @@ def neighbour_sheet(samples, neighbours, distances=None, scale=1):
     return contact_sheet(np.concatenate(rows), len(rows[0]), labels, header, scale)
 
 
-def line_plot(curves, x, y, log_x=False):
+def line_plot(curves, x, y, log_x=False, log_y=False):
     """Return a picture of the curves {name: [(x, y), ...]} in one panel, their points marked; x and y name the axes."""
     figure, (panel,) = _figure(1, width=7, height=4)
     for name, points in curves.items():
         panel.plot(*zip(*sorted(points)), linewidth=1.2, marker="o", markersize=4, label=name)
     if log_x:
         panel.set_xscale("log", base=2)
+    if log_y:
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     panel.grid(alpha=0.3)
