@@ -370,7 +370,7 @@ def savings(plan):
     """Yield `Saving`s from the least to the most that is given up for memory, each with all before it.
 
     The first is the plan itself, then comes what changes no number but by rounding, then what costs time, last another
-    network.
+    network. A compiled network decides itself what to compute again.
     """
     flags = {}
 
@@ -383,7 +383,7 @@ def savings(plan):
     yield change()
     if not plan.train.mixed_precision and not getattr(plan.network, "use_fp16", False):
         yield change(mixed_precision=True)
-    if not plan.network.recompute_norms:
+    if not plan.network.recompute_norms and not plan.train.compile:
         yield change(recompute_norms=True)
     while plan.forward_size > 1:
         # By the smallest prime, so that a step stays of as many samples.
@@ -467,7 +467,8 @@ def report(plan, batch_sizes, budgets):
 def _alternatives(plan):
     """Yield the flags of every saving that changes no network, each turned the other way for itself."""
     yield {"mixed_precision": not plan.train.mixed_precision}
-    yield {"recompute_norms": not plan.network.recompute_norms}
+    if not plan.train.compile:
+        yield {"recompute_norms": not plan.network.recompute_norms}
     yield {plan.CHECKPOINTING: not getattr(plan.network, plan.CHECKPOINTING)}
     yield {"optimizer": "adamw" if plan.train.optimizer == "adamw8bit" else "adamw8bit"}
 

@@ -140,7 +140,8 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
         best_by="val_psnr", stop_at={name: bound for name, bound in bounds.items() if bound}, **loop_arguments(train),
     )
     write_config(folder, "train_autoencoder", configs, header)
-    with dist_util.advising_on_memory(lambda budget: advice(memory, budget)):
+    beside = "; the perceptual term takes memory beside that: try --use_perceptual_loss False" if distance else ""
+    with dist_util.advising_on_memory(lambda budget: advice(memory, budget) + beside):
         loop.run_loop()
 
 

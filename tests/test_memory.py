@@ -144,6 +144,11 @@ def test_savings_go_from_harmless_to_another_network():
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_a_compiled_network_is_not_advised_to_recompute_norms():
+    steps = savings(autoencoder_plan(train={"batch_size": 1, "compile": True}))
+    assert not any("recompute_norms" in step.latest for step in steps)
+
+
 @pytest.mark.parametrize("batch_size, parts", [(6, [(3, 2), (1, 6)]), (7, [(1, 7)])])
 def test_a_step_stays_of_as_many_samples(batch_size, parts):
     steps = savings(autoencoder_plan(train={"batch_size": batch_size}))
