@@ -13,6 +13,7 @@ from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.sampling import Sampler
 from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
+from guided_diffusion_vae.volume_datasets import VolumeFolder
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,29 @@ def test_reconstructions_are_drawn_and_measured_without_the_padding(pictures, tm
         expected = getattr(metrics, name)(images[:, :, :15], decoded[:, :, :15]).mean().item()
         assert logged[f"val_{name}"] == pytest.approx(expected, rel=1e-5)
     assert (tmp_path / "previews" / "000007.png").is_file()
+
+
+class Exact(torch.nn.Module):
+    """An autoencoder that gives back what it sees, and counts its windows."""
+
+    windows = 0
+
+    def moments(self, x):
+        self.windows += 1
+        return x, torch.zeros_like(x)
+
+    def decode(self, z):
+        return z
+
+
+def test_whole_volumes_are_judged_in_windows_that_leave_no_seams(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i, shape in enumerate([(9, 17, 23), (8, 8, 8)]):
+        np.save(tmp_path / f"data/{i}.npy", np.random.default_rng(i).integers(0, 256, shape, np.uint8))
+    volumes = VolumeFolder(DataConfig(str(tmp_path / "data"), "8x8x8", crop="random", patches_per_volume=3))
+    network = Exact()
+    measured = ReconstructionPreview(network, (-1.0, 1.0), volumes, 9, tmp_path, CPU, batch_size=2)(1)
+    assert measured["val_l1"] < 1e-6 and measured["val_ssim"] > 0.9999 and network.windows > 1 + 2 * 3 * 3
 
 
 def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches
+from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches, unpad
 from guided_diffusion_vae.volume_datasets import VolumeFolder, open_folder, write_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -66,6 +68,15 @@ def test_random_patches_depend_on_seed_step_and_slot_alone(folder):
     assert torch.equal(torch.cat([next(part)[0] for part in parts]), second) and not torch.equal(first, second)
     for stream in (whole, *parts):
         stream.close()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.tuples(*[st.integers(1, 8)] * 3), strides=st.tuples(*[st.integers(1, 5)] * 3))
+def test_cropping_undoes_padding(folder, size, strides):
+    plain, padded = (VolumeFolder(DataConfig(str(folder), "x".join(map(str, size)), pad=pad), multiple=strides)
+                     for pad in (False, True))
+    assert all(n % stride == 0 and n - stride < m <= n for n, stride, m in zip(padded.shape[1:], strides, size))
+    assert torch.equal(unpad(padded.batch([0, 1, 2]), padded.unpadded_shape), plain.batch([0, 1, 2]))
 
 
 def test_random_patches_are_measured_at_places_that_stay(folder):
