@@ -81,6 +81,20 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
         assert DiffusionPlan(shape, model, dataclasses.replace(train, batch_size=1), process).training().activations > 0
 
 
+def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_one_before():
+    stages = []
+    for size in (256, 512, 1024):
+        argv = ["--config", str(CONFIGS / f"pictures/progressive_{size}.yaml"), "--in_channels", "1"]
+        network = script_util.parse("doc", *AUTOENCODER, argv=argv)[1]
+        model = script_util.parse("doc", *DIFFUSION, argv=argv[:2])[4]
+        model = dataclasses.replace(model, in_channels=4, dims=2, num_classes=2 * model.class_cond)
+        with torch.device("meta"):
+            autoencoder = create_autoencoder(network)
+            unet, _ = script_util.create_model_and_diffusion_vae(autoencoder.latent_shape((size, size)), model, PROCESS)
+        stages.append([{name: value.shape for name, value in part.state_dict().items()} for part in (autoencoder, unet)])
+    assert stages[0] == stages[1] == stages[2]
+
+
 def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
     argv = ["--config", yaml_file("device: {mixed_precision: true}\ndata: {voxel_size: [8, 16, 16]}")]
     data, _, _, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)
