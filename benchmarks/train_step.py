@@ -143,7 +143,10 @@ def compared_gradients(networks, baseline, batch, device):
 
 
 def flops(network, batch, device):
-    """Return the floating-point operations of convolutions and products in a forward and a backward pass."""
+    """Return the floating-point operations of convolutions and products in a forward and a backward pass.
+
+    Of this project's network: guided-diffusion's does more, nine products an output where grids are enlarged for four.
+    """
     model, diffusion = network
     with FlopCounterMode(display=False) as counter:
         times = torch.zeros(len(batch), dtype=torch.long, device=device)

@@ -2,13 +2,15 @@
 
 import gc
 import os
+import sys
 
 # OpenMP threads that spin while they wait take the cores of other ranks. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Importing torch makes millions of objects that all stay: an eighth of its time would be spent looking for garbage.
-gc.disable()
-import torch  # noqa: E402, F401
+if "torch" not in sys.modules and gc.isenabled():
+    gc.disable()
+    import torch  # noqa: F401
 
-gc.freeze()
-gc.enable()
+    gc.freeze()
+    gc.enable()

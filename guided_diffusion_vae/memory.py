@@ -295,6 +295,7 @@ class AutoencoderPlan(Plan):
         network = replace(self.network, in_channels=self.shape[0], spatial_dims=len(self.shape) - 1,
                           use_checkpointing=checkpointing)
         object.__setattr__(self, "network", network)
+        object.__setattr__(self, "train", replace(self.train, use_gradient_checkpointing=False))
 
     def build(self):
         networks = [create_autoencoder(self.network)]

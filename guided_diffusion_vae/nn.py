@@ -158,11 +158,11 @@ def conv_of_repeated(conv, x, factors):
     if set(factors) == {1}:
         return conv(x)
     strides = [min(factor, 3) for factor in factors]
-    axes = range(2, x.dim())
-    beyond = [n for stride in reversed(strides) for n in (stride - 1, stride - 1)]
-    pool, enlarge = _REPEATED[len(factors)]
-    sums = pool(F.pad(conv.weight.flip(*axes), beyond), strides, stride=1) * math.prod(strides)
-    y = enlarge(x, sums.transpose(0, 1), conv.bias, stride=strides, padding=1)
+    axes = tuple(range(2, x.dim()))
+    taps = F.pad(conv.weight.flip(axes), [n for stride in reversed(strides) for n in (stride - 1, stride - 1)])
+    for axis, stride in zip(axes, strides):
+        taps = taps.unfold(axis, stride, 1).sum(-1)
+    y = _TRANSPOSED[len(axes)](x, taps.transpose(0, 1), conv.bias, stride=strides, padding=1)
     for axis, factor in reversed(list(zip(axes, factors))):
         if factor > 3:
             first, between, last = y.unflatten(axis, (-1, 3)).split(1, axis + 1)
@@ -172,8 +172,7 @@ def conv_of_repeated(conv, x, factors):
     return y
 
 
-_REPEATED = {1: (F.avg_pool1d, F.conv_transpose1d), 2: (F.avg_pool2d, F.conv_transpose2d),
-             3: (F.avg_pool3d, F.conv_transpose3d)}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def resize_linear(x, size):

@@ -277,8 +277,8 @@ def begin_run(run, configs=()):
     trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
     if folder and any(getattr(c, "fast_dev_run", False) for c in configs):
         folder = Path(folder) / "fast_dev_run"  # so that no run goes on from a trial
-        if dist_util.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        if dist_util.rank() == 0 and folder.exists():
+            shutil.rmtree(folder)
         dist_util.barrier()
     if folder:
         require_writable_folder(folder, "--logdir")

@@ -266,7 +266,7 @@ class TrainLoop:
         """Run all steps; return the number of the last one."""
         if self._has_reached_bounds():
             logger.log(f"step {self.step} had reached what training was to end at")
-            return self.step
+            self.max_steps = self.step
         if hasattr(self.data, "seek"):
             self.data.seek(self.step)
         stream = iter(self.data)
@@ -276,11 +276,12 @@ class TrainLoop:
             while self.step < self.max_steps:
                 batch, cond = next(stream)
                 self.run_step(batch, cond)
-                stopping = stop.anywhere()
+                previewing = self.preview and (self.step >= self.max_steps or self.step % self.preview_interval == 0)
+                # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
+                stopping = stop.anywhere() or previewing and dist_util.any_rank(stop.received)
                 last = stopping or self.step >= self.max_steps
                 reached = False
-                # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
-                if self.preview and not stopping and (last or self.step % self.preview_interval == 0):
+                if previewing and not stopping:
                     reached = self._preview()  # before the log, which takes what it measured
                 if last or reached or self._is_best() or self.step % self.save_interval == 0:
                     self.save()

@@ -34,7 +34,7 @@ from .nn import (
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048        # hidden units of the "spatial" pools
-MANY_POSITIONS = 1024       # from here on one convolution of a wide stride is faster than repeating before it
+MANY_POSITIONS = 64         # of a grid: from here on (on a CPU) a transposed convolution is faster than repeating
 MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to here; see `attend`
 
 
@@ -266,7 +266,7 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         _require_channels(self, x)
-        if isinstance(self.conv, nn.Identity) or x.numel() < MANY_POSITIONS * self.channels:
+        if isinstance(self.conv, nn.Identity) or x[0].numel() < MANY_POSITIONS * self.channels:
             return self.conv(upsample_nearest(x, self.factors))
         return conv_of_repeated(self.conv, x, self.factors)
 

@@ -89,6 +89,16 @@ def test_upsampling_repeats_every_element(factor):
 
 
 @pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_convolution_of_what_is_repeated_takes_weights_in_half_precision(grid, factors, dtype):
+    conv = nn.conv_nd(len(grid), 8, 8, 3, padding=1)
+    x = torch.randn(2, 8, *grid)
+    expected = conv(nn.upsample_nearest(x, factors))
+    found = nn.conv_of_repeated(conv.to(dtype), x.to(dtype), factors)
+    assert found.dtype == dtype and (found - expected).norm() < 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8))])
 @pytest.mark.parametrize("amp", [False, True])
 def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors, amp):
     """With the gradients, on flat grids in half precision, too, which oneDNN gets wrong elsewhere."""
@@ -102,6 +112,14 @@ def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors,
                                        for y in (found, expected)))]
     for a, b in pairs:
         assert (a - b).norm() < (2e-2 if amp else 1e-5) * b.norm()
+
+
+@pytest.mark.parametrize("grid, factors", [((4, 5), (2, 4)), ((2, 2, 3), (1, 2, 8))])
+def test_a_convolution_of_what_is_repeated_compiles_into_one_graph(grid, factors):
+    conv = nn.conv_nd(len(grid), 4, 4, 3, padding=1)
+    x = torch.randn(2, 4, *grid)
+    compiled = torch.compile(nn.conv_of_repeated, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(conv, x, factors), nn.conv_of_repeated(conv, x, factors))
 
 
 def test_groupnorm_keeps_the_type_and_counts_in_float32():
