@@ -72,8 +72,9 @@ def variants(dims):
 
 def curve_of(name):
     """Return the curve of the figure that a variant is a point of; some stand alone."""
-    kinds = {"space": "space_to_channel", "+": "first stride", "channels": name, "[": "between levels"}
-    return next((kind for part, kind in kinds.items() if part in name), name)
+    kinds = {"+": "first stride", "16 channels": name, "[": "between levels"}
+    kind = next((kind for part, kind in kinds.items() if part in name), name)
+    return kind + ", space_to_channel" * ("space_to_channel" in name)
 
 
 class Variant:
