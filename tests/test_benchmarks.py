@@ -1,0 +1,50 @@
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Return a function that imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_fits_the_package_and_says_how_to_call_it(benchmark, path):
+    module = benchmark(path.stem)
+    assert path.stem == "common" or callable(module.main) and f"benchmarks/{path.name}" in module.__doc__
+
+
+@pytest.mark.parametrize("name, argv", [
+    ("sample", ["--bench_batch_size", "1"]), ("train_step", ["--bench_batch_size", "2"]),
+    ("encode", ["--bench_batch_size", "1", "--bench_image_size", "16"]),
+])
+def test_a_benchmark_measures_and_writes_what_it_found(benchmark, monkeypatch, tmp_path, capsys, name, argv):
+    if name in ("sample", "train_step"):  # networks of a size for tests
+        sizes = benchmark("train_step").SIZES
+        tiny = (4, 8, 8), {"num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "4"}
+        monkeypatch.setitem(sizes, "16m122", tiny)
+    monkeypatch.setattr(sys, "argv", [name, *argv, "--repetitions", "1", "--out", str(tmp_path)])
+    benchmark(name).main()
+    assert "| variant |" in capsys.readouterr().out
+    assert list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_kind_of_strides_can_be_built_and_is_drawn(benchmark, dims):
+    strides = benchmark("strides")
+    for name, changes in strides.variants(dims).items():
+        with torch.device("meta"):
+            network = create_autoencoder(AutoencoderConfig(spatial_dims=dims, in_channels=1, **changes))
+        assert network.latent_shape((64,) * dims)
+    curves = {name: strides.curve_of(name) for name in strides.variants(dims)}
+    assert curves["8x: [4,2], space_to_channel"] == "between levels, space_to_channel"
+    assert curves["8x: 2 + [2,2], shuffle"] == "first stride" != curves["8x: [4,2], 16 channels"]
