@@ -4,6 +4,7 @@ This is the only file that asks how many spatial axes there are; everywhere else
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 
@@ -161,7 +162,8 @@ def conv_of_repeated(conv, x, factors):
     axes = tuple(range(2, x.dim()))
     taps = F.pad(conv.weight.flip(axes), [n for stride in reversed(strides) for n in (stride - 1, stride - 1)])
     for axis, stride in zip(axes, strides):
-        taps = taps.unfold(axis, stride, 1).sum(-1)
+        windows = (taps.narrow(axis, start, taps.shape[axis] + 1 - stride) for start in range(stride))
+        taps = functools.reduce(torch.add, windows)
     y = _TRANSPOSED[len(axes)](x, taps.transpose(0, 1), conv.bias, stride=strides, padding=1)
     for axis, factor in reversed(list(zip(axes, factors))):
         if factor > 3:
