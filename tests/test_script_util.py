@@ -91,7 +91,8 @@ def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_o
         with torch.device("meta"):
             autoencoder = create_autoencoder(network)
             unet, _ = script_util.create_model_and_diffusion_vae(autoencoder.latent_shape((size, size)), model, PROCESS)
-        stages.append([{name: value.shape for name, value in part.state_dict().items()} for part in (autoencoder, unet)])
+        stages.append([{name: value.shape for name, value in part.state_dict().items()}
+                       for part in (autoencoder, unet)])
     assert stages[0] == stages[1] == stages[2]
 
 
