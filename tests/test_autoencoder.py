@@ -157,7 +157,7 @@ def test_channels_are_averaged_or_repeated_in_their_order():
 
 
 def phase_kernels(weight, factors):
-    """Return a kernel for every phase of the large grid: sums of taps.  [C' x C x 3 ...] -> [phases x C' x C x 3 ...].
+    """Return a kernel for every phase of the large grid.  [C' x C x 3 ...] -> [phases x C' x C x 3 ...].
 
     In phase p, tap t (-1, 0, 1) of the large grid falls on the element floor((p + t) / factor) of the small one.
     """
