@@ -64,7 +64,7 @@ def main():
             begun = time.perf_counter()  # the compiler works in processes of its own
             loops[COMPILED].run_step(batch, {})
             first_step = time.perf_counter() - begun
-        networks = {name: (loop.model, loop.objective.diffusion, loop.autocast_dtype) for name, loop in loops.items()
+        networks = {name: (loop.ddp_model, loop.objective.diffusion, loop.autocast_dtype) for name, loop in loops.items()
                     if name != "guided-diffusion"}
         if counterpart:
             networks["guided-diffusion"] = (*counterpart, None)

@@ -322,19 +322,18 @@ class AutoencoderPlan(Plan):
 
     def encoding(self, dtype=torch.float32):
         """Return the `Estimate` of encoding a batch in one piece, as with `--vae_dtype` of that name."""
-        return self._without_gradients(self.shape, lambda network, batch: network.moments(batch), dtype)
+        return self._without_gradients(lambda network, n: network.moments(torch.empty(n, *self.shape)), dtype)
 
     def decoding(self, dtype=torch.float32):
         """Return the `Estimate` of decoding a batch in one piece, as with `--vae_dtype` of that name."""
-        with torch.device("meta"):
-            latent = create_autoencoder(self.network).latent_shape(self.shape[1:])
-        return self._without_gradients(latent, lambda network, batch: network.decode(batch), dtype)
+        decode = lambda network, n: network.decode(torch.empty(n, *network.latent_shape(self.shape[1:])))
+        return self._without_gradients(decode, dtype)
 
-    def _without_gradients(self, shape, compute, dtype):
+    def _without_gradients(self, compute, dtype):
         with torch.device("meta"):
             network = create_autoencoder(self.network).eval()
-        forward = lambda network: compute(network, torch.empty(self.forward_size, *shape))
-        return estimate_inference(network, forward, None if dtype is torch.float32 else dtype)
+        amp = None if dtype is torch.float32 else dtype
+        return estimate_inference(network, lambda network: compute(network, self.forward_size), amp)
 
     def smaller(self):
         """Yield the same latent from a first level of half the size, then a smaller latent."""
@@ -437,6 +436,7 @@ def report(plan, batch_sizes, budgets):
         needed = [getattr(plan, name)(dtype).needed / GIB for dtype in (torch.float32, torch.bfloat16)]
         yield (f"{name}, {plan.forward_size} at once in one piece: {needed[0]:.2f} GiB, with --vae_dtype bfloat16 "
                f"{needed[1]:.2f}")
+
     yield "\nkept for the backward pass, by the layer that makes it:"
     most = sorted(estimate.layers.items(), key=lambda entry: -entry[1])
     rest = (f"{len(most) - LAYERS_SHOWN} more layers", sum(size for _, size in most[LAYERS_SHOWN:]))

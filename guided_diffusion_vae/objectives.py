@@ -219,14 +219,13 @@ class Adversary:
     """A discriminator in training beside an autoencoder.
 
     Every microbatch adds its judgement to the losses (`add_to`) and its gradient to the discriminator's (`judge`), with
-    which `learn` takes a step. So no more than a microbatch of pictures is kept.
+    which `learn` takes a step. So no more than a microbatch of pictures is kept. All three wait for `is_heeded`.
     """
 
     def __init__(self, network, config, lr, grad_clip=0.0):
         self.network, self.config, self.grad_clip = network, config, grad_clip
         self.lr = config.discriminator_lr or lr
         self.opt = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
-        self._pair, self._judged = None, False
 
     def begin(self, ddp_model, scale_loss, scale_growth):
         """Take over what the training loop decides: how the network is distributed, and its loss scaled."""
@@ -253,13 +252,8 @@ class Adversary:
         self._pair = real.detach(), fake.detach()
 
     def judge(self, share):
-        """Add to the gradient what `add_to` has seen last, a `share` of the batch; nothing during the warm-up."""
-        if self._pair is None:
-            return
+        """Add to the gradient what `add_to` has seen last, a `share` of the batch."""
         (real, fake), self._pair = self._pair, None
-        if not self._judged:
-            self.mp_trainer.zero_grad()
-            self._judged = True
         # One pass over both: two passes of a distributed model would need two reductions.
         judged_real, judged_fake = self.ddp_model(torch.cat([real, fake])).float().chunk(2)
         losses = discriminator_losses(self.config.discriminator_loss, judged_real, judged_fake)
@@ -270,10 +264,9 @@ class Adversary:
 
     def learn(self, lr_factor=1.0):
         """Take one step on what was judged since the last, at `lr_factor` times the learning rate."""
-        if self._judged:
-            self._judged = False
-            self.opt.param_groups[0]["lr"] = self.lr * lr_factor
-            self.mp_trainer.optimize(self.opt)
+        self.opt.param_groups[0]["lr"] = self.lr * lr_factor
+        self.mp_trainer.optimize(self.opt)
+        self.mp_trainer.zero_grad()
 
 
 class ClassifierObjective(_OverTimes):

@@ -305,7 +305,7 @@ class TrainLoop:
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
-        if self.adversary:
+        if self.adversary and self.adversary.is_heeded(self.step):
             self.adversary.learn(self._lr_factor)
         if self.compile and self.step == self.resume_step:
             logger.log(f"the first step took {time.perf_counter() - begun:.0f} s, compiling included")
@@ -329,7 +329,7 @@ class TrainLoop:
                 terms, t = self.objective(self.ddp_model, micro, micro_cond, draws.part(start, stop))
                 self.mp_trainer.backward(terms["loss"].mean() * share)
             parts.append((t, {k: v.detach() for k, v in terms.items()}))
-            if self.adversary:
+            if self.adversary and self.adversary.is_heeded(self.step):
                 del terms  # with the autoencoder's graph, before the discriminator makes its own
                 with self._communicate(self.adversary.ddp_model, last), self._autocast():
                     self.adversary.judge(share)
