@@ -64,7 +64,7 @@ def killed_inside_atomic_path(path):
               "with atomic_path(sys.argv[1]) as part:\n"
               "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script, str(path)], env=environ, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(path)], env=environ, timeout=240)
     assert done.returncode == -signal.SIGKILL
     left, = path.parent.glob(".*.part")
     return left

@@ -278,7 +278,7 @@ dist_util.launch(main)
 """
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "log,csv"}
     done = subprocess.run([mpiexec, "-n", "2", sys.executable, "-c", script], env=environ, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     folder, = (tmp_path / "runs").iterdir()
     assert sorted(os.listdir(folder)) == ["log-rank001.txt", "log.txt", "progress.csv"]

@@ -262,7 +262,7 @@ def test_of_several_ranks_one_writes_the_folder(tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "make_microdoppler.py"
     flags = ["--out_dir", tmp_path / "set", "--classes", "tapin,still", "--num_train", "2", "--num_val", "0"]
     done = subprocess.run([mpiexec, "-n", "2", sys.executable, script, *flags], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 pictures written") == 1 and "already there" not in done.stdout
     assert len(contents(tmp_path / "set")) == 5

@@ -56,7 +56,7 @@ def environment():
     return {**environ, "OMP_NUM_THREADS": "1"}
 
 
-def started(script, ranks=1, timeout=60, **flags):
+def started(script, ranks=1, timeout=240, **flags):
     """Run a script in a process, or several under mpiexec; return the completed process."""
     return subprocess.run(command(script, ranks, flags), env=environment(), capture_output=True, text=True,
                           timeout=timeout)

@@ -772,7 +772,7 @@ def test_initial_weights_depend_on_the_seed_alone():
     script = ("import torch; from guided_diffusion_vae.train_util import seed_weights; seed_weights(0);"
               "print(torch.nn.Linear(3, 2).weight.tolist())")
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    elsewhere = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60)
+    elsewhere = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=240)
     assert elsewhere.stdout == f"{weights(0, 2)}\n", elsewhere.stderr
 
 
