@@ -37,8 +37,8 @@ class BenchConfig:
 class ComparisonConfig:
     SECTION = "benchmark"
 
-    reference: str = opt("", "checkout of openai/guided-diffusion to measure against; empty: this project's plain "
-                             "float32 form is the baseline")
+    reference: str = opt("", "checkout of openai/guided-diffusion to measure against, or (train_step.py) diffusers for "
+                             "the same network in diffusers; empty: this project's plain float32 form is the baseline")
     profile: bool = opt(False, "print the operators that each side spends its time in")
 
 

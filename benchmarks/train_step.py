@@ -1,28 +1,33 @@
 """Time one training step of the diffusion model: forward, backward, AdamW, moving averages, logging.
 
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --reference ../guided-diffusion
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --reference diffusers
     python benchmarks/train_step.py --size 32m1224 --bench_batch_size 256 --compile_too True        # on a GPU
 
-Both sides take the same step on the same weights and batches. The loss and the gradients of all variants are compared
+All sides take the same step on the same weights and batches. The loss and the gradients of all variants are compared
 with the baseline's first. The share of the machine's matrix rate is that of a large product of bfloat16 matrices, in
-the same run.
+the same run. diffusers knows one size for the heads of a network: beside it all have 64 channels.
 """
 
+import copy
 import dataclasses
 import statistics
 import time
 
 import common
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae import export
+from guided_diffusion_vae.config import as_dict, opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 
-COMPILED = "bfloat16, compiled"
+COMPILED, DIFFUSERS = "bfloat16, compiled", "diffusers"
+LR, EMA_RATE = 1e-4, "0.9999"
 SIZES = {
     "16m122": ((4, 16, 16), dict(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")),
     "32m1224": ((4, 32, 32), dict(num_channels=128, channel_mult="1,2,2,4", attention_resolutions="16,8")),
@@ -39,45 +44,50 @@ class StepConfig:
     compile_too: bool = opt(False, "measure compiled networks as well")
 
 
+@dataclasses.dataclass
+class Side:
+    """One of the things compared: how it takes a step, and what its loss is made of."""
+
+    run_step: callable              # (batch [N x C x ...], {}) -> None
+    model: torch.nn.Module
+    diffusion: object               # what has training_losses
+    autocast: torch.dtype | None = None
+    in_its_order: callable = lambda network: network.parameters()   # weights of our network, as `model` lists its own
+
+
 def main():
     (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, StepConfig)
     shape, flags = SIZES[config.size]
+    if against.reference == DIFFUSERS:
+        flags = {**flags, "num_head_channels": 64}
     model, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     weights = common.waken(model).state_dict()
     draw = torch.Generator().manual_seed(1)
     batch = torch.randn(config.bench_batch_size, *shape, generator=draw)
 
     with common.silent():
-        loops, counterpart = {}, None
-        if against.reference:
-            loops["guided-diffusion"], counterpart = reference_loop(against.reference, shape, flags, weights,
-                                                                    config.bench_batch_size, device)
-        loops["float32"] = own_loop(shape, flags, weights, config.bench_batch_size, device)
-        loops["bfloat16"] = own_loop(shape, flags, weights, config.bench_batch_size, device, mixed_precision=True)
-        loops["float32, recompute_norms"] = own_loop(
-            shape, {**flags, "recompute_norms": True}, weights, config.bench_batch_size, device)
-        loops["bfloat16, recompute_norms"] = own_loop(
-            shape, {**flags, "recompute_norms": True}, weights, config.bench_batch_size, device, mixed_precision=True)
+        def own(recompute_norms=False, **options):
+            return own_side(shape, {**flags, "recompute_norms": recompute_norms}, weights, len(batch), device, **options)
+
+        sides = references(against.reference, shape, flags, model, len(batch), device)
+        half = {"mixed_precision": True}
+        sides |= {"float32": own(), "bfloat16": own(**half), "float32, recompute_norms": own(recompute_norms=True),
+                  "bfloat16, recompute_norms": own(recompute_norms=True, **half)}
         if config.compile_too:
-            loops[COMPILED] = own_loop(shape, flags, weights, config.bench_batch_size, device, mixed_precision=True,
-                                       compile=True)
+            sides[COMPILED] = own(compile=True, **half)
             begun = time.perf_counter()  # the compiler works in processes of its own
-            loops[COMPILED].run_step(batch, {})
+            sides[COMPILED].run_step(batch, {})
             first_step = time.perf_counter() - begun
-        networks = {name: (loop.ddp_model, loop.objective.diffusion, loop.autocast_dtype) for name, loop in loops.items()
-                    if name != "guided-diffusion"}
-        if counterpart:
-            networks["guided-diffusion"] = (*counterpart, None)
-        apart = compared_gradients(networks, next(iter(loops)), batch, device)
-        work = flops(networks["float32"][:2], batch, device)
-        steps = {name: lambda loop=loop: loop.run_step(batch, {}) for name, loop in loops.items()}
+        apart = compared_gradients(sides, batch, device)
+        work = flops(sides["float32"], batch, device)
+        steps = {name: lambda side=side: side.run_step(batch, {}) for name, side in sides.items()}
         product = common.matrix_product(device)
         times = common.interleaved({**steps, "product": product}, bench.repetitions, device)
         rate = product.flops / statistics.median(times.pop("product"))
         if against.profile:
             common.print_operators(steps, device)
-    rows = common.compared(times, next(iter(loops)))
-    settings = {"size": config.size, "batch_size": config.bench_batch_size, "baseline": next(iter(loops)),
+    rows = common.compared(times, next(iter(sides)))
+    settings = {"size": config.size, "batch_size": config.bench_batch_size, "baseline": next(iter(sides)),
                 "flops_of_a_step": work, "flops_per_second_of_a_product": rate}
     if config.compile_too:
         eager, compiled = (statistics.median(times[name]) for name in ("bfloat16", COMPILED))
@@ -85,73 +95,122 @@ def main():
         settings["steps_that_pay_it_back"] = first_step / gain if gain > 0 else None
         paid = f"{first_step / gain:,.0f} steps pay that back" if gain > 0 else "nothing pays that back"
         print(f"the first compiled step took {first_step:.0f} s; {paid}\n")
-    for row, loop in zip(rows, loops.values()):
+    for row in rows:
         row["gradients apart"] = f"{apart[row['variant']]:.1e}"
         row["of the matrix rate"] = f"{work / (row['ms'] / 1e3) / rate:.0%}"
         if device.type == "cuda":
-            row["MiB beyond what stays"] = common.peak_of(lambda: loop.run_step(batch, {})) / 2**20
+            row["MiB beyond what stays"] = common.peak_of(steps[row["variant"]]) / 2**20
     common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, **settings)
 
 
-def own_loop(shape, flags, weights, batch_size, device, **options):
+def own_side(shape, flags, weights, batch_size, device, **options):
     model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     model.load_state_dict(weights)
-    return TrainLoop(model=model.to(device), diffusion=diffusion, data=iter(()), batch_size=batch_size, lr=1e-4,
-                     ema_rate="0.9999", log_interval=10**9, save_interval=10**9, **options)
+    loop = TrainLoop(model=model.to(device), diffusion=diffusion, data=iter(()), batch_size=batch_size, lr=LR,
+                     ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, **options)
+    return Side(loop.run_step, loop.ddp_model, diffusion, loop.autocast_dtype)
 
 
-def reference_loop(folder, shape, flags, weights, batch_size, device):
-    """Return the TrainLoop of guided-diffusion on the same weights, and (its module, its diffusion)."""
+def references(reference, shape, flags, model, batch_size, device):
+    """Return {name: Side} of what --reference names, on the weights of `model`."""
+    if not reference:
+        return {}
+    if reference == DIFFUSERS:
+        return {f"{DIFFUSERS}, float32": diffusers_side(flags, model, device),
+                f"{DIFFUSERS}, bfloat16": diffusers_side(flags, model, device, torch.bfloat16)}
+    return {"guided-diffusion": reference_side(reference, shape, flags, model, batch_size, device)}
+
+
+def reference_side(folder, shape, flags, model, batch_size, device):
+    """Return the TrainLoop of guided-diffusion as a Side."""
     theirs = common.open_reference(folder)
     theirs.dist_util.dev = lambda: device
     known = theirs.script_util.model_and_diffusion_defaults()
     _, diffusion = theirs.script_util.create_model_and_diffusion(**{**known, "image_size": 64})
     widths = tuple(int(m) for m in flags["channel_mult"].split(","))
     at = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
-    model = theirs.unet.UNetModel(
+    network = theirs.unet.UNetModel(
         image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], out_channels=shape[0],
         num_res_blocks=2, attention_resolutions=at, channel_mult=widths, num_heads=4, use_scale_shift_norm=True,
     ).to(device)
-    model.load_state_dict(weights)
+    network.load_state_dict(model.state_dict())
     theirs.logger.configure(dir=common.logger.get_dir(), format_strs=["csv"])
     loop = theirs.train_util.TrainLoop(
-        model=model, diffusion=diffusion, data=iter(()), batch_size=batch_size, microbatch=-1, lr=1e-4,
-        ema_rate="0.9999", log_interval=10**9, save_interval=10**9, resume_checkpoint="",
+        model=network, diffusion=diffusion, data=iter(()), batch_size=batch_size, microbatch=-1, lr=LR,
+        ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, resume_checkpoint="",
     )
-    return loop, (model, diffusion)
+    return Side(loop.run_step, network, diffusion)
 
 
-def compared_gradients(networks, baseline, batch, device):
-    """Return {name: how far the gradients are from the baseline's, relative, over all weights}; print the losses.
+class EpsilonLoss:
+    """The loss of diffusers' training examples: its scheduler's noise, its network's answer, their mean square."""
 
-    `networks` are {name: (model, diffusion, type of autocast or None)}; all see the same times and noise.
+    def __init__(self, flags):
+        self.scheduler = export.scheduler_of(flags, pixels=False)
+
+    def training_losses(self, network, x_start, t, noise):
+        answer = network(self.scheduler.add_noise(x_start, noise, t), t).sample
+        return {"loss": F.mse_loss(answer.float(), noise, reduction="none").mean(dim=(1, 2, 3))}
+
+
+def diffusers_side(flags, model, device, autocast=None):
+    """Return our network as a UNet2DModel that is trained the way of diffusers' examples: AdamW and its EMAModel."""
+    from diffusers.training_utils import EMAModel
+
+    flags = as_dict(ModelConfig(**flags))
+    network = export.unet_to_diffusers(model, flags).to(device).train()
+    loss = EpsilonLoss(as_dict(DiffusionConfig()))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR)
+    average = EMAModel(network.parameters(), decay=float(EMA_RATE))
+
+    def run_step(batch, _):
+        x = batch.to(device)
+        t = torch.randint(loss.scheduler.config.num_train_timesteps, (len(x),), device=device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss.training_losses(network, x, t, torch.randn_like(x))["loss"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+
+    names = [name for name, _ in network.named_parameters()]
+    return Side(run_step, network, loss, autocast,
+                lambda ours: map(export.unet_state(ours, flags["num_res_blocks"]).get, names))
+
+
+def compared_gradients(sides, batch, device):
+    """Return {name: how far the gradients are from our float32's, relative, over all weights}; print the losses.
+
+    All sides see the same times and noise.
     """
     times = torch.arange(len(batch), device=device) * 1000 // len(batch)
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(2)).to(device)
     losses, gradients = {}, {}
-    for name, (model, diffusion, autocast) in networks.items():
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = diffusion.training_losses(model, batch.to(device), times, noise=noise)["loss"].mean()
+    for name, side in sides.items():
+        with torch.autocast(device.type, side.autocast, enabled=side.autocast is not None):
+            loss = side.diffusion.training_losses(side.model, batch.to(device), times, noise=noise)["loss"].mean()
         loss.backward()
-        losses[name], gradients[name] = loss.item(), [p.grad.double() for p in model.parameters()]
-        model.zero_grad(set_to_none=True)
+        losses[name], gradients[name] = loss.item(), [p.grad for p in side.model.parameters()]
+        side.model.zero_grad(set_to_none=True)
     print("; ".join(f"{name}: loss {loss:.6f}" for name, loss in losses.items()) + "\n", flush=True)
-    wanted = gradients[baseline]
-    norm = sum(g.square().sum() for g in wanted).sqrt()
-    far = lambda found: sum((a - b).square().sum() for a, b in zip(found, wanted)).sqrt() / norm
-    return {name: far(found).item() for name, found in gradients.items()}
+    wanted = copy.deepcopy(sides["float32"].model)  # with its gradients for weights, which every side lists in its order
+    with torch.no_grad():
+        for p, gradient in zip(wanted.parameters(), gradients["float32"]):
+            p.copy_(gradient)
+    norm = sum(p.double().square().sum() for p in wanted.parameters()).sqrt()
+    far = lambda found, wanted: sum((a.flatten().double() - b.flatten().double()).square().sum()
+                                    for a, b in zip(found, wanted, strict=True)).sqrt() / norm
+    return {name: far(found, sides[name].in_its_order(wanted)).item() for name, found in gradients.items()}
 
 
-def flops(network, batch, device):
+def flops(side, batch, device):
     """Return the floating-point operations of convolutions and products in a forward and a backward pass.
 
-    Of this project's network: guided-diffusion's does more, nine products an output where grids are enlarged for four.
+    Of this project's network: the others' do more, nine products an output where grids are enlarged for four.
     """
-    model, diffusion = network
     with FlopCounterMode(display=False) as counter:
         times = torch.zeros(len(batch), dtype=torch.long, device=device)
-        diffusion.training_losses(model, batch.to(device), times)["loss"].mean().backward()
-    model.zero_grad(set_to_none=True)
+        side.diffusion.training_losses(side.model, batch.to(device), times)["loss"].mean().backward()
+    side.model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 
 

@@ -224,15 +224,10 @@ def unet_to_diffusers(network, flags):
         norm_num_groups=32, attn_norm_num_groups=32, norm_eps=1e-5, num_class_embeds=network.num_classes,
         resnet_time_scale_shift="scale_shift" if flags["use_scale_shift_norm"] else "default",
     ).eval()
-    state = theirs.state_dict()
-    written = set()
-    for name, layer in _unet_layers(network, len(levels), repeats):
-        for key, value in _unet_entries(name, layer):
-            state[key] = value.detach().reshape(state[key].shape).clone()
-            written.add(key)
-    if missing := sorted(state.keys() - written):
+    state, shapes = unet_state(network, repeats), theirs.state_dict()
+    if missing := sorted(shapes.keys() - state.keys()):
         raise ValueError(f"diffusers' UNet2DModel has {missing[0]} and {len(missing) - 1} more that ours has not")
-    theirs.load_state_dict(state)
+    theirs.load_state_dict({key: value.reshape(shapes[key].shape).clone() for key, value in state.items()})
 
     x, t = torch.randn(2, network.in_channels, *(2 * step for step in network.grid_steps)), torch.tensor([3, 500])
     y = None if network.num_classes is None else torch.tensor([0, network.num_classes - 1])
@@ -241,13 +236,23 @@ def unet_to_diffusers(network, flags):
     return theirs
 
 
-def _unet_layers(network, levels, repeats):
+def unet_state(network, repeats):
+    """Return {diffusers' key: value} of all weights of a `UNetModel` with so many residual blocks a level.
+
+    1x1 convolutions keep the shape that they have in ours.
+    """
+    return {key: value.detach() for name, layer in _unet_layers(network, repeats)
+            for key, value in _unet_entries(name, layer)}
+
+
+def _unet_layers(network, repeats):
     """Yield (diffusers' name, layer) of everything in our UNet that has weights."""
     yield "time_embedding.linear_1", network.time_embed[0]
     yield "time_embedding.linear_2", network.time_embed[2]
     if network.num_classes is not None:
         yield "class_embedding", network.label_emb
     down, up = iter(network.input_blocks), iter(network.output_blocks)
+    levels = len(network.output_blocks) // (repeats + 1)
     yield "conv_in", next(down)[0]
     for level in range(levels):
         if level:
