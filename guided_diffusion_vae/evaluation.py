@@ -76,8 +76,7 @@ def likelihood(model, diffusion, source, space, labels, clip_denoised, config, f
         items = chosen[start:start + config.batch_size]
         torch.manual_seed(keyed_seed(config.seed, LIKELIHOOD, start))
         with torch.no_grad():
-            values = source.read(items).to(dist_util.dev())
-            x0 = space.normalizer.normalise(source.latents(values))
+            x0 = space.normalizer.normalise(source.latents(source.read(items), device=dist_util.dev()))
         told = {} if labels is None else {"y": torch.from_numpy(labels[items]).to(x0.device)}
         measured = diffusion.calc_bpd_loop(model, x0, clip_denoised, told)
         totals += (measured["total_bpd"] * unit).tolist()

@@ -106,8 +106,7 @@ class Moments:
 # Writing a cache.
 
 
-def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=None, barrier=None, batch_size=32,
-                device="cpu"):
+def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=None, barrier=None, batch_size=32):
     """Encode all pictures into `folder` and return the `LatentCache`; all ranks call it at once.
 
     Shard k is encoded by rank k modulo num_ranks and renamed into place when whole, with a record beside it of what
@@ -146,7 +145,7 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     done = total - sum(shard["count"] for shard in missing)
     report(done, total)
     for shard in missing:
-        for count in _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device):
+        for count in _encode_shard(folder, shard, key, head, pictures, codec, batch_size):
             done += count
             report(done, total)
     if barrier:
@@ -226,7 +225,7 @@ def _require_space(folder, missing, head):
                       "--store mode or --latent_dtype float16")
 
 
-def _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device):
+def _encode_shard(folder, shard, key, head, pictures, codec, batch_size):
     """Write one shard and its record, yielding the size of every batch that is encoded.
 
     Reading the pictures of the next batch, encoding this one, and writing the one before happen at the same time.
@@ -251,7 +250,7 @@ def _encode_shard(folder, shard, key, head, pictures, codec, batch_size, device)
             np.lib.format.write_array_header_1_0(stream, layout)
             written = None
             for group in groups:
-                stored = _encode(codec, ahead.next().to(device), head["store"])
+                stored = _encode(codec, ahead.next(), head["store"])
                 if written:
                     written.result()    # no more than one batch waits to be written
                 written = writer.submit(write, stored, group, stream)
@@ -434,10 +433,15 @@ class LatentCache:
         back[order] = np.arange(len(order))
         return by_shard.take(back, axis=0)
 
-    def latents(self, values, eps=None):
-        """Return scaled latents [n x C x ...] of what `read` gave; `eps` is the posterior's noise, None the mode."""
-        if self._resident is not None:
-            values = self._resident.index_select(0, values.to(self._resident.device)).float()
+    def latents(self, values, eps=None, device="cpu"):
+        """Return scaled latents [n x C x ...] on `device` of what `read` gave.
+
+        `eps` is the posterior's noise, None the mode.
+        """
+        if self._resident is None:
+            values = send(values, device)
+        else:
+            values = send(self._resident.index_select(0, send(values, self._resident.device)), device).float()
         return sample_moments(values, eps) if self.draws_posterior else values
 
     def batch(self, indices, eps=None, flips=None):
@@ -551,9 +555,9 @@ class LatentFolder:
         """Say that nothing was loaded: single files stay where they are."""
         return False
 
-    def latents(self, values, eps=None):
-        """Return `values`: a folder of latents holds no posterior to draw from."""
-        return values
+    def latents(self, values, eps=None, device="cpu"):
+        """Return `values` on `device`: a folder of latents holds no posterior to draw from."""
+        return send(values, device)
 
     def batch(self, indices, eps=None, flips=None):
         """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
@@ -570,7 +574,7 @@ class LatentFolder:
 
 
 class EncodedPictures:
-    """Encode pictures as they come, a whole batch at a time on the device; a latent source like `LatentCache`.
+    """Encode pictures as they come, a whole batch at a time, where the codec is; a latent source like `LatentCache`.
 
     With a `PixelCodec` the pictures themselves are x0, and there are no statistics to know.
 
@@ -581,11 +585,9 @@ class EncodedPictures:
 
     in_bulk = False
 
-    def __init__(self, pictures, codec, device, stats_samples=2048, seed=0, batch_size=32, statistics=None,
-                 progress=None):
+    def __init__(self, pictures, codec, stats_samples=2048, seed=0, batch_size=32, statistics=None, progress=None):
         self.pictures = pictures
         self.codec = codec
-        self.device = device
         self.folder = pictures.config.data_dir
         self.count = len(pictures)
         self.latent_shape = tuple(codec.latent_shape(pictures.shape))
@@ -613,12 +615,13 @@ class EncodedPictures:
         return self.pictures.batch(indices, flips, rngs)
 
     @torch.no_grad()
-    def latents(self, images, eps=None):
-        """Return scaled latents [n x C x ...] of pictures; `eps` is the posterior's noise, None the mode."""
-        images = images.to(self.device)
-        if eps is None:
-            return self.codec.encode_batch(images).float()
-        return sample_moments(self.codec.encode_moments(images).float(), send(eps, self.device))
+    def latents(self, images, eps=None, device="cpu"):
+        """Return scaled latents [n x C x ...] of pictures on `device`; `eps` is the posterior's noise, None the mode.
+
+        Pictures are handed over as they were read, on the host: the codec checks their values there, where nothing has
+        to wait for a GPU.
+        """
+        return send(self.codec.encode_batch(images, eps), device).float()
 
     def batch(self, indices, eps=None, flips=None):
         """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
@@ -631,7 +634,7 @@ class EncodedPictures:
         moments, done = Moments(), 0
         try:
             for group in groups:
-                stored = _encode(self.codec, ahead.next().to(self.device), "moments").cpu().numpy()
+                stored = _encode(self.codec, ahead.next(), "moments").cpu().numpy()
                 if not np.isfinite(stored).all():
                     raise ValueError(_not_finite(_group_name(self.pictures, group)))
                 _add(moments, stored, "moments")
@@ -723,10 +726,10 @@ class LatentStream(BatchStream):
 
         def finish(prepared):
             values, eps, labels, small_values = prepared
-            latents = source.latents(send(values, device), None if eps is None else send(eps, device))
+            latents = source.latents(values, eps, device)
             told = {} if labels is None else {"y": send(labels, device)}
             if small is not None:
-                told["low_res"] = normalizer.normalise(small.latents(send(small_values, device)))
+                told["low_res"] = normalizer.normalise(small.latents(small_values, device=device))
             x0 = normalizer.normalise(latents)
             if together == 1:
                 return x0, told

@@ -42,7 +42,7 @@ def open_extractors(config, vae, data, given):
     if config.classifier_path:
         classifier, header = load_classifier(config.classifier_path, device)
         space = space_of(header, vae, device)
-        prepare = None if space.is_pixels else lambda images: space.encode(images.to(device))
+        prepare = None if space.is_pixels else space.encode
         judge = metrics.classifier_features(classifier, prepare)
     if config.inception_path:
         extract = metrics.inception_features(config.inception_path, device)
@@ -274,7 +274,7 @@ def load_with_data(config, given, model, process, data, latents, vae):
         if works_on_pixels(header) or data.data_dir:
             space = space_of(header, vae, device)
             pictures = open_folder(data, multiple=space.codec.factors)
-            source = EncodedPictures(pictures, space.codec, device, statistics={})
+            source = EncodedPictures(pictures, space.codec, statistics={})
         else:
             space = Space(None, LatentNormalizer.from_dict(header["normalizer"]))
             source = open_cache(latents.cache_dir, given)

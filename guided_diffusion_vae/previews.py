@@ -124,7 +124,7 @@ class ClassifierValidation:
             items = chosen[start:start + self.batch_size]
             # Every visit meets the same noise, so that the curve shows the classifier and not the draw.
             draws = Draws(self.seed, 0, range(start, start + len(items)), len(chosen))
-            x0 = self.normalizer.normalise(self.source.latents(self.source.read(items).to(self.device)))
+            x0 = self.normalizer.normalise(self.source.latents(self.source.read(items), device=self.device))
             labels = torch.from_numpy(self.labels[items]).to(self.device)
             measured.append(self.objective(self.model, x0, {"y": labels}, draws))
         terms = {name: torch.cat([terms[name] for terms, _ in measured]) for name in measured[0][0]}

@@ -54,7 +54,7 @@ def open_data(latents, vae, scale, data, given, seed, folder=None):
 def open_pixels(pictures):
     """Return (source, Space) of pictures that are x0 themselves, in [-1, 1]."""
     codec = PixelCodec(pictures.shape[0], dims=len(pictures.shape) - 1)
-    return EncodedPictures(pictures, codec, dist_util.dev()), Space(codec, LatentNormalizer([0], [1], "none"))
+    return EncodedPictures(pictures, codec), Space(codec, LatentNormalizer([0], [1], "none"))
 
 
 def open_latent_source(latents, vae, data, given, seed, folder=None):
@@ -75,7 +75,7 @@ def open_latent_source(latents, vae, data, given, seed, folder=None):
         return source, codec
     codec = create_vae(vae, device)
     pictures = open_pictures(data, given, codec)
-    encoded = functools.partial(EncodedPictures, pictures, codec, device, latents.stats_samples, seed)
+    encoded = functools.partial(EncodedPictures, pictures, codec, latents.stats_samples, seed)
     measured = begun_with(folder).get("statistics")
     if dist_util.rank() == 0 and measured is None:
         with progress_bar(None, 0, "measuring latents") as bar:
@@ -107,7 +107,7 @@ def open_held_out(path, space, data, given):
         raise FileNotFoundError(f"{path} holds pictures, and the autoencoder of the cache is not at hand to encode "
                                 "them; set --vae_path, or give a cache as --val_data_dir")
     pictures = open_pictures(dataclasses.replace(data, data_dir=path, random_flip=False), given, space.codec)
-    return EncodedPictures(pictures, space.codec, dist_util.dev(), statistics={})
+    return EncodedPictures(pictures, space.codec, statistics={})
 
 
 def open_pictures(data, given, codec):
@@ -135,7 +135,7 @@ def open_small(source, space, small_size, small_cache, given):
                                  "go with these; encode both with the same flags but for --image_size")
     elif isinstance(source, EncodedPictures):
         sides = parse_size(small_size)
-        small = EncodedPictures(ShrunkPictures(source.pictures, sides), space.codec, dist_util.dev(), statistics={})
+        small = EncodedPictures(ShrunkPictures(source.pictures, sides), space.codec, statistics={})
     else:
         raise ValueError(f"{source.folder} is a cache; give that of the small pictures as --small_cache_dir")
     if any(a >= b for a, b in zip(small.latent_shape[1:], source.latent_shape[1:])):

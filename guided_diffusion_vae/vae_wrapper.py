@@ -68,7 +68,7 @@ def sample_moments(moments, eps=None):
     [N x 2Z x ...], mean and log-variance -> [N x Z x ...].
     """
     mean, logvar = moments.chunk(2, dim=1)
-    return mean if eps is None else mean + torch.exp(0.5 * logvar) * eps.to(mean)
+    return mean if eps is None else mean + torch.exp(0.5 * logvar) * send(eps, mean.device).to(mean)
 
 
 class _Codec:
@@ -233,7 +233,7 @@ class VAEInterface(_Codec):
 
     def _encode_part(self, images):
         stream = self._streams(images.shape[2:])
-        x = to_image_range(images.to("cpu" if stream else self.device, torch.float32), self.image_range)
+        x = to_image_range(send(images, "cpu" if stream else self.device).float(), self.image_range)
         x = x.expand(-1, self.in_channels, *x.shape[2:])
         return torch.cat(self._streamer.moments(x) if stream else self._moments(x), dim=1).float()
 

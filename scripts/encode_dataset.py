@@ -27,10 +27,8 @@ def main():
     script_util.say(pictures.summary())
 
     with progress_bar(None, 0, "encoding") as bar:
-        cache = write_cache(
-            config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(), bar.advance_to,
-            dist_util.barrier, device=dist_util.dev(),
-        )
+        cache = write_cache(config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(),
+                            bar.advance_to, dist_util.barrier)
     spaces.say_source(cache)
 
 

@@ -83,7 +83,7 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
     if kind in ("cached", "encoded"):
         codec = VAEInterface(folder / "vae.pt", device="cpu")
         cached = LatentCache(folder / "cache")
-        source = cached if kind == "cached" else EncodedPictures(pictures_in(folder), codec, "cpu", COUNT)
+        source = cached if kind == "cached" else EncodedPictures(pictures_in(folder), codec, COUNT)
         normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
         diffusion = process()
         sampler = LossSecondMomentResampler(diffusion, history_per_term=2) if schedule == "loss" else None
@@ -103,7 +103,7 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
         channel_mult=(1, 1), pool="adaptive",
     )
-    source = EncodedPictures(pictures, PixelCodec(1), "cpu")
+    source = EncodedPictures(pictures, PixelCodec(1))
     data = LatentStream(source, LatentNormalizer([0], [1], "none"), plan(batch_size), SEED, "cpu", with_labels=True)
     return network, {"objective": ClassifierObjective(process(), UniformSampler(process())), "data": data}
 

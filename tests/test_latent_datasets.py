@@ -421,7 +421,7 @@ def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
 def test_all_sources_have_what_training_asks_of_them(cached, pictures, tmp_path):
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((1, 4, 4), np.float32))
-    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedPictures(pictures, HalvingCodec(), "cpu")
+    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedPictures(pictures, HalvingCodec())
     names = ("folder", "count", "latent_shape", "image_shape", "unpadded_shape", "labels", "class_names", "statistics",
              "scale_factor", "autoencoder", "draws_posterior", "random_flip", "random_crop", "read", "latents", "batch")
     for source in sources:
@@ -444,7 +444,7 @@ def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
 
 
 def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
-    cache, live = cached(), EncodedPictures(pictures, HalvingCodec(), "cpu", batch_size=4)
+    cache, live = cached(), EncodedPictures(pictures, HalvingCodec(), batch_size=4)
     eps = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for noise in (None, eps):
         (a, y), (b, z) = cache.batch([3, 0, 8], noise), live.batch([3, 0, 8], noise)
@@ -455,7 +455,7 @@ def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
 
 
 def test_statistics_come_from_a_sample_that_the_seed_fixes(pictures):
-    first, again, other = (EncodedPictures(pictures, HalvingCodec(), "cpu", stats_samples=4, seed=s) for s in (1, 1, 2))
+    first, again, other = (EncodedPictures(pictures, HalvingCodec(), stats_samples=4, seed=s) for s in (1, 1, 2))
     assert first.statistics == again.statistics != other.statistics
     known = EncodedPictures(pictures, HalvingCodec(fail_after=0), "cpu", statistics=first.statistics)
     assert known.statistics == first.statistics
@@ -471,7 +471,7 @@ def stream_of(source, rank=0, num_ranks=1, batch=4, **options):
 def test_ranks_and_restarts_see_the_bits_of_one_unbroken_run(cached, pictures, kind):
     if kind.startswith("live"):
         fields = {"crop": "random", "random_flip": True} if "crops" in kind else {}
-        source = EncodedPictures(PictureFolder(pictures.config, image_size="6", **fields), HalvingCodec(), "cpu")
+        source = EncodedPictures(PictureFolder(pictures.config, image_size="6", **fields), HalvingCodec())
     else:
         source = cached(random_flip=kind == "flips")
         assert kind != "resident" or source.on_device("cpu")

@@ -116,7 +116,7 @@ class OddOnes(torch.nn.Module):
 def validation(pictures, count, noised, batch_size=2):
     diffusion = script_util.create_gaussian_diffusion(steps=40)
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
-    source = EncodedPictures(pictures, PixelCodec(1), CPU)
+    source = EncodedPictures(pictures, PixelCodec(1))
     model = OddOnes()
     return model, ClassifierValidation(model, objective, source, LatentNormalizer([0], [1], "none"), ["b", "a"], count,
                                        batch_size, 5, 0, CPU)

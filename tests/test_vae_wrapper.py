@@ -1,8 +1,10 @@
+import contextlib
 import dataclasses
 import json
 
 import pytest
 import torch
+from launches import Launches
 
 from guided_diffusion_vae import checkpoint_util, vae_wrapper
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
@@ -68,6 +70,17 @@ def test_moments_are_those_of_the_scaled_latent(own):
     torch.testing.assert_close(sample_moments(moments, eps), expected)
     torch.testing.assert_close(codec.encode_batch(x, eps), expected)
     assert sample_moments(moments).equal(moments[:, :3])
+
+
+def test_pictures_are_checked_on_the_host_and_sent_without_waiting(own, monkeypatch):
+    """The meta device stands for a GPU: copies to it are seen, and nothing can be read there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    codec, x = VAEInterface(str(own[0]), device="meta"), pictures(3, 1, 8, 8)
+    with Launches() as launches:
+        latents = codec.encode_batch(x, torch.zeros(3, 3, 4, 4))
+    assert latents.device.type == "meta" and launches.waiting_copies == 0
+    with pytest.raises(ValueError, match="values from 0 to 2"):
+        codec.encode_batch(2 * x.round())
 
 
 @pytest.mark.parametrize("mode", ["auto", "channel", "none", 0.18215])
