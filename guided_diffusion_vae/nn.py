@@ -20,9 +20,9 @@ NORM_GROUPS = 32
 class Conv3d(nn.Conv3d):
     """nn.Conv3d whose gradients are right on grids that are flatter than the kernel, too.
 
-    Where the kernel finds no place along the first axis that is free of padding, oneDNN (PyTorch 2.13, CPU, half
-    precision) leaves gradients of weights as they were in memory, and writes beyond it. With zeros written out it has
-    no padding to do.
+    Where the kernel finds no place along an axis that is free of padding, oneDNN (PyTorch 2.13, CPU, half precision)
+    leaves gradients of weights as they were in memory, and writes beyond it. With zeros written out it has no padding
+    to do.
     """
 
     def forward(self, x):
@@ -32,7 +32,8 @@ class Conv3d(nn.Conv3d):
 
     def too_flat(self, x):
         """Say whether the convolution of x [N x C x D x H x W] needs its padding written out."""
-        if x.device.type != "cpu" or x.shape[2] >= self.kernel_size[0] or not any(self.padding):
+        flat = any(n < kernel for n, kernel in zip(x.shape[2:], self.kernel_size))
+        if x.device.type != "cpu" or not flat or not any(self.padding):
             return False
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return dtype in (torch.bfloat16, torch.float16)
@@ -152,12 +153,15 @@ def conv_of_repeated(conv, x, factors):
     A repeated element meets sums of the kernel's taps, so the whole is a transposed convolution of stride s with s + 2
     taps an axis: for s = 2 in 2D (3D) 4 (8) multiplications an output in place of 9 (27). Of what an element becomes
     along an axis the first and the last see its neighbours, all between them are alike: no more than 3 are computed.
+    Grids that are too flat for `Conv3d` are too flat for a transposed convolution, and are enlarged after all.
 
     :param conv: a convolution of 3 taps, stride 1 and padding 1 along every axis.
     """
     factors = per_axis(factors, x.dim() - 2)
     if set(factors) == {1}:
         return conv(x)
+    if isinstance(conv, Conv3d) and conv.too_flat(x):
+        return conv(upsample_nearest(x, factors))
     strides = [min(factor, 3) for factor in factors]
     axes = tuple(range(2, x.dim()))
     taps = F.pad(conv.weight.flip(axes), [n for stride in reversed(strides) for n in (stride - 1, stride - 1)])
@@ -190,11 +194,14 @@ def _layer(name, dims):
 
 
 def send(tensor, device):
-    """Copy a tensor to a device without waiting for what that is doing (from pinned memory, as CUDA wants it)."""
+    """Copy a tensor to a device without waiting for what that is doing (from pinned memory, as CUDA wants it).
+
+    To the host it is waited for: whoever reads there would not know that the numbers are still on their way.
+    """
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 # Activations and norms.

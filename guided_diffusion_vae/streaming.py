@@ -6,6 +6,8 @@ beyond the slab as they need, norms take statistics that were gathered over all 
 the host's memory, slabs on the device. What comes out is the result without slabs, but for rounding.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,15 +65,15 @@ class Streamer:
         if isinstance(block, Attention):
             return block(x.to(self.device)).to(x.device)    # its grid is the smallest, and every place sees all others
         if isinstance(block, (Upsample, UpsampledConv, ShuffledConv, ChannelToSpace)):
-            return self._local(block, x, up=_factor_of(block, self.axis))
+            return self._local(block, x, up=_factor_of(block, self.axis), kernel=_kernel_of(block, self.axis))
         if isinstance(block, (Conv, Downsample, SpaceToChannel)):
-            return self._local(block, x, down=_stride_of(block, self.axis))
+            return self._local(block, x, down=_stride_of(block, self.axis), kernel=_kernel_of(block, self.axis))
         raise TypeError(f"streaming does not know how far a {type(block).__name__} sees")
 
-    def _local(self, function, x, down=1, up=1):
-        """Apply a function that sees a row and its neighbours; `down` input rows become one, or one becomes `up`."""
+    def _local(self, function, x, down=1, up=1, kernel=3):
+        """Apply a function that sees as far as a kernel; `down` input rows become one, or one becomes `up`."""
         rows = max(int(self.rows / self.scale) // down, 1) * down
-        halo = 2 * down     # at least as far as any of the layers sees, and whole strides
+        halo = max(2, math.ceil((kernel - 1) / (down * up))) * down     # whole strides
         length, result = x.shape[self.axis], None
         for start in range(0, length, rows):
             stop = min(start + rows, length)
@@ -126,6 +128,10 @@ def _stride_of(block, axis):
         return block.factors[axis - 2]
     conv = block.conv.conv if isinstance(block, Downsample) else block.conv
     return conv.stride[axis - 2]
+
+
+def _kernel_of(block, axis):
+    return max((layer.kernel_size[axis - 2] for layer in block.modules() if hasattr(layer, "kernel_size")), default=1)
 
 
 def _factor_of(block, axis):

@@ -98,7 +98,8 @@ def test_a_convolution_of_what_is_repeated_takes_weights_in_half_precision(grid,
     assert found.dtype == dtype and (found - expected).norm() < 2e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8))])
+@pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8)),
+                                           ((2, 8, 8), (1, 2, 2)), ((2, 8, 8), (1, 3, 3)), ((4, 1, 4), (2, 2, 2))])
 @pytest.mark.parametrize("amp", [False, True])
 def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors, amp):
     """With the gradients, on flat grids in half precision, too, which oneDNN gets wrong elsewhere."""

@@ -23,6 +23,8 @@ def network_of(**flags):
      "final_upsample": "shuffle"},
     {"spatial_dims": 2, "use_convtranspose": True, "downsample_factors": (3, (2, 4))},
     {"spatial_dims": 2, "downsample_kernel_size": 3, "downsample_factors": (4, 5)},
+    {"spatial_dims": 2, "downsample_kernel_size": 7, "downsample_factors": ((1, 2), (2, 1)), "use_convtranspose": True},
+    {"spatial_dims": 2, "downsample_kernel_size": 11, "initial_downsample_factor": 2, "downsample_factors": (2, 2)},
     {"spatial_dims": 2, "initial_downsample_factor": 8, "downsample_factors": (1, 1), "space_to_channel": True},
 ])
 @pytest.mark.parametrize("longest", [0, -1])
