@@ -268,10 +268,7 @@ class PictureFolder:
             self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         decode = map if self._stack is not None else self._pool.map
         pictures = np.stack(list(decode(self.read, (int(i) for i in indices), rngs)))
-        if flips is not None and any(flips):
-            mirrored = np.asarray(flips, bool)
-            pictures[mirrored] = pictures[mirrored][..., ::-1]
-        return torch.from_numpy(pictures)
+        return torch.from_numpy(mirrored(pictures, flips, self.width))
 
     @property
     def preprocessing(self):
@@ -559,6 +556,19 @@ class naming:
             raise ValueError(f"{self.path}: cannot be read ({reason}); mend it or take it out of the folder") from error
 
 
+def mirrored(pictures, flips, width):
+    """Mirror those of `flips` (bools, or None) along the last axis, in place.  [n x C x ... x W] -> same.
+
+    What is padded beyond `width` stays on its side and repeats the new edge.
+    """
+    if flips is not None and any(flips):
+        chosen = np.asarray(flips, bool)
+        seen = pictures[chosen][..., :width][..., ::-1]
+        pictures[chosen, ..., :width] = seen
+        pictures[chosen, ..., width:] = seen[..., -1:]
+    return pictures
+
+
 def to_unit(values, where, value_range=None, dynamic_range_db=0.0, reference_db=None, clip=False):
     """Return values as float32 in [0, 1]; see `read_array`. With `clip` values outside the range become 0 or 1."""
     if values.dtype.kind in "fc" and not np.isfinite(values).all():
@@ -584,9 +594,10 @@ def _decibels_to_unit(values, where, dynamic_range_db, reference_db):
         raise ValueError(f"{where}: complex values need --dynamic_range_db above 0 (found {dynamic_range_db})")
     magnitude = np.abs(values).astype(np.float64)
     peak = magnitude.max()
-    if peak == 0:
-        raise ValueError(f"{where}: all values are 0, which has no level in dB; take it out of the folder")
-    peak_db = 20 * math.log10(peak)
+    if peak == 0 and reference_db is None:
+        raise ValueError(f"{where}: all values are 0, which has no level in dB; take it out of the folder, or say with "
+                         "--reference_db which level becomes 1")
+    peak_db = 20 * math.log10(peak) if peak else -math.inf
     if reference_db is None:
         reference_db = peak_db
     elif peak_db > reference_db:

@@ -685,8 +685,10 @@ class ShrunkPictures:
         return len(self.pictures)
 
     def batch(self, indices, flips=None, rngs=None):
-        """Return pictures as float32 [n x C x *sides] in [0, 1]."""
-        return F.interpolate(self.pictures.batch(indices, flips, rngs), size=self.sides, mode="area")
+        """Return pictures as float32 [n x C x *sides] in [0, 1]; what the large ones are padded with is left away."""
+        large = self.pictures.batch(indices, flips, rngs)
+        seen = tuple(slice(n) for n in self.pictures.unpadded_shape[1:])
+        return F.interpolate(large[(..., *seen)], size=self.sides, mode="area")
 
 
 class LatentStream(BatchStream):

@@ -6,6 +6,7 @@ are there, they become one .npz file.
 
 import json
 import math
+import re
 import shutil
 import zipfile
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from .volume_datasets import write_nifti
 FAINTEST = 1e-6
 START, CONDITION = 5, 8  # second number of the keys of sampling noise, apart from those of training
 SHEET, SHEET_ROWS = 64, 16  # pictures on a contact sheet without classes, classes on one with them
-OURS = ".sampling"  # stands in folders that sampling has made, and may make anew
+MAKING, OURS = "making.json", ".sampling"  # stand in folders that sampling has made, and may make anew
 
 
 @dataclass
@@ -137,8 +138,8 @@ class SmallPictures:
     def condition(self, indices, device):
         """Return what the network is told of the samples `indices`: {low_res [n x C x ...], low_res_times [n]}."""
         rows = [i % len(self.images) for i in indices]
-        images = torch.from_numpy(self.images[rows].astype(np.float32) / 255).to(device)
-        low_res = self.normalizer.normalise(self.codec.encode_batch(images))
+        images = self.codec.fitted(torch.from_numpy(self.images[rows].astype(np.float32) / 255))
+        low_res = self.normalizer.normalise(self.codec.encode_batch(images).to(device))
         if not self.noise_level:
             return {"low_res": low_res}
         noise = keyed_randn(low_res.shape[1:], [(self.seed, CONDITION, i) for i in indices]).to(device)
@@ -247,7 +248,7 @@ def draw(sampler, classes, config, folder, device):
         if config.png:  # before the shard, whose presence says that all of the batch is written
             labels = sampler.labels(indices, classes)
             for row, i in enumerate(indices):
-                prefix = "" if labels is None else f"{name_of(labels[row])}_"
+                prefix = "" if labels is None else f"{_in_a_file_name(name_of(labels[row]))}_"
                 _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing)
         with atomic_path(_shard_path(shards, indices)) as part, open(part, "wb") as stream:
             np.save(stream, np.moveaxis(images, 1, -1))
@@ -260,10 +261,20 @@ def draw(sampler, classes, config, folder, device):
         labels = sampler.labels(range(config.num_samples), classes)
         whole = (np.load(_shard_path(shards, b), mmap_mode="r", allow_pickle=False) for b in batches)
         write_npz(path, shape, whole, labels, sampler.class_names)
+        _forget_beyond(config.num_samples, folder)
         _write_sheet(folder / "contact_sheet.png", path, labels, classes, name_of)
         shutil.rmtree(shards)
     dist_util.barrier()
     return path
+
+
+def _forget_beyond(count, folder):
+    """Remove single files of samples that an interrupted sampling of more than `count` has left."""
+    for ours in (folder / name for name in ("png", "volumes") if (folder / name / OURS).exists()):
+        for path in ours.iterdir():
+            found = re.search(r"(\d+)\.(png|nii\.gz|npy)$", path.name)
+            if found and int(found[1]) >= count:
+                path.unlink()
 
 
 def _write_one(folder, stem, image, spacing):
@@ -295,7 +306,7 @@ def _agree_on(shards, png, sampler, classes, config):
         making = {**sampler.made_from, "seed": sampler.seed, "sampler": sampler.solver, "classes": classes,
                   "steps": [int(t) for t in sampler.diffusion.timestep_map], "clip_denoised": sampler.clip_denoised,
                   "batch_size": config.batch_size, "image_shape": list(sampler.image_shape), "png": config.png}
-        record = shards / "making.json"
+        record = shards / MAKING
         try:
             found = json.loads(record.read_text())
         except (OSError, ValueError):   # none, or one that a kill cut short before any shard was written
@@ -314,10 +325,11 @@ def _begin_folders(shards, pictures, count):
 
     :raises FileExistsError: where one of these holds what no sampling has written; nothing is removed then.
     """
-    for folder in pictures[:count]:
-        if folder.exists() and not (folder / OURS).exists() and any(folder.iterdir()):
+    for folder, mark in ((shards, MAKING), *((folder, OURS) for folder in pictures[:count])):
+        if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
+            instead = "" if folder == shards else ", or --png False"
             raise FileExistsError(f"{folder} is there and not from a sampling, and samples would be written into it; "
-                                  "give another --logdir, or --png False")
+                                  f"give another --logdir{instead}")
     for older in (shards, *(folder for folder in pictures if (folder / OURS).exists())):
         shutil.rmtree(older, ignore_errors=True)
     for folder in pictures[:count]:
@@ -331,6 +343,11 @@ def _shard_path(shards, indices):
 
 def _namer(sampler):
     return lambda label: sampler.class_names[label] if sampler.class_names else str(label)
+
+
+def _in_a_file_name(name):
+    """Return a class's name as a file's can begin: the class ends at the first _, and nothing leads to a folder."""
+    return re.sub(r'[\\/_:*?"<>|\x00-\x1f]', "-", name).lstrip(".")
 
 
 def _write_sheet(path, npz, labels, classes, name_of):

@@ -36,7 +36,7 @@ class Space:
 
     def encode(self, images):
         """Return x0 of pictures in [0, 1].  [N x C x ...] -> [N x Z x ...]."""
-        return self.normalizer.normalise(self.codec.encode_batch(images))
+        return self.normalizer.normalise(self.codec.encode_batch(self.codec.fitted(images)))
 
 
 def open_data(latents, vae, scale, data, given, seed, folder=None):
@@ -70,8 +70,9 @@ def open_latent_source(latents, vae, data, given, seed, folder=None):
     if latents.cache_dir:
         source = open_cache(latents.cache_dir, given)
         codec = codec_of(source.autoencoder, vae, device, required=False)
-        if codec is None:
-            say("the cache's autoencoder is not at hand (--vae_path), so there are no previews")
+        if dist_util.any_rank(codec is None):   # a disk that not all nodes share: previews are drawn by all or none
+            say("the cache's autoencoder is not at hand on all ranks (--vae_path), so there are no previews")
+            codec = None
         return source, codec
     codec = create_vae(vae, device)
     pictures = open_pictures(data, given, codec)

@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from . import checkpoint_util
 from .autoencoder import (
@@ -95,6 +96,16 @@ class _Codec:
                 f"{' or '.join(map(str, self._channels_taken()))}; set --image_channels, or choose another {FLAG}"
             )
         return (self.latent_channels, *latent_grid(spatial, self.factors))
+
+    def fitted(self, images):
+        """Return pictures padded at their far edges to sizes that the factors divide, where the autoencoder had such.
+
+        [N x C x ...] -> same or larger. What was trained with --pad True meets pictures of their own size here.
+        """
+        beyond = [-n % factor for n, factor in zip(images.shape[2:], self.factors)]
+        if not any(beyond) or not self.preprocessing.get("pad"):
+            return images
+        return F.pad(images, [n for after in reversed(beyond) for n in (0, after)], mode="replicate")
 
     def describe(self):
         """Return what a cache or a run records of the codec; the path is a hint, the SHA-256 names the function."""

@@ -8,14 +8,15 @@ import collections
 import dataclasses
 import io
 import math
+import threading
 
 import numpy as np
 import torch
 
 from .files import bf
 from .image_datasets import (
-    DataConfig, PictureFolder, classes_of, digest_of, ending_of, names_below, naming, open_archive, parse_range,
-    require_data_dir, stamp_of, to_unit, walk_files,
+    DataConfig, PictureFolder, classes_of, digest_of, ending_of, mirrored, names_below, naming, open_archive,
+    parse_range, require_data_dir, stamp_of, to_unit, walk_files,
 )
 from .nn import keyed_rng
 
@@ -123,10 +124,7 @@ class VolumeFolder:
         """Return items as float32 [n x C x D x H x W] in [0, 1], those of `flips` mirrored along the last axis."""
         rngs = rngs if rngs is not None else [None] * len(indices)
         volumes = np.stack([self.read(int(i), rng) for i, rng in zip(indices, rngs)])
-        if flips is not None and any(flips):
-            mirrored = np.asarray(flips, bool)
-            volumes[mirrored] = volumes[mirrored][..., ::-1]
-        return torch.from_numpy(volumes)
+        return torch.from_numpy(mirrored(volumes, flips, self.unpadded_shape[-1]))
 
     def describe(self):
         """Return what was read and how, as a plain dictionary (the preprocessing entry of a latent cache)."""
@@ -260,19 +258,21 @@ def _nifti(path):
 
 
 _recent = collections.OrderedDict()     # (path, stamp) -> values of NIfTI files, the least recently used first
+_one_reader = threading.Lock()          # training data are read on a thread of their own, held-out data on another
 
 
 def _unpacked(path, stamp):
     """Return a NIfTI file's values, channels first; recent ones are kept, as patches come from the same files again."""
     key = str(path), stamp
-    if key not in _recent:
-        image = _nifti(path)
-        values = np.asarray(image.dataobj).astype(_scaled_dtype(image), copy=False)
-        _recent[key] = values if values.ndim == 3 else np.moveaxis(values, -1, 0)
-        while len(_recent) > 1 and sum(kept.nbytes for kept in _recent.values()) > RECENT_BYTES:
-            _recent.popitem(last=False)
-    _recent.move_to_end(key)
-    return _recent[key]
+    with _one_reader:
+        if key not in _recent:
+            image = _nifti(path)
+            values = np.asarray(image.dataobj).astype(_scaled_dtype(image), copy=False)
+            _recent[key] = values if values.ndim == 3 else np.moveaxis(values, -1, 0)
+            while len(_recent) > 1 and sum(kept.nbytes for kept in _recent.values()) > RECENT_BYTES:
+                _recent.popitem(last=False)
+        _recent.move_to_end(key)
+        return _recent[key]
 
 
 def write_nifti(path, volume, spacing=(1.0, 1.0, 1.0)):

@@ -151,6 +151,8 @@ def test_a_fixed_reference_keeps_levels_comparable_and_refuses_what_is_above(tmp
     assert np.allclose(data.read_array(path, dynamic_range_db=40, reference_db=20), [[[0.5, 0]]])
     with pytest.raises(ValueError, match=r"a.npy: its maximum, 0.00 dB, is above --reference_db -3"):
         data.read_array(path, dynamic_range_db=40, reference_db=-3)
+    silent = save(tmp_path, "b.npy", np.zeros((1, 2), np.complex64))
+    assert not data.read_array(silent, dynamic_range_db=40, reference_db=20).any()
 
 
 def test_complex_files_need_a_dynamic_range_and_some_signal(tmp_path):
@@ -265,6 +267,14 @@ def test_padding_reaches_the_next_multiple_and_is_undone(tmp_path):
     expected = folder_of(tmp_path, image_size="9x10").batch([0])
     assert torch.equal(data.unpad(images, folder.unpadded_shape), expected)
     assert folder_of(tmp_path, image_size="9x10", multiple=4).shape == (1, 9, 10)
+
+
+def test_what_is_padded_stays_on_its_side_where_a_picture_is_mirrored(tmp_path):
+    save(tmp_path, "a.png", ramp(8, 10))
+    folder = folder_of(tmp_path, image_size="8x10", pad=True, multiple=(4, 8))
+    plain, flipped = (folder.batch([0], [flip]) for flip in (False, True))
+    assert torch.equal(flipped[..., :10], plain[..., :10].flip(-1))
+    assert torch.equal(flipped[..., 10:], plain[..., :1].expand(1, 1, 8, 6))
 
 
 @pytest.mark.parametrize("text, size", [(64, (64, 64)), ("64", (64, 64)), ("64x128", (64, 128)), ("9X10", (9, 10)),

@@ -11,8 +11,8 @@ from PIL import Image
 from guided_diffusion_vae import latent_datasets
 from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder
 from guided_diffusion_vae.latent_datasets import (
-    EncodedPictures, LatentCache, LatentCacheConfig, LatentFolder, LatentStream, open_latents, require_same_autoencoder,
-    write_cache,
+    EncodedPictures, LatentCache, LatentCacheConfig, LatentFolder, LatentStream, ShrunkPictures, open_latents,
+    require_same_autoencoder, write_cache,
 )
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, sample_moments
@@ -510,6 +510,12 @@ def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
         x0, told = next(stream)
     stream.close()
     assert x0.device.type == told["y"].device.type == "meta" and launches.synchronisations == 0
+
+
+def test_small_pictures_are_made_of_what_is_not_padding(pictures):
+    padded = PictureFolder(pictures.config, image_size=6, pad=True, multiple=4)
+    small = ShrunkPictures(padded, (3, 3)).batch([0])
+    assert padded.shape == (1, 8, 8) and torch.equal(small, F.avg_pool2d(padded.batch([0])[..., :6, :6], 2))
 
 
 def test_x0_has_a_standard_deviation_of_one(cached):

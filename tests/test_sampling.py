@@ -203,6 +203,27 @@ def test_pictures_of_others_are_never_removed(sampler, tmp_path):
     assert mine.read_bytes() == b"precious"
 
 
+def test_a_folder_that_only_has_the_name_of_ours_is_left_alone(sampler, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "mine").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="shards is there and not from a sampling.*; give another --logdir$"):
+        drawn(sampler, tmp_path, num_samples=2)
+    assert (tmp_path / "shards" / "mine").read_bytes() == b"precious"
+
+
+def test_fewer_samples_leave_no_pictures_of_more(sampler, tmp_path):
+    interrupted(sampler, tmp_path, 2, **FIVE)
+    drawn(sampler, tmp_path, num_samples=3, batch_size=2)
+    assert sorted(path.name[-10:-4] for path in (tmp_path / "png").glob("*.png")) == ["000000", "000001", "000002"]
+
+
+def test_names_of_classes_lead_to_no_other_folder_and_are_read_back_whole(sampler, tmp_path):
+    named = dataclasses.replace(sampler, class_names=["../../evil/a", "tap_in", "plain"])
+    drawn(named, tmp_path / "run", num_samples=3)
+    assert {path.name.split("_")[0] for path in (tmp_path / "run/png").glob("*.png")} == {"-..-evil-a", "tap-in", "plain"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("classes, count", [(None, 1), ((1, 2), 1)])
 def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classes, count):
     plain = dataclasses.replace(sampler, model=lambda x, t, y=None: 0 * x, num_classes=3 if classes else 0)
@@ -236,6 +257,16 @@ def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
     spread = float(np.sqrt(1 - process.alphas_cumprod[2]))
     assert both["low_res"].std() == pytest.approx(spread, rel=0.2)
     assert (both["low_res"][0] - both["low_res"][1]).abs().max() > 0.1
+
+
+def test_small_pictures_are_padded_as_those_of_the_training_were():
+    codec = PixelCodec(1)
+    codec.factors, codec.preprocessing = (2, 2), {"pad": True}
+    images = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
+    process = script_util.create_process(**vars(PROCESS))
+    small = SmallPictures(images, None, codec, LatentNormalizer([0], [1], "none"), process)
+    told = small.condition([0], CPU)["low_res"]
+    assert told.shape == (1, 1, 4, 4) and torch.equal(told[..., 3, :3], told[..., 2, :3])
 
 
 def test_decode_undoes_the_normalisation_and_the_padding(sampler):

@@ -68,6 +68,11 @@ def test_a_cache_finds_its_autoencoder_where_it_was(cache):
     assert isinstance(source, LatentCache) and codec.fingerprint == cache.autoencoder["sha256"]
 
 
+def test_an_autoencoder_that_one_rank_lacks_is_used_by_none(cache, monkeypatch):
+    monkeypatch.setattr(spaces.dist_util, "any_rank", lambda flag: True)
+    assert open_cache(cache)[1] is None
+
+
 def test_a_cache_finds_its_autoencoder_where_it_is_said_to_be_now(cache, tmp_path):
     (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
     assert open_cache(cache)[1] is None
