@@ -167,6 +167,21 @@ class TensorBoardOutputFormat(KVWriter):
         self._events.close()
 
 
+class _AtFirstRow(KVWriter):
+    """Open a file of curves that is there when a row is to be written: a command refused before leaves it as it is."""
+
+    def __init__(self, open):
+        self._open, self._writer = open, None
+
+    def writekvs(self, kvs):
+        self._writer = self._writer or self._open()
+        self._writer.writekvs(kvs)
+
+    def close(self):
+        if self._writer:
+            self._writer.close()
+
+
 FORMATS = {
     "stdout": lambda folder, suffix, resume_step: HumanOutputFormat(sys.stdout),
     "log": lambda folder, suffix, resume_step: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
@@ -452,7 +467,11 @@ def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     if number:
         log_suffix += f"-rank{number:03d}"
     os.makedirs(dir, exist_ok=True)
-    outputs = [make_output_format(name, dir, log_suffix, resume_step) for name in format_strs if name]
+    outputs = []
+    for name in filter(None, format_strs):
+        make = functools.partial(make_output_format, name, dir, log_suffix, resume_step)
+        there = name in ("csv", "json") and os.path.exists(os.path.join(dir, f"progress{log_suffix}.{name}"))
+        outputs.append(_AtFirstRow(make) if there else make())
     return Logger(dir, outputs, comm)
 
 
@@ -489,9 +508,9 @@ def reset():
 
 
 @contextlib.contextmanager
-def scoped_configure(dir=None, format_strs=None, comm=None):
-    """Log into another folder inside the block."""
-    outer, Logger.CURRENT = Logger.CURRENT, _build(dir, format_strs, comm)
+def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
+    """Log into another folder inside the block; the arguments are those of `configure`."""
+    outer, Logger.CURRENT = Logger.CURRENT, _build(dir, format_strs, comm, resume_step=resume_step)
     try:
         yield
     finally:

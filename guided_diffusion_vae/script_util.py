@@ -130,7 +130,7 @@ def read_yaml(path, classes):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; check --config")
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.load(Path(path).read_text(), _once_each(yaml)) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -144,15 +144,32 @@ def read_yaml(path, classes):
         known = sections.get(section, set())
         for key, value in entries.items():
             nested = f"{section}.{key}" if section else key
-            if isinstance(value, dict) and nested in sections:
-                take(nested, value)
+            if nested in sections and (value is None or isinstance(value, dict)):
+                take(nested, value or {})
             elif key not in known | here:
                 raise ValueError(f"{path} has an unknown key {nested!r}{_nearest(key, known | here | set(sections))}")
             elif key in here:
-                values[key] = _from_yaml(mine[key], value, path)
+                read = _from_yaml(mine[key], value, path)
+                if values.setdefault(key, read) != read:
+                    raise ValueError(f"{path} sets {key} to {values[key]} and, as {nested}, to {read}; keep one")
 
     take("", content)
     return values
+
+
+def _once_each(yaml):
+    """Return a loader that refuses a key that stands twice in one place, of which YAML would take the last."""
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for i, key in enumerate(keys):
+                if key in keys[:i]:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice",
+                                                            node.value[i][0].start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _all_sections():

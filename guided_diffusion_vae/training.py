@@ -20,7 +20,7 @@ from .script_util import RunConfig, create_model_and_diffusion_vae, create_proce
 from .spaces import Space, open_held_out, open_pixels, say_source, space_header
 from .memory import AutoencoderPlan, DiffusionPlan, advice, estimate_training
 from .objectives import Adversary, AutoencoderObjective, ClassifierObjective, DiffusionObjective
-from .train_util import TrainLoop, seed_weights, settled
+from .train_util import TrainLoop, find_checkpoint, seed_weights, settled
 from .vae_wrapper import LatentNormalizer
 from .volume_datasets import open_folder
 
@@ -193,6 +193,9 @@ def sets_to_train_on(config, data, flags, process):
             continue
         pictures = evaluation.open_pictures(path, data, f"--{flag}")
         if isinstance(pictures, evaluation.SampleFile):
+            if pictures.shape is None:
+                raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds statistics, no pictures to "
+                                 f"train on; give pictures as --{flag}, or leave --tstr_iterations away")
             if len(pictures.shape) == 4:
                 raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds volumes; give the folder "
                                  "volumes/ beside it")
@@ -223,7 +226,8 @@ def train_on_samples(config, sets, given, data, flags, process, train, folder):
         made_from = digest_of([pictures.fingerprint, *map(repr, (once, flags, process, dist_util.world_size()))])
         place = Path(folder) / f"trained_on_{name}_{made_from[:8]}"
         source, space = open_pixels(pictures)
-        with logger.scoped_configure(str(place), ["log", "csv"]):
+        found, _ = find_checkpoint(place)
+        with logger.scoped_configure(str(place), ["log", "csv"], resume_step=found and found["step"]):
             train_classifier(RunConfig(str(place)), place, (), given, source, space, data, flags, process, once)
         model, header = load_classifier(str(place), dist_util.dev())
         extract = metrics.classifier_features(model)

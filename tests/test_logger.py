@@ -151,6 +151,18 @@ def test_resuming_keeps_the_log(tmp_path):
     assert Path("run/log.txt").read_text().count("Logging to run") == 2
 
 
+@pytest.mark.parametrize("resume_step", [None, 1])
+def test_a_command_that_writes_no_row_leaves_the_curves_of_before(resume_step):
+    for step in (1, 2):
+        logger.configure("run", ["csv", "json"], resume_step=step - 1 or None)
+        logger.logkv("step", step)
+        logger.dumpkvs()
+    before = [Path(f"run/progress.{kind}").read_text() for kind in ("csv", "json")]
+    logger.configure("run", ["csv", "json"], resume_step=resume_step)
+    logger.reset()
+    assert [Path(f"run/progress.{kind}").read_text() for kind in ("csv", "json")] == before
+
+
 def test_environment_names_folder_and_formats(monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", "from_env")
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "json")

@@ -123,6 +123,20 @@ def test_sizes_that_contradict_each_other_are_refused(yaml_file, text, flags, ma
         script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *flags])
 
 
+@pytest.mark.parametrize("text, match", [
+    ("data: {image_size: 32}\ndata: {pad: true}", "the key data stands twice"),
+    ("lr: 1.0e-3\nautoencoder.training: {lr: 2.0e-3}", "sets lr to 0.001 and, as autoencoder.training.lr, to 0.002"),
+])
+def test_files_that_contradict_themselves_are_refused(yaml_file, text, match):
+    with pytest.raises(ValueError, match=match):
+        script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text)])
+
+
+def test_a_section_may_be_empty(yaml_file):
+    data = script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file("data:\nautoencoder.training:\n")])[0]
+    assert data.image_size == 64
+
+
 def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
     argv = ["--config", yaml_file(PIPELINE)]
     data, autoencoder, loss, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)
