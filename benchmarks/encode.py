@@ -26,8 +26,8 @@ NETWORK = AutoencoderConfig(in_channels=3, num_channels=(128, 256, 512), num_res
 class EncodeConfig:
     SECTION = "benchmark"
 
-    vae_path: str = opt("", "autoencoder to measure, as in the other scripts; empty: one of random weights, with channels "
-                            "128, 256, 512 and two blocks a level")
+    vae_path: str = opt("", "autoencoder to measure, as in the other scripts; empty: one of random weights, with "
+                            "channels 128, 256, 512 and two blocks a level")
     bench_image_size: int = opt(64, "pictures are size x size")
     bench_batch_size: int = opt(16, "pictures at a time")
 

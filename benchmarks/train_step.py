@@ -67,7 +67,8 @@ def main():
 
     with common.silent():
         def own(recompute_norms=False, **options):
-            return own_side(shape, {**flags, "recompute_norms": recompute_norms}, weights, len(batch), device, **options)
+            changed = {**flags, "recompute_norms": recompute_norms}
+            return own_side(shape, changed, weights, len(batch), device, **options)
 
         sides = references(against.reference, shape, flags, model, len(batch), device)
         half = {"mixed_precision": True}
@@ -192,7 +193,7 @@ def compared_gradients(sides, batch, device):
         losses[name], gradients[name] = loss.item(), [p.grad for p in side.model.parameters()]
         side.model.zero_grad(set_to_none=True)
     print("; ".join(f"{name}: loss {loss:.6f}" for name, loss in losses.items()) + "\n", flush=True)
-    wanted = copy.deepcopy(sides["float32"].model)  # with its gradients for weights, which every side lists in its order
+    wanted = copy.deepcopy(sides["float32"].model)  # with its gradients for weights, which each side lists in its order
     with torch.no_grad():
         for p, gradient in zip(wanted.parameters(), gradients["float32"]):
             p.copy_(gradient)

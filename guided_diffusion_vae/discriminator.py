@@ -86,11 +86,12 @@ def generator_losses(kind, fake):
     return mean_flat(-fake) if kind == "hinge" else 0.5 * mean_flat((fake - 1) ** 2)
 
 
-def adaptive_weight(reconstruction, adversarial, last_layer):
+def adaptive_weight(reconstruction, adversarial, last_layer, scale=1.0):
     """Return the factor that makes the gradients of two losses at a weight equally large (VQGAN, equation 7).
 
-    Both losses are scalars; no gradient flows through the factor.
+    Both losses are scalars; no gradient flows through the factor. The loss `scale` keeps gradients in float16 from
+    vanishing: that of a mean over a large volume would be 0.
     """
-    large, small = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+    large, small = (torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0].float().norm() / scale
                     for loss in (reconstruction, adversarial))
     return (large / (small + 1e-4)).clamp(0, 1e4).detach()

@@ -179,9 +179,14 @@ class MixedPrecisionTrainer:
         """Drop the model's gradients."""
         zero_grad(self.model_params)
 
+    @property
+    def loss_scale(self):
+        """What the loss is multiplied by before its gradient is taken."""
+        return 2 ** self.lg_loss_scale if self.scale_loss else 1.0
+
     def backward(self, loss):
         """Add the gradients of a scalar loss, times the loss scale in half precision, to those of the model."""
-        (loss * 2 ** self.lg_loss_scale if self.scale_loss else loss).backward()
+        (loss * self.loss_scale if self.scale_loss else loss).backward()
 
     def optimize(self, opt):
         """Step the optimiser; return False where half-precision gradients overflowed and the step was left out.
@@ -225,10 +230,15 @@ class MixedPrecisionTrainer:
         So a run changes its precision when it goes on, and files of guided-diffusion's half-precision runs are read.
         Settings (learning rate and such) stay as they are in `opt`.
 
-        :raises ValueError: where the file is of an optimizer over other tensors.
+        :raises ValueError: where the file is of an optimizer over other tensors, or of another kind.
         """
-        if not all("exp_avg" in entries for entries in content["state"].values()):
-            return opt.load_state_dict(content)  # of an optimizer with moments of its own, such as the 8-bit one
+        of_adamw = all("exp_avg" in entries for entries in content["state"].values())
+        if content["state"] and of_adamw != isinstance(opt, torch.optim.AdamW):
+            kind = "adamw" if of_adamw else "adamw8bit"
+            raise ValueError(f"the optimizer file holds moments of {kind}, and the run is to go on with another one; "
+                             f"give --optimizer {kind}, or begin a run from its weights (--init_from)")
+        if not of_adamw:
+            return opt.load_state_dict(content)
         state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # a number in files of old torch
                  for i, entries in content["state"].items()}
         named = list(self.model.named_parameters())

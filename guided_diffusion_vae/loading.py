@@ -129,7 +129,7 @@ def load_sampler(config, given, model, process, data, vae, scale=None, guidance=
         _guide_by_classifier(sampler, guidance, classifier, process, given, header)
     if super_res is not None:
         sampler.small = open_base(base, sampler, from_dict(SuperResConfig, header["super_res"]), header["diffusion"])
-        sampler.made_from.update(base=base.base_samples, cond_noise_level=base.cond_noise_level)
+        sampler.made_from.update(base=_digest_on_rank_0(base.base_samples), cond_noise_level=base.cond_noise_level)
     return sampler
 
 
@@ -278,7 +278,10 @@ def load_with_data(config, given, model, process, data, latents, vae):
         else:
             space = Space(None, LatentNormalizer.from_dict(header["normalizer"]))
             source = open_cache(latents.cache_dir, given)
-        require_same_space(header, {**header, **space_header(source, space)}, source.folder, "the data")
+        found = space_header(source, space)
+        if found["autoencoder"] is None:    # a plain folder of latents does not know, and the model has been told
+            found["autoencoder"] = header["autoencoder"]
+        require_same_space(header, {**header, **found}, source.folder, "the data")
     else:
         pictures = open_folder(data)
         source, space = open_pixels(pictures)

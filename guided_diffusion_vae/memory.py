@@ -42,6 +42,7 @@ class Estimate:
     gradients: int = 0
     optimizer: int = 0
     averages: int = 0
+    copies: int = 0             # weights in half precision, where `parameters` are their float32 masters
     activations: int = 0        # kept for the backward pass, inputs included
     workspace: int = 0          # what comes on top at the moment of the peak
     layers: dict = field(default_factory=dict)      # activations by the layer that made them
@@ -49,7 +50,8 @@ class Estimate:
     @property
     def peak(self):
         """What PyTorch has allocated at the moment of the peak."""
-        return (self.parameters + self.gradients + self.optimizer + self.averages + self.activations + self.workspace)
+        return (self.parameters + self.gradients + self.optimizer + self.averages + self.copies + self.activations
+                + self.workspace)
 
     @property
     def needed(self):
@@ -64,8 +66,8 @@ class Estimate:
         """Return the parts of training in words."""
         mib = lambda size: f"{size / 2**20:.1f}"
         return (
-            f"{self.parameters / 4e6:.2f} M parameters; {mib(self.parameters)} MiB of weights, {mib(self.gradients)} "
-            f"of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of averages, "
+            f"{self.parameters / 4e6:.2f} M parameters; {mib(self.parameters + self.copies)} MiB of weights, "
+            f"{mib(self.gradients)} of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of averages, "
             f"{mib(self.activations)} of activations, {mib(self.workspace)} of workspace at the peak: "
             f"{self.peak / GIB:.2f} GiB, {self.needed / GIB:.2f} with what a GPU needs besides"
         )
@@ -187,6 +189,8 @@ def estimate_training(networks, step, optimizer="adamw", averages=1, amp=None):
     :param step: a function of the (fake) networks that computes and calls `backward` as training does.
     """
     count = [sum(p.numel() for p in network.parameters()) for network in networks]
+    half = any(p.dtype is torch.float16 for network in networks for p in network.parameters())
+    copies = half * sum(p.nbytes for network in networks for p in network.parameters())
     with _fake(amp):
         for network in networks:
             _emptied(network)
@@ -197,8 +201,9 @@ def estimate_training(networks, step, optimizer="adamw", averages=1, amp=None):
     activations = sum(living.at_backward.values())
     return Estimate(
         parameters=4 * sum(count), gradients=gradients, optimizer=round(OPTIMIZER_BYTES[optimizer] * sum(count)),
-        averages=4 * averages * count[0], activations=activations,
-        workspace=max(living.peak - gradients - activations, 0), layers=living.at_backward,
+        averages=4 * averages * count[0], copies=copies, activations=activations, layers=living.at_backward,
+        # Masters get gradients of their own, after the backward pass.
+        workspace=max(living.peak - gradients - activations, half * 4 * sum(count) - activations, 0),
     )
 
 
@@ -266,7 +271,10 @@ class DiffusionPlan(Plan):
     CHECKPOINTING = "use_checkpoint"
 
     def build(self):
-        return [create_model_and_diffusion_vae(self.shape, self.network, self.process, self.super_res)[0]]
+        model, _ = create_model_and_diffusion_vae(self.shape, self.network, self.process, self.super_res)
+        if self.network.use_fp16:
+            model.convert_to_fp16()
+        return [model]
 
     def step(self, model):
         """Compute as `DiffusionObjective` does."""

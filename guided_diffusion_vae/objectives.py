@@ -227,11 +227,16 @@ class Adversary:
         self.lr = config.discriminator_lr or lr
         self.opt = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
 
-    def begin(self, ddp_model, scale_loss, scale_growth):
-        """Take over what the training loop decides: how the network is distributed, and its loss scaled."""
-        self.ddp_model = ddp_model
-        self.mp_trainer = MixedPrecisionTrainer(model=self.network, scale_loss=scale_loss, grad_clip=self.grad_clip,
-                                                fp16_scale_growth=scale_growth, name="discriminator_")
+    def begin(self, ddp_model, trainer):
+        """Take over what the training loop decides: how the network is distributed, and its loss scaled.
+
+        `trainer` is the MixedPrecisionTrainer of the autoencoder.
+        """
+        self.ddp_model, self.rival_trainer = ddp_model, trainer
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=self.network, scale_loss=trainer.scale_loss, grad_clip=self.grad_clip,
+            fp16_scale_growth=trainer.fp16_scale_growth, name="discriminator_",
+        )
 
     def is_heeded(self, step):
         """Say whether the warm-up is over."""
@@ -244,7 +249,8 @@ class Adversary:
         self.network.requires_grad_(True)
         weight = self.config.discriminator_weight
         if self.config.adaptive_weight:
-            factor = adaptive_weight(terms["loss"].mean(), losses.mean(), last_layer)
+            scale = self.rival_trainer.loss_scale
+            factor = adaptive_weight(terms["loss"].mean(), losses.mean(), last_layer, scale)
             terms["adaptive_weight"] = factor.expand(len(losses))
             weight = weight * factor
         terms["adversarial_loss"] = losses

@@ -236,7 +236,7 @@ class TrainLoop:
         self.compile = compile
         if self.adversary:
             rival = self._distributed(self.adversary.network)
-            self.adversary.begin(rival, self.mp_trainer.scale_loss, fp16_scale_growth)
+            self.adversary.begin(rival, self.mp_trainer)
         self.resume_step = self.step = self._resume(*checkpoint)
         # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
         self.ddp_model = self._distributed(self._compiled(model) if compile else model)
@@ -430,7 +430,8 @@ class TrainLoop:
 
         Weights that are not finite are never saved: the log may not have met the loss that spoilt them yet.
         """
-        norm = dist_util.whole(torch.nn.utils.get_total_norm([p.detach() for p in self.mp_trainer.master_params]))
+        learned = [*self.mp_trainer.master_params, *(self.adversary.network.parameters() if self.adversary else ())]
+        norm = dist_util.whole(torch.nn.utils.get_total_norm([p.detach() for p in learned]))
         if not math.isfinite(norm):
             raise self._diverged(f"the norm of the weights is {float(norm)}")
         # What is sharded all ranks put together, one tensor at a time; rank 0 keeps and writes it.

@@ -62,6 +62,13 @@ def test_the_adaptive_weight_makes_gradients_equally_large():
     assert not factor.requires_grad and (factor * small).item() == pytest.approx(large.item(), rel=1e-3)
 
 
+def test_the_adaptive_weight_survives_float16_with_the_loss_scale():
+    weight, volume = torch.ones(1, requires_grad=True), torch.ones(2**20, dtype=torch.half)
+    first, second = (factor * (weight.half() * volume).float().mean() for factor in (0.02, 0.01))
+    assert adaptive_weight(first, second, weight) == 0
+    assert adaptive_weight(first, second, weight, scale=2**12).item() == pytest.approx(2, rel=2e-2)
+
+
 def test_a_network_is_built_from_its_flags_and_refuses_what_it_cannot_do():
     config = DiscriminatorConfig(discriminator_channels=16, discriminator_layers=2)
     network = create_discriminator(config, 3, 2)

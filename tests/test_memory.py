@@ -110,6 +110,14 @@ def test_accumulation_keeps_one_forward_pass_at_a_time(rival, tmp_path):
         assert found <= 1.02 * (planned.peak - planned.parameters - planned.averages), parts
 
 
+def test_half_precision_keeps_weights_beside_their_masters():
+    whole, half = (diffusion_plan(use_fp16=use_fp16).training() for use_fp16 in (False, True))
+    assert half.parameters == whole.parameters and 0.5 < half.copies / half.parameters < 0.6
+    assert half.gradients == half.copies and half.activations < 0.7 * whole.activations
+    assert half.peak == half.parameters + half.copies + half.gradients + half.optimizer + half.averages + (
+        half.activations + half.workspace)
+
+
 def test_parts_follow_from_the_parameters():
     plan = autoencoder_plan(train={"ema_rate": "0.9,0.99", "optimizer": "adamw8bit"})
     network = create_autoencoder(plan.network)

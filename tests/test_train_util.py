@@ -232,6 +232,15 @@ def test_a_discriminator_learns_after_the_warm_up_and_not_before(prepared, tmp_p
     assert same_bits(judges[1], judges[3]) and not same_bits(judges[3], judges[4])
 
 
+def test_a_discriminator_that_is_not_finite_is_never_saved(prepared, tmp_path):
+    loop = train(prepared, tmp_path, "adversarial", 2)
+    with torch.no_grad():
+        next(loop.adversary.network.parameters())[0] = math.nan
+    loop.step += 1
+    with pytest.raises(FloatingPointError, match="the last good checkpoint is 2"):
+        loop.save()
+
+
 def test_a_run_that_had_no_discriminator_goes_on_with_a_new_one(prepared, tmp_path, capsys):
     train(prepared, tmp_path, "autoencoder", 2)
     weights = files_of(tmp_path, 2)
