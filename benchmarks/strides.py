@@ -62,6 +62,8 @@ def variants(dims):
         found["8x: 2 + [2,2], shuffle" + ", space_to_channel" * plus] = dict(
             num_channels=wide, initial_downsample_factor=2, downsample_factors=(2, 2), space_to_channel=plus, **shuffle)
     found["8x: [4,2], 16 channels"] = dict(num_channels=wide, downsample_factors=(4, 2), latent_channels=16)
+    found["8x: 2 + [2,2], shuffle, 16 channels"] = dict(
+        num_channels=wide, initial_downsample_factor=2, downsample_factors=(2, 2), latent_channels=16, **shuffle)
     found["16x: 2 + [4,2], shuffle"] = dict(num_channels=wide, initial_downsample_factor=2, downsample_factors=(4, 2),
                                             **shuffle)
     for plus in (False, True):
@@ -72,7 +74,7 @@ def variants(dims):
 
 def curve_of(name):
     """Return the curve of the figure that a variant is a point of; some stand alone."""
-    kinds = {"+": "first stride", "16 channels": name, "[": "between levels"}
+    kinds = {"16 channels": name, "+": "first stride", "[": "between levels"}
     kind = next((kind for part, kind in kinds.items() if part in name), name)
     return kind + ", space_to_channel" * ("space_to_channel" in name)
 

@@ -394,13 +394,7 @@ def savings(plan):
     if not plan.network.recompute_norms and not plan.train.compile:
         yield change(recompute_norms=True)
     while plan.forward_size > 1:
-        # By the smallest prime, so that a step stays of as many samples.
-        parts = next(n for n in range(2, plan.forward_size + 1) if plan.forward_size % n == 0)
-        smaller = {"microbatch": plan.forward_size // parts} if plan.train.microbatch > 0 else {
-            "batch_size": plan.train.batch_size // parts,
-            "gradient_accumulation_steps": plan.train.gradient_accumulation_steps * parts,
-        }
-        yield change(**smaller)
+        yield change(**_in_parts(plan))
     if not getattr(plan.network, plan.CHECKPOINTING):
         yield change(**{plan.CHECKPOINTING: True})
     if plan.train.optimizer != "adamw8bit":
@@ -440,11 +434,6 @@ def report(plan, batch_sizes, budgets):
            f"({4 * kept / 2**20:.2f} MiB), one latent number for {values / kept:.1f} values")
     estimate = plan.training()
     yield f"training, {plan.forward_size} in a forward pass: {estimate.summary()}"
-    for name in ("encoding", "decoding"):
-        needed = [getattr(plan, name)(dtype).needed / GIB for dtype in (torch.float32, torch.bfloat16)]
-        yield (f"{name}, {plan.forward_size} at once in one piece: {needed[0]:.2f} GiB, with --vae_dtype bfloat16 "
-               f"{needed[1]:.2f}")
-
     yield "\nkept for the backward pass, by the layer that makes it:"
     most = sorted(estimate.layers.items(), key=lambda entry: -entry[1])
     rest = (f"{len(most) - LAYERS_SHOWN} more layers", sum(size for _, size in most[LAYERS_SHOWN:]))
@@ -452,12 +441,25 @@ def report(plan, batch_sizes, budgets):
         yield f"{size / 2**20:12.1f} MiB  {name or 'the batch and its losses'}"
 
     yield "\nGiB that training needs with one thing changed:"
-    for changes in _alternatives(plan):
-        yield f"{plan.changed(**changes).training().needed / GIB:9.2f}  {_flags(changes)}"
+    for changes, note in _alternatives(plan):
+        try:
+            yield f"{plan.changed(**changes).training().needed / GIB:9.2f}  {_flags(changes, note)}"
+        except ValueError:  # strides that do not divide the size
+            continue
+
+    heads = "".join(f"{n:>9}" for n in batch_sizes)
+    one_pass = {"microbatch": -1, "gradient_accumulation_steps": 1}
+    yield "\nGiB that encoding and decoding need, by the samples at once, in one piece (--vae_tile bounds them further):"
+    yield heads
+    for name in ("encoding", "decoding"):
+        for dtype in ("float32", "bfloat16"):
+            plans = (plan.changed(batch_size=n, **one_pass) for n in batch_sizes)
+            needed = (getattr(of, name)(getattr(torch, dtype)).needed / GIB for of in plans)
+            yield "".join(f"{size:9.2f}" for size in needed) + f"  {name}, --vae_dtype {dtype}"
 
     yield "\nGiB that training needs, by the samples in a forward pass; each line has all savings above it, too:"
-    yield "".join(f"{n:>9}" for n in batch_sizes)
-    for saving in savings(plan.changed(batch_size=1, microbatch=-1, gradient_accumulation_steps=1)):
+    yield heads
+    for saving in savings(plan.changed(batch_size=1, **one_pass)):
         what = _flags(saving.latest, saving.note) or "as configured"
         try:
             needed = [saving.plan.changed(batch_size=n).training().needed / GIB for n in batch_sizes]
@@ -474,12 +476,25 @@ def report(plan, batch_sizes, budgets):
 
 
 def _alternatives(plan):
-    """Yield the flags of every saving that changes no network, each turned the other way for itself."""
-    yield {"mixed_precision": not plan.train.mixed_precision}
+    """Yield (flags, note) of every saving for itself; those that are there already are turned off."""
+    yield {"mixed_precision": not plan.train.mixed_precision}, ""
     if not plan.train.compile:
-        yield {"recompute_norms": not plan.network.recompute_norms}
-    yield {plan.CHECKPOINTING: not getattr(plan.network, plan.CHECKPOINTING)}
-    yield {"optimizer": "adamw" if plan.train.optimizer == "adamw8bit" else "adamw8bit"}
+        yield {"recompute_norms": not plan.network.recompute_norms}, ""
+    yield {plan.CHECKPOINTING: not getattr(plan.network, plan.CHECKPOINTING)}, ""
+    yield {"optimizer": "adamw" if plan.train.optimizer == "adamw8bit" else "adamw8bit"}, ""
+    if plan.forward_size > 1:
+        yield _in_parts(plan), ""
+    for note, changes in plan.smaller():
+        yield changes, note
+
+
+def _in_parts(plan):
+    """Return the flags that divide the forward pass by its smallest prime, so that a step stays of as many samples."""
+    parts = next(n for n in range(2, plan.forward_size + 1) if plan.forward_size % n == 0)
+    if plan.train.microbatch > 0:
+        return {"microbatch": plan.forward_size // parts}
+    return {"batch_size": plan.train.batch_size // parts,
+            "gradient_accumulation_steps": plan.train.gradient_accumulation_steps * parts}
 
 
 def _flags(flags, note=""):

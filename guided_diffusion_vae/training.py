@@ -1,6 +1,7 @@
 """Train the diffusion model, the autoencoder or the classifier that flags describe, and save it in a run folder."""
 
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 
@@ -47,24 +48,26 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
 
     header = diffusion_header(source, space, model_flags, process, super_res)
     device = dist_util.dev()
+    advising = functools.partial(dist_util.advising_on_memory, lambda budget: advice(memory, budget))
     preview = None
     if train.fsdp:
         say("no previews with --fsdp True: no rank has the whole model")
     else:
-        model.to(device)  # else it moves there in parts
+        with advising():
+            model.to(device)  # else it moves there in parts
     if space.codec is not None and super_res is None and not train.fsdp:
         preview = SamplePreview(preview_sampler(model, space.codec, header), folder, device, memory.forward_size)
     objective = DiffusionObjective(
         diffusion, create_named_schedule_sampler(train.schedule_sampler, diffusion),
         model_flags.class_dropout, model_flags.num_classes, super_res.cond_noise_steps if super_res else 0,
     )
-    loop = TrainLoop(
-        model=model, objective=objective, header=header, use_fp16=model_flags.use_fp16, preview=preview,
-        data=LatentStream(source, space.normalizer, plan, train.seed, device, model_flags.class_cond, small),
-        **loop_arguments(train, "schedule_sampler"),
-    )
-    write_config(folder, script, configs, header)
-    with dist_util.advising_on_memory(lambda budget: advice(memory, budget)):
+    with advising():
+        loop = TrainLoop(
+            model=model, objective=objective, header=header, use_fp16=model_flags.use_fp16, preview=preview,
+            data=LatentStream(source, space.normalizer, plan, train.seed, device, model_flags.class_cond, small),
+            **loop_arguments(train, "schedule_sampler"),
+        )
+        write_config(folder, script, configs, header)
         loop.run_loop()
 
 
@@ -116,8 +119,11 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
         return say(memory.training().summary())
 
     device = dist_util.dev()
-    for part in filter(None, (network, judge, distance)):
-        part.to(device)
+    beside = "; the perceptual term takes memory beside that: try --use_perceptual_loss False" if distance else ""
+    advising = functools.partial(dist_util.advising_on_memory, lambda budget: advice(memory, budget) + beside)
+    with advising():
+        for part in filter(None, (network, judge, distance)):
+            part.to(device)
     if judge:
         if train.fast_dev_run:
             rival = dataclasses.replace(rival, discriminator_start=0)
@@ -135,13 +141,13 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
     preview = ReconstructionPreview(network, autoencoder.image_range, held_out, train.val_pictures, folder, device,
                                     min(32, memory.forward_size))  # no more at once than memory was planned for
     bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
-    loop = TrainLoop(
-        model=network, data=picture_batches(pictures, plan), header=header, preview=preview, objective=objective,
-        best_by="val_psnr", stop_at={name: bound for name, bound in bounds.items() if bound}, **loop_arguments(train),
-    )
-    write_config(folder, "train_autoencoder", configs, header)
-    beside = "; the perceptual term takes memory beside that: try --use_perceptual_loss False" if distance else ""
-    with dist_util.advising_on_memory(lambda budget: advice(memory, budget) + beside):
+    with advising():
+        loop = TrainLoop(
+            model=network, data=picture_batches(pictures, plan), header=header, preview=preview, objective=objective,
+            best_by="val_psnr", stop_at={name: bound for name, bound in bounds.items() if bound},
+            **loop_arguments(train),
+        )
+        write_config(folder, "train_autoencoder", configs, header)
         loop.run_loop()
 
 

@@ -192,6 +192,8 @@ def test_a_report_names_parts_layers_and_budgets():
     text = "\n".join(lines)
     assert lines[0].startswith("initial=1, layers=(4,), total downsampling: 4x: 1x32x32 (0.00 MiB) -> 4x8x8")
     assert "MiB  decoder.blocks." in text and "as configured" in text
+    alone = text.split("one thing changed:")[1].split("\n\n")[0]
+    assert "--gradient_accumulation_steps 2" in alone and "--initial_downsample_factor 2" in alone
     assert "least lossy within 12 GiB: as configured" in text and "least lossy within 0.61 GiB" in text
     for changes in ("--mixed_precision True", "--recompute_norms True", "--use_checkpointing True"):
         assert sum(line.endswith(changes) for line in lines) == 2  # for itself, and with all before it
@@ -207,9 +209,13 @@ def test_a_report_is_exact_for_every_batch_size():
 
 def test_encoding_is_planned_in_the_precision_that_it_runs_in():
     plan = autoencoder_plan((1, 128, 128), train={"mixed_precision": True})
-    line = next(line for line in memory.report(plan, [1], [12.0]) if line.startswith("decoding"))
+    lines = list(memory.report(plan, [1, 8], [12.0]))
     assert plan.decoding().workspace > 1.1 * plan.decoding(torch.bfloat16).workspace
-    assert f"{plan.decoding().needed / GIB:.2f} GiB, with --vae_dtype bfloat16" in line
+    for name in ("encoding", "decoding"):
+        for dtype in (torch.float32, torch.bfloat16):
+            row = next(line for line in lines if line.endswith(f"{name}, --vae_dtype {str(dtype)[6:]}"))
+            exact = [getattr(plan.changed(batch_size=n), name)(dtype).needed / GIB for n in (1, 8)]
+            assert [float(n) for n in row.split()[:2]] == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("levels", [16, (16,)])
