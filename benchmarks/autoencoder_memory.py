@@ -20,7 +20,7 @@ import common
 import torch
 from torch import nn
 
-from guided_diffusion_vae import figures, memory
+from guided_diffusion_vae import figures, memory, script_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.discriminator import DiscriminatorConfig
@@ -29,6 +29,7 @@ from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
 
 LOSS = AutoencoderLossConfig()
+VOLUMES = Path(__file__).parents[1] / "configs/volumes"
 DRAWN_SIZES = ("64x64x32", "128x128x64", "256x256x64", "512x512x128")
 DRAWN = ("[2,2]", "as shipped: [4,2] (initial_a)", "2 + [2] (same latent), shuffle, recompute_norms",
          "as shipped: 2 + [4,2] (initial_b)", "as shipped: 4 + [4,2] (initial_c)")
@@ -46,9 +47,10 @@ class MemoryConfig:
 def variants():
     """Return {name: (changes of an AutoencoderConfig, the guides' claim in GB or None)}."""
     wide = {"num_channels": (32, 64, 64)}
-    narrow = {"num_channels": (16, 32, 64)}
     both = {"recompute_norms": True, "final_upsample": "shuffle"}
     at = lambda *factors, first=1: {"downsample_factors": factors, "initial_downsample_factor": first}
+    shipped = {"[4,2] (initial_a)": 3.1, "[8,2] (very_high)": 1.5, "2 + [4,2] (initial_b)": 1.8,
+               "4 + [4,2] (initial_c)": 1.2}
     return {
         "[2,2]": ({**wide, **at(2, 2)}, 8.2),
         "[4,2]": ({**wide, **at(4, 2)}, 3.1),
@@ -59,12 +61,16 @@ def variants():
         "[2,2], use_checkpointing": ({**wide, **at(2, 2), "use_checkpointing": True}, None),
         "2 + [2] (same latent), shuffle, recompute_norms": (
             {"num_channels": (64, 64), "attention_levels": (False, True), **at(2, first=2), **both}, None),
-        "as shipped: [4,2] (initial_a)": ({**wide, **at(4, 2), "recompute_norms": True}, 3.1),
-        "as shipped: [8,2] (very_high)": (
-            {**narrow, **at(8, 2), "recompute_norms": True, "use_checkpointing": True}, 1.5),
-        "as shipped: 2 + [4,2] (initial_b)": ({**wide, **at(4, 2, first=2), **both, "num_res_blocks": 2}, 1.8),
-        "as shipped: 4 + [4,2] (initial_c)": ({**wide, **at(4, 2, first=4), **both, "num_res_blocks": 2}, 1.2),
+        **{f"as shipped: {name}": (flags_of(name.split("(")[1][:-1]), claim) for name, claim in shipped.items()},
     }
+
+
+def flags_of(name):
+    """Return what a file of configs/volumes says of the autoencoder."""
+    flags = script_util.read_yaml(VOLUMES / f"{name}.yaml", (AutoencoderConfig, AutoencoderTrainConfig))
+    known = {f.name for f in dataclasses.fields(AutoencoderConfig)}
+    return {**{key: value for key, value in flags.items() if key in known},
+            "use_checkpointing": flags.get("use_gradient_checkpointing", False)}
 
 
 def main():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,10 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
     with torch.device("meta"):
         shape = create_autoencoder(plan.network).latent_shape(data.sides)
     assert f"-> {'x'.join(map(str, shape))} latents" in path.read_text().splitlines()[0]
-    assert plan.encoding().needed > 0  # a forward pass without values
+    number = r"(\d+\.\d)"
+    said = re.search(rf"training takes {number} GiB.*encoding {number},\W+decoding\W+{number}", path.read_text(), re.S)
+    for text, needed in zip(said.groups() if said else (), (plan.training, plan.encoding, plan.decoding)):
+        assert float(text) == pytest.approx(needed().needed / 2**30, abs=0.08), needed
     model, process, train = script_util.parse("doc", *DIFFUSION, argv=["--config", str(path)])[4:7]
     if "model:" in path.read_text():
         model = dataclasses.replace(model, in_channels=shape[0], dims=len(shape) - 1, num_classes=2 * model.class_cond)

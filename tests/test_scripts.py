@@ -850,6 +850,19 @@ def test_a_trial_run_tries_the_discriminator_too_and_leaves_the_run_alone(chain,
     assert status == 0 and "going on" not in out and (tmp_path / "run/state000001.json").exists(), out + err
 
 
+@pytest.mark.parametrize("path, size", [("very_high", 32), ("initial_512", 32), ("factors_4x2x2", 16)])
+def test_a_shipped_configuration_trains(call, tmp_path, path, size):
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        np.save(tmp_path / "data" / f"{i}.npy", np.random.default_rng(i).random((size,) * 3, np.float32))
+    status, out, err = call("train_autoencoder", config=ROOT / f"configs/volumes/{path}.yaml", value_range="0,1",
+                            data_dir=tmp_path / "data", image_size=f"{size}x{size}x{size}", batch_size=1,
+                            gradient_accumulation_steps=1, fast_dev_run=True, fast_dev_run_batches=1,
+                            logdir=tmp_path / "run")
+    assert status == 0, err
+    assert float(rows_of(tmp_path / "run/fast_dev_run")[-1]["loss"]) > 0
+
+
 @pytest.mark.parametrize("flags, said", [
     ({"out_channels": 3}, "--out_channels 3, but the pictures have 1, and"),
     ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth is given for the backbone"),
