@@ -8,6 +8,7 @@ taken pair by pair. Set OMP_NUM_THREADS=1: threads that wait burn CPU time, too.
 import contextlib
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -46,7 +47,8 @@ def configure(doc, *classes):
     """Return (config instances, device) and print what is measured on what."""
     bench, *configs = script_util.parse(doc, BenchConfig, *classes)
     device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"{doc.splitlines()[0]}\n{machine(device)}\n", flush=True)
+    said = " ".join(f"{name}={value}" for name, value in surroundings()["environment"].items())
+    print(f"{doc.splitlines()[0]}\n{machine(device)}\n{said}\n", flush=True)
     return (bench, *configs), device
 
 
@@ -55,6 +57,14 @@ def machine(device):
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (f"{chip}; {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}; "
             f"Python {platform.python_version()}, torch {torch.__version__}")
+
+
+def surroundings():
+    """Return the packages and the environment that speed depends on."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "diffusers")}
+    said = {name: value for name, value in sorted(os.environ.items())
+            if name.startswith(("OMP_", "MKL_", "MALLOC_", "CUDA_", "LD_PRELOAD"))}
+    return {"versions": {"python": platform.python_version(), **versions}, "environment": said}
 
 
 def _processor():
@@ -153,8 +163,8 @@ def report(name, rows, bench, device, **settings):
     print(table(rows), flush=True)
     folder = Path(bench.out)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), "settings": settings,
-               "rows": rows}
+    content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), **surroundings(),
+               "settings": settings, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nwritten to {folder / name}.json\n", flush=True)
 
@@ -186,8 +196,6 @@ def waken(model, seed=0):
 
 def open_reference(folder):
     """Import guided_diffusion from a checkout, with one process as its world; return the package."""
-    import importlib
-
     import torch.distributed as dist
 
     if not (Path(folder) / "guided_diffusion").is_dir():

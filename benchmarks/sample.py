@@ -1,12 +1,15 @@
 """Time one sampling step, plain and guided by a classifier, and compare whole 50-step DDIM runs.
 
     OMP_NUM_THREADS=1 python benchmarks/sample.py --reference ../guided-diffusion
+    OMP_NUM_THREADS=1 python benchmarks/sample.py --reference ../guided-diffusion --whole_runs 3
 
-Both sides start from the same weights and the same noise.
+Both sides start from the same weights and the same noise. --whole_runs times what stands for the same quality on the
+radar model of docs/results.md: 250 random steps, and 15 of dpmpp_sde here.
 """
 
 import copy
 import dataclasses
+import functools
 
 import common
 import torch
@@ -16,7 +19,8 @@ from train_step import SIZES
 from guided_diffusion_vae.config import as_dict, opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.guidance import classifier_gradient
-from guided_diffusion_vae.script_util import create_classifier, create_model_and_diffusion_vae
+from guided_diffusion_vae.script_util import create_classifier, create_model_and_diffusion_vae, create_process
+from guided_diffusion_vae.solvers import LOOPS
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
@@ -29,13 +33,14 @@ class SampleConfig:
 
     size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
     bench_batch_size: int = opt(16, "samples at a time")
+    whole_runs: int = opt(0, "how often to time whole runs of 250 steps beside whole runs of 15; 0: not at all")
 
 
 def main():
     (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, SampleConfig)
     shape, flags = SIZES[config.size]
-    network, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags),
-                                                        DiffusionConfig(timestep_respacing="ddim50"))
+    network, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
+    spaced = functools.cache(lambda steps: create_process(**as_dict(DiffusionConfig(timestep_respacing=steps))))
     common.waken(network).eval()
     judge = common.waken(create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))).eval()
     weights = network.state_dict(), judge.state_dict()
@@ -46,13 +51,13 @@ def main():
     if against.reference:
         sides["guided-diffusion"] = reference_side(against.reference, shape, flags, weights, device)
     gradient = classifier_gradient(judge.to(device), 1.0)
-    sides["float32"] = network.to(device), diffusion, gradient
+    sides["float32"] = network.to(device), spaced, gradient
     if against.reference:
         compare_runs(sides, x, device)
     half = copy.deepcopy(network), copy.deepcopy(judge)
     for model in half:
         model.convert_to_bf16()
-    sides["bfloat16"] = half[0], diffusion, classifier_gradient(half[1], 1.0)
+    sides["bfloat16"] = half[0], spaced, classifier_gradient(half[1], 1.0)
 
     for guided in (False, True):
         steps = {name: (lambda side=side: step(*side, x, labels if guided else None)) for name, side in sides.items()}
@@ -62,11 +67,33 @@ def main():
         name = f"sample_{config.size}_{'guided' if guided else 'plain'}"
         common.report(name, common.compared(times, next(iter(sides))), bench, device, guided=guided, size=config.size,
                       batch_size=config.bench_batch_size, baseline=next(iter(sides)))
+    if config.whole_runs:
+        runs = whole_runs(sides, x, device)
+        rows = common.compared(common.interleaved(runs, config.whole_runs, device, warmup=0), next(iter(runs)))
+        common.report(f"sample_{config.size}_whole", rows, bench, device, size=config.size, samples=len(x),
+                      repetitions=config.whole_runs)
+
+
+def whole_runs(sides, x, device):
+    """Return {name: function that draws samples}: the first side in 250 random steps, ours in 15 of dpmpp_sde."""
+    def plain(network, spaced, _):
+        return spaced("250").p_sample_loop(network, tuple(x.shape), noise=x.clone(), clip_denoised=False, device=device)
+
+    @torch.no_grad()
+    def few(network, spaced, _):
+        return LOOPS["dpmpp_sde"](spaced("logsnr15"), network, tuple(x.shape), noise=x.clone(), clip_denoised=False,
+                                  device=device)
+
+    first = next(iter(sides))
+    own = {name: side for name, side in sides.items() if name != "guided-diffusion"}
+    return {f"{first}, 250 steps": functools.partial(plain, *sides[first]),
+            **{f"{name}, 15 of dpmpp_sde": functools.partial(few, *side) for name, side in own.items()}}
 
 
 @torch.no_grad()
-def step(network, diffusion, gradient, x, labels):
+def step(network, spaced, gradient, x, labels):
     """Take one random step, with the classifier's gradient where there are labels."""
+    diffusion = spaced("ddim50")
     t = torch.full((len(x),), diffusion.num_timesteps // 2, device=x.device)
     told = {} if labels is None else {"y": labels}
     ask = lambda x, t, y=None: network(x, t)
@@ -77,16 +104,16 @@ def step(network, diffusion, gradient, x, labels):
 def compare_runs(sides, x, device):
     """Print how far the samples of a whole DDIM run are apart."""
     found = []
-    for network, diffusion, _ in sides.values():
+    for network, spaced, _ in sides.values():
         with torch.no_grad():
-            found.append(diffusion.ddim_sample_loop(network, tuple(x.shape), noise=x.clone(), clip_denoised=False,
-                                                    device=device))
+            found.append(spaced("ddim50").ddim_sample_loop(network, tuple(x.shape), noise=x.clone(),
+                                                           clip_denoised=False, device=device))
     far = (found[0] - found[1]).abs().max() / found[0].std()
     print(f"50 steps of DDIM: samples at most {far:.1e} apart, in units of their standard deviation\n", flush=True)
 
 
 def reference_side(folder, shape, flags, weights, device):
-    """Return network, process and classifier gradient of guided-diffusion on the same weights."""
+    """Return network, process by its spacing, and classifier gradient of guided-diffusion on the same weights."""
     theirs = common.open_reference(folder)
     multipliers = tuple(int(m) for m in flags["channel_mult"].split(","))
     at = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
@@ -103,7 +130,7 @@ def reference_side(folder, shape, flags, weights, device):
     )
     judge.load_state_dict(weights[1])
     network, judge = network.to(device).eval(), judge.to(device).eval()
-    process = theirs.script_util.create_gaussian_diffusion(timestep_respacing="ddim50")
+    spaced = functools.cache(lambda steps: theirs.script_util.create_gaussian_diffusion(timestep_respacing=steps))
 
     def gradient(x, t, y):
         with torch.enable_grad():
@@ -111,7 +138,7 @@ def reference_side(folder, shape, flags, weights, device):
             chosen = F.log_softmax(judge(x, t), dim=-1).gather(1, y[:, None])
             return torch.autograd.grad(chosen.sum(), x)[0]
 
-    return network, process, gradient
+    return network, spaced, gradient
 
 
 if __name__ == "__main__":

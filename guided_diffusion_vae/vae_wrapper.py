@@ -199,8 +199,8 @@ class VAEInterface(_Codec):
         self.tile, self.slab = (0, tile) if streams else (tile, 0)
         self.network = found.network.float().eval().requires_grad_(False).to(self.device)
         if self.dtype is not torch.float32:
-            # half precision convolutions are fastest on this layout; volumes have none of it and stay as they are
-            self.network.to(memory_format=torch.channels_last)
+            # The layout in which convolutions in half precision are fastest.
+            self.network.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}.get(len(self.factors)))
         self._moments, self._decode = found.moments, found.decode
         self._streamer = Streamer(self.network, self.device, tile) if streams and tile else None
 

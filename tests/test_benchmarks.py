@@ -24,8 +24,10 @@ def test_every_benchmark_fits_the_package_and_says_how_to_call_it(benchmark, pat
 
 
 @pytest.mark.parametrize("name, argv", [
-    ("sample", ["--bench_batch_size", "1"]), ("train_step", ["--bench_batch_size", "2"]),
-    ("encode", ["--bench_batch_size", "1", "--bench_image_size", "16"]),
+    ("sample", ["--bench_batch_size", "1", "--whole_runs", "1"]), ("train_step", ["--bench_batch_size", "2"]),
+    ("train_step", ["--bench_batch_size", "2", "--reference", "diffusers"]),
+    ("encode", ["--bench_batch_sizes", "1,2", "--bench_image_size", "16"]),
+    ("encode", ["--bench_batch_sizes", "1", "--bench_image_size", "16x16x16"]),
 ])
 def test_a_benchmark_measures_and_writes_what_it_found(benchmark, monkeypatch, tmp_path, capsys, name, argv):
     if name in ("sample", "train_step"):  # networks of a size for tests

@@ -145,6 +145,13 @@ def test_blended_tiles_of_a_pointwise_function_are_the_function(grid, window):
     torch.testing.assert_close(blend_tiles(double, x, grid, window, ones, (2,) * len(grid)), double(x))
 
 
+def test_volumes_are_encoded_in_bfloat16_too(tmp_path):
+    write_weights(tmp_path / "vae.pt", config=dataclasses.replace(CONFIG, spatial_dims=3))
+    x = pictures(2, 1, 4, 8, 8)
+    exact, quick = (vae(tmp_path / "vae.pt", dtype=dtype).encode_batch(x) for dtype in ("float32", "bfloat16"))
+    assert quick.dtype == torch.float32 and 0 < (quick - exact).norm() < 0.05 * exact.norm()
+
+
 def test_bfloat16_gives_float32_near_the_exact(own):
     x = pictures(2, 1, 8, 8)
     exact, quick = vae(own[0]).encode_batch(x), vae(own[0], dtype="bfloat16").encode_batch(x)
