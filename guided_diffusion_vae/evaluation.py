@@ -13,7 +13,7 @@ from .files import atomic_path, write_json
 from .image_datasets import labels_in, open_archive, unpad
 from .latent_datasets import Moments
 from .nn import keyed_seed
-from .sampling import OURS, open_npz
+from .sampling import OURS, open_npz, to_uint8, write_npz
 from .volume_datasets import open_folder
 
 LIKELIHOOD = 11  # second number of the keys of noise, apart from those of training and sampling
@@ -26,6 +26,8 @@ class RoundtripConfig:
     min_psnr: float = opt(0.0, "exit with status 1 where the mean PSNR is below this many dB")
     min_ssim: float = opt(-1.0, "exit with status 1 where the mean SSIM is below this")
     max_l1: float = opt(1.0, "exit with status 1 where the mean absolute error is above this")
+    save_npz: bool = opt(False, "write the reconstructions to reconstructions_NxHxWxC.npz, which evaluate.py takes as "
+                                "--samples; with --inception_path its FID is what papers call rFID")
 
 
 @dataclass
@@ -105,7 +107,7 @@ def roundtrip(codec, pictures, config, folder, device):
     """
     count = config.num_pictures or len(pictures)
     chosen = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
-    scores, moments, sheet = {}, Moments(), None
+    scores, moments, sheet, kept = {}, Moments(), None, []
     for start in _progress(range(0, len(chosen), config.batch_size), "round trip"):
         images = pictures.batch(chosen[start:start + config.batch_size]).to(device)
         with torch.no_grad():
@@ -118,6 +120,8 @@ def roundtrip(codec, pictures, config, folder, device):
             for name in ("psnr", "ssim", "l1"):
                 scores.setdefault(prefix + name, []).append(getattr(metrics, name)(images, rival).cpu())
         scores.setdefault("max_error", []).append(metrics.max_error(images, decoded).cpu())
+        if config.save_npz:
+            kept.append(np.moveaxis(to_uint8(decoded), 1, -1))
         if sheet is None:
             sheet = figures.side_by_side(images[:12].cpu().numpy(), decoded[:12].cpu().numpy())
     statistics = moments.statistics()
@@ -130,6 +134,11 @@ def roundtrip(codec, pictures, config, folder, device):
     )
     figures.save_picture(Path(folder) / "roundtrip.png", sheet)
     write_json(Path(folder) / "metrics.json", report)
+    if kept:
+        shape = len(chosen), *kept[0].shape[1:]
+        labels = None if pictures.labels is None else pictures.labels[chosen]
+        path = Path(folder) / f"reconstructions_{'x'.join(map(str, shape))}.npz"
+        write_npz(path, shape, kept, labels, pictures.class_names)
     return report
 
 

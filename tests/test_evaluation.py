@@ -9,7 +9,7 @@ from PIL import Image
 from guided_diffusion_vae import metrics
 from guided_diffusion_vae.evaluation import EvaluateConfig, RoundtripConfig, evaluate, failures, roundtrip
 from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
-from guided_diffusion_vae.sampling import write_npz
+from guided_diffusion_vae.sampling import open_npz, to_uint8, write_npz
 from guided_diffusion_vae.vae_wrapper import PixelCodec
 
 CPU = torch.device("cpu")
@@ -81,6 +81,15 @@ def test_the_report_holds_the_means_over_all_pictures(tmp_path):
     assert report["dead_channels"] == [1] and report["pictures"] == 12 and report["latent_shape"] == [2, 8, 8]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == report
     assert (tmp_path / "run" / "roundtrip.png").is_file()
+
+
+def test_reconstructions_are_samples_that_can_be_evaluated(tmp_path):
+    pictures = PictureFolder(DATA, data_dir=folder_of(tmp_path / "data"))
+    roundtrip(HalvingCodec(), pictures, RoundtripConfig(batch_size=5, save_npz=True), tmp_path / "run", CPU)
+    made = open_npz(tmp_path / "run" / "reconstructions_12x16x16x1.npz")
+    decoded = HalvingCodec().decode_batch(HalvingCodec().encode_batch(pictures.batch(range(12))))
+    assert np.array_equal(np.moveaxis(made.images, -1, 1), to_uint8(decoded))
+    assert made.labels.tolist() == pictures.labels.tolist() and made.class_names == pictures.class_names
 
 
 def test_a_part_of_the_pictures_is_spread_over_the_folder(tmp_path):
