@@ -43,10 +43,10 @@ class ComparisonConfig:
     profile: bool = opt(False, "print the operators that each side spends its time in")
 
 
-def configure(doc, *classes):
-    """Return (config instances, device) and print what is measured on what."""
-    bench, *configs = script_util.parse(doc, BenchConfig, *classes)
-    device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def configure(doc, *classes, without=()):
+    """Return (config instances, device) and print what is measured on what; flags `without` use are left away."""
+    bench, *configs = script_util.parse(doc, script_util.part_without(BenchConfig, *without), *classes)
+    device = torch.device(getattr(bench, "device", "") or ("cuda" if torch.cuda.is_available() else "cpu"))
     said = " ".join(f"{name}={value}" for name, value in surroundings()["environment"].items())
     print(f"{doc.splitlines()[0]}\n{machine(device)}\n{said}\n", flush=True)
     return (bench, *configs), device

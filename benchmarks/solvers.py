@@ -34,7 +34,7 @@ class SolversConfig:
 
 
 def main():
-    (bench, config), device = common.configure(__doc__, SolversConfig)
+    (bench, config), device = common.configure(__doc__, SolversConfig, without=("repetitions",))
     network, _, header = load_diffusion_model(weights_file(config.model_path, "--model_path"), {}, ModelConfig(),
                                               DiffusionConfig())
     network.to(device)

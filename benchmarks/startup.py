@@ -33,7 +33,7 @@ class StartupConfig:
 
 
 def main():
-    (bench, config), device = common.configure(__doc__, StartupConfig)
+    (bench, config), device = common.configure(__doc__, StartupConfig, without=("device",))
     commands = {"import torch": [sys.executable, "-c", "import torch"]}
     commands |= {f"{script.stem} --help": [sys.executable, str(script), "--help"] for script in SCRIPTS}
     if config.cache_dir:

@@ -118,7 +118,7 @@ class Variant:
 
 
 def main():
-    (bench, data, config), device = common.configure(__doc__, DataConfig, StridesConfig)
+    (bench, data, config), device = common.configure(__doc__, DataConfig, StridesConfig, without=("repetitions",))
     pictures = open_folder(data)
     crop = {"crop": "grid"} if len(data.sides) == 3 else {}
     held_out = open_folder(data, data_dir=config.val_data_dir, **crop)

@@ -22,14 +22,14 @@ LOGVAR_RANGE = (-30.0, 20.0)
 @dataclasses.dataclass
 class AutoencoderConfig:
     spatial_dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes; --image_size says it too")
-    in_channels: int = opt(0, "channels of the pictures; 0: as the data has")
-    out_channels: int = opt(0, "channels of the reconstruction; 0: as in_channels")
+    in_channels: int = opt(0, "channels of the pictures; 0: as the data has", least=0)
+    out_channels: int = opt(0, "channels of the reconstruction; 0: as in_channels", least=0)
     num_channels: tuple = opt((32, 64, 64), "width of every level, each a multiple of norm_num_groups")
     num_res_blocks: tuple = opt(1, "residual blocks of a level: one number, or one per level")
     attention_levels: tuple = opt((), "which levels attend: one true or false per level; empty: none")
-    latent_channels: int = opt(4, "channels of the latent; the encoder predicts mean and log-variance of each")
-    norm_num_groups: int = opt(16, "groups of every norm")
-    norm_eps: float = opt(1e-6, "added to the variance in every norm")
+    latent_channels: int = opt(4, "channels of the latent; the encoder predicts mean and log-variance of each", least=1)
+    norm_num_groups: int = opt(16, "groups of every norm", least=1)
+    norm_eps: float = opt(1e-6, "added to the variance in every norm", least=0)
     with_encoder_nonlocal_attn: bool = opt(False, "attend once at the end of the encoder")
     with_decoder_nonlocal_attn: bool = opt(False, "attend once at the start of the decoder")
     use_convtranspose: bool = opt(False, "upsample by transposed convolution, not by repeating and convolving")
@@ -48,7 +48,8 @@ class AutoencoderConfig:
     )
     recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
     downsample_kernel_size: int = opt(
-        0, "kernel of strided convolutions; 0: wide enough to see every input; 3 for checkpoints made with a fixed 3"
+        0, "kernel of strided convolutions; 0: wide enough to see every input; 3 for checkpoints made with a fixed 3",
+        least=0
     )
     image_range: tuple = opt((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
 
@@ -57,7 +58,7 @@ class AutoencoderConfig:
 class AutoencoderLossConfig:
     SECTION = "autoencoder.training"
 
-    kl_weight: float = opt(1e-6, "weight of the KL term, which is a mean over latent elements")
+    kl_weight: float = opt(1e-6, "weight of the KL term, which is a mean over latent elements", least=0)
     recon_loss: str = opt("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
 
 

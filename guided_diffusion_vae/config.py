@@ -7,12 +7,13 @@ Flags, `--help`, YAML keys, `*_defaults()` entries and checkpoint headers all de
 import dataclasses
 
 
-def opt(default, help, choices=None):
-    """Return a dataclass field with a help text; `choices` lists the only values allowed.
+def opt(default, help, choices=None, least=None, most=None):
+    """Return a dataclass field with a help text; `choices` lists the only values allowed, or bounds are stated.
 
     The field's annotation (int, float, bool, str, tuple, or a function such as `size`) says how its text is read.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    about = {"help": help, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def size(text):

@@ -19,15 +19,16 @@ GROUPS = 8
 class DiscriminatorConfig:
     SECTION = "autoencoder.training"
 
-    discriminator_weight: float = opt(0.0, "weight of the adversarial term, such as 0.5; 0: there is no discriminator")
-    discriminator_start: int = opt(1000, "steps before the discriminator begins to learn and to be heeded")
+    discriminator_weight: float = opt(0.0, "weight of the adversarial term, such as 0.5; 0: there is no discriminator",
+                                      least=0)
+    discriminator_start: int = opt(1000, "steps before the discriminator begins to learn and to be heeded", least=0)
     discriminator_loss: str = opt("hinge", "what the discriminator descends on", choices=("hinge", "least_squares"))
     adaptive_weight: bool = opt(False, "scale the adversarial term so that its gradient at the last layer is as large "
                                        "as that of the reconstruction (VQGAN, equation 7), on "
                                        "each rank and in each forward pass for itself")
     discriminator_channels: int = opt(64, "width of the discriminator's first layer, a multiple of 8")
-    discriminator_layers: int = opt(3, "halvings of the discriminator; more see larger patches")
-    discriminator_lr: float = opt(0.0, "learning rate of the discriminator; 0: that of the autoencoder")
+    discriminator_layers: int = opt(3, "halvings of the discriminator; more see larger patches", least=1)
+    discriminator_lr: float = opt(0.0, "learning rate of the discriminator; 0: that of the autoencoder", least=0)
 
 
 def create_discriminator(config, dims, in_channels):

@@ -10,7 +10,7 @@ import torch
 from . import dist_util, figures, logger, metrics
 from .config import opt
 from .files import atomic_path, write_json
-from .image_datasets import labels_in, open_archive, unpad
+from .image_datasets import labels_in, open_archive, require_data_dir, unpad
 from .latent_datasets import Moments
 from .nn import keyed_seed
 from .sampling import OURS, open_npz, to_uint8, write_npz
@@ -21,8 +21,8 @@ LIKELIHOOD = 11  # second number of the keys of noise, apart from those of train
 
 @dataclass
 class RoundtripConfig:
-    num_pictures: int = opt(0, "how many pictures to check, evenly spread over the folder; 0: all")
-    batch_size: int = opt(32, "pictures at a time")
+    num_pictures: int = opt(0, "how many pictures to check, evenly spread over the folder; 0: all", least=0)
+    batch_size: int = opt(32, "pictures at a time", least=1)
     min_psnr: float = opt(0.0, "exit with status 1 where the mean PSNR is below this many dB")
     min_ssim: float = opt(-1.0, "exit with status 1 where the mean SSIM is below this")
     max_l1: float = opt(1.0, "exit with status 1 where the mean absolute error is above this")
@@ -34,7 +34,7 @@ class RoundtripConfig:
 class EvaluateConfig:
     SECTION = "evaluation"
 
-    samples: str = opt("", "what is judged: an .npz of a sampling script, or a folder of pictures")
+    samples: str = opt("", "what is judged: the run of a sampling script, an .npz of it, or a folder of pictures")
     reference: str = opt("", "what it is held against: a folder of real pictures, an .npz of them, or with "
                              "--inception_path an .npz of guided-diffusion with statistics (mu, sigma, mu_s, sigma_s)")
     train_dir: str = opt("", "the training pictures, to look for copies and to measure them against the reference")
@@ -44,9 +44,9 @@ class EvaluateConfig:
                                    "with those asked for, and without --inception_path its features are measured")
     paired: bool = opt(False, "sample i is a version of reference picture i: report PSNR, SSIM and L1 too")
     tstr_iterations: int = opt(0, "train a new classifier for so many steps on the samples (and one on --train_dir), "
-                                  "and report its accuracy on the reference; 0: do not")
-    tstr_batch_size: int = opt(32, "pictures in a step of that training, on each rank")
-    batch_size: int = opt(64, "pictures at a time on each rank")
+                                  "and report its accuracy on the reference; 0: do not", least=0)
+    tstr_batch_size: int = opt(32, "pictures in a step of that training, on each rank", least=1)
+    batch_size: int = opt(64, "pictures at a time on each rank", least=1)
 
 
 @dataclass
@@ -55,8 +55,8 @@ class LikelihoodConfig:
 
     model_path: str = opt("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
                               "guided-diffusion, which the flags of the model describe")
-    num_samples: int = opt(1000, "how many items of the data to measure, evenly spread")
-    batch_size: int = opt(1, "items at a time on each rank")
+    num_samples: int = opt(1000, "how many items of the data to measure, evenly spread", least=1)
+    batch_size: int = opt(1, "items at a time on each rank", least=1)
     clip_denoised: bool = opt(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
     seed: int = opt(0, "seed of the noise")
 
@@ -313,13 +313,22 @@ class SampleFile:
         return torch.from_numpy(np.moveaxis(self.images[np.asarray(indices)], -1, 1).astype(np.float32) / 255)
 
 
-def open_pictures(path, data, flag):
-    """Return the pictures of an .npz of samples, or of a folder or an .npz of data, which are read as `data` says."""
+def require_given(path, flag):
+    """Raise FileNotFoundError where there is no such set of pictures."""
     if not path:
         raise FileNotFoundError(f"{flag} is not given; it wants a folder of pictures or an .npz of samples")
+    require_data_dir(str(path), flag)
+
+
+def open_pictures(path, data, flag):
+    """Return the pictures of an .npz of samples, given itself or by its run, or of a folder, read as `data` says."""
+    require_given(path, flag)
     if str(path).endswith(".npz") and {"arr_0", "mu"} & set(open_archive(path)):
         return SampleFile(path)
-    return open_folder(as_read(path, data), data_dir=str(path))
+    sampled = [] if str(path).endswith(".npz") else sorted(Path(path).glob("samples_*.npz"))
+    if len(sampled) > 1:
+        raise ValueError(f"{path} holds {', '.join(p.name for p in sampled)}; give one of them as {flag}")
+    return SampleFile(sampled[0]) if sampled else open_folder(as_read(path, data), flag=flag, data_dir=str(path))
 
 
 def as_read(path, data):

@@ -82,7 +82,7 @@ class DiffusionConfig:
 
     learn_sigma: bool = opt(False, "predict the variance of each reverse step too (twice the output channels); needed "
                                    "for good samples in few steps and for likelihoods")
-    diffusion_steps: int = opt(1000, "steps of the process that the network is trained on")
+    diffusion_steps: int = opt(1000, "steps of the process that the network is trained on", least=1)
     noise_schedule: str = opt("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends); with "
                                         "_zero_snr down to pure noise, which --predict_v or --predict_xstart can take",
                               choices=tuple(NOISE_SCHEDULES))
@@ -95,7 +95,7 @@ class DiffusionConfig:
     predict_xstart: bool = opt(False, "let the network predict the clean x_0 in place of the noise")
     predict_v: bool = opt(False, "let the network predict the velocity, noise and x_0 in turn as the noise falls")
     min_snr_gamma: float = opt(0.0, "weigh the squared error by min(SNR, this), which keeps easy times from drowning "
-                                    "the others; 5 is usual, 0 is off")
+                                    "the others; 5 is usual, 0 is off", least=0)
     rescale_timesteps: bool = opt(False, "show the network times that run to 1000 whatever the number of steps")
     rescale_learned_sigmas: bool = opt(False, "weigh the variance term of the loss by steps / 1000, so that it never "
                                               "outweighs the squared error (with learn_sigma)")

@@ -177,7 +177,7 @@ class DataConfig:
     value_window: str = opt("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
                                 "units (--value_window=-1000,400)")
     dynamic_range_db: float = opt(0.0, "complex .npy: [reference - D, reference] dB of the magnitude become [0, 1], "
-                                       "what lies below is 0; needed for complex files")
+                                       "what lies below is 0; needed for complex files", least=0)
     reference_db: str = opt("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
     crop: str = opt("center", "what happens to a picture of another shape; center or random: cut to the shape asked "
                               "for; none: squeezed into it whole, while volumes must have that shape; grid (volumes): "
@@ -185,7 +185,7 @@ class DataConfig:
     random_flip: bool = opt(False, "mirror every other picture left to right (a spectrogram then runs back in time)")
     pad: bool = opt(False, "repeat the last row and column until the autoencoder's strides divide the size; results "
                            "are cropped back")
-    patches_per_volume: int = opt(1, "volumes with --crop random: patches that each gives in an epoch")
+    patches_per_volume: int = opt(1, "volumes with --crop random: patches that each gives in an epoch", least=1)
     spacing: str = opt("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
                            "file says (.nii), else 1")
 
@@ -214,20 +214,18 @@ class PictureFolder:
         that is needed and not given; the message names the file and the flag.
     """
 
-    def __init__(self, config=None, multiple=None, **fields):
+    def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         self.config = config = dataclasses.replace(config or DataConfig(), **fields)
-        self.folder = config.data_dir
+        self.folder, self._flag = config.data_dir, flag
         if len(config.sides) != 2 or config.crop == "grid":
             raise ValueError(f"--image_size {config.image_size} --crop {config.crop}: pictures have two sizes and no "
                              "grid of patches; volumes are read by volume_datasets")
         self.height, self.width = config.sides
-        self.value_range = parse_range(config.value_range or config.value_window)
+        self.value_range = range_of(config)
         self.reference_db = float(config.reference_db) if str(config.reference_db) else None
-        require_data_dir(config.data_dir)
+        require_data_dir(config.data_dir, flag)
         self._stack = None  # the pictures of an .npz, which is read whole
         self._pool = None
-        if config.value_range and config.value_window:
-            raise ValueError("--value_range refuses what --value_window cuts off; give one of them")
         if config.data_dir.endswith(".npz") and not bf.isdir(config.data_dir):
             headers = self._open_archive(config.data_dir)
         else:
@@ -297,7 +295,7 @@ class PictureFolder:
         if not self.paths:
             hint = "; give the .npz file itself" if any(ending_of(p) == "npz" for p in found) else ""
             raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(ENDINGS)}) among {len(found)} files{hint}"
-                                    "; check --data_dir")
+                                    f"; check {self._flag}")
         self.names = names_below(data_dir, self.paths)
         self.class_names, self.labels = classes_of(self.names, data_dir)
         with ThreadPoolExecutor(8) as pool:  # opening files waits for the disk or the network
@@ -314,7 +312,7 @@ class PictureFolder:
             raise ValueError(f"{path}: wanted 'images' (or 'arr_0') of shape [N x H x W] or [N x H x W x 1 or 3], "
                              f"found {held}")
         if not len(images):
-            raise FileNotFoundError(f"{path} holds no picture; check --data_dir")
+            raise FileNotFoundError(f"{path} holds no picture; check {self._flag}")
         fits = labels is None or labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and labels.min() >= 0
         if not fits:
             raise ValueError(f"{path}: 'labels' must be {len(images)} integers from 0 up, found {labels.dtype} of "
@@ -386,16 +384,23 @@ def parse_size(text):
     return tuple(int(side) for side in sides) if len(sides) > 1 else (int(text), int(text))
 
 
-def parse_range(text):
+def range_of(config):
+    """Return (lo, hi) of the values that become 0 and 1, or None where the type of the files says it."""
+    if config.value_range and config.value_window:
+        raise ValueError("--value_range refuses what --value_window cuts off; give one of them")
+    return parse_range(config.value_window, "--value_window") or parse_range(config.value_range)
+
+
+def parse_range(text, flag="--value_range"):
     """Return (lo, hi) from "lo,hi", or None from an empty text."""
     if not text:
         return None
     try:
         lo, hi = (float(part) for part in str(text).split(","))
     except ValueError:
-        raise ValueError(f"--value_range {text} is not two numbers; write lo,hi as in --value_range=-80,0") from None
+        raise ValueError(f"{flag} {text} is not two numbers; write lo,hi as in {flag}=-80,0") from None
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-        raise ValueError(f"--value_range {text}: the first number must be below the second")
+        raise ValueError(f"{flag} {text}: the first number must be below the second")
     return lo, hi
 
 
@@ -429,13 +434,14 @@ def classes_of(names, folder):
 _Header = collections.namedtuple("_Header", "height width channels dtype")
 
 
-def require_data_dir(data_dir):
+def require_data_dir(data_dir, flag="--data_dir"):
+    """Raise FileNotFoundError, naming the flag that it was given as, where no data can be."""
     if not data_dir:
-        raise FileNotFoundError("no folder of pictures given; set --data_dir")
+        raise FileNotFoundError(f"no folder of pictures given; set {flag}")
     if not bf.exists(data_dir):
-        raise FileNotFoundError(f"{data_dir} is not there; check --data_dir")
+        raise FileNotFoundError(f"{data_dir} is not there; check {flag}")
     if not bf.isdir(data_dir) and ending_of(data_dir) != "npz":
-        raise FileNotFoundError(f"{data_dir} is a file; give its folder (or an .npz) as --data_dir")
+        raise FileNotFoundError(f"{data_dir} is a file; give its folder (or an .npz) as {flag}")
 
 
 def _read_header(path):
@@ -504,7 +510,8 @@ def _channels_last(shape):
         return (0, 1, 2), tuple(shape)
     if len(shape) == 3 and shape[0] in (1, 3):
         return (1, 2, 0), (*shape[1:], shape[0])
-    raise ValueError(f"its shape {tuple(shape)} is not [H x W], [H x W x C] or [C x H x W] with 1 or 3 channels")
+    raise ValueError(f"its shape {tuple(shape)} is not [H x W], [H x W x C] or [C x H x W] with 1 or 3 channels, "
+                     "volumes want --image_size DxHxW")
 
 
 def open_archive(path):

@@ -29,6 +29,7 @@ from .vae_wrapper import sample_moments
 
 CACHE_FLAG = "--cache_dir"
 FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
+MOST_CHANNELS = 64      # of latents over one axis: what has more is taken for a picture without an axis for channels
 MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 SPARE_FILES = 256  # that a process has open besides a cache
@@ -48,7 +49,7 @@ class LatentCacheConfig:
     store: str = opt("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
                                 "mode: the mean alone, half the size", choices=("moments", "mode"))
     latent_dtype: str = opt("float16", "type of the numbers on disk", choices=("float16", "float32"))
-    shard_size: int = opt(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096")
+    shard_size: int = opt(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096", least=0)
 
 
 @dataclass
@@ -58,7 +59,8 @@ class LatentConfig:
     SECTION = "latents"
 
     cache_dir: str = opt("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
-    stats_samples: int = opt(2048, "pictures over which latents are measured where they are encoded on the fly")
+    stats_samples: int = opt(2048, "pictures over which latents are measured where they are encoded on the fly",
+                             least=1)
 
 
 @dataclass
@@ -131,6 +133,11 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
         raise FileNotFoundError(f"no folder given for the cache; set {CACHE_FLAG}")
     folder = require_writable_folder(folder, CACHE_FLAG)
     sweep_parts(folder)
+    others = [path.name for path in folder.iterdir() if not path.name.startswith((".", "latents-"))
+              and path.name not in (MANIFEST, LABELS, FILENAMES)]
+    if others:
+        raise FileExistsError(f"{folder} holds what is no cache's ({others[0]}, {len(others)} in all); give {CACHE_FLAG} "
+                              "a folder of its own")
     head = _head(pictures, codec, config)
     key = _digest(head)
     if (folder / MANIFEST).exists():
@@ -523,8 +530,10 @@ class LatentFolder:
             raise FileNotFoundError(f"{self.folder} holds neither {MANIFEST} nor .npy files; check {CACHE_FLAG}")
         self.count = len(self.paths)
         self.latent_shape = self._open(self.paths[0]).shape
-        if len(self.latent_shape) < 2:
-            raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, not [C x ...]; check {CACHE_FLAG}")
+        if len(self.latent_shape) < 2 or len(self.latent_shape) == 2 and self.latent_shape[0] > MOST_CHANNELS:
+            raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, which is no latent [C x ...] of at "
+                             f"most {MOST_CHANNELS} channels; check {CACHE_FLAG} (pictures go to --data_dir, with "
+                             "--vae_path)")
         self.filenames = [path.relative_to(self.folder).as_posix() for path in self.paths]
         self.class_names, self.labels = classes_of(self.filenames, str(self.folder))
         moments = Moments()

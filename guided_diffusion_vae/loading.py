@@ -48,6 +48,9 @@ def open_extractors(config, vae, data, given):
         extract = metrics.inception_features(config.inception_path, device)
     elif judge:
         extract = judge
+    elif not vae.vae_path:
+        raise FileNotFoundError("nothing to take features from; give --classifier_path (a run of classifier_train.py), "
+                                "--inception_path (for FID), or --vae_path (an autoencoder's latents)")
     else:
         codec = create_vae(vae, device)
         extract, header = metrics.latent_features(codec), {**header, "data": codec.preprocessing}

@@ -449,7 +449,7 @@ def report(plan, batch_sizes, budgets):
 
     heads = "".join(f"{n:>9}" for n in batch_sizes)
     one_pass = {"microbatch": -1, "gradient_accumulation_steps": 1}
-    yield "\nGiB that encoding and decoding need, by the samples at once, in one piece (--vae_tile bounds them further):"
+    yield "\nGiB that encoding and decoding need, by the samples at once, in one piece (--vae_tile takes less):"
     yield heads
     for name in ("encoding", "decoding"):
         for dtype in ("float32", "bfloat16"):

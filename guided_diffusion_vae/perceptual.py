@@ -18,10 +18,10 @@ class PerceptualConfig:
     SECTION = "autoencoder.training"
 
     use_perceptual_loss: bool = opt(False, "add LPIPS to the loss (extra: perceptual)")
-    perceptual_weight: float = opt(0.1, "weight of the perceptual term")
+    perceptual_weight: float = opt(0.1, "weight of the perceptual term", least=0)
     perceptual_net: str = opt("vgg", "backbone of the perceptual term", choices=NETS)
     perceptual_path: str = opt("", "torchvision's weights file of that backbone, such as vgg16-397923af.pth")
-    perceptual_slices: int = opt(4, "volumes: slices compared along each axis, drawn anew at every step")
+    perceptual_slices: int = opt(4, "volumes: slices compared along each axis, drawn anew at every step", least=1)
 
 
 class PerceptualLoss(nn.Module):

@@ -37,8 +37,8 @@ MAKING, OURS = "making.json", ".sampling"  # stand in folders that sampling has 
 @dataclass
 class SamplingConfig:
     model_path: str = opt("", "run of image_train_vae.py, or one weights file of it (ema_... or model...)")
-    num_samples: int = opt(64, "how many samples to draw")
-    batch_size: int = opt(16, "samples at a time on each rank; does not change the samples")
+    num_samples: int = opt(64, "how many samples to draw", least=1)
+    batch_size: int = opt(16, "samples at a time on each rank; does not change the samples", least=1)
     sampler: str = opt("", "how steps are taken: ddpm (random), ddim (deterministic), or a multi-step solver, which 10 "
                            "to 25 steps are enough for: dpmpp_sde (random, forgives a model's errors), dpmpp, unipc; "
                            "empty: ddpm, or ddim with --use_ddim",
@@ -65,7 +65,7 @@ class PixelSamplingConfig(SamplingConfig):
 
     model_path: str = opt("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
                               "guided-diffusion, which the flags of the model describe")
-    num_samples: int = opt(10000, "how many samples to draw")
+    num_samples: int = opt(10000, "how many samples to draw", least=1)
     clip_denoised: bool = opt(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
 
 
@@ -76,7 +76,7 @@ class BaseConfig:
     base_samples: str = opt("", "the small pictures to start from: an .npz of a sampling script (arr_0, and arr_1 "
                                 "for an upsampler with classes)")
     cond_noise_level: int = opt(0, "noise them to this time first, below the --cond_noise_steps of training; hides the "
-                                   "faults of samples")
+                                   "faults of samples", least=0)
 
 
 class KeyedNoise:

@@ -64,7 +64,17 @@ def parse_given(doc, *classes, argv=None):
     from_file = read_yaml(flags.pop("config"), classes) if "config" in flags else {}
     _settle_sizes(from_file, flags)
     given = {**from_file, **flags}
+    _require_in_bounds(classes, given)
     return [from_dict(cls, given) for cls in classes], given
+
+
+def _require_in_bounds(classes, given):
+    for field in (field for cls in classes for field in dataclasses.fields(cls) if field.name in given):
+        value, least, most = given[field.name], field.metadata["least"], field.metadata["most"]
+        if least is not None and not value >= least:
+            raise ValueError(f"--{field.name} is {value}; it is at least {least}")
+        if most is not None and not value <= most:
+            raise ValueError(f"--{field.name} is {value}; it is at most {most}")
 
 
 def _settle_sizes(from_file, flags):
@@ -150,8 +160,9 @@ def read_yaml(path, classes):
                 raise ValueError(f"{path} has an unknown key {nested!r}{_nearest(key, known | here | set(sections))}")
             elif key in here:
                 read = _from_yaml(mine[key], value, path)
-                if values.setdefault(key, read) != read:
+                if key in values and values[key] != read:
                     raise ValueError(f"{path} sets {key} to {values[key]} and, as {nested}, to {read}; keep one")
+                values[key] = read
 
     take("", content)
     return values
@@ -315,7 +326,7 @@ def _texts():
 
 def end_run(folder):
     """Say once more where everything is."""
-    if dist_util.rank() == 0:
+    if dist_util.rank() == 0 and folder and Path(folder).is_dir():   # a dry run makes none
         print(f"run folder: {folder}", flush=True)
 
 

@@ -48,24 +48,26 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class TrainConfig:
     SECTION = "training"
 
-    lr: float = opt(1e-4, "learning rate of AdamW")
-    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
-    lr_warmup_steps: int = opt(0, "let the learning rate rise linearly from zero over so many steps")
-    lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never")
+    lr: float = opt(1e-4, "learning rate of AdamW", least=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW", least=0)
+    lr_warmup_steps: int = opt(0, "let the learning rate rise linearly from zero over so many steps", least=0)
+    lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never",
+                               least=0)
     optimizer: str = opt("adamw", "adamw, or adamw8bit, whose state takes a quarter of the memory (extra: gpu)",
                          choices=tuple(OPTIMIZERS))
-    max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never")
-    batch_size: int = opt(1, "samples in a step on each rank")
-    microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size")
+    max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never", least=0)
+    batch_size: int = opt(1, "samples in a step on each rank", least=1)
+    microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size",
+                          least=-1)
     gradient_accumulation_steps: int = opt(1, "forward passes of batch_size each in a step: the same saving, counted "
-                                              "the other way round")
+                                              "the other way round", least=1)
     ema_rate: str = opt("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
-    log_interval: int = opt(10, "steps between rows of progress.csv")
-    save_interval: int = opt(10000, "steps between checkpoints")
-    keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all")
-    preview_interval: int = opt(0, "steps between preview pictures and validation; 0: with every checkpoint")
+    log_interval: int = opt(10, "steps between rows of progress.csv", least=1)
+    save_interval: int = opt(10000, "steps between checkpoints", least=1)
+    keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all", least=0)
+    preview_interval: int = opt(0, "steps between preview pictures and validation; 0: with every checkpoint", least=0)
     resume_checkpoint: str = opt("", "model file to go on from; empty or auto: the newest of the run folder")
-    grad_clip: float = opt(0.0, "scale gradients down to this norm; 0: leave them")
+    grad_clip: float = opt(0.0, "scale gradients down to this norm; 0: leave them", least=0)
     mixed_precision: bool = opt(False, "run the forward pass in half-precision autocast; weights stay float32")
     amp_dtype: str = opt("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
                          choices=tuple(AMP_DTYPES))
@@ -75,7 +77,7 @@ class TrainConfig:
                              "what is not taken over is listed")
     fast_dev_run: bool = opt(False, "try everything out in a few steps (train, measure, save, end), in the folder "
                                       "fast_dev_run of the run's, which is emptied first")
-    fast_dev_run_batches: int = opt(2, "steps of --fast_dev_run")
+    fast_dev_run_batches: int = opt(2, "steps of --fast_dev_run", least=1)
     seed: int = opt(0, "seed of everything random in training")
 
 
@@ -91,20 +93,21 @@ class DiffusionTrainConfig(TrainConfig):
 class AutoencoderTrainConfig(TrainConfig):
     SECTION = "autoencoder.training"
 
-    batch_size: int = opt(16, "pictures in a step on each rank")
+    batch_size: int = opt(16, "pictures in a step on each rank", least=1)
     ema_rate: str = opt("0.999", "decay of the moving average of the weights, or several with commas between")
-    save_interval: int = opt(1000, "steps between checkpoints")
+    save_interval: int = opt(1000, "steps between checkpoints", least=1)
     mirror: bool = opt(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
                               "more kinds of detail than the data have, which helps where they are few")
-    augment: float = opt(0.0, "share of pictures that are turned, scaled and shifted a little while training")
+    augment: float = opt(0.0, "share of pictures that are turned, scaled and shifted a little while training",
+                         least=0, most=1)
     augment_rotation: float = opt(5.0, "largest angle of --augment in degrees, either way, in every plane")
-    augment_scale: float = opt(0.05, "largest share by which --augment makes larger or smaller")
+    augment_scale: float = opt(0.05, "largest share by which --augment makes larger or smaller", least=0, most=1)
     augment_translation: float = opt(1.0, "largest shift of --augment in pixels, along every axis")
     val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
-    val_pictures: int = opt(256, "how many held-out pictures are measured")
+    val_pictures: int = opt(256, "how many held-out pictures are measured", least=0)
     use_gradient_checkpointing: bool = opt(False, "the same as --use_checkpointing True of the autoencoder")
-    stop_at_psnr: float = opt(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look")
-    stop_at_l1: float = opt(0.0, "end when the held-out mean absolute error falls below this; 0: do not look")
+    stop_at_psnr: float = opt(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look", least=0)
+    stop_at_l1: float = opt(0.0, "end when the held-out mean absolute error falls below this; 0: do not look", least=0)
 
 
 @dataclass
@@ -113,19 +116,19 @@ class ClassifierTrainConfig:
 
     val_data_dir: str = opt("", "held-out pictures, or a cache of them; measured every --eval_interval steps")
     val_pictures: int = opt(0, "how many held-out pictures are measured each time, evenly spread; 0: one batch, the "
-                               "next one each time")
+                               "next one each time", least=0)
     noised: bool = opt(True, "train on data noised to random times, for guidance; False: on clean data")
-    iterations: int = opt(150000, "steps to train")
-    lr: float = opt(3e-4, "learning rate of AdamW")
-    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW")
+    iterations: int = opt(150000, "steps to train", least=1)
+    lr: float = opt(3e-4, "learning rate of AdamW", least=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW", least=0)
     anneal_lr: bool = opt(False, "let the learning rate fall linearly to zero over --iterations")
-    batch_size: int = opt(4, "pictures in a step on each rank")
-    microbatch: int = opt(-1, "pictures in a forward pass, to save memory; -1: batch_size")
+    batch_size: int = opt(4, "pictures in a step on each rank", least=1)
+    microbatch: int = opt(-1, "pictures in a forward pass, to save memory; -1: batch_size", least=-1)
     schedule_sampler: str = opt("uniform", "how times are drawn with --noised", choices=tuple(SCHEDULE_SAMPLERS))
     resume_checkpoint: str = opt("", "model file to go on from; empty: the newest of the run folder, if it holds one")
-    log_interval: int = opt(10, "steps between rows of progress.csv")
-    eval_interval: int = opt(5, "steps between measurements on --val_data_dir")
-    save_interval: int = opt(10000, "steps between checkpoints")
+    log_interval: int = opt(10, "steps between rows of progress.csv", least=1)
+    eval_interval: int = opt(5, "steps between measurements on --val_data_dir; 0: with every checkpoint", least=0)
+    save_interval: int = opt(10000, "steps between checkpoints", least=1)
     seed: int = opt(0, "seed of everything random in training")
 
 

@@ -134,7 +134,8 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perc
               "data": pictures.preprocessing}
     held_out = pictures
     if train.val_data_dir:
-        held_out = open_folder(dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False), factors)
+        held_out = open_folder(dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False), factors,
+                               "--val_data_dir")
     if held_out.shape[0] != pictures.shape[0]:
         raise ValueError(f"{held_out.folder} (--val_data_dir) has {held_out.shape[0]} channels, {pictures.folder} "
                          f"{pictures.shape[0]}; give pictures of the same kind, or --image_channels")
@@ -205,7 +206,7 @@ def sets_to_train_on(config, data, flags, process):
             if len(pictures.shape) == 4:
                 raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds volumes; give the folder "
                                  "volumes/ beside it")
-            pictures = open_folder(data, data_dir=str(path), value_range="", value_window="")
+            pictures = open_folder(data, data_dir=str(pictures.folder), value_range="", value_window="")
         source, _ = open_pixels(pictures)
         build_classifier(classifier_for(flags, source), process, source.latent_shape)
         together = config.tstr_batch_size * dist_util.world_size()
@@ -272,6 +273,9 @@ def classifier_for(flags, source):
 
 def _from_data(config, found, folder):
     """Return a config with what was found in the data; a flag that says otherwise is refused."""
+    if found.get("num_classes") == 0 and config.num_classes and not config.class_cond:
+        raise ValueError(f"--num_classes {config.num_classes} without --class_cond True: the model would not be told "
+                         "of them; give that flag too (the data say how many there are), or leave this one away")
     for name, value in found.items():
         if getattr(config, name) not in (0, value):
             raise ValueError(f"--{name} {getattr(config, name)}, but {folder} has {value}; leave the flag away")

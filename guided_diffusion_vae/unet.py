@@ -42,14 +42,18 @@ MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to her
 class ModelConfig:
     """Describe the diffusion network; `script_util` turns it into `UNetModel` or `SuperResModel`."""
 
-    num_channels: int = opt(128, "width of the first level; this times each entry of channel_mult is a multiple of 32")
-    num_res_blocks: int = opt(2, "residual blocks per level going down; one more per level going up")
-    num_heads: int = opt(4, "attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = opt(-1, "attention heads going up, where num_head_channels is -1; -1: as num_heads")
-    num_head_channels: int = opt(-1, "channels per attention head, which sets the number of heads; -1: use num_heads")
+    num_channels: int = opt(128, "width of the first level; this times each entry of channel_mult is a multiple of 32",
+                            least=1)
+    num_res_blocks: int = opt(2, "residual blocks per level going down; one more per level going up", least=1)
+    num_heads: int = opt(4, "attention heads, where num_head_channels is -1", least=1)
+    num_heads_upsample: int = opt(-1, "attention heads going up, where num_head_channels is -1; -1: as num_heads",
+                                  least=-1)
+    num_head_channels: int = opt(-1, "channels per attention head, which sets the number of heads; -1: use num_heads",
+                                 least=-1)
     attention_resolutions: str = opt("16,8", "grid sizes that get attention, comma separated")
     channel_mult: str = opt("", "width of each level in units of num_channels, comma separated; empty: by image size")
-    dropout: float = opt(0.0, "probability of dropping a feature inside residual blocks while training")
+    dropout: float = opt(0.0, "probability of dropping a feature inside residual blocks while training",
+                         least=0, most=1)
     class_cond: bool = opt(False, "condition on class labels")
     use_checkpoint: bool = opt(False, "recompute blocks in the backward pass: less memory, about a third more time")
     recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
@@ -57,10 +61,10 @@ class ModelConfig:
     resblock_updown: bool = opt(False, "resample inside residual blocks, not by strided convolutions between them")
     use_fp16: bool = opt(False, "run the convolutions and attention in float16, with loss scaling")
     use_new_attention_order: bool = opt(False, "split qkv before heads; must match the checkpoint")
-    in_channels: int = opt(0, "channels of what the network denoises; 0: those of the data (3 without data)")
-    num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names")
+    in_channels: int = opt(0, "channels of what the network denoises; 0: those of the data (3 without data)", least=0)
+    num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names", least=0)
     class_dropout: float = opt(0.0, "share of training samples whose class is hidden, so that the model knows the data "
-                                    "without classes too, which --cfg_scale needs; 0.1 is usual")
+                                    "without classes too, which --cfg_scale needs; 0.1 is usual", least=0, most=1)
     dims: int = opt(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)",
                     choices=(0, 1, 2, 3))
     resample_depth: bool = opt(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
@@ -75,7 +79,8 @@ class SuperResConfig:
     large_size: size = opt(256, "size of the pictures that the upsampler makes: 256, or height x width as 64x128")
     small_size: size = opt(64, "size of the pictures that it starts from")
     cond_noise_steps: int = opt(0, "noise the small pictures to a random time below this while training, and tell the "
-                                   "network which (cascaded diffusion, arXiv 2106.15282, section 4.2); 0: never")
+                                   "network which (cascaded diffusion, arXiv 2106.15282, section 4.2); 0: never",
+                               least=0)
 
 
 @dataclass
@@ -83,14 +88,16 @@ class ClassifierConfig:
     """Describe the noise-aware classifier that guides sampling; `script_util` turns it into `EncoderUNetModel`."""
 
     classifier_use_fp16: bool = opt(False, "run the classifier's convolutions and attention in float16")
-    classifier_width: int = opt(128, "width of the classifier's first level; a multiple of 32")
-    classifier_depth: int = opt(2, "residual blocks per level of the classifier")
+    classifier_width: int = opt(128, "width of the classifier's first level; a multiple of 32", least=1)
+    classifier_depth: int = opt(2, "residual blocks per level of the classifier", least=1)
     classifier_attention_resolutions: str = opt("32,16,8", "grid sizes that get attention, comma separated")
     classifier_use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the classifier's norms")
     classifier_resblock_updown: bool = opt(True, "resample inside the classifier's residual blocks")
     classifier_pool: str = opt("attention", "how the classifier turns its last grid into logits", choices=POOLS)
-    classifier_in_channels: int = opt(0, "channels of what is classified; 0: those of the data (3 without data)")
-    classifier_num_classes: int = opt(0, "classes to tell apart; 0: as many as the data or the checkpoint names")
+    classifier_in_channels: int = opt(0, "channels of what is classified; 0: those of the data (3 without data)",
+                                      least=0)
+    classifier_num_classes: int = opt(0, "classes to tell apart; 0: as many as the data or the checkpoint names",
+                                      least=0)
     classifier_channel_mult: str = opt("", "width of each level in units of classifier_width, comma separated; empty: "
                                            "by image size, which grids below 64 have no default for")
     classifier_dims: int = opt(0, "spatial axes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
@@ -168,8 +175,8 @@ class AttentionBlock(nn.Module):
             if channels % num_head_channels:
                 raise ValueError(
                     f"{channels} channels do not divide into heads of {num_head_channels}; change --num_head_channels, "
-                    "or the width of this level (--num_channels and --channel_mult, of a classifier --classifier_width "
-                    "and --classifier_channel_mult)"
+                    "or the width of this level (--num_channels and --channel_mult); a classifier's heads have 64: "
+                    "change --classifier_width, --classifier_channel_mult or --classifier_attention_resolutions"
                 )
             num_heads = channels // num_head_channels
         if channels % num_heads:

@@ -37,13 +37,14 @@ FLAG = "--vae_path"
 class VAEConfig:
     vae_path: str = opt("", "autoencoder: a run of train_autoencoder.py or a weights file of one, a diffusers folder "
                             "(or hub:owner/name to download one), or MONAI weights with a YAML file beside them")
-    scale_factor: float = opt(0.0, "what latents are multiplied by; 0: what the autoencoder states, else 0.18215")
+    scale_factor: float = opt(0.0, "what latents are multiplied by; 0: what the autoencoder states, else 0.18215",
+                              least=0)
     vae_config: str = opt("", "YAML file with the arguments of MONAI weights; empty: the one beside them")
     vae_dtype: str = opt("float32", "precision inside the autoencoder", choices=tuple(DTYPES))
-    vae_batch_size: int = opt(0, "pictures that the autoencoder takes at a time; 0: all it is given")
+    vae_batch_size: int = opt(0, "pictures that the autoencoder takes at a time; 0: all it is given", least=0)
     vae_tile: int = opt(0, "have no more than this many pixels of the longest side on the device at a time, for "
                            "pictures and volumes larger than its memory; exact for autoencoders of this project and of "
-                           "MONAI, overlapping tiles for those of diffusers; 0: the whole")
+                           "MONAI, overlapping tiles for those of diffusers; 0: the whole", least=0)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ import torch
 from .files import bf
 from .image_datasets import (
     DataConfig, PictureFolder, classes_of, digest_of, ending_of, mirrored, names_below, naming, open_archive,
-    parse_range, require_data_dir, stamp_of, to_unit, walk_files,
+    range_of, require_data_dir, stamp_of, to_unit, walk_files,
 )
 from .nn import keyed_rng
 
@@ -26,10 +26,13 @@ RECENT_BYTES = 4 * 2**30    # of volumes that have to be unpacked to be read at 
 _Header = collections.namedtuple("_Header", "shape dtype spacing")
 
 
-def open_folder(config, multiple=None, **fields):
-    """Return the PictureFolder or, where `image_size` has three sizes, the VolumeFolder that a DataConfig describes."""
+def open_folder(config, multiple=None, flag="--data_dir", **fields):
+    """Return the PictureFolder or, where `image_size` has three sizes, the VolumeFolder that a DataConfig describes.
+
+    Messages name `flag` as the one that the folder was given as.
+    """
     config = dataclasses.replace(config, **fields)
-    return (VolumeFolder if len(config.sides) == 3 else PictureFolder)(config, multiple)
+    return (VolumeFolder if len(config.sides) == 3 else PictureFolder)(config, multiple, flag)
 
 
 class VolumeFolder:
@@ -48,23 +51,21 @@ class VolumeFolder:
         given; the message names the file and the flag.
     """
 
-    def __init__(self, config=None, multiple=None, **fields):
+    def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         self.config = config = dataclasses.replace(config or DataConfig(), **fields)
         self.folder = config.data_dir
         self.sides = config.sides
-        if config.value_range and config.value_window:
-            raise ValueError("--value_range refuses what --value_window cuts off; give one of them")
         if config.image_channels not in (0, 1):
             raise ValueError(f"--image_channels {config.image_channels}: volumes keep the channels that they have")
-        self.value_range = parse_range(config.value_range or config.value_window)
+        self.value_range = range_of(config)
         self.reference_db = float(config.reference_db) if config.reference_db else None
-        require_data_dir(config.data_dir)
+        require_data_dir(config.data_dir, flag)
         found = list(walk_files(config.data_dir, ENDINGS))
         self.paths = [p for p in found if _is_volume(p)]
         self.ignored = len(found) - len(self.paths)
         if not self.paths:
             raise FileNotFoundError(f"{config.data_dir} holds no volume (.npy, .npz, .nii, .nii.gz) among {len(found)} "
-                                    "files; check --data_dir, or give --image_size two sizes for pictures")
+                                    f"files; check {flag}, or give --image_size two sizes for pictures")
         headers = [_read_header(path) for path in self.paths]
         files = names_below(config.data_dir, self.paths)
         self.class_names, labels = classes_of(files, config.data_dir)

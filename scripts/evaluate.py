@@ -31,6 +31,8 @@ def main():
     configs, given = script_util.parse_given(__doc__, *CONFIGS)
     config, vae, data, flags, train, run = configs
     folder = script_util.begin_run(run, configs)
+    for flag, path in (("--reference", config.reference), ("--samples", config.samples)):
+        evaluation.require_given(path, flag)
     if run.dry_run:
         return
 

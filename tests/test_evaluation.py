@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from guided_diffusion_vae import metrics
+from guided_diffusion_vae import evaluation, metrics
 from guided_diffusion_vae.evaluation import EvaluateConfig, RoundtripConfig, evaluate, failures, roundtrip
 from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
 from guided_diffusion_vae.sampling import open_npz, to_uint8, write_npz
@@ -111,6 +111,17 @@ def test_padding_is_cropped_back_before_anything_is_measured(tmp_path):
     assert report["l1"] == pytest.approx((images - decoded)[:, :, :15].abs().mean().item(), rel=1e-5)
 
 
+def test_a_run_stands_for_the_samples_that_it_has_drawn(tmp_path):
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    for count in (2, 1):
+        write_npz(tmp_path / f"samples_{count}x4x4x1.npz", (count, 4, 4, 1), [images[:count]])
+        Image.fromarray(images[0, ..., 0]).save(tmp_path / "contact_sheet.png")
+        if count == 2:
+            assert len(evaluation.open_pictures(tmp_path, DATA, "--samples")) == 2
+    with pytest.raises(ValueError, match="samples_1x4x4x1.npz, samples_2x4x4x1.npz; give one of them as --samples"):
+        evaluation.open_pictures(tmp_path, DATA, "--samples")
+
+
 def test_every_missed_threshold_is_named():
     report = {"psnr": 20.0, "ssim": 0.5, "l1": 0.1, "dead_channels": []}
     assert failures(report, RoundtripConfig(min_psnr=20, min_ssim=0.5, max_l1=0.1)) == []
@@ -194,7 +205,7 @@ def test_a_folder_of_pictures_is_judged_like_an_npz(run, tmp_path):
     ({"samples": ""}, FileNotFoundError, "--samples is not given; it wants a folder of pictures or an .npz"),
     ({"reference": ""}, FileNotFoundError, "--reference is not given"),
     ({"reference": "nowhere"}, FileNotFoundError, "nowhere is not there"),
-    ({"samples": "nowhere.npz"}, ValueError, "nowhere.npz: cannot be read as an .npz archive"),
+    ({"samples": "nowhere.npz"}, FileNotFoundError, "nowhere.npz is not there; check --samples"),
 ])
 def test_what_is_missing_is_named(run, fields, error, match):
     with pytest.raises(error, match=match):

@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -432,7 +433,7 @@ def test_all_sources_have_what_training_asks_of_them(cached, pictures, tmp_path)
 
 @pytest.mark.parametrize("array, match", [
     (np.zeros((3, 2, 2), np.uint8), "holds uint8, not floating-point"), (np.full((3, 2, 2), np.inf), "not finite"),
-    (np.zeros(3), r"has shape \[3\], not \[C x ...\]"),
+    (np.zeros(3), r"has shape \[3\], which is no latent \[C x ...\]"),
 ])
 def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
     np.save(tmp_path / "a_1.npy", array)
@@ -510,6 +511,18 @@ def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
         x0, told = next(stream)
     stream.close()
     assert x0.device.type == told["y"].device.type == "meta" and launches.synchronisations == 0
+
+
+def test_a_cache_is_not_written_among_other_files(pictures, cached):
+    with pytest.raises(FileExistsError, match=r"holds what is no cache's \(.*, \d+ in all\); give --cache_dir a folder of"):
+        write_cache(pictures.config.data_dir, pictures, HalvingCodec(), LatentCacheConfig())
+    assert not list(Path(pictures.config.data_dir).glob("latents-*"))
+
+
+def test_pictures_are_not_taken_for_latents(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((128, 128), np.float32))
+    with pytest.raises(ValueError, match="no latent .* of at most 64 channels; .*pictures go to --data_dir"):
+        LatentFolder(tmp_path)
 
 
 def test_small_pictures_are_made_of_what_is_not_padding(pictures):
