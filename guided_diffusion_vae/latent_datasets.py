@@ -136,8 +136,8 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     others = [path.name for path in folder.iterdir() if not path.name.startswith((".", "latents-"))
               and path.name not in (MANIFEST, LABELS, FILENAMES)]
     if others:
-        raise FileExistsError(f"{folder} holds what is no cache's ({others[0]}, {len(others)} in all); give {CACHE_FLAG} "
-                              "a folder of its own")
+        raise FileExistsError(f"{folder} holds what is no cache's ({others[0]}, {len(others)} in all); give "
+                              f"{CACHE_FLAG} a folder of its own")
     head = _head(pictures, codec, config)
     key = _digest(head)
     if (folder / MANIFEST).exists():

@@ -41,6 +41,7 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
     model, diffusion = create_model_and_diffusion_vae(
         source.latent_shape, model_flags, process, super_res, discrete_data=space.is_pixels
     )
+    model.require_grid(source.latent_shape[1:])
     plan = BatchPlan(source.count, train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
     say(plan.summary())
     if run.dry_run:

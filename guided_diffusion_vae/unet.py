@@ -613,7 +613,7 @@ class UNetModel(_TimedNetwork):
         return emb if y is None else emb + self.label_emb(y)
 
     def _denoise(self, x, emb):
-        self._require_grid(x.shape[2:])
+        self.require_grid(x.shape[2:])
         emb = F.silu(emb)
         h, left = x.to(self.torso_dtype), []
         for block in self.input_blocks:
@@ -636,13 +636,15 @@ class UNetModel(_TimedNetwork):
         elif y.shape != (count,):
             raise ValueError(f"labels y have shape {tuple(y.shape)}, the batch wants one class per sample, ({count},)")
 
-    def _require_grid(self, grid):
+    def require_grid(self, grid):
+        """Raise ValueError where the levels do not divide the sizes of a grid."""
         for axis, (length, step) in enumerate(zip(grid, self.grid_steps)):
             if length % step:
                 below = length - length % step
+                near = f"{below} or {below + step}" if below else str(step)
                 raise ValueError(
                     f"spatial axis {axis} has size {length}, and the levels shrink it by {step}, which does not "
-                    f"divide it; use fewer levels (--channel_mult), or data of size {below} or {below + step}"
+                    f"divide it; use fewer levels (--channel_mult), or data of size {near}"
                 )
 
 

@@ -514,7 +514,7 @@ def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
 
 
 def test_a_cache_is_not_written_among_other_files(pictures, cached):
-    with pytest.raises(FileExistsError, match=r"holds what is no cache's \(.*, \d+ in all\); give --cache_dir a folder of"):
+    with pytest.raises(FileExistsError, match=r"what is no cache's \(.*, \d+ in all\); give --cache_dir a folder"):
         write_cache(pictures.config.data_dir, pictures, HalvingCodec(), LatentCacheConfig())
     assert not list(Path(pictures.config.data_dir).glob("latents-*"))
 
