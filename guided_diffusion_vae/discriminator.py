@@ -26,7 +26,7 @@ class DiscriminatorConfig:
     adaptive_weight: bool = opt(False, "scale the adversarial term so that its gradient at the last layer is as large "
                                        "as that of the reconstruction (VQGAN, equation 7), on "
                                        "each rank and in each forward pass for itself")
-    discriminator_channels: int = opt(64, "width of the discriminator's first layer, a multiple of 8")
+    discriminator_channels: int = opt(64, "width of the discriminator's first layer, a multiple of 8", least=8)
     discriminator_layers: int = opt(3, "halvings of the discriminator; more see larger patches", least=1)
     discriminator_lr: float = opt(0.0, "learning rate of the discriminator; 0: that of the autoencoder", least=0)
 
@@ -91,8 +91,10 @@ def adaptive_weight(reconstruction, adversarial, last_layer, scale=1.0):
     """Return the factor that makes the gradients of two losses at a weight equally large (VQGAN, equation 7).
 
     Both losses are scalars; no gradient flows through the factor. The loss `scale` keeps gradients in float16 from
-    vanishing: that of a mean over a large volume would be 0.
+    vanishing: that of a mean over a large volume would be 0. Where it makes them overflow the factor is 0, and the step
+    will be left out.
     """
     large, small = (torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0].float().norm() / scale
                     for loss in (reconstruction, adversarial))
-    return (large / (small + 1e-4)).clamp(0, 1e4).detach()
+    usable = large.isfinite() & small.isfinite()
+    return (large / (small + 1e-4)).clamp(0, 1e4).where(usable, torch.zeros_like(large)).detach()

@@ -1,6 +1,7 @@
 """Measure an autoencoder's round trip and the quality of samples; what is measured stands in `metrics`."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from .sampling import OURS, open_npz, to_uint8, write_npz
 from .volume_datasets import open_folder
 
 LIKELIHOOD = 11  # second number of the keys of noise, apart from those of training and sampling
+
+
+_DRAWN = re.compile(r"samples_(\d+x)+\d+\.npz")
 
 
 @dataclass
@@ -325,10 +329,11 @@ def open_pictures(path, data, flag):
     require_given(path, flag)
     if str(path).endswith(".npz") and {"arr_0", "mu"} & set(open_archive(path)):
         return SampleFile(path)
-    sampled = [] if str(path).endswith(".npz") else sorted(Path(path).glob("samples_*.npz"))
-    if len(sampled) > 1:
-        raise ValueError(f"{path} holds {', '.join(p.name for p in sampled)}; give one of them as {flag}")
-    return SampleFile(sampled[0]) if sampled else open_folder(as_read(path, data), flag=flag, data_dir=str(path))
+    found = sorted(Path(path).glob("samples_*.npz")) if flag == "--samples" else []
+    drawn = [file for file in found if _DRAWN.fullmatch(file.name)]
+    if len(drawn) > 1:
+        raise ValueError(f"{path} holds {', '.join(p.name for p in drawn)}; give one of them as {flag}")
+    return SampleFile(drawn[0]) if drawn else open_folder(as_read(path, data), flag=flag, data_dir=str(path))
 
 
 def as_read(path, data):

@@ -48,7 +48,10 @@ def make_master_params(param_groups_and_shapes):
 
 
 def _joined(tensors, shape):
-    return torch.cat([t.float().reshape(-1) for t in tensors]).view(shape)
+    tensors = list(tensors)
+    flat = torch.empty(sum(t.numel() for t in tensors), device=tensors[0].device)
+    torch._foreach_copy_(list(flat.split([t.numel() for t in tensors])), [t.reshape(-1) for t in tensors])
+    return flat.view(shape)
 
 
 def unflatten_master_params(param_group, master_param):

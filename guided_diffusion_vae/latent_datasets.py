@@ -29,7 +29,7 @@ from .vae_wrapper import sample_moments
 
 CACHE_FLAG = "--cache_dir"
 FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
-MOST_CHANNELS = 64      # of latents over one axis: what has more is taken for a picture without an axis for channels
+MOST_CHANNELS = 16      # of latents over one axis: what has more is taken for a picture without an axis for channels
 MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 SPARE_FILES = 256  # that a process has open besides a cache
@@ -119,6 +119,7 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     :param pictures: a `PictureFolder` or what has its interface.
     :param progress: called with (latents done, latents in all) of this rank.
     :param barrier: waits for all ranks; needed for more than one.
+    :raises FileExistsError: a folder that holds other files and nothing of a cache.
     :raises ValueError: a finished cache of another making, latents that are not finite or exceed the type.
     :raises OSError: no space left, or a folder that cannot be written.
     """
@@ -133,9 +134,8 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
         raise FileNotFoundError(f"no folder given for the cache; set {CACHE_FLAG}")
     folder = require_writable_folder(folder, CACHE_FLAG)
     sweep_parts(folder)
-    others = [path.name for path in folder.iterdir() if not path.name.startswith((".", "latents-"))
-              and path.name not in (MANIFEST, LABELS, FILENAMES)]
-    if others:
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if others and not any(name == MANIFEST or name.startswith("latents-") for name in others):
         raise FileExistsError(f"{folder} holds what is no cache's ({others[0]}, {len(others)} in all); give "
                               f"{CACHE_FLAG} a folder of its own")
     head = _head(pictures, codec, config)
@@ -530,7 +530,8 @@ class LatentFolder:
             raise FileNotFoundError(f"{self.folder} holds neither {MANIFEST} nor .npy files; check {CACHE_FLAG}")
         self.count = len(self.paths)
         self.latent_shape = self._open(self.paths[0]).shape
-        if len(self.latent_shape) < 2 or len(self.latent_shape) == 2 and self.latent_shape[0] > MOST_CHANNELS:
+        channels, *grid = self.latent_shape or (0,)
+        if not grid or len(grid) == 1 and (channels > MOST_CHANNELS or channels == grid[0]):
             raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, which is no latent [C x ...] of at "
                              f"most {MOST_CHANNELS} channels; check {CACHE_FLAG} (pictures go to --data_dir, with "
                              "--vae_path)")

@@ -150,7 +150,9 @@ class TensorBoardOutputFormat(KVWriter):
         except ImportError as error:
             raise ImportError("the log format tensorboard needs the package tensorboard: pip install it, or leave "
                               "tensorboard out of OPENAI_LOG_FORMAT") from error
-        self._events = SummaryWriter(dir, purge_step=None if resume_step is None else resume_step + 1)
+        # Opened with the first row: what hides the steps that a resumed run repeats is written on opening.
+        purge_step = None if resume_step is None else resume_step + 1
+        self._open = functools.cache(lambda: SummaryWriter(dir, purge_step=purge_step))
         self._dumps = 0
 
     def writekvs(self, kvs):
@@ -159,22 +161,23 @@ class TensorBoardOutputFormat(KVWriter):
         step = int(kvs.get("step", self._dumps))
         for key, value in kvs.items():
             if isinstance(value, Number):
-                self._events.add_scalar(key, value, step)
-        self._events.flush()
+                self._open().add_scalar(key, value, step)
+        self._open().flush()
 
     def close(self):
         """Close the event file."""
-        self._events.close()
+        if self._dumps:
+            self._open().close()
 
 
 class _AtFirstRow(KVWriter):
     """Open a file of curves that is there when a row is to be written: a command refused before leaves it as it is."""
 
-    def __init__(self, open):
-        self._open, self._writer = open, None
+    def __init__(self, make):
+        self._make, self._writer = make, None
 
     def writekvs(self, kvs):
-        self._writer = self._writer or self._open()
+        self._writer = self._writer or self._make()
         self._writer.writekvs(kvs)
 
     def close(self):

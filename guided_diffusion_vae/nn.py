@@ -17,6 +17,14 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 NORM_GROUPS = 32
 
 
+def _too_flat(x, kernel_size):
+    """Say whether oneDNN gets gradients of a padded convolution of x [N x C x D x H x W] wrong, see `Conv3d`."""
+    if x.device.type != "cpu" or all(n >= kernel for n, kernel in zip(x.shape[2:], kernel_size)):
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 class Conv3d(nn.Conv3d):
     """nn.Conv3d whose gradients are right on grids that are flatter than the kernel, too.
 
@@ -32,11 +40,7 @@ class Conv3d(nn.Conv3d):
 
     def too_flat(self, x):
         """Say whether the convolution of x [N x C x D x H x W] needs its padding written out."""
-        flat = any(n < kernel for n, kernel in zip(x.shape[2:], self.kernel_size))
-        if x.device.type != "cpu" or not flat or not any(self.padding):
-            return False
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return dtype in (torch.bfloat16, torch.float16)
+        return any(self.padding) and _too_flat(x, self.kernel_size)
 
     def written_out(self, x):
         """Return x with the zeros around it that the convolution would add."""
@@ -47,9 +51,22 @@ class Conv3d(nn.Conv3d):
         return x[(..., *(slice(padding, n - padding) for n, padding in zip(x.shape[2:], self.padding)))]
 
 
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """nn.ConvTranspose3d with the same care as `Conv3d`: on grids that flat it computes in float32."""
+
+    def forward(self, x):
+        if not _too_flat(x, self.kernel_size):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            y = F.conv_transpose3d(x.float(), self.weight.float(), bias, self.stride, self.padding, self.output_padding,
+                                   self.groups, self.dilation)
+        return y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+
+
 _LAYERS = {
     "convolution": (nn.Conv1d, nn.Conv2d, Conv3d),
-    "transposed convolution": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    "transposed convolution": (nn.ConvTranspose1d, nn.ConvTranspose2d, ConvTranspose3d),
     "average pooling": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     "adaptive average pooling": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 }

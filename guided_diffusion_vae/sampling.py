@@ -32,6 +32,7 @@ FAINTEST = 1e-6
 START, CONDITION = 5, 8  # second number of the keys of sampling noise, apart from those of training
 SHEET, SHEET_ROWS = 64, 16  # pictures on a contact sheet without classes, classes on one with them
 MAKING, OURS = "making.json", ".sampling"  # stand in folders that sampling has made, and may make anew
+_OF_SHARDS = re.compile(r"\d{8}-\d{8}\.npy|making\.json|\..*\.part")
 
 
 @dataclass
@@ -325,8 +326,10 @@ def _begin_folders(shards, pictures, count):
 
     :raises FileExistsError: where one of these holds what no sampling has written; nothing is removed then.
     """
-    for folder, mark in ((shards, MAKING), *((folder, OURS) for folder in pictures[:count])):
-        if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
+    for folder in (shards, *pictures[:count]):
+        found = [path.name for path in folder.iterdir()] if folder.exists() else []
+        ours = all(map(_OF_SHARDS.fullmatch, found)) if folder == shards else not found or OURS in found
+        if not ours:
             instead = "" if folder == shards else ", or --png False"
             raise FileExistsError(f"{folder} is there and not from a sampling, and samples would be written into it; "
                                   f"give another --logdir{instead}")
@@ -347,7 +350,7 @@ def _namer(sampler):
 
 def _in_a_file_name(name):
     """Return a class's name as a file's can begin: the class ends at the first _, and nothing leads to a folder."""
-    return re.sub(r'[\\/_:*?"<>|\x00-\x1f]', "-", name).lstrip(".")
+    return re.sub(r'[\\/_:*?"<>|\x00-\x1f]', "-", name).lstrip(".") or "-"
 
 
 def _write_sheet(path, npz, labels, classes, name_of):

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -71,6 +72,8 @@ def parse_given(doc, *classes, argv=None):
 def _require_in_bounds(classes, given):
     for field in (field for cls in classes for field in dataclasses.fields(cls) if field.name in given):
         value, least, most = given[field.name], field.metadata["least"], field.metadata["most"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{field.name} is {value}; it is a finite number")
         if least is not None and not value >= least:
             raise ValueError(f"--{field.name} is {value}; it is at least {least}")
         if most is not None and not value <= most:
@@ -173,11 +176,12 @@ def _once_each(yaml):
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for i, key in enumerate(keys):
-                if key in keys[:i]:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice",
-                                                            node.value[i][0].start_mark)
+            seen = set()
+            for key, _ in node.value:
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice",
+                                                            key.start_mark)
+                seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
             return super().construct_mapping(node, deep)
 
     return Loader

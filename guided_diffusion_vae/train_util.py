@@ -104,7 +104,7 @@ class AutoencoderTrainConfig(TrainConfig):
     augment_scale: float = opt(0.05, "largest share by which --augment makes larger or smaller", least=0, most=1)
     augment_translation: float = opt(1.0, "largest shift of --augment in pixels, along every axis")
     val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
-    val_pictures: int = opt(256, "how many held-out pictures are measured", least=0)
+    val_pictures: int = opt(256, "how many held-out pictures are measured", least=1)
     use_gradient_checkpointing: bool = opt(False, "the same as --use_checkpointing True of the autoencoder")
     stop_at_psnr: float = opt(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look", least=0)
     stop_at_l1: float = opt(0.0, "end when the held-out mean absolute error falls below this; 0: do not look", least=0)

@@ -162,6 +162,8 @@ def train_classifier(run, folder, configs, given, source, space, data, flags, pr
     plan = BatchPlan(source.count, train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
     say(plan.summary())
     if run.dry_run:
+        if flags.classifier_use_fp16:
+            model.convert_to_fp16()
         x0 = (train.batch_size, *source.latent_shape)
         step = lambda network: network(torch.empty(x0), torch.zeros(x0[0], dtype=torch.long)).mean().backward()
         return say(estimate_training([model], step, averages=0).summary())

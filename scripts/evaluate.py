@@ -31,8 +31,10 @@ def main():
     configs, given = script_util.parse_given(__doc__, *CONFIGS)
     config, vae, data, flags, train, run = configs
     folder = script_util.begin_run(run, configs)
-    for flag, path in (("--reference", config.reference), ("--samples", config.samples)):
-        evaluation.require_given(path, flag)
+    evaluation.require_given(config.reference, "--reference")
+    evaluation.require_given(config.samples, "--samples")
+    if config.train_dir:
+        evaluation.require_given(config.train_dir, "--train_dir")
     if run.dry_run:
         return
 

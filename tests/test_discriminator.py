@@ -67,6 +67,8 @@ def test_the_adaptive_weight_survives_float16_with_the_loss_scale():
     first, second = (factor * (weight.half() * volume).float().mean() for factor in (0.02, 0.01))
     assert adaptive_weight(first, second, weight) == 0
     assert adaptive_weight(first, second, weight, scale=2**12).item() == pytest.approx(2, rel=2e-2)
+    assert adaptive_weight(first, second, weight, scale=2**24) == 0     # both overflow
+    assert adaptive_weight(1e9 * first, second, weight, scale=2**12) == 0
 
 
 def test_a_network_is_built_from_its_flags_and_refuses_what_it_cannot_do():

@@ -458,7 +458,7 @@ def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
 def test_statistics_come_from_a_sample_that_the_seed_fixes(pictures):
     first, again, other = (EncodedPictures(pictures, HalvingCodec(), stats_samples=4, seed=s) for s in (1, 1, 2))
     assert first.statistics == again.statistics != other.statistics
-    known = EncodedPictures(pictures, HalvingCodec(fail_after=0), "cpu", statistics=first.statistics)
+    known = EncodedPictures(pictures, HalvingCodec(fail_after=0), statistics=first.statistics)
     assert known.statistics == first.statistics
 
 
@@ -519,10 +519,16 @@ def test_a_cache_is_not_written_among_other_files(pictures, cached):
     assert not list(Path(pictures.config.data_dir).glob("latents-*"))
 
 
+def test_what_lies_beside_a_finished_cache_is_let_be(cached):
+    (cached().folder / "README.md").write_text("mine")
+    assert cached().count == COUNT
+
+
 def test_pictures_are_not_taken_for_latents(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((128, 128), np.float32))
-    with pytest.raises(ValueError, match="no latent .* of at most 64 channels; .*pictures go to --data_dir"):
-        LatentFolder(tmp_path)
+    for sides in ((64, 64), (32, 128), (16, 16)):
+        np.save(tmp_path / "a.npy", np.zeros(sides, np.float32))
+        with pytest.raises(ValueError, match="no latent .* of at most 16 channels; .*pictures go to --data_dir"):
+            LatentFolder(tmp_path)
 
 
 def test_small_pictures_are_made_of_what_is_not_padding(pictures):

@@ -261,6 +261,19 @@ def test_gradients_in_half_precision_are_right_on_flat_grids(grid, kernel, strid
     assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("grid, factors", [((2, 8, 8), (1, 2, 2)), ((2, 2, 2), (1, 3, 3)), ((3, 4, 4), (2, 2, 2))])
+def test_transposed_convolutions_are_right_on_flat_grids(grid, factors):
+    kernel = [max(2 * f - 1, 3) for f in factors]
+    conv = nn.conv_transpose_nd(3, 8, 8, kernel, factors, [k // 2 for k in kernel], [f - 1 for f in factors])
+    x, found = torch.randn(2, 8, *grid, requires_grad=True), []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = conv(x)
+        assert y.dtype == (torch.bfloat16 if half else torch.float32)
+        found.append(torch.autograd.grad(y.float().square().sum(), [x, conv.weight, conv.bias]))
+    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*found))
+
+
 def test_recomputed_inputs_are_not_kept():
     conv, x, weight = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9, requires_grad=True), torch.ones(8)
     kept = []

@@ -137,14 +137,22 @@ def test_files_that_contradict_themselves_are_refused(yaml_file, text, match):
 
 
 @pytest.mark.parametrize("flag, value, bound", [
-    ("lr", "-1", "at least 0"), ("lr", "nan", "at least 0"), ("batch_size", "0", "at least 1"),
+    ("lr", "-1", "at least 0"), ("lr", "nan", "a finite number"), ("weight_decay", "inf", "a finite"),
+    ("batch_size", "0", "at least 1"),
     ("latent_channels", "0", "at least 1"), ("augment", "3", "at most 1"), ("microbatch", "-7", "at least -1"),
     ("fast_dev_run_batches", "0", "at least 1"), ("max_steps", "-5", "at least 0"),
 ])
 def test_numbers_out_of_bounds_are_refused_by_name(yaml_file, flag, value, bound):
-    for argv in ([f"--{flag}", value], ["--config", yaml_file(f"{flag}: {'.nan' if value == 'nan' else value}")]):
+    in_yaml = {"nan": ".nan", "inf": ".inf"}.get(value, value)
+    for argv in ([f"--{flag}", value], ["--config", yaml_file(f"{flag}: {in_yaml}")]):
         with pytest.raises(ValueError, match=f"--{flag} is .*; it is {bound}"):
             script_util.parse("doc", *AUTOENCODER, argv=argv)
+
+
+def test_merge_keys_of_yaml_work(yaml_file):
+    merged = "training: &t {lr: 0.5}\nautoencoder.training: {<<: *t, batch_size: 3}"
+    train = script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(merged)])[3]
+    assert (train.lr, train.batch_size) == (0.5, 3)
 
 
 def test_a_section_may_be_empty(yaml_file):

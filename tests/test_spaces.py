@@ -70,7 +70,7 @@ def test_a_cache_finds_its_autoencoder_where_it_was(cache):
 
 def test_statistics_of_a_sample_and_of_all_are_one_space(cache):
     header = {"autoencoder": None, "latent_shape": [3, 4, 4], "normalizer": {"shift": [0.0], "std": [0.1790]}}
-    near, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.17901, 0.18))
+    near, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.181, 0.190))
     spaces.require_same_space(header, near, "other", "--classifier_path")
     with pytest.raises(ValueError, match="works on x0 of normalizer"):
         spaces.require_same_space(header, far, "other", "--classifier_path")
