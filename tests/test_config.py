@@ -16,7 +16,7 @@ class Knobs:
 def test_a_field_carries_its_default_help_and_choices():
     name, rate, _ = dataclasses.fields(Knobs)
     assert Knobs() == Knobs("a", 0.5, ((1, 2), (2, 2)))
-    assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b")}
+    assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b"), "least": None, "most": None}
     assert rate.metadata["choices"] is None
 
 
