@@ -13,7 +13,6 @@ import torch
 from . import autoencoder, unet
 from .config import opt
 from .gaussian_diffusion import get_named_beta_schedule
-from .vae_wrapper import PixelCodec
 
 FORMATS = ("safetensors", "diffusers")
 LARGEST_DIFFERENCE = 1e-4   # of what an export computes from the original, relative to the largest value
@@ -328,7 +327,8 @@ def pipeline_to_diffusers(network, header, codec, normalizer):
     """
     from diffusers import DDPMPipeline, LDMPipeline
 
-    pixels = isinstance(codec, PixelCodec)
+    made_by = header["autoencoder"] or {"config": {}}   # nothing is known of a plain folder of latents
+    pixels = made_by["config"].get("class") == "PixelCodec"
     theirs = unet_to_diffusers(network, header["model"])
     scheduler = scheduler_of(header["diffusion"], pixels)
     if pixels:
