@@ -976,7 +976,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder given for the cache"),
     ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{colour}", "batch_size": 4},
      "(--val_data_dir) has 3 channels"),
-    ("train_autoencoder", {"data_dir": "{data}", "val_pictures": 0, "batch_size": 4}, "--val_pictures 0: at least one"),
+    ("train_autoencoder", {"data_dir": "{data}", "val_pictures": 0, "batch_size": 4}, "--val_pictures is 0; it is at least 1"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": 16, "discriminator_weight": 0.5, "batch_size": 4},
      "too small for a discriminator that needs 24"),
     ("classifier_train", {"data_dir": "{data}", "val_data_dir": "{plain}", "iterations": 1}, "has no classes"),
