@@ -18,8 +18,6 @@ from .sampling import OURS, open_npz, to_uint8, write_npz
 from .volume_datasets import open_folder
 
 LIKELIHOOD = 11  # second number of the keys of noise, apart from those of training and sampling
-
-
 _DRAWN = re.compile(r"samples_(\d+x)+\d+\.npz")
 
 
