@@ -20,13 +20,16 @@ import common
 import torch
 from torch import nn
 
-from guided_diffusion_vae import figures, memory, script_util
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
-from guided_diffusion_vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.image_datasets import parse_size
+from guided_diffusion_vae.data.config import parse_size
+from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.objectives import AutoencoderObjective
+from guided_diffusion_vae.runs import memory, planning
+from guided_diffusion_vae.runs.flags import read_yaml
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 
 LOSS = AutoencoderLossConfig()
 VOLUMES = Path(__file__).parents[1] / "configs/volumes"
@@ -67,7 +70,7 @@ def variants():
 
 def flags_of(name):
     """Return what a file of configs/volumes says of the autoencoder."""
-    flags = script_util.read_yaml(VOLUMES / f"{name}.yaml", (AutoencoderConfig, AutoencoderTrainConfig))
+    flags = read_yaml(VOLUMES / f"{name}.yaml", (AutoencoderConfig, AutoencoderTrainConfig))
     known = {f.name for f in dataclasses.fields(AutoencoderConfig)}
     return {**{key: value for key, value in flags.items() if key in known},
             "use_checkpointing": flags.get("use_gradient_checkpointing", False)}
@@ -105,7 +108,7 @@ def draw(reference):
 def planned(changes, size):
     shape = (1, *parse_size(size))
     train = AutoencoderTrainConfig(batch_size=1, mixed_precision=True)
-    return memory.AutoencoderPlan(shape, configured(changes), train, LOSS, DiscriminatorConfig())
+    return planning.AutoencoderPlan(shape, configured(changes), train, LOSS, DiscriminatorConfig())
 
 
 def configured(changes):

@@ -18,11 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from guided_diffusion_vae import logger, script_util  # before torch, for the settings of its threads
+from guided_diffusion_vae import logger
+from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.runs.flags import parse, part_without
 
 import torch  # isort: skip
 
-from guided_diffusion_vae.config import opt
 
 
 @dataclasses.dataclass
@@ -45,7 +46,7 @@ class ComparisonConfig:
 
 def configure(doc, *classes, without=()):
     """Return (config instances, device) and print what is measured on what; flags `without` use are left away."""
-    bench, *configs = script_util.parse(doc, script_util.part_without(BenchConfig, *without), *classes)
+    bench, *configs = parse(doc, part_without(BenchConfig, *without), *classes)
     device = torch.device(getattr(bench, "device", "") or ("cuda" if torch.cuda.is_available() else "cpu"))
     said = " ".join(f"{name}={value}" for name, value in surroundings()["environment"].items())
     print(f"{doc.splitlines()[0]}\n{machine(device)}\n{said}\n", flush=True)

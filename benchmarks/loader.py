@@ -18,8 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from guided_diffusion_vae.config import opt
-from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder
-from guided_diffusion_vae.latent_datasets import LatentCacheConfig, LatentStream, write_cache
+from guided_diffusion_vae.data.batching import BatchPlan
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.latent_stream import LatentStream
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 BATCHES = 50        # in a measurement

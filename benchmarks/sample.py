@@ -18,9 +18,9 @@ from train_step import SIZES
 
 from guided_diffusion_vae.config import as_dict, opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.guidance import classifier_gradient
-from guided_diffusion_vae.script_util import create_classifier, create_model_and_diffusion_vae, create_process
-from guided_diffusion_vae.solvers import LOOPS
+from guided_diffusion_vae.runs.factories import create_classifier, create_model_and_diffusion_vae, create_process
+from guided_diffusion_vae.sampling.guidance import classifier_gradient
+from guided_diffusion_vae.sampling.solvers import LOOPS
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,

@@ -19,10 +19,11 @@ import common
 import torch
 from train_step import SIZES
 
-from guided_diffusion_vae import dist_util, script_util
+from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.flags import parse
 from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 
@@ -42,7 +43,7 @@ class ScalingConfig:
 
 
 def main():
-    bench, config = script_util.parse(__doc__, common.BenchConfig, ScalingConfig)
+    bench, config = parse(__doc__, common.BenchConfig, ScalingConfig)
     if config.worker:
         return work(bench, config)
     device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -14,10 +14,10 @@ import torch
 
 from guided_diffusion_vae.config import opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.loading import load_diffusion_model, weights_file
 from guided_diffusion_vae.nn import keyed_randn
-from guided_diffusion_vae.script_util import create_process
-from guided_diffusion_vae.solvers import LOOPS, RANDOM
+from guided_diffusion_vae.runs.factories import create_process
+from guided_diffusion_vae.runs.loading import load_diffusion_model, weights_file
+from guided_diffusion_vae.sampling.solvers import LOOPS, RANDOM
 from guided_diffusion_vae.unet import ModelConfig
 
 DETERMINISTIC = [name for name in LOOPS if name not in ("ddpm", *RANDOM)]

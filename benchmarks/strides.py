@@ -15,16 +15,18 @@ import time
 import common
 import torch
 
-from guided_diffusion_vae import figures, memory, metrics
-from guided_diffusion_vae.autoencoder import (
-    AutoencoderConfig, AutoencoderLossConfig, create_autoencoder, from_image_range, to_image_range,
-)
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
-from guided_diffusion_vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, picture_batches
+from guided_diffusion_vae.data.batching import BatchPlan, picture_batches
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.folders import open_folder
+from guided_diffusion_vae.evaluation import figures
+from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
 from guided_diffusion_vae.objectives import AutoencoderObjective
+from guided_diffusion_vae.runs import planning
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
-from guided_diffusion_vae.volume_datasets import open_folder
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig, from_image_range, to_image_range
 
 TURN = 10.0  # seconds of CPU time
 LR = 1e-3
@@ -89,7 +91,7 @@ class Variant:
         seed_weights(0)
         self.network = create_autoencoder(network).to(device)
         self.latent = self.network.latent_shape(shape[1:])
-        plan = memory.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
+        plan = planning.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
                                       DiscriminatorConfig())
         self.activations = plan.training().activations
         self.data = picture_batches(pictures, BatchPlan(len(pictures), batch_size))
@@ -113,7 +115,7 @@ class Variant:
             for start in range(0, len(pictures), 16):
                 x = pictures.batch(range(start, min(start + 16, len(pictures)))).to(device)
                 y = from_image_range(network.reconstruct(to_image_range(x, self.range)), self.range).clamp(0, 1)
-                found.append(torch.stack([measure(x, y) for measure in (metrics.psnr, metrics.ssim, metrics.l1)]))
+                found.append(torch.stack([measure(x, y) for measure in (psnr, ssim, l1)]))
         return torch.cat(found, dim=1).mean(1).tolist()
 
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion_vae import export
 from guided_diffusion_vae.config import as_dict, opt
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
+from guided_diffusion_vae.runs import diffusers_export
+from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 
@@ -147,7 +147,7 @@ class EpsilonLoss:
     """The loss of diffusers' training examples: its scheduler's noise, its network's answer, their mean square."""
 
     def __init__(self, flags):
-        self.scheduler = export.scheduler_of(flags, pixels=False)
+        self.scheduler = diffusers_export.scheduler_of(flags, pixels=False)
 
     def training_losses(self, network, x_start, t, noise):
         answer = network(self.scheduler.add_noise(x_start, noise, t), t).sample
@@ -159,7 +159,7 @@ def diffusers_side(flags, model, device, autocast=None):
     from diffusers.training_utils import EMAModel
 
     flags = as_dict(ModelConfig(**flags))
-    network = export.unet_to_diffusers(model, flags).to(device).train()
+    network = diffusers_export.unet_to_diffusers(model, flags).to(device).train()
     loss = EpsilonLoss(as_dict(DiffusionConfig()))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR)
     average = EMAModel(network.parameters(), decay=float(EMA_RATE))
@@ -175,7 +175,7 @@ def diffusers_side(flags, model, device, autocast=None):
 
     names = [name for name, _ in network.named_parameters()]
     return Side(run_step, network, loss, autocast,
-                lambda ours: map(export.unet_state(ours, flags["num_res_blocks"]).get, names))
+                lambda ours: map(diffusers_export.unet_state(ours, flags["num_res_blocks"]).get, names))
 
 
 def compared_gradients(sides, batch, device):

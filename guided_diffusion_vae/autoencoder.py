@@ -9,14 +9,14 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .config import as_dict, opt
-from .nn import (
-    checkpoint, conv_nd, conv_of_recomputed, conv_of_repeated, conv_transpose_nd, mean_flat, per_axis,
+from .nn import checkpoint, per_axis
+from .vae.blocks import (
+    Attention, ChannelToSpace, Conv, Downsample, ResBlock, Residual, ShuffledConv, SpaceToChannel, Upsample,
+    UpsampledConv,
 )
-
-LOGVAR_RANGE = (-30.0, 20.0)
+from .vae.posterior import LOGVAR_RANGE
 
 
 @dataclasses.dataclass
@@ -52,14 +52,6 @@ class AutoencoderConfig:
         least=0
     )
     image_range: tuple = opt((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
-
-
-@dataclasses.dataclass
-class AutoencoderLossConfig:
-    SECTION = "autoencoder.training"
-
-    kl_weight: float = opt(1e-6, "weight of the KL term, which is a mean over latent elements", least=0)
-    recon_loss: str = opt("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
 
 
 def total_factors(config, dims):
@@ -98,40 +90,6 @@ def strides_in_words(network):
     layers = tuple(short(strides) for strides in network.strides)
     total = "x".join(map(str, dict.fromkeys(network.factors) if len(set(network.factors)) == 1 else network.factors))
     return f"initial={short(network.initial_strides)}, layers={layers}, total downsampling: {total}x"
-
-
-def to_image_range(images, image_range):
-    """Map images in [0, 1] to the values that a network was trained on; inverse of `from_image_range`."""
-    low, high = image_range
-    return images * (high - low) + low
-
-
-def from_image_range(values, image_range):
-    """Map a network's values back to [0, 1]; inverse of `to_image_range`."""
-    low, high = image_range
-    return (values - low) / (high - low)
-
-
-def autoencoder_losses(config, x, reconstruction, mean, logvar):
-    """Return the loss of every sample and its two parts, {loss, recon_loss, kl_loss}, each [N], float32.
-
-    The KL divergence of N(mean, exp(logvar)) from N(0, 1) (arXiv 1312.6114, appendix B) is averaged over the elements
-    of the latent, the distance over those of the picture: both stay the same when sizes change. `x` and
-    `reconstruction` [N x C x ...] are in the network's range; mean and logvar are [N x Z x ...].
-    """
-    difference = reconstruction.float() - x.float()
-    distance = mean_flat(_DISTANCES[config.recon_loss](difference))
-    divergence = kl_divergence(mean, logvar)
-    return {"loss": distance + config.kl_weight * divergence, "recon_loss": distance, "kl_loss": divergence}
-
-
-_DISTANCES = {"l1": torch.abs, "l2": torch.square}
-
-
-def kl_divergence(mean, logvar):
-    """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, a mean over the latent's elements.  [N x Z x ...] -> [N]."""
-    mean, logvar = mean.float(), logvar.float()
-    return mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
 
 
 class AutoencoderKL(nn.Module):
@@ -353,226 +311,6 @@ class _Blocks(nn.Module):
         for block in self.blocks:
             h = checkpoint(block, (h,), block.parameters(), self.use_checkpointing and torch.is_grad_enabled())
         return h
-
-
-class Conv(nn.Module):
-    """Convolve; weights stand below the name `conv`, as in MONAI. An odd kernel keeps the grid where stride is 1."""
-
-    def __init__(self, dims, in_channels, out_channels, kernel=3, stride=1, padding=None):
-        super().__init__()
-        if padding is None:
-            padding = tuple(k // 2 for k in per_axis(kernel, dims))
-        self.conv = conv_nd(dims, in_channels, out_channels, kernel, stride, padding)
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Residual(nn.Module):
-    """Add a shortcut without weights to what a chain of blocks makes of the input."""
-
-    def __init__(self, blocks, shortcut):
-        super().__init__()
-        self.main = nn.Sequential(*blocks)
-        self.shortcut = shortcut
-
-    def forward(self, x):
-        return self.main(x) + self.shortcut(x)
-
-
-class SpaceToChannel(nn.Module):
-    """Move the elements of a block of space into channels, and average these to as many as are wanted.
-
-    [N x C x ...] -> [N x out_channels x ... / factors], the shortcut of downsampling in DC-AE (Chen et al. 2024, arXiv
-    2410.10733, section 3.2). Neighbouring channels are averaged, or repeated where there are fewer than wanted.
-    """
-
-    def __init__(self, factors, out_channels):
-        super().__init__()
-        self.factors, self.out_channels = tuple(factors), out_channels
-
-    def forward(self, x):
-        dims = len(self.factors)
-        for axis, factor in enumerate(self.factors):
-            x = x.unflatten(2 + 2 * axis, (-1, factor))                 # [N x C x (n / f) x f ...]
-        within, blocks = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
-        return _to_channels(x.permute(0, 1, *within, *blocks).flatten(1, 1 + dims), self.out_channels)
-
-
-class ChannelToSpace(nn.Module):
-    """Spread channels over blocks of space; the inverse of `SpaceToChannel` where nothing is averaged or repeated.
-
-    [N x C x ...] -> [N x out_channels x ... * factors], the shortcut of upsampling in DC-AE.
-    """
-
-    def __init__(self, factors, out_channels):
-        super().__init__()
-        self.factors, self.out_channels = tuple(factors), out_channels
-
-    def forward(self, x):
-        x = _to_channels(x, self.out_channels * math.prod(self.factors))
-        return _interleaved(x.unflatten(1, (self.out_channels, *self.factors)).movedim(1, len(self.factors) + 1))
-
-
-def _to_channels(x, wanted):
-    """Average neighbouring channels, or repeat them, until there are as many as wanted; their order stays."""
-    if x.shape[1] == wanted:
-        return x
-    pooled = F.adaptive_avg_pool1d(x.flatten(2).mT, wanted)             # [N x positions x wanted]
-    return pooled.mT.reshape(len(x), wanted, *x.shape[2:])
-
-
-def _interleaved(y):
-    """Lay the phases of a grid between each other.  [N x factors x C x grid] -> [N x C x grid * factors]."""
-    dims = (y.ndim - 2) // 2
-    factors, grid = y.shape[1:1 + dims], y.shape[2 + dims:]
-    order = [axis for a in range(dims) for axis in (2 + dims + a, 1 + a)]
-    return y.permute(0, 1 + dims, *order).reshape(len(y), -1, *(n * factor for n, factor in zip(grid, factors)))
-
-
-class Downsample(nn.Module):
-    """Shrink each axis by its stride s.  [N x C x ...] -> [N x out_channels x ... / strides].
-
-    The kernel has s + 1 taps, so that every input is seen, and one zero is padded at the far end (for s = 2 this is
-    MONAI's layer). A fixed kernel of k taps pads k - s, the odd one at the far end, and nothing where k < s.
-    """
-
-    def __init__(self, dims, channels, strides, kernel=None, out_channels=None):
-        super().__init__()
-        kernels = tuple(kernel or s + 1 for s in strides)
-        surplus = [max(k - s, 0) for k, s in zip(kernels, strides)]
-        self.padding = [side for n in reversed(surplus) for side in (n // 2, n - n // 2)]
-        self.conv = Conv(dims, channels, out_channels or channels, kernels, strides, padding=0)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding))
-
-
-class ShuffledConv(Conv):
-    """Convolve to prod(factors) times the channels, and lay these between each other.
-
-    Shi et al. 2016 (arXiv 1609.05158, section 3.2). Each new element has a kernel of its own; those of `UpsampledConv`
-    share one.
-    """
-
-    def __init__(self, dims, in_channels, out_channels, factors):
-        super().__init__(dims, in_channels, out_channels * math.prod(factors))
-        self.factors = factors
-
-    def forward(self, x):
-        return _interleaved(self.conv(x).unflatten(1, (*self.factors, -1)))
-
-
-class UpsampledConv(Conv):
-    """Repeat elements along each axis by its factor, then convolve.  [N x C x ...] -> [N x C' x ... * factors]."""
-
-    def __init__(self, dims, in_channels, out_channels, factors):
-        super().__init__(dims, in_channels, out_channels)
-        self.factors = factors
-
-    def forward(self, x):
-        return conv_of_repeated(self.conv, x, self.factors)
-
-
-class TransposedConv(nn.Module):
-    """Enlarge each axis by its factor s with a transposed convolution of 2s - 1 taps, at least 3."""
-
-    def __init__(self, dims, in_channels, out_channels, factors, kernel=None):
-        super().__init__()
-        kernels = tuple(kernel or max(2 * s - 1, 3) for s in factors)
-        self.conv = conv_transpose_nd(
-            dims, in_channels, out_channels, kernels, factors, padding=tuple(k // 2 for k in kernels),
-            output_padding=tuple(s - 1 for s in factors),
-        )
-
-    def forward(self, x):
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Enlarge each axis by its factor; the inverse, in shape, of `Downsample`."""
-
-    def __init__(self, dims, channels, factors, transposed=False, kernel=None, out_channels=None):
-        super().__init__()
-        out_channels = out_channels or channels
-        if transposed:
-            self.conv = TransposedConv(dims, channels, out_channels, factors, kernel)
-        else:
-            self.conv = UpsampledConv(dims, channels, out_channels, factors)
-
-    def forward(self, x):
-        return self.conv(x)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # MONAI core names the same convolution differently, and names the transposed one yet another way
-        _rename(state_dict, prefix, {"postconv.": "conv.", "deconv.": "conv.conv."})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class ResBlock(nn.Module):
-    """Add two normed, activated convolutions to the input.  [N x C x ...] -> [N x C' x ...]."""
-
-    def __init__(self, in_channels, out_channels, dims, groups, eps, recompute_norms=False):
-        super().__init__()
-        self.recompute_norms = recompute_norms
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = Conv(dims, in_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = Conv(dims, out_channels, out_channels)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else Conv(dims, in_channels, out_channels, kernel=1)
-
-    def forward(self, x):
-        h = self._convolved(self.norm1, self.conv1, x)
-        return self.nin_shortcut(x) + self._convolved(self.norm2, self.conv2, h)
-
-    def _convolved(self, norm, conv, x):
-        if not self.recompute_norms:
-            return conv(F.silu(norm(x)))
-        cheap = lambda groups, x, weight, bias: F.silu(F.group_norm(x, groups, weight, bias, norm.eps))
-        return conv_of_recomputed(cheap, conv.conv, (x,), (norm.weight, norm.bias), norm.num_groups)
-
-
-class Attention(nn.Module):
-    """Add one head of self-attention over all positions, projected, to the input.  [N x C x ...] -> same.
-
-    GenerativeModels keeps a projection `proj_attn` that it never applies; its weights therefore load with the identity
-    in its place. MONAI core's (`attn.to_q`, ..., `attn.out_proj`, absent with include_fc=False) load with theirs, and
-    so do this class's own, which the version in the state dict's metadata sets apart.
-    """
-
-    _version = 2
-
-    def __init__(self, channels, groups, eps):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.proj_attn = nn.Linear(channels, channels)
-
-    def forward(self, x):
-        tokens = self.norm(x).flatten(2).mT.unsqueeze(1)                # [N x 1 x T x C], one head
-        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + self.proj_attn(mixed).squeeze(1).mT.reshape(x.shape)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        own = (local_metadata.get("version") or 0) >= 2
-        applied = own or f"{prefix}attn.out_proj.weight" in state_dict
-        _rename(state_dict, prefix, {"attn.out_proj.": "proj_attn.", "attn.to_": "to_"})
-        if not applied and f"{prefix}to_q.weight" in state_dict:
-            weight = state_dict[f"{prefix}to_q.weight"]
-            state_dict[f"{prefix}proj_attn.weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-            state_dict[f"{prefix}proj_attn.bias"] = torch.zeros_like(weight[0])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-
-def _rename(state_dict, prefix, heads):
-    """Exchange, in place, the given heads of names below `prefix`."""
-    for name in [n for n in state_dict if n.startswith(prefix)]:
-        for old, new in heads.items():
-            if name.startswith(prefix + old):
-                state_dict[prefix + new + name[len(prefix + old):]] = state_dict.pop(name)
 
 
 def _strides(factor, dims, name):

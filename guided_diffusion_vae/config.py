@@ -33,6 +33,11 @@ def from_dict(cls, values):
     return cls(**{key: frozen(value) for key, value in values.items() if key in known})
 
 
+def section_of(cls):
+    """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
+    return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
+
+
 def frozen(value):
     """Turn lists, nested ones too, into tuples, as config dataclasses hold them."""
     return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value

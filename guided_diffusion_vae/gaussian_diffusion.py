@@ -602,3 +602,9 @@ def starting_noise(shape, noise, device, noise_fn):
 def _last_sample(steps):
     """Run a sampling loop to its end and return its last sample, keeping no other."""
     return collections.deque(steps, maxlen=1).pop()["sample"]
+
+
+def noised_condition(diffusion, low_res, times, noise):
+    """Return small pictures noised to `times` [N]; time 0 stands for none at all, and leaves them alone."""
+    clean = (times == 0).view(-1, *(1,) * (low_res.dim() - 1))
+    return torch.where(clean, low_res, diffusion.q_sample(low_res, times, noise))

@@ -5,51 +5,27 @@ interface: `read` gathers a batch on any thread, `latents` turns it into latents
 `LatentStream` adds the normalisation and says which latents form which step.
 """
 
-import hashlib
-import json
-import math
 import re
 import resource
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .config import opt
-from .files import (
-    atomic_path, require_folder, require_writable_folder, sha256_of_file, sweep_parts, write_json,
-)
-from .image_datasets import BatchStream, Prefetcher, classes_of, permuted, require_labels
-from .nn import keyed_randn, send
-from .vae_wrapper import sample_moments
+from .data.batching import Prefetcher, permuted
+from .data.listing import classes_of
+from .data.manifest import CACHE_FLAG, FILENAMES, LABELS, MANIFEST, _REDO, _inside, _read_manifest, _stored_shape
+from .data.statistics import Moments
+from .files import require_folder, sha256_of_file
+from .nn import send
+from .vae.posterior import sample_moments
 
-CACHE_FLAG = "--cache_dir"
-FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
 MOST_CHANNELS = 16      # of latents over one axis: what has more is taken for a picture without an axis for channels
-MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
+
+
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 SPARE_FILES = 256  # that a process has open besides a cache
-_REDO = "remove the cache and encode it again"
-_EXACT = {"vae_dtype": "float32", "vae_tile": 0}
-BULK, BULK_NUMBERS = 1024, 2**23  # latents that are read, drawn and normalised in one go, and the numbers in them
-_POSTERIOR = 1  # sets the posterior's noise apart from other draws of the same seed and step
-
-
-@dataclass
-class LatentCacheConfig:
-    """How latents are kept on disk."""
-
-    SECTION = "latents"
-
-    cache_dir: str = opt("", "folder of the cache, such as latents_cache/NAME")
-    store: str = opt("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
-                                "mode: the mean alone, half the size", choices=("moments", "mode"))
-    latent_dtype: str = opt("float16", "type of the numbers on disk", choices=("float16", "float32"))
-    shard_size: int = opt(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096", least=0)
 
 
 @dataclass
@@ -61,213 +37,6 @@ class LatentConfig:
     cache_dir: str = opt("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
     stats_samples: int = opt(2048, "pictures over which latents are measured where they are encoded on the fly",
                              least=1)
-
-
-@dataclass
-class SmallCacheConfig:
-    """Where an upsampler finds the latents that it starts from."""
-
-    SECTION = "latents"
-
-    small_cache_dir: str = opt("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
-
-
-class Moments:
-    """Accumulate mean and variance per channel in float64 (Chan, Golub and LeVeque 1979, pairwise update)."""
-
-    def __init__(self, count=0, mean=0.0, squares=0.0):
-        self.count, self.mean, self.squares = count, np.asarray(mean, np.float64), np.asarray(squares, np.float64)
-
-    def add(self, values, variances=None):
-        """Take in values [n x C x ...]; `variances`, alike, is spread around them that counts too (a posterior's)."""
-        flat = np.moveaxis(np.asarray(values, np.float64), 1, 0).reshape(values.shape[1], -1)
-        mean = flat.mean(1)
-        squares = ((flat - mean[:, None]) ** 2).sum(1)
-        if variances is not None:
-            squares = squares + np.moveaxis(variances, 1, 0).reshape(len(mean), -1).sum(1)
-        self.merge(Moments(flat.shape[1], mean, squares))
-
-    def merge(self, other):
-        total = self.count + other.count
-        apart = other.mean - self.mean
-        self.squares = self.squares + other.squares + apart**2 * (self.count * other.count / total)
-        self.mean = self.mean + apart * (other.count / total)
-        self.count = total
-
-    def to_dict(self):
-        return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
-
-    def statistics(self):
-        """Return mean and standard deviation over all values and per channel."""
-        variance = self.squares / self.count
-        overall = self.mean.mean()
-        return {"mean": float(overall), "std": float(np.sqrt((variance + (self.mean - overall) ** 2).mean())),
-                "channel_mean": self.mean.tolist(), "channel_std": np.sqrt(variance).tolist()}
-
-
-# Writing a cache.
-
-
-def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=None, barrier=None, batch_size=32):
-    """Encode all pictures into `folder` and return the `LatentCache`; all ranks call it at once.
-
-    Shard k is encoded by rank k modulo num_ranks and renamed into place when whole, with a record beside it of what
-    made it. A shard whose record and SHA-256 still fit is kept, so that an interrupted encoding goes on where it
-    stopped; one made by another autoencoder, from other data or otherwise is made again. Rank 0 writes the manifest
-    last. Where a finished cache of the very same making is found, nothing is done.
-
-    :param pictures: a `PictureFolder` or what has its interface.
-    :param progress: called with (latents done, latents in all) of this rank.
-    :param barrier: waits for all ranks; needed for more than one.
-    :raises FileExistsError: a folder that holds other files and nothing of a cache.
-    :raises ValueError: a finished cache of another making, latents that are not finite or exceed the type.
-    :raises OSError: no space left, or a folder that cannot be written.
-    """
-    if num_ranks > 1 and barrier is None:
-        raise ValueError(f"{num_ranks} ranks encode together and need a barrier")
-    if config.shard_size < 0:
-        raise ValueError(f"--shard_size {config.shard_size} must be at least 1, or 0 to have it chosen")
-    if pictures.config.crop == "random":
-        raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, of "
-                         "volumes --crop grid, or encode on the fly")
-    if not folder:
-        raise FileNotFoundError(f"no folder given for the cache; set {CACHE_FLAG}")
-    folder = require_writable_folder(folder, CACHE_FLAG)
-    sweep_parts(folder)
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if others and not any(name == MANIFEST or name.startswith("latents-") for name in others):
-        raise FileExistsError(f"{folder} holds what is no cache's ({others[0]}, {len(others)} in all); give "
-                              f"{CACHE_FLAG} a folder of its own")
-    head = _head(pictures, codec, config)
-    key = _digest(head)
-    if (folder / MANIFEST).exists():
-        return _finished(folder, key, codec)
-    entries = len(pictures) * (2 if pictures.config.random_flip else 1)  # the second half is the first, mirrored
-    shards = _shard_table(entries, config.shard_size or _usual_shard_size(entries))
-    mine = shards[rank::num_ranks]
-    missing = [shard for shard in mine if _record(folder, shard, key) is None]
-    _require_space(folder, missing, head)
-    report = progress or (lambda done, total: None)
-    total = sum(shard["count"] for shard in mine)
-    done = total - sum(shard["count"] for shard in missing)
-    report(done, total)
-    for shard in missing:
-        for count in _encode_shard(folder, shard, key, head, pictures, codec, batch_size):
-            done += count
-            report(done, total)
-    if barrier:
-        barrier()
-    if rank == 0:
-        _write_manifest(folder, shards, key, head, pictures)
-    if barrier:
-        barrier()
-    return LatentCache(folder)
-
-
-def _head(pictures, codec, config):
-    """Return the part of the manifest that is known before encoding."""
-    return {
-        "format": FORMAT, "version": VERSION, "autoencoder": codec.describe(), "scale_factor": codec.scale_factor,
-        "store": config.store, "dtype": config.latent_dtype, "latent_shape": list(codec.latent_shape(pictures.shape)),
-        "image_shape": list(pictures.shape), "count": len(pictures), "flips": pictures.config.random_flip,
-        "class_names": pictures.class_names, "preprocessing": pictures.describe(),
-        **_inexactness(codec, pictures.shape[1:]),
-    }
-
-
-def _inexactness(codec, sides):
-    """Return the flags by which a codec encodes pictures less exactly than its autoencoder could, {} for exact latents.
-
-    A tile that holds a whole picture changes nothing and is left out too.
-    """
-    tile = getattr(codec, "tile", 0)
-    used = {"vae_dtype": str(getattr(codec, "dtype", "float32")).removeprefix("torch."),
-            "vae_tile": tile if tile < max(sides) else 0}
-    return {name: value for name, value in used.items() if value != _EXACT[name]}
-
-
-def _digest(head):
-    """Return the digest of all that shapes the latents; where autoencoder and pictures lie does not."""
-    preprocessing = {name: value for name, value in head["preprocessing"].items() if name != "data_dir"}
-    shaping = {**head, "autoencoder": head["autoencoder"]["sha256"], "preprocessing": preprocessing}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-
-
-def _usual_shard_size(entries):
-    """Return how many latents go into a file: enough shards for many ranks to share, none of them tiny or huge."""
-    return min(max(-(-entries // 64), 256), 4096)
-
-
-def _shard_table(entries, size):
-    number = -(-entries // size)
-    return [{"file": f"latents-{k:05d}-of-{number:05d}.npy", "first": k * size, "count": min(size, entries - k * size)}
-            for k in range(number)]
-
-
-def _record_path(folder, shard):
-    return folder / (shard["file"].removesuffix(".npy") + ".json")
-
-
-def _record(folder, shard, key):
-    """Return the record of a shard that is there, whole, and of this making; else None."""
-    try:
-        record = json.loads(_record_path(folder, shard).read_text())
-        fits = record["made_from"] == key and {name: record[name] for name in shard} == shard
-        return record if fits and sha256_of_file(folder / shard["file"]) == record["sha256"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _stored_shape(head):
-    channels, *grid = head["latent_shape"]
-    return channels * (2 if head["store"] == "moments" else 1), *grid
-
-
-def _require_space(folder, missing, head):
-    size = np.dtype(head["dtype"]).itemsize * int(np.prod(_stored_shape(head))) * sum(s["count"] for s in missing)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(f"the latents still to be written to {folder} need {size / 2**20:.0f} MiB and "
-                      f"{free / 2**20:.0f} MiB are left; free some space, choose another {CACHE_FLAG}, or take "
-                      "--store mode or --latent_dtype float16")
-
-
-def _encode_shard(folder, shard, key, head, pictures, codec, batch_size):
-    """Write one shard and its record, yielding the size of every batch that is encoded.
-
-    Reading the pictures of the next batch, encoding this one, and writing the one before happen at the same time.
-    """
-    count, dtype = shard["count"], np.dtype(head["dtype"])
-    entries = np.arange(shard["first"], shard["first"] + count)
-    groups = [entries[start:start + batch_size] for start in range(0, count, batch_size)]
-    # The second half of the entries are the first half's pictures, mirrored.
-    ahead = Prefetcher(lambda k: pictures.batch(groups[k] % len(pictures), groups[k] >= len(pictures)),
-                       end_step=len(groups))
-    moments = Moments()
-
-    def write(stored, group, stream):
-        stored = stored.cpu().numpy()
-        _add(moments, _narrow(stored, dtype, _group_name(pictures, group), stream), head["store"])
-
-    try:
-        with (atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream,
-              ThreadPoolExecutor(1, "write") as writer):
-            layout = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-                      "shape": (count, *_stored_shape(head))}
-            np.lib.format.write_array_header_1_0(stream, layout)
-            written = None
-            for group in groups:
-                stored = _encode(codec, ahead.next(), head["store"])
-                if written:
-                    written.result()    # no more than one batch waits to be written
-                written = writer.submit(write, stored, group, stream)
-                yield len(group)
-            written.result()
-    finally:
-        ahead.close()
-    sha256 = sha256_of_file(folder / shard["file"])
-    record = {**shard, "sha256": sha256, "made_from": key, "moments": moments.to_dict()}
-    write_json(_record_path(folder, shard), record)
 
 
 @torch.no_grad()
@@ -284,19 +53,6 @@ def _not_finite(names):
     return f"{names}: the autoencoder gives latents that are not finite; check it with check_roundtrip.py"
 
 
-def _narrow(stored, dtype, names, stream):
-    """Write float32 latents to `stream` as `dtype` and return them as such."""
-    with np.errstate(over="ignore"):
-        narrow = stored.astype(dtype)
-    if not np.isfinite(narrow).all():
-        if np.isfinite(stored).all():
-            raise ValueError(f"{names}: latents up to {np.abs(stored).max():.6g} do not fit into {dtype}; give "
-                             "--latent_dtype float32")
-        raise ValueError(_not_finite(names))
-    stream.write(narrow.tobytes())
-    return narrow
-
-
 def _add(moments, stored, store):
     """Count stored entries in; the variance of z is that of the means plus the posterior's own."""
     if store == "moments":
@@ -304,54 +60,6 @@ def _add(moments, stored, store):
         moments.add(mean, np.exp(logvar))
     else:
         moments.add(stored)
-
-
-def _write_manifest(folder, shards, key, head, pictures):
-    moments, table = Moments(), []
-    for shard in shards:
-        try:
-            record = json.loads(_record_path(folder, shard).read_text())
-        except OSError as error:
-            raise FileNotFoundError(f"{_record_path(folder, shard)} is not there after encoding; all ranks must see "
-                                    f"the same {CACHE_FLAG}") from error
-        moments.merge(Moments(**record["moments"]))
-        table.append({**shard, "sha256": record["sha256"]})
-    files = {}
-    if pictures.labels is not None:
-        with atomic_path(folder / LABELS) as part, open(part, "wb") as stream:
-            np.save(stream, np.asarray(pictures.labels, np.int64))
-        files[LABELS] = sha256_of_file(folder / LABELS)
-    with atomic_path(folder / FILENAMES) as part:
-        part.write_text("".join(f"{name}\n" for name in pictures.names))
-    files[FILENAMES] = sha256_of_file(folder / FILENAMES)
-    manifest = {**head, "statistics": moments.statistics(), "made_from": key, "files": files, "shards": table}
-    write_json(folder / MANIFEST, manifest)
-    _sweep(folder, {shard["file"] for shard in shards})
-
-
-def _sweep(folder, wanted):
-    """Remove the records of encoding, and the shards that they prove to be leftovers of another one."""
-    for record in folder.glob("latents-*-of-*.json"):
-        shard = record.with_suffix(".npy")
-        if shard.name not in wanted:
-            shard.unlink(missing_ok=True)
-        record.unlink()
-
-
-def _finished(folder, key, codec):
-    cache = LatentCache(folder)
-    cache.verify()
-    if cache.manifest["made_from"] != key:
-        require_same_autoencoder(cache, codec)
-        held = {"store": cache.manifest["store"], "latent_dtype": cache.manifest["dtype"],
-                **{name: cache.manifest.get(name, exact) for name, exact in _EXACT.items()}}
-        settings = ", ".join(f"--{name} {value}" for name, value in held.items())
-        raise ValueError(f"{folder} holds a cache of other pictures or settings ({cache.count} pictures of shape "
-                         f"{cache.image_shape}, {settings}); choose another {CACHE_FLAG} or remove it")
-    return cache
-
-
-# Reading.
 
 
 class LatentCache:
@@ -682,75 +390,6 @@ def require_same_autoencoder(cache, codec):
                          f"scales by {codec.scale_factor}; encode again or give the first as --scale_factor")
 
 
-class ShrunkPictures:
-    """The pictures of a `PictureFolder` averaged down to `sides` (height, width): what an upsampler starts from."""
-
-    def __init__(self, pictures, sides):
-        self.pictures, self.sides = pictures, tuple(sides)
-        self.config, self.labels, self.class_names = pictures.config, pictures.labels, pictures.class_names
-        self.preprocessing = pictures.preprocessing
-        self.shape = self.unpadded_shape = (pictures.shape[0], *self.sides)
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def batch(self, indices, flips=None, rngs=None):
-        """Return pictures as float32 [n x C x *sides] in [0, 1]; what the large ones are padded with is left away."""
-        large = self.pictures.batch(indices, flips, rngs)
-        seen = tuple(slice(n) for n in self.pictures.unpadded_shape[1:])
-        return F.interpolate(large[(..., *seen)], size=self.sides, mode="area")
-
-
-class LatentStream(BatchStream):
-    """Iterate over (x0 [n x C x ...] normalised on `device`, what the model is told) for training.
-
-    The model is told {"y": int64 [n]} `with_labels` and {"low_res": [n x C x smaller ...]} where there is the source of
-    `small` pictures, item by item those of `source`; it may be told nothing.
-
-    Items, flips and posterior noise depend on (seed, step, place in the batch of all ranks) alone. Reading and drawing
-    run ahead in the background, encoding and normalising happen on the caller's thread.
-    """
-
-    def __init__(self, source, normalizer, plan, seed, device, with_labels=False, small=None, start_step=0):
-        require_labels(source, with_labels)
-        for of in (source, small or source):
-            if plan.count != of.count:
-                raise ValueError(f"the plan is for {plan.count} items, {of.folder} has {of.count}")
-
-        # Latents of a cache are so small that handing them over by the batch would take longer than reading them.
-        numbers = plan.batch_size * math.prod(source.latent_shape)
-        together = max(1, min(BULK // plan.batch_size, BULK_NUMBERS // numbers)) if source.in_bulk else 1
-
-        def make_batches(step):
-            steps = range(step, step + together)
-            indices = plan.indices(step, together)
-
-            def read(of):
-                flips = np.concatenate([plan.coins(s) for s in steps]) if of.random_flip else None
-                return of.read(indices, flips, **({"rngs": plan.generators(step)} if of.random_crop else {}))
-
-            eps = None
-            if source.draws_posterior:
-                keys = [(seed, _POSTERIOR, s, slot) for s in steps for slot in plan.slots]
-                eps = keyed_randn(source.latent_shape, keys)
-            labels = _labels_at(source, indices) if with_labels else None
-            return read(source), eps, labels, None if small is None else read(small)
-
-        def finish(prepared):
-            values, eps, labels, small_values = prepared
-            latents = source.latents(values, eps, device)
-            told = {} if labels is None else {"y": send(labels, device)}
-            if small is not None:
-                told["low_res"] = normalizer.normalise(small.latents(small_values, device=device))
-            x0 = normalizer.normalise(latents)
-            if together == 1:
-                return x0, told
-            parts = zip(*(values.split(plan.batch_size) for values in told.values())) if told else [()] * together
-            return [(x, dict(zip(told, part))) for x, part in zip(x0.split(plan.batch_size), parts)]
-
-        super().__init__(make_batches, start_step, finish, together=together)
-
-
 def _allow_open_files(count):
     """Raise this process's limit of open files: each shard that is mapped into memory holds one.
 
@@ -767,49 +406,3 @@ def _allow_open_files(count):
 
 def _labels_at(source, indices):
     return None if source.labels is None else torch.from_numpy(source.labels[np.asarray(indices)])
-
-
-def _read_manifest(folder):
-    path = folder / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} is not a latent cache: it has no {MANIFEST}, so the encoding was "
-                                "interrupted or this is another folder; run scripts/encode_dataset.py again, or check "
-                                f"{CACHE_FLAG}")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_REDO}") from error
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"{path} has format {found[0]!r}, version {found[1]!r}; this program reads {FORMAT!r}, "
-                         f"version {VERSION}: encode again")
-    kinds = {"autoencoder": dict, "scale_factor": (int, float), "store": str, "dtype": str, "latent_shape": list,
-             "image_shape": list, "count": int, "flips": bool, "class_names": (list, type(None)), "preprocessing": dict,
-             "statistics": dict, "made_from": str, "files": dict, "shards": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name, ()), kind)]
-    wrong = wrong or [name for name, fits in {
-        "dtype": manifest["dtype"] in ("float16", "float32"),
-        "store": manifest["store"] in ("moments", "mode"),
-        "latent_shape": len(manifest["latent_shape"]) > 1 and all(_is_count(n) for n in manifest["latent_shape"]),
-        "count": _is_count(manifest["count"]),
-        "shards": all(isinstance(s, dict) and _is_count(s.get("count")) and "first" in s and "sha256" in s
-                      and "file" in s for s in manifest["shards"]),
-        "autoencoder": {"sha256", "path"} <= set(manifest["autoencoder"]),
-        "statistics": {"mean", "std", "channel_mean", "channel_std"} <= set(manifest["statistics"]),
-    }.items() if not fits]
-    if wrong:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or not what it should be; {_REDO}")
-    for name in manifest["files"]:
-        _inside(folder, name)
-    return manifest
-
-
-def _is_count(value):
-    return isinstance(value, int) and value > 0
-
-
-def _inside(folder, name):
-    """Return folder/name for a bare file name; a manifest is input and must not lead elsewhere."""
-    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-        raise ValueError(f"{folder / MANIFEST} names the file {name!r} outside of its folder; do not use this cache")
-    return folder / name

@@ -9,6 +9,7 @@ import csv
 import datetime
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -24,8 +25,6 @@ from .files import atomic_path
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
-
-# Where things are written
 
 class KVWriter:
     """Take a dictionary of numbers at a time."""
@@ -228,8 +227,6 @@ def _short(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# What is collected
-
 _MEAN = object()
 
 
@@ -356,8 +353,6 @@ def _weighted_mean(pairs):
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
-# The current logger
-
 def get_current():
     """Return the logger in use; before configure() one that writes to the terminal alone."""
     if Logger.CURRENT is None:
@@ -442,8 +437,6 @@ def profile(n):
     return decorate
 
 
-# Setting up
-
 def configure(dir=None, format_strs=None, comm=None, log_suffix="", resume_step=None):
     """Start logging into a run folder and say which; closes the logger before.
 
@@ -519,3 +512,25 @@ def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
     finally:
         _close_current()
         Logger.CURRENT = outer
+
+
+def say(text):
+    """Print on rank 0, and into the log where there is one."""
+    if dist_util.rank() == 0:
+        log(text)
+
+
+def progress_bar(total, initial, what):
+    """Return a tqdm bar with time left, on rank 0 only; its `advance_to(done, total)` suits progress callbacks."""
+    from tqdm import tqdm
+
+    total = None if total == math.inf else total
+    elsewhere = dist_util.rank() != 0
+    bar = tqdm(total=total, initial=initial, desc=what, disable=elsewhere, dynamic_ncols=True, mininterval=1)
+
+    def advance_to(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+
+    bar.advance_to = advance_to
+    return bar

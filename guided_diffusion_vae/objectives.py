@@ -5,25 +5,22 @@ the one to descend under "loss", and `times` are diffusion steps [N] or None. Ev
 slot in the global batch), so neither the number of ranks nor an interruption changes it.
 """
 
-import itertools
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from . import logger
-from .autoencoder import autoencoder_losses, to_image_range
-from .discriminator import adaptive_weight, discriminator_losses, generator_losses
-from .fp16_util import MixedPrecisionTrainer
+from .data.augmentation import augmented, mirrored
+from .gaussian_diffusion import noised_condition
 from .nn import keyed_randn, keyed_rng, keyed_seed, send
 from .resample import LossAwareSampler, UniformSampler
+from .vae.posterior import autoencoder_losses, to_image_range
 
 # Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
 NOISE, TIMES, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMES, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
-MIRROR = 12  # and one number more for every further axis; evaluation has 11
+
+
 SLICES = 15
-AUGMENT = 16  # and one number more for every angle, shift and scale
 
 
 class Draws:
@@ -119,12 +116,6 @@ class DiffusionObjective(_OverTimes):
         log_loss_dict(self.diffusion, t, {k: v for k, v in terms.items() if k != "unweighted"})
 
 
-def noised_condition(diffusion, low_res, times, noise):
-    """Return small pictures noised to `times` [N]; time 0 stands for none at all, and leaves them alone."""
-    clean = (times == 0).view(-1, *(1,) * (low_res.dim() - 1))
-    return torch.where(clean, low_res, diffusion.q_sample(low_res, times, noise))
-
-
 class PlainObjective:
     """An objective without times or memory: `losses(model, batch, cond, draws) -> {name: [N]}`."""
 
@@ -146,44 +137,6 @@ class PlainObjective:
 
     def load_state_dict(self, state):
         pass
-
-
-def mirrored(images, draws):
-    """Return pictures mirrored along every axis by a coin of its own.  [N x C x ...] -> same."""
-    for axis in range(2, images.dim()):
-        heads = draws.uniform(MIRROR + axis - 2, images.device) < 0.5
-        images = torch.where(heads.view(-1, *(1,) * (images.dim() - 1)), images.flip(axis), images)
-    return images
-
-
-def augmented(images, draws, config):
-    """Return pictures or volumes of which a share `config.augment` is turned, scaled and shifted a little.
-
-    Angles (in every plane), scales and shifts are evenly spread within the bounds of an AutoencoderTrainConfig; edges
-    are repeated.  [N x C x ...] -> same.
-    """
-    dims = images.dim() - 2
-    streams = itertools.count(AUGMENT)
-    share = lambda: draws.uniform(next(streams), images.device)
-    chosen = share() < config.augment
-    within = lambda bound: torch.where(chosen, bound * (2 * share() - 1), 0.0)
-
-    turn = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
-    for a, b in itertools.combinations(range(dims), 2):
-        angle = within(math.radians(config.augment_rotation))
-        plane = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
-        plane[:, a, a] = plane[:, b, b] = angle.cos()
-        plane[:, a, b], plane[:, b, a] = -angle.sin(), angle.sin()
-        turn = turn @ plane
-    turn = turn / (1 + within(config.augment_scale))[:, None, None]
-    shift = torch.stack([within(config.augment_translation) for _ in range(dims)], dim=1)
-    # affine_grid measures every axis from -1 to 1, the last axis first.
-    half = send(torch.tensor(images.shape[:1:-1], dtype=torch.float64), images.device) / 2
-    theta = torch.cat([turn * half / half[:, None], (shift / half)[..., None]], dim=2)
-    # In float64, which autocast leaves alone: in bfloat16 the grid would be off by half a pixel.
-    grid = F.affine_grid(theta, images.shape, align_corners=False).to(images.dtype)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return torch.where(chosen.view(-1, *(1,) * (images.dim() - 1)), moved, images)
 
 
 class AutoencoderObjective(PlainObjective):
@@ -213,66 +166,6 @@ class AutoencoderObjective(PlainObjective):
         if self.adversary and self.adversary.is_heeded(draws.step):
             self.adversary.add_to(terms, x, reconstruction, self.network.last_layer)
         return terms, None
-
-
-class Adversary:
-    """A discriminator in training beside an autoencoder.
-
-    Every microbatch adds its judgement to the losses (`add_to`) and its gradient to the discriminator's (`judge`), with
-    which `learn` takes a step. So no more than a microbatch of pictures is kept. All three wait for `is_heeded`.
-    """
-
-    def __init__(self, network, config, lr, grad_clip=0.0):
-        self.network, self.config, self.grad_clip = network, config, grad_clip
-        self.lr = config.discriminator_lr or lr
-        self.opt = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
-
-    def begin(self, ddp_model, trainer):
-        """Take over what the training loop decides: how the network is distributed, and its loss scaled.
-
-        `trainer` is the MixedPrecisionTrainer of the autoencoder.
-        """
-        self.ddp_model, self.rival_trainer = ddp_model, trainer
-        self.mp_trainer = MixedPrecisionTrainer(
-            model=self.network, scale_loss=trainer.scale_loss, grad_clip=self.grad_clip,
-            fp16_scale_growth=trainer.fp16_scale_growth, name="discriminator_",
-        )
-
-    def is_heeded(self, step):
-        """Say whether the warm-up is over."""
-        return step >= self.config.discriminator_start
-
-    def add_to(self, terms, real, fake, last_layer):
-        """Add the adversarial term of a microbatch to its losses [N], and remember the pictures for `judge`."""
-        self.network.requires_grad_(False)
-        losses = generator_losses(self.config.discriminator_loss, self.network(fake).float())
-        self.network.requires_grad_(True)
-        weight = self.config.discriminator_weight
-        if self.config.adaptive_weight:
-            scale = self.rival_trainer.loss_scale
-            factor = adaptive_weight(terms["loss"].mean(), losses.mean(), last_layer, scale)
-            terms["adaptive_weight"] = factor.expand(len(losses))
-            weight = weight * factor
-        terms["adversarial_loss"] = losses
-        terms["loss"] = terms["loss"] + weight * losses
-        self._pair = real.detach(), fake.detach()
-
-    def judge(self, share):
-        """Add to the gradient what `add_to` has seen last, a `share` of the batch."""
-        (real, fake), self._pair = self._pair, None
-        # One pass over both: two passes of a distributed model would need two reductions.
-        judged_real, judged_fake = self.ddp_model(torch.cat([real, fake])).float().chunk(2)
-        losses = discriminator_losses(self.config.discriminator_loss, judged_real, judged_fake)
-        self.mp_trainer.backward(losses.mean() * share)
-        logger.logkv_mean("discriminator_loss", losses.detach().mean(), len(real))
-        logger.logkv_mean("logits_real", judged_real.detach().mean(), len(real))
-        logger.logkv_mean("logits_fake", judged_fake.detach().mean(), len(real))
-
-    def learn(self, lr_factor=1.0):
-        """Take one step on what was judged since the last, at `lr_factor` times the learning rate."""
-        self.opt.param_groups[0]["lr"] = self.lr * lr_factor
-        self.mp_trainer.optimize(self.opt)
-        self.mp_trainer.zero_grad()
 
 
 class ClassifierObjective(_OverTimes):

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint_util, dist_util, logger
 from .config import opt
 from .fp16_util import MixedPrecisionTrainer
+from .logger import progress_bar
 from .nn import keyed_seed, send, update_ema
 from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, Draws
-from .objectives import log_loss_dict as log_loss_dict  # as guided-diffusion names it
 from .resample import SCHEDULE_SAMPLERS
 
 
@@ -635,19 +635,3 @@ def _rates(text):
         raise ValueError(f"--ema_rate is {text!r}; it holds numbers from 0 to below 1 with commas between, such as "
                          "0.99,0.9999")
     return rates
-
-
-def progress_bar(total, initial, what):
-    """Return a tqdm bar with time left, on rank 0 only; its `advance_to(done, total)` suits progress callbacks."""
-    from tqdm import tqdm
-
-    total = None if total == math.inf else total
-    elsewhere = dist_util.rank() != 0
-    bar = tqdm(total=total, initial=initial, desc=what, disable=elsewhere, dynamic_ncols=True, mininterval=1)
-
-    def advance_to(done, total):
-        bar.total = total
-        bar.update(done - bar.n)
-
-    bar.advance_to = advance_to
-    return bar

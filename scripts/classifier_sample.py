@@ -9,26 +9,29 @@ Both models of this project describe themselves and must work on the same x0 (pi
 those of guided-diffusion are described by the flags. The diffusion model need not know classes.
 """
 
-from guided_diffusion_vae import dist_util, loading, script_util
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.guidance import GuidanceConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.sampling import PixelSamplingConfig
+from guided_diffusion_vae.runs import loading
+from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
+from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.sampling.guidance import GuidanceConfig
+from guided_diffusion_vae.sampling.sampler import PixelSamplingConfig
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (PixelSamplingConfig, GuidanceConfig, script_util.part_of(DataConfig, "image_size", "image_channels"),
-           VAEConfig, ModelConfig, ClassifierConfig, DiffusionConfig, script_util.RunConfig)
+CONFIGS = (PixelSamplingConfig, GuidanceConfig, part_of(DataConfig, "image_size", "image_channels"),
+           VAEConfig, ModelConfig, ClassifierConfig, DiffusionConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     config, guidance, data, vae, model, classifier, process, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     sampler = loading.load_sampler(
         config, given, model, process, data, vae, guidance=guidance, classifier=classifier

@@ -8,30 +8,33 @@
 It reads pictures, or latents where --cache_dir or --vae_path is given: those of the diffusion model it shall guide.
 """
 
-from guided_diffusion_vae import dist_util, script_util, spaces, training
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
+from guided_diffusion_vae.runs import spaces, training
+from guided_diffusion_vae.runs.flags import argparser, parse_given
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
 from guided_diffusion_vae.train_util import ClassifierTrainConfig
 from guided_diffusion_vae.unet import ClassifierConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
 CONFIGS = (DataConfig, LatentConfig, NormalizerConfig, VAEConfig, ClassifierConfig, DiffusionConfig,
-           ClassifierTrainConfig, script_util.RunConfig)
+           ClassifierTrainConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     data, latents, scale, vae, flags, process, train, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     source, space = spaces.open_data(latents, vae, scale, data, given, train.seed, folder)
     training.train_classifier(run, folder, configs, given, source, space, data, flags, process, train)
-    script_util.end_run(folder)
+    end_run(folder)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,29 @@
         --cache_dir latents_cache/NAME
 """
 
-from guided_diffusion_vae import dist_util, script_util, spaces
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.latent_datasets import LatentCacheConfig, write_cache
-from guided_diffusion_vae.train_util import progress_bar
+from guided_diffusion_vae import dist_util, logger
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.logger import progress_bar
+from guided_diffusion_vae.runs import spaces
+from guided_diffusion_vae.runs.flags import argparser, parse_given
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
 CONFIGS = (VAEConfig, DataConfig, LatentCacheConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     vae, data, config = configs
     dist_util.setup_dist()
 
     codec = create_vae(vae, dist_util.dev())
     pictures = spaces.open_pictures(data, given, codec)
-    script_util.say(pictures.summary())
+    logger.say(pictures.summary())
 
     with progress_bar(None, 0, "encoding") as bar:
         cache = write_cache(config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(),

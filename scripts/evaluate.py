@@ -10,44 +10,48 @@ Features come from the Inception network of FID (a local weights file), from a c
 confusion matrices and nearest training pictures to the run folder.
 """
 
-from guided_diffusion_vae import dist_util, evaluation, loading, script_util, training
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.evaluation import comparison
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
+from guided_diffusion_vae.runs import loading, tstr
+from guided_diffusion_vae.runs.flags import argparser, parse_given, part_without
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run, print_report
 from guided_diffusion_vae.train_util import ClassifierTrainConfig
 from guided_diffusion_vae.unet import ClassifierConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (evaluation.EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
-           script_util.part_without(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised",
+CONFIGS = (comparison.EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
+           part_without(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised",
                                     "resume_checkpoint"),
-           script_util.RunConfig)
+           RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     config, vae, data, flags, train, run = configs
-    folder = script_util.begin_run(run, configs)
-    evaluation.require_given(config.reference, "--reference")
-    evaluation.require_given(config.samples, "--samples")
+    folder = begin_run(run, configs)
+    comparison.require_given(config.reference, "--reference")
+    comparison.require_given(config.samples, "--samples")
     if config.train_dir:
-        evaluation.require_given(config.train_dir, "--train_dir")
+        comparison.require_given(config.train_dir, "--train_dir")
     if run.dry_run:
         return
 
     extract, judge, header, data = loading.open_extractors(config, vae, data, given)
     train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
     process = DiffusionConfig()
-    sets = training.sets_to_train_on(config, data, flags, process) if config.tstr_iterations else {}
-    report = evaluation.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])
+    sets = tstr.sets_to_train_on(config, data, flags, process) if config.tstr_iterations else {}
+    report = comparison.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])
     if config.tstr_iterations:
-        report.update(training.train_on_samples(config, sets, given, data, flags, process, train, folder))
-        evaluation.write_report(report, folder)
-    script_util.print_report(report)
-    script_util.end_run(folder)
+        report.update(tstr.train_on_samples(config, sets, given, data, flags, process, train, folder))
+        comparison.write_report(report, folder)
+    print_report(report)
+    end_run(folder)
 
 
 if __name__ == "__main__":

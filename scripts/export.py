@@ -8,24 +8,26 @@ What goes to diffusers is compared with the original on random data before it is
 agree the export is refused with the reason. A .safetensors file is taken by all scripts here as well.
 """
 
-from guided_diffusion_vae import dist_util, loading, script_util
-from guided_diffusion_vae.export import ExportConfig
+from guided_diffusion_vae import dist_util, logger
+from guided_diffusion_vae.runs import export, loading
+from guided_diffusion_vae.runs.diffusers_export import ExportConfig
+from guided_diffusion_vae.runs.flags import argparser, parse, part_of
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (ExportConfig, script_util.part_of(VAEConfig, "vae_path", "scale_factor"))
+CONFIGS = (ExportConfig, part_of(VAEConfig, "vae_path", "scale_factor"))
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    config, vae = script_util.parse(__doc__, *CONFIGS)
+    config, vae = parse(__doc__, *CONFIGS)
     dist_util.setup_dist()
     config.model_path = loading.weights_file(config.model_path, "--model_path")  # asked by all ranks
     if dist_util.rank() == 0:
-        made = loading.export_model(config, VAEConfig(**vars(vae)))
-        script_util.say(f"wrote {config.out}: {made}")
+        made = export.export_model(config, VAEConfig(**vars(vae)))
+        logger.say(f"wrote {config.out}: {made}")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,29 @@ Of pictures it is given in bits per dimension, as guided-diffusion does. Of late
 latent dimension; it says nothing of pictures, and the two must not be compared.
 """
 
-from guided_diffusion_vae import dist_util, evaluation, loading, script_util, spaces
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.evaluation import likelihood
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
+from guided_diffusion_vae.runs import loading, spaces
+from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run, print_report
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (evaluation.LikelihoodConfig, DataConfig, script_util.part_of(LatentConfig, "cache_dir"), VAEConfig,
-           ModelConfig, DiffusionConfig, script_util.RunConfig)
+CONFIGS = (likelihood.LikelihoodConfig, DataConfig, part_of(LatentConfig, "cache_dir"), VAEConfig,
+           ModelConfig, DiffusionConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     config, data, latents, vae, model, process, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     network, diffusion, source, space, labels = loading.load_with_data(
         config, given, model, process, data, latents, vae
@@ -34,9 +38,9 @@ def main():
     if run.dry_run:
         return
     clip = config.clip_denoised if space.is_pixels or "clip_denoised" in given else False
-    report = evaluation.likelihood(network, diffusion, source, space, labels, clip, config, folder)
-    script_util.print_report(report)
-    script_util.end_run(folder)
+    report = likelihood.likelihood(network, diffusion, source, space, labels, clip, config, folder)
+    print_report(report)
+    end_run(folder)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,28 @@ A model of this project describes itself; one of guided-diffusion is described b
 goes on where it stopped.
 """
 
-from guided_diffusion_vae import dist_util, loading, script_util
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.sampling import PixelSamplingConfig
+from guided_diffusion_vae.runs import loading
+from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
+from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.sampling.sampler import PixelSamplingConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (PixelSamplingConfig, script_util.part_of(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
-           DiffusionConfig, script_util.RunConfig)
+CONFIGS = (PixelSamplingConfig, part_of(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
+           DiffusionConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     config, data, vae, model, process, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     sampler = loading.load_sampler(config, given, model, process, data, vae)
     loading.sample(sampler, config, folder, run)

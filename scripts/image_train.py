@@ -4,27 +4,30 @@
         --lr 1e-4 --batch_size 16
 """
 
-from guided_diffusion_vae import dist_util, script_util, spaces, training
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.folders import open_folder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
+from guided_diffusion_vae.runs import spaces, training
+from guided_diffusion_vae.runs.flags import argparser, parse
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
-from guided_diffusion_vae.volume_datasets import open_folder
 
-CONFIGS = (DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, script_util.RunConfig)
+CONFIGS = (DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    data, model, process, train, run = configs = script_util.parse(__doc__, *CONFIGS)
-    folder = script_util.begin_run(run, configs)
+    data, model, process, train, run = configs = parse(__doc__, *CONFIGS)
+    folder = begin_run(run, configs)
 
     source, space = spaces.open_pixels(open_folder(data))
     training.train_diffusion("image_train", run, folder, configs, source, space, model, process, train)
-    script_util.end_run(folder)
+    end_run(folder)
 
 
 if __name__ == "__main__":

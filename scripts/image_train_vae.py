@@ -5,31 +5,34 @@
     mpiexec -n 2 python scripts/image_train_vae.py --config ... --data_dir DIR --vae_path runs/autoencoder
 """
 
-from guided_diffusion_vae import dist_util, script_util, spaces, training
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
+from guided_diffusion_vae.runs import spaces, training
+from guided_diffusion_vae.runs.flags import argparser, parse_given
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
 CONFIGS = (LatentConfig, NormalizerConfig, VAEConfig, DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig,
-           script_util.RunConfig)
+           RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     latents, scale, vae, data, model, process, train, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     source, codec = spaces.open_latent_source(latents, vae, data, given, train.seed, folder)
     space = spaces.Space(codec, spaces.fit_normalizer(scale, source))
     training.train_diffusion("image_train_vae", run, folder, configs, source, space, model, process, train)
-    script_util.end_run(folder)
+    end_run(folder)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ motion towards the sensor below the middle; columns: time) and dataset.json with
 leaves the folder as it is.
 """
 
-from guided_diffusion_vae import dist_util, microdoppler, script_util
-from guided_diffusion_vae.microdoppler import MicrodopplerConfig
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data import microdoppler
+from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig
+from guided_diffusion_vae.runs.flags import parse
 
 
 def main():
-    config, = script_util.parse(__doc__, MicrodopplerConfig)
+    config, = parse(__doc__, MicrodopplerConfig)
     dist_util.setup_dist()
     if dist_util.rank() == 0:  # further ranks wait: they would only take the folder from each other
         written = microdoppler.write_dataset(config)

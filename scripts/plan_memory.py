@@ -8,34 +8,37 @@ Nothing is allocated and no data are needed; --data_dir gives the channels where
 `image_train_vae.py --dry_run True` says the same.
 """
 
-from guided_diffusion_vae import dist_util, memory, script_util
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, total_factors
-from guided_diffusion_vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.perceptual import PerceptualConfig
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, total_factors
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.folders import open_folder
+from guided_diffusion_vae.runs import planning
+from guided_diffusion_vae.runs.flags import argparser, parse
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig
-from guided_diffusion_vae.volume_datasets import open_folder
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.vae.perceptual import PerceptualConfig
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 
 CONFIGS = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
-           AutoencoderTrainConfig, script_util.PlanConfig)
+           AutoencoderTrainConfig, planning.PlanConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    data, autoencoder, loss, rival, perceptual, train, wanted = script_util.parse(__doc__, *CONFIGS)
+    data, autoencoder, loss, rival, perceptual, train, wanted = parse(__doc__, *CONFIGS)
     channels = autoencoder.in_channels or data.image_channels
     if not channels:
         channels = open_folder(data).shape[0] if data.data_dir else 1
     sides = data.sides
     if data.pad:
         sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(autoencoder, len(sides)))]
-    plan = memory.AutoencoderPlan((channels, *sides), autoencoder, train, loss, rival)
+    plan = planning.AutoencoderPlan((channels, *sides), autoencoder, train, loss, rival)
     if perceptual.use_perceptual_loss:
         print("the perceptual term is not counted: its backbone takes memory of its own")
-    for line in memory.report(plan, numbers(wanted.plan_batch_sizes, int), numbers(wanted.budget_gb, float)):
+    for line in planning.report(plan, numbers(wanted.plan_batch_sizes, int), numbers(wanted.budget_gb, float)):
         print(line, flush=True)
 
 

@@ -6,25 +6,28 @@
         --model_path 64_256_upsampler.pt --base_samples 64_samples.npz --timestep_respacing 250
 """
 
-from guided_diffusion_vae import dist_util, loading, script_util
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.sampling import BaseConfig, PixelSamplingConfig
+from guided_diffusion_vae.runs import loading
+from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
+from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.sampling.sampler import BaseConfig, PixelSamplingConfig
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (PixelSamplingConfig, BaseConfig, SuperResConfig, script_util.part_of(DataConfig, "image_channels"),
-           VAEConfig, ModelConfig, DiffusionConfig, script_util.RunConfig)
+CONFIGS = (PixelSamplingConfig, BaseConfig, SuperResConfig, part_of(DataConfig, "image_channels"),
+           VAEConfig, ModelConfig, DiffusionConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     config, base, super_res, data, vae, model, process, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     sampler = loading.load_sampler(config, given, model, process, data, vae, super_res=(base, super_res))
     loading.sample(sampler, config, folder, run)

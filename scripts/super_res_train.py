@@ -8,26 +8,30 @@
 Small pictures are averaged from large ones, or read from a second cache of the same pictures.
 """
 
-from guided_diffusion_vae import dist_util, script_util, spaces, training
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.latent_stream import SmallCacheConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.latent_datasets import LatentConfig, SmallCacheConfig
+from guided_diffusion_vae.latent_datasets import LatentConfig
+from guided_diffusion_vae.runs import spaces, training
+from guided_diffusion_vae.runs.flags import argparser, parse_given, part_without
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
-CONFIGS = (SuperResConfig, script_util.part_without(DataConfig, "image_size"), LatentConfig, SmallCacheConfig,
-           NormalizerConfig, VAEConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, script_util.RunConfig)
+CONFIGS = (SuperResConfig, part_without(DataConfig, "image_size"), LatentConfig, SmallCacheConfig,
+           NormalizerConfig, VAEConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    configs, given = script_util.parse_given(__doc__, *CONFIGS)
+    configs, given = parse_given(__doc__, *CONFIGS)
     super_res, data, latents, small_latents, scale, vae, model, process, train, run = configs
-    folder = script_util.begin_run(run, configs)
+    folder = begin_run(run, configs)
 
     data = DataConfig(image_size=super_res.large_size, **vars(data))
     sized = {**given, "image_size": super_res.large_size} if data.data_dir else given
@@ -37,7 +41,7 @@ def main():
     training.train_diffusion(
         "super_res_train", run, folder, configs, source, space, model, process, train, super_res, small
     )
-    script_util.end_run(folder)
+    end_run(folder)
 
 
 if __name__ == "__main__":

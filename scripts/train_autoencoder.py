@@ -9,27 +9,31 @@ Held-out pictures (--val_data_dir) are measured beside every preview; the step w
 folder stands for it.
 """
 
-from guided_diffusion_vae import dist_util, script_util, training
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig
-from guided_diffusion_vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.perceptual import PerceptualConfig
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.autoencoder import AutoencoderConfig
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.runs import training
+from guided_diffusion_vae.runs.flags import argparser, parse
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.vae.perceptual import PerceptualConfig
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 
 CONFIGS = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
-           AutoencoderTrainConfig, script_util.RunConfig)
+           AutoencoderTrainConfig, RunConfig)
 
 
 def create_argparser():
-    return script_util.argparser(__doc__, *CONFIGS)
+    return argparser(__doc__, *CONFIGS)
 
 
 def main():
-    data, autoencoder, loss, rival, perceptual, train, run = configs = script_util.parse(__doc__, *CONFIGS)
-    folder = script_util.begin_run(run, configs)
+    data, autoencoder, loss, rival, perceptual, train, run = configs = parse(__doc__, *CONFIGS)
+    folder = begin_run(run, configs)
 
     training.train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perceptual, train)
-    script_util.end_run(folder)
+    end_run(folder)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, dist_util, logger
-from guided_diffusion_vae import gaussian_diffusion as gd
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
+from guided_diffusion_vae import checkpoint_util, dist_util, gaussian_diffusion as gd, logger
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.discriminator import DiscriminatorConfig, create_discriminator
-from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder, picture_batches
-from guided_diffusion_vae.latent_datasets import (
-    EncodedPictures, LatentCache, LatentCacheConfig, LatentStream, write_cache,
-)
+from guided_diffusion_vae.data.batching import BatchPlan, picture_batches
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.latent_stream import LatentStream
+from guided_diffusion_vae.latent_datasets import EncodedPictures, LatentCache
+from guided_diffusion_vae.objectives import AutoencoderObjective, ClassifierObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
-from guided_diffusion_vae.objectives import Adversary, AutoencoderObjective, ClassifierObjective
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
+from guided_diffusion_vae.vae.adversarial import Adversary
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig, create_discriminator
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 
 COUNT, GLOBAL_BATCH, SEED = 10, 4, 7

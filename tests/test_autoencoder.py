@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion_vae.autoencoder import (
-    LOGVAR_RANGE, Attention, AutoencoderConfig, AutoencoderKL, AutoencoderLossConfig, ChannelToSpace, Downsample,
-    ShuffledConv, SpaceToChannel, UpsampledConv, autoencoder_losses, create_autoencoder, from_image_range,
-    to_image_range,
-)
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from guided_diffusion_vae.config import as_dict, from_dict
 from guided_diffusion_vae.nn import upsample_nearest
+from guided_diffusion_vae.vae.blocks import (
+    Attention, ChannelToSpace, Downsample, ShuffledConv, SpaceToChannel, UpsampledConv,
+)
+from guided_diffusion_vae.vae.posterior import (
+    LOGVAR_RANGE, AutoencoderLossConfig, autoencoder_losses, from_image_range, to_image_range,
+)
 
 TINY = {"num_channels": (4, 8), "num_res_blocks": 1, "attention_levels": False, "norm_num_groups": 2,
         "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from guided_diffusion_vae.discriminator import (
+from guided_diffusion_vae.vae.discriminator import (
     DiscriminatorConfig, PatchDiscriminator, adaptive_weight, create_discriminator, discriminator_losses,
     generator_losses,
 )

@@ -6,10 +6,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from guided_diffusion_vae import evaluation, metrics
-from guided_diffusion_vae.evaluation import EvaluateConfig, RoundtripConfig, evaluate, failures, roundtrip
-from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
-from guided_diffusion_vae.sampling import open_npz, to_uint8, write_npz
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.npz import open_npz, to_uint8, write_npz
+from guided_diffusion_vae.evaluation import comparison, image_metrics
+from guided_diffusion_vae.evaluation.comparison import EvaluateConfig, evaluate
+from guided_diffusion_vae.evaluation.features import Features
+from guided_diffusion_vae.evaluation.image_metrics import bicubic_baseline
+from guided_diffusion_vae.evaluation.roundtrip import RoundtripConfig, failures, roundtrip
+from guided_diffusion_vae.evaluation.set_metrics import FeatureStatistics, frechet_distance, inception_score
 from guided_diffusion_vae.vae_wrapper import PixelCodec
 
 CPU = torch.device("cpu")
@@ -58,7 +63,7 @@ def samples_file(folder, images, labels, names=NAMES):
 def extract(images):
     """Return features [n x 2] and the logits of a classifier that looks at the mean level."""
     mean = images.mean((1, 2, 3))
-    return metrics.Features(torch.stack([mean, images.std((1, 2, 3))], 1), torch.stack([0.4 - mean, mean - 0.4], 1))
+    return Features(torch.stack([mean, images.std((1, 2, 3))], 1), torch.stack([0.4 - mean, mean - 0.4], 1))
 
 
 # the round trip
@@ -70,10 +75,10 @@ def test_the_report_holds_the_means_over_all_pictures(tmp_path):
     report = roundtrip(codec, pictures, RoundtripConfig(batch_size=5), tmp_path / "run", CPU)
     images = pictures.batch(range(12))
     latents = codec.encode_batch(images)
-    decoded, baseline = codec.decode_batch(latents), metrics.bicubic_baseline(images, 2)
+    decoded, baseline = codec.decode_batch(latents), bicubic_baseline(images, 2)
     for name in ("psnr", "ssim", "l1"):
         for prefix, rival in (("", decoded), ("bicubic_", baseline)):
-            expected = getattr(metrics, name)(images, rival).mean().item()
+            expected = getattr(image_metrics, name)(images, rival).mean().item()
             assert report[prefix + name] == pytest.approx(expected, rel=1e-5)
     assert report["max_error"] == pytest.approx((images - decoded).abs().max().item())
     assert report["latent_mean"] == pytest.approx(latents.mean().item(), rel=1e-5)
@@ -117,9 +122,9 @@ def test_a_run_stands_for_the_samples_that_it_has_drawn(tmp_path):
         write_npz(tmp_path / f"samples_{count}x4x4x1.npz", (count, 4, 4, 1), [images[:count]])
         Image.fromarray(images[0, ..., 0]).save(tmp_path / "contact_sheet.png")
         if count == 2:
-            assert len(evaluation.open_pictures(tmp_path, DATA, "--samples")) == 2
+            assert len(comparison.open_pictures(tmp_path, DATA, "--samples")) == 2
     with pytest.raises(ValueError, match="samples_1x4x4x1.npz, samples_2x4x4x1.npz; give one of them as --samples"):
-        evaluation.open_pictures(tmp_path, DATA, "--samples")
+        comparison.open_pictures(tmp_path, DATA, "--samples")
 
 
 def test_every_missed_threshold_is_named():
@@ -238,7 +243,7 @@ def bars(count, seed):
 def levels_and_edges(images):
     """Return features [n x 12]: levels and slopes in every quarter of the picture."""
     maps = [images[..., 1:, 1:], images.diff(dim=2)[..., 1:].abs(), images.diff(dim=3)[..., 1:, :].abs()]
-    return metrics.Features(F.adaptive_avg_pool2d(torch.cat(maps, 1), 2).flatten(1))
+    return Features(F.adaptive_avg_pool2d(torch.cat(maps, 1), 2).flatten(1))
 
 
 @pytest.mark.parametrize("spoil, amounts", [
@@ -264,7 +269,7 @@ def test_every_distance_grows_with_blur_and_with_noise(tmp_path, spoil, amounts)
 def as_inception(images):
     """Return features [n x 2], logits [n x 3] and spatial features [n x 4] as the Inception network would."""
     corners = images[:, 0, ::8, ::8].flatten(1)
-    return metrics.Features(extract(images).pooled, images[:, 0, 0, :3], corners)
+    return Features(extract(images).pooled, images[:, 0, 0, :3], corners)
 
 
 def test_features_of_inception_go_by_the_names_of_fid(run, samples, tmp_path):
@@ -273,17 +278,17 @@ def test_features_of_inception_go_by_the_names_of_fid(run, samples, tmp_path):
     assert {"fid", "sfid", "kid", "inception_score", "precision", "recall", "class_agreement"} <= set(report)
     images = (PictureFolder(DATA, data_dir=str(tmp_path / "val")).batch(range(12)),
               torch.from_numpy(levels(10, 5)[0] / 255))
-    spatial = [metrics.FeatureStatistics().update(as_inception(x.float()).spatial) for x in images]
-    assert report["sfid"] == pytest.approx(metrics.frechet_distance(*spatial), rel=1e-4)
+    spatial = [FeatureStatistics().update(as_inception(x.float()).spatial) for x in images]
+    assert report["sfid"] == pytest.approx(frechet_distance(*spatial), rel=1e-4)
     logits = as_inception(images[1].float()).logits
-    assert report["inception_score"] == pytest.approx(metrics.inception_score(logits), rel=1e-5)
+    assert report["inception_score"] == pytest.approx(inception_score(logits), rel=1e-5)
 
 
 @pytest.mark.parametrize("with_pictures", [False, True])
 def test_statistics_of_a_reference_file_are_taken_as_they_are(samples, tmp_path, with_pictures):
     images = torch.from_numpy(levels(10, 5)[0] / 255).float()
     read = as_inception(images)
-    pooled, spatial = (metrics.FeatureStatistics().update(x) for x in (read.pooled, read.spatial))
+    pooled, spatial = (FeatureStatistics().update(x) for x in (read.pooled, read.spatial))
     arrays = {"mu": pooled.mean + 3, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
     if with_pictures:
         arrays["arr_0"] = np.moveaxis(levels(10, 5)[0], 1, -1)

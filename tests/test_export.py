@@ -2,10 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae import export, script_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.runs import diffusers_export
+from guided_diffusion_vae.runs.factories import (
+    create_gaussian_diffusion, create_model_and_diffusion_vae, sr_create_model,
+)
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer
 
@@ -31,7 +34,7 @@ def autoencoder_of(**flags):
 
 def unet_of(process=DiffusionConfig(), shape=(4, 8, 8), **flags):
     model = ModelConfig(**{**UNET, **flags})
-    network, _ = script_util.create_model_and_diffusion_vae(shape, model, process)
+    network, _ = create_model_and_diffusion_vae(shape, model, process)
     return scattered(network), as_dict(model)
 
 
@@ -42,7 +45,7 @@ def unet_of(process=DiffusionConfig(), shape=(4, 8, 8), **flags):
 ])
 def test_an_autoencoder_computes_in_diffusers_what_it_does_here(flags, tmp_path):
     network, config = autoencoder_of(**flags)
-    export.save_folder(export.autoencoder_to_diffusers(network, config, 0.3), tmp_path / "vae")
+    diffusers_export.save_folder(diffusers_export.autoencoder_to_diffusers(network, config, 0.3), tmp_path / "vae")
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
     x = torch.rand(2, network.in_channels, 16, 16) * 2 - 1
     with torch.no_grad():
@@ -58,7 +61,7 @@ def test_an_autoencoder_computes_in_diffusers_what_it_does_here(flags, tmp_path)
                                         LatentNormalizer([0.1, -0.2, 0, 1], [0.5, 1, 2, 3], "channel")])
 def test_a_normalizer_is_worked_into_the_autoencoder(normalizer):
     network, config = autoencoder_of()
-    theirs = export.autoencoder_to_diffusers(network, config, 0.18215, normalizer)
+    theirs = diffusers_export.autoencoder_to_diffusers(network, config, 0.18215, normalizer)
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         x0 = normalizer.normalise(0.18215 * network.moments(x)[0])
@@ -79,7 +82,7 @@ def test_a_normalizer_is_worked_into_the_autoencoder(normalizer):
 ])
 def test_an_autoencoder_without_a_counterpart_is_refused_with_the_reason(flags, problem):
     with pytest.raises(ValueError, match=f"no counterpart in diffusers: {problem}.*; export it with --format safe"):
-        export.autoencoder_to_diffusers(*autoencoder_of(**flags), 0.18215)
+        diffusers_export.autoencoder_to_diffusers(*autoencoder_of(**flags), 0.18215)
 
 
 @pytest.mark.parametrize("flags", [
@@ -89,7 +92,7 @@ def test_an_autoencoder_without_a_counterpart_is_refused_with_the_reason(flags, 
 ])
 def test_a_unet_computes_in_diffusers_what_it_does_here(flags, tmp_path):
     network, described = unet_of(DiffusionConfig(learn_sigma=True), **flags)
-    export.save_folder(export.unet_to_diffusers(network, described), tmp_path / "unet")
+    diffusers_export.save_folder(diffusers_export.unet_to_diffusers(network, described), tmp_path / "unet")
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 7, 999])
     y = torch.tensor([0, 3, 1]) if flags.get("class_cond") else None
@@ -105,31 +108,31 @@ def test_a_unet_computes_in_diffusers_what_it_does_here(flags, tmp_path):
 ])
 def test_a_unet_without_a_counterpart_is_refused_with_the_reason(flags, problem):
     with pytest.raises(ValueError, match=f"no counterpart in diffusers: {problem}"):
-        export.unet_to_diffusers(*unet_of(**flags))
+        diffusers_export.unet_to_diffusers(*unet_of(**flags))
 
 
 def test_volumes_and_upsamplers_are_refused():
     with pytest.raises(ValueError, match="it works on 3 axes"):
-        export.unet_to_diffusers(*unet_of(shape=(4, 8, 8, 8)))
-    upsampler = script_util.sr_create_model(8, 4, 32, 1, False, False, False, "4", 1, 16, -1, True, 0, False, False,
+        diffusers_export.unet_to_diffusers(*unet_of(shape=(4, 8, 8, 8)))
+    upsampler = sr_create_model(8, 4, 32, 1, False, False, False, "4", 1, 16, -1, True, 0, False, False,
                                             channel_mult="1,2")
     with pytest.raises(ValueError, match="it is an upsampler"):
-        export.unet_to_diffusers(upsampler, as_dict(ModelConfig(**UNET)))
+        diffusers_export.unet_to_diffusers(upsampler, as_dict(ModelConfig(**UNET)))
 
 
 def test_an_export_that_computes_something_else_is_never_written(monkeypatch):
-    entries = export._unet_entries
-    monkeypatch.setattr(export, "_unet_entries", lambda name, layer: ((k, 1.01 * v) for k, v in entries(name, layer)))
+    entries = diffusers_export._unet_entries
+    monkeypatch.setattr(diffusers_export, "_unet_entries", lambda name, layer: ((k, 1.01 * v) for k, v in entries(name, layer)))
     with pytest.raises(ValueError, match="the exported UNet differs from the original by .*; it was not written"):
-        export.unet_to_diffusers(*unet_of())
+        diffusers_export.unet_to_diffusers(*unet_of())
 
 
 @pytest.mark.parametrize("flags", [{}, {"predict_xstart": True}, {"predict_v": True}, {"learn_sigma": True}])
 def test_the_scheduler_takes_our_steps(flags):
     steps = 40
-    process = script_util.create_gaussian_diffusion(steps=steps, noise_schedule="cosine", **flags)
+    process = create_gaussian_diffusion(steps=steps, noise_schedule="cosine", **flags)
     described = as_dict(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine", **flags))
-    scheduler = export.scheduler_of(described, pixels=True)
+    scheduler = diffusers_export.scheduler_of(described, pixels=True)
     scheduler.set_timesteps(steps)
     x, noise = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     output = torch.randn(2, 6 if flags.get("learn_sigma") else 3, 4, 4, generator=torch.Generator().manual_seed(2))
@@ -145,13 +148,13 @@ def test_the_scheduler_takes_our_steps(flags):
 def test_times_that_diffusers_would_show_differently_are_refused():
     described = as_dict(DiffusionConfig(diffusion_steps=100, rescale_timesteps=True))
     with pytest.raises(ValueError, match="its times run to 1000 over 100 steps"):
-        export.scheduler_of(described, pixels=True)
+        diffusers_export.scheduler_of(described, pixels=True)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
     (tmp_path / "unet").mkdir()
     with pytest.raises(FileExistsError, match="unet is there already; give --out another name"):
-        export.save_folder(None, tmp_path / "unet")
+        diffusers_export.save_folder(None, tmp_path / "unet")
 
     class Failing:
         def save_pretrained(self, folder):
@@ -159,6 +162,6 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path):
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        export.save_folder(Failing(), tmp_path / "new")
+        diffusers_export.save_folder(Failing(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     np.testing.assert_array_equal(list((tmp_path / "unet").iterdir()), [])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import figures
+from guided_diffusion_vae.evaluation import figures
 
 
 def pictures(*shape):

@@ -5,16 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae import nn, script_util
+from guided_diffusion_vae import nn
 from guided_diffusion_vae.gaussian_diffusion import (
-    DiffusionConfig,
-    GaussianDiffusion,
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    betas_for_alpha_bar,
+    DiffusionConfig, GaussianDiffusion, LossType, ModelMeanType, ModelVarType, betas_for_alpha_bar,
     get_named_beta_schedule,
 )
+from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
 
 STEPS = 24
 SHAPES = [(3, 2, 5), (3, 2, 3, 4), (3, 2, 2, 3, 2)]      # one, two and three spatial axes
@@ -392,9 +388,9 @@ def test_noise_x_0_and_velocity_are_three_words_for_one_reverse_step(clip):
 @pytest.mark.parametrize("respacing", ["", "10"])
 def test_sampling_from_pure_noise_on_finds_what_the_network_knows(respacing):
     known = torch.tensor([[[0.3, -0.8]]])
-    p = script_util.create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True,
+    p = create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True,
                                               timestep_respacing=respacing)
-    whole = script_util.create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True)
+    whole = create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True)
 
     def model(x, t):
         eps = whole._predict_eps_from_xstart(x, t, known.expand_as(x))
@@ -442,7 +438,7 @@ def test_real_numbers_are_coded_by_a_density_and_levels_by_a_probability():
 def test_the_bound_of_latents_is_that_of_the_exact_model_of_a_gaussian():
     # Data N(0, 1): the exact network is linear, and every reverse step but the last has the variance beta, which is
     # FIXED_LARGE. So the bound is the entropy and what the last step's variance of another time costs.
-    p = script_util.create_gaussian_diffusion(discrete_data=False)
+    p = create_gaussian_diffusion(discrete_data=False)
     spread = torch.from_numpy(p.sqrt_one_minus_alphas_cumprod).float()
     exact = lambda x, t: spread[t].view(-1, 1, 1) * x
     torch.manual_seed(0)

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion_vae import script_util
-from guided_diffusion_vae.guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
+from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
+from guided_diffusion_vae.sampling.guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
 
 LABELS = torch.tensor([2, 0, 1])
 
@@ -66,7 +66,7 @@ def test_outside_its_interval_the_model_is_asked_once():
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_intervals_are_levels_of_noise_per_signal(rescale):
-    process = script_util.create_gaussian_diffusion(steps=100, timestep_respacing="10", rescale_timesteps=rescale)
+    process = create_gaussian_diffusion(steps=100, timestep_respacing="10", rescale_timesteps=rescale)
     sigma = ((1 - process.alphas_cumprod) / process.alphas_cumprod) ** 0.5
     low, high = times_between(process, (sigma[3] - 1e-6, sigma[6] + 1e-6))
     factor = 10 if rescale else 1

@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import image_datasets as data
-from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder, Prefetcher, permuted
+from guided_diffusion_vae import image_datasets
+from guided_diffusion_vae.data.batching import BatchPlan, Prefetcher, permuted, picture_batches
+from guided_diffusion_vae.data.config import parse_range, parse_size, unpad
+from guided_diffusion_vae.data.decoding import read_array
+from guided_diffusion_vae.data.image_folders import PictureFolder
 
 
 def ramp(height, width, dtype=np.uint8, channels=0):
@@ -40,13 +43,13 @@ def test_listing_goes_folder_by_folder_and_leaves_other_endings_out(tmp_path):
     for name in ("b.PNG", "a/z.jpg", "a/notes.txt", "c.tif", "d.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = data._list_image_files_recursively(str(tmp_path))
+    found = image_datasets._list_image_files_recursively(str(tmp_path))
     assert [path[len(str(tmp_path)) + 1:] for path in found] == ["a/z.jpg", "b.PNG", "d.gif"]
 
 
 def test_dataset_yields_rgb_between_minus_one_and_one_with_labels(tmp_path):
     paths = [save(tmp_path, f"{v}.png", np.full((8, 8), v, np.uint8)) for v in (0, 255, 51)]
-    pictures = data.ImageDataset(8, paths, classes=[4, 5, 6], shard=0, num_shards=2)
+    pictures = image_datasets.ImageDataset(8, paths, classes=[4, 5, 6], shard=0, num_shards=2)
     (black, first), (other, second) = pictures[0], pictures[1]
     assert len(pictures) == 2 and black.shape == (3, 8, 8) and black.dtype == np.float32
     assert (black == -1).all() and np.allclose(other, 51 / 127.5 - 1)
@@ -56,7 +59,7 @@ def test_dataset_yields_rgb_between_minus_one_and_one_with_labels(tmp_path):
 def test_random_crop_draws_side_then_top_then_left():
     picture = Image.fromarray(ramp(40, 60))
     random.seed(3)
-    cut = data.random_crop_arr(picture, 16)
+    cut = image_datasets.random_crop_arr(picture, 16)
     after = random.random()
     random.seed(3)
     side = random.randrange(16, 21)
@@ -67,7 +70,7 @@ def test_random_crop_draws_side_then_top_then_left():
 def test_load_data_yields_batches_without_end_and_labels_by_prefix(tmp_path):
     for name in ("b_1.png", "a_1.png", "b_2.png"):
         save(tmp_path, name, np.full((8, 8), 255 * name.startswith("b"), np.uint8))
-    stream = data.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, class_cond=True, deterministic=True)
+    stream = image_datasets.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, class_cond=True, deterministic=True)
     for _ in range(3):
         images, extra = next(stream)
         assert images.shape == (2, 3, 8, 8) and extra["y"].tolist() == [0, 1]
@@ -79,10 +82,10 @@ def test_load_data_refuses_a_shard_smaller_than_a_batch(tmp_path):
     for i in range(3):
         save(tmp_path, f"a_{i}.png", ramp(8, 8))
     with pytest.raises(ValueError, match="rank 1 of 2 has 1 of the 3 pictures.*--batch_size 2"):
-        data.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, shard=1, num_shards=2)
+        image_datasets.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, shard=1, num_shards=2)
 
 
-@pytest.mark.parametrize("make", [lambda d: data.load_data(data_dir=d, batch_size=1, image_size=8), folder_of])
+@pytest.mark.parametrize("make", [lambda d: image_datasets.load_data(data_dir=d, batch_size=1, image_size=8), folder_of])
 def test_a_missing_or_empty_folder_is_named_with_its_flag(tmp_path, make):
     with pytest.raises(FileNotFoundError, match="nowhere is not there; check --data_dir"):
         make(str(tmp_path / "nowhere"))
@@ -143,17 +146,17 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
 def test_complex_arrays_become_decibels_below_their_maximum(tmp_path):
     levels = np.array([0, -10, -20, -40, -41, -300.0])
     path = save(tmp_path, "a.npy", 7 * 10 ** (levels / 20) * np.exp(1j * np.arange(6))[None])
-    unit = data.read_array(path, dynamic_range_db=40)
+    unit = read_array(path, dynamic_range_db=40)
     assert np.allclose(unit, [[[1, 0.75, 0.5, 0, 0, 0]]], atol=1e-6) and unit.dtype == np.float32
 
 
 def test_a_fixed_reference_keeps_levels_comparable_and_refuses_what_is_above(tmp_path):
     path = save(tmp_path, "a.npy", np.array([[1, 0.1j]]))
-    assert np.allclose(data.read_array(path, dynamic_range_db=40, reference_db=20), [[[0.5, 0]]])
+    assert np.allclose(read_array(path, dynamic_range_db=40, reference_db=20), [[[0.5, 0]]])
     with pytest.raises(ValueError, match=r"a.npy: its maximum, 0.00 dB, is above --reference_db -3"):
-        data.read_array(path, dynamic_range_db=40, reference_db=-3)
+        read_array(path, dynamic_range_db=40, reference_db=-3)
     silent = save(tmp_path, "b.npy", np.zeros((1, 2), np.complex64))
-    assert not data.read_array(silent, dynamic_range_db=40, reference_db=20).any()
+    assert not read_array(silent, dynamic_range_db=40, reference_db=20).any()
 
 
 def test_complex_files_need_a_dynamic_range_and_some_signal(tmp_path):
@@ -161,7 +164,7 @@ def test_complex_files_need_a_dynamic_range_and_some_signal(tmp_path):
     with pytest.raises(ValueError, match="a.npy is complex; give --dynamic_range_db"):
         folder_of(tmp_path)
     with pytest.raises(ValueError, match="all values are 0"):
-        data.read_array(path, dynamic_range_db=40)
+        read_array(path, dynamic_range_db=40)
 
 
 def test_channels_may_stand_first_or_last_in_an_array(tmp_path):
@@ -226,7 +229,7 @@ def test_a_picture_of_the_size_is_not_touched_and_a_larger_one_is_cropped_as_in_
     pixels = np.random.default_rng(0).integers(0, 256, (37, 50), np.uint8)
     save(tmp_path, "a.png", pixels)
     assert (folder_of(tmp_path, image_size="37x50").read(0)[0] == pixels / np.float32(255)).all()
-    expected = data.center_crop_arr(Image.fromarray(pixels), 8)
+    expected = image_datasets.center_crop_arr(Image.fromarray(pixels), 8)
     assert (folder_of(tmp_path).read(0)[0] == expected / np.float32(255)).all()
 
 
@@ -266,7 +269,7 @@ def test_padding_reaches_the_next_multiple_and_is_undone(tmp_path):
     assert folder.shape == (1, 12, 16) and images.shape[1:] == folder.shape
     assert (images[0, 0, 9:, :10] == images[0, 0, 8, :10]).all()
     expected = folder_of(tmp_path, image_size="9x10").batch([0])
-    assert torch.equal(data.unpad(images, folder.unpadded_shape), expected)
+    assert torch.equal(unpad(images, folder.unpadded_shape), expected)
     assert folder_of(tmp_path, image_size="9x10", multiple=4).shape == (1, 9, 10)
 
 
@@ -281,13 +284,13 @@ def test_what_is_padded_stays_on_its_side_where_a_picture_is_mirrored(tmp_path):
 @pytest.mark.parametrize("text, size", [(64, (64, 64)), ("64", (64, 64)), ("64x128", (64, 128)), ("9X10", (9, 10)),
                                         ("32x64x64", (32, 64, 64))])
 def test_sizes_are_one_number_or_height_by_width(text, size):
-    assert data.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("parse, text, match", [
-    (data.parse_size, "64x", "--image_size 64x is not a size"), (data.parse_size, "0", "not a size"),
-    (data.parse_size, "1x2x3x4", "not a size"), (data.parse_range, "1", "not two numbers"),
-    (data.parse_range, "2,1", "must be below"), (data.parse_range, "0,nan", "must be below"),
+    (parse_size, "64x", "--image_size 64x is not a size"), (parse_size, "0", "not a size"),
+    (parse_size, "1x2x3x4", "not a size"), (parse_range, "1", "not two numbers"),
+    (parse_range, "2,1", "must be below"), (parse_range, "0,nan", "must be below"),
 ])
 def test_sizes_and_ranges_that_make_no_sense_are_refused(parse, text, match):
     with pytest.raises(ValueError, match=match):
@@ -328,7 +331,7 @@ def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
     assert deep.class_names == ["slide", "tap"] and deep.names == ["slide/x/1.png", "tap/1.png"]
     assert none.class_names is None and none.labels is None
     with pytest.raises(ValueError, match="has no classes, which are needed here .--class_cond True"):
-        data.picture_batches(none, BatchPlan(2, 1), with_labels=True)
+        picture_batches(none, BatchPlan(2, 1), with_labels=True)
 
 
 def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
@@ -466,7 +469,7 @@ def test_a_picture_stream_seeks_to_the_bits_of_an_unbroken_run(tmp_path):
     for i in range(5):
         save(tmp_path, f"{'ab'[i % 2]}_{i}.png", np.random.default_rng(i).integers(0, 256, (20, 24), np.uint8))
     folder = folder_of(tmp_path, crop="random", random_flip=True)
-    stream = data.picture_batches(folder, BatchPlan(5, 2, seed=9), with_labels=True)
+    stream = picture_batches(folder, BatchPlan(5, 2, seed=9), with_labels=True)
     unbroken = [next(stream) for _ in range(6)]
     stream.seek(2)
     for images, extra in unbroken[2:4]:

@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from guided_diffusion_vae import latent_datasets
-from guided_diffusion_vae.image_datasets import BatchPlan, PictureFolder
+from guided_diffusion_vae.data import cache_writer, latent_stream
+from guided_diffusion_vae.data.batching import BatchPlan
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.latent_stream import LatentStream, ShrunkPictures
 from guided_diffusion_vae.latent_datasets import (
-    EncodedPictures, LatentCache, LatentCacheConfig, LatentFolder, LatentStream, ShrunkPictures, open_latents,
-    require_same_autoencoder, write_cache,
+    EncodedPictures, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
 )
 from guided_diffusion_vae.nn import keyed_randn
-from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, sample_moments
+from guided_diffusion_vae.vae.posterior import sample_moments
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 from launches import Launches
 
 COUNT = 11
@@ -77,7 +81,7 @@ def test_few_steps_are_read_together_where_latents_are_large(cached, monkeypatch
     cache = cached()
     whiten = LatentNormalizer.fit("auto", cache.statistics, cache.scale_factor)
     for numbers, together in ((2**23, 512), (6 * 16, 3), (1, 1)):
-        monkeypatch.setattr(latent_datasets, "BULK_NUMBERS", numbers)
+        monkeypatch.setattr(latent_stream, "BULK_NUMBERS", numbers)
         stream = LatentStream(cache, whiten, BatchPlan(COUNT, 2), 0, "cpu")
         next(stream)
         assert len(stream._finished) == together - 1
@@ -260,7 +264,7 @@ def test_parts_of_a_killed_encoding_are_swept(tmp_path, cached, monkeypatch):
     (1, 256), (256 * 64, 256), (256 * 64 + 1, 257), (100_000, 1563), (4096 * 64, 4096), (10**9, 4096),
 ])
 def test_shards_are_a_64th_of_all_but_neither_tiny_nor_huge(entries, size):
-    assert latent_datasets._usual_shard_size(entries) == size
+    assert cache_writer._usual_shard_size(entries) == size
 
 
 def test_shard_size_0_has_it_chosen_and_less_is_refused(tmp_path, cached):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from guided_diffusion_vae import logger
-from launches import Launches
 from guided_diffusion_vae.logger import CSVOutputFormat, JSONOutputFormat, Logger, TensorBoardOutputFormat
+from launches import Launches
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,10 +5,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from guided_diffusion_vae.losses import (
-    approx_standard_normal_cdf,
-    discretized_gaussian_log_likelihood,
-    gaussian_log_density,
-    normal_kl,
+    approx_standard_normal_cdf, discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl,
 )
 
 

@@ -4,15 +4,19 @@ import re
 import pytest
 import torch
 
-from guided_diffusion_vae import dist_util, logger, memory
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
-from guided_diffusion_vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae import dist_util, logger
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.memory import GIB, AutoencoderPlan, DiffusionPlan, Estimate, advice, estimated, savings
-from guided_diffusion_vae.objectives import Adversary, AutoencoderObjective
-from guided_diffusion_vae.script_util import create_model_and_diffusion_vae
+from guided_diffusion_vae.objectives import AutoencoderObjective
+from guided_diffusion_vae.runs import memory, planning
+from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.memory import GIB, Estimate
+from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, advice, estimated, savings
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, settled
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
+from guided_diffusion_vae.vae.adversarial import Adversary
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 
 NETWORK = AutoencoderConfig(num_channels=(16, 32), downsample_factors=(4,), attention_levels=(False, True))
 
@@ -189,7 +193,7 @@ def test_strides_that_do_not_divide_the_size_are_passed_over():
 
 
 def test_a_report_names_parts_layers_and_budgets():
-    lines = list(memory.report(autoencoder_plan(), [1, 3], [12.0, 0.61]))
+    lines = list(planning.report(autoencoder_plan(), [1, 3], [12.0, 0.61]))
     text = "\n".join(lines)
     assert lines[0].startswith("initial=1, layers=(4,), total downsampling: 4x: 1x32x32 (0.00 MiB) -> 4x8x8")
     assert "MiB  decoder.blocks." in text and "as configured" in text
@@ -203,14 +207,14 @@ def test_a_report_names_parts_layers_and_budgets():
 def test_a_report_is_exact_for_every_batch_size():
     """Large inputs are recomputed in slices, so that memory does not grow in proportion."""
     plan = autoencoder_plan((1, 256, 256), {"recompute_norms": True}, train={"batch_size": 2})
-    row = next(line for line in memory.report(plan, [1, 16], [12.0]) if line.endswith("  as configured"))
+    row = next(line for line in planning.report(plan, [1, 16], [12.0]) if line.endswith("  as configured"))
     exact = [plan.changed(batch_size=n).training().needed / GIB for n in (1, 16)]
     assert [float(n) for n in re.findall(r"[\d.]+", row)] == pytest.approx(exact, abs=0.01)
 
 
 def test_encoding_is_planned_in_the_precision_that_it_runs_in():
     plan = autoencoder_plan((1, 128, 128), train={"mixed_precision": True})
-    lines = list(memory.report(plan, [1, 8], [12.0]))
+    lines = list(planning.report(plan, [1, 8], [12.0]))
     assert plan.decoding().workspace > 1.1 * plan.decoding(torch.bfloat16).workspace
     for name in ("encoding", "decoding"):
         for dtype in (torch.float32, torch.bfloat16):
@@ -222,7 +226,7 @@ def test_encoding_is_planned_in_the_precision_that_it_runs_in():
 @pytest.mark.parametrize("levels", [16, (16,)])
 def test_a_single_level_can_be_planned(levels):
     plan = autoencoder_plan(network={"num_channels": levels, "downsample_factors": (), "attention_levels": ()})
-    assert "--initial_downsample_factor 2 --final_upsample shuffle" in "\n".join(memory.report(plan, [1], [12.0]))
+    assert "--initial_downsample_factor 2 --final_upsample shuffle" in "\n".join(planning.report(plan, [1], [12.0]))
 
 
 @pytest.mark.parametrize("fail", [lambda: torch.empty(2**60), lambda: (_ for _ in ()).throw(

@@ -9,8 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import metrics
-from guided_diffusion_vae.metrics import FeatureStatistics
+from guided_diffusion_vae.evaluation.features import (
+    classifier_features, collect_features, inception_features, latent_features,
+)
+from guided_diffusion_vae.evaluation.image_metrics import bicubic_baseline, l1, max_error, psnr, ssim
+from guided_diffusion_vae.evaluation.label_metrics import class_agreement, classification_report, confusion_matrix
+from guided_diffusion_vae.evaluation.set_metrics import (
+    FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbours, precision_recall,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "spectrograms"
 
@@ -34,30 +40,30 @@ def statistics(features):
 def test_errors_of_a_known_offset_are_known_in_one_two_and_three_dimensions(shape):
     a = pictures(*shape) * 0.5
     b = a + np.float32(0.1)
-    assert metrics.psnr(a, b).tolist() == pytest.approx([20, 20], abs=1e-4)
-    assert metrics.l1(a, b).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
-    assert metrics.max_error(a, b).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
+    assert psnr(a, b).tolist() == pytest.approx([20, 20], abs=1e-4)
+    assert l1(a, b).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
+    assert max_error(a, b).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
 
 
 def test_errors_are_taken_per_sample():
     a = np.zeros((2, 1, 4, 4))
     b = a.copy()
     b[1, 0, 0, 0] = 1.0
-    assert metrics.psnr(a, b).tolist() == [100.0, pytest.approx(10 * math.log10(16))]
-    assert metrics.l1(a, b).tolist() == [0, 1 / 16]
-    assert metrics.max_error(a, b).tolist() == [0, 1]
+    assert psnr(a, b).tolist() == [100.0, pytest.approx(10 * math.log10(16))]
+    assert l1(a, b).tolist() == [0, 1 / 16]
+    assert max_error(a, b).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16), (2, 3, 16, 12), (2, 1, 12, 8, 9)])
 def test_ssim_of_identical_pictures_is_one(shape):
     a = pictures(*shape)
-    assert metrics.ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-12)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-12)
 
 
 def test_ssim_of_flat_pictures_is_the_luminance_term():
     a = np.full((1, 1, 16, 16), 0.4)
     expected = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
-    assert metrics.ssim(a, a + 0.2).tolist() == pytest.approx([expected], abs=1e-10)
+    assert ssim(a, a + 0.2).tolist() == pytest.approx([expected], abs=1e-10)
 
 
 def test_ssim_equals_the_formula_evaluated_window_by_window():
@@ -72,34 +78,34 @@ def test_ssim_equals_the_formula_evaluated_window_by_window():
         vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
         cov = (weights * (x - mx) * (y - my)).sum()
         values.append((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
-    assert metrics.ssim(a, b).tolist() == pytest.approx([np.mean(values)], abs=1e-10)
+    assert ssim(a, b).tolist() == pytest.approx([np.mean(values)], abs=1e-10)
 
 
 def test_ssim_falls_as_noise_grows():
     a = pictures(1, 1, 24, 24)
     noise = gaussian(24, 24).reshape(1, 1, 24, 24)
-    values = [metrics.ssim(a, a + s * noise).item() for s in (0, 0.05, 0.1, 0.3)]
+    values = [ssim(a, a + s * noise).item() for s in (0, 0.05, 0.1, 0.3)]
     assert values == sorted(values, reverse=True) and values[-1] < 0.8
 
 
 def test_ssim_window_shrinks_on_a_short_axis_and_is_refused_on_a_tiny_picture():
     a = pictures(1, 1, 1, 8, 20)
-    assert metrics.ssim(a, a).tolist() == pytest.approx([1])
+    assert ssim(a, a).tolist() == pytest.approx([1])
     with pytest.raises(ValueError, match="2x2 are too small for SSIM"):
-        metrics.ssim(a[:, 0, :, :2, :2], a[:, 0, :, :2, :2])
+        ssim(a[:, 0, :, :2, :2], a[:, 0, :, :2, :2])
 
 
 def test_pictures_of_different_shape_are_refused():
     with pytest.raises(ValueError, match=r"\[1, 1, 4, 4\] against \[1, 1, 4, 5\]"):
-        metrics.psnr(np.zeros((1, 1, 4, 4)), np.zeros((1, 1, 4, 5)))
+        psnr(np.zeros((1, 1, 4, 4)), np.zeros((1, 1, 4, 5)))
 
 
 def test_tensors_arrays_and_read_only_arrays_give_the_same_numbers():
     a, b = pictures(2, 1, 12, 12), pictures(2, 1, 12, 12, seed=1)
-    expected = metrics.ssim(a, b)
-    assert torch.equal(metrics.ssim(torch.from_numpy(a).requires_grad_(), torch.from_numpy(b)), expected)
+    expected = ssim(a, b)
+    assert torch.equal(ssim(torch.from_numpy(a).requires_grad_(), torch.from_numpy(b)), expected)
     a.flags.writeable = False
-    assert torch.equal(metrics.ssim(a, b), expected)
+    assert torch.equal(ssim(a, b), expected)
 
 
 # ---- bicubic baseline ----
@@ -109,33 +115,33 @@ def test_bicubic_baseline_equals_pillow_on_eight_bit_pictures():
     levels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     small = Image.fromarray(levels).resize((6, 4), Image.Resampling.BICUBIC)
     expected = np.asarray(small.resize((24, 16), Image.Resampling.BICUBIC))
-    found = metrics.bicubic_baseline(levels.transpose(2, 0, 1)[None] / 255, 4)
+    found = bicubic_baseline(levels.transpose(2, 0, 1)[None] / 255, 4)
     assert np.array_equal(np.rint(found[0] * 255).astype(np.uint8).transpose(1, 2, 0), expected)
 
 
 def test_bicubic_baseline_of_a_volume_that_varies_in_a_plane_equals_the_plane():
     plane = pictures(1, 1, 8, 12)
     volume = np.repeat(plane[:, :, None], 4, axis=2)
-    assert np.array_equal(metrics.bicubic_baseline(volume, (2, 2, 2))[:, :, 1], metrics.bicubic_baseline(plane, 2))
+    assert np.array_equal(bicubic_baseline(volume, (2, 2, 2))[:, :, 1], bicubic_baseline(plane, 2))
 
 
 def test_bicubic_baseline_with_factor_one_only_rounds_to_eight_bits():
     a = pictures(1, 3, 8, 8)
-    assert np.abs(metrics.bicubic_baseline(a, 1) - a).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(bicubic_baseline(a, 1) - a).max() <= 0.5 / 255 + 1e-6
 
 
 def test_bicubic_baseline_refuses_a_factor_that_does_not_divide():
     with pytest.raises(ValueError, match="factor of 4x4 does not divide pictures of 10x8"):
-        metrics.bicubic_baseline(pictures(1, 1, 10, 8), 4)
+        bicubic_baseline(pictures(1, 1, 10, 8), 4)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared recordings are not here")
 def test_bicubic_baseline_of_the_radar_recordings_has_the_stated_figures():
     files = sorted((SHARED / "radar_gesture_64" / "val").glob("*.png"))
     images = np.stack([np.asarray(Image.open(f)) for f in files]).transpose(0, 3, 1, 2) / 255
-    blurred = metrics.bicubic_baseline(images, 4)
-    assert metrics.psnr(images, blurred).mean().tolist() == pytest.approx(15.3, abs=0.05)
-    assert metrics.l1(images, blurred).mean().tolist() == pytest.approx(0.100, abs=0.0005)
+    blurred = bicubic_baseline(images, 4)
+    assert psnr(images, blurred).mean().tolist() == pytest.approx(15.3, abs=0.05)
+    assert l1(images, blurred).mean().tolist() == pytest.approx(0.100, abs=0.0005)
 
 
 # ---- set against set ----
@@ -153,7 +159,7 @@ def test_statistics_in_batches_equal_statistics_at_once_despite_a_large_mean():
 
 def test_frechet_distance_of_a_set_to_itself_is_zero():
     a = statistics(gaussian(200, 16))
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
 def test_frechet_distance_equals_the_closed_form_of_commuting_gaussians():
@@ -162,7 +168,7 @@ def test_frechet_distance_equals_the_closed_form_of_commuting_gaussians():
     features = np.linalg.qr(features - features.mean(0))[0] * math.sqrt(399)  # mean 0, covariance exactly 1
     scale, shift = np.array([1.0, 2.0, 0.5, 3.0]), np.array([0.0, 1.0, -2.0, 0.5])
     expected = (shift**2).sum() + ((scale - 1) ** 2).sum()
-    distance = metrics.frechet_distance(statistics(features), statistics(features * scale + shift))
+    distance = frechet_distance(statistics(features), statistics(features * scale + shift))
     assert distance == pytest.approx(expected, rel=1e-10)
 
 
@@ -172,20 +178,20 @@ def test_frechet_distance_equals_the_closed_form_of_general_covariances():
     a, b = statistics(gaussian(300, 6)), statistics(gaussian(300, 6, seed=2) @ mix + 1)
     root = linalg.sqrtm((a.covariance @ b.covariance).numpy()).real
     expected = ((a.mean - b.mean) ** 2).sum() + a.covariance.trace() + b.covariance.trace() - 2 * root.trace()
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
-    assert metrics.frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_frechet_distance_warns_of_too_few_samples_and_still_answers():
     few = gaussian(8, 16)
     with pytest.warns(UserWarning, match="8 samples of 16 features"):
-        assert metrics.frechet_distance(statistics(few), statistics(few)) == pytest.approx(0, abs=1e-10)
+        assert frechet_distance(statistics(few), statistics(few)) == pytest.approx(0, abs=1e-10)
 
 
 def test_statistics_refuse_nan_another_dimension_and_a_single_sample():
     gathered = FeatureStatistics().update(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="needs 2 samples or more, found 1"):
-        metrics.frechet_distance(gathered, gathered)
+        frechet_distance(gathered, gathered)
     with pytest.raises(ValueError, match="features of 4 numbers among features of 3"):
         gathered.update(np.zeros((2, 4)))
     with pytest.raises(ValueError, match="NaN"):
@@ -194,27 +200,27 @@ def test_statistics_refuse_nan_another_dimension_and_a_single_sample():
 
 def test_kernel_distance_of_one_distribution_is_near_zero_and_of_two_is_not():
     a, b = gaussian(300, 8), gaussian(300, 8, seed=1)
-    assert abs(metrics.kernel_distance(a, b)) < 0.05  # its spread over seeds is 0.014
-    assert metrics.kernel_distance(a, b + 1) > 1
+    assert abs(kernel_distance(a, b)) < 0.05  # its spread over seeds is 0.014
+    assert kernel_distance(a, b + 1) > 1
 
 
 def test_kernel_distance_is_unbiased_over_draws():
-    values = [metrics.kernel_distance(gaussian(12, 3, seed=2 * i), gaussian(12, 3, seed=2 * i + 1)) for i in range(400)]
+    values = [kernel_distance(gaussian(12, 3, seed=2 * i), gaussian(12, 3, seed=2 * i + 1)) for i in range(400)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
 
 
 def test_kernel_distance_equals_the_definition_on_three_points():
     x, y = np.array([[1.0], [2.0]]), np.array([[0.0], [3.0]])
     expected = 3**3 + 1 - (1 + 4**3 + 1 + 7**3) / 2
-    assert metrics.kernel_distance(x, y) == pytest.approx(expected)
+    assert kernel_distance(x, y) == pytest.approx(expected)
 
 
 def test_kernel_distance_over_subsets_agrees_with_the_whole_and_keeps_to_its_seed():
     a, b = gaussian(300, 4), gaussian(250, 4, seed=1, mean=0.5)
-    subsets = metrics.kernel_distance(a, b, subsets=60, subset_size=100)
-    assert subsets == pytest.approx(metrics.kernel_distance(a, b), rel=0.15)
-    assert subsets == metrics.kernel_distance(a, b, subsets=60, subset_size=100)
-    assert subsets != metrics.kernel_distance(a, b, subsets=60, subset_size=100, seed=1)
+    subsets = kernel_distance(a, b, subsets=60, subset_size=100)
+    assert subsets == pytest.approx(kernel_distance(a, b), rel=0.15)
+    assert subsets == kernel_distance(a, b, subsets=60, subset_size=100)
+    assert subsets != kernel_distance(a, b, subsets=60, subset_size=100, seed=1)
 
 
 def clusters(*centres, count=30, seed=0):
@@ -224,90 +230,90 @@ def clusters(*centres, count=30, seed=0):
 
 def test_precision_and_recall_of_a_set_with_itself_are_one():
     a = clusters((0, 0), (100, 0))
-    assert metrics.precision_recall(a, a) == (1, 1)
+    assert precision_recall(a, a) == (1, 1)
 
 
 def test_precision_and_recall_tell_missing_modes_from_invented_ones():
     two = clusters((0, 0), (100, 0))
     one = two[:30]
-    assert metrics.precision_recall(two, one) == (1, 0.5)
-    assert metrics.precision_recall(one, two) == (0.5, 1)
-    assert metrics.precision_recall(clusters((0, 0)), clusters((50, 50))) == (0, 0)
+    assert precision_recall(two, one) == (1, 0.5)
+    assert precision_recall(one, two) == (0.5, 1)
+    assert precision_recall(clusters((0, 0)), clusters((50, 50))) == (0, 0)
 
 
 def test_precision_and_recall_do_not_depend_on_the_block():
     a, b = gaussian(70, 3), gaussian(50, 3, seed=1, mean=0.7)
-    whole = metrics.precision_recall(a, b)
+    whole = precision_recall(a, b)
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
-    assert metrics.precision_recall(a, b, block=16) == whole
+    assert precision_recall(a, b, block=16) == whole
 
 
 def test_exact_copies_are_covered_even_where_every_ball_has_radius_zero():
     a = np.full((10, 50), 1e3 / 3)
-    assert metrics.precision_recall(a, a) == (1, 1)
+    assert precision_recall(a, a) == (1, 1)
 
 
 def test_precision_refuses_sets_without_k_neighbours():
     with pytest.raises(ValueError, match="3 references and 9 samples; 3 neighbours need 4"):
-        metrics.precision_recall(gaussian(3, 2), gaussian(9, 2))
+        precision_recall(gaussian(3, 2), gaussian(9, 2))
 
 
 @pytest.mark.parametrize("block", [7, 4096])
 def test_nearest_neighbours_equal_a_full_sort(block):
     queries, bank = pictures(9, 1, 4, 4), pictures(40, 1, 4, 4, seed=1)
     full = np.linalg.norm(queries.reshape(9, 1, -1).astype(float) - bank.reshape(1, 40, -1), axis=2)
-    distances, indices = metrics.nearest_neighbours(queries, bank, k=5, block=block)
+    distances, indices = nearest_neighbours(queries, bank, k=5, block=block)
     assert np.array_equal(indices, np.argsort(full, 1)[:, :5])
     assert np.allclose(distances, np.sort(full, 1)[:, :5])
 
 
 def test_a_copy_is_its_own_nearest_neighbour_at_distance_zero():
     bank = pictures(20, 3, 8, 8) + 100
-    distances, indices = metrics.nearest_neighbours(bank[4:9], bank)
+    distances, indices = nearest_neighbours(bank[4:9], bank)
     assert indices[:, 0].tolist() == [4, 5, 6, 7, 8]
     assert not distances.any()
 
 
 def test_nearest_neighbours_refuse_a_bank_that_is_too_small():
     with pytest.raises(ValueError, match="4 neighbours were asked of a bank of 3"):
-        metrics.nearest_neighbours(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
+        nearest_neighbours(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
 
 
 def test_inception_score_runs_from_one_to_the_number_of_classes():
     sure = 100.0 * np.eye(4)[np.arange(40) % 4]
-    assert metrics.inception_score(sure) == pytest.approx(4)
-    assert metrics.inception_score(np.zeros((40, 4))) == pytest.approx(1)
-    assert metrics.inception_score(sure[:1].repeat(40, 0)) == pytest.approx(1)  # sure, but always of the same
+    assert inception_score(sure) == pytest.approx(4)
+    assert inception_score(np.zeros((40, 4))) == pytest.approx(1)
+    assert inception_score(sure[:1].repeat(40, 0)) == pytest.approx(1)  # sure, but always of the same
 
 
 def test_inception_score_is_averaged_over_parts():
     logits = gaussian(30, 5)
-    parts = [metrics.inception_score(logits[i:i + 10]) for i in (0, 10, 20)]
-    assert metrics.inception_score(logits, split_size=10) == pytest.approx(np.mean(parts))
+    parts = [inception_score(logits[i:i + 10]) for i in (0, 10, 20)]
+    assert inception_score(logits, split_size=10) == pytest.approx(np.mean(parts))
 
 
 def test_merged_statistics_are_those_of_all_features():
     features = gaussian(50, 4) + 1000
-    parts = [metrics.FeatureStatistics().update(features[i:j]) for i, j in ((0, 7), (7, 20), (20, 50))]
-    merged = metrics.FeatureStatistics()
+    parts = [FeatureStatistics().update(features[i:j]) for i, j in ((0, 7), (7, 20), (20, 50))]
+    merged = FeatureStatistics()
     for part in parts:
         merged.merge(part)
-    whole = metrics.FeatureStatistics().update(features)
+    whole = FeatureStatistics().update(features)
     assert merged.count == 50 and np.allclose(merged.mean, whole.mean, rtol=1e-12)
     assert np.allclose(merged.covariance, whole.covariance, rtol=1e-7)
-    assert merged.merge(metrics.FeatureStatistics()).count == 50
+    assert merged.merge(FeatureStatistics()).count == 50
     with pytest.raises(ValueError, match="features of 3 numbers among features of 4"):
-        merged.merge(metrics.FeatureStatistics().update(gaussian(5, 3)))
+        merged.merge(FeatureStatistics().update(gaussian(5, 3)))
 
 
 def test_given_statistics_are_measured_against_as_they_are():
     mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
-    given = metrics.FeatureStatistics.given(mean, covariance)
+    given = FeatureStatistics.given(mean, covariance)
     assert np.allclose(given.covariance, covariance)
-    moved = metrics.FeatureStatistics.given(mean + 2, covariance)
-    assert metrics.frechet_distance(given, moved) == pytest.approx(12)
+    moved = FeatureStatistics.given(mean + 2, covariance)
+    assert frechet_distance(given, moved) == pytest.approx(12)
     with pytest.raises(ValueError, match=r"a mean of shape \[3\] and a covariance of \[2, 2\]; needed are"):
-        metrics.FeatureStatistics.given(mean, np.eye(2))
+        FeatureStatistics.given(mean, np.eye(2))
 
 
 # ---- features ----
@@ -329,7 +335,7 @@ def classifier(pool, channels=1):
 def test_a_classifier_of_latents_sees_what_the_pictures_become():
     model, images = classifier("adaptive", channels=2), pictures(3, 1, 16, 16)
     to_x0 = lambda x: torch.cat([x, -x], 1)
-    read = metrics.classifier_features(model, to_x0)(images)
+    read = classifier_features(model, to_x0)(images)
     expected = model.eval()(to_x0(torch.from_numpy(images)), torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(read.logits, expected)
 
@@ -337,7 +343,7 @@ def test_a_classifier_of_latents_sees_what_the_pictures_become():
 @pytest.mark.parametrize("pool", ["adaptive", "spatial", "spatial_v2"])
 def test_classifier_features_are_what_the_last_layer_turns_into_logits(pool):
     model = classifier(pool)
-    features, logits, _ = metrics.classifier_features(model)(pictures(3, 1, 16, 16))
+    features, logits, _ = classifier_features(model)(pictures(3, 1, 16, 16))
     assert len(features) == 3 and logits.shape == (3, 5)
     expected = model(torch.from_numpy(pictures(3, 1, 16, 16)) * 2 - 1, torch.zeros(3, dtype=torch.long))
     assert torch.equal(logits, expected)
@@ -349,14 +355,14 @@ def test_classifier_features_before_an_attention_pool_are_the_average_of_what_it
     model = classifier("attention")
     read = []
     model.out[1].register_forward_hook(lambda *call: read.append(call[2]))
-    features, logits, _ = metrics.classifier_features(model)(pictures(3, 1, 16, 16))
+    features, logits, _ = classifier_features(model)(pictures(3, 1, 16, 16))
     assert features.shape == (3, 32) and logits.shape == (3, 5)
     assert torch.allclose(features, read[0].mean((2, 3)))
 
 
 def test_classifier_features_refuse_pictures_of_other_channels():
     with pytest.raises(ValueError, match="reads 1 channels, the pictures have 3"):
-        metrics.classifier_features(classifier("adaptive"))(pictures(1, 3, 16, 16))
+        classifier_features(classifier("adaptive"))(pictures(1, 3, 16, 16))
 
 
 class Identity:
@@ -372,37 +378,37 @@ class Identity:
     "shape, dimension", [((5, 4, 8), 12), ((5, 4, 8, 8), 20), ((5, 1, 4, 6, 5), 9), ((5, 2, 1, 8), 6)]
 )
 def test_latent_features_have_the_stated_dimension(shape, dimension):
-    features, logits, _ = metrics.latent_features(Identity())(pictures(*shape))
+    features, logits, _ = latent_features(Identity())(pictures(*shape))
     assert features.shape == (5, dimension) and logits is None
 
 
 def test_latent_features_hold_the_mean_of_every_cell_and_the_spread():
     images = np.zeros((1, 1, 4, 4), np.float32)
     images[0, 0, :2, 2:] = 1.0
-    features, _, _ = metrics.latent_features(Identity())(images)
+    features, _, _ = latent_features(Identity())(images)
     assert features[0].tolist() == [0, 1, 0, 0, pytest.approx(math.sqrt(3 / 16))]
 
 
 def test_latent_features_of_many_pictures_have_a_covariance_of_full_rank():
-    features, _, _ = metrics.latent_features(Identity())(pictures(200, 2, 8, 8))
+    features, _, _ = latent_features(Identity())(pictures(200, 2, 8, 8))
     assert torch.linalg.matrix_rank(statistics(features).covariance) == features.shape[1]
 
 
 def test_features_in_batches_equal_features_at_once():
-    images, extract = pictures(7, 2, 8, 8), metrics.latent_features(Identity())
-    features, logits, _ = metrics.collect_features(extract, [images[:3], images[3:6], images[6:]])
+    images, extract = pictures(7, 2, 8, 8), latent_features(Identity())
+    features, logits, _ = collect_features(extract, [images[:3], images[3:6], images[6:]])
     assert np.allclose(features, extract(images)[0], atol=1e-6) and logits is None
     with pytest.raises(ValueError, match="no images"):
-        metrics.collect_features(extract, [])
+        collect_features(extract, [])
 
 
 def test_the_weights_of_inception_must_be_there_and_be_those(tmp_path):
     named = "w.pth is not there; --inception_path wants weights-inception-2015-12-05-6726825d.pth .SHA-256 6726825d"
     with pytest.raises(FileNotFoundError, match=f"{named}.*, from https://"):
-        metrics.inception_features(tmp_path / "w.pth")
+        inception_features(tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes(b"something else")
     with pytest.raises(ValueError, match="w.pth has SHA-256 .*; --inception_path wants weights-inception-2015-12-05"):
-        metrics.inception_features(tmp_path / "w.pth")
+        inception_features(tmp_path / "w.pth")
 
 
 @pytest.fixture
@@ -419,7 +425,7 @@ def inception(tmp_path, monkeypatch):
         network = module.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
     torch.save(network.state_dict(), tmp_path / "w.pth")
     sha256 = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-    return metrics.inception_features(tmp_path / "w.pth", sha256=sha256), network
+    return inception_features(tmp_path / "w.pth", sha256=sha256), network
 
 
 def test_inception_reads_levels_grey_ones_too_and_the_layer_of_sfid(inception):
@@ -439,12 +445,12 @@ def test_inception_reads_levels_grey_ones_too_and_the_layer_of_sfid(inception):
 
 
 def test_confusion_matrix_counts_asked_by_predicted():
-    matrix = metrics.confusion_matrix(predicted=[0, 1, 1, 2], asked=[0, 0, 1, 2], num_classes=3)
+    matrix = confusion_matrix(predicted=[0, 1, 1, 2], asked=[0, 0, 1, 2], num_classes=3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
 def test_classification_report_gives_shares_by_name():
-    report = metrics.classification_report([0, 1, 1], [0, 0, 1], ["tapin", "tapout", "wiggle"])
+    report = classification_report([0, 1, 1], [0, 0, 1], ["tapin", "tapout", "wiggle"])
     assert report["accuracy"] == pytest.approx(2 / 3) and report["count"] == 3
     assert report["per_class"] == {"tapin": 0.5, "tapout": 1.0, "wiggle": None}
     assert json.loads(json.dumps(report)) == report
@@ -452,6 +458,6 @@ def test_classification_report_gives_shares_by_name():
 
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="labels 0 to 3 among 3 classes"):
-        metrics.confusion_matrix([0, 3], [0, 1], 3)
+        confusion_matrix([0, 3], [0, 1], 3)
     with pytest.raises(ValueError, match="1 predictions for 2 labels"):
-        metrics.class_agreement([0], [0, 1])
+        class_agreement([0], [0, 1])

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion_vae import dist_util, microdoppler
-from guided_diffusion_vae.microdoppler import MicrodopplerConfig
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data import microdoppler
+from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig
 
 CONFIG = MicrodopplerConfig()
 CW = MicrodopplerConfig(waveform="cw")

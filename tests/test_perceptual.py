@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae.perceptual import NETS, PerceptualConfig, PerceptualLoss
+from guided_diffusion_vae.vae.perceptual import NETS, PerceptualConfig, PerceptualLoss
 
 LAYERS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 

@@ -3,17 +3,21 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import figures, logger, metrics, script_util, training
+from guided_diffusion_vae import logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.volume_folders import VolumeFolder
+from guided_diffusion_vae.evaluation import figures, image_metrics
+from guided_diffusion_vae.evaluation.previews import ClassifierValidation, ReconstructionPreview, SamplePreview
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
 from guided_diffusion_vae.latent_datasets import EncodedPictures
-from guided_diffusion_vae.previews import ClassifierValidation, ReconstructionPreview, SamplePreview
-from guided_diffusion_vae.resample import UniformSampler
-from guided_diffusion_vae.sampling import Sampler
 from guided_diffusion_vae.objectives import ClassifierObjective
+from guided_diffusion_vae.resample import UniformSampler
+from guided_diffusion_vae.runs import training
+from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
+from guided_diffusion_vae.sampling.sampler import Sampler
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
-from guided_diffusion_vae.volume_datasets import VolumeFolder
 
 CPU = torch.device("cpu")
 
@@ -45,7 +49,7 @@ def test_reconstructions_are_drawn_and_measured_without_the_padding(pictures, tm
         decoded = ((network.reconstruct(2 * images - 1) + 1) / 2).clamp(0, 1)
     logged = logger.getkvs()
     for name in ("psnr", "ssim", "l1"):
-        expected = getattr(metrics, name)(images[:, :, :15], decoded[:, :, :15]).mean().item()
+        expected = getattr(image_metrics, name)(images[:, :, :15], decoded[:, :, :15]).mean().item()
         assert logged[f"val_{name}"] == pytest.approx(expected, rel=1e-5)
     assert (tmp_path / "previews" / "000007.png").is_file()
 
@@ -74,7 +78,7 @@ def test_whole_volumes_are_judged_in_windows_that_leave_no_seams(tmp_path):
 
 
 def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(tmp_path, monkeypatch):
-    diffusion = script_util.create_gaussian_diffusion(steps=4, noise_schedule="cosine", predict_xstart=True)
+    diffusion = create_gaussian_diffusion(steps=4, noise_schedule="cosine", predict_xstart=True)
     level_of_class = lambda x, t, y: torch.full_like(x, -0.9) + 0.9 * y.view(-1, 1, 1, 1) + 0.01 * x
     sampler = Sampler(level_of_class, diffusion, (1, 8, 8), PixelCodec(1), LatentNormalizer([0], [1], "auto"),
                       (1, 8, 8), 3, ["a", "b", "c"])
@@ -114,7 +118,7 @@ class OddOnes(torch.nn.Module):
 
 
 def validation(pictures, count, noised, batch_size=2):
-    diffusion = script_util.create_gaussian_diffusion(steps=40)
+    diffusion = create_gaussian_diffusion(steps=40)
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
     source = EncodedPictures(pictures, PixelCodec(1))
     model = OddOnes()

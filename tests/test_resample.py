@@ -7,11 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from guided_diffusion_vae.resample import (
-    LossSecondMomentResampler,
-    UniformSampler,
-    create_named_schedule_sampler,
-)
+from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 
 
 def process(steps):

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
-from guided_diffusion_vae.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion_vae.gaussian_diffusion import (
+    GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule,
+)
 from guided_diffusion_vae.respace import SpacedDiffusion, space_by_log_snr, space_timesteps
-from guided_diffusion_vae.script_util import choose_timesteps
+from guided_diffusion_vae.runs.factories import choose_timesteps
 
 
 def settings(steps, rescale=False):

@@ -5,10 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import script_util
+from guided_diffusion_vae.data.npz import open_npz, to_uint8, write_npz
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.sampling import (
-    KeyedNoise, Sampler, SamplingConfig, SmallPictures, draw, open_npz, parse_classes, solver_of, to_uint8, write_npz,
+from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_process
+from guided_diffusion_vae.sampling.generate import draw
+from guided_diffusion_vae.sampling.sampler import (
+    KeyedNoise, Sampler, SamplingConfig, SmallPictures, parse_classes, solver_of,
 )
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
@@ -24,7 +26,7 @@ def sampler():
     """A tiny conditional UNet whose every weight counts, on pictures themselves."""
     model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8", in_channels=1,
                         class_cond=True, num_classes=3)
-    network, diffusion = script_util.create_model_and_diffusion_vae((1, 8, 8), model, PROCESS)
+    network, diffusion = create_model_and_diffusion_vae((1, 8, 8), model, PROCESS)
     generator = torch.Generator().manual_seed(0)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=generator)
@@ -42,7 +44,7 @@ def pixels_of(path):
 
 @pytest.mark.parametrize("solver, steps", [("ddpm", ""), ("ddim", ""), ("dpmpp", "logsnr3"), ("unipc", "logsnr3")])
 def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
-    diffusion = script_util.create_process(**{**vars(PROCESS), "timestep_respacing": steps})
+    diffusion = create_process(**{**vars(PROCESS), "timestep_respacing": steps})
     sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
     together = sampler.x0(range(5), [2, 0], CPU)
     assert sampler.labels(range(5), [2, 0]).tolist() == [2, 0, 2, 0, 2]
@@ -240,7 +242,7 @@ def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classe
 def test_sample_i_is_told_small_picture_i_and_its_class():
     images, labels = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([2, 0, 1])
     identity = LatentNormalizer([0], [1], "none")
-    process = script_util.create_process(**vars(PROCESS))
+    process = create_process(**vars(PROCESS))
     small = SmallPictures(images, labels, PixelCodec(1), identity, process)
     told = []
     model = lambda x, t, y, low_res: told.append((y, low_res)) or 0 * x
@@ -252,7 +254,7 @@ def test_sample_i_is_told_small_picture_i_and_its_class():
 
 def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
     images = np.zeros((2, 1, 8, 8), np.uint8)
-    process = script_util.create_process(**vars(PROCESS))
+    process = create_process(**vars(PROCESS))
     small = SmallPictures(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
     both, one = small.condition([0, 3], CPU), small.condition([3], CPU)
     assert both["low_res_times"].tolist() == [2, 2]
@@ -266,7 +268,7 @@ def test_small_pictures_are_padded_as_those_of_the_training_were():
     codec = PixelCodec(1)
     codec.factors, codec.preprocessing = (2, 2), {"pad": True}
     images = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
-    process = script_util.create_process(**vars(PROCESS))
+    process = create_process(**vars(PROCESS))
     small = SmallPictures(images, None, codec, LatentNormalizer([0], [1], "none"), process)
     told = small.condition([0], CPU)["low_res"]
     assert told.shape == (1, 1, 4, 4) and torch.equal(told[..., 3, :3], told[..., 2, :3])

@@ -6,25 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion_vae import dist_util, script_util, training
-from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderLossConfig, create_autoencoder
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import opt
-from guided_diffusion_vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig
+from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig
-from guided_diffusion_vae.latent_datasets import LatentCacheConfig, LatentConfig
-from guided_diffusion_vae.memory import AutoencoderPlan, DiffusionPlan
-from guided_diffusion_vae.sampling import SamplingConfig
+from guided_diffusion_vae.latent_datasets import LatentConfig
+from guided_diffusion_vae.runs import training
+from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, model_and_diffusion_defaults
+from guided_diffusion_vae.runs.flags import (
+    add_dict_to_argparser, args_to_dict, parse, parse_given, part_of, section_of, str2bool,
+)
+from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan
+from guided_diffusion_vae.runs.run import RunConfig, begin_run, write_config
+from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
+from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-AUTOENCODER = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, script_util.RunConfig)
+AUTOENCODER = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, RunConfig)
 DIFFUSION = (LatentConfig, NormalizerConfig, VAEConfig, DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig,
-             script_util.RunConfig)
+             RunConfig)
 SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig,
-            script_util.RunConfig)
+            RunConfig)
 MODEL = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=3)
 PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
 
@@ -51,26 +59,26 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file):
     path = yaml_file("model: {num_channels: 32, num_heads: 2}")
     argv = ["--config", path, "--num_heads", "8"]
-    (model, process), given = script_util.parse_given("doc", ModelConfig, DiffusionConfig, argv=argv)
+    (model, process), given = parse_given("doc", ModelConfig, DiffusionConfig, argv=argv)
     assert (model.num_channels, model.num_heads, model.num_res_blocks) == (32, 8, ModelConfig().num_res_blocks)
     assert given == {"num_channels": 32, "num_heads": 8} and process == DiffusionConfig()
 
 
 def test_a_flag_that_repeats_the_default_still_wins_over_the_file(yaml_file):
     path = yaml_file("model: {num_heads: 2}")
-    model, = script_util.parse("doc", ModelConfig, argv=["--config", path, "--num_heads", str(ModelConfig().num_heads)])
+    model, = parse("doc", ModelConfig, argv=["--config", path, "--num_heads", str(ModelConfig().num_heads)])
     assert model.num_heads == ModelConfig().num_heads
 
 
 def test_keys_may_stand_in_sections_or_alone(yaml_file):
-    read = lambda text: script_util.parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
+    read = lambda text: parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
     grouped, alone = read("training: {lr: 0.5}\ndata: {crop: none}"), read("lr: 0.5\ncrop: none")
     assert grouped == alone and grouped[6].lr == 0.5 and grouped[3].crop == "none"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
-    data, network, loss, train, _ = script_util.parse("doc", *AUTOENCODER, argv=["--config", str(path)])
+    data, network, loss, train, _ = parse("doc", *AUTOENCODER, argv=["--config", str(path)])
     plan = AutoencoderPlan((1, *data.sides), network, train, loss, DiscriminatorConfig())
     with torch.device("meta"):
         shape = create_autoencoder(plan.network).latent_shape(data.sides)
@@ -79,7 +87,7 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
     said = re.search(rf"training takes {number} GiB.*encoding {number},\W+decoding\W+{number}", path.read_text(), re.S)
     for text, needed in zip(said.groups() if said else (), (plan.training, plan.encoding, plan.decoding)):
         assert float(text) == pytest.approx(needed().needed / 2**30, abs=0.08), needed
-    model, process, train = script_util.parse("doc", *DIFFUSION, argv=["--config", str(path)])[4:7]
+    model, process, train = parse("doc", *DIFFUSION, argv=["--config", str(path)])[4:7]
     if "model:" in path.read_text():
         model = dataclasses.replace(model, in_channels=shape[0], dims=len(shape) - 1, num_classes=2 * model.class_cond)
         assert DiffusionPlan(shape, model, dataclasses.replace(train, batch_size=1), process).training().activations > 0
@@ -89,12 +97,12 @@ def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_o
     stages = []
     for size in (256, 512, 1024):
         argv = ["--config", str(CONFIGS / f"pictures/progressive_{size}.yaml"), "--in_channels", "1"]
-        network = script_util.parse("doc", *AUTOENCODER, argv=argv)[1]
-        model = script_util.parse("doc", *DIFFUSION, argv=argv[:2])[4]
+        network = parse("doc", *AUTOENCODER, argv=argv)[1]
+        model = parse("doc", *DIFFUSION, argv=argv[:2])[4]
         model = dataclasses.replace(model, in_channels=4, dims=2, num_classes=2 * model.class_cond)
         with torch.device("meta"):
             autoencoder = create_autoencoder(network)
-            unet, _ = script_util.create_model_and_diffusion_vae(autoencoder.latent_shape((size, size)), model, PROCESS)
+            unet, _ = create_model_and_diffusion_vae(autoencoder.latent_shape((size, size)), model, PROCESS)
         stages.append([{name: value.shape for name, value in part.state_dict().items()}
                        for part in (autoencoder, unet)])
     assert stages[0] == stages[1] == stages[2]
@@ -102,19 +110,19 @@ def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_o
 
 def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
     argv = ["--config", yaml_file("device: {mixed_precision: true}\ndata: {voxel_size: [8, 16, 16]}")]
-    data, _, _, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)
+    data, _, _, train, _ = parse("doc", *AUTOENCODER, argv=argv)
     assert train.mixed_precision and data.image_size == "8x16x16" and data.sides == (8, 16, 16)
-    assert script_util.parse("doc", *DIFFUSION, argv=argv)[6].mixed_precision
-    assert script_util.parse("doc", *SAMPLING, argv=argv)[0].num_samples  # has no such flag, and passes it over
+    assert parse("doc", *DIFFUSION, argv=argv)[6].mixed_precision
+    assert parse("doc", *SAMPLING, argv=argv)[0].num_samples  # has no such flag, and passes it over
 
 
 def test_a_size_on_the_command_line_wins_under_either_name(yaml_file):
     config = ["--config", yaml_file("data: {voxel_size: [8, 16, 16]}")]
-    read = lambda *argv: script_util.parse("doc", *AUTOENCODER, argv=[*config, *argv])[0].sides
+    read = lambda *argv: parse("doc", *AUTOENCODER, argv=[*config, *argv])[0].sides
     assert read() == (8, 16, 16) and read("--image_size", "4x8x8") == (4, 8, 8)
     assert read("--spatial_dims", "3") == (8, 16, 16)
     pictures = ["--config", yaml_file("data: {image_size: 32}"), "--voxel_size", "4,4,4"]
-    assert script_util.parse("doc", *AUTOENCODER, argv=pictures)[0].sides == (4, 4, 4)
+    assert parse("doc", *AUTOENCODER, argv=pictures)[0].sides == (4, 4, 4)
 
 
 @pytest.mark.parametrize("text, flags, match", [
@@ -124,7 +132,7 @@ def test_a_size_on_the_command_line_wins_under_either_name(yaml_file):
 ])
 def test_sizes_that_contradict_each_other_are_refused(yaml_file, text, flags, match):
     with pytest.raises(ValueError, match=match):
-        script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *flags])
+        parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *flags])
 
 
 @pytest.mark.parametrize("text, match", [
@@ -133,7 +141,7 @@ def test_sizes_that_contradict_each_other_are_refused(yaml_file, text, flags, ma
 ])
 def test_files_that_contradict_themselves_are_refused(yaml_file, text, match):
     with pytest.raises(ValueError, match=match):
-        script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text)])
+        parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text)])
 
 
 @pytest.mark.parametrize("flag, value, bound", [
@@ -146,31 +154,31 @@ def test_numbers_out_of_bounds_are_refused_by_name(yaml_file, flag, value, bound
     in_yaml = {"nan": ".nan", "inf": ".inf"}.get(value, value)
     for argv in ([f"--{flag}", value], ["--config", yaml_file(f"{flag}: {in_yaml}")]):
         with pytest.raises(ValueError, match=f"--{flag} is .*; it is {bound}"):
-            script_util.parse("doc", *AUTOENCODER, argv=argv)
+            parse("doc", *AUTOENCODER, argv=argv)
 
 
 def test_merge_keys_of_yaml_work(yaml_file):
     merged = "training: &t {lr: 0.5}\nautoencoder.training: {<<: *t, batch_size: 3}"
-    train = script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file(merged)])[3]
+    train = parse("doc", *AUTOENCODER, argv=["--config", yaml_file(merged)])[3]
     assert (train.lr, train.batch_size) == (0.5, 3)
 
 
 def test_a_section_may_be_empty(yaml_file):
-    data = script_util.parse("doc", *AUTOENCODER, argv=["--config", yaml_file("data:\nautoencoder.training:\n")])[0]
+    data = parse("doc", *AUTOENCODER, argv=["--config", yaml_file("data:\nautoencoder.training:\n")])[0]
     assert data.image_size == 64
 
 
 def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
     argv = ["--config", yaml_file(PIPELINE)]
-    data, autoencoder, loss, train, _ = script_util.parse("doc", *AUTOENCODER, argv=argv)
+    data, autoencoder, loss, train, _ = parse("doc", *AUTOENCODER, argv=argv)
     assert (autoencoder.num_channels, autoencoder.downsample_factors) == ((8, 16), ((1, 2),))
     assert (train.lr, train.batch_size, loss.recon_loss, data.image_size) == (1e-3, 4, "l2", "16x32")
-    _, scale, _, data, model, process, train, _ = script_util.parse("doc", *DIFFUSION, argv=argv)
+    _, scale, _, data, model, process, train, _ = parse("doc", *DIFFUSION, argv=argv)
     assert (model.num_channels, model.channel_mult, model.class_cond) == (32, "1,2", True)
     assert (train.lr, train.batch_size, train.ema_rate, process.learn_sigma) == (2e-4, 8, "0.9,0.99", True)
     assert (scale.normalizer, data.image_size) == ("channel", "16x32")
-    assert script_util.parse("doc", LatentCacheConfig, argv=argv)[0].store == "mode"
-    assert script_util.parse("doc", *SAMPLING, argv=argv)[0].num_samples == 12
+    assert parse("doc", LatentCacheConfig, argv=argv)[0].store == "mode"
+    assert parse("doc", *SAMPLING, argv=argv)[0].num_samples == 12
 
 
 @pytest.mark.parametrize("text, match", [
@@ -195,16 +203,16 @@ def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
 def test_a_mistake_in_the_file_is_named(yaml_file, text, match):
     classes = AUTOENCODER if text.startswith("autoencoder") else DIFFUSION
     with pytest.raises(ValueError, match=match):
-        script_util.parse("doc", *classes, argv=["--config", yaml_file(text)])
+        parse("doc", *classes, argv=["--config", yaml_file(text)])
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match="no file nowhere.yaml; check --config"):
-        script_util.parse("doc", ModelConfig, argv=["--config", "nowhere.yaml"])
+        parse("doc", ModelConfig, argv=["--config", "nowhere.yaml"])
 
 
 def test_an_empty_file_gives_the_defaults(yaml_file):
-    assert script_util.parse("doc", ModelConfig, argv=["--config", yaml_file("# nothing\n")]) == [ModelConfig()]
+    assert parse("doc", ModelConfig, argv=["--config", yaml_file("# nothing\n")]) == [ModelConfig()]
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -217,7 +225,7 @@ def test_an_empty_file_gives_the_defaults(yaml_file):
 ])
 def test_a_mistaken_flag_is_answered_with_one_line(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
-        script_util.parse("doc", *DIFFUSION, argv=argv)
+        parse("doc", *DIFFUSION, argv=argv)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
@@ -230,19 +238,19 @@ def test_lists_are_read_from_flags(text, value):
     @dataclasses.dataclass
     class Config:
         levels: tuple = opt((), "a list")
-    assert script_util.parse("doc", Config, argv=["--levels", text])[0].levels == value
+    assert parse("doc", Config, argv=["--levels", text])[0].levels == value
 
 
 def test_a_list_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
-        script_util.parse("doc", AutoencoderConfig, argv=["--num_channels", "32,a"])
+        parse("doc", AutoencoderConfig, argv=["--num_channels", "32,a"])
     assert "'32,a' is not a list such as 2,2 or [[1,2,2],[2,2,2]]" in capsys.readouterr().err
 
 
 def test_help_shows_the_sections_choices_and_defaults_as_they_are_typed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as stop:
-        script_util.parse("Train it.\n\n    python it.py", *AUTOENCODER, argv=["--help"])
+        parse("Train it.\n\n    python it.py", *AUTOENCODER, argv=["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "Train it.\n\n    python it.py\n" in text
     sections = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
@@ -254,25 +262,25 @@ def test_help_shows_the_sections_choices_and_defaults_as_they_are_typed(capsys, 
 def test_defaults_printed_by_help_are_read_back_as_themselves():
     default = AutoencoderConfig().num_channels
     shown = json.dumps(default, separators=(",", ":"))
-    assert script_util.parse("doc", AutoencoderConfig, argv=["--num_channels", shown])[0].num_channels == default
+    assert parse("doc", AutoencoderConfig, argv=["--num_channels", shown])[0].num_channels == default
 
 
 def test_the_references_helpers_build_the_same_flags():
     import argparse
 
     parser = argparse.ArgumentParser()
-    defaults = script_util.model_and_diffusion_defaults()
-    script_util.add_dict_to_argparser(parser, {**defaults, "path": None})
+    defaults = model_and_diffusion_defaults()
+    add_dict_to_argparser(parser, {**defaults, "path": None})
     args = parser.parse_args(["--num_channels", "64", "--class_cond", "yes", "--path", "x"])
-    picked = script_util.args_to_dict(args, defaults)
+    picked = args_to_dict(args, defaults)
     assert picked == {**defaults, "num_channels": 64, "class_cond": True} and args.path == "x"
-    assert script_util.str2bool("F") is False and script_util.str2bool(True) is True
+    assert str2bool("F") is False and str2bool(True) is True
 
 
 def test_a_part_of_a_config_keeps_section_help_and_default():
-    part = script_util.part_of(DataConfig, "image_size")
+    part = part_of(DataConfig, "image_size")
     field, = dataclasses.fields(part)
-    assert script_util.section_of(part) == "data" and part().image_size == DataConfig().image_size
+    assert section_of(part) == "data" and part().image_size == DataConfig().image_size
     assert field.metadata["help"] == DataConfig.__dataclass_fields__["image_size"].metadata["help"]
 
 
@@ -285,7 +293,7 @@ def test_every_flag_of_the_loop_is_a_field_or_an_object():
 def test_the_flags_that_bound_memory_are_those_of_the_script():
     expected = {"microbatch", "batch_size"}, {"microbatch", "batch_size", "vae_batch_size", "vae_tile"}, set()
     for classes, names in zip((AUTOENCODER, DIFFUSION, (ModelConfig,)), expected):
-        script_util.parse("doc", *classes, argv=[])
+        parse("doc", *classes, argv=[])
         assert set(dist_util.memory_flags) == names
 
 
@@ -296,7 +304,7 @@ def test_the_flags_that_bound_memory_are_those_of_the_script():
 ])
 def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
     with pytest.raises(ValueError, match=match):
-        script_util.create_model_and_diffusion_vae((3, 8, 8), dataclasses.replace(MODEL, **flags), PROCESS)
+        create_model_and_diffusion_vae((3, 8, 8), dataclasses.replace(MODEL, **flags), PROCESS)
 
 
 # the size of a model
@@ -308,14 +316,14 @@ def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
 def test_a_run_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write into .*file/run .*; give --logdir a folder that can be written"):
-        script_util.begin_run(script_util.RunConfig(str(tmp_path / "file" / "run")))
+        begin_run(RunConfig(str(tmp_path / "file" / "run")))
 
 
 def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scripts/it.py"])
     monkeypatch.setenv("OPENAI_LOGDIR", "from_environment")
-    begin = lambda logdir: str(script_util.begin_run(script_util.RunConfig(logdir)))
+    begin = lambda logdir: str(begin_run(RunConfig(logdir)))
     assert begin("given") == "given" and begin("") == "from_environment"
     monkeypatch.delenv("OPENAI_LOGDIR")
     assert begin("").startswith("runs/it-20") and "run folder: runs/it-20" in capsys.readouterr().out
@@ -325,13 +333,13 @@ def test_what_a_killed_run_left_half_written_is_gone_when_it_goes_on(tmp_path, m
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     (tmp_path / ".model000002.pt.here.99999999.part").write_bytes(b"half")  # no process has a number this high
     (tmp_path / ".model000002.pt.there.99999999.part").write_bytes(b"half")
-    script_util.begin_run(script_util.RunConfig(str(tmp_path)))
+    begin_run(RunConfig(str(tmp_path)))
     assert [path.name for path in tmp_path.glob(".*")] == [".model000002.pt.there.99999999.part"]
 
 
 def test_config_json_holds_every_flag_by_section_and_the_header(tmp_path):
-    configs = script_util.parse("doc", *AUTOENCODER, argv=["--num_channels", "8,16", "--image_size", "8x16"])
-    script_util.write_config(tmp_path, "it", configs, {"kind": "autoencoder"})
+    configs = parse("doc", *AUTOENCODER, argv=["--num_channels", "8,16", "--image_size", "8x16"])
+    write_config(tmp_path, "it", configs, {"kind": "autoencoder"})
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["header"] == {"kind": "autoencoder"} and written["script"] == "it"
     assert written["flags"]["data"]["image_size"] == "8x16"

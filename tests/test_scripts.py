@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, dist_util, logger, script_util
+from guided_diffusion_vae import checkpoint_util, dist_util, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.data.npz import open_npz
 from guided_diffusion_vae.latent_datasets import LatentCache
-from guided_diffusion_vae.sampling import open_npz
+from guided_diffusion_vae.runs.factories import create_model
 from conftest import LAUNCHER_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -255,7 +256,7 @@ def test_samples_of_asked_for_classes_by_a_faster_walk(chain, call, tmp_path):
 
 def test_a_weights_file_loads_in_a_plain_load_state_dict(chain):
     bare = torch.load(chain.model, weights_only=True)
-    network = script_util.create_model(16, 32, 1, channel_mult="1", class_cond=True, num_classes=2, in_channels=3,
+    network = create_model(16, 32, 1, channel_mult="1", class_cond=True, num_classes=2, in_channels=3,
                                        num_heads=4, use_scale_shift_norm=True, attention_resolutions="16")
     assert str(network.load_state_dict(bare)) == "<All keys matched successfully>"
 

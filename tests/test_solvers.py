@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae import script_util
 from guided_diffusion_vae.gaussian_diffusion import ModelMeanType
-from guided_diffusion_vae.solvers import LOOPS, RANDOM, SOLVERS, multistep_sample_loop
+from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
+from guided_diffusion_vae.sampling.solvers import LOOPS, RANDOM, SOLVERS, multistep_sample_loop
 
 SHAPE, SPREAD = (16, 2, 8, 8), 0.3
 OF_A_PATH = [solver for solver in SOLVERS if solver not in RANDOM]
@@ -36,8 +36,8 @@ class Mixture:
 
 def sampled(solver, respacing, **flags):
     """Return (samples in float64, the network) from one start, whatever is asked."""
-    network = Mixture(script_util.create_gaussian_diffusion(**flags), 2 if flags.get("learn_sigma") else 1)
-    process = script_util.create_gaussian_diffusion(timestep_respacing=respacing, **flags)
+    network = Mixture(create_gaussian_diffusion(**flags), 2 if flags.get("learn_sigma") else 1)
+    process = create_gaussian_diffusion(timestep_respacing=respacing, **flags)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).double()
     torch.manual_seed(1)
     x = LOOPS[solver](process, network, SHAPE, noise=noise, clip_denoised=False, device="cpu")
@@ -64,7 +64,7 @@ def test_twenty_steps_of_a_solver_are_as_near_to_the_converged_path_as_250_of_dd
 def test_the_network_is_asked_once_at_every_kept_time_of_the_long_process(solver):
     for respacing in ("logsnr12", "10"):
         _, network = sampled(solver, respacing)
-        kept = script_util.create_gaussian_diffusion(timestep_respacing=respacing).timestep_map
+        kept = create_gaussian_diffusion(timestep_respacing=respacing).timestep_map
         assert network.calls == kept[::-1]
 
 
@@ -85,7 +85,7 @@ def test_random_steps_end_in_the_data(solver, respacing):
 
 @pytest.mark.parametrize("solver", RANDOM)
 def test_a_random_solver_takes_its_noise_from_whom_it_is_told(solver):
-    process = script_util.create_gaussian_diffusion(timestep_respacing="logsnr6")
+    process = create_gaussian_diffusion(timestep_respacing="logsnr6")
     draw = lambda noise_fn: multistep_sample_loop(process, lambda x, t: 0.1 * x, (2, 1, 4), solver, device="cpu",
                                                   noise=torch.ones(2, 1, 4), noise_fn=noise_fn)
     one, same = draw(torch.ones_like), draw(torch.ones_like)
@@ -101,8 +101,8 @@ def test_schedules_that_end_in_pure_noise_can_be_solved(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_guidance_and_denoising_reach_the_solver(solver):
-    process = script_util.create_gaussian_diffusion(timestep_respacing="logsnr6")
-    whole, told = script_util.create_gaussian_diffusion(), []
+    process = create_gaussian_diffusion(timestep_respacing="logsnr6")
+    whole, told = create_gaussian_diffusion(), []
 
     def pull(x, t, y):
         told.append((t[0].item(), y.tolist()))
@@ -120,7 +120,7 @@ def test_guidance_and_denoising_reach_the_solver(solver):
 
 def test_the_loops_of_the_process_stand_beside_the_solvers():
     assert set(LOOPS) == {"ddpm", "ddim", *SOLVERS}
-    process = script_util.create_gaussian_diffusion(steps=25)
+    process = create_gaussian_diffusion(steps=25)
     torch.manual_seed(0)
     mine = LOOPS["ddpm"](process, lambda x, t: 0 * x, (1, 1, 3), device="cpu")
     torch.manual_seed(0)

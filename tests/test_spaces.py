@@ -6,22 +6,26 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, loading, script_util, spaces, training
+from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data.image_folders import PictureFolder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.image_datasets import DataConfig, PictureFolder
-from guided_diffusion_vae.latent_datasets import (
-    LatentCache, LatentCacheConfig, LatentConfig, LatentFolder, write_cache,
-)
-from guided_diffusion_vae.sampling import SamplingConfig
-from guided_diffusion_vae.spaces import Space
+from guided_diffusion_vae.latent_datasets import LatentCache, LatentConfig, LatentFolder
+from guided_diffusion_vae.runs import loading, spaces, training
+from guided_diffusion_vae.runs.factories import build_classifier, create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.flags import parse_given
+from guided_diffusion_vae.runs.run import RunConfig, write_config
+from guided_diffusion_vae.runs.spaces import Space
+from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.train_util import seed_weights
 from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
 
 SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig,
-            script_util.RunConfig)
+            RunConfig)
 MODEL = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=3)
 PROCESS = DiffusionConfig(diffusion_steps=20, noise_schedule="cosine")
 CPU = torch.device("cpu")
@@ -145,7 +149,7 @@ def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_bef
     def weights(seed):
         source, codec = open_cache(cache)
         seed_weights(seed)
-        network, _ = script_util.create_model_and_diffusion_vae(source.latent_shape, MODEL, PROCESS)
+        network, _ = create_model_and_diffusion_vae(source.latent_shape, MODEL, PROCESS)
         return torch.cat([p.detach().flatten() for p in network.parameters()]), codec
 
     (first, codec), (other, _) = weights(0), weights(1)
@@ -180,7 +184,7 @@ def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, ca
     source, codec = opened(1)
     normalizer = spaces.fit_normalizer(NormalizerConfig(), source)
     header = training.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
-    script_util.write_config(folder, "it", (), header)
+    write_config(folder, "it", (), header)
     assert opened(4)[0].statistics != source.statistics  # config.json alone is no run that goes on
     checkpoint_util.commit(folder, 1, [], {})
     assert opened(4)[0].statistics == source.statistics
@@ -239,7 +243,7 @@ def run(tmp_path, cache):
     """The weights file of a diffusion model on the cache, as training writes it."""
     model = training.with_classes(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
     torch.manual_seed(0)
-    network, _ = script_util.create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
+    network, _ = create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
     normalizer = spaces.fit_normalizer(NormalizerConfig(), cache)
     header = training.diffusion_header(cache, Space(None, normalizer), model, PROCESS)
     path = tmp_path / "ema_0.9_000001.pt"
@@ -248,7 +252,7 @@ def run(tmp_path, cache):
 
 
 def load(path, *flags):
-    configs, given = script_util.parse_given("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
+    configs, given = parse_given("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
     config, vae, scale, data, model, process, _ = configs
     return loading.load_sampler(config, given, model, process, data, vae, scale)
 
@@ -357,14 +361,14 @@ CLASSIFIER = ClassifierConfig(classifier_width=32, classifier_depth=1, classifie
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_classifier_takes_pictures_that_are_not_square(pool):
     flags = dataclasses.replace(CLASSIFIER, classifier_pool=pool)
-    model, _ = loading.build_classifier(flags, PROCESS, (1, 16, 64))
+    model, _ = build_classifier(flags, PROCESS, (1, 16, 64))
     assert model.image_size == (16, 64)
     assert model(torch.zeros(2, 1, 16, 64), torch.tensor([0, 7])).shape == (2, 3)
 
 
 def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
     torch.manual_seed(0)
-    model, _ = loading.build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
+    model, _ = build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
     header = {"kind": "classifier", "latent_shape": [1, 16, 64], "model": as_dict(CLASSIFIER),
               "diffusion": as_dict(PROCESS), "classes": ["a", "b", "c"], "data": {}}
     checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)

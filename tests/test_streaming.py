@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from guided_diffusion_vae.autoencoder import AutoencoderKL
-from guided_diffusion_vae.streaming import Streamer
+from guided_diffusion_vae.vae.streaming import Streamer
 
 BASE = {"in_channels": 1, "num_channels": (8, 8, 16), "num_res_blocks": 1, "attention_levels": (False, False, True),
         "norm_num_groups": 4, "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": True}

@@ -14,10 +14,11 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger, nn
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective, augmented, mirrored
+from guided_diffusion_vae.data.augmentation import augmented, mirrored
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
-from guided_diffusion_vae.script_util import create_gaussian_diffusion, create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
     settled,

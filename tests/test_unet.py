@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion_vae import memory, unet
+from guided_diffusion_vae import unet
 from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.runs import memory
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 TINY = dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 1), num_heads=2)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from launches import Launches
 
-from guided_diffusion_vae import checkpoint_util, vae_wrapper
+from guided_diffusion_vae import autoencoder, checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from guided_diffusion_vae.config import as_dict, from_dict, opt
+from guided_diffusion_vae.vae.posterior import sample_moments
+from guided_diffusion_vae.vae.tiling import blend_tiles
 from guided_diffusion_vae.vae_wrapper import (
-    LatentNormalizer, PixelCodec, VAEConfig, VAEInterface, blend_tiles, check_latent_std, create_vae, sample_moments,
+    LatentNormalizer, PixelCodec, VAEConfig, VAEInterface, check_latent_std, create_vae,
 )
 
 CONFIG = AutoencoderConfig(in_channels=1, num_channels=(4, 8), num_res_blocks=1, norm_num_groups=2, latent_channels=3,
@@ -237,9 +239,9 @@ def test_knobs_left_at_their_defaults_do_not_rename_the_function(own, tmp_path, 
     class LaterConfig(AutoencoderConfig):
         new_knob: int = opt(3, "of a later version")
 
-    monkeypatch.setattr(vae_wrapper, "AutoencoderConfig", LaterConfig)
+    monkeypatch.setattr(autoencoder, "AutoencoderConfig", LaterConfig)
     without = lambda config: create_autoencoder(from_dict(AutoencoderConfig, as_dict(config)))
-    monkeypatch.setattr(vae_wrapper, "create_autoencoder", without)
+    monkeypatch.setattr(autoencoder, "create_autoencoder", without)
     assert vae(own[0]).fingerprint == first.fingerprint
     write_weights(tmp_path / "later.pt", autoencoder={**written, "new_knob": 4})
     assert vae(tmp_path / "later.pt").fingerprint != first.fingerprint

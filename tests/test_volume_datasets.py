@@ -4,8 +4,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion_vae.image_datasets import BatchPlan, DataConfig, PictureFolder, picture_batches, unpad
-from guided_diffusion_vae.volume_datasets import VolumeFolder, open_folder, write_nifti
+from guided_diffusion_vae.data.batching import BatchPlan, picture_batches
+from guided_diffusion_vae.data.config import DataConfig, unpad
+from guided_diffusion_vae.data.folders import open_folder
+from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.volume_folders import VolumeFolder, write_nifti
 
 nibabel = pytest.importorskip("nibabel")
 

@@ -8,7 +8,7 @@ the solver is handed predictions of x_0 and the noise level of every step.
 import numpy as np
 import torch
 
-from .gaussian_diffusion import GaussianDiffusion, starting_noise
+from ..gaussian_diffusion import GaussianDiffusion, starting_noise
 
 # What starts a run counts as noise alone where alpha-bar is below this; a solver cannot divide by 0.
 LEAST_ALPHA_BAR = 2.0**-24

@@ -3,13 +3,15 @@
 import numpy as np
 import torch
 
-from . import figures, logger, metrics
-from .autoencoder import from_image_range, kl_divergence, to_image_range
-from .image_datasets import labels_in, require_labels, unpad
-from .objectives import Draws
-from .sampling import SHEET_ROWS
-from .vae_wrapper import blend_tiles
-from .volume_datasets import VolumeFolder
+from .. import logger
+from ..data.config import unpad
+from ..data.listing import labels_in, require_labels
+from ..data.volume_folders import VolumeFolder
+from ..objectives import Draws
+from ..sampling.generate import SHEET_ROWS
+from ..vae.posterior import from_image_range, kl_divergence, to_image_range
+from ..vae.tiling import blend_tiles
+from . import figures, image_metrics
 
 COUNT = 16  # pictures in a preview
 
@@ -49,7 +51,7 @@ class ReconstructionPreview:
                 sheet = figures.side_by_side(images[:COUNT].cpu().numpy(), decoded[:COUNT].cpu().numpy())
                 figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
             for name in ("psnr", "ssim", "l1"):
-                scores[name].append(getattr(metrics, name)(images, decoded).cpu())
+                scores[name].append(getattr(image_metrics, name)(images, decoded).cpu())
         measured = {f"val_{name}": torch.cat(values).mean().item() for name, values in scores.items()}
         logger.logkvs(measured)
         return measured

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from . import files
-from .config import as_dict, opt, size
-from .image_datasets import parse_size
+from .. import files
+from ..config import as_dict, opt, size
+from .config import parse_size
 
 SIMULATION = 1              # raise it when the same parameters and seed give other pictures than before
 SPEED_OF_LIGHT = 299_792_458.0
@@ -44,9 +44,6 @@ DOUBLE_TAP_PACE = 0.75      # strokes of a double tap are shorter by this factor
 PUSH_PACE = 1.4             # a one-way stroke is longer by this one
 DRIFT_HZ = (0.2, 0.5)       # breathing
 
-
-# --- motions: displacement of the fastest point in metres, real part along the axis of motion (positive: away from the
-# --- sensor), imaginary part across it.  t [T] seconds, span the length of the recording in seconds.
 
 def _stroke(t, start, length):
     """Integrate a sin^2 lobe of velocity with unit peak that begins at `start` and lasts `length` seconds."""
@@ -124,8 +121,6 @@ def _still(t, span, rng, config):
     return np.zeros_like(t)
 
 
-# How far the scatterer at u in [-1, 1] across the hand goes, as a share of the fastest point's way.
-
 def _swinging(u):
     return 0.35 + 0.65 * np.sqrt((1 + u) / 2)       # the finger tips (u = 1) lead, the wrist follows
 
@@ -146,8 +141,6 @@ MOTIONS = {
     "wiggle": (_wiggle, _rocking, "the palm rocks quickly: one side comes while the other goes"),
 }
 
-
-# --- parameters
 
 @dataclass
 class MicrodopplerConfig:
@@ -287,8 +280,6 @@ def _validate_each(config):
         raise ValueError(f"--waveform is {config.waveform}; it must be {' or '.join(WAVEFORMS)}")
 
 
-# --- range histories => slow-time echoes => spectrogram
-
 def hand(motion, config, rng):
     """Draw a hand and a motion; return (ranges [S x T] in metres, amplitudes [S]) of its scatterers.
 
@@ -375,8 +366,6 @@ def simulate(motion, split, index, config):
     decibels = spectrogram_db(receive(*hand(motion, config, rng), config, rng), config)
     return np.rint(np.clip(decibels / config.dynamic_range_db, 0, 1) * 255).astype(np.uint8)
 
-
-# --- the folder
 
 def write_dataset(config):
     """Write `config.out_dir`: train/ and val/ with <class>_<index>.png, and dataset.json; return how many pictures.

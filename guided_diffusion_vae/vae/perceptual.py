@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from . import checkpoint_util
-from .config import opt
+from .. import checkpoint_util
+from ..config import opt
 
 NETS = ("vgg", "alex", "squeeze")
 SMALLEST = 32   # pixels a side that the backbones can take

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import atomic_path
+from ..files import atomic_path
 
 GAP = 2  # pixels between tiles
 MARGIN = 6  # pixels around text

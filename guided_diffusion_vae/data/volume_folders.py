@@ -7,32 +7,23 @@ returns whichever a `DataConfig` asks for.
 import collections
 import dataclasses
 import io
-import math
 import threading
 
 import numpy as np
 import torch
 
-from .files import bf
-from .image_datasets import (
-    DataConfig, PictureFolder, classes_of, digest_of, ending_of, mirrored, names_below, naming, open_archive,
-    range_of, require_data_dir, stamp_of, to_unit, walk_files,
-)
-from .nn import keyed_rng
+from ..files import bf
+from ..nn import keyed_rng
+from .config import DataConfig, parse_spacing, range_of
+from .decoding import to_unit
+from .image_folders import PictureFolder, mirrored
+from .listing import classes_of, digest_of, ending_of, names_below, naming, require_data_dir, stamp_of, walk_files
+from .npz import open_archive
 
 ENDINGS = ("npy", "npz", "nii", "gz")
 RECENT_BYTES = 4 * 2**30    # of volumes that have to be unpacked to be read at all, and are kept for the next patch
 
 _Header = collections.namedtuple("_Header", "shape dtype spacing")
-
-
-def open_folder(config, multiple=None, flag="--data_dir", **fields):
-    """Return the PictureFolder or, where `image_size` has three sizes, the VolumeFolder that a DataConfig describes.
-
-    Messages name `flag` as the one that the folder was given as.
-    """
-    config = dataclasses.replace(config, **fields)
-    return (VolumeFolder if len(config.sides) == 3 else PictureFolder)(config, multiple, flag)
 
 
 class VolumeFolder:
@@ -171,17 +162,6 @@ class VolumeFolder:
                 raise ValueError(f"{path} holds {header.dtype} values; give --value_range lo,hi, the values that "
                                  "become 0 and 1, or --value_window lo,hi, which cuts off what lies outside")
         return channels
-
-
-def parse_spacing(text):
-    """Read `--spacing`, one number or one an axis, in mm; return one an axis."""
-    try:
-        given = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        given = ()
-    if len(given) not in (1, 3) or not all(0 < s < math.inf for s in given):
-        raise ValueError(f"--spacing {text}: needed are one or three distances in mm, such as 2,1.5,1.5")
-    return given * 3 if len(given) == 1 else given
 
 
 def _by(sizes):

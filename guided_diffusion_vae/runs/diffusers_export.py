@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from . import autoencoder, unet
-from .config import opt
-from .gaussian_diffusion import get_named_beta_schedule
+from .. import autoencoder, unet
+from ..config import opt
+from ..gaussian_diffusion import get_named_beta_schedule
+from ..vae import blocks
 
 FORMATS = ("safetensors", "diffusers")
 LARGEST_DIFFERENCE = 1e-4   # of what an export computes from the original, relative to the largest value
@@ -41,10 +42,6 @@ def _require_equal(what, ours, theirs):
     if not difference <= LARGEST_DIFFERENCE:
         raise ValueError(f"the exported {what} differs from the original by {difference:.2g} of its largest value; it "
                          "was not written: please report this model's configuration")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# autoencoders
 
 
 def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
@@ -133,13 +130,13 @@ def _write_block(state, name, block):
         weight = block.conv.weight.repeat_interleave(2, 1) * difference
         moments = 2 if name.startswith("encoder") else 1    # mean and log-variance are told apart by quant_conv
         _write(state, name, weight.repeat(moments, 1, 1, 1), block.conv.bias.repeat(moments))
-    elif isinstance(block, autoencoder.ResBlock):
+    elif isinstance(block, blocks.ResBlock):
         for norm in ("norm1", "norm2"):
             _write(state, f"{name}.{norm}", *(_twice(p) for p in getattr(block, norm).parameters()))
         for ours, theirs in (("conv1", "conv1"), ("conv2", "conv2"), ("nin_shortcut", "conv_shortcut")):
             for conv in getattr(block, ours).children():
                 _write(state, f"{name}.{theirs}", _twice(conv.weight, rows=True, columns=True), _twice(conv.bias))
-    elif isinstance(block, autoencoder.Attention):
+    elif isinstance(block, blocks.Attention):
         _write(state, f"{name}.group_norm", _twice(block.norm.weight), _twice(block.norm.bias))
         for ours, theirs in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("proj_attn", "to_out.0")):
             layer = getattr(block, ours)
@@ -185,10 +182,6 @@ def _write_latents(state, network, scale_factor, normalizer):
     _write(state, "quant_conv", weight, bias)
     undone = back.weight / scale.view(1, -1, 1, 1)
     _write(state, "post_quant_conv", undone, back.bias - (undone * shift.view(1, -1, 1, 1)).sum((1, 2, 3)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# UNets
 
 
 def unet_to_diffusers(network, flags):

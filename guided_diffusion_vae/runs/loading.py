@@ -8,24 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint_util, dist_util, export, metrics
-from .config import as_dict, from_dict, frozen, size
-from .files import sha256_of_file
-from .gaussian_diffusion import DiffusionConfig
-from .guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
-from .image_datasets import labels_in, parse_size, require_labels
-from .latent_datasets import EncodedPictures
-from .sampling import Sampler, SmallPictures, draw, open_npz, parse_classes, solver_of
-from .script_util import (
-    NUM_CLASSES, create_classifier_and_diffusion, create_model_and_diffusion_vae, create_process, end_run,
-    say,
-)
+from .. import checkpoint_util, dist_util
+from ..config import as_dict, from_dict, frozen, size
+from ..data.config import parse_size
+from ..data.folders import open_folder
+from ..data.listing import labels_in, require_labels
+from ..data.npz import open_npz
+from ..evaluation import features
+from ..files import sha256_of_file
+from ..gaussian_diffusion import DiffusionConfig
+from ..latent_datasets import EncodedPictures
+from ..logger import say
+from ..sampling.generate import draw
+from ..sampling.guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
+from ..sampling.sampler import Sampler, SmallPictures, parse_classes, solver_of
+from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
+from ..vae_wrapper import LatentNormalizer, PixelCodec, create_vae
+from .factories import NUM_CLASSES, build_classifier, create_model_and_diffusion_vae, create_process
+from .run import end_run
 from .spaces import (
     Space, as_trained, open_cache, open_pixels, require_same_space, space_header, space_of, works_on_pixels,
 )
-from .unet import ClassifierConfig, ModelConfig, SuperResConfig
-from .vae_wrapper import LatentNormalizer, PixelCodec, create_vae
-from .volume_datasets import open_folder
 
 # What a sampler may choose freely: everything else in the header of a model describes the weights.
 FREE_AT_SAMPLING = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
@@ -43,9 +46,9 @@ def open_extractors(config, vae, data, given):
         classifier, header = load_classifier(config.classifier_path, device)
         space = space_of(header, vae, device)
         prepare = None if space.is_pixels else space.encode
-        judge = metrics.classifier_features(classifier, prepare)
+        judge = features.classifier_features(classifier, prepare)
     if config.inception_path:
-        extract = metrics.inception_features(config.inception_path, device)
+        extract = features.inception_features(config.inception_path, device)
     elif judge:
         extract = judge
     elif not vae.vae_path:
@@ -53,14 +56,8 @@ def open_extractors(config, vae, data, given):
                                 "--inception_path (for FID), or --vae_path (an autoencoder's latents)")
     else:
         codec = create_vae(vae, device)
-        extract, header = metrics.latent_features(codec), {**header, "data": codec.preprocessing}
+        extract, header = features.latent_features(codec), {**header, "data": codec.preprocessing}
     return extract, judge, header, as_trained(data, given, header["data"])
-
-
-def build_classifier(flags, process, shape):
-    """Build the classifier of x0 [C x ...] and the process that noises them."""
-    sides = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
-    return create_classifier_and_diffusion(image_size=sides, **as_dict(flags), **as_dict(process))
 
 
 def load_diffusion_model(path, given, model, process, shape=None, super_res=None, pixels=False, flag="--model_path"):
@@ -341,35 +338,6 @@ def load_classifier(path, device, given=(), flags=None, process=None, shape=None
     if flags.classifier_use_fp16:
         model.convert_to_fp16()
     return model.eval().requires_grad_(False), header
-
-
-def export_model(config, vae):
-    """Write a model, a weights file, as ExportConfig says; return what it was made of, for the log.
-
-    :raises ValueError: for a kind of model, or an architecture, that the format has no place for.
-    """
-    if not config.out:
-        raise FileNotFoundError("nowhere to write to; set --out")
-    path = config.model_path
-    weights, header = checkpoint_util.load_weights(path, "cpu")
-    if header is None:
-        raise ValueError(f"{path} does not say how it is built; --model_path wants a run or a weights file of this "
-                         "project")
-    if config.format == "safetensors":
-        if not config.out.endswith(".safetensors"):
-            raise ValueError(f"--out {config.out}: the file's name ends in .safetensors")
-        checkpoint_util.save_safetensors(config.out, weights, header)
-        return f"{header['kind']} of {path} with its header"
-    if header["kind"] == "autoencoder":
-        codec = create_vae(dataclasses.replace(vae, vae_path=str(path)), "cpu")
-        export.save_folder(export.codec_to_diffusers(codec), config.out)
-        return f"AutoencoderKL of {path}, scaling_factor {codec.scale_factor}"
-    checkpoint_util.require_kind(header, "diffusion", path, "--format diffusers")
-    network, _, header = load_diffusion_model(path, {}, None, None)
-    space = space_of(header, vae, "cpu")
-    made = export.pipeline_to_diffusers(network.cpu(), header, space.codec, space.normalizer)
-    export.save_folder(made, config.out)
-    return f"{type(made).__name__} of {path}"
 
 
 def sample(sampler, config, folder, run):

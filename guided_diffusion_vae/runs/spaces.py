@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint_util, dist_util
-from .config import frozen, size
-from .image_datasets import DataConfig, parse_size
-from .latent_datasets import MANIFEST, EncodedPictures, ShrunkPictures, open_latents
-from .script_util import say
-from .train_util import progress_bar
-from .vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
-from .volume_datasets import open_folder, parse_spacing
+from .. import checkpoint_util, dist_util
+from ..config import frozen, size
+from ..data.config import DataConfig, parse_size, parse_spacing
+from ..data.folders import open_folder
+from ..data.latent_stream import ShrunkPictures
+from ..data.manifest import MANIFEST
+from ..latent_datasets import EncodedPictures, open_latents
+from ..logger import progress_bar, say
+from ..vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
 
 
 @dataclasses.dataclass

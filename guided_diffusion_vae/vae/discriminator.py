@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import opt
-from .nn import conv_nd, mean_flat
+from ..config import opt
+from ..nn import conv_nd, mean_flat
 
 GROUPS = 8
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .config import opt
+from ..config import opt
 
 
 @dataclass

@@ -3,27 +3,30 @@
 import dataclasses
 import functools
 import inspect
-from pathlib import Path
 
 import torch
 
-from . import dist_util, evaluation, logger, metrics
-from .autoencoder import create_autoencoder, strides_in_words, total_factors
-from .config import as_dict
-from .discriminator import create_discriminator
-from .image_datasets import BatchPlan, digest_of, labels_in, picture_batches
-from .latent_datasets import LatentStream
-from .loading import build_classifier, load_classifier, sampler_from
-from .perceptual import PerceptualLoss
-from .previews import ClassifierValidation, ReconstructionPreview, SamplePreview
-from .resample import create_named_schedule_sampler
-from .script_util import RunConfig, create_model_and_diffusion_vae, create_process, say, write_config
-from .spaces import Space, open_held_out, open_pixels, say_source, space_header
-from .memory import AutoencoderPlan, DiffusionPlan, advice, estimate_training
-from .objectives import Adversary, AutoencoderObjective, ClassifierObjective, DiffusionObjective
-from .train_util import TrainLoop, find_checkpoint, seed_weights, settled
-from .vae_wrapper import LatentNormalizer
-from .volume_datasets import open_folder
+from .. import dist_util
+from ..autoencoder import create_autoencoder, strides_in_words, total_factors
+from ..config import as_dict
+from ..data.batching import BatchPlan, picture_batches
+from ..data.folders import open_folder
+from ..data.latent_stream import LatentStream
+from ..evaluation.previews import ClassifierValidation, ReconstructionPreview, SamplePreview
+from ..logger import say
+from ..objectives import AutoencoderObjective, ClassifierObjective, DiffusionObjective
+from ..resample import create_named_schedule_sampler
+from ..train_util import TrainLoop, seed_weights, settled
+from ..vae.adversarial import Adversary
+from ..vae.discriminator import create_discriminator
+from ..vae.perceptual import PerceptualLoss
+from ..vae_wrapper import LatentNormalizer
+from .factories import build_classifier, create_model_and_diffusion_vae, create_process
+from .loading import sampler_from
+from .memory import estimate_training
+from .planning import AutoencoderPlan, DiffusionPlan, advice
+from .run import write_config
+from .spaces import Space, open_held_out, say_source, space_header
 
 
 def train_diffusion(script, run, folder, configs, source, space, model_flags, process, train, super_res=None,
@@ -189,64 +192,6 @@ def train_classifier(run, folder, configs, given, source, space, data, flags, pr
     )
     write_config(folder, "classifier_train", configs, header)
     loop.run_loop()
-
-
-def sets_to_train_on(config, data, flags, process):
-    """Return {name: pictures} of `train_on_samples`, after looking for all that could keep it from training on them.
-
-    :raises ValueError: for pictures without classes, too few of them, or flags that build no classifier for them.
-    """
-    sets = {}
-    for name, flag in (("real", "reference"), ("samples", "samples"), ("training", "train_dir")):
-        path = getattr(config, flag)
-        if not path:
-            continue
-        pictures = evaluation.open_pictures(path, data, f"--{flag}")
-        if isinstance(pictures, evaluation.SampleFile):
-            if pictures.shape is None:
-                raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds statistics, no pictures to "
-                                 f"train on; give pictures as --{flag}, or leave --tstr_iterations away")
-            if len(pictures.shape) == 4:
-                raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds volumes; give the folder "
-                                 "volumes/ beside it")
-            pictures = open_folder(data, data_dir=str(pictures.folder), value_range="", value_window="")
-        source, _ = open_pixels(pictures)
-        build_classifier(classifier_for(flags, source), process, source.latent_shape)
-        together = config.tstr_batch_size * dist_util.world_size()
-        if name != "real" and len(pictures) < together:
-            raise ValueError(f"{path} has {len(pictures)} pictures, fewer than a step of {together} takes; lower "
-                             "--tstr_batch_size")
-        sets[name] = pictures
-    return sets
-
-
-def train_on_samples(config, sets, given, data, flags, process, train, folder):
-    """Train a classifier on samples, and one on the training pictures; return what share of real pictures they tell.
-
-    The accuracy of the first, beside that of the second, says how much of what tells classes apart the samples have.
-    `sets` are those of `sets_to_train_on`. Each run stands in a folder below `folder` that is named after what it is
-    made of, so that the same evaluation goes on with it and no other does.
-    """
-    real, report = sets["real"], {}
-    once = dataclasses.replace(train, iterations=config.tstr_iterations, noised=False, val_data_dir="",
-                               save_interval=config.tstr_iterations)
-    for name, pictures in sets.items():
-        if name == "real":
-            continue
-        made_from = digest_of([pictures.fingerprint, *map(repr, (once, flags, process, dist_util.world_size()))])
-        place = Path(folder) / f"trained_on_{name}_{made_from[:8]}"
-        source, space = open_pixels(pictures)
-        found, _ = find_checkpoint(place)
-        with logger.scoped_configure(str(place), ["log", "csv"], resume_step=found and found["step"]):
-            train_classifier(RunConfig(str(place)), place, (), given, source, space, data, flags, process, once)
-        model, header = load_classifier(str(place), dist_util.dev())
-        extract = metrics.classifier_features(model)
-        starts = range(0, len(real), config.batch_size)
-        batches = (real.batch(range(start, min(start + config.batch_size, len(real)))) for start in starts)
-        predicted = metrics.collect_features(extract, batches).logits.argmax(1)
-        judged = metrics.classification_report(predicted, labels_in(real, header["classes"]), header["classes"])
-        report[f"train_on_{name}_test_on_real"] = judged
-    return report
 
 
 def loop_arguments(train, *without):

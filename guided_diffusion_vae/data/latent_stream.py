@@ -1,0 +1,94 @@
+"""Iterate over normalized latents and their conditioning for training."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+
+from ..config import opt
+from ..latent_datasets import _labels_at
+from ..nn import keyed_randn, send
+from .batching import BatchStream
+from .listing import require_labels
+
+BULK, BULK_NUMBERS = 1024, 2**23  # latents that are read, drawn and normalised in one go, and the numbers in them
+_POSTERIOR = 1  # sets the posterior's noise apart from other draws of the same seed and step
+
+
+@dataclass
+class SmallCacheConfig:
+    """Where an upsampler finds the latents that it starts from."""
+
+    SECTION = "latents"
+
+    small_cache_dir: str = opt("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
+
+
+class ShrunkPictures:
+    """The pictures of a `PictureFolder` averaged down to `sides` (height, width): what an upsampler starts from."""
+
+    def __init__(self, pictures, sides):
+        self.pictures, self.sides = pictures, tuple(sides)
+        self.config, self.labels, self.class_names = pictures.config, pictures.labels, pictures.class_names
+        self.preprocessing = pictures.preprocessing
+        self.shape = self.unpadded_shape = (pictures.shape[0], *self.sides)
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def batch(self, indices, flips=None, rngs=None):
+        """Return pictures as float32 [n x C x *sides] in [0, 1]; what the large ones are padded with is left away."""
+        large = self.pictures.batch(indices, flips, rngs)
+        seen = tuple(slice(n) for n in self.pictures.unpadded_shape[1:])
+        return F.interpolate(large[(..., *seen)], size=self.sides, mode="area")
+
+
+class LatentStream(BatchStream):
+    """Iterate over (x0 [n x C x ...] normalised on `device`, what the model is told) for training.
+
+    The model is told {"y": int64 [n]} `with_labels` and {"low_res": [n x C x smaller ...]} where there is the source of
+    `small` pictures, item by item those of `source`; it may be told nothing.
+
+    Items, flips and posterior noise depend on (seed, step, place in the batch of all ranks) alone. Reading and drawing
+    run ahead in the background, encoding and normalising happen on the caller's thread.
+    """
+
+    def __init__(self, source, normalizer, plan, seed, device, with_labels=False, small=None, start_step=0):
+        require_labels(source, with_labels)
+        for of in (source, small or source):
+            if plan.count != of.count:
+                raise ValueError(f"the plan is for {plan.count} items, {of.folder} has {of.count}")
+
+        # Latents of a cache are so small that handing them over by the batch would take longer than reading them.
+        numbers = plan.batch_size * math.prod(source.latent_shape)
+        together = max(1, min(BULK // plan.batch_size, BULK_NUMBERS // numbers)) if source.in_bulk else 1
+
+        def make_batches(step):
+            steps = range(step, step + together)
+            indices = plan.indices(step, together)
+
+            def read(of):
+                flips = np.concatenate([plan.coins(s) for s in steps]) if of.random_flip else None
+                return of.read(indices, flips, **({"rngs": plan.generators(step)} if of.random_crop else {}))
+
+            eps = None
+            if source.draws_posterior:
+                keys = [(seed, _POSTERIOR, s, slot) for s in steps for slot in plan.slots]
+                eps = keyed_randn(source.latent_shape, keys)
+            labels = _labels_at(source, indices) if with_labels else None
+            return read(source), eps, labels, None if small is None else read(small)
+
+        def finish(prepared):
+            values, eps, labels, small_values = prepared
+            latents = source.latents(values, eps, device)
+            told = {} if labels is None else {"y": send(labels, device)}
+            if small is not None:
+                told["low_res"] = normalizer.normalise(small.latents(small_values, device=device))
+            x0 = normalizer.normalise(latents)
+            if together == 1:
+                return x0, told
+            parts = zip(*(values.split(plan.batch_size) for values in told.values())) if told else [()] * together
+            return [(x, dict(zip(told, part))) for x, part in zip(x0.split(plan.batch_size), parts)]
+
+        super().__init__(make_batches, start_step, finish, together=together)

@@ -1,0 +1,31 @@
+"""All config classes: what a YAML file may set."""
+
+from ..autoencoder import AutoencoderConfig
+from ..data.cache_writer import LatentCacheConfig
+from ..data.config import DataConfig
+from ..data.latent_stream import SmallCacheConfig
+from ..data.microdoppler import MicrodopplerConfig
+from ..evaluation.comparison import EvaluateConfig
+from ..evaluation.likelihood import LikelihoodConfig
+from ..evaluation.roundtrip import RoundtripConfig
+from ..gaussian_diffusion import DiffusionConfig
+from ..latent_datasets import LatentConfig
+from ..sampling.guidance import GuidanceConfig
+from ..sampling.sampler import BaseConfig, PixelSamplingConfig, SamplingConfig
+from ..train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig
+from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
+from ..vae.discriminator import DiscriminatorConfig
+from ..vae.perceptual import PerceptualConfig
+from ..vae.posterior import AutoencoderLossConfig
+from ..vae_wrapper import NormalizerConfig, VAEConfig
+from .diffusers_export import ExportConfig
+from .planning import PlanConfig
+from .run import RunConfig
+
+CONFIGS = (
+    AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
+    ClassifierTrainConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig, EvaluateConfig,
+    ExportConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig,
+    NormalizerConfig, PerceptualConfig, PixelSamplingConfig, PlanConfig, RoundtripConfig, RunConfig, SamplingConfig,
+    SmallCacheConfig, SuperResConfig, TrainConfig, VAEConfig,
+)

@@ -1,0 +1,61 @@
+"""The posterior of a KL autoencoder: sampling, divergence, losses, value ranges."""
+
+import dataclasses
+
+import torch
+
+from ..config import opt
+from ..nn import mean_flat, send
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass
+class AutoencoderLossConfig:
+    SECTION = "autoencoder.training"
+
+    kl_weight: float = opt(1e-6, "weight of the KL term, which is a mean over latent elements", least=0)
+    recon_loss: str = opt("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
+
+
+def to_image_range(images, image_range):
+    """Map images in [0, 1] to the values that a network was trained on; inverse of `from_image_range`."""
+    low, high = image_range
+    return images * (high - low) + low
+
+
+def from_image_range(values, image_range):
+    """Map a network's values back to [0, 1]; inverse of `to_image_range`."""
+    low, high = image_range
+    return (values - low) / (high - low)
+
+
+def autoencoder_losses(config, x, reconstruction, mean, logvar):
+    """Return the loss of every sample and its two parts, {loss, recon_loss, kl_loss}, each [N], float32.
+
+    The KL divergence of N(mean, exp(logvar)) from N(0, 1) (arXiv 1312.6114, appendix B) is averaged over the elements
+    of the latent, the distance over those of the picture: both stay the same when sizes change. `x` and
+    `reconstruction` [N x C x ...] are in the network's range; mean and logvar are [N x Z x ...].
+    """
+    difference = reconstruction.float() - x.float()
+    distance = mean_flat(_DISTANCES[config.recon_loss](difference))
+    divergence = kl_divergence(mean, logvar)
+    return {"loss": distance + config.kl_weight * divergence, "recon_loss": distance, "kl_loss": divergence}
+
+
+_DISTANCES = {"l1": torch.abs, "l2": torch.square}
+
+
+def kl_divergence(mean, logvar):
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, a mean over the latent's elements.  [N x Z x ...] -> [N]."""
+    mean, logvar = mean.float(), logvar.float()
+    return mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
+
+
+def sample_moments(moments, eps=None):
+    """Draw latents, mean + std * eps, from their moments; the mean where eps is None.
+
+    [N x 2Z x ...], mean and log-variance -> [N x Z x ...].
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean if eps is None else mean + torch.exp(0.5 * logvar) * send(eps, mean.device).to(mean)
