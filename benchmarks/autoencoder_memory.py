@@ -21,13 +21,13 @@ import torch
 from torch import nn
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data.config import parse_size
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.flags import read_yaml
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_initialization
 from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 
@@ -42,9 +42,9 @@ DRAWN = ("[2,2]", "as shipped: [4,2] (initial_a)", "2 + [2] (same latent), shuff
 class MemoryConfig:
     SECTION = "benchmark"
 
-    full_size: str = opt("256x256x64", "size whose memory is counted")
-    timed_size: str = opt("64x64x32", "size whose steps are timed; empty: none")
-    reference: str = opt("", "folder that holds the package monai; empty: it is left out")
+    full_size: str = option("256x256x64", "size whose memory is counted")
+    timed_size: str = option("64x64x32", "size whose steps are timed; empty: none")
+    reference: str = option("", "folder that holds the package monai; empty: it is left out")
 
 
 def variants():
@@ -100,7 +100,7 @@ def draw(reference):
     plans = {name: lambda size, name=name: planned(variants()[name][0], size).training() for name in DRAWN}
     if reference:
         plans["[2,2], MONAI"] = lambda size: Monai.planned(reference, size)
-    curves = {name: [(math.prod(parse_size(size)) / 1e6, plan(size).needed / 2**30) for size in DRAWN_SIZES]
+    curves = {name: [(math.prod(parse_size(size)) / 1e6, plan(size).required / 2**30) for size in DRAWN_SIZES]
               for name, plan in plans.items()}
     return figures.line_plot(curves, "million voxels", "GiB that training needs", log_x=True, log_y=True)
 
@@ -149,7 +149,7 @@ def timed(size, bench, device, reference=""):
     x = torch.rand(1, 1, *parse_size(size), generator=torch.Generator().manual_seed(0))
     networks, plans = {}, {name: planned(changes, size).training() for name, (changes, _) in variants().items()}
     for name, (changes, _) in variants().items():
-        seed_weights(0)
+        seed_initialization(0)
         networks[name] = create_autoencoder(configured(changes)).to(device)
     if reference:
         theirs, ours = Monai(reference).to(device), networks["[2,2]"]
@@ -166,7 +166,7 @@ def timed(size, bench, device, reference=""):
         loops[name] = TrainLoop(model=network, objective=objective, data=iter(()), batch_size=1, lr=1e-4,
                                 log_interval=10**9, save_interval=10**9, mixed_precision=True)
     steps = {name: lambda loop=loop: loop.run_step(x, {}) for name, loop in loops.items()}
-    rows = common.compared(common.interleaved(steps, bench.repetitions, device), "[2,2]")
+    rows = common.speedup_table(common.time_interleaved(steps, bench.repetitions, device), "[2,2]")
     for row in rows:
         plan = plans[row["variant"]]
         row["planned MiB"] = (plan.gradients + plan.activations + plan.workspace) / 2**20

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from guided_diffusion_vae import logger
-from guided_diffusion_vae.config import opt
-from guided_diffusion_vae.runs.flags import parse, part_without
+from guided_diffusion_vae.config import option
+from guided_diffusion_vae.runs.flags import parse, drop_fields
 
 import torch  # isort: skip
 
@@ -30,25 +30,25 @@ import torch  # isort: skip
 class BenchConfig:
     SECTION = "benchmark"
 
-    repetitions: int = opt(7, "how often every variant is measured, in turn with the others")
-    out: str = opt("runs/benchmarks", "folder for the JSON files")
-    device: str = opt("", "cpu or cuda; empty: cuda where there is one")
+    repetitions: int = option(7, "how often every variant is measured, in turn with the others")
+    out: str = option("runs/benchmarks", "folder for the JSON files")
+    device: str = option("", "cpu or cuda; empty: cuda where there is one")
 
 
 @dataclasses.dataclass
 class ComparisonConfig:
     SECTION = "benchmark"
 
-    reference: str = opt("", "checkout of openai/guided-diffusion to measure against, or (train_step.py) diffusers for "
+    reference: str = option("", "checkout of openai/guided-diffusion to measure against, or (train_step.py) diffusers for "
                              "the same network in diffusers; empty: this project's plain float32 form is the baseline")
-    profile: bool = opt(False, "print the operators that each side spends its time in")
+    profile: bool = option(False, "print the operators that each side spends its time in")
 
 
 def configure(doc, *classes, without=()):
     """Return (config instances, device) and print what is measured on what; flags `without` use are left away."""
-    bench, *configs = parse(doc, part_without(BenchConfig, *without), *classes)
+    bench, *configs = parse(doc, drop_fields(BenchConfig, *without), *classes)
     device = torch.device(getattr(bench, "device", "") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    said = " ".join(f"{name}={value}" for name, value in surroundings()["environment"].items())
+    said = " ".join(f"{name}={value}" for name, value in environment()["environment"].items())
     print(f"{doc.splitlines()[0]}\n{machine(device)}\n{said}\n", flush=True)
     return (bench, *configs), device
 
@@ -60,7 +60,7 @@ def machine(device):
             f"Python {platform.python_version()}, torch {torch.__version__}")
 
 
-def surroundings():
+def environment():
     """Return the packages and the environment that speed depends on."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "diffusers")}
     said = {name: value for name, value in sorted(os.environ.items())
@@ -90,7 +90,7 @@ def seconds(function, device):
     return time.process_time() - begin
 
 
-def interleaved(variants, repetitions, device, warmup=1):
+def time_interleaved(variants, repetitions, device, warmup=1):
     """Return {name: [seconds, ...]} of functions by name, each called once before it counts."""
     times = {name: [] for name in variants}
     gc.collect()
@@ -106,7 +106,7 @@ def interleaved(variants, repetitions, device, warmup=1):
     return times
 
 
-def compared(times, baseline, per=1):
+def speedup_table(times, baseline, per=1):
     """Return rows of a table: median milliseconds (a `per`-th of a call), and how much faster than the baseline.
 
     The ratio is the median over pairs measured next to each other; its spread is that of the middle half.
@@ -164,7 +164,7 @@ def report(name, rows, bench, device, **settings):
     print(table(rows), flush=True)
     folder = Path(bench.out)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), **surroundings(),
+    content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), **environment(),
                "settings": settings, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nwritten to {folder / name}.json\n", flush=True)
@@ -185,7 +185,7 @@ def silent():
         yield folder
 
 
-def waken(model, seed=0):
+def randomize_zero_parameters(model, seed=0):
     """Give parameters that are zero small random values: networks begin with zeros, which no gradient passes."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

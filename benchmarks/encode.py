@@ -18,7 +18,7 @@ import torch
 
 from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import as_dict, opt
+from guided_diffusion_vae.config import as_dict, option
 from guided_diffusion_vae.data.config import parse_size
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
@@ -32,10 +32,10 @@ NETWORKS = {
 class EncodeConfig:
     SECTION = "benchmark"
 
-    vae_path: str = opt("", "autoencoder to measure, as in the other scripts; empty: random weights, for pictures with "
+    vae_path: str = option("", "autoencoder to measure, as in the other scripts; empty: random weights, for pictures with "
                             "channels 128, 256, 512 and two blocks a level, for volumes with 32, 64, 64")
-    bench_image_size: str = opt("64", "pictures are size x size, volumes such as 32x32x32")
-    bench_batch_sizes: str = opt("1,4,16", "numbers of samples at a time, with commas between; the last one is encoded "
+    bench_image_size: str = option("64", "pictures are size x size, volumes such as 32x32x32")
+    bench_batch_sizes: str = option("1,4,16", "numbers of samples at a time, with commas between; the last one is encoded "
                                            "by every variant")
 
 
@@ -54,7 +54,7 @@ def main():
             for name, encode in ways.items() for n in batches}
     found, wanted = (codec.encode_batch(x) for codec in (codecs["bfloat16"], exact))
     print(f"bfloat16 differs by {((found - wanted).norm() / wanted.norm()):.1e} (relative)\n", flush=True)
-    rows = common.compared(common.interleaved(ways, bench.repetitions, device), next(iter(ways)), len(x))
+    rows = common.speedup_table(common.time_interleaved(ways, bench.repetitions, device), next(iter(ways)), len(x))
     for row in rows:
         row["samples/s"] = 1e3 / row["ms"]
     common.report(f"encode_{len(sides)}d", rows, bench, device, **dataclasses.asdict(config))

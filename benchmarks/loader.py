@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data.batching import BatchPlan
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 from guided_diffusion_vae.data.latent_stream import LatentStream
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
@@ -33,9 +33,9 @@ HUGE = 10**9
 class LoaderConfig:
     SECTION = "benchmark"
 
-    grid: int = opt(16, "latents are 4 x grid x grid")
-    count: int = opt(8192, "latents")
-    bench_batch_size: int = opt(64, "latents in a batch")
+    grid: int = option(16, "latents are 4 x grid x grid")
+    count: int = option(8192, "latents")
+    bench_batch_size: int = option(64, "latents in a batch")
 
 
 class FourFold(PixelCodec):
@@ -76,7 +76,7 @@ def main():
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (config.count, config.grid, config.grid), np.uint8)
         np.savez(place / "pictures.npz", images=images)
-        pictures = PictureFolder(DataConfig(data_dir=str(place / "pictures.npz"), image_size=config.grid))
+        pictures = ImageFolder(DataConfig(data_dir=str(place / "pictures.npz"), image_size=config.grid))
         sources = {}
         for store, dtype in (("mode", "float32"), ("mode", "float16"), ("moments", "float16")):
             cache = LatentCacheConfig(store=store, latent_dtype=dtype)
@@ -98,7 +98,7 @@ def main():
         for name, source in sources.items():
             reads[name] = reader(source, n, device)
         reads["copying memory (the limit)"] = lambda: [target.copy_(next(copies)) for _ in range(BATCHES)]
-        rows = common.compared(common.interleaved(reads, bench.repetitions, device), "one file a latent", BATCHES)
+        rows = common.speedup_table(common.time_interleaved(reads, bench.repetitions, device), "one file a latent", BATCHES)
     limit = rows[-1]["ms"]
     for row in rows:
         row["latents/s"] = n / row["ms"] * 1e3

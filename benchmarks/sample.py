@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from train_step import SIZES
 
-from guided_diffusion_vae.config import as_dict, opt
+from guided_diffusion_vae.config import as_dict, option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.runs.factories import create_classifier, create_model_and_diffusion_vae, create_process
-from guided_diffusion_vae.sampling.guidance import classifier_gradient
-from guided_diffusion_vae.sampling.solvers import LOOPS
+from guided_diffusion_vae.runs.factories import create_classifier, create_model_and_diffusion_vae, create_diffusion
+from guided_diffusion_vae.sampling.guidance import classifier_cond_fn
+from guided_diffusion_vae.sampling.solvers import SAMPLE_LOOPS
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
@@ -31,18 +31,18 @@ CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resoluti
 class SampleConfig:
     SECTION = "benchmark"
 
-    size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
-    bench_batch_size: int = opt(16, "samples at a time")
-    whole_runs: int = opt(0, "how often to time whole runs of 250 steps beside whole runs of 15; 0: not at all")
+    size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
+    bench_batch_size: int = option(16, "samples at a time")
+    whole_runs: int = option(0, "how often to time whole runs of 250 steps beside whole runs of 15; 0: not at all")
 
 
 def main():
     (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, SampleConfig)
     shape, flags = SIZES[config.size]
     network, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
-    spaced = functools.cache(lambda steps: create_process(**as_dict(DiffusionConfig(timestep_respacing=steps))))
-    common.waken(network).eval()
-    judge = common.waken(create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))).eval()
+    spaced = functools.cache(lambda steps: create_diffusion(**as_dict(DiffusionConfig(timestep_respacing=steps))))
+    common.randomize_zero_parameters(network).eval()
+    judge = common.randomize_zero_parameters(create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))).eval()
     weights = network.state_dict(), judge.state_dict()
     x = torch.randn(config.bench_batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     labels = torch.arange(len(x), device=device) % 6
@@ -50,26 +50,26 @@ def main():
     sides = {}
     if against.reference:
         sides["guided-diffusion"] = reference_side(against.reference, shape, flags, weights, device)
-    gradient = classifier_gradient(judge.to(device), 1.0)
+    gradient = classifier_cond_fn(judge.to(device), 1.0)
     sides["float32"] = network.to(device), spaced, gradient
     if against.reference:
         compare_runs(sides, x, device)
     half = copy.deepcopy(network), copy.deepcopy(judge)
     for model in half:
         model.convert_to_bf16()
-    sides["bfloat16"] = half[0], spaced, classifier_gradient(half[1], 1.0)
+    sides["bfloat16"] = half[0], spaced, classifier_cond_fn(half[1], 1.0)
 
     for guided in (False, True):
         steps = {name: (lambda side=side: step(*side, x, labels if guided else None)) for name, side in sides.items()}
-        times = common.interleaved(steps, bench.repetitions, device)
+        times = common.time_interleaved(steps, bench.repetitions, device)
         if against.profile:
             common.print_operators(steps, device)
         name = f"sample_{config.size}_{'guided' if guided else 'plain'}"
-        common.report(name, common.compared(times, next(iter(sides))), bench, device, guided=guided, size=config.size,
+        common.report(name, common.speedup_table(times, next(iter(sides))), bench, device, guided=guided, size=config.size,
                       batch_size=config.bench_batch_size, baseline=next(iter(sides)))
     if config.whole_runs:
         runs = whole_runs(sides, x, device)
-        rows = common.compared(common.interleaved(runs, config.whole_runs, device, warmup=0), next(iter(runs)))
+        rows = common.speedup_table(common.time_interleaved(runs, config.whole_runs, device, warmup=0), next(iter(runs)))
         common.report(f"sample_{config.size}_whole", rows, bench, device, size=config.size, samples=len(x),
                       repetitions=config.whole_runs)
 
@@ -81,7 +81,7 @@ def whole_runs(sides, x, device):
 
     @torch.no_grad()
     def few(network, spaced, _):
-        return LOOPS["dpmpp_sde"](spaced("logsnr15"), network, tuple(x.shape), noise=x.clone(), clip_denoised=False,
+        return SAMPLE_LOOPS["dpmpp_sde"](spaced("logsnr15"), network, tuple(x.shape), noise=x.clone(), clip_denoised=False,
                                   device=device)
 
     first = next(iter(sides))

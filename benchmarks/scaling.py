@@ -20,7 +20,7 @@ import torch
 from train_step import SIZES
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.config import option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.flags import parse
@@ -34,12 +34,12 @@ RESULT = "seconds per step: "
 class ScalingConfig:
     SECTION = "benchmark"
 
-    ranks: str = opt("1,2,4", "numbers of ranks with commas between, beginning with 1")
-    size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
-    bench_batch_size: int = opt(8, "latents on each rank (weak), and in all (strong)")
-    fsdp: bool = opt(False, "split the model over the ranks")
-    mixed_precision: bool = opt(True, "bfloat16")
-    worker: int = opt(0, "used by this script itself: time steps of so many latents on this rank")
+    ranks: str = option("1,2,4", "numbers of ranks with commas between, beginning with 1")
+    size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
+    bench_batch_size: int = option(8, "latents on each rank (weak), and in all (strong)")
+    fsdp: bool = option(False, "split the model over the ranks")
+    mixed_precision: bool = option(True, "bfloat16")
+    worker: int = option(0, "used by this script itself: time steps of so many latents on this rank")
 
 
 def main():
@@ -84,7 +84,7 @@ def work(bench, config):
     model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     batch = torch.randn(config.worker, *shape)
     with common.silent():
-        loop = TrainLoop(model=common.waken(model).to(device), diffusion=diffusion, data=iter(()),
+        loop = TrainLoop(model=common.randomize_zero_parameters(model).to(device), diffusion=diffusion, data=iter(()),
                          batch_size=config.worker, lr=1e-4, log_interval=10**9, save_interval=10**9, fsdp=config.fsdp,
                          mixed_precision=config.mixed_precision)
         times = []

@@ -12,30 +12,30 @@ import time
 import common
 import torch
 
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.config import option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.nn import keyed_randn
-from guided_diffusion_vae.runs.factories import create_process
-from guided_diffusion_vae.runs.loading import load_diffusion_model, weights_file
-from guided_diffusion_vae.sampling.solvers import LOOPS, RANDOM
+from guided_diffusion_vae.runs.factories import create_diffusion
+from guided_diffusion_vae.runs.loading import load_diffusion_model, resolve_weights
+from guided_diffusion_vae.sampling.solvers import SAMPLE_LOOPS, STOCHASTIC
 from guided_diffusion_vae.unet import ModelConfig
 
-DETERMINISTIC = [name for name in LOOPS if name not in ("ddpm", *RANDOM)]
+DETERMINISTIC = [name for name in SAMPLE_LOOPS if name not in ("ddpm", *STOCHASTIC)]
 
 
 @dataclasses.dataclass
 class SolversConfig:
     SECTION = "benchmark"
 
-    model_path: str = opt("", "run of image_train_vae.py, or one weights file of it")
-    bench_batch_size: int = opt(16, "samples, over all classes in turn")
-    steps: str = opt("10,15,20,25,50", "how many steps are tried")
-    converged_steps: int = opt(200, "log-SNR steps of unipc that stand for the converged path")
+    model_path: str = option("", "run of image_train_vae.py, or one weights file of it")
+    bench_batch_size: int = option(16, "samples, over all classes in turn")
+    steps: str = option("10,15,20,25,50", "how many steps are tried")
+    converged_steps: int = option(200, "log-SNR steps of unipc that stand for the converged path")
 
 
 def main():
     (bench, config), device = common.configure(__doc__, SolversConfig, without=("repetitions",))
-    network, _, header = load_diffusion_model(weights_file(config.model_path, "--model_path"), {}, ModelConfig(),
+    network, _, header = load_diffusion_model(resolve_weights(config.model_path, "--model_path"), {}, ModelConfig(),
                                               DiffusionConfig())
     network.to(device)
     shape = (config.bench_batch_size, *header["latent_shape"])
@@ -44,9 +44,9 @@ def main():
     told = {"y": torch.arange(shape[0], device=device) % classes} if classes else {}
 
     def sampled(name, spacing):
-        process = create_process(**{**header["diffusion"], "timestep_respacing": spacing})
+        process = create_diffusion(**{**header["diffusion"], "timestep_respacing": spacing})
         begun = time.process_time()
-        x0 = LOOPS[name](process, network, shape, noise=noise, clip_denoised=False, model_kwargs=told, device=device)
+        x0 = SAMPLE_LOOPS[name](process, network, shape, noise=noise, clip_denoised=False, model_kwargs=told, device=device)
         return x0, time.process_time() - begun
 
     converged, _ = sampled("unipc", f"logsnr{config.converged_steps}")

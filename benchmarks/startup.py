@@ -18,7 +18,7 @@ from pathlib import Path
 
 import common
 
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.config import option
 
 FIRST_STEP = "image_train_vae, first step"
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
@@ -28,8 +28,8 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 class StartupConfig:
     SECTION = "benchmark"
 
-    cache_dir: str = opt("", "a latent cache, for a training run; empty: leave that out")
-    train_flags: str = opt("", "further flags of image_train_vae.py")
+    cache_dir: str = option("", "a latent cache, for a training run; empty: leave that out")
+    train_flags: str = option("", "further flags of image_train_vae.py")
 
 
 def main():

@@ -16,15 +16,15 @@ import common
 import torch
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import opt
-from guided_diffusion_vae.data.batching import BatchPlan, picture_batches
+from guided_diffusion_vae.config import option
+from guided_diffusion_vae.data.batching import BatchPlan, image_batches
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.data.folders import open_folder
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
 from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import planning
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_weights
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_initialization
 from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig, from_image_range, to_image_range
 
@@ -37,10 +37,10 @@ EMA_RATE = "0.99"  # so fast that the beginning is forgotten after some hundred 
 class StridesConfig:
     SECTION = "benchmark"
 
-    val_data_dir: str = opt("", "held-out pictures or volumes")
-    minutes: float = opt(3.0, "CPU time that each variant trains")
-    bench_batch_size: int = opt(8, "pictures in a step")
-    only: str = opt("", "names of variants with semicolons between; empty: all")
+    val_data_dir: str = option("", "held-out pictures or volumes")
+    minutes: float = option(3.0, "CPU time that each variant trains")
+    bench_batch_size: int = option(8, "pictures in a step")
+    only: str = option("", "names of variants with semicolons between; empty: all")
 
 
 def variants(dims):
@@ -74,7 +74,7 @@ def variants(dims):
     return found
 
 
-def curve_of(name):
+def curve_name(name):
     """Return the curve of the figure that a variant is a point of; some stand alone."""
     kinds = {"16 channels": name, "+": "first stride", "[": "between levels"}
     kind = next((kind for part, kind in kinds.items() if part in name), name)
@@ -88,13 +88,13 @@ class Variant:
         shape = pictures.shape
         network = AutoencoderConfig(spatial_dims=len(shape) - 1, in_channels=shape[0], **changes)
         loss, train = AutoencoderLossConfig(recon_loss="l1"), AutoencoderTrainConfig(mirror=True, mixed_precision=True)
-        seed_weights(0)
+        seed_initialization(0)
         self.network = create_autoencoder(network).to(device)
         self.latent = self.network.latent_shape(shape[1:])
         plan = planning.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
                                       DiscriminatorConfig())
         self.activations = plan.training().activations
-        self.data = picture_batches(pictures, BatchPlan(len(pictures), batch_size))
+        self.data = image_batches(pictures, BatchPlan(len(pictures), batch_size))
         self.loop = TrainLoop(
             model=self.network, objective=AutoencoderObjective(loss, self.network, network.image_range, train),
             data=self.data, batch_size=batch_size, lr=LR, ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9,
@@ -111,7 +111,7 @@ class Variant:
     def measure(self, pictures, device):
         """Return (PSNR in dB, SSIM, L1) of held-out pictures, means over them."""
         found = []
-        with self.loop.averaged_weights() as network, torch.no_grad():
+        with self.loop.ema_weights() as network, torch.no_grad():
             for start in range(0, len(pictures), 16):
                 x = pictures.batch(range(start, min(start + 16, len(pictures)))).to(device)
                 y = from_image_range(network.reconstruct(to_image_range(x, self.range)), self.range).clamp(0, 1)
@@ -145,7 +145,7 @@ def main():
                          "kept MiB": variant.activations / 2**20, "steps": variant.loop.step,
                          **variant.psnr_after, "PSNR": psnr, "SSIM": ssim, "L1": l1})
             total = math.prod(pictures.shape[1:]) / math.prod(variant.latent[1:])
-            curves.setdefault(curve_of(name), []).append((total, psnr))
+            curves.setdefault(curve_name(name), []).append((total, psnr))
             variant.data.close()
     common.report(f"strides_{len(data.sides)}d", rows, bench, device, **dataclasses.asdict(config))
     dims = len(data.sides)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion_vae.config import as_dict, opt
+from guided_diffusion_vae.config import as_dict, option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import diffusers_export
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
@@ -39,9 +39,9 @@ SIZES = {
 class StepConfig:
     SECTION = "benchmark"
 
-    size: str = opt("16m122", "latent grid and network", choices=tuple(SIZES))
-    bench_batch_size: int = opt(16, "latents in a step")
-    compile_too: bool = opt(False, "measure compiled networks as well")
+    size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
+    bench_batch_size: int = option(16, "latents in a step")
+    compile_too: bool = option(False, "measure compiled networks as well")
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ def main():
     if against.reference == DIFFUSERS:
         flags = {**flags, "num_head_channels": 64}
     model, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
-    weights = common.waken(model).state_dict()
+    weights = common.randomize_zero_parameters(model).state_dict()
     draw = torch.Generator().manual_seed(1)
     batch = torch.randn(config.bench_batch_size, *shape, generator=draw)
 
@@ -83,11 +83,11 @@ def main():
         work = flops(sides["float32"], batch, device)
         steps = {name: lambda side=side: side.run_step(batch, {}) for name, side in sides.items()}
         product = common.matrix_product(device)
-        times = common.interleaved({**steps, "product": product}, bench.repetitions, device)
+        times = common.time_interleaved({**steps, "product": product}, bench.repetitions, device)
         rate = product.flops / statistics.median(times.pop("product"))
         if against.profile:
             common.print_operators(steps, device)
-    rows = common.compared(times, next(iter(sides)))
+    rows = common.speedup_table(times, next(iter(sides)))
     settings = {"size": config.size, "batch_size": config.bench_batch_size, "baseline": next(iter(sides)),
                 "flops_of_a_step": work, "flops_per_second_of_a_product": rate}
     if config.compile_too:
@@ -147,7 +147,7 @@ class EpsilonLoss:
     """The loss of diffusers' training examples: its scheduler's noise, its network's answer, their mean square."""
 
     def __init__(self, flags):
-        self.scheduler = diffusers_export.scheduler_of(flags, pixels=False)
+        self.scheduler = diffusers_export.create_scheduler(flags, pixels=False)
 
     def training_losses(self, network, x_start, t, noise):
         answer = network(self.scheduler.add_noise(x_start, noise, t), t).sample

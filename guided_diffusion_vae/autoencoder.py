@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn as nn
 
-from .config import as_dict, opt
+from .config import as_dict, option
 from .nn import checkpoint, per_axis
 from .vae.blocks import (
     Attention, ChannelToSpace, Conv, Downsample, ResBlock, Residual, ShuffledConv, SpaceToChannel, Upsample,
@@ -21,37 +21,37 @@ from .vae.posterior import LOGVAR_RANGE
 
 @dataclasses.dataclass
 class AutoencoderConfig:
-    spatial_dims: int = opt(2, "spatial axes: 2 for pictures, 3 for volumes; --image_size says it too")
-    in_channels: int = opt(0, "channels of the pictures; 0: as the data has", least=0)
-    out_channels: int = opt(0, "channels of the reconstruction; 0: as in_channels", least=0)
-    num_channels: tuple = opt((32, 64, 64), "width of every level, each a multiple of norm_num_groups")
-    num_res_blocks: tuple = opt(1, "residual blocks of a level: one number, or one per level")
-    attention_levels: tuple = opt((), "which levels attend: one true or false per level; empty: none")
-    latent_channels: int = opt(4, "channels of the latent; the encoder predicts mean and log-variance of each", least=1)
-    norm_num_groups: int = opt(16, "groups of every norm", least=1)
-    norm_eps: float = opt(1e-6, "added to the variance in every norm", least=0)
-    with_encoder_nonlocal_attn: bool = opt(False, "attend once at the end of the encoder")
-    with_decoder_nonlocal_attn: bool = opt(False, "attend once at the start of the decoder")
-    use_convtranspose: bool = opt(False, "upsample by transposed convolution, not by repeating and convolving")
-    use_checkpointing: bool = opt(False, "recompute blocks in the backward pass: less memory, more time")
-    downsample_factors: tuple = opt(
+    spatial_dims: int = option(2, "spatial axes: 2 for pictures, 3 for volumes; --image_size says it too")
+    in_channels: int = option(0, "channels of the pictures; 0: as the data has", minimum=0)
+    out_channels: int = option(0, "channels of the reconstruction; 0: as in_channels", minimum=0)
+    num_channels: tuple = option((32, 64, 64), "width of every level, each a multiple of norm_num_groups")
+    num_res_blocks: tuple = option(1, "residual blocks of a level: one number, or one per level")
+    attention_levels: tuple = option((), "which levels attend: one true or false per level; empty: none")
+    latent_channels: int = option(4, "channels of the latent; the encoder predicts mean and log-variance of each", minimum=1)
+    norm_num_groups: int = option(16, "groups of every norm", minimum=1)
+    norm_eps: float = option(1e-6, "added to the variance in every norm", minimum=0)
+    with_encoder_nonlocal_attn: bool = option(False, "attend once at the end of the encoder")
+    with_decoder_nonlocal_attn: bool = option(False, "attend once at the start of the decoder")
+    use_convtranspose: bool = option(False, "upsample by transposed convolution, not by repeating and convolving")
+    use_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, more time")
+    downsample_factors: tuple = option(
         (), "stride from level to level, one entry less than num_channels, each a number or one per axis; empty: all 2"
     )
-    initial_downsample_factor: tuple = opt(1, "stride of the first convolution: a number, or one per axis")
-    final_upsample: str = opt(
+    initial_downsample_factor: tuple = option(1, "stride of the first convolution: a number, or one per axis")
+    final_upsample: str = option(
         "nearest", "how initial_downsample_factor is undone: nearest repeats elements and convolves them; shuffle has "
                    "a kernel of its own for each of the new elements", choices=("nearest", "shuffle")
     )
-    space_to_channel: bool = opt(
+    space_to_channel: bool = option(
         False, "shortcuts around every change of size that move elements between space and channels (DC-AE), which "
                "keep detail where strides are large"
     )
-    recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
-    downsample_kernel_size: int = opt(
+    recompute_norms: bool = option(False, "recompute norms and activations in the backward pass: less memory, little time")
+    downsample_kernel_size: int = option(
         0, "kernel of strided convolutions; 0: wide enough to see every input; 3 for checkpoints made with a fixed 3",
-        least=0
+        minimum=0
     )
-    image_range: tuple = opt((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
+    image_range: tuple = option((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
 
 
 def total_factors(config, dims):
@@ -81,7 +81,7 @@ def create_autoencoder(config):
     return AutoencoderKL(**arguments)
 
 
-def strides_in_words(network):
+def format_strides(network):
     """Return the strides of an AutoencoderKL as `initial=2, layers=(4, 2), total downsampling: 16x`.
 
     One number stands for all axes where they agree.
@@ -173,9 +173,9 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"pictures of shape {tuple(x.shape)} have {x.shape[1]} channels, the autoencoder "
                              f"takes {self.in_channels} (--in_channels)")
         self.latent_shape(x.shape[2:])
-        return self.moments_of(self.encoder(x))
+        return self.to_moments(self.encoder(x))
 
-    def moments_of(self, h):
+    def to_moments(self, h):
         """Return mean and log-variance of what the encoder gave, [N x Z x ...]."""
         return self.quant_conv_mu(h), self.quant_conv_log_sigma(h).clamp(*LOGVAR_RANGE)
 

@@ -106,7 +106,7 @@ def require_kind(header, kind, path, flag):
         raise ValueError(f"{path} holds a model of kind {header['kind']!r}, {flag} wants one of kind {kind!r}")
 
 
-def load_into(model, state_dict, path, flag="--model_path"):
+def load_strict(model, state_dict, path, flag="--model_path"):
     """Load weights strictly; ValueError with the first differences where keys or shapes disagree."""
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     try:
@@ -154,7 +154,7 @@ def commit(folder, step, names, state):
     write_json(folder / marker_name(step), {"format": FORMAT, "step": step, "files": files, **state})
 
 
-def steps(folder):
+def committed_steps(folder):
     """Return the committed steps of a run folder, oldest first; their files are not looked at yet."""
     found = [re.fullmatch(r"state(\d{6,})\.json", p.name) for p in Path(folder).glob("state*.json")]
     return sorted(int(m.group(1)) for m in found if m)
@@ -182,12 +182,12 @@ def read_marker(folder, step):
     return marker
 
 
-def newest_marker(folder, warn=print):
+def latest_marker(folder, warn=print):
     """Return the marker of the newest undamaged step, or None where no step was ever committed.
 
     Damaged steps are reported through `warn` and passed over; where all are damaged, ValueError.
     """
-    committed = steps(folder)
+    committed = committed_steps(folder)
     for step in reversed(committed):
         try:
             return read_marker(folder, step)
@@ -198,26 +198,26 @@ def newest_marker(folder, warn=print):
     return None
 
 
-def newest_weights(folder, flag="--model_path"):
+def latest_weights(folder, flag="--model_path"):
     """Return the weights file of a run to use: the slowest moving average of its best step, else of its newest one.
 
     Which step was best a run knows that measured itself (see `TrainLoop`); damaged steps are passed over.
     """
-    marker = newest_marker(folder)
+    marker = latest_marker(folder)
     if marker is None:
         raise FileNotFoundError(f"{folder} holds no finished checkpoint (stateNNNNNN.json); check {flag}")
     best = (marker.get("best") or {}).get("step", marker["step"])
-    if best != marker["step"] and best in steps(folder):
+    if best != marker["step"] and best in committed_steps(folder):
         with contextlib.suppress(ValueError):
             marker = read_marker(folder, best)
     averages = {float(m.group(1)): name for name in marker["files"] if (m := re.match(r"ema_([\d.]+)_\d+\.pt", name))}
     return Path(folder) / (averages[max(averages)] if averages else model_name(marker["step"]))
 
 
-def forget_all_but(folder, count, kept=()):
+def prune_checkpoints(folder, count, kept=()):
     """Delete the files of all but the newest `count` steps and those `kept`, each step's marker first."""
     folder = Path(folder)
-    for step in set(steps(folder)[:-count]) - set(kept):
+    for step in set(committed_steps(folder)[:-count]) - set(kept):
         (folder / marker_name(step)).unlink()
         # By name and not by what the marker lists: it may be damaged.
         named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name

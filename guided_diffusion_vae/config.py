@@ -7,12 +7,12 @@ Flags, `--help`, YAML keys, `*_defaults()` entries and checkpoint headers all de
 import dataclasses
 
 
-def opt(default, help, choices=None, least=None, most=None):
+def option(default, help, choices=None, minimum=None, maximum=None):
     """Return a dataclass field with a help text; `choices` lists the only values allowed, or bounds are stated.
 
     The field's annotation (int, float, bool, str, tuple, or a function such as `size`) says how its text is read.
     """
-    about = {"help": help, "choices": choices, "least": least, "most": most}
+    about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -30,17 +30,17 @@ def as_dict(config):
 def from_dict(cls, values):
     """Build `cls` from a dictionary, ignoring keys it does not have; inverse of `as_dict`."""
     known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{key: frozen(value) for key, value in values.items() if key in known})
+    return cls(**{key: to_tuple(value) for key, value in values.items() if key in known})
 
 
-def section_of(cls):
+def section_name(cls):
     """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
     return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
 
 
-def frozen(value):
+def to_tuple(value):
     """Turn lists, nested ones too, into tuples, as config dataclasses hold them."""
-    return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+    return tuple(to_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from . import checkpoint_util
 
-MEETING_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
 # Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not
 # need this limit: its connections break, and the launcher ends the rest.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
@@ -46,7 +46,7 @@ class LaunchError(RuntimeError):
     """Say that the ranks could not be brought together, and what to start differently."""
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Where this process stands among all; `local_rank` is None where the launcher does not tell."""
 
     launcher: str
@@ -59,17 +59,17 @@ class Place(NamedTuple):
 MEMORY_FLAGS = ("microbatch", "batch_size", "vae_batch_size", "vae_tile")
 memory_flags = MEMORY_FLAGS
 
-_settled = None  # the Place agreed on by setup_dist; until then the environment is asked
+_active_rank_info = None  # the Place agreed on by setup_dist; until then the environment is asked
 
 
 # Who am I
 
-def read_place(environ):
+def read_rank_info(environ):
     """Return the Place that the launcher's variables in `environ` describe; raise LaunchError where they are wrong."""
     found = [_place_from(launcher, environ) for launcher in LAUNCHERS]
     found = [place for place in found if place is not None]
     if not found:
-        return Place("none", 0, 1, 0)
+        return RankInfo("none", 0, 1, 0)
     first, slurm = found[0], found[-1]
     # srun hands out PMI variables too on some clusters. Where both agree, Slurm's are enough and MPI is not needed.
     if first.launcher in MPI_LAUNCHERS and slurm.launcher == "Slurm" and first[1:3] == slurm[1:3]:
@@ -87,7 +87,7 @@ def _place_from(launcher, environ):
     if rank not in environ or size not in environ:
         return None
     try:
-        place = Place(launcher, int(environ[rank]), int(environ[size]),
+        place = RankInfo(launcher, int(environ[rank]), int(environ[size]),
                       int(environ[local_rank]) if local_rank in environ else None)
     except ValueError as error:
         raise LaunchError(f"{rank}={environ[rank]!r}, {size}={environ[size]!r}: {launcher} should have set whole "
@@ -98,23 +98,23 @@ def _place_from(launcher, environ):
     return place
 
 
-def _place():
-    return _settled or read_place(os.environ)
+def _rank_info():
+    return _active_rank_info or read_rank_info(os.environ)
 
 
 def rank():
     """Return this process's number among all, 0 where it is alone."""
-    return _place().rank
+    return _rank_info().rank
 
 
 def world_size():
     """Return how many processes work together, 1 where this one is alone."""
-    return _place().size
+    return _rank_info().size
 
 
 def local_rank():
     """Return this process's number on its machine, the number among all where nobody told."""
-    place = _place()
+    place = _rank_info()
     return place.rank if place.local_rank is None else place.local_rank
 
 
@@ -132,13 +132,13 @@ def setup_dist():
 
     A process alone needs no process group and none is made. Raises LaunchError where the ranks cannot meet.
     """
-    global _settled
-    if _settled is not None:
+    global _active_rank_info
+    if _active_rank_info is not None:
         return
-    place = read_place(os.environ)
+    place = read_rank_info(os.environ)
     if place.size > 1:
-        place, store = _meet(place)
-    _settled = place
+        place, store = _rendezvous(place)
+    _active_rank_info = place
     if dev().type == "cuda":
         torch.cuda.set_device(dev())
     if place.size > 1:
@@ -147,7 +147,7 @@ def setup_dist():
     _report()
 
 
-def _meet(place):
+def _rendezvous(place):
     """Return (place, store): the Place with MPI's local rank filled in, and the store all ranks are connected to."""
     if place.launcher in MPI_LAUNCHERS:
         return _meet_through_mpi(place)
@@ -197,13 +197,13 @@ def _meet_through_mpi(place):
 
 def _open_store(place, address, port, serve):
     try:
-        return dist.TCPStore(address, port, place.size, serve, timeout=MEETING_TIMEOUT, wait_for_workers=False)
+        return dist.TCPStore(address, port, place.size, serve, timeout=RENDEZVOUS_TIMEOUT, wait_for_workers=False)
     except RuntimeError as error:
-        raise _not_met(place, f"{address}:{port}", error) from error
+        raise _rendezvous_error(place, f"{address}:{port}", error) from error
 
 
-def _not_met(place, where, error):
-    minutes = MEETING_TIMEOUT.total_seconds() / 60
+def _rendezvous_error(place, where, error):
+    minutes = RENDEZVOUS_TIMEOUT.total_seconds() / 60
     reason = str(error).strip().split("\n")[0]
     return LaunchError(
         f"rank {place.rank} of {place.size} did not meet the others at {where} within {minutes:g} min ({reason}); "
@@ -223,7 +223,7 @@ def _connect(store):
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world_size(),
                                 timeout=COLLECTIVE_TIMEOUT)
     except RuntimeError as error:
-        raise _not_met(_place(), "their common store", error) from error
+        raise _rendezvous_error(_rank_info(), "their common store", error) from error
 
 
 def _all_devices(store):
@@ -232,7 +232,7 @@ def _all_devices(store):
         store.set(f"device/{rank()}", f"{socket.gethostname()} {dev()}")
         return [store.get(f"device/{other}").decode() for other in range(world_size())]
     except RuntimeError as error:
-        raise _not_met(_place(), "their common store", error) from error
+        raise _rendezvous_error(_rank_info(), "their common store", error) from error
 
 
 def _own_address():
@@ -353,7 +353,7 @@ def _fail(error):
     text = str(error) or type(error).__name__
     explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
     if is_out_of_memory(error):
-        text, explained = f"out of memory{_memory_remedy()} ({text})", True
+        text, explained = f"out of memory{_memory_hint()} ({text})", True
     elif "gloo/transport" in text:  # what a rank sees when another one has left
         text, explained = "another rank ended while this one waited for it; its own error says why", True
     if not explained or os.environ.get("GDVAE_TRACEBACK") == "1":
@@ -370,7 +370,7 @@ def is_out_of_memory(error):
 
 
 @contextlib.contextmanager
-def advising_on_memory(advise):
+def oom_advice(advise):
     """Where memory runs out inside, let the error end in advise(bytes of memory), beside the memory's own message."""
     try:
         yield
@@ -387,16 +387,16 @@ def memory_bytes():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _memory_remedy():
+def _memory_hint():
     flags = " or ".join(f"--{name}" for name in memory_flags)
     return f"; give {flags} a small number above 0" if flags else ""
 
 
 def _place_at_the_end():
     try:
-        return _place()
+        return _rank_info()
     except LaunchError:  # the very reason why the program ends
-        return Place("none", 0, 1, 0)
+        return RankInfo("none", 0, 1, 0)
 
 
 def _end(status):
@@ -453,7 +453,7 @@ def sync_params(params):
         _exchange([p.detach() for p in params], lambda flat: dist.broadcast(flat, 0))
 
 
-def shard(model):
+def shard_model(model):
     """Split weights, gradients and what is made of them over the ranks (FSDP2), layer by layer; return the model.
 
     Entries of module lists are gathered when their turn comes and let go afterwards; the rest stays together. Its
@@ -469,13 +469,13 @@ def shard(model):
     return fully_shard(model, mesh=mesh)
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """Return a tensor that may be sharded with all its values; for a sharded one all ranks call this together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(value, tensor):
-    """Return a whole tensor, the same on all ranks, sharded as another one is; inverse of `whole`."""
+def distribute_like(value, tensor):
+    """Return a whole tensor, the same on all ranks, sharded as another one is; inverse of `full_tensor`."""
     if not hasattr(tensor, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -529,9 +529,9 @@ class StopSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self):
-        self.received, self._asked = False, None
+        self.received, self._pending = False, None
 
-    def anywhere(self):
+    def received_on_any_rank(self):
         """Return on every rank whether any rank had received a signal when this was called before.
 
         So a loop stops a step later than it could, and no step waits for the slowest rank to answer. A process that is
@@ -539,8 +539,8 @@ class StopSignal:
         """
         if world_size() == 1:
             return self.received
-        asked, raised = self._asked, torch.tensor([int(self.received)])
-        self._asked = raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, async_op=True)
+        asked, raised = self._pending, torch.tensor([int(self.received)])
+        self._pending = raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, async_op=True)
         if asked is None:
             return False
         asked[1].wait()

@@ -18,7 +18,7 @@ from pathlib import Path
 def atomic_path(path):
     """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
-    After an exception the temporary file is removed and `path` is as it was; `sweep_parts` removes what a killed
+    After an exception the temporary file is removed and `path` is as it was; `remove_stale_parts` removes what a killed
     process leaves. Running out of space is reported with the space left and the file that was being written.
     """
     path = Path(path)
@@ -31,14 +31,14 @@ def atomic_path(path):
         os.replace(part, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = f" ({_space_left(path)}); free some space or choose another folder" if full else ""
+        remedy = f" ({_free_space_message(path)}); free some space or choose another folder" if full else ""
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{remedy}") from error
     finally:
         with contextlib.suppress(OSError):  # of a folder that is a file, say: it would hide the error above
             part.unlink()
 
 
-def sweep_parts(folder):
+def remove_stale_parts(folder):
     """Remove what processes that were killed inside `atomic_path` left in `folder` and the folders in it.
 
     Parts of living processes stay, and so do those of other hosts, of whose processes nothing is known here.
@@ -46,7 +46,7 @@ def sweep_parts(folder):
     of_this_host = re.compile(rf"\..+\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.part")
     for part in [*Path(folder).glob(".*.part"), *Path(folder).glob("*/.*.part")]:
         match = of_this_host.fullmatch(part.name)
-        if match and not _lives(int(match.group(1))):
+        if match and not _process_exists(int(match.group(1))):
             with contextlib.suppress(OSError):  # a leftover that cannot be removed is no reason to stop
                 part.unlink()
 
@@ -92,7 +92,7 @@ def require_folder(folder, flag):
     return folder
 
 
-def _lives(process):
+def _process_exists(process):
     try:
         os.kill(process, 0)  # sends nothing
     except ProcessLookupError:
@@ -102,12 +102,12 @@ def _lives(process):
     return True
 
 
-def _space_left(path):
+def _free_space_message(path):
     folder = next(p for p in [path.parent, *path.parent.parents] if os.path.exists(p))
     return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB left on {folder}"
 
 
-def lazily(name):
+def lazy_import(name):
     """Return a module that is imported when it is first used; the standard library's recipe for LazyLoader.
 
     blobfile brings the clients of two clouds along, which nobody shall wait for who wants to read `--help`.
@@ -123,4 +123,4 @@ def lazily(name):
     return module
 
 
-bf = lazily("blobfile")
+bf = lazy_import("blobfile")

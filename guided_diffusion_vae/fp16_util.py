@@ -44,10 +44,10 @@ def get_param_groups_and_shapes(named_model_params):
 
 def make_master_params(param_groups_and_shapes):
     """Return one float32 parameter a group, holding the group's values one after another in the group's shape."""
-    return [nn.Parameter(_joined((p.detach() for _, p in group), shape)) for group, shape in param_groups_and_shapes]
+    return [nn.Parameter(_flatten((p.detach() for _, p in group), shape)) for group, shape in param_groups_and_shapes]
 
 
-def _joined(tensors, shape):
+def _flatten(tensors, shape):
     tensors = list(tensors)
     flat = torch.empty(sum(t.numel() for t in tensors), device=tensors[0].device)
     torch._foreach_copy_(list(flat.split([t.numel() for t in tensors])), [t.reshape(-1) for t in tensors])
@@ -63,7 +63,7 @@ def unflatten_master_params(param_group, master_param):
 def model_grads_to_master_grads(param_groups_and_shapes, master_params):
     """Set the masters' gradients to the model's, in float32, zeros where a parameter has none."""
     for master, (group, shape) in zip(master_params, param_groups_and_shapes):
-        master.grad = _joined((param_grad_or_zeros(p) for _, p in group), shape)
+        master.grad = _flatten((param_grad_or_zeros(p) for _, p in group), shape)
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def optimizer_state_of_masters(state, named_params):
     for i, (group, shape) in enumerate(get_param_groups_and_shapes(named_params)):
         entries = [(state[number[name]], p) for name, p in group]
         joined[i] = {
-            key: _joined((entry[key] for entry, _ in entries), shape) if value.shape == entries[0][1].shape else value
+            key: _flatten((entry[key] for entry, _ in entries), shape) if value.shape == entries[0][1].shape else value
             for key, value in entries[0][0].items()
         }
     return joined
@@ -202,8 +202,8 @@ class MixedPrecisionTrainer:
         grads = [p.grad for p in self.master_params if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         param_norm = nn.utils.get_total_norm([p.detach() for p in self.master_params])
-        logger.logkv_mean(f"{self.name}grad_norm", dist_util.whole(grad_norm))
-        logger.logkv_mean(f"{self.name}param_norm", dist_util.whole(param_norm))
+        logger.logkv_mean(f"{self.name}grad_norm", dist_util.full_tensor(grad_norm))
+        logger.logkv_mean(f"{self.name}param_norm", dist_util.full_tensor(param_norm))
         if self.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(self.master_params, self.grad_clip, grad_norm)
         opt.step()
@@ -214,7 +214,7 @@ class MixedPrecisionTrainer:
         if self.use_fp16:
             model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
         grads = [master.grad for master in self.master_params if master.grad is not None]
-        usable = not check_overflow(dist_util.whole(nn.utils.get_total_norm(grads)))
+        usable = not check_overflow(dist_util.full_tensor(nn.utils.get_total_norm(grads)))
         if usable:
             torch._foreach_mul_(grads, 2.0 ** -self.lg_loss_scale)
             self._step(opt)
@@ -256,7 +256,7 @@ class MixedPrecisionTrainer:
                              f"model has {len(named)} of {sum(p.numel() for _, p in named)}; it belongs to another one")
         for i, entries in state.items():
             master = self.master_params[i]
-            state[i] = {key: dist_util.like(value, master) if value.shape == master.shape else value
+            state[i] = {key: dist_util.distribute_like(value, master) if value.shape == master.shape else value
                         for key, value in entries.items()}
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 

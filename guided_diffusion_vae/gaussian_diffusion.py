@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .config import opt
+from .config import option
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
 from .nn import mean_flat
 
@@ -80,24 +80,24 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
 class DiffusionConfig:
     """The noise schedule, what the network predicts, and how it is trained and sampled."""
 
-    learn_sigma: bool = opt(False, "predict the variance of each reverse step too (twice the output channels); needed "
+    learn_sigma: bool = option(False, "predict the variance of each reverse step too (twice the output channels); needed "
                                    "for good samples in few steps and for likelihoods")
-    diffusion_steps: int = opt(1000, "steps of the process that the network is trained on", least=1)
-    noise_schedule: str = opt("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends); with "
+    diffusion_steps: int = option(1000, "steps of the process that the network is trained on", minimum=1)
+    noise_schedule: str = option("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends); with "
                                         "_zero_snr down to pure noise, which --predict_v or --predict_xstart can take",
                               choices=tuple(NOISE_SCHEDULES))
-    timestep_respacing: str = opt("", "steps to visit: a count (250), counts per equal section (10,15,20), ddimN "
+    timestep_respacing: str = option("", "steps to visit: a count (250), counts per equal section (10,15,20), ddimN "
                                       "(ddim25: N steps at one stride, for DDIM), logsnrN (logsnr20: N steps evenly "
                                       "spread over the log of the signal-to-noise ratio, for the multi-step solvers); "
                                       "empty is every step")
-    use_kl: bool = opt(False, "train on the variational bound alone, the loss of best likelihood, in place of the mean "
+    use_kl: bool = option(False, "train on the variational bound alone, the loss of best likelihood, in place of the mean "
                               "squared error")
-    predict_xstart: bool = opt(False, "let the network predict the clean x_0 in place of the noise")
-    predict_v: bool = opt(False, "let the network predict the velocity, noise and x_0 in turn as the noise falls")
-    min_snr_gamma: float = opt(0.0, "weigh the squared error by min(SNR, this), which keeps easy times from drowning "
-                                    "the others; 5 is usual, 0 is off", least=0)
-    rescale_timesteps: bool = opt(False, "show the network times that run to 1000 whatever the number of steps")
-    rescale_learned_sigmas: bool = opt(False, "weigh the variance term of the loss by steps / 1000, so that it never "
+    predict_xstart: bool = option(False, "let the network predict the clean x_0 in place of the noise")
+    predict_v: bool = option(False, "let the network predict the velocity, noise and x_0 in turn as the noise falls")
+    min_snr_gamma: float = option(0.0, "weigh the squared error by min(SNR, this), which keeps easy times from drowning "
+                                    "the others; 5 is usual, 0 is off", minimum=0)
+    rescale_timesteps: bool = option(False, "show the network times that run to 1000 whatever the number of steps")
+    rescale_learned_sigmas: bool = option(False, "weigh the variance term of the loss by steps / 1000, so that it never "
                                               "outweighs the squared error (with learn_sigma)")
 
 
@@ -167,12 +167,12 @@ class GaussianDiffusion:
         self.min_snr_gamma = min_snr_gamma
         self.discrete_data = discrete_data
         self.betas = np.array(betas, dtype=np.float64)
-        self.num_timesteps = _checked_length(self.betas)
+        self.num_timesteps = _check_betas(self.betas)
         self._tables = {}       # (name of a schedule, device) -> tensor [T]
         with np.errstate(divide="ignore"):      # a last beta of 1 leaves no signal: 1 / sqrt(alpha-bar) is infinite
             self._derive_schedules()
         if loss_type is LossType.MIN_SNR:
-            self._min_snr_weight = self._weights_of_min_snr()
+            self._min_snr_weight = self._min_snr_weights()
         if self.betas[-1] == 1 and model_mean_type in (ModelMeanType.EPSILON, ModelMeanType.PREVIOUS_X):
             raise ValueError("the noise schedule ends in pure noise, from which a prediction of noise tells nothing of "
                              "x_0; set --predict_v True or --predict_xstart True, or take another --noise_schedule")
@@ -212,11 +212,11 @@ class GaussianDiffusion:
         # steps of DDIM, to the time before and to the time after
         self._sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
         self._one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
-        self._posterior_deviation = np.sqrt(self.posterior_variance)
+        self._posterior_std = np.sqrt(self.posterior_variance)
         self._sqrt_alphas_cumprod_next = np.sqrt(self.alphas_cumprod_next)
         self._sqrt_one_minus_alphas_cumprod_next = np.sqrt(1.0 - self.alphas_cumprod_next)
 
-    def _table(self, name, device):
+    def _schedule_on(self, name, device):
         """Return schedule `name` on `device`: float32, or int64 for whole numbers; uploaded once."""
         key = name, device
         if key not in self._tables:
@@ -226,11 +226,11 @@ class GaussianDiffusion:
                 self._tables[key] = torch.from_numpy(values.astype(dtype)).to(device)
         return self._tables[key]
 
-    def _at(self, name, t, x):
+    def _extract(self, name, t, x):
         """Gather schedule `name` at times t; [N] -> [N x 1 x ...], to broadcast against x."""
-        return self._table(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
+        return self._schedule_on(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
 
-    def _model_times(self, t):
+    def _scale_timesteps(self, t):
         """Return times `t` as models and guidance are given them; [N] -> [N]."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
@@ -239,9 +239,9 @@ class GaussianDiffusion:
     def q_mean_variance(self, x_start, t):
         """Return mean, variance and log variance of q(x_t | x_0), each [N x C x ...]; DDPM equation 4."""
         return (
-            self._at("sqrt_alphas_cumprod", t, x_start) * x_start,
-            self._at("_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
-            self._at("log_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
+            self._extract("sqrt_alphas_cumprod", t, x_start) * x_start,
+            self._extract("_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
+            self._extract("log_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
         )
 
     def q_sample(self, x_start, t, noise=None):
@@ -253,15 +253,15 @@ class GaussianDiffusion:
             noise = torch.randn_like(x_start)
         if noise.shape != x_start.shape:
             raise ValueError(f"noise is {tuple(noise.shape)}, the data {tuple(x_start.shape)}; they must be alike")
-        spread = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
-        return self._at("sqrt_alphas_cumprod", t, x_start) * x_start + spread * noise
+        spread = self._extract("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return self._extract("sqrt_alphas_cumprod", t, x_start) * x_start + spread * noise
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
         """Return mean, variance and (clipped) log variance of q(x_{t-1} | x_t, x_0); DDPM equations 6 and 7."""
         return (
-            self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t,
-            self._at("posterior_variance", t, x_t).expand_as(x_t),
-            self._at("posterior_log_variance_clipped", t, x_t).expand_as(x_t),
+            self._extract("posterior_mean_coef1", t, x_t) * x_start + self._extract("posterior_mean_coef2", t, x_t) * x_t,
+            self._extract("posterior_variance", t, x_t).expand_as(x_t),
+            self._extract("posterior_log_variance_clipped", t, x_t).expand_as(x_t),
         )
 
     # Conversions between the quantities that a network may predict.
@@ -269,26 +269,26 @@ class GaussianDiffusion:
     def _predict_xstart_from_eps(self, x_t, t, eps):
         """Solve x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) eps for x_0; inverse of `_predict_eps_from_xstart`."""
         return (
-            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+            self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._extract("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
         )
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
         """Solve the same equation for eps; inverse of `_predict_xstart_from_eps`."""
-        signal = self._at("sqrt_alphas_cumprod", t, x_t) * pred_xstart
-        return (x_t - signal) / self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
+        signal = self._extract("sqrt_alphas_cumprod", t, x_t) * pred_xstart
+        return (x_t - signal) / self._extract("sqrt_one_minus_alphas_cumprod", t, x_t)
 
     def _predict_xstart_from_v(self, x_t, t, v):
         """Return x_0 = sqrt(alpha-bar) x_t - sqrt(1 - alpha-bar) v; progressive distillation, appendix D."""
-        return self._at("sqrt_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+        return self._extract("sqrt_alphas_cumprod", t, x_t) * x_t - self._extract("sqrt_one_minus_alphas_cumprod", t, x_t) * v
 
     def _velocity(self, x_start, t, noise):
         """Return v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0, [N x C x ...]."""
-        spread = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
-        return self._at("sqrt_alphas_cumprod", t, x_start) * noise - spread * x_start
+        spread = self._extract("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return self._extract("sqrt_alphas_cumprod", t, x_start) * noise - spread * x_start
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         """Solve DDPM equation 7 for x_0; inverse of the mean of `q_posterior_mean_variance`."""
-        return self._at("_xprev_coef", t, x_t) * xprev - self._at("_xprev_x_t_coef", t, x_t) * x_t
+        return self._extract("_xprev_coef", t, x_t) * xprev - self._extract("_xprev_x_t_coef", t, x_t) * x_t
 
     # The reverse process p.
 
@@ -298,7 +298,7 @@ class GaussianDiffusion:
         Returns a dict of tensors [N x C x ...]: `mean`, `variance`, `log_variance`, and the `pred_xstart` behind them.
         Raises ValueError where the network's channels do not fit the kind of variance.
         """
-        output = model(x, self._model_times(t), **(model_kwargs or {}))
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return self._p_from_output(output, x, t, clip_denoised, denoised_fn)
 
     def _p_from_output(self, output, x, t, clip_denoised, denoised_fn=None):
@@ -336,12 +336,12 @@ class GaussianDiffusion:
     def _reverse_variance(self, sigma_head, x, t):
         """Return (variance, log variance) of p(x_{t-1} | x_t), [N x C x ...] each."""
         if self.model_var_type in _FIXED_VARIANCES:
-            variance, log_variance = (self._at(name, t, x) for name in _FIXED_VARIANCES[self.model_var_type])
+            variance, log_variance = (self._extract(name, t, x) for name in _FIXED_VARIANCES[self.model_var_type])
             return variance.expand_as(x), log_variance.expand_as(x)
         if self.model_var_type is ModelVarType.LEARNED:
             return sigma_head.exp(), sigma_head
         v = 0.5 * (sigma_head + 1.0)        # [-1, 1] -> [0, 1]
-        log_variance = v * self._at("_log_betas", t, x) + (1.0 - v) * self._at("posterior_log_variance_clipped", t, x)
+        log_variance = v * self._extract("_log_betas", t, x) + (1.0 - v) * self._extract("posterior_log_variance_clipped", t, x)
         return log_variance.exp(), log_variance
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
@@ -349,7 +349,7 @@ class GaussianDiffusion:
 
         p_mean_var: what `p_mean_variance` gave for x and t.
         """
-        gradient = cond_fn(x, self._model_times(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
@@ -358,8 +358,8 @@ class GaussianDiffusion:
         The algorithm's eps - sqrt(1 - alpha-bar) gradient, told in x_0. `mean` and `pred_xstart` change; the new
         pred_xstart is not clipped again.
         """
-        gradient = cond_fn(x, self._model_times(t), **(model_kwargs or {}))
-        pred_xstart = p_mean_var["pred_xstart"] + self._at("_xstart_per_score", t, x) * gradient
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        pred_xstart = p_mean_var["pred_xstart"] + self._extract("_xstart_per_score", t, x) * gradient
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": self.q_posterior_mean_variance(pred_xstart, x, t)[0]}
 
     # One step of sampling. `noise_fn(x)` draws standard normal noise shaped like x; the default is torch.randn_like.
@@ -394,10 +394,10 @@ class GaussianDiffusion:
         x_0 = p["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, x_0)
         noise = (noise_fn or torch.randn_like)(x)
-        sigma = eta * self._at("_posterior_deviation", t, x)        # equation 16; 0 at t = 0
+        sigma = eta * self._extract("_posterior_std", t, x)        # equation 16; 0 at t = 0
         # Rounding may leave the difference a hair below zero where eta is 1.
-        along_eps = (self._at("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0.0).sqrt()
-        mean = self._at("_sqrt_alphas_cumprod_prev", t, x) * x_0 + along_eps * eps
+        along_eps = (self._extract("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0.0).sqrt()
+        mean = self._extract("_sqrt_alphas_cumprod_prev", t, x) * x_0 + along_eps * eps
         return {"sample": mean + sigma * noise, "pred_xstart": x_0}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
@@ -409,8 +409,8 @@ class GaussianDiffusion:
             raise ValueError(f"DDIM's eta is {eta}, must be 0 to reverse: only the deterministic path has a way back")
         x_0 = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, x_0)
-        spread = self._at("_sqrt_one_minus_alphas_cumprod_next", t, x)
-        return {"sample": self._at("_sqrt_alphas_cumprod_next", t, x) * x_0 + spread * eps, "pred_xstart": x_0}
+        spread = self._extract("_sqrt_one_minus_alphas_cumprod_next", t, x)
+        return {"sample": self._extract("_sqrt_alphas_cumprod_next", t, x) * x_0 + spread * eps, "pred_xstart": x_0}
 
     # Whole runs of sampling, from t = T - 1 to t = 0.
 
@@ -438,7 +438,7 @@ class GaussianDiffusion:
             self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
             model_kwargs=model_kwargs, noise_fn=noise_fn,
         )
-        return self._walk(step, model, shape, noise, device, progress, noise_fn)
+        return self._sample_progressive(step, model, shape, noise, device, progress, noise_fn)
 
     def ddim_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
@@ -458,13 +458,13 @@ class GaussianDiffusion:
             self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
             model_kwargs=model_kwargs, eta=eta, noise_fn=noise_fn,
         )
-        return self._walk(step, model, shape, noise, device, progress, noise_fn)
+        return self._sample_progressive(step, model, shape, noise, device, progress, noise_fn)
 
-    def _walk(self, step, model, shape, noise, device, progress, noise_fn):
+    def _sample_progressive(self, step, model, shape, noise, device, progress, noise_fn):
         """Yield step(x=x_t, t=t) for t from T - 1 to 0, each starting at the `sample` of the one before."""
         if device is None:
             device = next(model.parameters()).device
-        x = starting_noise(tuple(shape), noise, device, noise_fn)
+        x = initial_noise(tuple(shape), noise, device, noise_fn)
         times = range(self.num_timesteps - 1, -1, -1)
         if progress:
             from tqdm.auto import tqdm
@@ -491,7 +491,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
-        output = model(x_t, self._model_times(t), **(model_kwargs or {}))
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
         vb_weight = {
             LossType.MSE: 1.0,
             LossType.RESCALED_MSE: self.num_timesteps / 1000.0,
@@ -501,16 +501,16 @@ class GaussianDiffusion:
         }[self.loss_type]
         if self.loss_type.is_vb():
             p = self._p_from_output(output, x_t, t, clip_denoised=False)
-            return {"loss": vb_weight * self._bound_term(p, x_start, x_t, t)}
+            return {"loss": vb_weight * self._vlb_term(p, x_start, x_t, t)}
 
         prediction, sigma_head = self._split_heads(output, x_t)
         terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)}
         if self.loss_type is LossType.MIN_SNR:
-            terms["mse"] = terms["mse"] * self._table("_min_snr_weight", t.device)[t]
+            terms["mse"] = terms["mse"] * self._schedule_on("_min_snr_weight", t.device)[t]
         if sigma_head is None:
             return {"loss": terms["mse"], **terms}
         p = self._p_from_output(torch.cat([prediction.detach(), sigma_head], dim=1), x_t, t, clip_denoised=False)
-        terms["vb"] = vb_weight * self._bound_term(p, x_start, x_t, t)
+        terms["vb"] = vb_weight * self._vlb_term(p, x_start, x_t, t)
         return {"loss": terms["mse"] + terms["vb"], **terms}
 
     def _target(self, x_start, x_t, t, noise):
@@ -521,7 +521,7 @@ class GaussianDiffusion:
             return self._velocity(x_start, t, noise)
         return {ModelMeanType.START_X: x_start, ModelMeanType.EPSILON: noise}[self.model_mean_type]
 
-    def _weights_of_min_snr(self):
+    def _min_snr_weights(self):
         """Return what min(SNR, gamma), the weight of an error of x_0, is for an error of the prediction, [T]."""
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         bounded = np.minimum(snr, self.min_snr_gamma)
@@ -532,7 +532,7 @@ class GaussianDiffusion:
                              "is above 0 (--min_snr_gamma), and the network predicts noise, x_0 or the velocity")
         return bounded / ratios[self.model_mean_type]
 
-    def _bound_term(self, p, x_start, x_t, t):
+    def _vlb_term(self, p, x_start, x_t, t):
         """Return L_t of the variational bound (iDDPM, equations 4 to 6) in bits per element, [N].
 
         How far p is from the step that knows x_0 (a KL divergence); at t = 0, what it costs to code x_start as 8-bit
@@ -547,7 +547,7 @@ class GaussianDiffusion:
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
         """Return {"output": the bound's term at t in bits per element [N], "pred_xstart": [N x C x ...]}."""
         p = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
-        return {"output": self._bound_term(p, x_start, x_t, t), "pred_xstart": p["pred_xstart"]}
+        return {"output": self._vlb_term(p, x_start, x_t, t), "pred_xstart": p["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
         """Return L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per element, [N]; no network can change it."""
@@ -577,7 +577,7 @@ class GaussianDiffusion:
         return {"total_bpd": table["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **table}
 
 
-def _checked_length(betas):
+def _check_betas(betas):
     """Return how many betas there are, or raise ValueError where they are not numbers in (0, 1] in one row."""
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas must be one row of numbers, found an array of shape {betas.shape}")
@@ -590,7 +590,7 @@ def _checked_length(betas):
     return len(betas)
 
 
-def starting_noise(shape, noise, device, noise_fn):
+def initial_noise(shape, noise, device, noise_fn):
     """Return x_T: `noise` where it is given, else a draw of `shape` on `device`."""
     if noise is None:
         return torch.randn(*shape, device=device) if noise_fn is None else noise_fn(torch.empty(shape, device=device))

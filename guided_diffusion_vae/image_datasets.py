@@ -1,6 +1,6 @@
 """Turn picture files into batches: the reference's loader, and one that keeps grey, 16-bit, float and complex values.
 
-`load_data` and `ImageDataset` are guided-diffusion's: 8-bit RGB in [-1, 1]. `PictureFolder` is what the rest of this
+`load_data` and `ImageDataset` are guided-diffusion's: 8-bit RGB in [-1, 1]. `ImageFolder` is what the rest of this
 project reads: float32 in [0, 1], as many channels as the files have, nothing clipped or enlarged unasked. Which
 pictures form a batch is computed by `BatchPlan` from (seed, step) alone.
 """
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .data.listing import REFERENCE_ENDINGS, ending_of, _prefix, require_data_dir, walk_files
-from .data.resizing import _shrink, _window
+from .data.listing import REFERENCE_EXTENSIONS, file_extension, _prefix, require_data_dir, walk_files
+from .data.resizing import _downsample_to_cover, _window
 from .files import bf
 
 
@@ -36,7 +36,7 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     require_data_dir(data_dir)
     files = _list_image_files_recursively(data_dir)
     if not files:
-        raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(REFERENCE_ENDINGS)}); check --data_dir")
+        raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(REFERENCE_EXTENSIONS)}); check --data_dir")
     labels = None
     if class_cond:
         prefixes = [_prefix(path) for path in files]
@@ -81,7 +81,7 @@ class ImageDataset(Dataset):
 
 def center_crop_arr(pil_image, image_size):
     """Return the middle square of a picture as an array [S x S] or [S x S x C], resampled so that it fits."""
-    pixels = np.array(_shrink(pil_image, image_size, image_size))
+    pixels = np.array(_downsample_to_cover(pil_image, image_size, image_size))
     return _window(pixels, image_size, image_size)
 
 
@@ -93,7 +93,7 @@ def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0)
     """
     least, most = (math.ceil(image_size / fraction) for fraction in (max_crop_frac, min_crop_frac))
     side = random.randrange(least, most + 1)
-    pixels = np.array(_shrink(pil_image, side, side))
+    pixels = np.array(_downsample_to_cover(pil_image, side, side))
     top = random.randrange(pixels.shape[0] - image_size + 1)
     left = random.randrange(pixels.shape[1] - image_size + 1)
     return pixels[top:top + image_size, left:left + image_size]
@@ -101,7 +101,7 @@ def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0)
 
 def _list_image_files_recursively(data_dir):
     """Return the paths of all jpg, jpeg, png and gif files below a folder, entries sorted folder by folder."""
-    return [path for path in walk_files(data_dir, REFERENCE_ENDINGS) if ending_of(path) in REFERENCE_ENDINGS]
+    return [path for path in walk_files(data_dir, REFERENCE_EXTENSIONS) if file_extension(path) in REFERENCE_EXTENSIONS]
 
 
 def _endless(loader):

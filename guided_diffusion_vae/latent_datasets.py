@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .config import opt
-from .data.batching import Prefetcher, permuted
-from .data.listing import classes_of
-from .data.manifest import CACHE_FLAG, FILENAMES, LABELS, MANIFEST, _REDO, _inside, _read_manifest, _stored_shape
-from .data.statistics import Moments
+from .config import option
+from .data.batching import Prefetcher, permute_indices
+from .data.listing import infer_classes
+from .data.manifest import CACHE_FLAG, FILENAMES, LABELS, MANIFEST, _REENCODE_HINT, _inside, _read_manifest, _stored_shape
+from .data.statistics import RunningMoments
 from .files import require_folder, sha256_of_file
-from .nn import send
+from .nn import to_device
 from .vae.posterior import sample_moments
 
-MOST_CHANNELS = 16      # of latents over one axis: what has more is taken for a picture without an axis for channels
+MAX_CHANNELS = 16      # of latents over one axis: what has more is taken for a picture without an axis for channels
 
 
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
@@ -34,9 +34,9 @@ class LatentConfig:
 
     SECTION = "latents"
 
-    cache_dir: str = opt("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
-    stats_samples: int = opt(2048, "pictures over which latents are measured where they are encoded on the fly",
-                             least=1)
+    cache_dir: str = option("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
+    stats_samples: int = option(2048, "pictures over which latents are measured where they are encoded on the fly",
+                             minimum=1)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ class LatentCache:
     """
 
     random_crop = False
-    in_bulk = True  # many items are read as quickly, one by one, as few
+    supports_bulk_reads = True  # many items are read as quickly, one by one, as few
 
     def __init__(self, folder):
         self.folder = require_folder(folder, CACHE_FLAG)
@@ -154,9 +154,9 @@ class LatentCache:
         `eps` is the posterior's noise, None the mode.
         """
         if self._resident is None:
-            values = send(values, device)
+            values = to_device(values, device)
         else:
-            values = send(self._resident.index_select(0, send(values, self._resident.device)), device).float()
+            values = to_device(self._resident.index_select(0, to_device(values, self._resident.device)), device).float()
         return sample_moments(values, eps) if self.draws_posterior else values
 
     def batch(self, indices, eps=None, flips=None):
@@ -183,7 +183,7 @@ class LatentCache:
         files += self.manifest["files"].items()
         for done, (name, sha256) in enumerate(files, 1):
             if sha256_of_file(self.folder / name) != sha256:
-                raise ValueError(f"{self.folder / name} is not what was written there (SHA-256 differs); {_REDO}")
+                raise ValueError(f"{self.folder / name} is not what was written there (SHA-256 differs); {_REENCODE_HINT}")
             if progress:
                 progress(done, len(files))
 
@@ -192,11 +192,11 @@ class LatentCache:
         try:
             values = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); {_REDO}") from error
+            raise ValueError(f"{path} cannot be read ({error}); {_REENCODE_HINT}") from error
         wanted = (shard["count"], *_stored_shape(self.manifest))
         if values.shape != wanted or values.dtype != np.dtype(self.manifest["dtype"]):
             raise ValueError(f"{path} holds {values.dtype} {list(values.shape)}, the manifest says "
-                             f"{self.manifest['dtype']} {list(wanted)}; {_REDO}")
+                             f"{self.manifest['dtype']} {list(wanted)}; {_REENCODE_HINT}")
         return values
 
     def _require_whole(self):
@@ -204,29 +204,29 @@ class LatentCache:
         starts = np.cumsum([0] + [len(shard) for shard in self._shards])
         if starts[-1] != entries or (starts[:-1] != self._firsts).any():
             raise ValueError(f"{self.folder / MANIFEST}: its shards hold {starts[-1]} latents in a row, not the "
-                             f"{entries} it says; {_REDO}")
+                             f"{entries} it says; {_REENCODE_HINT}")
 
     def _read_labels(self):
         path = self.folder / LABELS
         try:
             labels = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); {_REDO}") from error
+            raise ValueError(f"{path} cannot be read ({error}); {_REENCODE_HINT}") from error
         right = labels.dtype == np.int64 and labels.shape == (self.count,)
         if not right or labels.min() < 0 or labels.max() >= len(self.class_names):
             raise ValueError(f"{path} holds {labels.dtype} {list(labels.shape)}, not {self.count} int64 labels of "
-                             f"{len(self.class_names)} classes; {_REDO}")
+                             f"{len(self.class_names)} classes; {_REENCODE_HINT}")
         return labels
 
 
 class LatentFolder:
-    """Hand out latents kept as one `.npy` [C x ...] per picture; classes as in `PictureFolder`.
+    """Hand out latents kept as one `.npy` [C x ...] per picture; classes as in `ImageFolder`.
 
     Such files say nothing of their autoencoder: they are taken to be scaled by `scale_factor` already, as
     `encode_batch` returns them. Statistics are measured over up to 4096 of them, evenly spread.
     """
 
-    random_crop = random_flip = draws_posterior = in_bulk = False
+    random_crop = random_flip = draws_posterior = supports_bulk_reads = False
     image_shape = unpadded_shape = autoencoder = None
     preprocessing = {}
 
@@ -239,13 +239,13 @@ class LatentFolder:
         self.count = len(self.paths)
         self.latent_shape = self._open(self.paths[0]).shape
         channels, *grid = self.latent_shape or (0,)
-        if not grid or len(grid) == 1 and (channels > MOST_CHANNELS or channels == grid[0]):
+        if not grid or len(grid) == 1 and (channels > MAX_CHANNELS or channels == grid[0]):
             raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, which is no latent [C x ...] of at "
-                             f"most {MOST_CHANNELS} channels; check {CACHE_FLAG} (pictures go to --data_dir, with "
+                             f"most {MAX_CHANNELS} channels; check {CACHE_FLAG} (pictures go to --data_dir, with "
                              "--vae_path)")
         self.filenames = [path.relative_to(self.folder).as_posix() for path in self.paths]
-        self.class_names, self.labels = classes_of(self.filenames, str(self.folder))
-        moments = Moments()
+        self.class_names, self.labels = infer_classes(self.filenames, str(self.folder))
+        moments = RunningMoments()
         for index in np.unique(np.linspace(0, self.count - 1, min(self.count, most_measured)).astype(int)):
             moments.add(self.read([index]).numpy())
         self.statistics = moments.statistics()
@@ -275,7 +275,7 @@ class LatentFolder:
 
     def latents(self, values, eps=None, device="cpu"):
         """Return `values` on `device`: a folder of latents holds no posterior to draw from."""
-        return send(values, device)
+        return to_device(values, device)
 
     def batch(self, indices, eps=None, flips=None):
         """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
@@ -291,7 +291,7 @@ class LatentFolder:
         return latent
 
 
-class EncodedPictures:
+class EncodedImages:
     """Encode pictures as they come, a whole batch at a time, where the codec is; a latent source like `LatentCache`.
 
     With a `PixelCodec` the pictures themselves are x0, and there are no statistics to know.
@@ -301,7 +301,7 @@ class EncodedPictures:
     :param progress: called with (pictures measured, pictures in all).
     """
 
-    in_bulk = False
+    supports_bulk_reads = False
 
     def __init__(self, pictures, codec, stats_samples=2048, seed=0, batch_size=32, statistics=None, progress=None):
         self.pictures = pictures
@@ -339,17 +339,17 @@ class EncodedPictures:
         Pictures are handed over as they were read, on the host: the codec checks their values there, where nothing has
         to wait for a GPU.
         """
-        return send(self.codec.encode_batch(images, eps), device).float()
+        return to_device(self.codec.encode_batch(images, eps), device).float()
 
     def batch(self, indices, eps=None, flips=None):
         """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
         return self.latents(self.read(indices, flips), eps), _labels_at(self, indices)
 
     def _measure(self, number, seed, batch_size, progress):
-        chosen = np.sort(permuted(np.arange(number), self.count, seed, 0).astype(np.int64))
+        chosen = np.sort(permute_indices(np.arange(number), self.count, seed, 0).astype(np.int64))
         groups = [chosen[start:start + batch_size] for start in range(0, number, batch_size)]
         ahead = Prefetcher(lambda k: self.read(groups[k]), end_step=len(groups))
-        moments, done = Moments(), 0
+        moments, done = RunningMoments(), 0
         try:
             for group in groups:
                 stored = _encode(self.codec, ahead.next(), "moments").cpu().numpy()

@@ -58,7 +58,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def writekvs(self, kvs):
         """Write a table of one row a name, sorted by name."""
-        cells = [(key, _short(kvs[key])) for key in sorted(kvs, key=str.lower)]
+        cells = [(key, _format_value(kvs[key])) for key in sorted(kvs, key=str.lower)]
         if not cells:
             return
         left, right = (max(map(len, column)) for column in zip(*cells))
@@ -81,7 +81,7 @@ class JSONOutputFormat(KVWriter):
 
     def __init__(self, filename, resume_step=None):
         if resume_step is not None and os.path.exists(filename):
-            kept = [line for line in _whole_lines(filename) if _before(json.loads(line).get("step"), resume_step)]
+            kept = [line for line in _complete_lines(filename) if _before(json.loads(line).get("step"), resume_step)]
             with atomic_path(filename) as part:
                 part.write_text("".join(kept))
         self._stream = open(filename, "w" if resume_step is None else "a")
@@ -107,7 +107,7 @@ class CSVOutputFormat(KVWriter):
         self._path = Path(filename)
         self._columns = []
         if resume_step is not None and self._path.exists():
-            rows = [row for row in csv.reader(_whole_lines(self._path)) if row]
+            rows = [row for row in csv.reader(_complete_lines(self._path)) if row]
             header, rows = (rows[0], rows[1:]) if rows else ([], [])
             at = header.index("step") if "step" in header else None
             self._rewrite(header, [row for row in rows if at is None or _before(row[at], resume_step)])
@@ -169,7 +169,7 @@ class TensorBoardOutputFormat(KVWriter):
             self._open().close()
 
 
-class _AtFirstRow(KVWriter):
+class _LazyWriter(KVWriter):
     """Open a file of curves that is there when a row is to be written: a command refused before leaves it as it is."""
 
     def __init__(self, make):
@@ -204,7 +204,7 @@ def make_output_format(format, ev_dir, log_suffix="", resume_step=None):
     return FORMATS[format](ev_dir, log_suffix, resume_step)
 
 
-def _whole_lines(filename):
+def _complete_lines(filename):
     """Return the lines of a file that end in a newline: the last one may have been cut by a kill."""
     with open(filename, newline="") as stream:
         return [line for line in stream if line.endswith("\n")]
@@ -222,7 +222,7 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else value
 
 
-def _short(value):
+def _format_value(value):
     value = _plain(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -241,7 +241,7 @@ class Logger:
     CURRENT = None
 
     def __init__(self, dir, output_formats, comm=None):
-        self._held = {}  # name -> ([(value, weight), ...], _MEAN), or (value, None) where logkv has set it
+        self._pending_values = {}  # name -> ([(value, weight), ...], _MEAN), or (value, None) where logkv has set it
         self.level = INFO
         self.dir = dir
         self.output_formats = output_formats
@@ -249,7 +249,7 @@ class Logger:
 
     def logkv(self, key, val):
         """Set a number or text, in place of what the name held."""
-        self._held[key] = _detached(key, val), None
+        self._pending_values[key] = _detached(key, val), None
 
     def logkv_mean(self, key, val, weight=1):
         """Add a number to the weighted mean of those logged under this name since the last dump.
@@ -258,16 +258,16 @@ class Logger:
         as they are and read at the dump, so that a step that does not log asks nothing of the device: log a result,
         not memory that the next step writes to.
         """
-        pairs, weights = self._held.get(key, (None, None))
+        pairs, weights = self._pending_values.get(key, (None, None))
         if weights is not _MEAN:  # nothing, or a value of logkv, which starts no mean
             pairs = []
-            self._held[key] = pairs, _MEAN
+            self._pending_values[key] = pairs, _MEAN
         pairs.append((_detached(key, val), _detached(key, weight)))
 
     def add(self, key, val):
         """Add a number to the sum under this name since the last dump."""
-        held, kind = self._held.get(key, (0.0, None))
-        self._held[key] = (0.0 if kind is _MEAN else held) + val, None
+        held, kind = self._pending_values.get(key, (0.0, None))
+        self._pending_values[key] = (0.0 if kind is _MEAN else held) + val, None
 
     def getkvs(self):
         """Return what is held as plain numbers, on this rank; waits for the device."""
@@ -276,7 +276,7 @@ class Logger:
     def _means(self):
         """Return name -> (mean, weight), tensors read out."""
         means = {}
-        for key, (held, kind) in self._held.items():
+        for key, (held, kind) in self._pending_values.items():
             if kind is not _MEAN:
                 means[key] = _plain(held), 1
                 continue
@@ -288,7 +288,7 @@ class Logger:
     def dumpkvs(self):
         """Write what is held, averaged over ranks by their weights, start anew, and return it."""
         kvs = self._over_ranks(self._means())
-        self._held = {}
+        self._pending_values = {}
         if self.level != DISABLED:
             for out in self.output_formats:
                 if isinstance(out, KVWriter):
@@ -467,7 +467,7 @@ def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     for name in filter(None, format_strs):
         make = functools.partial(make_output_format, name, dir, log_suffix, resume_step)
         there = name in ("csv", "json") and os.path.exists(os.path.join(dir, f"progress{log_suffix}.{name}"))
-        outputs.append(_AtFirstRow(make) if there else make())
+        outputs.append(_LazyWriter(make) if there else make())
     return Logger(dir, outputs, comm)
 
 
@@ -514,7 +514,7 @@ def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
         Logger.CURRENT = outer
 
 
-def say(text):
+def log_rank0(text):
     """Print on rank 0, and into the log where there is one."""
     if dist_util.rank() == 0:
         log(text)

@@ -5,7 +5,7 @@ import math
 import torch
 
 # Below this a probability is treated as this, so that its logarithm stays finite.
-_SMALLEST_PROBABILITY = 1e-12
+_MIN_PROBABILITY = 1e-12
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
@@ -51,7 +51,7 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     below_lower = approx_standard_normal_cdf(precision * (offset - half_bin))
     inside = torch.where(x > 0.999, 1.0 - below_lower, below_upper - below_lower)
     probability = torch.where(x < -0.999, below_upper, inside)
-    return probability.clamp(min=_SMALLEST_PROBABILITY).log()
+    return probability.clamp(min=_MIN_PROBABILITY).log()
 
 
 def gaussian_log_density(x, *, means, log_scales):

@@ -34,20 +34,20 @@ class Conv3d(nn.Conv3d):
     """
 
     def forward(self, x):
-        if not self.too_flat(x):
+        if not self.needs_explicit_padding(x):
             return super().forward(x)
-        return F.conv3d(self.written_out(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv3d(self.pad_explicitly(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
-    def too_flat(self, x):
+    def needs_explicit_padding(self, x):
         """Say whether the convolution of x [N x C x D x H x W] needs its padding written out."""
         return any(self.padding) and _too_flat(x, self.kernel_size)
 
-    def written_out(self, x):
+    def pad_explicitly(self, x):
         """Return x with the zeros around it that the convolution would add."""
         return F.pad(x, [n for padding in reversed(self.padding) for n in (padding, padding)])
 
-    def taken_off(self, x):
-        """Return x without what `written_out` has added."""
+    def crop_padding(self, x):
+        """Return x without what `pad_explicitly` has added."""
         return x[(..., *(slice(padding, n - padding) for n, padding in zip(x.shape[2:], self.padding)))]
 
 
@@ -164,7 +164,7 @@ def upsample_nearest(x, factors):
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def conv_of_repeated(conv, x, factors):
+def upsample_conv(conv, x, factors):
     """Return conv(upsample_nearest(x, factors)) without making the enlarged input.
 
     A repeated element meets sums of the kernel's taps, so the whole is a transposed convolution of stride s with s + 2
@@ -177,7 +177,7 @@ def conv_of_repeated(conv, x, factors):
     factors = per_axis(factors, x.dim() - 2)
     if set(factors) == {1}:
         return conv(x)
-    if isinstance(conv, Conv3d) and conv.too_flat(x):
+    if isinstance(conv, Conv3d) and conv.needs_explicit_padding(x):
         return conv(upsample_nearest(x, factors))
     strides = [min(factor, 3) for factor in factors]
     axes = tuple(range(2, x.dim()))
@@ -210,7 +210,7 @@ def _layer(name, dims):
     return _LAYERS[name][dims - 1]
 
 
-def send(tensor, device):
+def to_device(tensor, device):
     """Copy a tensor to a device without waiting for what that is doing (from pinned memory, as CUDA wants it).
 
     To the host it is waited for: whoever reads there would not know that the numbers are still on their way.
@@ -260,7 +260,7 @@ def normalization(channels):
 # Memory.
 
 
-def conv_of_recomputed(cheap, conv, inputs, params, groups, random=False, whole=False):
+def recomputed_conv(cheap, conv, inputs, params, groups, random=False, whole=False):
     """Return conv(cheap(groups, *inputs, *params)), without keeping what `cheap` gave for the backward pass.
 
     A convolution keeps its input to learn its weights. Where that is a norm and an activation of something that is kept
@@ -300,19 +300,19 @@ class _ConvOfRecomputed(torch.autograd.Function):
 
         def compute(part):
             device, dtype, enabled = ctx.autocast
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), _drawing_from(ctx.random_state):
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), _restored_rng_state(ctx.random_state):
                 return ctx.cheap(ctx.groups // parts, *pieces[part]).to(grad.dtype)
 
         only = compute(0) if parts == 1 else None
         value = torch.cat([compute(part).detach() for part in range(parts)], 1) if only is None else only.detach()
         conv = ctx.conv
-        flat = isinstance(conv, Conv3d) and conv.too_flat(value)
+        flat = isinstance(conv, Conv3d) and conv.needs_explicit_padding(value)
         of_value, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            grad, conv.written_out(value) if flat else value, weight.to(grad.dtype), [weight.shape[0]], conv.stride,
+            grad, conv.pad_explicitly(value) if flat else value, weight.to(grad.dtype), [weight.shape[0]], conv.stride,
             [0] * len(conv.stride) if flat else conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups,
             [True, True, conv.bias is not None],
         )
-        of_value = conv.taken_off(of_value) if flat else of_value
+        of_value = conv.crop_padding(of_value) if flat else of_value
         del value
         further = [torch.empty_like(tensor) for tensor in tensors]
         slots = [whole.chunk(parts, dim=1 if i < ctx.count else 0) for i, whole in enumerate(further)]
@@ -326,14 +326,14 @@ class _ConvOfRecomputed(torch.autograd.Function):
 
 
 def _random_state(device):
-    """Return what `_drawing_from` needs to draw once more what will be drawn on this device now."""
+    """Return what `_restored_rng_state` needs to draw once more what will be drawn on this device now."""
     if device.type == "cpu":
         return device, torch.get_rng_state()
     return device, getattr(torch, device.type).get_rng_state(device)
 
 
 @contextlib.contextmanager
-def _drawing_from(state):
+def _restored_rng_state(state):
     """Draw inside from a state of `_random_state`, and outside go on as if nothing had been drawn."""
     if state is None:
         yield

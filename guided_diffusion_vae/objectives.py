@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from . import logger
-from .data.augmentation import augmented, mirrored
+from .data.augmentation import random_affine, random_flips
 from .gaussian_diffusion import noised_condition
-from .nn import keyed_randn, keyed_rng, keyed_seed, send
+from .nn import keyed_randn, keyed_rng, keyed_seed, to_device
 from .resample import LossAwareSampler, UniformSampler
 from .vae.posterior import autoencoder_losses, to_image_range
 
 # Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
-NOISE, TIMES, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMES, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
+NOISE, TIMESTEPS, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMESTEPS, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
 
 
 SLICES = 15
 
 
-class Draws:
+class StepRNG:
     """Random numbers of one step, for the slots of the global batch that one forward pass works on."""
 
     def __init__(self, seed, step, slots, global_batch):
@@ -31,22 +31,22 @@ class Draws:
 
     def part(self, start, stop):
         """Return the draws of the samples start..stop of this rank's batch."""
-        return Draws(self.seed, self.step, self.slots[start:stop], self.global_batch)
+        return StepRNG(self.seed, self.step, self.slots[start:stop], self.global_batch)
 
     def normal(self, shape, device, stream=NOISE):
         """Return standard normal noise [n x *shape], one row a slot."""
         keys = [(self.seed, stream, self.step, slot) for slot in self.slots]
-        return send(keyed_randn(shape, keys), device)
+        return to_device(keyed_randn(shape, keys), device)
 
     def times(self, sampler, device):
         """Return (times [n], weights [n]): drawn for the whole global batch, so that every rank sees one draw."""
-        t, weights = sampler.sample(self.global_batch, device, self._generator(TIMES))
+        t, weights = sampler.sample(self.global_batch, device, self._generator(TIMESTEPS))
         return t[self._here], weights[self._here]
 
     def uniform(self, stream, device):
         """Return numbers evenly spread over [0, 1), [n], one a slot."""
         drawn = self._generator(stream).random_sample(self.global_batch)[self._here]
-        return send(torch.from_numpy(drawn), device)
+        return to_device(torch.from_numpy(drawn), device)
 
     def _generator(self, stream):
         return np.random.RandomState(keyed_seed(self.seed, stream, self.step) % 2**32)
@@ -56,7 +56,7 @@ class Draws:
         return slice(self.slots[0], self.slots[-1] + 1)
 
 
-class _OverTimes:
+class _TimestepObjective:
     """What objectives share whose times a sampler draws; losses before its weights are the terms' "unweighted"."""
 
     def __init__(self, diffusion, schedule_sampler=None):
@@ -75,7 +75,7 @@ class _OverTimes:
             self.schedule_sampler.load_state_dict(state)
 
 
-class DiffusionObjective(_OverTimes):
+class DiffusionObjective(_TimestepObjective):
     """The losses of `GaussianDiffusion.training_losses` at drawn times, weighted as the sampler of times asks.
 
     :param class_dropout: share of samples whose label is replaced by `null_label`.
@@ -93,11 +93,11 @@ class DiffusionObjective(_OverTimes):
     def __call__(self, model, x0, cond, draws):
         t, weights = draws.times(self.schedule_sampler, x0.device)
         noise = draws.normal(x0.shape[1:], x0.device)
-        terms = self.diffusion.training_losses(model, x0, t, model_kwargs=self._told(cond, draws), noise=noise)
+        terms = self.diffusion.training_losses(model, x0, t, model_kwargs=self._embed_conditioning(cond, draws), noise=noise)
         terms["unweighted"] = terms["loss"].detach()
         return {k: v if k == "unweighted" else v * weights for k, v in terms.items()}, t
 
-    def _told(self, cond, draws):
+    def _embed_conditioning(self, cond, draws):
         """Return what the network is told: labels of which some are hidden, small pictures with noise on them."""
         told = dict(cond)
         if self.class_dropout and "y" in cond:
@@ -105,7 +105,7 @@ class DiffusionObjective(_OverTimes):
             told["y"] = cond["y"].masked_fill(hidden, self.null_label)
         if self.cond_noise_steps:
             low_res = cond["low_res"]
-            times = (draws.uniform(CONDITION_TIMES, low_res.device) * self.cond_noise_steps).long()
+            times = (draws.uniform(CONDITION_TIMESTEPS, low_res.device) * self.cond_noise_steps).long()
             noise = draws.normal(low_res.shape[1:], low_res.device, CONDITION_NOISE)
             told["low_res"] = noised_condition(self.diffusion, low_res, times, noise)
             told["low_res_times"] = times
@@ -145,7 +145,7 @@ class AutoencoderObjective(PlainObjective):
     :param network: the autoencoder itself, without what distributes it.
     :param train: an AutoencoderTrainConfig, for how pictures are varied.
     :param perceptual: (weight, `PerceptualLoss`) or None.
-    :param adversary: an `Adversary`, or None.
+    :param adversary: an `DiscriminatorTrainer`, or None.
     """
 
     def __init__(self, loss_config, network, image_range, train, perceptual=None, adversary=None):
@@ -153,8 +153,8 @@ class AutoencoderObjective(PlainObjective):
         self.perceptual, self.adversary = perceptual, adversary
 
     def __call__(self, model, images, cond, draws):
-        images = mirrored(images, draws) if self.train.mirror else images
-        images = augmented(images, draws, self.train) if self.train.augment else images
+        images = random_flips(images, draws) if self.train.mirror else images
+        images = random_affine(images, draws, self.train) if self.train.augment else images
         x = to_image_range(images, self.image_range)
         eps = draws.normal(self.network.latent_shape(x.shape[2:]), x.device)
         reconstruction, mean, sigma = model(x, eps)
@@ -163,12 +163,12 @@ class AutoencoderObjective(PlainObjective):
             weight, distance = self.perceptual
             terms["perceptual_loss"] = distance(reconstruction, x, keyed_rng(draws.seed, SLICES, draws.step))
             terms["loss"] = terms["loss"] + weight * terms["perceptual_loss"]
-        if self.adversary and self.adversary.is_heeded(draws.step):
-            self.adversary.add_to(terms, x, reconstruction, self.network.last_layer)
+        if self.adversary and self.adversary.is_active(draws.step):
+            self.adversary.add_generator_loss(terms, x, reconstruction, self.network.last_layer)
         return terms, None
 
 
-class ClassifierObjective(_OverTimes):
+class ClassifierObjective(_TimestepObjective):
     """Cross-entropy on x0; with `noised`, on x0 noised to drawn times. Log keys begin with `prefix`."""
 
     def __init__(self, diffusion, schedule_sampler, noised=True, prefix="train"):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .nn import send
+from .nn import to_device
 
 
 def create_named_schedule_sampler(name, diffusion):
@@ -40,8 +40,8 @@ class ScheduleSampler(ABC):
         times = (np.random if rng is None else rng).choice(len(p), size=(batch_size,), p=p)
         importance = 1.0 / (len(p) * p[times])
         return (
-            send(torch.from_numpy(times.astype(np.int64)), device),
-            send(torch.from_numpy(importance.astype(np.float32)), device),
+            to_device(torch.from_numpy(times.astype(np.int64)), device),
+            to_device(torch.from_numpy(importance.astype(np.float32)), device),
         )
 
 

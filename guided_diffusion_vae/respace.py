@@ -7,7 +7,7 @@ import numpy as np
 from .gaussian_diffusion import GaussianDiffusion
 
 # Half of it is where the authors of DPM-Solver end the cosine schedule.
-FAINTEST_LOG_SNR = -10.2
+MIN_LOG_SNR = -10.2
 
 
 def space_timesteps(num_timesteps, section_counts):
@@ -22,7 +22,7 @@ def space_timesteps(num_timesteps, section_counts):
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
-            return _strided(num_timesteps, _parse_counts(section_counts[len("ddim"):], section_counts)[0])
+            return _uniform_stride(num_timesteps, _parse_counts(section_counts[len("ddim"):], section_counts)[0])
         section_counts = _parse_counts(section_counts, section_counts)
     shortest, longer = divmod(num_timesteps, len(section_counts))
     kept, start = set(), 0
@@ -54,7 +54,7 @@ def space_by_log_snr(alphas_cumprod, count):
     alphas_cumprod = np.asarray(alphas_cumprod)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
-    usable = int((log_snr > FAINTEST_LOG_SNR).sum())
+    usable = int((log_snr > MIN_LOG_SNR).sum())
     if not 2 <= count <= usable:
         raise ValueError(f"--timestep_respacing logsnr{count}: choose from 2 to {usable}, the times of the "
                          f"{len(log_snr)} --diffusion_steps whose noise leaves something of x_0")
@@ -68,7 +68,7 @@ def space_by_log_snr(alphas_cumprod, count):
     return set(times.tolist())
 
 
-def _strided(num_timesteps, wanted):
+def _uniform_stride(num_timesteps, wanted):
     for stride in range(1, num_timesteps):
         times = range(0, num_timesteps, stride)
         if len(times) == wanted:
@@ -115,7 +115,7 @@ class SpacedDiffusion(GaussianDiffusion):
         kept = np.cumprod(1.0 - long_betas)[self.timestep_map]
         super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
 
-    def _model_times(self, t):
+    def _scale_timesteps(self, t):
         """Return the times of the long process for steps `t` of this one; [N] -> [N]."""
-        times = self._table("timestep_map", t.device)[t]
+        times = self._schedule_on("timestep_map", t.device)[t]
         return times.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else times

@@ -16,11 +16,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint_util, dist_util, logger
-from .config import opt
+from .config import option
 from .fp16_util import MixedPrecisionTrainer
 from .logger import progress_bar
-from .nn import keyed_seed, send, update_ema
-from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, Draws
+from .nn import keyed_seed, to_device, update_ema
+from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, StepRNG
 from .resample import SCHEDULE_SAMPLERS
 
 
@@ -39,7 +39,7 @@ def _adamw8bit(params, **settings):
 
 OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit}
 # What a run may go on with another value of: it changes no weight's meaning.
-FREE_ON_RESUMING = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms",
+RESUME_OVERRIDABLE = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms",
                     "use_fp16", "classifier_use_fp16")
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,44 +48,44 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class TrainConfig:
     SECTION = "training"
 
-    lr: float = opt(1e-4, "learning rate of AdamW", least=0)
-    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW", least=0)
-    lr_warmup_steps: int = opt(0, "let the learning rate rise linearly from zero over so many steps", least=0)
-    lr_anneal_steps: int = opt(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never",
-                               least=0)
-    optimizer: str = opt("adamw", "adamw, or adamw8bit, whose state takes a quarter of the memory (extra: gpu)",
+    lr: float = option(1e-4, "learning rate of AdamW", minimum=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", minimum=0)
+    lr_warmup_steps: int = option(0, "let the learning rate rise linearly from zero over so many steps", minimum=0)
+    lr_anneal_steps: int = option(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never",
+                               minimum=0)
+    optimizer: str = option("adamw", "adamw, or adamw8bit, whose state takes a quarter of the memory (extra: gpu)",
                          choices=tuple(OPTIMIZERS))
-    max_steps: int = opt(0, "end after that many steps; 0: at lr_anneal_steps, or never", least=0)
-    batch_size: int = opt(1, "samples in a step on each rank", least=1)
-    microbatch: int = opt(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size",
-                          least=-1)
-    gradient_accumulation_steps: int = opt(1, "forward passes of batch_size each in a step: the same saving, counted "
-                                              "the other way round", least=1)
-    ema_rate: str = opt("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
-    log_interval: int = opt(10, "steps between rows of progress.csv", least=1)
-    save_interval: int = opt(10000, "steps between checkpoints", least=1)
-    keep_checkpoints: int = opt(0, "delete all but the newest so many checkpoints; 0: keep all", least=0)
-    preview_interval: int = opt(0, "steps between preview pictures and validation; 0: with every checkpoint", least=0)
-    resume_checkpoint: str = opt("", "model file to go on from; empty or auto: the newest of the run folder")
-    grad_clip: float = opt(0.0, "scale gradients down to this norm; 0: leave them", least=0)
-    mixed_precision: bool = opt(False, "run the forward pass in half-precision autocast; weights stay float32")
-    amp_dtype: str = opt("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
+    max_steps: int = option(0, "end after that many steps; 0: at lr_anneal_steps, or never", minimum=0)
+    batch_size: int = option(1, "samples in a step on each rank", minimum=1)
+    microbatch: int = option(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size",
+                          minimum=-1)
+    gradient_accumulation_steps: int = option(1, "forward passes of batch_size each in a step: the same saving, counted "
+                                              "the other way round", minimum=1)
+    ema_rate: str = option("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
+    log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
+    save_interval: int = option(10000, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = option(0, "delete all but the newest so many checkpoints; 0: keep all", minimum=0)
+    preview_interval: int = option(0, "steps between preview pictures and validation; 0: with every checkpoint", minimum=0)
+    resume_checkpoint: str = option("", "model file to go on from; empty or auto: the newest of the run folder")
+    grad_clip: float = option(0.0, "scale gradients down to this norm; 0: leave them", minimum=0)
+    mixed_precision: bool = option(False, "run the forward pass in half-precision autocast; weights stay float32")
+    amp_dtype: str = option("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
                          choices=tuple(AMP_DTYPES))
-    compile: bool = opt(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, and "
+    compile: bool = option(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, and "
                                "pays in runs of some thousand steps (without --recompute_norms: the compiler decides)")
-    init_from: str = opt("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
+    init_from: str = option("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
                              "what is not taken over is listed")
-    fast_dev_run: bool = opt(False, "try everything out in a few steps (train, measure, save, end), in the folder "
+    fast_dev_run: bool = option(False, "try everything out in a few steps (train, measure, save, end), in the folder "
                                       "fast_dev_run of the run's, which is emptied first")
-    fast_dev_run_batches: int = opt(2, "steps of --fast_dev_run", least=1)
-    seed: int = opt(0, "seed of everything random in training")
+    fast_dev_run_batches: int = option(2, "steps of --fast_dev_run", minimum=1)
+    seed: int = option(0, "seed of everything random in training")
 
 
 @dataclass
 class DiffusionTrainConfig(TrainConfig):
-    schedule_sampler: str = opt("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
-    fp16_scale_growth: float = opt(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
-    fsdp: bool = opt(False, "split weights, gradients, averages and optimizer over the ranks (FSDP2), for models that "
+    schedule_sampler: str = option("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
+    fp16_scale_growth: float = option(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
+    fsdp: bool = option(False, "split weights, gradients, averages and optimizer over the ranks (FSDP2), for models that "
                             "do not fit; checkpoints stay the same files, and there are no previews")
 
 
@@ -93,46 +93,46 @@ class DiffusionTrainConfig(TrainConfig):
 class AutoencoderTrainConfig(TrainConfig):
     SECTION = "autoencoder.training"
 
-    batch_size: int = opt(16, "pictures in a step on each rank", least=1)
-    ema_rate: str = opt("0.999", "decay of the moving average of the weights, or several with commas between")
-    save_interval: int = opt(1000, "steps between checkpoints", least=1)
-    mirror: bool = opt(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
+    batch_size: int = option(16, "pictures in a step on each rank", minimum=1)
+    ema_rate: str = option("0.999", "decay of the moving average of the weights, or several with commas between")
+    save_interval: int = option(1000, "steps between checkpoints", minimum=1)
+    mirror: bool = option(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
                               "more kinds of detail than the data have, which helps where they are few")
-    augment: float = opt(0.0, "share of pictures that are turned, scaled and shifted a little while training",
-                         least=0, most=1)
-    augment_rotation: float = opt(5.0, "largest angle of --augment in degrees, either way, in every plane")
-    augment_scale: float = opt(0.05, "largest share by which --augment makes larger or smaller", least=0, most=1)
-    augment_translation: float = opt(1.0, "largest shift of --augment in pixels, along every axis")
-    val_data_dir: str = opt("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
-    val_pictures: int = opt(256, "how many held-out pictures are measured", least=1)
-    use_gradient_checkpointing: bool = opt(False, "the same as --use_checkpointing True of the autoencoder")
-    stop_at_psnr: float = opt(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look", least=0)
-    stop_at_l1: float = opt(0.0, "end when the held-out mean absolute error falls below this; 0: do not look", least=0)
+    augment: float = option(0.0, "share of pictures that are turned, scaled and shifted a little while training",
+                         minimum=0, maximum=1)
+    augment_rotation: float = option(5.0, "largest angle of --augment in degrees, either way, in every plane")
+    augment_scale: float = option(0.05, "largest share by which --augment makes larger or smaller", minimum=0, maximum=1)
+    augment_translation: float = option(1.0, "largest shift of --augment in pixels, along every axis")
+    val_data_dir: str = option("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
+    val_pictures: int = option(256, "how many held-out pictures are measured", minimum=1)
+    use_gradient_checkpointing: bool = option(False, "the same as --use_checkpointing True of the autoencoder")
+    stop_at_psnr: float = option(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look", minimum=0)
+    stop_at_l1: float = option(0.0, "end when the held-out mean absolute error falls below this; 0: do not look", minimum=0)
 
 
 @dataclass
 class ClassifierTrainConfig:
     SECTION = "classifier.training"
 
-    val_data_dir: str = opt("", "held-out pictures, or a cache of them; measured every --eval_interval steps")
-    val_pictures: int = opt(0, "how many held-out pictures are measured each time, evenly spread; 0: one batch, the "
-                               "next one each time", least=0)
-    noised: bool = opt(True, "train on data noised to random times, for guidance; False: on clean data")
-    iterations: int = opt(150000, "steps to train", least=1)
-    lr: float = opt(3e-4, "learning rate of AdamW", least=0)
-    weight_decay: float = opt(0.0, "decoupled weight decay of AdamW", least=0)
-    anneal_lr: bool = opt(False, "let the learning rate fall linearly to zero over --iterations")
-    batch_size: int = opt(4, "pictures in a step on each rank", least=1)
-    microbatch: int = opt(-1, "pictures in a forward pass, to save memory; -1: batch_size", least=-1)
-    schedule_sampler: str = opt("uniform", "how times are drawn with --noised", choices=tuple(SCHEDULE_SAMPLERS))
-    resume_checkpoint: str = opt("", "model file to go on from; empty: the newest of the run folder, if it holds one")
-    log_interval: int = opt(10, "steps between rows of progress.csv", least=1)
-    eval_interval: int = opt(5, "steps between measurements on --val_data_dir; 0: with every checkpoint", least=0)
-    save_interval: int = opt(10000, "steps between checkpoints", least=1)
-    seed: int = opt(0, "seed of everything random in training")
+    val_data_dir: str = option("", "held-out pictures, or a cache of them; measured every --eval_interval steps")
+    val_pictures: int = option(0, "how many held-out pictures are measured each time, evenly spread; 0: one batch, the "
+                               "next one each time", minimum=0)
+    noised: bool = option(True, "train on data noised to random times, for guidance; False: on clean data")
+    iterations: int = option(150000, "steps to train", minimum=1)
+    lr: float = option(3e-4, "learning rate of AdamW", minimum=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", minimum=0)
+    anneal_lr: bool = option(False, "let the learning rate fall linearly to zero over --iterations")
+    batch_size: int = option(4, "pictures in a step on each rank", minimum=1)
+    microbatch: int = option(-1, "pictures in a forward pass, to save memory; -1: batch_size", minimum=-1)
+    schedule_sampler: str = option("uniform", "how times are drawn with --noised", choices=tuple(SCHEDULE_SAMPLERS))
+    resume_checkpoint: str = option("", "model file to go on from; empty: the newest of the run folder, if it holds one")
+    log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
+    eval_interval: int = option(5, "steps between measurements on --val_data_dir; 0: with every checkpoint", minimum=0)
+    save_interval: int = option(10000, "steps between checkpoints", minimum=1)
+    seed: int = option(0, "seed of everything random in training")
 
 
-def settled(train):
+def resolve_train_config(train):
     """Return a training config in which accumulation and a trial run are worked into the flags that the loop heeds.
 
     :raises ValueError: where --microbatch and --gradient_accumulation_steps both cut a step up.
@@ -154,13 +154,13 @@ def settled(train):
     return replace(train, **changes)
 
 
-def _joined(parts):
+def _concatenate_terms(parts):
     """Return (times [N] or None, terms of [N]) of a batch, given those of its microbatches."""
     times, terms = zip(*parts)
     return None if times[0] is None else torch.cat(times), {k: torch.cat([t[k] for t in terms]) for k in terms[0]}
 
 
-def seed_weights(seed):
+def seed_initialization(seed):
     """Make the initial weights of the model that is built next depend on `seed` alone."""
     torch.manual_seed(keyed_seed(seed, WEIGHTS))
 
@@ -183,7 +183,7 @@ class TrainLoop:
         save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
         weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
         mixed_precision=False, seed=0, objective=None, header=None, preview=None, lr_warmup_steps=0,
-        optimizer="adamw", amp_dtype="bfloat16", init_from="", best_by="", stop_at=None, compile=False,
+        optimizer="adamw", amp_dtype="bfloat16", init_from="", monitor="", early_stop=None, compile=False,
         fsdp=False,
     ):
         if mixed_precision and use_fp16:
@@ -200,7 +200,7 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, lr_warmup_steps, lr_anneal_steps
         self.max_steps = min((n for n in (max_steps, lr_anneal_steps) if n), default=math.inf)
-        self.ema_rate = _rates(ema_rate)
+        self.ema_rate = _parse_ema_rates(ema_rate)
         counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
         for flag, value in counts.items():
             if value < 1:
@@ -209,7 +209,7 @@ class TrainLoop:
         self.preview_interval, self.preview = preview_interval or save_interval, preview
         self.keep_checkpoints = keep_checkpoints
         self.autocast_dtype = AMP_DTYPES[amp_dtype] if mixed_precision else None
-        self.seed, self.best_by, self.stop_at = seed, best_by, stop_at or {}
+        self.seed, self.monitor, self.early_stop = seed, monitor, early_stop or {}
         self.header = header or {"kind": "diffusion"}
         self.folder = Path(logger.get_dir())
         self.device = dist_util.dev() if fsdp else next(model.parameters()).device
@@ -218,7 +218,7 @@ class TrainLoop:
 
         checkpoint = find_checkpoint(self.folder, resume_checkpoint)
         if checkpoint[0] is None and init_from:
-            begin_with(model, init_from)
+            init_from_weights(model, init_from)
         self.adversary = getattr(self.objective, "adversary", None)
         if compile and self.adversary:
             raise ValueError("--compile True with a discriminator (--discriminator_weight): its gradients pass through "
@@ -227,7 +227,7 @@ class TrainLoop:
             dist_util.sync_params(network.parameters())
         self.fsdp = fsdp
         if fsdp:
-            dist_util.shard(model)
+            dist_util.shard_model(model)
         self.mp_trainer = MixedPrecisionTrainer(
             model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip,
             scale_loss=self.autocast_dtype is torch.float16,
@@ -238,8 +238,8 @@ class TrainLoop:
         self.use_ddp = dist_util.world_size() > 1 and not fsdp
         self.compile = compile
         if self.adversary:
-            rival = self._distributed(self.adversary.network)
-            self.adversary.begin(rival, self.mp_trainer)
+            distributed = self._distributed(self.adversary.network)
+            self.adversary.setup(distributed, self.mp_trainer)
         self.resume_step = self.step = self._resume(*checkpoint)
         # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
         self.ddp_model = self._distributed(self._compiled(model) if compile else model)
@@ -267,7 +267,7 @@ class TrainLoop:
 
     def run_loop(self):
         """Run all steps; return the number of the last one."""
-        if self._has_reached_bounds():
+        if self._early_stop_reached():
             logger.log(f"step {self.step} had reached what training was to end at")
             self.max_steps = self.step
         if hasattr(self.data, "seek"):
@@ -281,7 +281,7 @@ class TrainLoop:
                 self.run_step(batch, cond)
                 previewing = self.preview and (self.step >= self.max_steps or self.step % self.preview_interval == 0)
                 # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
-                stopping = stop.anywhere() or previewing and dist_util.any_rank(stop.received)
+                stopping = stop.received_on_any_rank() or previewing and dist_util.any_rank(stop.received)
                 last = stopping or self.step >= self.max_steps
                 reached = False
                 if previewing and not stopping:
@@ -308,8 +308,8 @@ class TrainLoop:
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
-        if self.adversary and self.adversary.is_heeded(self.step):
-            self.adversary.learn(self._lr_factor)
+        if self.adversary and self.adversary.is_active(self.step):
+            self.adversary.optimizer_step(self._lr_factor)
         if self.compile and self.step == self.resume_step:
             logger.log(f"the first step took {time.perf_counter() - begun:.0f} s, compiling included")
         self.step += 1
@@ -319,29 +319,29 @@ class TrainLoop:
         """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
         self.mp_trainer.zero_grad()
         torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, dist_util.rank()))
-        draws = Draws(self.seed, self.step, self.slots, self.global_batch)
+        draws = StepRNG(self.seed, self.step, self.slots, self.global_batch)
         parts = []
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))
             share, last = (stop - start) / len(batch), stop == len(batch)
             if self.compile:
                 torch.compiler.cudagraph_mark_step_begin()
-            micro = send(batch[start:stop], self.device)
-            micro_cond = {k: send(v[start:stop], self.device) for k, v in cond.items()}
-            with self._communicate(self.ddp_model, last), self._autocast():
+            micro = to_device(batch[start:stop], self.device)
+            micro_cond = {k: to_device(v[start:stop], self.device) for k, v in cond.items()}
+            with self._gradient_sync(self.ddp_model, last), self._autocast():
                 terms, t = self.objective(self.ddp_model, micro, micro_cond, draws.part(start, stop))
                 self.mp_trainer.backward(terms["loss"].mean() * share)
             parts.append((t, {k: v.detach() for k, v in terms.items()}))
-            if self.adversary and self.adversary.is_heeded(self.step):
+            if self.adversary and self.adversary.is_active(self.step):
                 del terms  # with the autoencoder's graph, before the discriminator makes its own
-                with self._communicate(self.adversary.ddp_model, last), self._autocast():
-                    self.adversary.judge(share)
+                with self._gradient_sync(self.adversary.ddp_model, last), self._autocast():
+                    self.adversary.backward_discriminator(share)
         batch = micro if len(parts) == 1 else batch
-        times, terms = parts[0] if len(parts) == 1 else _joined(parts)
+        times, terms = parts[0] if len(parts) == 1 else _concatenate_terms(parts)
         self.objective.after_step(times, terms)
         self.objective.log(batch, times, terms)
 
-    def _communicate(self, network, last):
+    def _gradient_sync(self, network, last):
         """Gradients travel with the last microbatch only."""
         if self.fsdp:
             self.model.set_requires_gradient_sync(last)
@@ -385,7 +385,7 @@ class TrainLoop:
     def _diverged(self, what):
         return FloatingPointError(
             f"{what} at step {self.step}; the last good checkpoint is "
-            f"{max(checkpoint_util.steps(self.folder), default='none')}: lower --lr, set --grad_clip 1, or leave "
+            f"{max(checkpoint_util.committed_steps(self.folder), default='none')}: lower --lr, set --grad_clip 1, or leave "
             "--use_fp16 / --mixed_precision off"
         )
 
@@ -393,30 +393,30 @@ class TrainLoop:
         """Draw and measure (on rank 0); return on every rank whether what training was to end at is reached."""
         measured = None
         if dist_util.rank() == 0:
-            with self.averaged_weights():
+            with self.ema_weights():
                 measured = self.preview(self.step)
         self.measured = measured = dist_util.broadcast_object(measured) or {}
-        if self.best_by in measured and (self.best is None or measured[self.best_by] > self.best[self.best_by]):
-            self.best = {"step": self.step, self.best_by: measured[self.best_by]}
-        return self._has_reached_bounds()
+        if self.monitor in measured and (self.best is None or measured[self.monitor] > self.best[self.monitor]):
+            self.best = {"step": self.step, self.monitor: measured[self.monitor]}
+        return self._early_stop_reached()
 
-    def _has_reached_bounds(self):
+    def _early_stop_reached(self):
         met = {"val_psnr": lambda value, bound: value >= bound, "val_l1": lambda value, bound: value <= bound}
         return any(name in self.measured and met[name](self.measured[name], bound)
-                   for name, bound in self.stop_at.items())
+                   for name, bound in self.early_stop.items())
 
     def _is_best(self):
         return self.best is not None and self.best["step"] == self.step
 
     @contextlib.contextmanager
-    def averaged_weights(self):
+    def ema_weights(self):
         """Let the model hold a moving average, if it has one, in evaluation mode inside the `with` block.
 
         It is the fastest, which shows early what is learned; where steps are ranked, the one that stands for the run.
         """
         kept = copy.deepcopy(self.model.state_dict())
         if self.ema_rate:
-            rate = max(self.ema_rate) if self.best_by else min(self.ema_rate)
+            rate = max(self.ema_rate) if self.monitor else min(self.ema_rate)
             average = self.ema_params[self.ema_rate.index(rate)]
             self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(average))
         self.model.eval()
@@ -434,7 +434,7 @@ class TrainLoop:
         Weights that are not finite are never saved: the log may not have met the loss that spoilt them yet.
         """
         learned = [*self.mp_trainer.master_params, *(self.adversary.network.parameters() if self.adversary else ())]
-        norm = dist_util.whole(torch.nn.utils.get_total_norm([p.detach() for p in learned]))
+        norm = dist_util.full_tensor(torch.nn.utils.get_total_norm([p.detach() for p in learned]))
         if not math.isfinite(norm):
             raise self._diverged(f"the norm of the weights is {float(norm)}")
         # What is sharded all ranks put together, one tensor at a time; rank 0 keeps and writes it.
@@ -462,13 +462,13 @@ class TrainLoop:
         checkpoint_util.commit(self.folder, self.step, names, state)
         if self.keep_checkpoints:
             best = {self.best["step"]} if self.best else set()
-            checkpoint_util.forget_all_but(self.folder, self.keep_checkpoints, best)
+            checkpoint_util.prune_checkpoints(self.folder, self.keep_checkpoints, best)
 
     def _gathered(self, tensors):
         """Return tensors as they are or, where they are split, whole ones in main memory on rank 0, else None."""
         if not self.fsdp:
             return list(tensors)
-        parts = (dist_util.whole(t) for t in tensors)
+        parts = (dist_util.full_tensor(t) for t in tensors)
         return [t.cpu() if dist_util.rank() == 0 else None for t in parts]
 
     def _save_adversary(self, header):
@@ -486,7 +486,7 @@ class TrainLoop:
             logger.warn(f"{folder} has no discriminator at step {step}; a new one begins there")
             return
         weights, _ = checkpoint_util.load_weights(path, self.device, "--resume_checkpoint")
-        checkpoint_util.load_into(self.adversary.network, weights, path, "--resume_checkpoint")
+        checkpoint_util.load_strict(self.adversary.network, weights, path, "--resume_checkpoint")
         content = checkpoint_util.load(folder / checkpoint_util.discriminator_optimizer_name(step), self.device,
                                        "--resume_checkpoint")
         trainer = self.adversary.mp_trainer
@@ -513,19 +513,19 @@ class TrainLoop:
                                  f"{checkpoint_util.model_name(found)} with its optimizer and averages beside it")
             require_same_model(header, self.header, folder)
         mine = self.model.state_dict() if self.fsdp else {}
-        placed = {k: dist_util.like(v, mine[k]) for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
-        checkpoint_util.load_into(self.model, {**weights, **placed} if placed else weights, path, "--resume_checkpoint")
+        placed = {k: dist_util.distribute_like(v, mine[k]) for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
+        checkpoint_util.load_strict(self.model, {**weights, **placed} if placed else weights, path, "--resume_checkpoint")
         with torch.no_grad():
             loaded = self.mp_trainer.state_dict_to_master_params(weights)
             for param, value in zip(self.mp_trainer.master_params, loaded):
-                param.copy_(dist_util.like(value, param))
+                param.copy_(dist_util.distribute_like(value, param))
         for i, rate in enumerate(self.ema_rate):
             name = checkpoint_util.ema_name(rate, step)
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is not there; --ema_rate must name averages that the "
                                         "checkpoint has")
             loaded = self.mp_trainer.state_dict_to_master_params(load(name)[0])
-            self.ema_params[i] = [dist_util.like(v.clone(), p) for v, p in zip(loaded, self.ema_params[i])]
+            self.ema_params[i] = [dist_util.distribute_like(v.clone(), p) for v, p in zip(loaded, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)
         try:
             self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, device, "--resume_checkpoint"))
@@ -540,12 +540,12 @@ class TrainLoop:
         return step
 
 
-def begin_with(model, path):
+def init_from_weights(model, path):
     """Load the weights of another run into a model where names and shapes agree, and list what is not taken over.
 
     :raises ValueError: where nothing agrees.
     """
-    path = checkpoint_util.newest_weights(path, "--init_from") if Path(path).is_dir() else Path(path)
+    path = checkpoint_util.latest_weights(path, "--init_from") if Path(path).is_dir() else Path(path)
     theirs, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
     mine = model.state_dict()
     taken = {name: value for name, value in theirs.items() if name in mine and mine[name].shape == value.shape}
@@ -576,7 +576,7 @@ def find_checkpoint(folder, resume_checkpoint=""):
 
 def _find_checkpoint(folder, resume_checkpoint):
     if not resume_checkpoint:
-        marker = checkpoint_util.newest_marker(folder, logger.warn)
+        marker = checkpoint_util.latest_marker(folder, logger.warn)
         unfinished = sorted(p.name for p in Path(folder).glob("model*.pt")) if marker is None else []
         if unfinished:
             logger.warn(f"{folder} holds {', '.join(unfinished)} but no marker (stateNNNNNN.json) of a finished save; "
@@ -589,7 +589,7 @@ def _find_checkpoint(folder, resume_checkpoint):
     if path.name != checkpoint_util.model_name(step):
         raise ValueError(f"{path}: --resume_checkpoint wants a file named like {checkpoint_util.model_name(step)}, "
                          "since the names of its optimizer and averages are found from it")
-    if newer := [n for n in checkpoint_util.steps(folder) if n > step]:
+    if newer := [n for n in checkpoint_util.committed_steps(folder) if n > step]:
         if folder.resolve() == path.parent.resolve():
             raise ValueError(f"{folder} holds step {newer[-1]}, which is newer than {path}; to branch off from there "
                              "give another --logdir")
@@ -605,7 +605,7 @@ def require_same_model(found, wanted, folder):
         for key in a.keys() & b.keys():
             if isinstance(a[key], dict) and isinstance(b[key], dict):
                 yield from differing(a[key], b[key], f"{at}{key}.")
-            elif a[key] != b[key] and key not in FREE_ON_RESUMING:
+            elif a[key] != b[key] and key not in RESUME_OVERRIDABLE:
                 yield f"{at}{key} is {b[key]!r} now, {a[key]!r} in the checkpoint"
 
     changes = sorted(differing(found, wanted))
@@ -625,7 +625,7 @@ def get_blob_logdir():
     return logger.get_dir()
 
 
-def _rates(text):
+def _parse_ema_rates(text):
     """Read `--ema_rate`: rates between 0 and 1 with commas between, possibly none."""
     try:
         rates = [float(r) for r in str(text).split(",") if r]

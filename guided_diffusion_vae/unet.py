@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import opt, size
+from .config import option, size
 from .nn import (
     SiLU,
     adaptive_avg_pool_nd,
@@ -20,8 +20,8 @@ from .nn import (
     cast_convolutions,
     checkpoint,
     conv_nd,
-    conv_of_recomputed,
-    conv_of_repeated,
+    recomputed_conv,
+    upsample_conv,
     linear,
     normalization,
     per_axis,
@@ -34,7 +34,7 @@ from .nn import (
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048        # hidden units of the "spatial" pools
-MANY_POSITIONS = 64         # of a grid: from here on (on a CPU) a transposed convolution is faster than repeating
+TRANSPOSED_MIN_POSITIONS = 64         # of a grid: from here on (on a CPU) a transposed convolution is faster than repeating
 MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to here; see `attend`
 
 
@@ -42,32 +42,32 @@ MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to her
 class ModelConfig:
     """Describe the diffusion network; `script_util` turns it into `UNetModel` or `SuperResModel`."""
 
-    num_channels: int = opt(128, "width of the first level; this times each entry of channel_mult is a multiple of 32",
-                            least=1)
-    num_res_blocks: int = opt(2, "residual blocks per level going down; one more per level going up", least=1)
-    num_heads: int = opt(4, "attention heads, where num_head_channels is -1", least=1)
-    num_heads_upsample: int = opt(-1, "attention heads going up, where num_head_channels is -1; -1: as num_heads",
-                                  least=-1)
-    num_head_channels: int = opt(-1, "channels per attention head, which sets the number of heads; -1: use num_heads",
-                                 least=-1)
-    attention_resolutions: str = opt("16,8", "grid sizes that get attention, comma separated")
-    channel_mult: str = opt("", "width of each level in units of num_channels, comma separated; empty: by image size")
-    dropout: float = opt(0.0, "probability of dropping a feature inside residual blocks while training",
-                         least=0, most=1)
-    class_cond: bool = opt(False, "condition on class labels")
-    use_checkpoint: bool = opt(False, "recompute blocks in the backward pass: less memory, about a third more time")
-    recompute_norms: bool = opt(False, "recompute norms and activations in the backward pass: less memory, little time")
-    use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the norms, not only add to features")
-    resblock_updown: bool = opt(False, "resample inside residual blocks, not by strided convolutions between them")
-    use_fp16: bool = opt(False, "run the convolutions and attention in float16, with loss scaling")
-    use_new_attention_order: bool = opt(False, "split qkv before heads; must match the checkpoint")
-    in_channels: int = opt(0, "channels of what the network denoises; 0: those of the data (3 without data)", least=0)
-    num_classes: int = opt(0, "classes to condition on; 0: as many as the data or the checkpoint names", least=0)
-    class_dropout: float = opt(0.0, "share of training samples whose class is hidden, so that the model knows the data "
-                                    "without classes too, which --cfg_scale needs; 0.1 is usual", least=0, most=1)
-    dims: int = opt(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)",
+    num_channels: int = option(128, "width of the first level; this times each entry of channel_mult is a multiple of 32",
+                            minimum=1)
+    num_res_blocks: int = option(2, "residual blocks per level going down; one more per level going up", minimum=1)
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1", minimum=1)
+    num_heads_upsample: int = option(-1, "attention heads going up, where num_head_channels is -1; -1: as num_heads",
+                                  minimum=-1)
+    num_head_channels: int = option(-1, "channels per attention head, which sets the number of heads; -1: use num_heads",
+                                 minimum=-1)
+    attention_resolutions: str = option("16,8", "grid sizes that get attention, comma separated")
+    channel_mult: str = option("", "width of each level in units of num_channels, comma separated; empty: by image size")
+    dropout: float = option(0.0, "probability of dropping a feature inside residual blocks while training",
+                         minimum=0, maximum=1)
+    class_cond: bool = option(False, "condition on class labels")
+    use_checkpoint: bool = option(False, "recompute blocks in the backward pass: less memory, about a third more time")
+    recompute_norms: bool = option(False, "recompute norms and activations in the backward pass: less memory, little time")
+    use_scale_shift_norm: bool = option(True, "let the time embedding scale and shift the norms, not only add to features")
+    resblock_updown: bool = option(False, "resample inside residual blocks, not by strided convolutions between them")
+    use_fp16: bool = option(False, "run the convolutions and attention in float16, with loss scaling")
+    use_new_attention_order: bool = option(False, "split qkv before heads; must match the checkpoint")
+    in_channels: int = option(0, "channels of what the network denoises; 0: those of the data (3 without data)", minimum=0)
+    num_classes: int = option(0, "classes to condition on; 0: as many as the data or the checkpoint names", minimum=0)
+    class_dropout: float = option(0.0, "share of training samples whose class is hidden, so that the model knows the data "
+                                    "without classes too, which --cfg_scale needs; 0.1 is usual", minimum=0, maximum=1)
+    dims: int = option(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)",
                     choices=(0, 1, 2, 3))
-    resample_depth: bool = opt(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
+    resample_depth: bool = option(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
 
 
 @dataclass
@@ -76,32 +76,32 @@ class SuperResConfig:
 
     SECTION = "super_res"
 
-    large_size: size = opt(256, "size of the pictures that the upsampler makes: 256, or height x width as 64x128")
-    small_size: size = opt(64, "size of the pictures that it starts from")
-    cond_noise_steps: int = opt(0, "noise the small pictures to a random time below this while training, and tell the "
+    large_size: size = option(256, "size of the pictures that the upsampler makes: 256, or height x width as 64x128")
+    small_size: size = option(64, "size of the pictures that it starts from")
+    cond_noise_steps: int = option(0, "noise the small pictures to a random time below this while training, and tell the "
                                    "network which (cascaded diffusion, arXiv 2106.15282, section 4.2); 0: never",
-                               least=0)
+                               minimum=0)
 
 
 @dataclass
 class ClassifierConfig:
     """Describe the noise-aware classifier that guides sampling; `script_util` turns it into `EncoderUNetModel`."""
 
-    classifier_use_fp16: bool = opt(False, "run the classifier's convolutions and attention in float16")
-    classifier_width: int = opt(128, "width of the classifier's first level; a multiple of 32", least=1)
-    classifier_depth: int = opt(2, "residual blocks per level of the classifier", least=1)
-    classifier_attention_resolutions: str = opt("32,16,8", "grid sizes that get attention, comma separated")
-    classifier_use_scale_shift_norm: bool = opt(True, "let the time embedding scale and shift the classifier's norms")
-    classifier_resblock_updown: bool = opt(True, "resample inside the classifier's residual blocks")
-    classifier_pool: str = opt("attention", "how the classifier turns its last grid into logits", choices=POOLS)
-    classifier_in_channels: int = opt(0, "channels of what is classified; 0: those of the data (3 without data)",
-                                      least=0)
-    classifier_num_classes: int = opt(0, "classes to tell apart; 0: as many as the data or the checkpoint names",
-                                      least=0)
-    classifier_channel_mult: str = opt("", "width of each level in units of classifier_width, comma separated; empty: "
+    classifier_use_fp16: bool = option(False, "run the classifier's convolutions and attention in float16")
+    classifier_width: int = option(128, "width of the classifier's first level; a multiple of 32", minimum=1)
+    classifier_depth: int = option(2, "residual blocks per level of the classifier", minimum=1)
+    classifier_attention_resolutions: str = option("32,16,8", "grid sizes that get attention, comma separated")
+    classifier_use_scale_shift_norm: bool = option(True, "let the time embedding scale and shift the classifier's norms")
+    classifier_resblock_updown: bool = option(True, "resample inside the classifier's residual blocks")
+    classifier_pool: str = option("attention", "how the classifier turns its last grid into logits", choices=POOLS)
+    classifier_in_channels: int = option(0, "channels of what is classified; 0: those of the data (3 without data)",
+                                      minimum=0)
+    classifier_num_classes: int = option(0, "classes to tell apart; 0: as many as the data or the checkpoint names",
+                                      minimum=0)
+    classifier_channel_mult: str = option("", "width of each level in units of classifier_width, comma separated; empty: "
                                            "by image size, which grids below 64 have no default for")
-    classifier_dims: int = opt(0, "spatial axes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
-    classifier_resample_depth: bool = opt(False, "volumes: also halve the first spatial axis")
+    classifier_dims: int = option(0, "spatial axes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
+    classifier_resample_depth: bool = option(False, "volumes: also halve the first spatial axis")
 
 
 # Attention.
@@ -273,9 +273,9 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         _require_channels(self, x)
-        if isinstance(self.conv, nn.Identity) or x[0].numel() < MANY_POSITIONS * self.channels:
+        if isinstance(self.conv, nn.Identity) or x[0].numel() < TRANSPOSED_MIN_POSITIONS * self.channels:
             return self.conv(upsample_nearest(x, self.factors))
-        return conv_of_repeated(self.conv, x, self.factors)
+        return upsample_conv(self.conv, x, self.factors)
 
 
 class Downsample(nn.Module):
@@ -385,7 +385,7 @@ class ResBlock(TimestepBlock):
     def _convolve(self, cheap, norm, convolve, inputs, **how):
         weights = norm.weight, norm.bias
         if self.recompute_norms:
-            return conv_of_recomputed(cheap, convolve, inputs, weights, norm.num_groups, **how)
+            return recomputed_conv(cheap, convolve, inputs, weights, norm.num_groups, **how)
         return convolve(cheap(norm.num_groups, *inputs, *weights))
 
 
@@ -472,10 +472,10 @@ class _Blocks:
         return nn.ModuleList(sections)
 
 
-class _TimedNetwork(nn.Module):
+class _TimeConditionedNetwork(nn.Module):
     """What the diffusion network and the classifier share: the time embedding, and the type of the inner layers."""
 
-    def _embed_time_by(self, model_channels):
+    def _init_time_embedding(self, model_channels):
         self.model_channels = model_channels
         self.time_embed = nn.Sequential(
             linear(model_channels, 4 * model_channels), SiLU(), linear(4 * model_channels, 4 * model_channels)
@@ -518,7 +518,7 @@ class _TimedNetwork(nn.Module):
         return self.out(h.to(next(self.out.parameters()).dtype)).to(x.dtype)
 
 
-class UNetModel(_TimedNetwork):
+class UNetModel(_TimeConditionedNetwork):
     """Predict noise (and, with twice as many output channels, variances) from noisy data and its time.
 
     :param image_size: size of the grid; a fact for whoever builds or saves the network, which runs at other sizes too.
@@ -586,9 +586,9 @@ class UNetModel(_TimedNetwork):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.image_size, self.use_fp16 = image_size, use_fp16
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
-        self.grid_steps = tuple(factor ** (len(widths) - 1) for factor in resampling_factors(dims, resample_depth))
+        self.spatial_divisors = tuple(factor ** (len(widths) - 1) for factor in resampling_factors(dims, resample_depth))
 
-        self._embed_time_by(model_channels)
+        self._init_time_embedding(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
         self.input_blocks, kept = blocks.contracting(
@@ -604,9 +604,9 @@ class UNetModel(_TimedNetwork):
 
         :raises ValueError: where labels are missing or not wanted, or the levels do not divide the grid.
         """
-        return self._denoise(x, self._told(timesteps, y))
+        return self._denoise(x, self._embed_conditioning(timesteps, y))
 
-    def _told(self, timesteps, y):
+    def _embed_conditioning(self, timesteps, y):
         """Return the embedding of times and classes that every residual block is told.  [N], [N] -> [N x E]."""
         self._require_labels(y, len(timesteps))
         emb = self.embed(timesteps)
@@ -638,7 +638,7 @@ class UNetModel(_TimedNetwork):
 
     def require_grid(self, grid):
         """Raise ValueError where the levels do not divide the sizes of a grid."""
-        for axis, (length, step) in enumerate(zip(grid, self.grid_steps)):
+        for axis, (length, step) in enumerate(zip(grid, self.spatial_divisors)):
             if length % step:
                 below = length - length % step
                 near = f"{below} or {below + step}" if below else str(step)
@@ -672,7 +672,7 @@ class SuperResModel(UNetModel):
         if low_res is None:
             raise ValueError("an upsampler needs low_res, the small pictures; give them with --base_samples")
         enlarged = resize_linear(low_res, x.shape[2:]).to(x.dtype)
-        emb = self._told(timesteps, y)
+        emb = self._embed_conditioning(timesteps, y)
         if self.noised_condition:
             times = torch.zeros_like(timesteps) if low_res_times is None else low_res_times
             waves = timestep_embedding(times, self.model_channels)
@@ -683,7 +683,7 @@ class SuperResModel(UNetModel):
         return self._denoise(torch.cat([x, enlarged], dim=1), emb)
 
 
-class EncoderUNetModel(_TimedNetwork):
+class EncoderUNetModel(_TimeConditionedNetwork):
     """Turn noisy data and its time into one vector, such as a classifier's logits: the UNet's way down, and a pool.
 
     The arguments are those of `UNetModel`, and:
@@ -737,7 +737,7 @@ class EncoderUNetModel(_TimedNetwork):
         self.image_size, self.use_fp16, self.pool = image_size, use_fp16, pool
         self.in_channels, self.out_channels = in_channels, out_channels
 
-        self._embed_time_by(model_channels)
+        self._init_time_embedding(model_channels)
         self.input_blocks, kept = blocks.contracting(
             in_channels, widths, num_res_blocks, attention_resolutions, num_heads
         )

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from .autoencoder import latent_grid
-from .config import opt
-from .nn import send
+from .config import option
+from .nn import to_device
 from .vae.foreign import FLAG, _open
 from .vae.posterior import LOGVAR_RANGE, from_image_range, sample_moments, to_image_range
 from .vae.streaming import Streamer
@@ -25,31 +25,31 @@ from .vae.tiling import blend_tiles
 
 SCALE_FACTOR = 0.18215
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-IMAGE_SLACK = 1e-4
+IMAGE_TOLERANCE = 1e-4
 LATENT_STD_LIMITS = (0.9, 1.1)
 
 
 @dataclasses.dataclass
 class VAEConfig:
-    vae_path: str = opt("", "autoencoder: a run of train_autoencoder.py or a weights file of one, a diffusers folder "
+    vae_path: str = option("", "autoencoder: a run of train_autoencoder.py or a weights file of one, a diffusers folder "
                             "(or hub:owner/name to download one), or MONAI weights with a YAML file beside them")
-    scale_factor: float = opt(0.0, "what latents are multiplied by; 0: what the autoencoder states, else 0.18215",
-                              least=0)
-    vae_config: str = opt("", "YAML file with the arguments of MONAI weights; empty: the one beside them")
-    vae_dtype: str = opt("float32", "precision inside the autoencoder", choices=tuple(DTYPES))
-    vae_batch_size: int = opt(0, "pictures that the autoencoder takes at a time; 0: all it is given", least=0)
-    vae_tile: int = opt(0, "have no more than this many pixels of the longest side on the device at a time, for "
+    scale_factor: float = option(0.0, "what latents are multiplied by; 0: what the autoencoder states, else 0.18215",
+                              minimum=0)
+    vae_config: str = option("", "YAML file with the arguments of MONAI weights; empty: the one beside them")
+    vae_dtype: str = option("float32", "precision inside the autoencoder", choices=tuple(DTYPES))
+    vae_batch_size: int = option(0, "pictures that the autoencoder takes at a time; 0: all it is given", minimum=0)
+    vae_tile: int = option(0, "have no more than this many pixels of the longest side on the device at a time, for "
                            "pictures and volumes larger than its memory; exact for autoencoders of this project and of "
-                           "MONAI, overlapping tiles for those of diffusers; 0: the whole", least=0)
+                           "MONAI, overlapping tiles for those of diffusers; 0: the whole", minimum=0)
 
 
 @dataclasses.dataclass
 class NormalizerConfig:
     SECTION = "latents"
 
-    normalizer: str = opt("auto", "what latents are divided by before diffusion: auto (their measured standard "
+    normalizer: str = option("auto", "what latents are divided by before diffusion: auto (their measured standard "
                                   "deviation), channel (mean and standard deviation per channel), a number, or none")
-    allow_latent_std: bool = opt(False, "train although the standard deviation of x0 is outside 0.9 to 1.1")
+    allow_latent_std: bool = option(False, "train although the standard deviation of x0 is outside 0.9 to 1.1")
 
 
 def create_vae(config, device=None):
@@ -60,7 +60,7 @@ def create_vae(config, device=None):
     )
 
 
-class _Codec:
+class Codec:
     """What all codecs share; they add `encode_moments`, `decode_batch` and `fingerprint`."""
 
     has_posterior = True    # whether a picture has more than one latent
@@ -85,7 +85,7 @@ class _Codec:
             )
         return (self.latent_channels, *latent_grid(spatial, self.factors))
 
-    def fitted(self, images):
+    def pad_to_factors(self, images):
         """Return pictures padded at their far edges to sizes that the factors divide, where the autoencoder had such.
 
         [N x C x ...] -> same or larger. What was trained with --pad True meets pictures of their own size here.
@@ -104,7 +104,7 @@ class _Codec:
         return (self.in_channels,)
 
 
-class PixelCodec(_Codec):
+class PixelCodec(Codec):
     """Take the pictures themselves as latents: x in [0, 1] becomes 2 x - 1, and nothing is random about it."""
 
     has_posterior = False
@@ -123,7 +123,7 @@ class PixelCodec(_Codec):
 
     def encode_moments(self, images):
         """Return mean and log-variance (its least value).  [N x C x ...] in [0, 1] -> [N x 2C x ...]."""
-        _require_pictures(images)
+        _check_unit_range(images)
         self.latent_shape(images.shape[1:])
         mean = to_image_range(images, self.image_range)
         return torch.cat([mean, torch.full_like(mean, LOGVAR_RANGE[0])], dim=1)
@@ -133,7 +133,7 @@ class PixelCodec(_Codec):
         return from_image_range(latents, self.image_range).clamp(0, 1)
 
 
-class VAEInterface(_Codec):
+class VAEInterface(Codec):
     """An autoencoder on disk as a codec: eval mode, no gradients, pictures in [0, 1] outside.
 
     `vae_path` names one of these, told apart by what is found there:
@@ -173,7 +173,7 @@ class VAEInterface(_Codec):
                              "least twice as large, or 0 (--vae_tile)")
         self.path, self.config = found.path, found.config
         self.in_channels, self.latent_channels, self.factors = found.in_channels, found.latent_channels, found.factors
-        self._grey = False
+        self._gray_input = False
         stated = found.scale_factor or SCALE_FACTOR
         self.scale_factor = float(stated if scale_factor is None else scale_factor)
         if not self.scale_factor > 0:
@@ -203,10 +203,10 @@ class VAEInterface(_Codec):
 
         :raises ValueError: for values outside [0, 1], NaN, and channels or sizes that do not fit.
         """
-        _require_pictures(images)
+        _check_unit_range(images)
         grid = self.latent_shape(images.shape[1:])[1:]
-        self._grey = images.shape[1] < self.in_channels
-        mean, logvar = self._in_parts(self._encode_part, images, grid, self.factors, (1,) * len(grid)).chunk(2, dim=1)
+        self._gray_input = images.shape[1] < self.in_channels
+        mean, logvar = self._smaller_forward(self._encode_part, images, grid, self.factors, (1,) * len(grid)).chunk(2, dim=1)
         scaled = (mean - self.shift_factor) * self.scale_factor
         return torch.cat([scaled, logvar + 2 * math.log(self.scale_factor)], dim=1)
 
@@ -221,9 +221,9 @@ class VAEInterface(_Codec):
                              f"channels over {len(self.factors)} axes; check {FLAG}")
         grid = latents.shape[2:]
         z = latents.float() / self.scale_factor + self.shift_factor
-        values = self._in_parts(self._decode_part, z, grid, (1,) * len(grid), self.factors)
+        values = self._smaller_forward(self._decode_part, z, grid, (1,) * len(grid), self.factors)
         images = from_image_range(values, self.image_range)
-        if self._grey if channels is None else channels < self.in_channels:
+        if self._gray_input if channels is None else channels < self.in_channels:
             images = images.mean(dim=1, keepdim=True)
         return images.clamp(0, 1)
 
@@ -232,7 +232,7 @@ class VAEInterface(_Codec):
 
     def _encode_part(self, images):
         stream = self._streams(images.shape[2:])
-        x = to_image_range(send(images, "cpu" if stream else self.device).float(), self.image_range)
+        x = to_image_range(to_device(images, "cpu" if stream else self.device).float(), self.image_range)
         x = x.expand(-1, self.in_channels, *x.shape[2:])
         return torch.cat(self._streamer.moments(x) if stream else self._moments(x), dim=1).float()
 
@@ -244,7 +244,7 @@ class VAEInterface(_Codec):
     def _streams(self, sides):
         return self._streamer is not None and max(sides) > self.slab
 
-    def _in_parts(self, function, x, grid, gain_in, gain_out):
+    def _smaller_forward(self, function, x, grid, gain_in, gain_out):
         """Apply `function` to batches of batch_size and, where the picture is larger than a tile, to tiles."""
         window = [min(self.tile // factor, n) if self.tile else n for factor, n in zip(self.factors, grid)]
         parts = []
@@ -255,11 +255,11 @@ class VAEInterface(_Codec):
         return torch.cat(parts)
 
 
-def _require_pictures(images):
+def _check_unit_range(images):
     if not images.is_floating_point():
         raise ValueError(f"pictures are {images.dtype}; needed are float values in [0, 1] (8-bit values / 255)")
     low, high = (float(v) for v in images.aminmax())
-    if not (low >= -IMAGE_SLACK and high <= 1 + IMAGE_SLACK):       # so written, NaN is refused too
+    if not (low >= -IMAGE_TOLERANCE and high <= 1 + IMAGE_TOLERANCE):       # so written, NaN is refused too
         raise ValueError(f"pictures hold values from {low:.4g} to {high:.4g}; needed are values in [0, 1] without NaN "
                          "(a [-1, 1] loader wants (x + 1) / 2; float files: set --value_range)")
 
@@ -314,12 +314,12 @@ class LatentNormalizer:
                              f"{scale_factor}, which undoes the scale factor")
         return cls([0], [number], mode)
 
-    def normalise(self, latents):
-        """Return x0 of scaled latents; inverse of `inverse`.  [N x C x ...] -> same."""
+    def normalize(self, latents):
+        """Return x0 of scaled latents; inverse of `denormalize`.  [N x C x ...] -> same."""
         return (latents - self._column(self.shift, latents)).div_(self._column(self.std, latents))
 
-    def inverse(self, x0):
-        """Return the scaled latents of x0; inverse of `normalise`.  [N x C x ...] -> same."""
+    def denormalize(self, x0):
+        """Return the scaled latents of x0; inverse of `normalize`.  [N x C x ...] -> same."""
         return x0 * self._column(self.std, x0) + self._column(self.shift, x0)
 
     def to_dict(self):
@@ -335,7 +335,7 @@ class LatentNormalizer:
         if len(values) != like.shape[1]:
             raise ValueError(f"the normalizer knows {len(values)} channels, latents of shape {tuple(like.shape)} have "
                              f"{like.shape[1]}; it belongs to another autoencoder")
-        return send(torch.tensor(values, dtype=like.dtype).reshape(-1, *(1 for _ in like.shape[2:])), like.device)
+        return to_device(torch.tensor(values, dtype=like.dtype).reshape(-1, *(1 for _ in like.shape[2:])), like.device)
 
 
 def check_latent_std(measured_std_of_x0, normalizer, allow=False):

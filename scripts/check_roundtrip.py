@@ -11,8 +11,8 @@ from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.evaluation import roundtrip
 from guided_diffusion_vae.runs import spaces
-from guided_diffusion_vae.runs.flags import argparser, parse_given
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run, print_report
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run, print_report
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
 CONFIGS = (VAEConfig, DataConfig, roundtrip.RoundtripConfig, RunConfig)
@@ -23,22 +23,22 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     vae, data, check, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     codec = create_vae(vae, dist_util.dev())
-    pictures = spaces.open_pictures(data, given, codec)
+    pictures = spaces.open_images(data, given, codec)
     latent_shape = codec.latent_shape(pictures.shape)
-    logger.say(pictures.summary())
-    logger.say(f"{codec.path}: pictures {pictures.shape} -> latents {latent_shape}")
+    logger.log_rank0(pictures.summary())
+    logger.log_rank0(f"{codec.path}: pictures {pictures.shape} -> latents {latent_shape}")
     if run.dry_run:
         return
 
     report = roundtrip.roundtrip(codec, pictures, check, folder, dist_util.dev())
     print_report(report)
-    missed = roundtrip.failures(report, check)
-    end_run(folder)
+    missed = roundtrip.failed_thresholds(report, check)
+    finish_run(folder)
     if missed:
         sys.exit("round trip failed: " + "; ".join(missed))
 

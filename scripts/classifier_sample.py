@@ -13,14 +13,14 @@ from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
-from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run
 from guided_diffusion_vae.sampling.guidance import GuidanceConfig
 from guided_diffusion_vae.sampling.sampler import PixelSamplingConfig
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (PixelSamplingConfig, GuidanceConfig, part_of(DataConfig, "image_size", "image_channels"),
+CONFIGS = (PixelSamplingConfig, GuidanceConfig, select_fields(DataConfig, "image_size", "image_channels"),
            VAEConfig, ModelConfig, ClassifierConfig, DiffusionConfig, RunConfig)
 
 
@@ -29,9 +29,9 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     config, guidance, data, vae, model, classifier, process, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     sampler = loading.load_sampler(
         config, given, model, process, data, vae, guidance=guidance, classifier=classifier

@@ -13,8 +13,8 @@ from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import spaces, training
-from guided_diffusion_vae.runs.flags import argparser, parse_given
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
 from guided_diffusion_vae.train_util import ClassifierTrainConfig
 from guided_diffusion_vae.unet import ClassifierConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
@@ -28,13 +28,13 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     data, latents, scale, vae, flags, process, train, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     source, space = spaces.open_data(latents, vae, scale, data, given, train.seed, folder)
     training.train_classifier(run, folder, configs, given, source, space, data, flags, process, train)
-    end_run(folder)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

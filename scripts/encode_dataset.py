@@ -9,7 +9,7 @@ from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cach
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.logger import progress_bar
 from guided_diffusion_vae.runs import spaces
-from guided_diffusion_vae.runs.flags import argparser, parse_given
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
 CONFIGS = (VAEConfig, DataConfig, LatentCacheConfig)
@@ -20,18 +20,18 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     vae, data, config = configs
     dist_util.setup_dist()
 
     codec = create_vae(vae, dist_util.dev())
-    pictures = spaces.open_pictures(data, given, codec)
-    logger.say(pictures.summary())
+    pictures = spaces.open_images(data, given, codec)
+    logger.log_rank0(pictures.summary())
 
     with progress_bar(None, 0, "encoding") as bar:
         cache = write_cache(config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(),
                             bar.advance_to, dist_util.barrier)
-    spaces.say_source(cache)
+    spaces.log_source(cache)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.evaluation import comparison
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading, tstr
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_without
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run, print_report
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, drop_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run, print_report
 from guided_diffusion_vae.train_util import ClassifierTrainConfig
 from guided_diffusion_vae.unet import ClassifierConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
 CONFIGS = (comparison.EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
-           part_without(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised",
+           drop_fields(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised",
                                     "resume_checkpoint"),
            RunConfig)
 
@@ -32,26 +32,26 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     config, vae, data, flags, train, run = configs
-    folder = begin_run(run, configs)
-    comparison.require_given(config.reference, "--reference")
-    comparison.require_given(config.samples, "--samples")
+    folder = start_run(run, configs)
+    comparison.require_dataset(config.reference, "--reference")
+    comparison.require_dataset(config.samples, "--samples")
     if config.train_dir:
-        comparison.require_given(config.train_dir, "--train_dir")
+        comparison.require_dataset(config.train_dir, "--train_dir")
     if run.dry_run:
         return
 
     extract, judge, header, data = loading.open_extractors(config, vae, data, given)
     train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
     process = DiffusionConfig()
-    sets = tstr.sets_to_train_on(config, data, flags, process) if config.tstr_iterations else {}
+    sets = tstr.open_tstr_datasets(config, data, flags, process) if config.tstr_iterations else {}
     report = comparison.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])
     if config.tstr_iterations:
-        report.update(tstr.train_on_samples(config, sets, given, data, flags, process, train, folder))
+        report.update(tstr.run_tstr(config, sets, given, data, flags, process, train, folder))
         comparison.write_report(report, folder)
     print_report(report)
-    end_run(folder)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

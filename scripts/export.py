@@ -11,10 +11,10 @@ agree the export is refused with the reason. A .safetensors file is taken by all
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.runs import export, loading
 from guided_diffusion_vae.runs.diffusers_export import ExportConfig
-from guided_diffusion_vae.runs.flags import argparser, parse, part_of
+from guided_diffusion_vae.runs.flags import argparser, parse, select_fields
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (ExportConfig, part_of(VAEConfig, "vae_path", "scale_factor"))
+CONFIGS = (ExportConfig, select_fields(VAEConfig, "vae_path", "scale_factor"))
 
 
 def create_argparser():
@@ -24,10 +24,10 @@ def create_argparser():
 def main():
     config, vae = parse(__doc__, *CONFIGS)
     dist_util.setup_dist()
-    config.model_path = loading.weights_file(config.model_path, "--model_path")  # asked by all ranks
+    config.model_path = loading.resolve_weights(config.model_path, "--model_path")  # asked by all ranks
     if dist_util.rank() == 0:
         made = export.export_model(config, VAEConfig(**vars(vae)))
-        logger.say(f"wrote {config.out}: {made}")
+        logger.log_rank0(f"wrote {config.out}: {made}")
 
 
 if __name__ == "__main__":

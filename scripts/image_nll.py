@@ -13,12 +13,12 @@ from guided_diffusion_vae.evaluation import likelihood
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import loading, spaces
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run, print_report
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run, print_report
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (likelihood.LikelihoodConfig, DataConfig, part_of(LatentConfig, "cache_dir"), VAEConfig,
+CONFIGS = (likelihood.LikelihoodConfig, DataConfig, select_fields(LatentConfig, "cache_dir"), VAEConfig,
            ModelConfig, DiffusionConfig, RunConfig)
 
 
@@ -27,20 +27,20 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     config, data, latents, vae, model, process, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
-    network, diffusion, source, space, labels = loading.load_with_data(
+    network, diffusion, source, space, labels = loading.load_model_and_data(
         config, given, model, process, data, latents, vae
     )
-    spaces.say_source(source)
+    spaces.log_source(source)
     if run.dry_run:
         return
     clip = config.clip_denoised if space.is_pixels or "clip_denoised" in given else False
     report = likelihood.likelihood(network, diffusion, source, space, labels, clip, config, folder)
     print_report(report)
-    end_run(folder)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
-from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run
 from guided_diffusion_vae.sampling.sampler import PixelSamplingConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (PixelSamplingConfig, part_of(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
+CONFIGS = (PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
            DiffusionConfig, RunConfig)
 
 
@@ -27,9 +27,9 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     config, data, vae, model, process, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     sampler = loading.load_sampler(config, given, model, process, data, vae)
     loading.sample(sampler, config, folder, run)

@@ -13,14 +13,14 @@ from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
-from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
-CONFIGS = (SamplingConfig, VAEConfig, part_of(NormalizerConfig, "normalizer"),
-           part_of(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig,
+CONFIGS = (SamplingConfig, VAEConfig, select_fields(NormalizerConfig, "normalizer"),
+           select_fields(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig,
            RunConfig)
 
 
@@ -29,9 +29,9 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     config, vae, scale, data, model, process, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     sampler = loading.load_sampler(config, given, model, process, data, vae, scale)
     loading.sample(sampler, config, folder, run)

@@ -10,7 +10,7 @@ from guided_diffusion_vae.data.folders import open_folder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import spaces, training
 from guided_diffusion_vae.runs.flags import argparser, parse
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
 
@@ -23,11 +23,11 @@ def create_argparser():
 
 def main():
     data, model, process, train, run = configs = parse(__doc__, *CONFIGS)
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     source, space = spaces.open_pixels(open_folder(data))
     training.train_diffusion("image_train", run, folder, configs, source, space, model, process, train)
-    end_run(folder)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import spaces, training
-from guided_diffusion_vae.runs.flags import argparser, parse_given
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
@@ -25,14 +25,14 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     latents, scale, vae, data, model, process, train, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     source, codec = spaces.open_latent_source(latents, vae, data, given, train.seed, folder)
     space = spaces.Space(codec, spaces.fit_normalizer(scale, source))
     training.train_diffusion("image_train_vae", run, folder, configs, source, space, model, process, train)
-    end_run(folder)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

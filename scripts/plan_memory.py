@@ -28,14 +28,14 @@ def create_argparser():
 
 
 def main():
-    data, autoencoder, loss, rival, perceptual, train, wanted = parse(__doc__, *CONFIGS)
+    data, autoencoder, loss, discriminator_config, perceptual, train, wanted = parse(__doc__, *CONFIGS)
     channels = autoencoder.in_channels or data.image_channels
     if not channels:
         channels = open_folder(data).shape[0] if data.data_dir else 1
     sides = data.sides
     if data.pad:
         sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(autoencoder, len(sides)))]
-    plan = planning.AutoencoderPlan((channels, *sides), autoencoder, train, loss, rival)
+    plan = planning.AutoencoderPlan((channels, *sides), autoencoder, train, loss, discriminator_config)
     if perceptual.use_perceptual_loss:
         print("the perceptual term is not counted: its backbone takes memory of its own")
     for line in planning.report(plan, numbers(wanted.plan_batch_sizes, int), numbers(wanted.budget_gb, float)):

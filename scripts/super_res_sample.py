@@ -10,13 +10,13 @@ from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_of
-from guided_diffusion_vae.runs.run import RunConfig, begin_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run
 from guided_diffusion_vae.sampling.sampler import BaseConfig, PixelSamplingConfig
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae_wrapper import VAEConfig
 
-CONFIGS = (PixelSamplingConfig, BaseConfig, SuperResConfig, part_of(DataConfig, "image_channels"),
+CONFIGS = (PixelSamplingConfig, BaseConfig, SuperResConfig, select_fields(DataConfig, "image_channels"),
            VAEConfig, ModelConfig, DiffusionConfig, RunConfig)
 
 
@@ -25,9 +25,9 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     config, base, super_res, data, vae, model, process, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     sampler = loading.load_sampler(config, given, model, process, data, vae, super_res=(base, super_res))
     loading.sample(sampler, config, folder, run)

@@ -14,13 +14,13 @@ from guided_diffusion_vae.data.latent_stream import SmallCacheConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import spaces, training
-from guided_diffusion_vae.runs.flags import argparser, parse_given, part_without
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
+from guided_diffusion_vae.runs.flags import argparser, parse_explicit, drop_fields
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
 from guided_diffusion_vae.train_util import DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
-CONFIGS = (SuperResConfig, part_without(DataConfig, "image_size"), LatentConfig, SmallCacheConfig,
+CONFIGS = (SuperResConfig, drop_fields(DataConfig, "image_size"), LatentConfig, SmallCacheConfig,
            NormalizerConfig, VAEConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig, RunConfig)
 
 
@@ -29,19 +29,19 @@ def create_argparser():
 
 
 def main():
-    configs, given = parse_given(__doc__, *CONFIGS)
+    configs, given = parse_explicit(__doc__, *CONFIGS)
     super_res, data, latents, small_latents, scale, vae, model, process, train, run = configs
-    folder = begin_run(run, configs)
+    folder = start_run(run, configs)
 
     data = DataConfig(image_size=super_res.large_size, **vars(data))
     sized = {**given, "image_size": super_res.large_size} if data.data_dir else given
     source, space = spaces.open_data(latents, vae, scale, data, sized, train.seed, folder)
-    small = spaces.open_small(source, space, super_res.small_size, small_latents.small_cache_dir, given)
-    super_res = spaces.with_sizes(super_res, source, small, given)
+    small = spaces.open_low_res(source, space, super_res.small_size, small_latents.small_cache_dir, given)
+    super_res = spaces.infer_sizes(super_res, source, small, given)
     training.train_diffusion(
         "super_res_train", run, folder, configs, source, space, model, process, train, super_res, small
     )
-    end_run(folder)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

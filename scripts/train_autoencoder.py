@@ -14,7 +14,7 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.flags import argparser, parse
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, end_run
+from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig
 from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.vae.perceptual import PerceptualConfig
@@ -29,11 +29,11 @@ def create_argparser():
 
 
 def main():
-    data, autoencoder, loss, rival, perceptual, train, run = configs = parse(__doc__, *CONFIGS)
-    folder = begin_run(run, configs)
+    data, autoencoder, loss, discriminator_config, perceptual, train, run = configs = parse(__doc__, *CONFIGS)
+    folder = start_run(run, configs)
 
-    training.train_autoencoder(run, folder, configs, data, autoencoder, loss, rival, perceptual, train)
-    end_run(folder)
+    training.train_autoencoder(run, folder, configs, data, autoencoder, loss, discriminator_config, perceptual, train)
+    finish_run(folder)
 
 
 if __name__ == "__main__":

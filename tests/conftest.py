@@ -12,7 +12,7 @@ def one_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
     yield
-    dist_util._settled = None
+    dist_util._active_rank_info = None
     logger.reset()
 
 

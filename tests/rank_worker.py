@@ -15,16 +15,16 @@ from PIL import Image
 from guided_diffusion_vae import checkpoint_util, dist_util, gaussian_diffusion as gd, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.data.batching import BatchPlan, picture_batches
+from guided_diffusion_vae.data.batching import BatchPlan, image_batches
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 from guided_diffusion_vae.data.latent_stream import LatentStream
-from guided_diffusion_vae.latent_datasets import EncodedPictures, LatentCache
+from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache
 from guided_diffusion_vae.objectives import AutoencoderObjective, ClassifierObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
-from guided_diffusion_vae.vae.adversarial import Adversary
+from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
 from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig, create_discriminator
 from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
@@ -52,11 +52,11 @@ def prepare(folder):
     header = {"kind": "autoencoder", "autoencoder": as_dict(AUTOENCODER)}
     checkpoint_util.save_weights(folder / "vae.pt", create_autoencoder(AUTOENCODER).state_dict(), header)
     config = LatentCacheConfig(latent_dtype="float32", shard_size=4)
-    write_cache(folder / "cache", pictures_in(folder), VAEInterface(folder / "vae.pt", device="cpu"), config)
+    write_cache(folder / "cache", images_in(folder), VAEInterface(folder / "vae.pt", device="cpu"), config)
 
 
-def pictures_in(folder):
-    return PictureFolder(data_dir=str(folder / "pictures"), image_size=16)
+def images_in(folder):
+    return ImageFolder(data_dir=str(folder / "pictures"), image_size=16)
 
 
 def unet(dropout=0.0):
@@ -85,27 +85,27 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
     if kind in ("cached", "encoded"):
         codec = VAEInterface(folder / "vae.pt", device="cpu")
         cached = LatentCache(folder / "cache")
-        source = cached if kind == "cached" else EncodedPictures(pictures_in(folder), codec, COUNT)
+        source = cached if kind == "cached" else EncodedImages(images_in(folder), codec, COUNT)
         normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
         diffusion = process()
         sampler = LossSecondMomentResampler(diffusion, history_per_term=2) if schedule == "loss" else None
         data = LatentStream(source, normalizer, plan(batch_size), SEED, "cpu", with_labels=True)
         dropout = 0.1 if kind == "encoded" else 0.0
         return unet(dropout), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
-    pictures = pictures_in(folder)
+    pictures = images_in(folder)
     if kind in ("autoencoder", "adversarial"):
         network, adversary = create_autoencoder(AUTOENCODER), None
         if kind == "adversarial":
             judge = create_discriminator(DISCRIMINATOR, 2, 1)
-            adversary = Adversary(judge, DISCRIMINATOR, lr=1e-4)
+            adversary = DiscriminatorTrainer(judge, DISCRIMINATOR, lr=1e-4)
         objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
                                          AutoencoderTrainConfig(mirror=True), adversary=adversary)
-        return network, {"objective": objective, "data": picture_batches(pictures, plan(batch_size))}
+        return network, {"objective": objective, "data": image_batches(pictures, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
         channel_mult=(1, 1), pool="adaptive",
     )
-    source = EncodedPictures(pictures, PixelCodec(1))
+    source = EncodedImages(pictures, PixelCodec(1))
     data = LatentStream(source, LatentNormalizer([0], [1], "none"), plan(batch_size), SEED, "cpu", with_labels=True)
     return network, {"objective": ClassifierObjective(process(), UniformSampler(process())), "data": data}
 

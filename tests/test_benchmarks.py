@@ -47,6 +47,6 @@ def test_every_kind_of_strides_can_be_built_and_is_drawn(benchmark, dims):
         with torch.device("meta"):
             network = create_autoencoder(AutoencoderConfig(spatial_dims=dims, in_channels=1, **changes))
         assert network.latent_shape((64,) * dims)
-    curves = {name: strides.curve_of(name) for name in strides.variants(dims)}
+    curves = {name: strides.curve_name(name) for name in strides.variants(dims)}
     assert curves["8x: [4,2], space_to_channel"] == "between levels, space_to_channel"
     assert curves["8x: 2 + [2,2], shuffle"] == "first stride" != curves["8x: [4,2], 16 channels"]

@@ -87,15 +87,15 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content):
 
 def test_differences_to_the_model_are_named(tmp_path):
     weights = Network(2).state_dict()
-    cu.load_into(Network(2), weights, "model.pt")
+    cu.load_strict(Network(2), weights, "model.pt")
     with pytest.raises(ValueError, match=r"model.pt does not fit the model \(6 of 7 entries differ; 0.bias: \(2,\) in "
                                          r"the file, \(4,\) in the model; .*check --model_path and the flags of"):
-        cu.load_into(Network(4), weights, "model.pt")
+        cu.load_strict(Network(4), weights, "model.pt")
     del weights["0.bias"]
     weights["0.gain"] = torch.zeros(())
     with pytest.raises(ValueError, match=r"0.bias: missing in the file, \(2,\) in the model; 0.gain: \(\) in the file, "
                                          "nothing in the model"):
-        cu.load_into(Network(2), weights, "model.pt")
+        cu.load_strict(Network(2), weights, "model.pt")
 
 
 # Reading and writing files
@@ -154,10 +154,10 @@ def test_a_marker_names_every_file_of_its_step(run):
 def test_only_steps_with_a_marker_count(run):
     for name in ("model000008.pt", ".state000008.json.1.part", "state8.json", "state000008.json.bak", "stateless.json"):
         (run / name).write_text("{}")
-    assert cu.steps(run) == [2, 4, 6]
+    assert cu.committed_steps(run) == [2, 4, 6]
     (run / "state1000000.json").write_text("{}")
-    assert cu.steps(run)[-1] == 1000000
-    assert cu.steps(run / "nowhere") == []
+    assert cu.committed_steps(run)[-1] == 1000000
+    assert cu.committed_steps(run / "nowhere") == []
 
 
 @pytest.mark.parametrize("spoil, problem", [
@@ -180,7 +180,7 @@ def test_a_damaged_marker_is_a_damaged_step(run, text):
     (run / "state000006.json").write_text(text)
     with pytest.raises(ValueError, match="state000006.json is damaged"):
         cu.read_marker(run, 6)
-    assert cu.newest_marker(run, warn=lambda text: None)["step"] == 4
+    assert cu.latest_marker(run, warn=lambda text: None)["step"] == 4
 
 
 def test_a_renamed_marker_is_no_step(run):
@@ -191,33 +191,33 @@ def test_a_renamed_marker_is_no_step(run):
 
 def test_the_newest_undamaged_step_is_taken_and_others_are_reported(run):
     told = []
-    assert cu.newest_marker(run, told.append)["step"] == 6 and told == []
+    assert cu.latest_marker(run, told.append)["step"] == 6 and told == []
     (run / "model000006.pt").unlink()
-    assert cu.newest_marker(run, told.append)["step"] == 4
+    assert cu.latest_marker(run, told.append)["step"] == 4
     assert len(told) == 1 and "checkpoint 6 of" in told[0] and "model000006.pt is missing" in told[0]
     for step in (2, 4):
         (run / cu.ema_name(0.9, step)).write_bytes(b"")
     with pytest.raises(ValueError, match=f"every checkpoint of {run} is damaged"):
-        cu.newest_marker(run, told.append)
+        cu.latest_marker(run, told.append)
 
 
 def test_a_folder_without_steps_has_no_newest(tmp_path):
-    assert cu.newest_marker(tmp_path) is None
+    assert cu.latest_marker(tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"holds no finished checkpoint \(stateNNNNNN.json\); check --vae_path"):
-        cu.newest_weights(tmp_path, "--vae_path")
+        cu.latest_weights(tmp_path, "--vae_path")
 
 
 def test_the_slowest_average_of_the_newest_step_is_used(run):
-    assert cu.newest_weights(run) == run / "ema_0.9999_000006.pt"
+    assert cu.latest_weights(run) == run / "ema_0.9999_000006.pt"
     cu.commit(run, 8, [], {})
-    assert cu.newest_weights(run).name == "model000008.pt"
+    assert cu.latest_weights(run).name == "model000008.pt"
 
 
 def test_all_but_the_newest_steps_are_forgotten(run):
     kept = [name for name in names_in(run) if "000006" in name]
     (run / "state000004.json").write_text("damaged")
     (run / "config.json").write_text("{}")
-    cu.forget_all_but(run, 1)
+    cu.prune_checkpoints(run, 1)
     assert names_in(run) == sorted([*kept, "config.json"])
 
 
@@ -227,5 +227,5 @@ def test_forgetting_touches_nothing_that_a_marker_names_elsewhere(run):
     marker = json.loads((run / "state000002.json").read_text())
     marker["files"]["../victim.pt"] = {"bytes": 8, "sha256": ""}
     (run / "state000002.json").write_text(json.dumps(marker))
-    cu.forget_all_but(run, 2)
-    assert victim.read_text() == "precious" and cu.steps(run) == [4, 6]
+    cu.prune_checkpoints(run, 2)
+    assert victim.read_text() == "precious" and cu.committed_steps(run) == [4, 6]

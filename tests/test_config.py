@@ -3,20 +3,20 @@ import json
 
 import pytest
 
-from guided_diffusion_vae.config import as_dict, from_dict, frozen, opt, size
+from guided_diffusion_vae.config import as_dict, from_dict, to_tuple, option, size
 
 
 @dataclasses.dataclass
 class Knobs:
-    name: str = opt("a", "what it is called", choices=("a", "b"))
-    rate: float = opt(0.5, "how fast")
-    factors: tuple = opt(((1, 2), (2, 2)), "strides")
+    name: str = option("a", "what it is called", choices=("a", "b"))
+    rate: float = option(0.5, "how fast")
+    factors: tuple = option(((1, 2), (2, 2)), "strides")
 
 
 def test_a_field_carries_its_default_help_and_choices():
     name, rate, _ = dataclasses.fields(Knobs)
     assert Knobs() == Knobs("a", 0.5, ((1, 2), (2, 2)))
-    assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b"), "least": None, "most": None}
+    assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b"), "minimum": None, "maximum": None}
     assert rate.metadata["choices"] is None
 
 
@@ -36,8 +36,8 @@ def test_from_dict_passes_over_keys_of_other_classes_and_keeps_defaults():
 
 
 def test_frozen_turns_lists_at_any_depth_into_tuples():
-    assert frozen([1, [2, (3, [4])], "ab"]) == (1, (2, (3, (4,))), "ab")
-    assert frozen("ab") == "ab" and frozen(None) is None
+    assert to_tuple([1, [2, (3, [4])], "ab"]) == (1, (2, (3, (4,))), "ab")
+    assert to_tuple("ab") == "ab" and to_tuple(None) is None
 
 
 @pytest.mark.parametrize("text, value", [("64", 64), (64, 64), ("64x128", "64x128"), ("-1", "-1"), ("", "")])

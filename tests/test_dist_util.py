@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.dist_util import LaunchError, Place, read_place
+from guided_diffusion_vae.dist_util import LaunchError, RankInfo, read_rank_info
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -18,7 +18,7 @@ NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    monkeypatch.setattr(dist_util, "_settled", None)
+    monkeypatch.setattr(dist_util, "_active_rank_info", None)
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
@@ -145,28 +145,28 @@ def test_launcher_of_another_mpi_is_an_error():
 
 
 @pytest.mark.parametrize("environ, place", [
-    ({}, Place("none", 0, 1, 0)),
-    (dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, PMI_RANK=0, PMI_SIZE=1), Place("torchrun", 3, 4, 1)),
-    (dict(PMI_RANK=1, PMI_SIZE=2, MPI_LOCALRANKID=1), Place("MPICH", 1, 2, 1)),
-    (dict(PMI_RANK=1, PMI_SIZE=2), Place("MPICH", 1, 2, None)),
-    (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=0), Place("Open MPI", 1, 2, 0)),
-    (dict(SLURM_PROCID=5, SLURM_NTASKS=8, SLURM_LOCALID=1), Place("Slurm", 5, 8, 1)),
+    ({}, RankInfo("none", 0, 1, 0)),
+    (dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, PMI_RANK=0, PMI_SIZE=1), RankInfo("torchrun", 3, 4, 1)),
+    (dict(PMI_RANK=1, PMI_SIZE=2, MPI_LOCALRANKID=1), RankInfo("MPICH", 1, 2, 1)),
+    (dict(PMI_RANK=1, PMI_SIZE=2), RankInfo("MPICH", 1, 2, None)),
+    (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=0), RankInfo("Open MPI", 1, 2, 0)),
+    (dict(SLURM_PROCID=5, SLURM_NTASKS=8, SLURM_LOCALID=1), RankInfo("Slurm", 5, 8, 1)),
     # mpiexec inside a Slurm step of one task a node; srun that speaks PMI as well; a batch script that is no task
-    (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0), Place("MPICH", 3, 4, None)),
-    (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=3, SLURM_NTASKS=4, SLURM_LOCALID=1), Place("Slurm", 3, 4, 1)),
-    (dict(SLURM_PROCID=0, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7), Place("none", 0, 1, 0)),
+    (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0), RankInfo("MPICH", 3, 4, None)),
+    (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=3, SLURM_NTASKS=4, SLURM_LOCALID=1), RankInfo("Slurm", 3, 4, 1)),
+    (dict(SLURM_PROCID=0, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7), RankInfo("none", 0, 1, 0)),
     (dict(SLURM_PROCID=1, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7, SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=2),
-     Place("Slurm", 1, 2, 0)),
+     RankInfo("Slurm", 1, 2, 0)),
 ])
 def test_place_is_read_from_the_launchers_variables(environ, place):
-    assert read_place({name: str(value) for name, value in environ.items()}) == place
+    assert read_rank_info({name: str(value) for name, value in environ.items()}) == place
 
 
 def test_senseless_variables_are_refused():
     with pytest.raises(LaunchError, match="RANK=4 is not below WORLD_SIZE=4"):
-        read_place({"RANK": "4", "WORLD_SIZE": "4"})
+        read_rank_info({"RANK": "4", "WORLD_SIZE": "4"})
     with pytest.raises(LaunchError, match="WORLD_SIZE='two'"):
-        read_place({"RANK": "0", "WORLD_SIZE": "two"})
+        read_rank_info({"RANK": "0", "WORLD_SIZE": "two"})
 
 
 def test_launch_reports_senseless_variables(monkeypatch, capsys):

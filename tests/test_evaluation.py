@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 from guided_diffusion_vae.data.npz import open_npz, to_uint8, write_npz
 from guided_diffusion_vae.evaluation import comparison, image_metrics
 from guided_diffusion_vae.evaluation.comparison import EvaluateConfig, evaluate
 from guided_diffusion_vae.evaluation.features import Features
 from guided_diffusion_vae.evaluation.image_metrics import bicubic_baseline
-from guided_diffusion_vae.evaluation.roundtrip import RoundtripConfig, failures, roundtrip
+from guided_diffusion_vae.evaluation.roundtrip import RoundtripConfig, failed_thresholds, roundtrip
 from guided_diffusion_vae.evaluation.set_metrics import FeatureStatistics, frechet_distance, inception_score
 from guided_diffusion_vae.vae_wrapper import PixelCodec
 
@@ -70,15 +70,15 @@ def extract(images):
 
 
 def test_the_report_holds_the_means_over_all_pictures(tmp_path):
-    pictures = PictureFolder(DATA, data_dir=folder_of(tmp_path / "data"))
+    pictures = ImageFolder(DATA, data_dir=folder_of(tmp_path / "data"))
     codec = HalvingCodec()
     report = roundtrip(codec, pictures, RoundtripConfig(batch_size=5), tmp_path / "run", CPU)
     images = pictures.batch(range(12))
     latents = codec.encode_batch(images)
     decoded, baseline = codec.decode_batch(latents), bicubic_baseline(images, 2)
     for name in ("psnr", "ssim", "l1"):
-        for prefix, rival in (("", decoded), ("bicubic_", baseline)):
-            expected = getattr(image_metrics, name)(images, rival).mean().item()
+        for prefix, candidate in (("", decoded), ("bicubic_", baseline)):
+            expected = getattr(image_metrics, name)(images, candidate).mean().item()
             assert report[prefix + name] == pytest.approx(expected, rel=1e-5)
     assert report["max_error"] == pytest.approx((images - decoded).abs().max().item())
     assert report["latent_mean"] == pytest.approx(latents.mean().item(), rel=1e-5)
@@ -89,7 +89,7 @@ def test_the_report_holds_the_means_over_all_pictures(tmp_path):
 
 
 def test_reconstructions_are_samples_that_can_be_evaluated(tmp_path):
-    pictures = PictureFolder(DATA, data_dir=folder_of(tmp_path / "data"))
+    pictures = ImageFolder(DATA, data_dir=folder_of(tmp_path / "data"))
     roundtrip(HalvingCodec(), pictures, RoundtripConfig(batch_size=5, save_npz=True), tmp_path / "run", CPU)
     made = open_npz(tmp_path / "run" / "reconstructions_12x16x16x1.npz")
     decoded = HalvingCodec().decode_batch(HalvingCodec().encode_batch(pictures.batch(range(12))))
@@ -98,7 +98,7 @@ def test_reconstructions_are_samples_that_can_be_evaluated(tmp_path):
 
 
 def test_a_part_of_the_pictures_is_spread_over_the_folder(tmp_path):
-    pictures = PictureFolder(DATA, data_dir=folder_of(tmp_path / "data"))
+    pictures = ImageFolder(DATA, data_dir=folder_of(tmp_path / "data"))
     report = roundtrip(HalvingCodec(), pictures, RoundtripConfig(num_pictures=3), tmp_path, CPU)
     assert report["pictures"] == 3
     half = [(image - HalvingCodec().decode_batch(HalvingCodec().encode_batch(image))).abs().mean().item()
@@ -108,7 +108,7 @@ def test_a_part_of_the_pictures_is_spread_over_the_folder(tmp_path):
 
 def test_padding_is_cropped_back_before_anything_is_measured(tmp_path):
     folder = folder_of(tmp_path / "data", size=(15, 16))
-    pictures = PictureFolder(DATA, multiple=(2, 2), data_dir=folder, image_size="15x16", pad=True)
+    pictures = ImageFolder(DATA, multiple=(2, 2), data_dir=folder, image_size="15x16", pad=True)
     assert pictures.shape == (1, 16, 16)
     report = roundtrip(HalvingCodec(), pictures, RoundtripConfig(), tmp_path, CPU)
     images = pictures.batch(range(12))
@@ -122,21 +122,21 @@ def test_a_run_stands_for_the_samples_that_it_has_drawn(tmp_path):
         write_npz(tmp_path / f"samples_{count}x4x4x1.npz", (count, 4, 4, 1), [images[:count]])
         Image.fromarray(images[0, ..., 0]).save(tmp_path / "contact_sheet.png")
         if count == 2:
-            assert len(comparison.open_pictures(tmp_path, DATA, "--samples")) == 2
+            assert len(comparison.open_images(tmp_path, DATA, "--samples")) == 2
     with pytest.raises(ValueError, match="samples_1x4x4x1.npz, samples_2x4x4x1.npz; give one of them as --samples"):
-        comparison.open_pictures(tmp_path, DATA, "--samples")
+        comparison.open_images(tmp_path, DATA, "--samples")
 
 
 def test_every_missed_threshold_is_named():
     report = {"psnr": 20.0, "ssim": 0.5, "l1": 0.1, "dead_channels": []}
-    assert failures(report, RoundtripConfig(min_psnr=20, min_ssim=0.5, max_l1=0.1)) == []
-    assert failures(report, RoundtripConfig(min_psnr=20.5, min_ssim=0.6, max_l1=0.05)) == [
+    assert failed_thresholds(report, RoundtripConfig(min_psnr=20, min_ssim=0.5, max_l1=0.1)) == []
+    assert failed_thresholds(report, RoundtripConfig(min_psnr=20.5, min_ssim=0.6, max_l1=0.05)) == [
         "psnr is 20.0000, --min_psnr asks for at least 20.5", "ssim is 0.5000, --min_ssim asks for at least 0.6",
         "l1 is 0.1000, --max_l1 asks for at most 0.05",
     ]
-    nothing = failures({"psnr": np.nan, "ssim": np.nan, "l1": np.nan, "dead_channels": []}, RoundtripConfig())
+    nothing = failed_thresholds({"psnr": np.nan, "ssim": np.nan, "l1": np.nan, "dead_channels": []}, RoundtripConfig())
     assert [line.split(",")[0] for line in nothing] == ["psnr is nan", "ssim is nan", "l1 is nan"]
-    dead, = failures({**report, "dead_channels": [2]}, RoundtripConfig())
+    dead, = failed_thresholds({**report, "dead_channels": [2]}, RoundtripConfig())
     assert dead.startswith("latent channels [2] are dead")
 
 
@@ -276,7 +276,7 @@ def test_features_of_inception_go_by_the_names_of_fid(run, samples, tmp_path):
     config = EvaluateConfig(samples=samples, reference=str(tmp_path / "val"), batch_size=4)
     report = evaluate(config, DATA, as_inception, tmp_path / "run", extract, NAMES)
     assert {"fid", "sfid", "kid", "inception_score", "precision", "recall", "class_agreement"} <= set(report)
-    images = (PictureFolder(DATA, data_dir=str(tmp_path / "val")).batch(range(12)),
+    images = (ImageFolder(DATA, data_dir=str(tmp_path / "val")).batch(range(12)),
               torch.from_numpy(levels(10, 5)[0] / 255))
     spatial = [FeatureStatistics().update(as_inception(x.float()).spatial) for x in images]
     assert report["sfid"] == pytest.approx(frechet_distance(*spatial), rel=1e-4)
@@ -284,19 +284,19 @@ def test_features_of_inception_go_by_the_names_of_fid(run, samples, tmp_path):
     assert report["inception_score"] == pytest.approx(inception_score(logits), rel=1e-5)
 
 
-@pytest.mark.parametrize("with_pictures", [False, True])
-def test_statistics_of_a_reference_file_are_taken_as_they_are(samples, tmp_path, with_pictures):
+@pytest.mark.parametrize("with_images", [False, True])
+def test_statistics_of_a_reference_file_are_taken_as_they_are(samples, tmp_path, with_images):
     images = torch.from_numpy(levels(10, 5)[0] / 255).float()
     read = as_inception(images)
     pooled, spatial = (FeatureStatistics().update(x) for x in (read.pooled, read.spatial))
     arrays = {"mu": pooled.mean + 3, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
-    if with_pictures:
+    if with_images:
         arrays["arr_0"] = np.moveaxis(levels(10, 5)[0], 1, -1)
     np.savez(tmp_path / "reference.npz", **arrays)
     config = EvaluateConfig(samples=samples, reference=str(tmp_path / "reference.npz"), inception_path="weights")
     report = evaluate(config, DATA, as_inception, tmp_path)
     assert report["fid"] == pytest.approx(2 * 9, rel=1e-6) and report["sfid"] == pytest.approx(0, abs=1e-6)
-    assert ("precision" in report) == ("kid" in report) == with_pictures
+    assert ("precision" in report) == ("kid" in report) == with_images
 
 
 def test_statistics_alone_cannot_be_judged(run, tmp_path):

@@ -64,7 +64,7 @@ def test_a_normalizer_is_worked_into_the_autoencoder(normalizer):
     theirs = diffusers_export.autoencoder_to_diffusers(network, config, 0.18215, normalizer)
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        x0 = normalizer.normalise(0.18215 * network.moments(x)[0])
+        x0 = normalizer.normalize(0.18215 * network.moments(x)[0])
         torch.testing.assert_close(theirs.encode(x).latent_dist.mean, x0, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(theirs.decode(x0).sample, network.reconstruct(x), atol=1e-3, rtol=1e-3)
     assert theirs.config.scaling_factor == 1
@@ -132,7 +132,7 @@ def test_the_scheduler_takes_our_steps(flags):
     steps = 40
     process = create_gaussian_diffusion(steps=steps, noise_schedule="cosine", **flags)
     described = as_dict(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine", **flags))
-    scheduler = diffusers_export.scheduler_of(described, pixels=True)
+    scheduler = diffusers_export.create_scheduler(described, pixels=True)
     scheduler.set_timesteps(steps)
     x, noise = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     output = torch.randn(2, 6 if flags.get("learn_sigma") else 3, 4, 4, generator=torch.Generator().manual_seed(2))
@@ -148,7 +148,7 @@ def test_the_scheduler_takes_our_steps(flags):
 def test_times_that_diffusers_would_show_differently_are_refused():
     described = as_dict(DiffusionConfig(diffusion_steps=100, rescale_timesteps=True))
     with pytest.raises(ValueError, match="its times run to 1000 over 100 steps"):
-        diffusers_export.scheduler_of(described, pixels=True)
+        diffusers_export.create_scheduler(described, pixels=True)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):

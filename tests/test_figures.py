@@ -85,7 +85,7 @@ def test_contact_sheet_refuses_what_is_no_picture(images, message):
 def test_of_two_or_four_channels_the_first_is_shown():
     images = pictures(2, 4, 5, 5)
     assert np.array_equal(figures.contact_sheet(images, 2), figures.contact_sheet(images[:, :1], 2))
-    assert figures.side_by_side(images[:, :2], images[:, 2:]).mode == "L"
+    assert figures.reconstruction_grid(images[:, :2], images[:, 2:]).mode == "L"
 
 
 def test_too_many_classes_for_a_plot_are_refused():
@@ -100,7 +100,7 @@ def test_contact_sheet_refuses_a_wrong_number_of_labels():
 
 def test_side_by_side_amplifies_the_difference():
     inputs = np.full((2, 1, 50, 50), 0.5, np.float32)
-    sheet = figures.side_by_side(inputs, inputs - 0.1, gain=4)
+    sheet = figures.reconstruction_grid(inputs, inputs - 0.1, gain=4)
     left = sheet.width - (2 * 52 + 2)
     middles = [tile(sheet, row, 0, 50, 50, left)[25, 25] for row in range(3)]
     assert middles == [128, 102, 102]
@@ -108,19 +108,19 @@ def test_side_by_side_amplifies_the_difference():
 
 def test_side_by_side_refuses_different_shapes():
     with pytest.raises(ValueError, match="inputs .* against reconstructions"):
-        figures.side_by_side(np.zeros((1, 1, 4, 4)), np.zeros((1, 1, 4, 5)))
+        figures.reconstruction_grid(np.zeros((1, 1, 4, 4)), np.zeros((1, 1, 4, 5)))
 
 
 def test_neighbour_sheet_puts_the_sample_left_and_its_neighbours_right():
     samples, neighbours = np.zeros((2, 1, 40, 40)), np.full((2, 3, 1, 40, 40), 0.5)
-    sheet = figures.neighbour_sheet(samples, neighbours, np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    sheet = figures.neighbor_grid(samples, neighbours, np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
     middle = np.asarray(sheet)[-22, -5 * 42 - 2 :]
     assert [middle[2 + 20 + 42 * column] for column in range(5)] == [0, 255, 128, 128, 128]
 
 
 def test_neighbour_sheet_refuses_neighbours_of_other_samples():
     with pytest.raises(ValueError, match=r"neighbours \[3, 2, 1, 4, 4\] do not fit samples \[2, 1, 4, 4\]"):
-        figures.neighbour_sheet(np.zeros((2, 1, 4, 4)), np.zeros((3, 2, 1, 4, 4)))
+        figures.neighbor_grid(np.zeros((2, 1, 4, 4)), np.zeros((3, 2, 1, 4, 4)))
 
 
 def test_line_plot_draws_every_curve_in_a_colour_of_its_own():
@@ -138,7 +138,7 @@ def test_confusion_plot_shades_the_diagonal():
 
 def test_a_saved_picture_reads_back_and_leaves_nothing_beside_it(tmp_path):
     sheet = figures.contact_sheet(pictures(2, 1, 8, 8), 2)
-    figures.save_picture(tmp_path / "previews" / "000000.png", sheet)
+    figures.save_image(tmp_path / "previews" / "000000.png", sheet)
     with Image.open(tmp_path / "previews" / "000000.png") as again:
         assert again.mode == "L" and np.array_equal(np.asarray(again), np.asarray(sheet))
     assert [path.name for path in (tmp_path / "previews").iterdir()] == ["000000.png"]
@@ -146,12 +146,12 @@ def test_a_saved_picture_reads_back_and_leaves_nothing_beside_it(tmp_path):
 
 def test_a_picture_without_a_known_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no picture format"):
-        figures.save_picture(tmp_path / "sheet.txt", Image.new("L", (4, 4)))
+        figures.save_image(tmp_path / "sheet.txt", Image.new("L", (4, 4)))
 
 
 def test_contact_sheets_do_not_load_matplotlib():
     code = (
-        "import sys, numpy; from guided_diffusion_vae import figures;"
+        "import sys, numpy; from guided_diffusion_vae.evaluation import figures;"
         "figures.contact_sheet(numpy.zeros((1, 1, 4, 4)), 1, ['a']); assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from guided_diffusion_vae.files import (
-    atomic_path, require_folder, require_writable_folder, sha256_of_file, sweep_parts, write_json,
+    atomic_path, require_folder, require_writable_folder, sha256_of_file, remove_stale_parts, write_json,
 )
 
 
@@ -82,10 +82,10 @@ def test_parts_of_killed_processes_are_swept_and_no_others(tmp_path):
         (tmp_path / name).write_text("")
     with atomic_path(tmp_path / "new.txt") as part:
         part.write_text("content")
-        sweep_parts(tmp_path)
+        remove_stale_parts(tmp_path)
     assert not dead.exists() and not below.exists()
     assert names_in(tmp_path) == sorted([*others, "new.txt", "previews"])
-    sweep_parts(tmp_path / "nowhere")
+    remove_stale_parts(tmp_path / "nowhere")
 
 
 def test_a_folder_that_is_a_file_is_reported_as_such(tmp_path):

@@ -430,9 +430,9 @@ def test_real_numbers_are_coded_by_a_density_and_levels_by_a_probability():
     out = p.p_mean_variance(says(x + 0.01), p.q_sample(x, t), t, clip_denoised=False)
     assert process("START_X").discrete_data and bound["output"].shape == (3,)
     density = torch.distributions.Normal(out["mean"], (0.5 * out["log_variance"]).exp()).log_prob(x)
-    levels = process("START_X")._bound_term(out, x, p.q_sample(x, t), t)
-    torch.testing.assert_close(p._bound_term(out, x, p.q_sample(x, t), t), -density.mean((1, 2)) / math.log(2))
-    assert (levels - p._bound_term(out, x, p.q_sample(x, t), t)).abs().min() > 0.1
+    levels = process("START_X")._vlb_term(out, x, p.q_sample(x, t), t)
+    torch.testing.assert_close(p._vlb_term(out, x, p.q_sample(x, t), t), -density.mean((1, 2)) / math.log(2))
+    assert (levels - p._vlb_term(out, x, p.q_sample(x, t), t)).abs().min() > 0.1
 
 
 def test_the_bound_of_latents_is_that_of_the_exact_model_of_a_gaussian():

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
-from guided_diffusion_vae.sampling.guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
+from guided_diffusion_vae.sampling.guidance import ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval
 
 LABELS = torch.tensor([2, 0, 1])
 
@@ -17,7 +17,7 @@ def test_the_gradient_is_that_of_the_log_probability_of_the_class():
     classifier = lambda x, t: F.linear(x.flatten(1), weight) * (1 + t[:, None])
     x, t = drawn(3, 1, 4, seed=1), torch.tensor([0, 1, 5])
     with torch.no_grad():  # as in a sampling loop
-        gradient = classifier_gradient(classifier, 2.5)(x, t, y=LABELS, low_res="whatever else the model is told")
+        gradient = classifier_cond_fn(classifier, 2.5)(x, t, y=LABELS, low_res="whatever else the model is told")
     point = x.clone().requires_grad_()
     log_p = classifier(point, t).log_softmax(1)[range(3), LABELS].sum()
     torch.testing.assert_close(gradient, 2.5 * torch.autograd.grad(log_p, point)[0])
@@ -41,7 +41,7 @@ class Told:
 def test_the_prediction_is_pushed_away_from_the_one_without_a_class(scale, heads):
     model = Told(heads)
     x, t = drawn(3, 1, 4), torch.full((3,), 9)
-    out = ClassifierFree(model, 7, scale)(x, t, y=LABELS)
+    out = ClassifierFreeGuidance(model, 7, scale)(x, t, y=LABELS)
     expected = 7 + scale * (LABELS - 7.0)
     torch.testing.assert_close(out[:, 0], expected.view(3, 1).expand(3, 4))
     if heads == 2:  # the variance is that of the class
@@ -50,7 +50,7 @@ def test_the_prediction_is_pushed_away_from_the_one_without_a_class(scale, heads
 
 def test_both_predictions_come_from_one_batch():
     model, low_res = Told(), drawn(3, 1, 2)
-    ClassifierFree(model, 7, 2.0)(drawn(3, 1, 4), torch.full((3,), 9), y=LABELS, low_res=low_res)
+    ClassifierFreeGuidance(model, 7, 2.0)(drawn(3, 1, 4), torch.full((3,), 9), y=LABELS, low_res=low_res)
     (count, times, labels, small), = model.asked
     assert count == 6 and times == [9] * 6 and labels == [2, 0, 1, 7, 7, 7]
     assert torch.equal(small, torch.cat([low_res, low_res]))
@@ -58,7 +58,7 @@ def test_both_predictions_come_from_one_batch():
 
 def test_outside_its_interval_the_model_is_asked_once():
     model = Told()
-    guided = ClassifierFree(model, 7, 2.0, times=(5, 9))
+    guided = ClassifierFreeGuidance(model, 7, 2.0, times=(5, 9))
     for t in (4, 5, 9, 10):
         guided(drawn(3, 1, 4), torch.full((3,), t), y=LABELS)
     assert [count for count, *_ in model.asked] == [3, 6, 6, 3]
@@ -68,11 +68,11 @@ def test_outside_its_interval_the_model_is_asked_once():
 def test_intervals_are_levels_of_noise_per_signal(rescale):
     process = create_gaussian_diffusion(steps=100, timestep_respacing="10", rescale_timesteps=rescale)
     sigma = ((1 - process.alphas_cumprod) / process.alphas_cumprod) ** 0.5
-    low, high = times_between(process, (sigma[3] - 1e-6, sigma[6] + 1e-6))
+    low, high = timesteps_in_interval(process, (sigma[3] - 1e-6, sigma[6] + 1e-6))
     factor = 10 if rescale else 1
     assert (low, high) == (factor * process.timestep_map[3], factor * process.timestep_map[6])
-    assert times_between(process, (sigma[3] + 1e-6, sigma[4] - 1e-6)) is None
-    assert times_between(process, (0, 1e9))[1] == factor * 99
+    assert timesteps_in_interval(process, (sigma[3] + 1e-6, sigma[4] - 1e-6)) is None
+    assert timesteps_in_interval(process, (0, 1e9))[1] == factor * 99
 
 
 def test_an_interval_is_read_from_two_numbers():

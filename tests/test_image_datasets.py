@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from guided_diffusion_vae import image_datasets
-from guided_diffusion_vae.data.batching import BatchPlan, Prefetcher, permuted, picture_batches
+from guided_diffusion_vae.data.batching import BatchPlan, Prefetcher, permute_indices, image_batches
 from guided_diffusion_vae.data.config import parse_range, parse_size, unpad
 from guided_diffusion_vae.data.decoding import read_array
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 
 
 def ramp(height, width, dtype=np.uint8, channels=0):
@@ -33,7 +33,7 @@ def save(folder, name, array, **options):
 
 
 def folder_of(path, **fields):
-    return PictureFolder(data_dir=str(path), **{"image_size": 8, **fields})
+    return ImageFolder(data_dir=str(path), **{"image_size": 8, **fields})
 
 
 # The reference's interface
@@ -331,7 +331,7 @@ def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
     assert deep.class_names == ["slide", "tap"] and deep.names == ["slide/x/1.png", "tap/1.png"]
     assert none.class_names is None and none.labels is None
     with pytest.raises(ValueError, match="has no classes, which are needed here .--class_cond True"):
-        picture_batches(none, BatchPlan(2, 1), with_labels=True)
+        image_batches(none, BatchPlan(2, 1), with_labels=True)
 
 
 def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
@@ -361,7 +361,7 @@ def test_an_archive_gives_pictures_and_labels(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8)
     path = str(tmp_path / "set.npz")
     np.savez(path, images=images, labels=np.array([0, 2, 2, 1, 0], np.int32))
-    folder = PictureFolder(data_dir=path, image_size=8)
+    folder = ImageFolder(data_dir=path, image_size=8)
     assert folder.shape == (1, 8, 8) and folder.class_names == ["0", "1", "2"] and folder.labels.dtype == np.int64
     assert torch.equal(folder.batch([3, 1])[:, 0], torch.from_numpy(images[[3, 1]] / np.float32(255)))
     with pytest.raises(FileNotFoundError, match="give the .npz file itself"):
@@ -376,12 +376,12 @@ def test_an_archive_gives_pictures_and_labels(tmp_path):
 def test_a_foreign_archive_is_refused(tmp_path, arrays, match):
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(ValueError, match=match):
-        PictureFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
+        ImageFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     (tmp_path / "set.npz").write_bytes(buffer.getvalue()[:-30])
     with pytest.raises(ValueError, match="set.npz: cannot be read"):
-        PictureFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
+        ImageFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
 
 
 # Plans and streams
@@ -389,7 +389,7 @@ def test_a_foreign_archive_is_refused(tmp_path, arrays, match):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 64, 1000])
 def test_the_permutation_is_one(count):
-    images = [permuted(np.arange(count), count, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    images = [permute_indices(np.arange(count), count, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(image.tolist()) == list(range(count)) for image in images)
     if count > 16:
         assert all((a != b).any() for a, b in zip(images, images[1:]))
@@ -397,7 +397,7 @@ def test_the_permutation_is_one(count):
 
 def test_the_permutation_spreads_like_chance():
     # Mean and lag-one correlation of a permutation of 4096 stay within 5 standard errors of chance.
-    image = permuted(np.arange(4096), 4096, 7, 3) / 4095 - 0.5
+    image = permute_indices(np.arange(4096), 4096, 7, 3) / 4095 - 0.5
     assert abs(image[:1024].mean()) < 5 * 0.289 / 32 and abs(np.corrcoef(image[1:], image[:-1])[0, 1]) < 5 / 64
 
 
@@ -422,7 +422,7 @@ def test_two_ranks_share_what_one_rank_would_see():
     parts = [BatchPlan(11, 3, rank, 2, seed=5) for rank in range(2)]
     for step in range(7):
         assert (np.concatenate([part.indices(step) for part in parts]) == whole.indices(step)).all()
-        assert (np.concatenate([part.coins(step) for part in parts]) == whole.coins(step)).all()
+        assert (np.concatenate([part.flip_mask(step) for part in parts]) == whole.flip_mask(step)).all()
     assert [list(part.slots) for part in parts] == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -431,7 +431,7 @@ def test_a_plan_without_shuffle_counts_up():
 
 
 def test_coins_are_fair():
-    heads = np.mean([BatchPlan(64, 64).coins(step) for step in range(50)])
+    heads = np.mean([BatchPlan(64, 64).flip_mask(step) for step in range(50)])
     assert abs(heads - 0.5) < 5 * 0.5 / np.sqrt(3200)
 
 
@@ -469,7 +469,7 @@ def test_a_picture_stream_seeks_to_the_bits_of_an_unbroken_run(tmp_path):
     for i in range(5):
         save(tmp_path, f"{'ab'[i % 2]}_{i}.png", np.random.default_rng(i).integers(0, 256, (20, 24), np.uint8))
     folder = folder_of(tmp_path, crop="random", random_flip=True)
-    stream = picture_batches(folder, BatchPlan(5, 2, seed=9), with_labels=True)
+    stream = image_batches(folder, BatchPlan(5, 2, seed=9), with_labels=True)
     unbroken = [next(stream) for _ in range(6)]
     stream.seek(2)
     for images, extra in unbroken[2:4]:

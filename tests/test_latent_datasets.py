@@ -13,10 +13,10 @@ from guided_diffusion_vae import latent_datasets
 from guided_diffusion_vae.data import cache_writer, latent_stream
 from guided_diffusion_vae.data.batching import BatchPlan
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.image_folders import PictureFolder
-from guided_diffusion_vae.data.latent_stream import LatentStream, ShrunkPictures
+from guided_diffusion_vae.data.image_folders import ImageFolder
+from guided_diffusion_vae.data.latent_stream import LatentStream, DownsampledImages
 from guided_diffusion_vae.latent_datasets import (
-    EncodedPictures, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
+    EncodedImages, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
 )
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.vae.posterior import sample_moments
@@ -51,14 +51,14 @@ def pictures(tmp_path):
     for i in range(COUNT):
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
         Image.fromarray(pixels).save(folder / f"{'ab'[i % 2]}_{i:02d}.png")
-    return PictureFolder(data_dir=str(folder), image_size=8)
+    return ImageFolder(data_dir=str(folder), image_size=8)
 
 
 @pytest.fixture
 def cached(tmp_path, pictures):
     def write(name="cache", codec=None, **fields):
         options = {"shard_size": 4, "latent_dtype": "float32", **fields}
-        read = PictureFolder(pictures.config, random_flip=options.pop("random_flip", False))
+        read = ImageFolder(pictures.config, random_flip=options.pop("random_flip", False))
         run = {key: options.pop(key) for key in list(options) if key not in LatentCacheConfig.__dataclass_fields__}
         return write_cache(tmp_path / name, read, codec or HalvingCodec(), LatentCacheConfig(**options),
                            **{"batch_size": 3, **run})
@@ -270,7 +270,7 @@ def test_shards_are_a_64th_of_all_but_neither_tiny_nor_huge(entries, size):
 def test_shard_size_0_has_it_chosen_and_less_is_refused(tmp_path, cached):
     many = tmp_path / "many.npz"
     np.savez(many, images=np.zeros((300, 4, 4), np.uint8))
-    cache = write_cache(tmp_path / "chosen", PictureFolder(data_dir=str(many), image_size=4), HalvingCodec(),
+    cache = write_cache(tmp_path / "chosen", ImageFolder(data_dir=str(many), image_size=4), HalvingCodec(),
                         LatentCacheConfig(), batch_size=300)
     assert [shard["count"] for shard in cache.manifest["shards"]] == [256, 44]
     with pytest.raises(ValueError, match="--shard_size -1 must be at least 1, or 0 to have it chosen"):
@@ -329,13 +329,13 @@ def test_an_unreadable_picture_ends_the_encoding_by_name(cached, pictures):
 
 def test_no_space_left_is_told_before_encoding(cached, monkeypatch):
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("guided_diffusion_vae.latent_datasets.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("guided_diffusion_vae.data.cache_writer.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match="need 0 MiB and 0 MiB are left; free some space"):
         cached()
 
 
 def test_random_crops_are_not_cached(tmp_path, pictures):
-    random_crops = PictureFolder(pictures.config, crop="random")
+    random_crops = ImageFolder(pictures.config, crop="random")
     with pytest.raises(ValueError, match="--crop random cannot be cached"):
         write_cache(tmp_path / "cache", random_crops, HalvingCodec(), LatentCacheConfig())
 
@@ -426,7 +426,7 @@ def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
 def test_all_sources_have_what_training_asks_of_them(cached, pictures, tmp_path):
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((1, 4, 4), np.float32))
-    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedPictures(pictures, HalvingCodec())
+    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedImages(pictures, HalvingCodec())
     names = ("folder", "count", "latent_shape", "image_shape", "unpadded_shape", "labels", "class_names", "statistics",
              "scale_factor", "autoencoder", "draws_posterior", "random_flip", "random_crop", "read", "latents", "batch")
     for source in sources:
@@ -449,7 +449,7 @@ def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
 
 
 def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
-    cache, live = cached(), EncodedPictures(pictures, HalvingCodec(), batch_size=4)
+    cache, live = cached(), EncodedImages(pictures, HalvingCodec(), batch_size=4)
     eps = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for noise in (None, eps):
         (a, y), (b, z) = cache.batch([3, 0, 8], noise), live.batch([3, 0, 8], noise)
@@ -460,9 +460,9 @@ def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
 
 
 def test_statistics_come_from_a_sample_that_the_seed_fixes(pictures):
-    first, again, other = (EncodedPictures(pictures, HalvingCodec(), stats_samples=4, seed=s) for s in (1, 1, 2))
+    first, again, other = (EncodedImages(pictures, HalvingCodec(), stats_samples=4, seed=s) for s in (1, 1, 2))
     assert first.statistics == again.statistics != other.statistics
-    known = EncodedPictures(pictures, HalvingCodec(fail_after=0), statistics=first.statistics)
+    known = EncodedImages(pictures, HalvingCodec(fail_after=0), statistics=first.statistics)
     assert known.statistics == first.statistics
 
 
@@ -476,7 +476,7 @@ def stream_of(source, rank=0, num_ranks=1, batch=4, **options):
 def test_ranks_and_restarts_see_the_bits_of_one_unbroken_run(cached, pictures, kind):
     if kind.startswith("live"):
         fields = {"crop": "random", "random_flip": True} if "crops" in kind else {}
-        source = EncodedPictures(PictureFolder(pictures.config, image_size="6", **fields), HalvingCodec())
+        source = EncodedImages(ImageFolder(pictures.config, image_size="6", **fields), HalvingCodec())
     else:
         source = cached(random_flip=kind == "flips")
         assert kind != "resident" or source.on_device("cpu")
@@ -536,8 +536,8 @@ def test_pictures_are_not_taken_for_latents(tmp_path):
 
 
 def test_small_pictures_are_made_of_what_is_not_padding(pictures):
-    padded = PictureFolder(pictures.config, image_size=6, pad=True, multiple=4)
-    small = ShrunkPictures(padded, (3, 3)).batch([0])
+    padded = ImageFolder(pictures.config, image_size=6, pad=True, multiple=4)
+    small = DownsampledImages(padded, (3, 3)).batch([0])
     assert padded.shape == (1, 8, 8) and torch.equal(small, F.avg_pool2d(padded.batch([0])[..., :6, :6], 2))
 
 

@@ -96,9 +96,9 @@ def test_imports_run_downwards_only(module):
 def test_a_library_is_known_to_its_own_modules_alone(module):
     for name, inside_function in imports_of(tree_of(module)):
         parts = set(name.split("."))
-        for library, (modules, lazily) in KEPT_IN.items():
+        for library, (modules, lazy_import) in KEPT_IN.items():
             if library in parts:
-                assert module in modules and (inside_function or not lazily), f"{module} imports {library}"
+                assert module in modules and (inside_function or not lazy_import), f"{module} imports {library}"
         if parts & set(ONLY_INSIDE_FUNCTIONS):
             assert inside_function, f"{module} imports {name} for everybody"
 

@@ -51,7 +51,7 @@ def test_tensors_are_averaged_in_float32_without_being_read():
     # a tensor on the meta device has no values: reading it would fail
     logger.logkv_mean("unread", torch.ones((), device="meta"))
     logger.logkv_mean("unread", torch.ones((), device="meta"))
-    del logger.get_current()._held["unread"]
+    del logger.get_current()._pending_values["unread"]
     assert logger.dumpkvs() == {"loss": 4.0}
 
 

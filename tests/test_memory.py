@@ -11,19 +11,19 @@ from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.memory import GIB, Estimate
-from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, advice, estimated, savings
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, settled
+from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, advice, estimated, memory_savings
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, resolve_train_config
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
-from guided_diffusion_vae.vae.adversarial import Adversary
+from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
 from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
 
 NETWORK = AutoencoderConfig(num_channels=(16, 32), downsample_factors=(4,), attention_levels=(False, True))
 
 
-def autoencoder_plan(shape=(1, 32, 32), network=None, train=None, **rival):
+def autoencoder_plan(shape=(1, 32, 32), network=None, train=None, **discriminator_config):
     return AutoencoderPlan(shape, dataclasses.replace(NETWORK, **(network or {})), AutoencoderTrainConfig(
-        **{"batch_size": 2, **(train or {})}), AutoencoderLossConfig(), DiscriminatorConfig(**rival))
+        **{"batch_size": 2, **(train or {})}), AutoencoderLossConfig(), DiscriminatorConfig(**discriminator_config))
 
 
 def diffusion_plan(train=None, super_res=None, low_res_shape=None, **model):
@@ -83,7 +83,7 @@ def test_activations_of_a_unet_are_what_autograd_saves(class_cond):
 def test_a_plan_is_the_peak_of_a_real_step(plan, monkeypatch):
     planned = plan.training()
     monkeypatch.setattr(memory, "_fake", memory._like_cuda)
-    monkeypatch.setattr(memory, "_emptied", lambda network: network.to_empty(device="cpu"))
+    monkeypatch.setattr(memory, "_with_fake_parameters", lambda network: network.to_empty(device="cpu"))
     run = plan.training()
     assert planned.peak == pytest.approx(run.peak, rel=0.02)
     assert planned.activations == pytest.approx(run.activations, rel=0.02)
@@ -91,20 +91,20 @@ def test_a_plan_is_the_peak_of_a_real_step(plan, monkeypatch):
 
 
 @pytest.mark.parametrize("rival", [{}, {"discriminator_weight": 0.5}])
-def test_accumulation_keeps_one_forward_pass_at_a_time(rival, tmp_path):
+def test_accumulation_keeps_one_forward_pass_at_a_time(discriminator_config, tmp_path):
     def peak(parts):
-        plan = autoencoder_plan((1, 64, 64), train={"batch_size": 1, "gradient_accumulation_steps": parts}, **rival,
+        plan = autoencoder_plan((1, 64, 64), train={"batch_size": 1, "gradient_accumulation_steps": parts}, **discriminator_config,
                                 discriminator_start=0, discriminator_channels=8, discriminator_layers=1)
         network, *judge = plan.build()
-        adversary = Adversary(*judge, plan.rival, 1e-4) if judge else None
-        train = settled(plan.train)
+        adversary = DiscriminatorTrainer(*judge, plan.discriminator_config, 1e-4) if judge else None
+        train = resolve_train_config(plan.train)
         with logger.scoped_configure(str(tmp_path), []):
             loop = TrainLoop(
                 model=network, data=iter(()), batch_size=train.batch_size, microbatch=train.microbatch, lr=1e-4,
                 ema_rate="", objective=AutoencoderObjective(plan.loss, network, (-1, 1), train, adversary=adversary),
             )
             batch = torch.rand(parts, 1, 64, 64)
-            with memory._Living(network, *judge) as living:
+            with memory._StorageTracker(network, *judge) as living:
                 loop.run_step(batch, {})
         return living.peak, plan.training()
 
@@ -142,7 +142,7 @@ def test_autocast_keeps_norms_in_float32_and_halves_convolutions():
 
 
 def test_savings_go_from_harmless_to_another_network():
-    steps = list(savings(autoencoder_plan(train={"batch_size": 4})))
+    steps = list(memory_savings(autoencoder_plan(train={"batch_size": 4})))
     assert [list(step.latest) for step in steps] == [
         [], ["mixed_precision"], ["recompute_norms"], ["batch_size", "gradient_accumulation_steps"],
         ["batch_size", "gradient_accumulation_steps"], ["use_checkpointing"], ["optimizer"],
@@ -153,30 +153,30 @@ def test_savings_go_from_harmless_to_another_network():
     same, smaller = (create_autoencoder(step.plan.network).factors for step in steps[-2:])
     assert same == (4, 4) and smaller == (8, 8)
     assert "--initial_downsample_factor 2 --downsample_factors [2]" in str(steps[-2])
-    sizes = [estimate.needed for _, estimate in estimated(autoencoder_plan((1, 128, 128), train={"batch_size": 4}))]
+    sizes = [estimate.required for _, estimate in estimated(autoencoder_plan((1, 128, 128), train={"batch_size": 4}))]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_compiled_network_is_not_advised_to_recompute_norms():
-    steps = savings(autoencoder_plan(train={"batch_size": 1, "compile": True}))
+    steps = memory_savings(autoencoder_plan(train={"batch_size": 1, "compile": True}))
     assert not any("recompute_norms" in step.latest for step in steps)
 
 
 @pytest.mark.parametrize("batch_size, parts", [(6, [(3, 2), (1, 6)]), (7, [(1, 7)])])
 def test_a_step_stays_of_as_many_samples(batch_size, parts):
-    steps = savings(autoencoder_plan(train={"batch_size": batch_size}))
+    steps = memory_savings(autoencoder_plan(train={"batch_size": batch_size}))
     assert [tuple(step.latest.values()) for step in steps if "batch_size" in step.latest] == parts
 
 
 def test_what_a_microbatch_saves_already_is_heeded():
     plan = diffusion_plan(train={"batch_size": 8, "microbatch": 2, "mixed_precision": True})
     assert plan.forward_size == 2
-    assert [step.latest for step in savings(plan) if "microbatch" in step.latest] == [{"microbatch": 1}]
+    assert [step.latest for step in memory_savings(plan) if "microbatch" in step.latest] == [{"microbatch": 1}]
 
 
 def test_the_least_lossy_choice_is_taken():
     plan = autoencoder_plan((1, 128, 128), train={"batch_size": 4})
-    needed = [estimate.needed for _, estimate in estimated(plan)]
+    needed = [estimate.required for _, estimate in estimated(plan)]
     assert "--mixed_precision True would take" in advice(plan, needed[1])
     assert "--mixed_precision True --recompute_norms True would take" in advice(plan, needed[2])
     assert "no saving brings" in advice(plan, 0.1 * GIB)
@@ -184,12 +184,12 @@ def test_the_least_lossy_choice_is_taken():
 
 def test_a_budget_counts_what_lies_beside_tensors():
     estimate = Estimate(parameters=GIB)
-    assert estimate.needed > 1.5 * GIB and estimate.fits(2 * GIB) and not estimate.fits(1.2 * GIB)
+    assert estimate.required > 1.5 * GIB and estimate.fits(2 * GIB) and not estimate.fits(1.2 * GIB)
 
 
 def test_strides_that_do_not_divide_the_size_are_passed_over():
     assert [saving.latest for saving, _ in estimated(autoencoder_plan((1, 36, 36)))][-1] != {}
-    assert len(list(estimated(autoencoder_plan((1, 36, 36))))) == len(list(savings(autoencoder_plan()))) - 1
+    assert len(list(estimated(autoencoder_plan((1, 36, 36))))) == len(list(memory_savings(autoencoder_plan()))) - 1
 
 
 def test_a_report_names_parts_layers_and_budgets():
@@ -208,7 +208,7 @@ def test_a_report_is_exact_for_every_batch_size():
     """Large inputs are recomputed in slices, so that memory does not grow in proportion."""
     plan = autoencoder_plan((1, 256, 256), {"recompute_norms": True}, train={"batch_size": 2})
     row = next(line for line in planning.report(plan, [1, 16], [12.0]) if line.endswith("  as configured"))
-    exact = [plan.changed(batch_size=n).training().needed / GIB for n in (1, 16)]
+    exact = [plan.with_flags(batch_size=n).training().required / GIB for n in (1, 16)]
     assert [float(n) for n in re.findall(r"[\d.]+", row)] == pytest.approx(exact, abs=0.01)
 
 
@@ -219,7 +219,7 @@ def test_encoding_is_planned_in_the_precision_that_it_runs_in():
     for name in ("encoding", "decoding"):
         for dtype in (torch.float32, torch.bfloat16):
             row = next(line for line in lines if line.endswith(f"{name}, --vae_dtype {str(dtype)[6:]}"))
-            exact = [getattr(plan.changed(batch_size=n), name)(dtype).needed / GIB for n in (1, 8)]
+            exact = [getattr(plan.with_flags(batch_size=n), name)(dtype).required / GIB for n in (1, 8)]
             assert [float(n) for n in row.split()[:2]] == pytest.approx(exact, abs=0.01)
 
 
@@ -237,11 +237,11 @@ def test_exhausted_memory_brings_advice(fail):
         next(result)
 
     with pytest.raises(torch.OutOfMemoryError, match="^give less than [0-9]+; .*(memory)"):
-        with dist_util.advising_on_memory(lambda budget: f"give less than {budget}"):
+        with dist_util.oom_advice(lambda budget: f"give less than {budget}"):
             run()
 
 
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="^shapes differ$"):
-        with dist_util.advising_on_memory(lambda budget: "advice"):
+        with dist_util.oom_advice(lambda budget: "advice"):
             raise RuntimeError("shapes differ")

@@ -15,7 +15,7 @@ from guided_diffusion_vae.evaluation.features import (
 from guided_diffusion_vae.evaluation.image_metrics import bicubic_baseline, l1, max_error, psnr, ssim
 from guided_diffusion_vae.evaluation.label_metrics import class_agreement, classification_report, confusion_matrix
 from guided_diffusion_vae.evaluation.set_metrics import (
-    FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbours, precision_recall,
+    FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbors, precision_recall,
 )
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "spectrograms"
@@ -223,9 +223,9 @@ def test_kernel_distance_over_subsets_agrees_with_the_whole_and_keeps_to_its_see
     assert subsets != kernel_distance(a, b, subsets=60, subset_size=100, seed=1)
 
 
-def clusters(*centres, count=30, seed=0):
+def clusters(*centers, count=30, seed=0):
     draw = np.random.default_rng(seed)
-    return np.concatenate([np.array(centre) + draw.uniform(-1, 1, (count, 2)) for centre in centres])
+    return np.concatenate([np.array(centre) + draw.uniform(-1, 1, (count, 2)) for centre in centers])
 
 
 def test_precision_and_recall_of_a_set_with_itself_are_one():
@@ -262,21 +262,21 @@ def test_precision_refuses_sets_without_k_neighbours():
 def test_nearest_neighbours_equal_a_full_sort(block):
     queries, bank = pictures(9, 1, 4, 4), pictures(40, 1, 4, 4, seed=1)
     full = np.linalg.norm(queries.reshape(9, 1, -1).astype(float) - bank.reshape(1, 40, -1), axis=2)
-    distances, indices = nearest_neighbours(queries, bank, k=5, block=block)
+    distances, indices = nearest_neighbors(queries, bank, k=5, block=block)
     assert np.array_equal(indices, np.argsort(full, 1)[:, :5])
     assert np.allclose(distances, np.sort(full, 1)[:, :5])
 
 
 def test_a_copy_is_its_own_nearest_neighbour_at_distance_zero():
     bank = pictures(20, 3, 8, 8) + 100
-    distances, indices = nearest_neighbours(bank[4:9], bank)
+    distances, indices = nearest_neighbors(bank[4:9], bank)
     assert indices[:, 0].tolist() == [4, 5, 6, 7, 8]
     assert not distances.any()
 
 
 def test_nearest_neighbours_refuse_a_bank_that_is_too_small():
     with pytest.raises(ValueError, match="4 neighbours were asked of a bank of 3"):
-        nearest_neighbours(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
+        nearest_neighbors(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
 
 
 def test_inception_score_runs_from_one_to_the_number_of_classes():
@@ -308,12 +308,12 @@ def test_merged_statistics_are_those_of_all_features():
 
 def test_given_statistics_are_measured_against_as_they_are():
     mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
-    given = FeatureStatistics.given(mean, covariance)
+    given = FeatureStatistics.from_moments(mean, covariance)
     assert np.allclose(given.covariance, covariance)
-    moved = FeatureStatistics.given(mean + 2, covariance)
+    moved = FeatureStatistics.from_moments(mean + 2, covariance)
     assert frechet_distance(given, moved) == pytest.approx(12)
     with pytest.raises(ValueError, match=r"a mean of shape \[3\] and a covariance of \[2, 2\]; needed are"):
-        FeatureStatistics.given(mean, np.eye(2))
+        FeatureStatistics.from_moments(mean, np.eye(2))
 
 
 # ---- features ----
@@ -371,7 +371,7 @@ class Identity:
     def encode_batch(self, images, eps=None):
         return images
 
-    fitted = encode_batch
+    pad_to_factors = encode_batch
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_inception_reads_levels_grey_ones_too_and_the_layer_of_sfid(inception):
 
 
 def test_confusion_matrix_counts_asked_by_predicted():
-    matrix = confusion_matrix(predicted=[0, 1, 1, 2], asked=[0, 0, 1, 2], num_classes=3)
+    matrix = confusion_matrix(predicted=[0, 1, 1, 2], target=[0, 0, 1, 2], num_classes=3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 

@@ -240,7 +240,7 @@ def test_the_record_tells_all_parameters_and_the_axes(tmp_path):
 def run_script(monkeypatch, *flags):
     script = Path(__file__).parents[1] / "scripts" / "make_microdoppler.py"
     monkeypatch.setattr("sys.argv", [str(script), *flags])
-    monkeypatch.setattr(dist_util, "_settled", None)
+    monkeypatch.setattr(dist_util, "_active_rank_info", None)
     runpy.run_path(str(script), run_name="__main__")
 
 

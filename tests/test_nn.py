@@ -94,7 +94,7 @@ def test_a_convolution_of_what_is_repeated_takes_weights_in_half_precision(grid,
     conv = nn.conv_nd(len(grid), 8, 8, 3, padding=1)
     x = torch.randn(2, 8, *grid)
     expected = conv(nn.upsample_nearest(x, factors))
-    found = nn.conv_of_repeated(conv.to(dtype), x.to(dtype), factors)
+    found = nn.upsample_conv(conv.to(dtype), x.to(dtype), factors)
     assert found.dtype == dtype and (found - expected).norm() < 2e-2 * expected.norm()
 
 
@@ -106,7 +106,7 @@ def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors,
     conv = nn.conv_nd(len(grid), 8, 8, 3, padding=1)
     x = torch.randn(2, 8, *grid, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        found = nn.conv_of_repeated(conv, x, factors).float()
+        found = nn.upsample_conv(conv, x, factors).float()
     expected = conv(nn.upsample_nearest(x, factors))
     towards = torch.randn_like(expected)
     pairs = [(found, expected), *zip(*(torch.autograd.grad((y * towards).sum(), [x, conv.weight, conv.bias])
@@ -119,8 +119,8 @@ def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors,
 def test_a_convolution_of_what_is_repeated_compiles_into_one_graph(grid, factors):
     conv = nn.conv_nd(len(grid), 4, 4, 3, padding=1)
     x = torch.randn(2, 4, *grid)
-    compiled = torch.compile(nn.conv_of_repeated, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(conv, x, factors), nn.conv_of_repeated(conv, x, factors))
+    compiled = torch.compile(nn.upsample_conv, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(conv, x, factors), nn.upsample_conv(conv, x, factors))
 
 
 def test_groupnorm_keeps_the_type_and_counts_in_float32():
@@ -238,7 +238,7 @@ def test_recomputed_inputs_of_a_convolution_change_no_gradient(monkeypatch, grou
     torch.manual_seed(1)
     expected = run(conv(cheap(4, x, shift, weight, bias)))
     torch.manual_seed(1)
-    got = run(nn.conv_of_recomputed(cheap, conv, (x, shift), (weight, bias), 4, random=random))
+    got = run(nn.recomputed_conv(cheap, conv, (x, shift), (weight, bias), 4, random=random))
     assert min(calls) == (4 if random else groups_at_a_time)
     torch.testing.assert_close(got, expected)
 
@@ -254,7 +254,7 @@ def test_gradients_in_half_precision_are_right_on_flat_grids(grid, kernel, strid
     cheap = lambda groups, x: x.sin()
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            y = nn.conv_of_recomputed(cheap, conv, (x,), (), 32) if recomputed else conv(cheap(32, x))
+            y = nn.recomputed_conv(cheap, conv, (x,), (), 32) if recomputed else conv(cheap(32, x))
         y.float().square().sum().backward()
         found.append([t.grad.clone() for t in (x, conv.weight, conv.bias)])
         x.grad = conv.weight.grad = conv.bias.grad = None
@@ -278,12 +278,12 @@ def test_recomputed_inputs_are_not_kept():
     conv, x, weight = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9, requires_grad=True), torch.ones(8)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        nn.conv_of_recomputed(lambda groups, x, weight: F.silu(x * weight.view(-1, 1, 1)), conv, (x,), (weight,), 8)
+        nn.recomputed_conv(lambda groups, x, weight: F.silu(x * weight.view(-1, 1, 1)), conv, (x,), (weight,), 8)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weight, conv.weight)}
 
 
 def test_recomputing_needs_no_gradient():
     conv, x = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9)
     with torch.no_grad():
-        y = nn.conv_of_recomputed(lambda groups, x: x.relu(), conv, (x,), (), 8)
+        y = nn.recomputed_conv(lambda groups, x: x.relu(), conv, (x,), (), 8)
     torch.testing.assert_close(y, conv(x.relu()))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion_vae.vae.perceptual import NETS, PerceptualConfig, PerceptualLoss
+from guided_diffusion_vae.vae.perceptual import BACKBONES, PerceptualConfig, PerceptualLoss
 
 LAYERS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
@@ -22,7 +22,7 @@ class StandIn(torch.nn.Module):
         return (self.net.slice1(x) - self.net.slice1(y)).square().mean((1, 2, 3), keepdim=True)
 
 
-@pytest.fixture(params=NETS)
+@pytest.fixture(params=BACKBONES)
 def perceptual(request, tmp_path, monkeypatch):
     """The loss with a backbone of random weights in torchvision's layout, or one of a single layer without lpips."""
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_the_range_of_black_and_white_is_taken_away(perceptual):
 ])
 def test_pictures_that_the_backbone_cannot_look_at_are_refused(perceptual, shape, said):
     with pytest.raises(ValueError, match=said):
-        perceptual.require_fitting(shape)
+        perceptual.check_input_shape(shape)
 
 
 def test_at_least_one_slice_is_compared():

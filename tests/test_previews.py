@@ -6,12 +6,12 @@ from PIL import Image
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 from guided_diffusion_vae.data.volume_folders import VolumeFolder
 from guided_diffusion_vae.evaluation import figures, image_metrics
-from guided_diffusion_vae.evaluation.previews import ClassifierValidation, ReconstructionPreview, SamplePreview
+from guided_diffusion_vae.evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.latent_datasets import EncodedPictures
+from guided_diffusion_vae.latent_datasets import EncodedImages
 from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.runs import training
@@ -35,14 +35,14 @@ def pictures(tmp_path):
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (15, 16), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{'ba'[i % 2]}_{i}.png")
-    return PictureFolder(DataConfig(str(tmp_path / "data"), "15x16", pad=True), multiple=(2, 2))
+    return ImageFolder(DataConfig(str(tmp_path / "data"), "15x16", pad=True), multiple=(2, 2))
 
 
 def test_reconstructions_are_drawn_and_measured_without_the_padding(pictures, tmp_path):
     torch.manual_seed(0)
     config = AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2)
     network = create_autoencoder(config).eval()
-    preview = ReconstructionPreview(network, config.image_range, pictures, 3, tmp_path, CPU, batch_size=2)
+    preview = ReconstructionValidation(network, config.image_range, pictures, 3, tmp_path, CPU, batch_size=2)
     preview(7)
     images = pictures.batch([0, 2, 4])
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_whole_volumes_are_judged_in_windows_that_leave_no_seams(tmp_path):
         np.save(tmp_path / f"data/{i}.npy", np.random.default_rng(i).integers(0, 256, shape, np.uint8))
     volumes = VolumeFolder(DataConfig(str(tmp_path / "data"), "8x8x8", crop="random", patches_per_volume=3))
     network = Exact()
-    measured = ReconstructionPreview(network, (-1.0, 1.0), volumes, 9, tmp_path, CPU, batch_size=2)(1)
+    measured = ReconstructionValidation(network, (-1.0, 1.0), volumes, 9, tmp_path, CPU, batch_size=2)(1)
     assert measured["val_l1"] < 1e-6 and measured["val_ssim"] > 0.9999 and network.windows > 1 + 2 * 3 * 3
 
 
@@ -91,7 +91,7 @@ def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(t
     (images, columns, labels), (again, _, _) = shown
     assert columns == 2 and labels == ["a", "b", "c"] and np.array_equal(images, again)
     assert images.reshape(3, 2, -1).mean(2) == pytest.approx(np.array([[0.05] * 2, [0.5] * 2, [0.95] * 2]), abs=0.02)
-    expected = sampler.decode(sampler.x0(range(6), [0, 1, 2], CPU)).numpy()
+    expected = sampler.decode(sampler.sample_x0(range(6), [0, 1, 2], CPU)).numpy()
     assert np.array_equal(images[1], expected[3])  # the second picture of the first class
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
 
@@ -120,7 +120,7 @@ class OddOnes(torch.nn.Module):
 def validation(pictures, count, noised, batch_size=2):
     diffusion = create_gaussian_diffusion(steps=40)
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
-    source = EncodedPictures(pictures, PixelCodec(1))
+    source = EncodedImages(pictures, PixelCodec(1))
     model = OddOnes()
     return model, ClassifierValidation(model, objective, source, LatentNormalizer([0], [1], "none"), ["b", "a"], count,
                                        batch_size, 5, 0, CPU)

@@ -7,10 +7,10 @@ from PIL import Image
 
 from guided_diffusion_vae.data.npz import open_npz, to_uint8, write_npz
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_process
-from guided_diffusion_vae.sampling.generate import draw
+from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_diffusion
+from guided_diffusion_vae.sampling.generate import generate_samples
 from guided_diffusion_vae.sampling.sampler import (
-    KeyedNoise, Sampler, SamplingConfig, SmallPictures, parse_classes, solver_of,
+    KeyedNoise, Sampler, SamplingConfig, LowResConditioning, parse_classes, resolve_sampler,
 )
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
@@ -44,18 +44,18 @@ def pixels_of(path):
 
 @pytest.mark.parametrize("solver, steps", [("ddpm", ""), ("ddim", ""), ("dpmpp", "logsnr3"), ("unipc", "logsnr3")])
 def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
-    diffusion = create_process(**{**vars(PROCESS), "timestep_respacing": steps})
+    diffusion = create_diffusion(**{**vars(PROCESS), "timestep_respacing": steps})
     sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
-    together = sampler.x0(range(5), [2, 0], CPU)
+    together = sampler.sample_x0(range(5), [2, 0], CPU)
     assert sampler.labels(range(5), [2, 0]).tolist() == [2, 0, 2, 0, 2]
-    alone = torch.cat([sampler.x0([i], [2, 0], CPU) for i in range(5)])
+    alone = torch.cat([sampler.sample_x0([i], [2, 0], CPU) for i in range(5)])
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
-    torch.testing.assert_close(sampler.x0([4, 1], [2, 0], CPU), together[[4, 1]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sampler.sample_x0([4, 1], [2, 0], CPU), together[[4, 1]], atol=1e-5, rtol=0)
 
 
 def drawn(sampler, folder, classes=(0, 1, 2), **config):
     """Draw into a folder; return the Samples that were written."""
-    path = draw(sampler, classes and list(classes), SamplingConfig(**config), folder, CPU)
+    path = generate_samples(sampler, classes and list(classes), SamplingConfig(**config), folder, CPU)
     return open_npz(path)
 
 
@@ -67,9 +67,9 @@ def test_batches_of_one_and_of_four_draw_the_same_pictures(sampler, tmp_path):
 
 
 def test_another_seed_and_another_class_draw_another_picture(sampler):
-    first = sampler.x0([0], [0], CPU)
-    assert (first - dataclasses.replace(sampler, seed=1).x0([0], [0], CPU)).abs().max() > 0.1
-    assert (first - sampler.x0([0], [1], CPU)).abs().max() > 1e-3
+    first = sampler.sample_x0([0], [0], CPU)
+    assert (first - dataclasses.replace(sampler, seed=1).sample_x0([0], [0], CPU)).abs().max() > 0.1
+    assert (first - sampler.sample_x0([0], [1], CPU)).abs().max() > 1e-3
 
 
 def test_noise_is_standard_normal_and_fresh_at_every_call():
@@ -100,12 +100,12 @@ def test_nothing_to_draw_is_refused(sampler, tmp_path):
 @pytest.mark.parametrize("flags, solver", [({}, "ddpm"), ({"use_ddim": True}, "ddim"), ({"sampler": "unipc"}, "unipc"),
                                            ({"sampler": "ddim", "use_ddim": True}, "ddim")])
 def test_the_way_of_taking_steps_is_said_by_either_flag(flags, solver):
-    assert solver_of(SamplingConfig(**flags)) == solver
+    assert resolve_sampler(SamplingConfig(**flags)) == solver
 
 
 def test_two_ways_of_taking_steps_are_refused():
     with pytest.raises(ValueError, match="--use_ddim True contradicts --sampler dpmpp; leave one of them away"):
-        solver_of(SamplingConfig(use_ddim=True, sampler="dpmpp"))
+        resolve_sampler(SamplingConfig(use_ddim=True, sampler="dpmpp"))
 
 
 # samples that are written as they come
@@ -152,7 +152,7 @@ def test_more_samples_may_be_asked_for_when_going_on(sampler, tmp_path):
 
 @pytest.mark.parametrize("change, config, named", [
     ({"seed": 1}, {}, "seed"), ({"solver": "ddim"}, {}, "sampler"), ({}, {"batch_size": 1}, "batch_size"),
-    ({"made_from": {"model": "another"}}, {}, "model"), ({}, {"classes": (0,)}, "classes"),
+    ({"settings": {"model": "another"}}, {}, "model"), ({}, {"classes": (0,)}, "classes"),
 ])
 def test_shards_of_another_sampling_are_refused_by_name(sampler, tmp_path, change, config, named):
     interrupted(sampler, tmp_path, 1, **FIVE)
@@ -168,10 +168,10 @@ def test_ranks_share_the_batches(sampler, tmp_path, monkeypatch):
         monkeypatch.setattr(f"guided_diffusion_vae.dist_util.{name}", lambda *item: item[0] if item else None)
     (tmp_path / "ranks").mkdir()
     monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 1)
-    draw(sampler, [0, 1, 2], SamplingConfig(**FIVE), tmp_path / "ranks", CPU)
+    generate_samples(sampler, [0, 1, 2], SamplingConfig(**FIVE), tmp_path / "ranks", CPU)
     assert [path.name for path in (tmp_path / "ranks/shards").glob("*")] == ["00000002-00000004.npy"]
     # Rank 0 comes last here, and finds a folder that it has not begun: the record stands in for its earlier self.
-    monkeypatch.setattr("guided_diffusion_vae.sampling._agree_on", lambda *args: None)
+    monkeypatch.setattr("guided_diffusion_vae.sampling.generate._check_settings", lambda *args: None)
     monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 0)
     monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 1)
     assert np.array_equal(drawn(sampler, tmp_path / "ranks", **FIVE).images, whole.images)
@@ -242,20 +242,20 @@ def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classe
 def test_sample_i_is_told_small_picture_i_and_its_class():
     images, labels = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([2, 0, 1])
     identity = LatentNormalizer([0], [1], "none")
-    process = create_process(**vars(PROCESS))
-    small = SmallPictures(images, labels, PixelCodec(1), identity, process)
+    process = create_diffusion(**vars(PROCESS))
+    small = LowResConditioning(images, labels, PixelCodec(1), identity, process)
     told = []
     model = lambda x, t, y, low_res: told.append((y, low_res)) or 0 * x
     sampler = Sampler(model, process, (1, 4, 4), PixelCodec(1), identity, (1, 4, 4), 3, NAMES, small=small)
-    sampler.x0([1, 5], None, CPU)
+    sampler.sample_x0([1, 5], None, CPU)
     assert told[0][0].tolist() == [0, 1]
     torch.testing.assert_close(told[0][1], torch.from_numpy(images[[1, 2]]) / 127.5 - 1)
 
 
 def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
     images = np.zeros((2, 1, 8, 8), np.uint8)
-    process = create_process(**vars(PROCESS))
-    small = SmallPictures(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
+    process = create_diffusion(**vars(PROCESS))
+    small = LowResConditioning(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
     both, one = small.condition([0, 3], CPU), small.condition([3], CPU)
     assert both["low_res_times"].tolist() == [2, 2]
     torch.testing.assert_close(both["low_res"][1:], one["low_res"])
@@ -268,15 +268,15 @@ def test_small_pictures_are_padded_as_those_of_the_training_were():
     codec = PixelCodec(1)
     codec.factors, codec.preprocessing = (2, 2), {"pad": True}
     images = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
-    process = create_process(**vars(PROCESS))
-    small = SmallPictures(images, None, codec, LatentNormalizer([0], [1], "none"), process)
+    process = create_diffusion(**vars(PROCESS))
+    small = LowResConditioning(images, None, codec, LatentNormalizer([0], [1], "none"), process)
     told = small.condition([0], CPU)["low_res"]
     assert told.shape == (1, 1, 4, 4) and torch.equal(told[..., 3, :3], told[..., 2, :3])
 
 
 def test_decode_undoes_the_normalisation_and_the_padding(sampler):
     images = torch.rand(2, 1, 8, 8)
-    x0 = sampler.normalizer.normalise(sampler.codec.encode_batch(images))
+    x0 = sampler.normalizer.normalize(sampler.codec.encode_batch(images))
     torch.testing.assert_close(sampler.decode(x0), images[:, :, :7])
 
 

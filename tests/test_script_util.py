@@ -8,7 +8,7 @@ import torch
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import opt
+from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
@@ -16,10 +16,10 @@ from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, model_and_diffusion_defaults
 from guided_diffusion_vae.runs.flags import (
-    add_dict_to_argparser, args_to_dict, parse, parse_given, part_of, section_of, str2bool,
+    add_dict_to_argparser, args_to_dict, parse, parse_explicit, select_fields, section_name, str2bool,
 )
 from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan
-from guided_diffusion_vae.runs.run import RunConfig, begin_run, write_config
+from guided_diffusion_vae.runs.run import RunConfig, start_run, write_config
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file):
     path = yaml_file("model: {num_channels: 32, num_heads: 2}")
     argv = ["--config", path, "--num_heads", "8"]
-    (model, process), given = parse_given("doc", ModelConfig, DiffusionConfig, argv=argv)
+    (model, process), given = parse_explicit("doc", ModelConfig, DiffusionConfig, argv=argv)
     assert (model.num_channels, model.num_heads, model.num_res_blocks) == (32, 8, ModelConfig().num_res_blocks)
     assert given == {"num_channels": 32, "num_heads": 8} and process == DiffusionConfig()
 
@@ -86,7 +86,7 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
     number = r"(\d+\.\d)"
     said = re.search(rf"training takes {number} GiB.*encoding {number},\W+decoding\W+{number}", path.read_text(), re.S)
     for text, needed in zip(said.groups() if said else (), (plan.training, plan.encoding, plan.decoding)):
-        assert float(text) == pytest.approx(needed().needed / 2**30, abs=0.08), needed
+        assert float(text) == pytest.approx(needed().required / 2**30, abs=0.08), needed
     model, process, train = parse("doc", *DIFFUSION, argv=["--config", str(path)])[4:7]
     if "model:" in path.read_text():
         model = dataclasses.replace(model, in_channels=shape[0], dims=len(shape) - 1, num_classes=2 * model.class_cond)
@@ -237,7 +237,7 @@ def test_a_mistaken_flag_is_answered_with_one_line(capsys, argv, message):
 def test_lists_are_read_from_flags(text, value):
     @dataclasses.dataclass
     class Config:
-        levels: tuple = opt((), "a list")
+        levels: tuple = option((), "a list")
     assert parse("doc", Config, argv=["--levels", text])[0].levels == value
 
 
@@ -278,9 +278,9 @@ def test_the_references_helpers_build_the_same_flags():
 
 
 def test_a_part_of_a_config_keeps_section_help_and_default():
-    part = part_of(DataConfig, "image_size")
+    part = select_fields(DataConfig, "image_size")
     field, = dataclasses.fields(part)
-    assert section_of(part) == "data" and part().image_size == DataConfig().image_size
+    assert section_name(part) == "data" and part().image_size == DataConfig().image_size
     assert field.metadata["help"] == DataConfig.__dataclass_fields__["image_size"].metadata["help"]
 
 
@@ -316,14 +316,14 @@ def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
 def test_a_run_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write into .*file/run .*; give --logdir a folder that can be written"):
-        begin_run(RunConfig(str(tmp_path / "file" / "run")))
+        start_run(RunConfig(str(tmp_path / "file" / "run")))
 
 
 def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scripts/it.py"])
     monkeypatch.setenv("OPENAI_LOGDIR", "from_environment")
-    begin = lambda logdir: str(begin_run(RunConfig(logdir)))
+    begin = lambda logdir: str(start_run(RunConfig(logdir)))
     assert begin("given") == "given" and begin("") == "from_environment"
     monkeypatch.delenv("OPENAI_LOGDIR")
     assert begin("").startswith("runs/it-20") and "run folder: runs/it-20" in capsys.readouterr().out
@@ -333,7 +333,7 @@ def test_what_a_killed_run_left_half_written_is_gone_when_it_goes_on(tmp_path, m
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     (tmp_path / ".model000002.pt.here.99999999.part").write_bytes(b"half")  # no process has a number this high
     (tmp_path / ".model000002.pt.there.99999999.part").write_bytes(b"half")
-    begin_run(RunConfig(str(tmp_path)))
+    start_run(RunConfig(str(tmp_path)))
     assert [path.name for path in tmp_path.glob(".*")] == [".model000002.pt.there.99999999.part"]
 
 

@@ -77,7 +77,7 @@ def called(script, monkeypatch, capsys, **flags):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words(flags)])
-    monkeypatch.setattr(dist_util, "_settled", None)
+    monkeypatch.setattr(dist_util, "_active_rank_info", None)
     status = 0
     try:
         dist_util.launch(module.main)

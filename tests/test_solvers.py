@@ -4,10 +4,10 @@ import torch
 
 from guided_diffusion_vae.gaussian_diffusion import ModelMeanType
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
-from guided_diffusion_vae.sampling.solvers import LOOPS, RANDOM, SOLVERS, multistep_sample_loop
+from guided_diffusion_vae.sampling.solvers import SAMPLE_LOOPS, STOCHASTIC, SOLVERS, multistep_sample_loop
 
 SHAPE, SPREAD = (16, 2, 8, 8), 0.3
-OF_A_PATH = [solver for solver in SOLVERS if solver not in RANDOM]
+OF_A_PATH = [solver for solver in SOLVERS if solver not in STOCHASTIC]
 
 
 class Mixture:
@@ -16,15 +16,15 @@ class Mixture:
     def __init__(self, process, heads=1):
         self.mean_type, self.heads, self.calls = process.model_mean_type, heads, []
         self.alpha_bar = torch.from_numpy(process.alphas_cumprod)
-        self.centres = 0.9 * torch.from_numpy(np.random.default_rng(0).normal(size=(6, *SHAPE[1:])))
+        self.centers = 0.9 * torch.from_numpy(np.random.default_rng(0).normal(size=(6, *SHAPE[1:])))
 
     def __call__(self, x, t):
         self.calls.append(int(t[0]))
         a = self.alpha_bar[t].view(-1, 1, 1, 1, 1)
-        offset = x[:, None] - a.sqrt() * self.centres
+        offset = x[:, None] - a.sqrt() * self.centers
         variance = a * SPREAD**2 + 1 - a
         weights = torch.softmax(-(offset**2).sum((2, 3, 4)) / (2 * variance.view(-1, 1)), 1)[..., None, None, None]
-        x_0 = (weights * (self.centres + a.sqrt() * SPREAD**2 / variance * offset)).sum(1)
+        x_0 = (weights * (self.centers + a.sqrt() * SPREAD**2 / variance * offset)).sum(1)
         a = a[:, 0]
         said = {
             ModelMeanType.START_X: lambda: x_0,
@@ -40,7 +40,7 @@ def sampled(solver, respacing, **flags):
     process = create_gaussian_diffusion(timestep_respacing=respacing, **flags)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).double()
     torch.manual_seed(1)
-    x = LOOPS[solver](process, network, SHAPE, noise=noise, clip_denoised=False, device="cpu")
+    x = SAMPLE_LOOPS[solver](process, network, SHAPE, noise=noise, clip_denoised=False, device="cpu")
     return x, network
 
 
@@ -78,12 +78,12 @@ def test_whatever_the_network_predicts_the_samples_are_the_same(solver, flags):
 @pytest.mark.parametrize("solver, respacing", [("dpmpp_sde", "logsnr20"), ("ddpm", "250")])
 def test_random_steps_end_in_the_data(solver, respacing):
     x, network = sampled(solver, respacing)
-    offsets = x[:, None] - network.centres
+    offsets = x[:, None] - network.centers
     nearest = offsets[torch.arange(len(x)), offsets.square().sum((2, 3, 4)).argmin(1)]
     assert abs(nearest.std().item() / SPREAD - 1) < 0.05 and abs(nearest.mean().item()) < 0.05 * SPREAD
 
 
-@pytest.mark.parametrize("solver", RANDOM)
+@pytest.mark.parametrize("solver", STOCHASTIC)
 def test_a_random_solver_takes_its_noise_from_whom_it_is_told(solver):
     process = create_gaussian_diffusion(timestep_respacing="logsnr6")
     draw = lambda noise_fn: multistep_sample_loop(process, lambda x, t: 0.1 * x, (2, 1, 4), solver, device="cpu",
@@ -119,9 +119,9 @@ def test_guidance_and_denoising_reach_the_solver(solver):
 
 
 def test_the_loops_of_the_process_stand_beside_the_solvers():
-    assert set(LOOPS) == {"ddpm", "ddim", *SOLVERS}
+    assert set(SAMPLE_LOOPS) == {"ddpm", "ddim", *SOLVERS}
     process = create_gaussian_diffusion(steps=25)
     torch.manual_seed(0)
-    mine = LOOPS["ddpm"](process, lambda x, t: 0 * x, (1, 1, 3), device="cpu")
+    mine = SAMPLE_LOOPS["ddpm"](process, lambda x, t: 0 * x, (1, 1, 3), device="cpu")
     torch.manual_seed(0)
     assert torch.equal(mine, process.p_sample_loop(lambda x, t: 0 * x, (1, 1, 3), device="cpu"))

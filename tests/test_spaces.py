@@ -11,16 +11,16 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencod
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentCache, LatentConfig, LatentFolder
 from guided_diffusion_vae.runs import loading, spaces, training
 from guided_diffusion_vae.runs.factories import build_classifier, create_model_and_diffusion_vae
-from guided_diffusion_vae.runs.flags import parse_given
+from guided_diffusion_vae.runs.flags import parse_explicit
 from guided_diffusion_vae.runs.run import RunConfig, write_config
 from guided_diffusion_vae.runs.spaces import Space
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
-from guided_diffusion_vae.train_util import seed_weights
+from guided_diffusion_vae.train_util import seed_initialization
 from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
 
@@ -60,7 +60,7 @@ def pictures(tmp_path):
 def cache(tmp_path, pictures):
     codec = create_vae(VAEConfig(vae_path=str(save_autoencoder(tmp_path / "vae.pt"))), CPU)
     config = LatentCacheConfig(latent_dtype="float32")
-    return write_cache(tmp_path / "cache", PictureFolder(pictures), codec, config)
+    return write_cache(tmp_path / "cache", ImageFolder(pictures), codec, config)
 
 
 def open_cache(cache, **vae):
@@ -89,7 +89,7 @@ def test_a_cache_finds_its_autoencoder_where_it_is_said_to_be_now(cache, tmp_pat
     (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
     assert open_cache(cache)[1] is None
     with pytest.raises(FileNotFoundError, match="no longer at .*vae.pt; say with --vae_path where it is"):
-        spaces.codec_of(cache.autoencoder, VAEConfig(), CPU)
+        spaces.open_codec(cache.autoencoder, VAEConfig(), CPU)
     assert open_cache(cache, vae_path=str(tmp_path / "moved.pt"))[1].fingerprint == cache.autoencoder["sha256"]
 
 
@@ -106,7 +106,7 @@ def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, cap
     sha256 = cache.autoencoder["sha256"][:16]
     assert f"vae.pt no longer holds the autoencoder {sha256} that the latents were made with" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with autoencoder"):
-        spaces.codec_of(cache.autoencoder, VAEConfig(), CPU)
+        spaces.open_codec(cache.autoencoder, VAEConfig(), CPU)
 
 
 @pytest.mark.parametrize("flag, asked, held", [
@@ -123,7 +123,7 @@ def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache
 
 def test_a_plain_folder_of_latents_knows_of_no_pictures_to_contradict(tmp_path):
     np.save(tmp_path / "a_1.npy", np.ones((3, 4, 4), np.float32))
-    spaces.require_same_pictures(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
+    spaces.require_same_preprocessing(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
 
 
 def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_damaged_cache_is_met_before_training(cache):
 def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_before(cache, tmp_path):
     def weights(seed):
         source, codec = open_cache(cache)
-        seed_weights(seed)
+        seed_initialization(seed)
         network, _ = create_model_and_diffusion_vae(source.latent_shape, MODEL, PROCESS)
         return torch.cat([p.detach().flatten() for p in network.parameters()]), codec
 
@@ -194,23 +194,23 @@ def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, ca
 
 def test_a_spacing_may_be_written_shorter_than_it_is_recorded():
     cache = SimpleNamespace(folder="cache", preprocessing={"spacing": "2,2,2"})
-    spaces.require_same_pictures(cache, {"spacing": "2"})
-    spaces.require_same_pictures(cache, {"spacing": "2.0,2,2"})
+    spaces.require_same_preprocessing(cache, {"spacing": "2"})
+    spaces.require_same_preprocessing(cache, {"spacing": "2.0,2,2"})
     with pytest.raises(ValueError, match="--spacing 2,2,3 contradicts the cache"):
-        spaces.require_same_pictures(cache, {"spacing": "2,2,3"})
+        spaces.require_same_preprocessing(cache, {"spacing": "2,2,3"})
 
 
 def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
     trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1", spacing="9")), "data_dir": "there"}
-    read = spaces.as_trained(DataConfig("here", crop="center"), {"crop": "center"}, trained)
+    read = spaces.apply_trained_preprocessing(DataConfig("here", crop="center"), {"crop": "center"}, trained)
     assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
 
 
 @pytest.mark.parametrize("image_size, crop", [("8x16", "center"), ("8x16x4", "grid")])
 def test_what_was_trained_on_at_random_places_is_covered_evenly(image_size, crop):
     trained = vars(DataConfig(image_size=image_size, crop="random"))
-    assert spaces.as_trained(DataConfig("here"), {}, trained).crop == crop
-    assert spaces.as_trained(DataConfig("here", crop="random"), {"crop": "random"}, trained).crop == "random"
+    assert spaces.apply_trained_preprocessing(DataConfig("here"), {}, trained).crop == crop
+    assert spaces.apply_trained_preprocessing(DataConfig("here", crop="random"), {"crop": "random"}, trained).crop == "random"
 
 
 def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
@@ -226,13 +226,13 @@ def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
 
 
 def test_the_number_of_classes_is_that_of_the_data(cache):
-    assert training.with_classes(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
-    assert training.with_classes(MODEL, cache).num_classes == 0
+    assert training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
+    assert training.infer_model_config(MODEL, cache).num_classes == 0
     with pytest.raises(ValueError, match="--num_classes 7, but .*cache has 2; leave the flag away"):
-        training.with_classes(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
+        training.infer_model_config(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
     cache.class_names = None
     with pytest.raises(ValueError, match="--class_cond True, but .*cache has no classes: name the files"):
-        training.with_classes(dataclasses.replace(MODEL, class_cond=True), cache)
+        training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache)
 
 
 # models from their checkpoints
@@ -241,7 +241,7 @@ def test_the_number_of_classes_is_that_of_the_data(cache):
 @pytest.fixture
 def run(tmp_path, cache):
     """The weights file of a diffusion model on the cache, as training writes it."""
-    model = training.with_classes(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
+    model = training.infer_model_config(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
     torch.manual_seed(0)
     network, _ = create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
     normalizer = spaces.fit_normalizer(NormalizerConfig(), cache)
@@ -252,7 +252,7 @@ def run(tmp_path, cache):
 
 
 def load(path, *flags):
-    configs, given = parse_given("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
+    configs, given = parse_explicit("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
     config, vae, scale, data, model, process, _ = configs
     return loading.load_sampler(config, given, model, process, data, vae, scale)
 
@@ -267,12 +267,12 @@ def test_a_weights_file_is_enough_to_sample(run, cache):
 
 def test_samples_in_bfloat16_are_those_in_float32_but_for_rounding(run):
     plain, short = load(run), load(run, "--sample_dtype", "bfloat16")
-    assert short.model.torso_dtype == torch.bfloat16 and plain.made_from != short.made_from
+    assert short.model.torso_dtype == torch.bfloat16 and plain.settings != short.settings
     for sampler in (plain, short):
         torch.manual_seed(1)
         for parameter in sampler.model.parameters():  # many are zero at first, and would say nothing
             torch.nn.init.normal_(parameter, std=0.1)
-    one, other = (sampler.x0(range(4), (0, 1), "cpu") for sampler in (plain, short))
+    one, other = (sampler.sample_x0(range(4), (0, 1), "cpu") for sampler in (plain, short))
     assert one.dtype == other.dtype == torch.float32
     assert 0 < (one - other).abs().max() and (one - other).std() < 0.05 * one.std()
     with pytest.raises(ValueError, match="--sample_dtype bfloat16 and --use_fp16 True are two ways to one end"):

@@ -14,14 +14,14 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger, nn
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.data.augmentation import augmented, mirrored
+from guided_diffusion_vae.data.augmentation import random_affine, mirrored
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.objectives import DiffusionObjective, Draws, PlainObjective
+from guided_diffusion_vae.objectives import DiffusionObjective, StepRNG, PlainObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import (
-    AutoencoderTrainConfig, TrainLoop, begin_with, find_checkpoint, parse_resume_step_from_filename, seed_weights,
-    settled,
+    AutoencoderTrainConfig, TrainLoop, init_from_weights, find_checkpoint, parse_resume_step_from_filename, seed_initialization,
+    resolve_train_config,
 )
 from guided_diffusion_vae.unet import ModelConfig, UNetModel
 from launches import Launches
@@ -59,7 +59,7 @@ def two_ranks(prepared):
         command = [mpiexec, "-n", "2", sys.executable, str(ROOT / "tests/rank_worker.py"), str(prepared), part]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        stopped = stopped or {kind: checkpoint_util.steps(prepared / f"2/{kind}-parts") for kind in KINDS}
+        stopped = stopped or {kind: checkpoint_util.committed_steps(prepared / f"2/{kind}-parts") for kind in KINDS}
     return stopped
 
 
@@ -78,8 +78,8 @@ def one_rank(prepared):
 def files_of(folder, step, rate=0.9):
     of = checkpoint_util
     names = [of.model_name(step), of.ema_name(rate, step), of.optimizer_name(step)]
-    rival = [of.discriminator_name(step), of.discriminator_optimizer_name(step)]
-    return [of.load(folder / name) for name in names + [n for n in rival if (folder / n).exists()]]
+    discriminator = [of.discriminator_name(step), of.discriminator_optimizer_name(step)]
+    return [of.load(folder / name) for name in names + [n for n in discriminator if (folder / n).exists()]]
 
 
 def flat(content, at=""):
@@ -151,7 +151,7 @@ def test_attention_begins_with_the_projection_that_was_applied(tmp_path, version
     else:  # as GenerativeModels writes it, whose projection is never applied
         torch.save(weights, tmp_path / "model.pt")
     logger.configure(str(tmp_path), [])
-    begin_with(then, tmp_path / "model.pt")
+    init_from_weights(then, tmp_path / "model.pt")
     name = next(n for n in first.state_dict() if n.endswith("proj_attn.weight") and n in then.state_dict())
     wanted = first.state_dict()[name] if versioned else torch.eye(16)
     assert torch.equal(then.state_dict()[name], wanted)
@@ -333,8 +333,8 @@ def test_no_rate_keeps_no_average_and_several_keep_several(tmp_path):
     assert names_in(tmp_path / "none") == ["model000002.pt", "opt000002.pt", "state000002.json"]
     line(tmp_path / "two", 2, ema_rate="0.9,0.9999")
     assert {"ema_0.9_000002.pt", "ema_0.9999_000002.pt"} < set(names_in(tmp_path / "two"))
-    assert checkpoint_util.newest_weights(tmp_path / "two").name == "ema_0.9999_000002.pt"
-    assert checkpoint_util.newest_weights(tmp_path / "none").name == "model000002.pt"
+    assert checkpoint_util.latest_weights(tmp_path / "two").name == "ema_0.9999_000002.pt"
+    assert checkpoint_util.latest_weights(tmp_path / "none").name == "model000002.pt"
 
 
 def test_the_learning_rate_falls_to_zero_and_the_run_ends_there(tmp_path):
@@ -361,7 +361,7 @@ def test_the_learning_rate_rises_first_and_then_falls(tmp_path):
     ({"fast_dev_run": True, "fast_dev_run_batches": 7}, {"max_steps": 7, "preview_interval": 7}),
 ])
 def test_accumulation_and_trial_runs_become_flags_of_the_loop(given, settled_to):
-    train = settled(AutoencoderTrainConfig(**given))
+    train = resolve_train_config(AutoencoderTrainConfig(**given))
     assert {name: getattr(train, name) for name in settled_to} == settled_to
 
 
@@ -370,7 +370,7 @@ def test_accumulation_and_trial_runs_become_flags_of_the_loop(given, settled_to)
 ])
 def test_a_step_is_cut_up_in_one_way_only(given):
     with pytest.raises(ValueError, match="--gradient_accumulation_steps . --microbatch .*only one of the two"):
-        settled(AutoencoderTrainConfig(**given))
+        resolve_train_config(AutoencoderTrainConfig(**given))
 
 
 def measuring(values):
@@ -382,12 +382,12 @@ def measuring(values):
 def test_the_best_step_is_kept_and_stands_for_the_run(tmp_path):
     options = {"best_by": "val_psnr", "keep_checkpoints": 1, "save_interval": 9, "preview_interval": 1}
     line(tmp_path, 4, preview=measuring([1.0, 5.0, 3.0, 4.0]), **options)
-    assert checkpoint_util.steps(tmp_path) == [2, 4]
-    assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000002.pt"
+    assert checkpoint_util.committed_steps(tmp_path) == [2, 4]
+    assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000002.pt"
     assert checkpoint_util.read_marker(tmp_path, 4)["best"] == {"step": 2, "val_psnr": 5.0}
     line(tmp_path, 6, preview=measuring([4.5, 6.0]), **options)  # what was best is known when a run goes on
-    assert checkpoint_util.steps(tmp_path) == [6]
-    assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000006.pt"
+    assert checkpoint_util.committed_steps(tmp_path) == [6]
+    assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000006.pt"
 
 
 def test_a_run_that_ranks_its_steps_measures_the_average_that_stands_for_it(tmp_path):
@@ -401,7 +401,7 @@ def test_a_run_that_ranks_its_steps_measures_the_average_that_stands_for_it(tmp_
         preview=lambda step: seen.append(loop.model.weight.detach().clone()) or found(step),
     )
     loop.run_loop()
-    path = checkpoint_util.newest_weights(tmp_path)
+    path = checkpoint_util.latest_weights(tmp_path)
     assert path.name == "ema_0.99_000002.pt"
     assert torch.equal(seen[-1], checkpoint_util.load_weights(path)[0]["weight"])
 
@@ -414,26 +414,26 @@ def test_a_run_goes_on_in_another_precision(tmp_path):
 
 
 def test_a_damaged_best_step_is_passed_over(tmp_path):
-    line(tmp_path, 3, preview=measuring([5.0, 1.0, 1.0]), best_by="val_psnr", preview_interval=1, save_interval=1)
+    line(tmp_path, 3, preview=measuring([5.0, 1.0, 1.0]), monitor="val_psnr", preview_interval=1, save_interval=1)
     (tmp_path / "ema_0.9_000001.pt").write_bytes(b"damaged")
-    assert checkpoint_util.newest_weights(tmp_path).name == "ema_0.9_000003.pt"
+    assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000003.pt"
 
 
 @pytest.mark.parametrize("stop_at, step", [({"val_psnr": 3.0}, 2), ({"val_l1": 0.5}, 1), ({"val_psnr": 99.0}, 3)])
-def test_a_run_ends_where_a_bound_is_reached(tmp_path, stop_at, step):
-    loop = line(tmp_path, 3, preview=measuring([1.0, 4.0, 2.0]), preview_interval=1, stop_at=stop_at)
-    assert loop.step == step and step in checkpoint_util.steps(tmp_path)
+def test_a_run_ends_where_a_bound_is_reached(tmp_path, early_stop, step):
+    loop = line(tmp_path, 3, preview=measuring([1.0, 4.0, 2.0]), preview_interval=1, early_stop=early_stop)
+    assert loop.step == step and step in checkpoint_util.committed_steps(tmp_path)
 
 
 def test_a_run_that_ended_at_a_bound_has_ended_until_the_bound_moves(tmp_path):
     again = lambda bound: line(tmp_path, 9, preview=measuring([1.0, 4.0, 9.0]), preview_interval=1,
-                               stop_at={"val_psnr": bound}).step
+                               early_stop={"val_psnr": bound}).step
     assert [again(3.0), again(3.0), again(8.0)] == [2, 2, 5]
 
 
 def test_a_trial_does_not_go_on_with_another_run():
     with pytest.raises(ValueError, match="--fast_dev_run True --resume_checkpoint model000002.pt: a trial begins anew"):
-        settled(AutoencoderTrainConfig(fast_dev_run=True, resume_checkpoint="model000002.pt"))
+        resolve_train_config(AutoencoderTrainConfig(fast_dev_run=True, resume_checkpoint="model000002.pt"))
 
 
 def test_the_discriminator_learns_at_the_rate_and_with_the_bound_of_the_autoencoder(prepared, tmp_path):
@@ -446,13 +446,13 @@ def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path,
     line(tmp_path / "first", 2)
     model = torch.nn.Linear(3, 1)
     logger.configure(str(tmp_path / "log"), ["stdout"])
-    begin_with(model, tmp_path / "first")
+    init_from_weights(model, tmp_path / "first")
     said = capsys.readouterr().out
     assert torch.equal(model.weight, files_of(tmp_path / "first", 2)[1]["weight"])
     assert "1 of 2 weights begin as in" in said and "begins anew: bias (1,)" in said
     wide = torch.nn.Linear(5, 1)
     with pytest.raises(ValueError, match="model000002.pt has no weights in common with this model; check --init_from"):
-        begin_with(wide, tmp_path / "first" / "model000002.pt")
+        init_from_weights(wide, tmp_path / "first" / "model000002.pt")
 
 
 def test_a_run_that_goes_on_does_not_begin_again(tmp_path):
@@ -465,10 +465,10 @@ def test_a_run_that_goes_on_does_not_begin_again(tmp_path):
 
 def test_a_share_of_pictures_is_varied_as_precisely_under_autocast():
     images = torch.rand(8, 1, 256, 256)
-    draws, config = Draws(0, 5, range(8), 8), AutoencoderTrainConfig(augment=1.0)
+    draws, config = StepRNG(0, 5, range(8), 8), AutoencoderTrainConfig(augment=1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = augmented(images, draws, config)
-    assert narrow.dtype == torch.float32 and torch.allclose(narrow, augmented(images, draws, config), atol=1e-5)
+        narrow = random_affine(images, draws, config)
+    assert narrow.dtype == torch.float32 and torch.allclose(narrow, random_affine(images, draws, config), atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute_norms", [False, True])
@@ -517,7 +517,7 @@ def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, mo
 def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
     """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
     sampler = kind(create_gaussian_diffusion(steps=100))
-    draws = Draws(0, 5, range(2, 6), 8)
+    draws = StepRNG(0, 5, range(2, 6), 8)
     with Launches() as launches:
         drawn = [*draws.times(sampler, "meta"), draws.normal((4, 2, 2), "meta"), draws.uniform(7, "meta")]
         torch.zeros(1).to("meta", non_blocking=True)
@@ -537,12 +537,12 @@ def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [(64, 1, 3, 4), (64, 2, 3, 2, 2)])
 def test_every_axis_is_mirrored_by_a_coin_of_its_own(shape):
     images = torch.rand(shape)
-    out = mirrored(images, Draws(0, 5, range(64), 64))
+    out = mirrored(images, StepRNG(0, 5, range(64), 64))
     axes = range(2, images.dim())
     kinds = [tuple(axis for axis in axes if flips >> (axis - 2) & 1) for flips in range(2 ** len(axes))]
     counts = [sum(torch.equal(o, i.flip([axis - 1 for axis in kind])) for o, i in zip(out, images)) for kind in kinds]
     assert sum(counts) == 64 and min(counts) > 0
-    part = mirrored(images[10:20], Draws(0, 5, range(10, 20), 64))
+    part = mirrored(images[10:20], StepRNG(0, 5, range(10, 20), 64))
     assert torch.equal(part, out[10:20])  # a coin belongs to the place in the batch of all ranks
 
 
@@ -555,7 +555,7 @@ def spots(*shape):
     return torch.exp(-squared / 4).expand(64, 1, *shape).clone(), place
 
 
-def centres(images):
+def centers(images):
     """Return where the bright spots of pictures are, from the middle.  [N x 1 x ...] -> [N x axes]."""
     total = images.flatten(1).sum(1)
     axes = [torch.arange(n) - (n - 1) / 2 for n in images.shape[2:]]
@@ -566,27 +566,27 @@ def centres(images):
 @pytest.mark.parametrize("shape", [(24, 40), (24, 40, 28)])
 def test_a_share_of_pictures_is_turned_scaled_and_shifted_within_bounds(shape):
     images, place = spots(*shape)
-    draws = Draws(0, 5, range(64), 64)
+    draws = StepRNG(0, 5, range(64), 64)
     only = lambda **bounds: AutoencoderTrainConfig(**{"augment": 0.5, "augment_rotation": 0, "augment_scale": 0,
                                                       "augment_translation": 0, **bounds})
-    assert torch.allclose(augmented(images, draws, only()), images, atol=1e-5)
-    assert torch.equal(augmented(images, draws, only(augment=0, augment_rotation=90)), images)
+    assert torch.allclose(random_affine(images, draws, only()), images, atol=1e-5)
+    assert torch.equal(random_affine(images, draws, only(augment=0, augment_rotation=90)), images)
     for bounds in ({"augment_translation": 2}, {"augment_rotation": 10}, {"augment_scale": 0.2}):
-        out = augmented(images, draws, only(**bounds))
-        moved = centres(out) - place
+        out = random_affine(images, draws, only(**bounds))
+        moved = centers(out) - place
         changed = torch.tensor([not torch.equal(o, i) for o, i in zip(out, images)])
         assert 20 < changed.sum() < 44 and moved[~changed].abs().max() < 1e-3
         if "augment_translation" in bounds:
             assert 1.5 < moved.abs().max() < 2.02
         elif "augment_rotation" in bounds:  # by up to 10 degrees in each plane, at an unchanged distance
-            assert centres(out).norm(dim=1).sub(place.norm()).abs().max() < 0.1
-            angles = torch.nn.functional.cosine_similarity(centres(out), place[None]).clamp(max=1).acos().rad2deg()
+            assert centers(out).norm(dim=1).sub(place.norm()).abs().max() < 0.1
+            angles = torch.nn.functional.cosine_similarity(centers(out), place[None]).clamp(max=1).acos().rad2deg()
             assert 6 < angles.max() < (10.1 if len(shape) == 2 else 18)
         else:
-            stretch = (centres(out) / place).view(64, -1)
+            stretch = (centers(out) / place).view(64, -1)
             assert stretch.std(1).max() < 0.02 and 0.12 < (stretch - 1).abs().max() < 0.26
     everything = AutoencoderTrainConfig(augment=0.5)
-    whole, part = (augmented(images[s], Draws(0, 5, range(64)[s], 64), everything) for s in (slice(64), slice(9, 20)))
+    whole, part = (random_affine(images[s], StepRNG(0, 5, range(64)[s], 64), everything) for s in (slice(64), slice(9, 20)))
     assert torch.allclose(whole[9:20], part, atol=1e-6)
 
 
@@ -598,7 +598,7 @@ def test_a_resumed_run_takes_the_learning_rate_that_is_given_now(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     line(tmp_path, 9, keep_checkpoints=2)
-    assert checkpoint_util.steps(tmp_path) == [8, 9]
+    assert checkpoint_util.committed_steps(tmp_path) == [8, 9]
     assert len(names_in(tmp_path)) == 8
 
 
@@ -627,7 +627,7 @@ def test_previews_see_the_average_and_leave_training_as_it_was(tmp_path):
 def test_a_signal_ends_the_run_after_the_step_and_saves_it(tmp_path, number):
     former = signal.getsignal(number)
     loop = line(tmp_path, 9, data=Points(hook=lambda step: step == 3 and os.kill(os.getpid(), number)))
-    assert loop.step == 3 and checkpoint_util.steps(tmp_path) == [2, 3]
+    assert loop.step == 3 and checkpoint_util.committed_steps(tmp_path) == [2, 3]
     assert signal.getsignal(number) is former
 
 
@@ -637,7 +637,7 @@ def test_a_signal_leaves_no_time_for_a_preview(tmp_path):
 
     data = Points(hook=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
     assert line(tmp_path, 9, data=data, preview=preview, preview_interval=100).step == 3
-    assert checkpoint_util.steps(tmp_path) == [2, 3]
+    assert checkpoint_util.committed_steps(tmp_path) == [2, 3]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(tmp_path):
@@ -648,7 +648,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="weights is nan at step 4; the last good .* is 2: .*grad_clip"):
         line(tmp_path, 9, data=Points(spoilt_at=2), save_interval=2, log_interval=10)
-    assert checkpoint_util.steps(tmp_path) == [2] and torch.isfinite(weights_in(tmp_path, 2)).all()
+    assert checkpoint_util.committed_steps(tmp_path) == [2] and torch.isfinite(weights_in(tmp_path, 2)).all()
 
 
 def test_the_log_holds_means_over_the_quarters_of_the_process(tmp_path):
@@ -738,7 +738,7 @@ def test_a_run_can_branch_off_a_checkpoint_of_another_one(tmp_path):
 def test_the_same_command_twice_goes_on_with_what_it_made_itself(tmp_path):
     line(tmp_path / "a", 4)
     again = lambda: line(tmp_path / "b", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
-    assert again().resume_step == 2 and checkpoint_util.steps(tmp_path / "b") == [4, 6]
+    assert again().resume_step == 2 and checkpoint_util.committed_steps(tmp_path / "b") == [4, 6]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert again().resume_step == 6
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -775,7 +775,7 @@ def test_a_change_that_makes_another_run_is_reported_where_one_goes_on(tmp_path,
 def test_initial_weights_depend_on_the_seed_alone():
     def weights(seed, before):
         torch.rand(before)  # whatever drew random numbers before
-        seed_weights(seed)
+        seed_initialization(seed)
         return torch.nn.Linear(3, 2).weight.tolist()
 
     assert weights(0, 1) == weights(0, 5) != weights(1, 1)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from launches import Launches
 
-from guided_diffusion_vae import autoencoder, checkpoint_util
+from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
-from guided_diffusion_vae.config import as_dict, from_dict, opt
+from guided_diffusion_vae.config import as_dict, from_dict, option
 from guided_diffusion_vae.vae.posterior import sample_moments
 from guided_diffusion_vae.vae.tiling import blend_tiles
+from guided_diffusion_vae.vae import foreign
 from guided_diffusion_vae.vae_wrapper import (
     LatentNormalizer, PixelCodec, VAEConfig, VAEInterface, check_latent_std, create_vae,
 )
@@ -92,9 +93,9 @@ def test_round_trip_through_the_normalizer_is_the_round_trip(own, mode):
     columns = latents.double().transpose(0, 1).flatten(1)
     statistics = {"mean": columns.mean().item(), "std": columns.std().item(), "channel_mean": columns.mean(1).tolist(),
                   "channel_std": columns.std(1).tolist()}
-    fitted = LatentNormalizer.fit(mode, statistics, codec.scale_factor)
-    normalizer = LatentNormalizer.from_dict(json.loads(json.dumps(fitted.to_dict())))
-    again = codec.decode_batch(normalizer.inverse(normalizer.normalise(latents)))
+    pad_to_factors = LatentNormalizer.fit(mode, statistics, codec.scale_factor)
+    normalizer = LatentNormalizer.from_dict(json.loads(json.dumps(pad_to_factors.to_dict())))
+    again = codec.decode_batch(normalizer.denormalize(normalizer.normalize(latents)))
     torch.testing.assert_close(again, codec.decode_batch(latents), atol=1e-5, rtol=0)
 
 
@@ -237,11 +238,11 @@ def test_knobs_left_at_their_defaults_do_not_rename_the_function(own, tmp_path, 
 
     @dataclasses.dataclass
     class LaterConfig(AutoencoderConfig):
-        new_knob: int = opt(3, "of a later version")
+        new_knob: int = option(3, "of a later version")
 
-    monkeypatch.setattr(autoencoder, "AutoencoderConfig", LaterConfig)
+    monkeypatch.setattr(foreign, "AutoencoderConfig", LaterConfig)
     without = lambda config: create_autoencoder(from_dict(AutoencoderConfig, as_dict(config)))
-    monkeypatch.setattr(autoencoder, "create_autoencoder", without)
+    monkeypatch.setattr(foreign, "create_autoencoder", without)
     assert vae(own[0]).fingerprint == first.fingerprint
     write_weights(tmp_path / "later.pt", autoencoder={**written, "new_knob": 4})
     assert vae(tmp_path / "later.pt").fingerprint != first.fingerprint
@@ -424,9 +425,9 @@ def test_normaliser_divides_by_what_its_mode_says(mode, shift, std, axes):
     normalizer = LatentNormalizer.fit(mode, STATISTICS, 0.18215)
     latents = torch.randn(2, 2, *(3,) * axes)
     column = (1, -1, *(1,) * axes)
-    x0 = normalizer.normalise(latents)
+    x0 = normalizer.normalize(latents)
     torch.testing.assert_close(x0, (latents - torch.tensor(shift).view(column)) / torch.tensor(std).view(column))
-    torch.testing.assert_close(normalizer.inverse(x0), latents)
+    torch.testing.assert_close(normalizer.denormalize(x0), latents)
     assert normalizer.to_dict() == {"mode": str(mode), "shift": shift, "std": std}
 
 
@@ -434,7 +435,7 @@ def test_channel_mode_gives_every_channel_mean_zero_and_std_one():
     latents = torch.randn(64, 2, 8) * torch.tensor([[0.5], [4.0]]) + torch.tensor([[1.0], [-2.0]])
     columns = latents.double().transpose(0, 1).flatten(1)
     statistics = {"std": 3.0, "channel_mean": columns.mean(1).tolist(), "channel_std": columns.std(1).tolist()}
-    x0 = LatentNormalizer.fit("channel", statistics, 1.0).normalise(latents).transpose(0, 1).flatten(1)
+    x0 = LatentNormalizer.fit("channel", statistics, 1.0).normalize(latents).transpose(0, 1).flatten(1)
     torch.testing.assert_close(x0.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(x0.std(1), torch.ones(2))
 
@@ -455,7 +456,7 @@ def test_constant_channels_are_refused_where_each_is_divided():
 
 def test_normalizer_of_another_latent_is_refused():
     with pytest.raises(ValueError, match="knows 2 channels, .* have 3"):
-        LatentNormalizer.fit("channel", STATISTICS, 1.0).normalise(torch.zeros(1, 3, 2, 2))
+        LatentNormalizer.fit("channel", STATISTICS, 1.0).normalize(torch.zeros(1, 3, 2, 2))
 
 
 @pytest.mark.parametrize("std, refused", [(0.89, True), (0.9, False), (1.0, False), (1.1, False), (1.2, True),

@@ -4,10 +4,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion_vae.data.batching import BatchPlan, picture_batches
+from guided_diffusion_vae.data.batching import BatchPlan, image_batches
 from guided_diffusion_vae.data.config import DataConfig, unpad
 from guided_diffusion_vae.data.folders import open_folder
-from guided_diffusion_vae.data.image_folders import PictureFolder
+from guided_diffusion_vae.data.image_folders import ImageFolder
 from guided_diffusion_vae.data.volume_folders import VolumeFolder, write_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -49,7 +49,7 @@ def test_three_sizes_mean_volumes_and_two_mean_pictures(folder, tmp_path):
     assert isinstance(open_folder(DataConfig(str(folder), "8x8x8")), VolumeFolder)
     assert DataConfig(voxel_size=(8, 4, 2)).image_size == "8x4x2" == DataConfig(image_size="8x4x2").image_size
     with pytest.raises(ValueError, match="pictures have two sizes and no grid"):
-        PictureFolder(DataConfig(str(folder), "8x8x8"))
+        ImageFolder(DataConfig(str(folder), "8x8x8"))
     with pytest.raises(FileNotFoundError, match="is not there"):
         open_folder(DataConfig(str(tmp_path / "nowhere"), 8))
 
@@ -65,9 +65,9 @@ def test_a_grid_covers_every_voxel_with_the_fewest_patches(folder):
 def test_random_patches_depend_on_seed_step_and_slot_alone(folder):
     volumes = opened(folder, "4x4x4", crop="random", patches_per_volume=3)
     assert len(volumes) == 9
-    whole = picture_batches(volumes, BatchPlan(9, 4, seed=5))
+    whole = image_batches(volumes, BatchPlan(9, 4, seed=5))
     first, second = next(whole)[0], next(whole)[0]
-    parts = [picture_batches(volumes, BatchPlan(9, 2, rank, 2, seed=5), start_step=1) for rank in (0, 1)]
+    parts = [image_batches(volumes, BatchPlan(9, 2, rank, 2, seed=5), start_step=1) for rank in (0, 1)]
     assert torch.equal(torch.cat([next(part)[0] for part in parts]), second) and not torch.equal(first, second)
     for stream in (whole, *parts):
         stream.close()
@@ -90,7 +90,7 @@ def test_random_patches_are_measured_at_places_that_stay(folder):
 
 
 def test_whole_volumes_keep_their_own_size(folder):
-    assert opened(folder).whole(2).shape == (1, 9, 8, 10)
+    assert opened(folder).read_volume(2).shape == (1, 9, 8, 10)
 
 
 def test_volumes_are_mirrored_along_their_last_axis(folder):
@@ -130,7 +130,7 @@ def test_complex_cubes_share_one_reference_level(tmp_path):
 
 def test_pictures_have_windows_too(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[-5.0, 0], [5, 10]], np.float32))
-    assert PictureFolder(DataConfig(str(tmp_path), 2, value_window="0,5")).read(0).flatten().tolist() == [0, 0, 1, 1]
+    assert ImageFolder(DataConfig(str(tmp_path), 2, value_window="0,5")).read(0).flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_slope_and_intercept_of_a_header_are_applied(tmp_path):
@@ -161,7 +161,7 @@ def test_a_stated_spacing_wins_over_the_files(folder):
 def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
     np.save(tmp_path / "a.npy", ramp(16, 16, 16))
     assert isinstance(opened(tmp_path), VolumeFolder)
-    from guided_diffusion_vae.volume_datasets import _values
+    from guided_diffusion_vae.data.volume_folders import _values
     assert isinstance(_values(str(tmp_path / "a.npy")).base, np.memmap)
 
 

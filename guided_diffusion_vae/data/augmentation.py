@@ -6,23 +6,23 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..nn import send
+from ..nn import to_device
 
-MIRROR = 12  # and one number more for every further axis; evaluation has 11
+FLIP = 12  # and one number more for every further axis; evaluation has 11
 
 
 AUGMENT = 16  # and one number more for every angle, shift and scale
 
 
-def mirrored(images, draws):
+def random_flips(images, draws):
     """Return pictures mirrored along every axis by a coin of its own.  [N x C x ...] -> same."""
     for axis in range(2, images.dim()):
-        heads = draws.uniform(MIRROR + axis - 2, images.device) < 0.5
+        heads = draws.uniform(FLIP + axis - 2, images.device) < 0.5
         images = torch.where(heads.view(-1, *(1,) * (images.dim() - 1)), images.flip(axis), images)
     return images
 
 
-def augmented(images, draws, config):
+def random_affine(images, draws, config):
     """Return pictures or volumes of which a share `config.augment` is turned, scaled and shifted a little.
 
     Angles (in every plane), scales and shifts are evenly spread within the bounds of an AutoencoderTrainConfig; edges
@@ -44,7 +44,7 @@ def augmented(images, draws, config):
     turn = turn / (1 + within(config.augment_scale))[:, None, None]
     shift = torch.stack([within(config.augment_translation) for _ in range(dims)], dim=1)
     # affine_grid measures every axis from -1 to 1, the last axis first.
-    half = send(torch.tensor(images.shape[:1:-1], dtype=torch.float64), images.device) / 2
+    half = to_device(torch.tensor(images.shape[:1:-1], dtype=torch.float64), images.device) / 2
     theta = torch.cat([turn * half / half[:, None], (shift / half)[..., None]], dim=2)
     # In float64, which autocast leaves alone: in bfloat16 the grid would be off by half a pixel.
     grid = F.affine_grid(theta, images.shape, align_corners=False).to(images.dtype)

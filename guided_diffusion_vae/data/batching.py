@@ -14,7 +14,7 @@ from .listing import require_labels
 ORDERED_AHEAD = 2**14   # items whose order is drawn at once
 
 
-def permuted(positions, count, seed, epoch):
+def permute_indices(positions, count, seed, epoch):
     """Return where a permutation of range(count), keyed by (seed, epoch), sends `positions` (uint64 array).
 
     A Feistel network (Luby and Rackoff 1988) permutes the next power of four; values beyond `count` are sent through
@@ -61,7 +61,7 @@ class BatchPlan:
         self.num_ranks = num_ranks
         self.seed = seed
         self.shuffle = shuffle
-        # The last rounds of `permuted` go around with few items: of many at once they cost next to nothing.
+        # The last rounds of `permute_indices` go around with few items: of many at once they cost next to nothing.
         self._together = max(1, min(ORDERED_AHEAD, count) // (batch_size * num_ranks))
         self._ordered = {}
 
@@ -95,10 +95,10 @@ class BatchPlan:
         items = np.empty_like(places)
         for epoch in np.unique(epochs):
             now = epochs == epoch
-            items[now] = permuted(places[now], self.count, self.seed, int(epoch)).astype(np.int64)
+            items[now] = permute_indices(places[now], self.count, self.seed, int(epoch)).astype(np.int64)
         return items
 
-    def coins(self, step):
+    def flip_mask(self, step):
         """Return one fair coin per item of batch `step`, bool [batch_size]; they depend on (seed, step, slot) alone."""
         key = np.frombuffer(hashlib.sha256(f"coins {self.seed} {step}".encode()).digest()[:8], "<u8")
         return _mix(key + np.array(self.slots, np.uint64)) >> np.uint64(63) == 1
@@ -208,7 +208,7 @@ class BatchStream:
             self._ahead = None
 
 
-def picture_batches(folder, plan, start_step=0, with_labels=False):
+def image_batches(folder, plan, start_step=0, with_labels=False):
     """Return a `BatchStream` of (pictures [n x C x H x W] in [0, 1], {"y": int64 [n]} or {}).
 
     Flips and random crops, where the folder's configuration asks for them, depend on (plan.seed, step, slot) alone.
@@ -218,7 +218,7 @@ def picture_batches(folder, plan, start_step=0, with_labels=False):
     def make_batch(step):
         indices = plan.indices(step)
         rngs = plan.generators(step) if folder.config.crop == "random" else None
-        flips = plan.coins(step) if folder.config.random_flip else None
+        flips = plan.flip_mask(step) if folder.config.random_flip else None
         extra = {"y": torch.from_numpy(folder.labels[indices])} if with_labels else {}
         return folder.batch(indices, flips, rngs), extra
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import opt
-from ..files import atomic_path, require_writable_folder, sha256_of_file, sweep_parts, write_json
+from ..config import option
+from ..files import atomic_path, require_writable_folder, sha256_of_file, remove_stale_parts, write_json
 from ..latent_datasets import LatentCache, _add, _encode, _group_name, _not_finite, require_same_autoencoder
 from .batching import Prefetcher
 from .manifest import CACHE_FLAG, _EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, _stored_shape
-from .statistics import Moments
+from .statistics import RunningMoments
 
 
 @dataclass
@@ -22,11 +22,11 @@ class LatentCacheConfig:
 
     SECTION = "latents"
 
-    cache_dir: str = opt("", "folder of the cache, such as latents_cache/NAME")
-    store: str = opt("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
+    cache_dir: str = option("", "folder of the cache, such as latents_cache/NAME")
+    store: str = option("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
                                 "mode: the mean alone, half the size", choices=("moments", "mode"))
-    latent_dtype: str = opt("float16", "type of the numbers on disk", choices=("float16", "float32"))
-    shard_size: int = opt(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096", least=0)
+    latent_dtype: str = option("float16", "type of the numbers on disk", choices=("float16", "float32"))
+    shard_size: int = option(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096", minimum=0)
 
 
 def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=None, barrier=None, batch_size=32):
@@ -37,7 +37,7 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     stopped; one made by another autoencoder, from other data or otherwise is made again. Rank 0 writes the manifest
     last. Where a finished cache of the very same making is found, nothing is done.
 
-    :param pictures: a `PictureFolder` or what has its interface.
+    :param pictures: a `ImageFolder` or what has its interface.
     :param progress: called with (latents done, latents in all) of this rank.
     :param barrier: waits for all ranks; needed for more than one.
     :raises FileExistsError: a folder that holds other files and nothing of a cache.
@@ -54,15 +54,15 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     if not folder:
         raise FileNotFoundError(f"no folder given for the cache; set {CACHE_FLAG}")
     folder = require_writable_folder(folder, CACHE_FLAG)
-    sweep_parts(folder)
+    remove_stale_parts(folder)
     others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     if others and not any(name == MANIFEST or name.startswith("latents-") for name in others):
         raise FileExistsError(f"{folder} holds what is no cache's ({others[0]}, {len(others)} in all); give "
                               f"{CACHE_FLAG} a folder of its own")
-    head = _head(pictures, codec, config)
+    head = _manifest_fields(pictures, codec, config)
     key = _digest(head)
     if (folder / MANIFEST).exists():
-        return _finished(folder, key, codec)
+        return _reuse_finished(folder, key, codec)
     entries = len(pictures) * (2 if pictures.config.random_flip else 1)  # the second half is the first, mirrored
     shards = _shard_table(entries, config.shard_size or _usual_shard_size(entries))
     mine = shards[rank::num_ranks]
@@ -85,7 +85,7 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     return LatentCache(folder)
 
 
-def _head(pictures, codec, config):
+def _manifest_fields(pictures, codec, config):
     """Return the part of the manifest that is known before encoding."""
     return {
         "format": FORMAT, "version": VERSION, "autoencoder": codec.describe(), "scale_factor": codec.scale_factor,
@@ -159,11 +159,11 @@ def _encode_shard(folder, shard, key, head, pictures, codec, batch_size):
     # The second half of the entries are the first half's pictures, mirrored.
     ahead = Prefetcher(lambda k: pictures.batch(groups[k] % len(pictures), groups[k] >= len(pictures)),
                        end_step=len(groups))
-    moments = Moments()
+    moments = RunningMoments()
 
     def write(stored, group, stream):
         stored = stored.cpu().numpy()
-        _add(moments, _narrow(stored, dtype, _group_name(pictures, group), stream), head["store"])
+        _add(moments, _cast_and_write(stored, dtype, _group_name(pictures, group), stream), head["store"])
 
     try:
         with (atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream,
@@ -186,7 +186,7 @@ def _encode_shard(folder, shard, key, head, pictures, codec, batch_size):
     write_json(_record_path(folder, shard), record)
 
 
-def _narrow(stored, dtype, names, stream):
+def _cast_and_write(stored, dtype, names, stream):
     """Write float32 latents to `stream` as `dtype` and return them as such."""
     with np.errstate(over="ignore"):
         narrow = stored.astype(dtype)
@@ -200,14 +200,14 @@ def _narrow(stored, dtype, names, stream):
 
 
 def _write_manifest(folder, shards, key, head, pictures):
-    moments, table = Moments(), []
+    moments, table = RunningMoments(), []
     for shard in shards:
         try:
             record = json.loads(_record_path(folder, shard).read_text())
         except OSError as error:
             raise FileNotFoundError(f"{_record_path(folder, shard)} is not there after encoding; all ranks must see "
                                     f"the same {CACHE_FLAG}") from error
-        moments.merge(Moments(**record["moments"]))
+        moments.merge(RunningMoments(**record["moments"]))
         table.append({**shard, "sha256": record["sha256"]})
     files = {}
     if pictures.labels is not None:
@@ -231,7 +231,7 @@ def _sweep(folder, wanted):
         record.unlink()
 
 
-def _finished(folder, key, codec):
+def _reuse_finished(folder, key, codec):
     cache = LatentCache(folder)
     cache.verify()
     if cache.manifest["made_from"] != key:

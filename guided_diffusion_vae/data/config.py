@@ -3,35 +3,35 @@
 import math
 from dataclasses import dataclass
 
-from ..config import opt, size
+from ..config import option, size
 
 
 @dataclass
 class DataConfig:
     """What to read, and how file values become numbers in [0, 1]."""
 
-    data_dir: str = opt("", "folder of pictures (jpg, png, gif, tiff, npy; sub-folders are classes), or one .npz "
+    data_dir: str = option("", "folder of pictures (jpg, png, gif, tiff, npy; sub-folders are classes), or one .npz "
                             "with images [N x H x W (x C)] and labels")
-    image_size: size = opt(64, "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk. Three "
+    image_size: size = option(64, "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk. Three "
                                "sizes, such as 128x128x64, are those of volumes, or of patches cut out of them")
-    voxel_size: tuple = opt((), "the same for volumes as a list: [128,128,64]")
-    image_channels: int = opt(0, "1 or 3: convert every picture to grey or colour; 0: as the files are, all alike",
+    voxel_size: tuple = option((), "the same for volumes as a list: [128,128,64]")
+    image_channels: int = option(0, "1 or 3: convert every picture to grey or colour; 0: as the files are, all alike",
                               choices=(0, 1, 3))
-    value_range: str = opt("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "
+    value_range: str = option("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "
                                "and 32-bit files, else the integer type's full range; values outside are refused")
-    value_window: str = opt("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
+    value_window: str = option("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
                                 "units (--value_window=-1000,400)")
-    dynamic_range_db: float = opt(0.0, "complex .npy: [reference - D, reference] dB of the magnitude become [0, 1], "
-                                       "what lies below is 0; needed for complex files", least=0)
-    reference_db: str = opt("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
-    crop: str = opt("center", "what happens to a picture of another shape; center or random: cut to the shape asked "
+    dynamic_range_db: float = option(0.0, "complex .npy: [reference - D, reference] dB of the magnitude become [0, 1], "
+                                       "what lies below is 0; needed for complex files", minimum=0)
+    reference_db: str = option("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
+    crop: str = option("center", "what happens to a picture of another shape; center or random: cut to the shape asked "
                               "for; none: squeezed into it whole, while volumes must have that shape; grid (volumes): "
                               "cut into as many patches as cover it", choices=("center", "random", "none", "grid"))
-    random_flip: bool = opt(False, "mirror every other picture left to right (a spectrogram then runs back in time)")
-    pad: bool = opt(False, "repeat the last row and column until the autoencoder's strides divide the size; results "
+    random_flip: bool = option(False, "mirror every other picture left to right (a spectrogram then runs back in time)")
+    pad: bool = option(False, "repeat the last row and column until the autoencoder's strides divide the size; results "
                            "are cropped back")
-    patches_per_volume: int = opt(1, "volumes with --crop random: patches that each gives in an epoch", least=1)
-    spacing: str = opt("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
+    patches_per_volume: int = option(1, "volumes with --crop random: patches that each gives in an epoch", minimum=1)
+    spacing: str = option("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
                            "file says (.nii), else 1")
 
     def __post_init__(self):
@@ -58,7 +58,7 @@ def parse_size(text):
     return tuple(int(side) for side in sides) if len(sides) > 1 else (int(text), int(text))
 
 
-def range_of(config):
+def resolve_value_range(config):
     """Return (lo, hi) of the values that become 0 and 1, or None where the type of the files says it."""
     if config.value_range and config.value_window:
         raise ValueError("--value_range refuses what --value_window cuts off; give one of them")

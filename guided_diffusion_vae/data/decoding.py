@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import bf
-from .listing import ending_of, naming
+from .listing import file_extension, file_errors
 
 # Channels that a Pillow mode is read as; a palette stands for colours, an opaque alpha channel is left out.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
@@ -37,8 +37,8 @@ _Header = collections.namedtuple("_Header", "height width channels dtype")
 
 def _read_header(path):
     """Return height, width, channels and value type of a file without decoding it."""
-    with naming(path), bf.BlobFile(path, "rb") as stream:
-        if ending_of(path) == "npy":
+    with file_errors(path), bf.BlobFile(path, "rb") as stream:
+        if file_extension(path) == "npy":
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(stream)
@@ -50,8 +50,8 @@ def _read_header(path):
 
 def _load(path):
     """Return a file's values [H x W x C] in their own type; 8-bit pictures are uint8, grey or RGB."""
-    with naming(path), bf.BlobFile(path, "rb") as stream:
-        if ending_of(path) == "npy":
+    with file_errors(path), bf.BlobFile(path, "rb") as stream:
+        if file_extension(path) == "npy":
             values = np.load(io.BytesIO(stream.read()), allow_pickle=False)
             order, shape = _channels_last(values.shape)
             return np.transpose(values, order).reshape(shape)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .image_folders import PictureFolder
+from .image_folders import ImageFolder
 from .volume_folders import VolumeFolder
 
 
@@ -12,4 +12,4 @@ def open_folder(config, multiple=None, flag="--data_dir", **fields):
     Messages name `flag` as the one that the folder was given as.
     """
     config = dataclasses.replace(config, **fields)
-    return (VolumeFolder if len(config.sides) == 3 else PictureFolder)(config, multiple, flag)
+    return (VolumeFolder if len(config.sides) == 3 else ImageFolder)(config, multiple, flag)

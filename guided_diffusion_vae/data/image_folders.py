@@ -10,14 +10,14 @@ import torch
 
 from ..config import as_dict
 from ..files import bf
-from .config import DataConfig, range_of
+from .config import DataConfig, resolve_value_range
 from .decoding import _FULL_RANGE, _Header, _as_channels, _load, _read_header, to_unit
-from .listing import ENDINGS, classes_of, digest_of, ending_of, names_below, require_data_dir, stamp_of, walk_files
+from .listing import EXTENSIONS, infer_classes, hash_lines, file_extension, relative_names, require_data_dir, file_stamp, walk_files
 from .npz import open_archive
 from .resizing import _fit
 
 
-class PictureFolder:
+class ImageFolder:
     """Read pictures of one size as float32 [C x H x W] in [0, 1]; counted and checked by their headers when made.
 
     Classes are the sub-folders where every picture stands in one, else the parts of the names before the first
@@ -39,7 +39,7 @@ class PictureFolder:
             raise ValueError(f"--image_size {config.image_size} --crop {config.crop}: pictures have two sizes and no "
                              "grid of patches; volumes are read by volume_datasets")
         self.height, self.width = config.sides
-        self.value_range = range_of(config)
+        self.value_range = resolve_value_range(config)
         self.reference_db = float(config.reference_db) if str(config.reference_db) else None
         require_data_dir(config.data_dir, flag)
         self._stack = None  # the pictures of an .npz, which is read whole
@@ -48,7 +48,7 @@ class PictureFolder:
             headers = self._open_archive(config.data_dir)
         else:
             headers = self._open_folder(config.data_dir)
-        channels = self._require_alike(headers)
+        channels = self._check_consistent(headers)
         self.kinds = dict(collections.Counter(header.dtype for header in headers))
         self.unpadded_shape = (channels, self.height, self.width)
         self.shape = self.unpadded_shape
@@ -84,7 +84,7 @@ class PictureFolder:
             self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         decode = map if self._stack is not None else self._pool.map
         pictures = np.stack(list(decode(self.read, (int(i) for i in indices), rngs)))
-        return torch.from_numpy(mirrored(pictures, flips, self.width))
+        return torch.from_numpy(flip_last_axis(pictures, flips, self.width))
 
     @property
     def preprocessing(self):
@@ -107,18 +107,18 @@ class PictureFolder:
         return text + (f"; {self.ignored} other files ignored" if self.ignored else "")
 
     def _open_folder(self, data_dir):
-        found = list(walk_files(data_dir, ENDINGS))
-        self.paths = [p for p in found if ending_of(p) in ENDINGS and not bf.basename(p).startswith(".")]
+        found = list(walk_files(data_dir, EXTENSIONS))
+        self.paths = [p for p in found if file_extension(p) in EXTENSIONS and not bf.basename(p).startswith(".")]
         self.ignored = len(found) - len(self.paths)
         if not self.paths:
-            hint = "; give the .npz file itself" if any(ending_of(p) == "npz" for p in found) else ""
-            raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(ENDINGS)}) among {len(found)} files{hint}"
+            hint = "; give the .npz file itself" if any(file_extension(p) == "npz" for p in found) else ""
+            raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(EXTENSIONS)}) among {len(found)} files{hint}"
                                     f"; check {self._flag}")
-        self.names = names_below(data_dir, self.paths)
-        self.class_names, self.labels = classes_of(self.names, data_dir)
+        self.names = relative_names(data_dir, self.paths)
+        self.class_names, self.labels = infer_classes(self.names, data_dir)
         with ThreadPoolExecutor(8) as pool:  # opening files waits for the disk or the network
-            headers, stamps = zip(*pool.map(lambda path: (_read_header(path), stamp_of(path)), self.paths))
-        self.fingerprint = digest_of(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
+            headers, stamps = zip(*pool.map(lambda path: (_read_header(path), file_stamp(path)), self.paths))
+        self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
         return headers
 
     def _open_archive(self, path):
@@ -144,10 +144,10 @@ class PictureFolder:
         if labels is not None:
             names = arrays.get("class_names")
             self.class_names = [str(i) for i in range(int(labels.max()) + 1)] if names is None else names.tolist()
-        self.fingerprint = digest_of([stamp_of(path)])
+        self.fingerprint = hash_lines([file_stamp(path)])
         return [_Header(*self._stack.shape[1:], str(images.dtype))] * len(images)
 
-    def _require_alike(self, headers):
+    def _check_consistent(self, headers):
         """Return the number of channels, or raise ValueError where the files do not suit each other or the flags."""
         grey, colour = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
         if grey and colour and not self.config.image_channels:
@@ -174,7 +174,7 @@ class PictureFolder:
         return to_unit(pixels, where, self.value_range, self.config.dynamic_range_db, self.reference_db, clip)
 
 
-def mirrored(pictures, flips, width):
+def flip_last_axis(pictures, flips, width):
     """Mirror those of `flips` (bools, or None) along the last axis, in place.  [n x C x ... x W] -> same.
 
     What is padded beyond `width` stays on its side and repeats the new edge.

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch.nn.functional as F
 
-from ..config import opt
+from ..config import option
 from ..latent_datasets import _labels_at
-from ..nn import keyed_randn, send
+from ..nn import keyed_randn, to_device
 from .batching import BatchStream
 from .listing import require_labels
 
@@ -22,11 +22,11 @@ class SmallCacheConfig:
 
     SECTION = "latents"
 
-    small_cache_dir: str = opt("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
+    small_cache_dir: str = option("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
 
 
-class ShrunkPictures:
-    """The pictures of a `PictureFolder` averaged down to `sides` (height, width): what an upsampler starts from."""
+class DownsampledImages:
+    """The pictures of a `ImageFolder` averaged down to `sides` (height, width): what an upsampler starts from."""
 
     def __init__(self, pictures, sides):
         self.pictures, self.sides = pictures, tuple(sides)
@@ -62,14 +62,14 @@ class LatentStream(BatchStream):
 
         # Latents of a cache are so small that handing them over by the batch would take longer than reading them.
         numbers = plan.batch_size * math.prod(source.latent_shape)
-        together = max(1, min(BULK // plan.batch_size, BULK_NUMBERS // numbers)) if source.in_bulk else 1
+        together = max(1, min(BULK // plan.batch_size, BULK_NUMBERS // numbers)) if source.supports_bulk_reads else 1
 
         def make_batches(step):
             steps = range(step, step + together)
             indices = plan.indices(step, together)
 
             def read(of):
-                flips = np.concatenate([plan.coins(s) for s in steps]) if of.random_flip else None
+                flips = np.concatenate([plan.flip_mask(s) for s in steps]) if of.random_flip else None
                 return of.read(indices, flips, **({"rngs": plan.generators(step)} if of.random_crop else {}))
 
             eps = None
@@ -82,10 +82,10 @@ class LatentStream(BatchStream):
         def finish(prepared):
             values, eps, labels, small_values = prepared
             latents = source.latents(values, eps, device)
-            told = {} if labels is None else {"y": send(labels, device)}
+            told = {} if labels is None else {"y": to_device(labels, device)}
             if small is not None:
-                told["low_res"] = normalizer.normalise(small.latents(small_values, device=device))
-            x0 = normalizer.normalise(latents)
+                told["low_res"] = normalizer.normalize(small.latents(small_values, device=device))
+            x0 = normalizer.normalize(latents)
             if together == 1:
                 return x0, told
             parts = zip(*(values.split(plan.batch_size) for values in told.values())) if told else [()] * together

@@ -10,8 +10,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ..files import bf
 
-REFERENCE_ENDINGS = ("jpg", "jpeg", "png", "gif")
-ENDINGS = REFERENCE_ENDINGS + ("tif", "tiff", "npy")
+REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+EXTENSIONS = REFERENCE_EXTENSIONS + ("tif", "tiff", "npy")
 
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -21,13 +21,13 @@ def walk_files(folder, endings):
     for entry in sorted(bf.listdir(folder)):
         path = bf.join(folder, entry)
         # A name that ends like a picture is taken for one without asking the file system, which is slow on clouds.
-        if ending_of(entry) in endings or not bf.isdir(path):
+        if file_extension(entry) in endings or not bf.isdir(path):
             yield path
         else:
             yield from walk_files(path, endings)
 
 
-def ending_of(path):
+def file_extension(path):
     stem, dot, ending = bf.basename(path).rpartition(".")
     return ending.lower() if dot else ""
 
@@ -36,13 +36,13 @@ def _prefix(path):
     return bf.basename(path).partition("_")[0]
 
 
-def names_below(folder, paths):
+def relative_names(folder, paths):
     """Return the paths relative to `folder`, with forward slashes."""
     start = len(folder.rstrip("/")) + 1
     return [path[start:].replace(os.sep, "/") for path in paths]
 
 
-def classes_of(names, folder):
+def infer_classes(names, folder):
     """Return (sorted class names, int64 labels) of relative file names, or (None, None) where they tell no class.
 
     :raises ValueError: the sub-folders are parts of a data set (train, val), not classes.
@@ -67,11 +67,11 @@ def require_data_dir(data_dir, flag="--data_dir"):
         raise FileNotFoundError(f"no folder of pictures given; set {flag}")
     if not bf.exists(data_dir):
         raise FileNotFoundError(f"{data_dir} is not there; check {flag}")
-    if not bf.isdir(data_dir) and ending_of(data_dir) != "npz":
+    if not bf.isdir(data_dir) and file_extension(data_dir) != "npz":
         raise FileNotFoundError(f"{data_dir} is a file; give its folder (or an .npz) as {flag}")
 
 
-class naming:
+class file_errors:
     """Turn whatever goes wrong while reading a file into a ValueError that names it."""
 
     def __init__(self, path):
@@ -87,12 +87,12 @@ class naming:
             raise ValueError(f"{self.path}: cannot be read ({reason}); mend it or take it out of the folder") from error
 
 
-def stamp_of(path):
+def file_stamp(path):
     known = bf.stat(path)
     return f"{known.size} {known.mtime}"
 
 
-def digest_of(rows):
+def hash_lines(rows):
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -104,7 +104,7 @@ def require_labels(source, wanted):
                          "it 'labels')")
 
 
-def labels_in(pictures, class_names):
+def map_labels(pictures, class_names):
     """Return the labels of pictures in the numbering of `class_names`, those of a model.
 
     :raises ValueError: where the pictures have classes that the model does not know.

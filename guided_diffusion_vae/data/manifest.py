@@ -10,7 +10,7 @@ FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
 MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
 
 
-_REDO = "remove the cache and encode it again"
+_REENCODE_HINT = "remove the cache and encode it again"
 _EXACT = {"vae_dtype": "float32", "vae_tile": 0}
 
 
@@ -28,7 +28,7 @@ def _read_manifest(folder):
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); {_REDO}") from error
+        raise ValueError(f"{path} is not JSON ({error}); {_REENCODE_HINT}") from error
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} has format {found[0]!r}, version {found[1]!r}; this program reads {FORMAT!r}, "
@@ -48,7 +48,7 @@ def _read_manifest(folder):
         "statistics": {"mean", "std", "channel_mean", "channel_std"} <= set(manifest["statistics"]),
     }.items() if not fits]
     if wrong:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or not what it should be; {_REDO}")
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or not what it should be; {_REENCODE_HINT}")
     for name in manifest["files"]:
         _inside(folder, name)
     return manifest

@@ -27,14 +27,14 @@ import numpy as np
 from PIL import Image
 
 from .. import files
-from ..config import as_dict, opt, size
+from ..config import as_dict, option, size
 from .config import parse_size
 
 SIMULATION = 1              # raise it when the same parameters and seed give other pictures than before
 SPEED_OF_LIGHT = 299_792_458.0
 SPLITS = ("train", "val")
 WAVEFORMS = ("cw", "fmcw")
-RECORD = "dataset.json"
+METADATA_FILE = "dataset.json"
 STAGING = ".microdoppler.part"
 
 SLOWER_STROKE = 0.65        # of a tap's two strokes one has the full speed, the other down to this share of it
@@ -144,39 +144,39 @@ MOTIONS = {
 
 @dataclass
 class MicrodopplerConfig:
-    out_dir: str = opt("", "folder for train/, val/ and dataset.json; empty, new, or holding this very data set")
-    classes: str = opt("circle,doubletapin,push,tapin,tapout,wiggle",
+    out_dir: str = option("", "folder for train/, val/ and dataset.json; empty, new, or holding this very data set")
+    classes: str = option("circle,doubletapin,push,tapin,tapout,wiggle",
                        f"motions to simulate, comma separated; known: {', '.join(MOTIONS)}")
-    num_train: int = opt(300, "training pictures per class")
-    num_val: int = opt(60, "validation pictures per class; 0 writes no val folder")
-    seed: int = opt(0, "picture i of a class and split depends on (seed, split, class, i) and the parameters alone")
-    image_size: size = opt(64, "Doppler rows x time columns, as HxW or one number for both")
-    waveform: str = opt("fmcw", "cw: one complex sample per pulse; fmcw: a sweep per pulse, a Fourier transform to "
+    num_train: int = option(300, "training pictures per class")
+    num_val: int = option(60, "validation pictures per class; 0 writes no val folder")
+    seed: int = option(0, "picture i of a class and split depends on (seed, split, class, i) and the parameters alone")
+    image_size: size = option(64, "Doppler rows x time columns, as HxW or one number for both")
+    waveform: str = option("fmcw", "cw: one complex sample per pulse; fmcw: a sweep per pulse, a Fourier transform to "
                         "range, and the power of the gated range bins added up", choices=WAVEFORMS)
-    carrier_ghz: float = opt(60.5, "carrier frequency in GHz; the middle of the sweep for fmcw")
-    prf_hz: float = opt(1000.0, "pulses or sweeps per second; the pictures span Doppler -prf/2 to prf/2")
-    duration_s: float = opt(2.048, "time across a picture in seconds (columns x hop)")
-    window_ms: float = opt(64.0, "length of the periodic Hann window of the short-time Fourier transform in ms")
-    dynamic_range_db: float = opt(40.0, "dB over the mean noise power that are white; the noise power is black")
-    snr_db: float = opt(29.0, "level of the whole hand over the noise in a spectrogram bin in dB, at the middle range; "
+    carrier_ghz: float = option(60.5, "carrier frequency in GHz; the middle of the sweep for fmcw")
+    prf_hz: float = option(1000.0, "pulses or sweeps per second; the pictures span Doppler -prf/2 to prf/2")
+    duration_s: float = option(2.048, "time across a picture in seconds (columns x hop)")
+    window_ms: float = option(64.0, "length of the periodic Hann window of the short-time Fourier transform in ms")
+    dynamic_range_db: float = option(40.0, "dB over the mean noise power that are white; the noise power is black")
+    snr_db: float = option(29.0, "level of the whole hand over the noise in a spectrogram bin in dB, at the middle range; "
                         "it falls with range^4")
-    clutter_db: float = opt(28.0, "level of what stands still (leakage, arm, room) over the noise in a bin in dB, "
+    clutter_db: float = option(28.0, "level of what stands still (leakage, arm, room) over the noise in a bin in dB, "
                             "+-3 dB")
-    range_min_m: float = opt(0.25, "nearest resting place of the hand in metres")
-    range_max_m: float = opt(0.45, "farthest resting place of the hand in metres")
-    speed_min_mps: float = opt(0.4, "lowest peak speed of a motion in m/s")
-    speed_max_mps: float = opt(1.0, "highest peak speed of a motion in m/s")
-    stroke_min_s: float = opt(0.14, "shortest time of one stroke of a tap in seconds")
-    stroke_max_s: float = opt(0.26, "longest time of one stroke of a tap at full speed in seconds")
-    aspect_max_deg: float = opt(40.0, "largest angle between the direction of motion and the line of sight in degrees")
-    hand_size_m: float = opt(0.09, "width of the hand in metres; it is half as deep")
-    drift_mm: float = opt(4.0, "amplitude of the slow drift (0.2 to 0.5 Hz) under every motion in mm")
-    scatterers_min: int = opt(8, "smallest number of point scatterers on the hand")
-    scatterers_max: int = opt(24, "largest number of point scatterers on the hand")
-    bandwidth_ghz: float = opt(4.0, "fmcw: swept bandwidth in GHz; a range bin is c / (2 bandwidth)")
-    fast_samples: int = opt(32, "fmcw: complex samples per sweep, and range bins")
-    gate_min_m: float = opt(0.1, "fmcw: nearest range added up in metres")
-    gate_max_m: float = opt(0.6, "fmcw: farthest range added up in metres")
+    range_min_m: float = option(0.25, "nearest resting place of the hand in metres")
+    range_max_m: float = option(0.45, "farthest resting place of the hand in metres")
+    speed_min_mps: float = option(0.4, "lowest peak speed of a motion in m/s")
+    speed_max_mps: float = option(1.0, "highest peak speed of a motion in m/s")
+    stroke_min_s: float = option(0.14, "shortest time of one stroke of a tap in seconds")
+    stroke_max_s: float = option(0.26, "longest time of one stroke of a tap at full speed in seconds")
+    aspect_max_deg: float = option(40.0, "largest angle between the direction of motion and the line of sight in degrees")
+    hand_size_m: float = option(0.09, "width of the hand in metres; it is half as deep")
+    drift_mm: float = option(4.0, "amplitude of the slow drift (0.2 to 0.5 Hz) under every motion in mm")
+    scatterers_min: int = option(8, "smallest number of point scatterers on the hand")
+    scatterers_max: int = option(24, "largest number of point scatterers on the hand")
+    bandwidth_ghz: float = option(4.0, "fmcw: swept bandwidth in GHz; a range bin is c / (2 bandwidth)")
+    fast_samples: int = option(32, "fmcw: complex samples per sweep, and range bins")
+    gate_min_m: float = option(0.1, "fmcw: nearest range added up in metres")
+    gate_max_m: float = option(0.6, "fmcw: farthest range added up in metres")
 
 
 def wavelength_m(config):
@@ -206,8 +206,8 @@ def sampling(config):
 
 def range_gate(config):
     """Return the range bins of an FMCW sweep between `gate_min_m` and `gate_max_m`, as an integer array."""
-    metres = np.arange(config.fast_samples) * SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
-    return np.flatnonzero((metres >= config.gate_min_m) & (metres <= config.gate_max_m))
+    meters = np.arange(config.fast_samples) * SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
+    return np.flatnonzero((meters >= config.gate_min_m) & (meters <= config.gate_max_m))
 
 
 def validate(config):
@@ -233,9 +233,9 @@ def validate(config):
                          f"{config.speed_max_mps * config.prf_hz / 2 / doppler:.3g}")
     tap_s = config.stroke_max_s * (1 + 1 / SLOWER_STROKE) + LONGEST_PAUSE_S
     double_s = 2 * (config.stroke_max_s * DOUBLE_TAP_PACE * (1 + 1 / SLOWER_STROKE) + LONGEST_PAUSE_S) + LONGEST_GAP_S
-    lasts = {"tapin": tap_s, "tapout": tap_s, "doubletapin": double_s,
+    durations = {"tapin": tap_s, "tapout": tap_s, "doubletapin": double_s,
              "push": config.stroke_max_s * PUSH_PACE, "pull": config.stroke_max_s * PUSH_PACE}
-    longest = max((lasts.get(name, 0), name) for name in names)
+    longest = max((durations.get(name, 0), name) for name in names)
     if longest[0] > samples / config.prf_hz:
         raise ValueError(f"a {longest[1]} takes up to {longest[0]:.2f} s, a recording {samples / config.prf_hz:.2f} s; "
                          "raise --duration_s or lower --stroke_max_s")
@@ -280,7 +280,7 @@ def _validate_each(config):
         raise ValueError(f"--waveform is {config.waveform}; it must be {' or '.join(WAVEFORMS)}")
 
 
-def hand(motion, config, rng):
+def draw_hand(motion, config, rng):
     """Draw a hand and a motion; return (ranges [S x T] in metres, amplitudes [S]) of its scatterers.
 
     The last scatterer is what stands still. Amplitudes are in units of the noise's standard deviation in one sample.
@@ -363,7 +363,7 @@ def simulate(motion, split, index, config):
     """Return picture `index` of a motion in "train" or "val", uint8 [rows x columns]."""
     key = [config.seed, SPLITS.index(split), int.from_bytes(motion.encode(), "big"), index]
     rng = np.random.Generator(np.random.PCG64(key))
-    decibels = spectrogram_db(receive(*hand(motion, config, rng), config, rng), config)
+    decibels = spectrogram_db(receive(*draw_hand(motion, config, rng), config, rng), config)
     return np.rint(np.clip(decibels / config.dynamic_range_db, 0, 1) * 255).astype(np.uint8)
 
 
@@ -383,7 +383,7 @@ def write_dataset(config):
     _claim(folder, config)
     names = {split: [f"{motion}_{i:05d}.png" for motion in class_names(config) for i in range(count)]
              for split, count in zip(SPLITS, (config.num_train, config.num_val)) if count}
-    wanted = {split: pictures for split, pictures in names.items() if not _is_there(folder / split, pictures)}
+    wanted = {split: pictures for split, pictures in names.items() if not _is_complete(folder / split, pictures)}
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -403,12 +403,12 @@ def write_dataset(config):
 def _claim(folder, config):
     """Write dataset.json into an empty folder, or check that the one that is there tells of the same data set."""
     record = _record(config)
-    if (folder / RECORD).exists():
+    if (folder / METADATA_FILE).exists():
         try:
-            held = json.loads((folder / RECORD).read_text())
+            held = json.loads((folder / METADATA_FILE).read_text())
             held = {"simulation": held["simulation"], **held["parameters"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / RECORD} is not the record of a simulated data set; "
+            raise ValueError(f"{folder / METADATA_FILE} is not the record of a simulated data set; "
                              "give --out_dir another folder") from error
         asked = {"simulation": SIMULATION, **record["parameters"]}
         differing = [f"{key} is {held.get(key)} there and {asked.get(key)} here" for key in {**asked, **held}
@@ -419,8 +419,8 @@ def _claim(folder, config):
     others = sorted(path.name for path in folder.iterdir() if path.name != STAGING)
     if others:
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise ValueError(f"{folder} holds other data ({names}) and no {RECORD}; give --out_dir a new or empty folder")
-    files.write_json(folder / RECORD, record)
+        raise ValueError(f"{folder} holds other data ({names}) and no {METADATA_FILE}; give --out_dir a new or empty folder")
+    files.write_json(folder / METADATA_FILE, record)
 
 
 def _record(config):
@@ -443,7 +443,7 @@ def _record(config):
     }
 
 
-def _is_there(folder, names):
+def _is_complete(folder, names):
     """Tell whether `folder` holds exactly the pictures `names`; ValueError where it holds some, or others."""
     if not folder.exists():
         return False

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-SMALLEST_CROP = 0.8
+MIN_CROP_FRACTION = 0.8
 
 
 def _fit(pixels, height, width, crop, rng):
@@ -13,16 +13,16 @@ def _fit(pixels, height, width, crop, rng):
     if pixels.shape[:2] == (height, width) and (crop != "random" or rng is None):
         return pixels
     if crop == "none":
-        return _resample(pixels, lambda picture: _squeeze(picture, height, width))
+        return _resample(pixels, lambda picture: _resize_exact(picture, height, width))
     if crop == "random" and rng is not None:
         # Never above the picture's own size: that would enlarge it.
         room = min(pixels.shape[0] / height, pixels.shape[1] / width)
-        zoom = min(room, 1 / rng.uniform(SMALLEST_CROP, 1))
+        zoom = min(room, 1 / rng.uniform(MIN_CROP_FRACTION, 1))
         tall, wide = math.ceil(height * zoom - 1e-9), math.ceil(width * zoom - 1e-9)
-        shrunk = _resample(pixels, lambda picture: _shrink(picture, tall, wide))
+        shrunk = _resample(pixels, lambda picture: _downsample_to_cover(picture, tall, wide))
         top, left = (int(rng.integers(n - m + 1)) for n, m in zip(shrunk.shape, (height, width)))
         return shrunk[top:top + height, left:left + width]
-    return _window(_resample(pixels, lambda picture: _shrink(picture, height, width)), height, width)
+    return _window(_resample(pixels, lambda picture: _downsample_to_cover(picture, height, width)), height, width)
 
 
 def _resample(pixels, change):
@@ -36,7 +36,7 @@ def _resample(pixels, change):
     return np.clip(np.stack([np.asarray(layer) for layer in layers], axis=-1), 0, 1)
 
 
-def _shrink(picture, height, width):
+def _downsample_to_cover(picture, height, width):
     """Resample until height x width is just covered: box halvings while twice as large, then one bicubic step."""
     picture = _halve(picture, height, width)
     scale = max(height / picture.height, width / picture.width)
@@ -44,7 +44,7 @@ def _shrink(picture, height, width):
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def _squeeze(picture, height, width):
+def _resize_exact(picture, height, width):
     return _halve(picture, height, width).resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-class Moments:
+class RunningMoments:
     """Accumulate mean and variance per channel in float64 (Chan, Golub and LeVeque 1979, pairwise update)."""
 
     def __init__(self, count=0, mean=0.0, squares=0.0):
@@ -16,7 +16,7 @@ class Moments:
         squares = ((flat - mean[:, None]) ** 2).sum(1)
         if variances is not None:
             squares = squares + np.moveaxis(variances, 1, 0).reshape(len(mean), -1).sum(1)
-        self.merge(Moments(flat.shape[1], mean, squares))
+        self.merge(RunningMoments(flat.shape[1], mean, squares))
 
     def merge(self, other):
         total = self.count + other.count

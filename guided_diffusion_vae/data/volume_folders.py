@@ -1,6 +1,6 @@
 """Turn volume files into batches: patches to train on, whole volumes to judge by; values windowed as stated.
 
-`VolumeFolder` has the interface of `PictureFolder`, of which it is the counterpart with three axes; `open_folder`
+`VolumeFolder` has the interface of `ImageFolder`, of which it is the counterpart with three axes; `open_folder`
 returns whichever a `DataConfig` asks for.
 """
 
@@ -14,13 +14,13 @@ import torch
 
 from ..files import bf
 from ..nn import keyed_rng
-from .config import DataConfig, parse_spacing, range_of
+from .config import DataConfig, parse_spacing, resolve_value_range
 from .decoding import to_unit
-from .image_folders import PictureFolder, mirrored
-from .listing import classes_of, digest_of, ending_of, names_below, naming, require_data_dir, stamp_of, walk_files
+from .image_folders import ImageFolder, flip_last_axis
+from .listing import infer_classes, hash_lines, file_extension, relative_names, file_errors, require_data_dir, file_stamp, walk_files
 from .npz import open_archive
 
-ENDINGS = ("npy", "npz", "nii", "gz")
+EXTENSIONS = ("npy", "npz", "nii", "gz")
 RECENT_BYTES = 4 * 2**30    # of volumes that have to be unpacked to be read at all, and are kept for the next patch
 
 _Header = collections.namedtuple("_Header", "shape dtype spacing")
@@ -34,7 +34,7 @@ class VolumeFolder:
     visit (random), each of the patches that cover the volume evenly (grid), or the whole volume, which must then have
     the size that is asked for (none). Files on disk that are not compressed are read patch by patch.
 
-    Classes are told from names as in `PictureFolder`.
+    Classes are told from names as in `ImageFolder`.
 
     :param multiple: strides per axis that shall divide the size, where `config.pad` is True.
     :raises FileNotFoundError: no folder, or no volume in it.
@@ -48,27 +48,27 @@ class VolumeFolder:
         self.sides = config.sides
         if config.image_channels not in (0, 1):
             raise ValueError(f"--image_channels {config.image_channels}: volumes keep the channels that they have")
-        self.value_range = range_of(config)
+        self.value_range = resolve_value_range(config)
         self.reference_db = float(config.reference_db) if config.reference_db else None
         require_data_dir(config.data_dir, flag)
-        found = list(walk_files(config.data_dir, ENDINGS))
+        found = list(walk_files(config.data_dir, EXTENSIONS))
         self.paths = [p for p in found if _is_volume(p)]
         self.ignored = len(found) - len(self.paths)
         if not self.paths:
             raise FileNotFoundError(f"{config.data_dir} holds no volume (.npy, .npz, .nii, .nii.gz) among {len(found)} "
                                     f"files; check {flag}, or give --image_size two sizes for pictures")
         headers = [_read_header(path) for path in self.paths]
-        files = names_below(config.data_dir, self.paths)
-        self.class_names, labels = classes_of(files, config.data_dir)
-        self.fingerprint = digest_of(f"{name} {stamp_of(path)}" for name, path in zip(files, self.paths))
+        files = relative_names(config.data_dir, self.paths)
+        self.class_names, labels = infer_classes(files, config.data_dir)
+        self.fingerprint = hash_lines(f"{name} {file_stamp(path)}" for name, path in zip(files, self.paths))
         self.kinds = dict(collections.Counter(header.dtype for header in headers))
         self.spacings = [self._spacing(header) for header in headers]
-        self.unpadded_shape = self.shape = (self._require_alike(headers), *self.sides)
+        self.unpadded_shape = self.shape = (self._check_consistent(headers), *self.sides)
         if config.pad and multiple is not None:
             self.shape = (self.shape[0], *(-(-n // step) * step for n, step in zip(self.sides, multiple)))
         # An item is a file, and of a grid the corner of a patch; None is chosen when it is read.
         visits = config.patches_per_volume if config.crop == "random" else 1
-        corners = [_grid(header.shape[1:], self.sides) if config.crop == "grid" else [None] * visits
+        corners = [_patch_corners(header.shape[1:], self.sides) if config.crop == "grid" else [None] * visits
                    for header in headers]
         self.items = [(file, corner) for file, of_file in enumerate(corners) for corner in of_file]
         self.names = [files[file] + ("" if corner is None else "[{},{},{}]".format(*corner))
@@ -86,7 +86,7 @@ class VolumeFolder:
     @property
     def preprocessing(self):
         """How files become numbers: what a checkpoint remembers of the configuration."""
-        return {**PictureFolder.preprocessing.fget(self), "spacing": ",".join(f"{s:g}" for s in self.spacing)}
+        return {**ImageFolder.preprocessing.fget(self), "spacing": ",".join(f"{s:g}" for s in self.spacing)}
 
     def read(self, index, rng=None):
         """Return item `index` as float32 [C x D x H x W]; `rng` (numpy Generator) places a random patch.
@@ -108,7 +108,7 @@ class VolumeFolder:
         beyond = [(0, n - m) for n, m in zip(self.shape[1:], self.sides)]
         return np.pad(values, [(0, 0), *beyond], mode="edge") if any(after for _, after in beyond) else values
 
-    def whole(self, file):
+    def read_volume(self, file):
         """Return volume `file` (not an item) as float32 [C x D x H x W] at its own size."""
         return self._unit(np.asarray(_values(self.paths[file])), self.paths[file])
 
@@ -116,7 +116,7 @@ class VolumeFolder:
         """Return items as float32 [n x C x D x H x W] in [0, 1], those of `flips` mirrored along the last axis."""
         rngs = rngs if rngs is not None else [None] * len(indices)
         volumes = np.stack([self.read(int(i), rng) for i, rng in zip(indices, rngs)])
-        return torch.from_numpy(mirrored(volumes, flips, self.unpadded_shape[-1]))
+        return torch.from_numpy(flip_last_axis(volumes, flips, self.unpadded_shape[-1]))
 
     def describe(self):
         """Return what was read and how, as a plain dictionary (the preprocessing entry of a latent cache)."""
@@ -141,7 +141,7 @@ class VolumeFolder:
     def _spacing(self, header):
         return parse_spacing(self.config.spacing) if self.config.spacing else header.spacing
 
-    def _require_alike(self, headers):
+    def _check_consistent(self, headers):
         """Return the number of channels, or raise ValueError where files do not suit each other or the flags."""
         channels = headers[0].shape[0]
         for path, header in zip(self.paths, headers):
@@ -149,10 +149,10 @@ class VolumeFolder:
                 raise ValueError(f"{path} has {header.shape[0]} channels, {self.paths[0]} {channels}; take one of them "
                                  "out")
             if any(n < m for n, m in zip(header.shape[1:], self.sides)):
-                raise ValueError(f"{path} is {_by(header.shape[1:])}, smaller than --image_size {_by(self.sides)}; "
+                raise ValueError(f"{path} is {format_shape(header.shape[1:])}, smaller than --image_size {format_shape(self.sides)}; "
                                  "nothing is enlarged: lower the size, or leave the volume out")
             if self.config.crop == "none" and header.shape[1:] != self.sides:
-                raise ValueError(f"{path} is {_by(header.shape[1:])}, not {_by(self.sides)}, and --crop none takes "
+                raise ValueError(f"{path} is {format_shape(header.shape[1:])}, not {format_shape(self.sides)}, and --crop none takes "
                                  "volumes whole; choose center, grid or random")
             if header.dtype.startswith("complex"):
                 if self.config.dynamic_range_db <= 0 or self.reference_db is None:
@@ -164,16 +164,16 @@ class VolumeFolder:
         return channels
 
 
-def _by(sizes):
+def format_shape(sizes):
     return "x".join(map(str, sizes))
 
 
 def _is_volume(path):
     name = bf.basename(path).lower()
-    return not name.startswith(".") and (ending_of(path) in ("npy", "npz", "nii") or name.endswith(".nii.gz"))
+    return not name.startswith(".") and (file_extension(path) in ("npy", "npz", "nii") or name.endswith(".nii.gz"))
 
 
-def _grid(sizes, patch):
+def _patch_corners(sizes, patch):
     """Return the corners of the fewest patches that cover a volume, evenly spread from one end to the other."""
     along = []
     for n, m in zip(sizes, patch):
@@ -192,8 +192,8 @@ def _with_channels(shape):
 
 
 def _read_header(path):
-    with naming(path):
-        if ending_of(path) in ("nii", "gz"):
+    with file_errors(path):
+        if file_extension(path) in ("nii", "gz"):
             image = _nifti(path)
             spacing = tuple(float(s) for s in image.header.get_zooms()[:3])
             shape = image.shape
@@ -210,13 +210,13 @@ def _scaled_dtype(image):
 
 def _values(path):
     """Return the values of a file, [C x D x H x W], memory-mapped where it can be."""
-    with naming(path):
-        values = _unpacked(path, stamp_of(path)) if ending_of(path) in ("nii", "gz") else _array(path)
+    with file_errors(path):
+        values = _load_nifti_cached(path, file_stamp(path)) if file_extension(path) in ("nii", "gz") else _array(path)
         return values.reshape(_with_channels(values.shape))
 
 
 def _array(path):
-    if ending_of(path) == "npz":
+    if file_extension(path) == "npz":
         arrays = [array for array in open_archive(path).values() if array.ndim in (3, 4)]
         if len(arrays) != 1:
             raise ValueError(f"it holds {len(arrays)} arrays of three or four axes, needed is one")
@@ -242,7 +242,7 @@ _recent = collections.OrderedDict()     # (path, stamp) -> values of NIfTI files
 _one_reader = threading.Lock()          # training data are read on a thread of their own, held-out data on another
 
 
-def _unpacked(path, stamp):
+def _load_nifti_cached(path, stamp):
     """Return a NIfTI file's values, channels first; recent ones are kept, as patches come from the same files again."""
     key = str(path), stamp
     with _one_reader:

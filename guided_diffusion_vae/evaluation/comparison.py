@@ -8,34 +8,34 @@ import numpy as np
 import torch
 
 from .. import dist_util
-from ..config import opt
+from ..config import option
 from ..data.folders import open_folder
-from ..data.listing import labels_in, require_data_dir
+from ..data.listing import map_labels, require_data_dir
 from ..data.npz import open_archive, open_npz
 from ..files import write_json
-from ..sampling.generate import OURS
+from ..sampling.generate import OWNED_MARKER
 from . import features, figures, image_metrics, label_metrics, set_metrics
 
-_DRAWN = re.compile(r"samples_(\d+x)+\d+\.npz")
+_SAMPLES_FILE = re.compile(r"samples_(\d+x)+\d+\.npz")
 
 
 @dataclass
 class EvaluateConfig:
     SECTION = "evaluation"
 
-    samples: str = opt("", "what is judged: the run of a sampling script, an .npz of it, or a folder of pictures")
-    reference: str = opt("", "what it is held against: a folder of real pictures, an .npz of them, or with "
+    samples: str = option("", "what is judged: the run of a sampling script, an .npz of it, or a folder of pictures")
+    reference: str = option("", "what it is held against: a folder of real pictures, an .npz of them, or with "
                              "--inception_path an .npz of guided-diffusion with statistics (mu, sigma, mu_s, sigma_s)")
-    train_dir: str = opt("", "the training pictures, to look for copies and to measure them against the reference")
-    inception_path: str = opt("", "weights file of the Inception network (its name and SHA-256 are said where it is "
+    train_dir: str = option("", "the training pictures, to look for copies and to measure them against the reference")
+    inception_path: str = option("", "weights file of the Inception network (its name and SHA-256 are said where it is "
                                   "missing): distances are then FID, sFID, KID, and the Inception Score is given")
-    classifier_path: str = opt("", "run of classifier_train.py, or one weights file of it: its classes are compared "
+    classifier_path: str = option("", "run of classifier_train.py, or one weights file of it: its classes are compared "
                                    "with those asked for, and without --inception_path its features are measured")
-    paired: bool = opt(False, "sample i is a version of reference picture i: report PSNR, SSIM and L1 too")
-    tstr_iterations: int = opt(0, "train a new classifier for so many steps on the samples (and one on --train_dir), "
-                                  "and report its accuracy on the reference; 0: do not", least=0)
-    tstr_batch_size: int = opt(32, "pictures in a step of that training, on each rank", least=1)
-    batch_size: int = opt(64, "pictures at a time on each rank", least=1)
+    paired: bool = option(False, "sample i is a version of reference picture i: report PSNR, SSIM and L1 too")
+    tstr_iterations: int = option(0, "train a new classifier for so many steps on the samples (and one on --train_dir), "
+                                  "and report its accuracy on the reference; 0: do not", minimum=0)
+    tstr_batch_size: int = option(32, "pictures in a step of that training, on each rank", minimum=1)
+    batch_size: int = option(64, "pictures at a time on each rank", minimum=1)
 
 
 def evaluate(config, data, extract, folder, judge=None, class_names=None, image_shape=None, seed=0):
@@ -49,9 +49,9 @@ def evaluate(config, data, extract, folder, judge=None, class_names=None, image_
     :param image_shape: the only shape (C, ...) that the classifier takes; None: any.
     :raises ValueError: before any is read, where the pictures differ in shape or have classes that `class_names` lacks.
     """
-    reference = open_pictures(config.reference, data, "--reference")
-    samples = open_pictures(config.samples, data, "--samples")
-    training = open_pictures(config.train_dir, data, "--train_dir") if config.train_dir else None
+    reference = open_images(config.reference, data, "--reference")
+    samples = open_images(config.samples, data, "--samples")
+    training = open_images(config.train_dir, data, "--train_dir") if config.train_dir else None
     for flag, path, pictures in (("--samples", config.samples, samples), ("--train_dir", config.train_dir, training)):
         if pictures is not None and len(pictures) == 0:
             raise ValueError(f"{path} holds statistics and no pictures; {flag} wants the pictures themselves")
@@ -69,7 +69,7 @@ def evaluate(config, data, extract, folder, judge=None, class_names=None, image_
     if config.paired and len(reference) != len(samples):
         raise ValueError("--paired True wants as many samples as reference pictures, "
                          f"found {len(samples)} and {len(reference)}")
-    judged_sets = [(name, pictures, labels_in(pictures, class_names))
+    judged_sets = [(name, pictures, map_labels(pictures, class_names))
                    for name, pictures in (("reference", reference), ("samples", samples))
                    if judge is not None and len(pictures) and pictures.labels is not None]
     real = _measure(extract, reference, config.batch_size, "reference")
@@ -82,15 +82,15 @@ def evaluate(config, data, extract, folder, judge=None, class_names=None, image_
         features = known if judge is extract else _read(judge, pictures, config.batch_size, "classes")
         judged = label_metrics.classification_report(features.logits.argmax(1), labels, class_names)
         report["classifier_accuracy" if name == "reference" else "class_agreement"] = judged
-        if dist_util.rank() == 0 and len(class_names) <= figures.MOST_CLASSES:
+        if dist_util.rank() == 0 and len(class_names) <= figures.MAX_CLASSES:
             sheet = figures.confusion_plot(np.array(judged["confusion"]), class_names)
-            figures.save_picture(Path(folder) / f"confusion_{name}.png", sheet)
+            figures.save_image(Path(folder) / f"confusion_{name}.png", sheet)
     if training is not None:
         bank = _measure(extract, training, config.batch_size, "training")
         between = _distances(real, bank, seed)
         report["training_to_reference"] = {"num_training": len(training), **between}
         if dist_util.rank() == 0:
-            report["neighbours"] = _neighbours(samples, made, real, training, bank, folder)
+            report["neighbours"] = _nearest_neighbor_report(samples, made, real, training, bank, folder)
     write_report(report, folder)
     return report
 
@@ -102,7 +102,7 @@ def write_report(report, folder):
 
 
 @dataclass
-class _Measured:
+class _SetFeatures:
     """What is known of a set: features (None where only statistics were given) and their statistics."""
 
     features: features.Features | None
@@ -111,13 +111,13 @@ class _Measured:
 
 
 def _measure(extract, pictures, batch_size, what):
-    """Return the `_Measured` of a set; statistics that came with it are taken for Inception's, as they were made."""
+    """Return the `_SetFeatures` of a set; statistics that came with it are taken for Inception's, as they were made."""
     known = pictures.statistics if isinstance(pictures, SampleFile) else {}
     features = _read(extract, pictures, batch_size, what) if len(pictures) else None
     inception = features is None or features.spatial is not None
     if known and inception:
-        return _Measured(features, known["pooled"], known.get("spatial", features and features.spatial))
-    return _Measured(features, set_metrics.FeatureStatistics().update(features.pooled), features.spatial)
+        return _SetFeatures(features, known["pooled"], known.get("spatial", features and features.spatial))
+    return _SetFeatures(features, set_metrics.FeatureStatistics().update(features.pooled), features.spatial)
 
 
 def _distances(real, made, seed):
@@ -136,20 +136,20 @@ def _distances(real, made, seed):
     return report
 
 
-def _neighbours(samples, made, real, training, bank, folder, shown=12):
+def _nearest_neighbor_report(samples, made, real, training, bank, folder, shown=12):
     """Compare distances to the nearest training picture: of samples, and of held-out pictures (which are no copies)."""
     bank = bank.features.pooled
-    distances, nearest = set_metrics.nearest_neighbours(made.features.pooled, bank, k=1)
+    distances, nearest = set_metrics.nearest_neighbors(made.features.pooled, bank, k=1)
     rows = np.linspace(0, len(samples) - 1, min(shown, len(samples))).round().astype(int)
-    sheet = figures.neighbour_sheet(
+    sheet = figures.neighbor_grid(
         samples.batch(rows).numpy(), training.batch(nearest[rows, 0]).numpy()[:, None], distances[rows]
     )
-    figures.save_picture(Path(folder) / "neighbours.png", sheet)
+    figures.save_image(Path(folder) / "neighbours.png", sheet)
     pixels = [float((samples.batch([r]) - training.batch([nearest[r, 0]])).abs().mean()) for r in rows]
     report = {"median_distance_of_samples": float(np.median(distances)), "shown_samples": rows.tolist(),
               "shown_pixel_l1": pixels}
     if real.features is not None:
-        held_out, _ = set_metrics.nearest_neighbours(real.features.pooled, bank, k=1)
+        held_out, _ = set_metrics.nearest_neighbors(real.features.pooled, bank, k=1)
         report["median_distance_of_reference"] = float(np.median(held_out))
         # Samples that stand nearer to a training picture than all but one in a hundred held-out pictures do.
         report["share_suspiciously_near"] = float((distances[:, 0] < np.quantile(held_out, 0.01)).mean())
@@ -178,7 +178,7 @@ class SampleFile:
         self.statistics = {}
         for name, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
             if mean in content and covariance in content:
-                self.statistics[name] = set_metrics.FeatureStatistics.given(content[mean], content[covariance])
+                self.statistics[name] = set_metrics.FeatureStatistics.from_moments(content[mean], content[covariance])
         if self.statistics and "arr_0" not in content:
             self.images, self.labels, self.class_names, self.shape = (), None, None, None
             return
@@ -194,28 +194,28 @@ class SampleFile:
         return torch.from_numpy(np.moveaxis(self.images[np.asarray(indices)], -1, 1).astype(np.float32) / 255)
 
 
-def require_given(path, flag):
+def require_dataset(path, flag):
     """Raise FileNotFoundError where there is no such set of pictures."""
     if not path:
         raise FileNotFoundError(f"{flag} is not given; it wants a folder of pictures or an .npz of samples")
     require_data_dir(str(path), flag)
 
 
-def open_pictures(path, data, flag):
+def open_images(path, data, flag):
     """Return the pictures of an .npz of samples, given itself or by its run, or of a folder, read as `data` says."""
-    require_given(path, flag)
+    require_dataset(path, flag)
     if str(path).endswith(".npz") and {"arr_0", "mu"} & set(open_archive(path)):
         return SampleFile(path)
     found = sorted(Path(path).glob("samples_*.npz")) if flag == "--samples" else []
-    drawn = [file for file in found if _DRAWN.fullmatch(file.name)]
+    drawn = [file for file in found if _SAMPLES_FILE.fullmatch(file.name)]
     if len(drawn) > 1:
         raise ValueError(f"{path} holds {', '.join(p.name for p in drawn)}; give one of them as {flag}")
-    return SampleFile(drawn[0]) if drawn else open_folder(as_read(path, data), flag=flag, data_dir=str(path))
+    return SampleFile(drawn[0]) if drawn else open_folder(sample_data_config(path, data), flag=flag, data_dir=str(path))
 
 
-def as_read(path, data):
+def sample_data_config(path, data):
     """Return a DataConfig for a folder: what sampling has written has 8 bits, whatever the range of the real values."""
-    if not (Path(path) / OURS).exists():
+    if not (Path(path) / OWNED_MARKER).exists():
         return data
     return replace(data, value_range="", value_window="", dynamic_range_db=0.0, reference_db="", crop="center",
                    patches_per_volume=1)

@@ -105,7 +105,7 @@ def latent_features(codec, grid=2):
 
     def extract(images):
         with torch.no_grad():
-            latents = codec.encode_batch(codec.fitted(_tensor(images).float())).float()
+            latents = codec.encode_batch(codec.pad_to_factors(_tensor(images).float())).float()
         cells = latents
         for axis in range(2, latents.ndim):
             parts = cells.tensor_split(min(grid, cells.shape[axis]), axis)

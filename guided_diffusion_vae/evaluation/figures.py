@@ -1,7 +1,7 @@
 """Draw contact sheets with Pillow and plots with Matplotlib; every function takes arrays and returns a PIL image.
 
 Pictures are [N x C x ...] in [0, 1]; three channels are colours, of other numbers the first one is shown in grey. A
-volume is shown by the middle slice of each axis, side by side. `save_picture` writes what the others return.
+volume is shown by the middle slice of each axis, side by side. `save_image` writes what the others return.
 """
 
 import math
@@ -16,8 +16,8 @@ from ..files import atomic_path
 GAP = 2  # pixels between tiles
 MARGIN = 6  # pixels around text
 FONT_SIZE = 14  # the smallest that reads well on a screen
-MOST_CLASSES = 64  # in a confusion plot, whose area grows with their square
-PAPER, INK = "white", "black"
+MAX_CLASSES = 64  # in a confusion plot, whose area grows with their square
+BACKGROUND, FOREGROUND = "white", "black"
 
 
 def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
@@ -27,7 +27,7 @@ def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
     `scale` repeats every pixel that many times. Values outside [0, 1] are clipped; NaN, no images, or a wrong number
     of labels raise ValueError.
     """
-    tiles = [_tile(image, scale) for image in _pictures(images)]
+    tiles = [_tile(image, scale) for image in _to_numpy(images)]
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     if row_labels is not None and len(row_labels) != rows:
@@ -41,30 +41,30 @@ def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
     # A row is never lower than its label, nor a sheet narrower than its header.
     pitch = max([height, *(label_height for _, label_height in boxes)]) + GAP
     size = (max(left + columns * (width + GAP) + GAP, header_width), top + rows * pitch + GAP)
-    sheet = Image.new(tiles[0].mode, size, PAPER)
+    sheet = Image.new(tiles[0].mode, size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if header:
-        draw.multiline_text((MARGIN, MARGIN), header, INK, font)
+        draw.multiline_text((MARGIN, MARGIN), header, FOREGROUND, font)
     for row, (label, (_, label_height)) in enumerate(zip(labels, boxes)):
         centred = top + GAP + row * pitch + (pitch - GAP - label_height) // 2
-        draw.multiline_text((MARGIN, centred + MARGIN), label, INK, font)
+        draw.multiline_text((MARGIN, centred + MARGIN), label, FOREGROUND, font)
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         sheet.paste(tile, (left + GAP + column * (width + GAP), top + GAP + row * pitch))
     return sheet
 
 
-def picture(image):
+def to_pil(image):
     """Return a PIL image of one picture [C x H x W] in [0, 1], or of the three middle slices of a volume."""
-    return _tile(_pictures(image[None])[0], scale=1)
+    return _tile(_to_numpy(image[None])[0], scale=1)
 
 
-def side_by_side(inputs, reconstructions, gain=5, scale=1):
+def reconstruction_grid(inputs, reconstructions, gain=5, scale=1):
     """Return a sheet of three rows: inputs, their reconstructions, and the absolute difference times `gain`.
 
     The row's label states the gain; differences above 1 / gain are drawn as white. ValueError where shapes differ.
     """
-    inputs, reconstructions = _pictures(inputs), _pictures(reconstructions)
+    inputs, reconstructions = _to_numpy(inputs), _to_numpy(reconstructions)
     if inputs.shape != reconstructions.shape:
         raise ValueError(f"inputs {list(inputs.shape)} against reconstructions {list(reconstructions.shape)}")
     rows = [inputs, reconstructions, np.abs(inputs - reconstructions) * gain]
@@ -72,14 +72,14 @@ def side_by_side(inputs, reconstructions, gain=5, scale=1):
     return contact_sheet(np.concatenate(rows), len(inputs), labels, scale=scale)
 
 
-def neighbour_sheet(samples, neighbours, distances=None, scale=1):
+def neighbor_grid(samples, neighbours, distances=None, scale=1):
     """Return a sheet with one row a sample: the sample, a gap, then its neighbours, nearest first.
 
     `samples` [Q x C x ...], `neighbours` [Q x k x C x ...], `distances` [Q x k] or None; the label of a row gives
     the distance to the nearest. ValueError where the counts or shapes do not fit together.
     """
-    samples = _pictures(samples)
-    flat = [_pictures(of_one) for of_one in neighbours]
+    samples = _to_numpy(samples)
+    flat = [_to_numpy(of_one) for of_one in neighbours]
     if len(flat) != len(samples) or any(of_one.shape[1:] != samples.shape[1:] for of_one in flat):
         raise ValueError(f"neighbours {[len(flat), *flat[0].shape]} do not fit samples {list(samples.shape)}")
     blank = np.ones_like(samples[:1])
@@ -105,7 +105,7 @@ def line_plot(curves, x, y, log_x=False, log_y=False):
     panel.set_ylabel(y)
     panel.grid(alpha=0.3)
     panel.legend()
-    return _drawn(figure)
+    return _render(figure)
 
 
 def confusion_plot(matrix, names):
@@ -114,8 +114,8 @@ def confusion_plot(matrix, names):
     if matrix.shape != (len(names), len(names)):
         raise ValueError(f"a confusion matrix {list(matrix.shape)} for {len(names)} names")
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    if len(names) > MOST_CLASSES:
-        raise ValueError(f"{len(names)} classes are too many to be drawn; {MOST_CLASSES} are not")
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"{len(names)} classes are too many to be drawn; {MAX_CLASSES} are not")
     side = 2.5 + 0.6 * len(names)
     figure, (panel,) = _figure(1, side, side)
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -124,12 +124,12 @@ def confusion_plot(matrix, names):
     panel.set_xlabel("predicted")
     panel.set_ylabel("asked")
     for (row, column), count in np.ndenumerate(matrix):
-        color = PAPER if shares[row, column] > 0.5 else INK
+        color = BACKGROUND if shares[row, column] > 0.5 else FOREGROUND
         panel.text(column, row, f"{count:g}", ha="center", va="center", color=color)
-    return _drawn(figure)
+    return _render(figure)
 
 
-def save_picture(path, image):
+def save_image(path, image):
     """Write a PIL image to `path`, whole or not at all; the suffix names the format (ValueError where none fits)."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
@@ -139,7 +139,7 @@ def save_picture(path, image):
         image.save(part, format=kind)
 
 
-def _pictures(images):
+def _to_numpy(images):
     if isinstance(images, torch.Tensor):
         images = images.detach().float().cpu()
     pictures = np.asarray(images, dtype=np.float32)
@@ -181,6 +181,6 @@ def _figure(panels, width, height):
     return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
 
 
-def _drawn(figure):
+def _render(figure):
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba()).copy()).convert("RGB")

@@ -36,7 +36,7 @@ def ssim(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
     a, b = _paired(a, b)
     sizes = [min(window, n - 1 + n % 2) for n in a.shape[2:]]
     if max(sizes) < 3:
-        raise ValueError(f"pictures of {_by(a.shape[2:])} are too small for SSIM; one axis must have 3 points or more")
+        raise ValueError(f"pictures of {format_shape(a.shape[2:])} are too small for SSIM; one axis must have 3 points or more")
     kernels = [_gaussian(size, sigma, a.device) for size in sizes]
     # One sample after the other: five float64 maps of a volume are as much as should be in memory.
     one_by_one = zip(a, b)
@@ -80,7 +80,7 @@ def bicubic_baseline(images, factor):
     sizes = tuple(images.shape[2:])
     factors = (factor,) * len(sizes) if isinstance(factor, int) else tuple(factor)
     if len(factors) != len(sizes) or any(n % f for n, f in zip(sizes, factors)):
-        raise ValueError(f"a factor of {_by(factors)} does not divide pictures of {_by(sizes)}; crop or choose another")
+        raise ValueError(f"a factor of {format_shape(factors)} does not divide pictures of {format_shape(sizes)}; crop or choose another")
     levels = _bytes(images)
     for wanted in ([n // f for n, f in zip(sizes, factors)], sizes):
         for axis in reversed(range(len(sizes))):
@@ -118,5 +118,5 @@ def _bytes(images):
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def _by(sizes):
+def format_shape(sizes):
     return "x".join(map(str, sizes))

@@ -5,28 +5,28 @@ import numpy as np
 from .image_metrics import _tensor
 
 
-def confusion_matrix(predicted, asked, num_classes):
-    """Return counts [C x C] int64: row = the class that was asked for (or true), column = the predicted one.
+def confusion_matrix(predicted, target, num_classes):
+    """Return counts [C x C] int64: row = the class that was target for (or true), column = the predicted one.
 
     Raises ValueError where the lengths differ or a label is outside 0 ... num_classes - 1.
     """
-    predicted, asked = _labels(predicted), _labels(asked)
-    if len(predicted) != len(asked):
-        raise ValueError(f"{len(predicted)} predictions for {len(asked)} labels")
-    both = np.concatenate([predicted, asked])
+    predicted, target = _labels(predicted), _labels(target)
+    if len(predicted) != len(target):
+        raise ValueError(f"{len(predicted)} predictions for {len(target)} labels")
+    both = np.concatenate([predicted, target])
     if both.size and not 0 <= both.min() <= both.max() < num_classes:
         found = f"labels {both.min()} to {both.max()}"
         raise ValueError(f"{found} among {num_classes} classes; check that both come from the same class names")
-    pairs = np.bincount(asked * num_classes + predicted, minlength=num_classes**2)
+    pairs = np.bincount(target * num_classes + predicted, minlength=num_classes**2)
     return pairs.reshape(num_classes, num_classes).astype(np.int64)
 
 
-def class_agreement(predicted, asked):
-    """Return the share, 0 to 1, of samples whose predicted class is the asked one; ValueError where there are none."""
-    predicted, asked = _labels(predicted), _labels(asked)
-    if len(predicted) != len(asked) or not len(asked):
-        raise ValueError(f"{len(predicted)} predictions for {len(asked)} labels; need as many, and one at least")
-    return float((predicted == asked).mean())
+def class_agreement(predicted, target):
+    """Return the share, 0 to 1, of samples whose predicted class is the target one; ValueError where there are none."""
+    predicted, target = _labels(predicted), _labels(target)
+    if len(predicted) != len(target) or not len(target):
+        raise ValueError(f"{len(predicted)} predictions for {len(target)} labels; need as many, and one at least")
+    return float((predicted == target).mean())
 
 
 def classification_report(predicted, labels, class_names):

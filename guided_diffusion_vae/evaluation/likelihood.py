@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import dist_util, logger
-from ..config import opt
+from ..config import option
 from ..files import atomic_path
 from ..nn import keyed_seed
 from .comparison import write_report
@@ -20,12 +20,12 @@ LIKELIHOOD = 11  # second number of the keys of noise, apart from those of train
 class LikelihoodConfig:
     SECTION = "evaluation"
 
-    model_path: str = opt("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
+    model_path: str = option("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
                               "guided-diffusion, which the flags of the model describe")
-    num_samples: int = opt(1000, "how many items of the data to measure, evenly spread", least=1)
-    batch_size: int = opt(1, "items at a time on each rank", least=1)
-    clip_denoised: bool = opt(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
-    seed: int = opt(0, "seed of the noise")
+    num_samples: int = option(1000, "how many items of the data to measure, evenly spread", minimum=1)
+    batch_size: int = option(1, "items at a time on each rank", minimum=1)
+    clip_denoised: bool = option(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
+    seed: int = option(0, "seed of the noise")
 
 
 def likelihood(model, diffusion, source, space, labels, clip_denoised, config, folder):
@@ -45,7 +45,7 @@ def likelihood(model, diffusion, source, space, labels, clip_denoised, config, f
         items = chosen[start:start + config.batch_size]
         torch.manual_seed(keyed_seed(config.seed, LIKELIHOOD, start))
         with torch.no_grad():
-            x0 = space.normalizer.normalise(source.latents(source.read(items), device=dist_util.dev()))
+            x0 = space.normalizer.normalize(source.latents(source.read(items), device=dist_util.dev()))
         told = {} if labels is None else {"y": torch.from_numpy(labels[items]).to(x0.device)}
         measured = diffusion.calc_bpd_loop(model, x0, clip_denoised, told)
         totals += (measured["total_bpd"] * unit).tolist()

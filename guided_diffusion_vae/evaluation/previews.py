@@ -5,18 +5,18 @@ import torch
 
 from .. import logger
 from ..data.config import unpad
-from ..data.listing import labels_in, require_labels
+from ..data.listing import map_labels, require_labels
 from ..data.volume_folders import VolumeFolder
-from ..objectives import Draws
+from ..objectives import StepRNG
 from ..sampling.generate import SHEET_ROWS
 from ..vae.posterior import from_image_range, kl_divergence, to_image_range
 from ..vae.tiling import blend_tiles
 from . import figures, image_metrics
 
-COUNT = 16  # pictures in a preview
+PREVIEW_IMAGES = 16  # pictures in a preview
 
 
-class ReconstructionPreview:
+class ReconstructionValidation:
     """Write input, reconstruction and difference of held-out pictures; log PSNR, SSIM, L1 and KL over all of them.
 
     :param count: how many pictures, evenly spread; `batch_size` of them at a time.
@@ -43,13 +43,13 @@ class ReconstructionPreview:
                 divergences.append(kl_divergence(mean, logvar).cpu())
                 return from_image_range(self.model.decode(mean), self.image_range).clamp(0, 1)
 
-            decoded = self._windowed(reconstruct, images)
+            decoded = self._sliding_window(reconstruct, images)
             images = images.to(decoded.device)
             scores["kl"].append(torch.stack(divergences).mean(0))
             images, decoded = (unpad(x, self._unpadded(images)) for x in (images, decoded))
             if sheet is None:
-                sheet = figures.side_by_side(images[:COUNT].cpu().numpy(), decoded[:COUNT].cpu().numpy())
-                figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
+                sheet = figures.reconstruction_grid(images[:PREVIEW_IMAGES].cpu().numpy(), decoded[:PREVIEW_IMAGES].cpu().numpy())
+                figures.save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
             for name in ("psnr", "ssim", "l1"):
                 scores[name].append(getattr(image_metrics, name)(images, decoded).cpu())
         measured = {f"val_{name}": torch.cat(values).mean().item() for name, values in scores.items()}
@@ -59,12 +59,12 @@ class ReconstructionPreview:
     def _batches(self):
         """Yield batches of pictures, or one whole volume after the other."""
         if self.whole:
-            yield from (torch.from_numpy(self.pictures.whole(file))[None] for file in self.chosen)
+            yield from (torch.from_numpy(self.pictures.read_volume(file))[None] for file in self.chosen)
         else:
             for start in range(0, len(self.chosen), self.batch_size):
                 yield self.pictures.batch(self.chosen[start:start + self.batch_size])
 
-    def _windowed(self, reconstruct, images):
+    def _sliding_window(self, reconstruct, images):
         """Reconstruct pictures at once, and whole volumes in overlapping windows of the size that is trained on."""
         grid, ones = images.shape[2:], (1,) * (images.dim() - 2)
         if tuple(grid) == tuple(self.pictures.shape[1:]):
@@ -78,7 +78,7 @@ class ReconstructionPreview:
 class SamplePreview:
     """Write a contact sheet of samples, one row a class, each time from the same noise."""
 
-    def __init__(self, sampler, folder, device, decode_batch=COUNT, columns=6):
+    def __init__(self, sampler, folder, device, decode_batch=PREVIEW_IMAGES, columns=6):
         self.sampler, self.folder, self.device, self.columns = sampler, folder, device, columns
         self.decode_batch = decode_batch
 
@@ -86,16 +86,16 @@ class SamplePreview:
         classes = list(range(self.sampler.num_classes)) or None
         rows = min(len(classes), SHEET_ROWS) if classes else 2
         images = []
-        for start in range(0, rows * self.columns, COUNT):
-            indices = range(start, min(start + COUNT, rows * self.columns))
-            x0 = self.sampler.x0(indices, classes and classes[:rows], self.device)
+        for start in range(0, rows * self.columns, PREVIEW_IMAGES):
+            indices = range(start, min(start + PREVIEW_IMAGES, rows * self.columns))
+            x0 = self.sampler.sample_x0(indices, classes and classes[:rows], self.device)
             images += [self.sampler.decode(part).cpu().numpy() for part in x0.split(self.decode_batch)]
         images = np.concatenate(images)
         # Classes change fastest along the samples; on the sheet they are rows.
         images = images.reshape(self.columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
         names = self.sampler.class_names or [str(c) for c in classes or ()]
         sheet = figures.contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None)
-        figures.save_picture(self.folder / "previews" / f"{step:06d}.png", sheet)
+        figures.save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
 
 
 class ClassifierValidation:
@@ -111,7 +111,7 @@ class ClassifierValidation:
         require_labels(source, True)
         self.model, self.objective, self.source, self.normalizer = model, objective, source, normalizer
         self.batch_size, self.interval, self.seed, self.device = batch_size, interval, seed, device
-        self.labels = labels_in(source, class_names)
+        self.labels = map_labels(source, class_names)
         spread = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
         self.chosen = spread if count else None
 
@@ -125,8 +125,8 @@ class ClassifierValidation:
         for start in range(0, len(chosen), self.batch_size):
             items = chosen[start:start + self.batch_size]
             # Every visit meets the same noise, so that the curve shows the classifier and not the draw.
-            draws = Draws(self.seed, 0, range(start, start + len(items)), len(chosen))
-            x0 = self.normalizer.normalise(self.source.latents(self.source.read(items), device=self.device))
+            draws = StepRNG(self.seed, 0, range(start, start + len(items)), len(chosen))
+            x0 = self.normalizer.normalize(self.source.latents(self.source.read(items), device=self.device))
             labels = torch.from_numpy(self.labels[items]).to(self.device)
             measured.append(self.objective(self.model, x0, {"y": labels}, draws))
         terms = {name: torch.cat([terms[name] for terms, _ in measured]) for name in measured[0][0]}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import opt
+from ..config import option
 from ..data.config import unpad
 from ..data.npz import to_uint8, write_npz
-from ..data.statistics import Moments
+from ..data.statistics import RunningMoments
 from ..files import write_json
 from . import figures, image_metrics
 from .comparison import _progress
@@ -17,12 +17,12 @@ from .comparison import _progress
 
 @dataclass
 class RoundtripConfig:
-    num_pictures: int = opt(0, "how many pictures to check, evenly spread over the folder; 0: all", least=0)
-    batch_size: int = opt(32, "pictures at a time", least=1)
-    min_psnr: float = opt(0.0, "exit with status 1 where the mean PSNR is below this many dB")
-    min_ssim: float = opt(-1.0, "exit with status 1 where the mean SSIM is below this")
-    max_l1: float = opt(1.0, "exit with status 1 where the mean absolute error is above this")
-    save_npz: bool = opt(False, "write the reconstructions to reconstructions_NxHxWxC.npz, which evaluate.py takes as "
+    num_pictures: int = option(0, "how many pictures to check, evenly spread over the folder; 0: all", minimum=0)
+    batch_size: int = option(32, "pictures at a time", minimum=1)
+    min_psnr: float = option(0.0, "exit with status 1 where the mean PSNR is below this many dB")
+    min_ssim: float = option(-1.0, "exit with status 1 where the mean SSIM is below this")
+    max_l1: float = option(1.0, "exit with status 1 where the mean absolute error is above this")
+    save_npz: bool = option(False, "write the reconstructions to reconstructions_NxHxWxC.npz, which evaluate.py takes as "
                                 "--samples; with --inception_path its FID is what papers call rFID")
 
 
@@ -35,7 +35,7 @@ def roundtrip(codec, pictures, config, folder, device):
     """
     count = config.num_pictures or len(pictures)
     chosen = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
-    scores, moments, sheet, kept = {}, Moments(), None, []
+    scores, moments, sheet, kept = {}, RunningMoments(), None, []
     for start in _progress(range(0, len(chosen), config.batch_size), "round trip"):
         images = pictures.batch(chosen[start:start + config.batch_size]).to(device)
         with torch.no_grad():
@@ -44,14 +44,14 @@ def roundtrip(codec, pictures, config, folder, device):
         moments.add(latent.float().cpu().numpy())
         bicubic = image_metrics.bicubic_baseline(images, codec.factors)
         images, decoded, bicubic = (unpad(x, pictures.unpadded_shape) for x in (images, decoded, bicubic))
-        for prefix, rival in {"": decoded, "bicubic_": bicubic}.items():
+        for prefix, candidate in {"": decoded, "bicubic_": bicubic}.items():
             for name in ("psnr", "ssim", "l1"):
-                scores.setdefault(prefix + name, []).append(getattr(image_metrics, name)(images, rival).cpu())
+                scores.setdefault(prefix + name, []).append(getattr(image_metrics, name)(images, candidate).cpu())
         scores.setdefault("max_error", []).append(image_metrics.max_error(images, decoded).cpu())
         if config.save_npz:
             kept.append(np.moveaxis(to_uint8(decoded), 1, -1))
         if sheet is None:
-            sheet = figures.side_by_side(images[:12].cpu().numpy(), decoded[:12].cpu().numpy())
+            sheet = figures.reconstruction_grid(images[:12].cpu().numpy(), decoded[:12].cpu().numpy())
     statistics = moments.statistics()
     std = statistics["channel_std"]
     report = {k: (torch.cat(v).max() if k == "max_error" else torch.cat(v).mean()).item() for k, v in scores.items()}
@@ -60,7 +60,7 @@ def roundtrip(codec, pictures, config, folder, device):
         latent_mean=statistics["mean"], latent_std=statistics["std"], channel_mean=statistics["channel_mean"],
         channel_std=std, dead_channels=[i for i, s in enumerate(std) if s < 1e-3 * max(std)],
     )
-    figures.save_picture(Path(folder) / "roundtrip.png", sheet)
+    figures.save_image(Path(folder) / "roundtrip.png", sheet)
     write_json(Path(folder) / "metrics.json", report)
     if kept:
         shape = len(chosen), *kept[0].shape[1:]
@@ -70,7 +70,7 @@ def roundtrip(codec, pictures, config, folder, device):
     return report
 
 
-def failures(report, config):
+def failed_thresholds(report, config):
     """Return one line for every threshold that the report of a round trip misses."""
     lines = []
     limits = ("psnr", config.min_psnr, True), ("ssim", config.min_ssim, True), ("l1", config.max_l1, False)

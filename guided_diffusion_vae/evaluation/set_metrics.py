@@ -48,7 +48,7 @@ class FeatureStatistics:
         return self
 
     @classmethod
-    def given(cls, mean, covariance, count=10**6):
+    def from_moments(cls, mean, covariance, count=10**6):
         """Return statistics that were computed elsewhere, over many features unless their `count` is known."""
         one = cls()
         one.count, one.mean = count, _tensor(np.asarray(mean, np.float64))
@@ -139,19 +139,19 @@ def precision_recall(reference, samples, k=3, block=2048):
     reference, samples = _feature_pair(reference, samples)
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"{len(reference)} references and {len(samples)} samples; {k} neighbours need {k + 1} or more")
-    return (_share_covered(samples, reference, k, block), _share_covered(reference, samples, k, block))
+    return (_fraction_covered(samples, reference, k, block), _fraction_covered(reference, samples, k, block))
 
 
-def _share_covered(points, centres, k, block):
+def _fraction_covered(points, centers, k, block):
     # Every point is its own nearest at distance 0, so column k holds the k-th neighbour among the others.
-    radii = _nearest(centres, centres, k + 1, block)[0][:, k]
+    radii = _nearest(centers, centers, k + 1, block)[0][:, k]
     covered = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for rows, columns, squared in _distance_blocks(points, centres, block):
+    for rows, columns, squared in _distance_blocks(points, centers, block):
         covered[rows] |= (squared <= radii[columns]).any(1)
     return covered.double().mean().item()
 
 
-def nearest_neighbours(queries, bank, k=1, block=2048):
+def nearest_neighbors(queries, bank, k=1, block=2048):
     """Return (distances [Q x k] float64, indices [Q x k] int64) of the k nearest entries of `bank`, nearest first.
 
     Euclidean, over everything after the first axis, so pictures and features will do. Memory grows with `block`

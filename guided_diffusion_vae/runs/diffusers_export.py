@@ -11,25 +11,25 @@ from pathlib import Path
 import torch
 
 from .. import autoencoder, unet
-from ..config import opt
+from ..config import option
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..vae import blocks
 
 FORMATS = ("safetensors", "diffusers")
-LARGEST_DIFFERENCE = 1e-4   # of what an export computes from the original, relative to the largest value
+MAX_RELATIVE_DIFFERENCE = 1e-4   # of what an export computes from the original, relative to the largest value
 
 
 @dataclass
 class ExportConfig:
-    model_path: str = opt("", "a run folder of this project (its slowest average is taken) or one weights file of it")
-    format: str = opt("safetensors", "safetensors: the weights with their header in one file; diffusers: a folder "
+    model_path: str = option("", "a run folder of this project (its slowest average is taken) or one weights file of it")
+    format: str = option("safetensors", "safetensors: the weights with their header in one file; diffusers: a folder "
                                      "for from_pretrained, with an autoencoder, or a pipeline of UNet, scheduler and "
                                      "autoencoder",
                       choices=FORMATS)
-    out: str = opt("", "the file or folder to write")
+    out: str = option("", "the file or folder to write")
 
 
-def _require(agreements):
+def _check_supported(agreements):
     """Raise ValueError naming the first of (holds, what is in the way) that does not hold."""
     for holds, problem in agreements:
         if not holds:
@@ -39,7 +39,7 @@ def _require(agreements):
 
 def _require_equal(what, ours, theirs):
     difference = (ours - theirs).abs().max().item() / max(ours.abs().max().item(), 1e-12)
-    if not difference <= LARGEST_DIFFERENCE:
+    if not difference <= MAX_RELATIVE_DIFFERENCE:
         raise ValueError(f"the exported {what} differs from the original by {difference:.2g} of its largest value; it "
                          "was not written: please report this model's configuration")
 
@@ -59,7 +59,7 @@ def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
     from diffusers import AutoencoderKL
 
     levels = len(config.num_channels)
-    _require([
+    _check_supported([
         (config.spatial_dims == 2, f"it works on {config.spatial_dims} axes, not on pictures"),
         (network.factors == (2 ** (levels - 1),) * 2 and config.initial_downsample_factor == 1,
          f"it shrinks pictures by {network.factors} over {levels} levels, not by 2 from each level to the next"),
@@ -85,7 +85,7 @@ def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
     state = {name: torch.zeros_like(value) for name, value in theirs.state_dict().items()}
     for side, blocks, with_middle in (("encoder", network.encoder.blocks, middle[0]),
                                       ("decoder", network.decoder.blocks, middle[1])):
-        names = _names_of_blocks(side, list(zip(repeats, attends)), with_middle)
+        names = _diffusers_block_names(side, list(zip(repeats, attends)), with_middle)
         for name, block in zip(names, blocks, strict=True):
             _write_block(state, f"{side}.{name}", block)
     _write_latents(state, network, scale_factor, normalizer)
@@ -102,7 +102,7 @@ def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
     return theirs
 
 
-def _names_of_blocks(side, levels, with_middle):
+def _diffusers_block_names(side, levels, with_middle):
     """Return what diffusers calls the blocks of an encoder or a decoder, in our order.
 
     :param levels: of each level how many residual blocks it has, and whether they attend.
@@ -121,10 +121,10 @@ def _names_of_blocks(side, levels, with_middle):
 def _write_block(state, name, block):
     """Write one of our blocks under diffusers' name, every channel inside beside its copy."""
     if name.endswith("conv_in"):
-        _write(state, name, _twice(block.conv.weight, rows=True), _twice(block.conv.bias))
+        _write(state, name, _duplicate_channels(block.conv.weight, rows=True), _duplicate_channels(block.conv.bias))
     elif name.endswith("conv_norm_out"):
         turned = torch.tensor([1.0, -1.0]).repeat(len(block.weight))
-        _write(state, name, _twice(block.weight) * turned, _twice(block.bias) * turned)
+        _write(state, name, _duplicate_channels(block.weight) * turned, _duplicate_channels(block.bias) * turned)
     elif name.endswith("conv_out"):
         difference = torch.tensor([1.0, -1.0]).repeat(block.conv.in_channels).view(-1, 1, 1)
         weight = block.conv.weight.repeat_interleave(2, 1) * difference
@@ -132,24 +132,24 @@ def _write_block(state, name, block):
         _write(state, name, weight.repeat(moments, 1, 1, 1), block.conv.bias.repeat(moments))
     elif isinstance(block, blocks.ResBlock):
         for norm in ("norm1", "norm2"):
-            _write(state, f"{name}.{norm}", *(_twice(p) for p in getattr(block, norm).parameters()))
+            _write(state, f"{name}.{norm}", *(_duplicate_channels(p) for p in getattr(block, norm).parameters()))
         for ours, theirs in (("conv1", "conv1"), ("conv2", "conv2"), ("nin_shortcut", "conv_shortcut")):
             for conv in getattr(block, ours).children():
-                _write(state, f"{name}.{theirs}", _twice(conv.weight, rows=True, columns=True), _twice(conv.bias))
+                _write(state, f"{name}.{theirs}", _duplicate_channels(conv.weight, rows=True, columns=True), _duplicate_channels(conv.bias))
     elif isinstance(block, blocks.Attention):
-        _write(state, f"{name}.group_norm", _twice(block.norm.weight), _twice(block.norm.bias))
+        _write(state, f"{name}.group_norm", _duplicate_channels(block.norm.weight), _duplicate_channels(block.norm.bias))
         for ours, theirs in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("proj_attn", "to_out.0")):
             layer = getattr(block, ours)
             # Copies double the products of queries and keys, of which twice the width takes a root of 2 away.
             gain = 0.5**0.5 if ours == "to_q" else 1.0
-            _write(state, f"{name}.{theirs}", gain * _twice(layer.weight, rows=True, columns=True),
-                   gain * _twice(layer.bias))
+            _write(state, f"{name}.{theirs}", gain * _duplicate_channels(layer.weight, rows=True, columns=True),
+                   gain * _duplicate_channels(layer.bias))
     else:  # Downsample and Upsample, whose convolutions lie one level apart
         conv = block.conv.conv
-        _write(state, f"{name}.conv", _twice(conv.weight, rows=True, columns=True), _twice(conv.bias))
+        _write(state, f"{name}.conv", _duplicate_channels(conv.weight, rows=True, columns=True), _duplicate_channels(conv.bias))
 
 
-def _twice(values, rows=True, columns=False):
+def _duplicate_channels(values, rows=True, columns=False):
     """Put a copy beside every channel: of outputs (rows), and of inputs (columns), which then count half each."""
     values = values.repeat_interleave(2, 0) if rows else values
     return values.repeat_interleave(2, 1) / 2 if columns else values
@@ -197,9 +197,9 @@ def unet_to_diffusers(network, flags):
     widths = [level[0].out_channels for level in levels]
     attends = [any(isinstance(block, unet.AttentionBlock) for block in level) for level in levels]
     heads = {block.channels // block.num_heads for block in network.modules() if isinstance(block, unet.AttentionBlock)}
-    _require([
+    _check_supported([
         (type(network) is unet.UNetModel, "it is an upsampler, which is told small pictures too"),
-        (len(network.grid_steps) == 2, f"it works on {len(network.grid_steps)} axes, not on pictures"),
+        (len(network.spatial_divisors) == 2, f"it works on {len(network.spatial_divisors)} axes, not on pictures"),
         (widths[0] == network.model_channels,
          f"its first level is {widths[0]} wide and its times are embedded in {network.model_channels} numbers "
          "(--channel_mult does not begin with 1)"),
@@ -222,7 +222,7 @@ def unet_to_diffusers(network, flags):
         raise ValueError(f"diffusers' UNet2DModel has {missing[0]} and {len(missing) - 1} more that ours has not")
     theirs.load_state_dict({key: value.reshape(shapes[key].shape).clone() for key, value in state.items()})
 
-    x, t = torch.randn(2, network.in_channels, *(2 * step for step in network.grid_steps)), torch.tensor([3, 500])
+    x, t = torch.randn(2, network.in_channels, *(2 * step for step in network.spatial_divisors)), torch.tensor([3, 500])
     y = None if network.num_classes is None else torch.tensor([0, network.num_classes - 1])
     with torch.no_grad():
         _require_equal("UNet", network.eval()(x, t, y), theirs(x, t, class_labels=y).sample)
@@ -292,7 +292,7 @@ def _unet_entries(name, layer):
             yield ".".join(filter(None, (name, part, key))), value
 
 
-def scheduler_of(flags, pixels):
+def create_scheduler(flags, pixels):
     """Return a diffusers DDPMScheduler with the process that "diffusion" flags describe; others follow `from_config`.
 
     :raises ValueError: where the network is shown other times than diffusers would show it.
@@ -300,7 +300,7 @@ def scheduler_of(flags, pixels):
     from diffusers import DDPMScheduler
 
     steps = flags["diffusion_steps"]
-    _require([(not flags["rescale_timesteps"] or steps == 1000,
+    _check_supported([(not flags["rescale_timesteps"] or steps == 1000,
                f"its times run to 1000 over {steps} steps (--rescale_timesteps)")])
     prediction = "v_prediction" if flags.get("predict_v") else "sample" if flags["predict_xstart"] else "epsilon"
     return DDPMScheduler(
@@ -323,7 +323,7 @@ def pipeline_to_diffusers(network, header, codec, normalizer):
     made_by = header["autoencoder"] or {"config": {}}   # nothing is known of a plain folder of latents
     pixels = made_by["config"].get("class") == "PixelCodec"
     theirs = unet_to_diffusers(network, header["model"])
-    scheduler = scheduler_of(header["diffusion"], pixels)
+    scheduler = create_scheduler(header["diffusion"], pixels)
     if pixels:
         return DDPMPipeline(unet=theirs, scheduler=scheduler)
     return LDMPipeline(vqvae=codec_to_diffusers(codec, normalizer), unet=theirs, scheduler=scheduler)
@@ -335,7 +335,7 @@ def codec_to_diffusers(codec, normalizer=None):
         return autoencoder_to_diffusers(codec.network.cpu(), codec.architecture, codec.scale_factor, normalizer)
     network = codec.network.cpu()
     if normalizer is not None:
-        _require([(len(normalizer.std) == 1 and normalizer.shift == [0.0] and not codec.shift_factor,
+        _check_supported([(len(normalizer.std) == 1 and normalizer.shift == [0.0] and not codec.shift_factor,
                    f"its latents are normalised by --normalizer {normalizer.mode}, which {type(network).__name__} "
                    "has no place for")])
         network.register_to_config(scaling_factor=codec.scale_factor / normalizer.std[0])

@@ -6,7 +6,7 @@ from .. import checkpoint_util
 from ..vae_wrapper import create_vae
 from . import diffusers_export
 from .loading import load_diffusion_model
-from .spaces import space_of
+from .spaces import open_space
 
 
 def export_model(config, vae):
@@ -32,7 +32,7 @@ def export_model(config, vae):
         return f"AutoencoderKL of {path}, scaling_factor {codec.scale_factor}"
     checkpoint_util.require_kind(header, "diffusion", path, "--format diffusers")
     network, _, header = load_diffusion_model(path, {}, None, None)
-    space = space_of(header, vae, "cpu")
+    space = open_space(header, vae, "cpu")
     made = diffusers_export.pipeline_to_diffusers(network.cpu(), header, space.codec, space.normalizer)
     diffusers_export.save_folder(made, config.out)
     return f"{type(made).__name__} of {path}"

@@ -58,7 +58,7 @@ def create_model_and_diffusion(image_size, learn_sigma=False, **flags):
     """Build a UNet and its process from the flags of `model_and_diffusion_defaults`."""
     of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
     model = create_model(image_size, learn_sigma=learn_sigma, **flags)
-    return model, create_process(learn_sigma=learn_sigma, **of_process)
+    return model, create_diffusion(learn_sigma=learn_sigma, **of_process)
 
 
 def create_model_and_diffusion_vae(latent_shape, model, diffusion, super_res=None, discrete_data=False):
@@ -68,7 +68,7 @@ def create_model_and_diffusion_vae(latent_shape, model, diffusion, super_res=Non
     """
     flags = {**as_dict(model), "in_channels": latent_shape[0], "dims": len(latent_shape) - 1}
     size = max(latent_shape[1:])
-    process = create_process(**as_dict(diffusion), discrete_data=discrete_data)
+    process = create_diffusion(**as_dict(diffusion), discrete_data=discrete_data)
     if super_res is None:
         return create_model(size, learn_sigma=diffusion.learn_sigma, **flags), process
     known = inspect.signature(sr_create_model).parameters
@@ -109,7 +109,7 @@ def sr_create_model_and_diffusion(large_size, small_size, learn_sigma=False, **f
     """Build an upsampler and its process from the flags of `sr_model_and_diffusion_defaults`."""
     of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
     model = sr_create_model(large_size, small_size, learn_sigma=learn_sigma, **flags)
-    return model, create_process(learn_sigma=learn_sigma, **of_process)
+    return model, create_diffusion(learn_sigma=learn_sigma, **of_process)
 
 
 def sr_create_model(
@@ -151,7 +151,7 @@ def _embedded_classes(class_cond, num_classes, class_dropout):
 def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
     """Build a classifier and the process that noises its input, from `classifier_and_diffusion_defaults`."""
     of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
-    return create_classifier(image_size, **flags), create_process(learn_sigma=learn_sigma, **of_process)
+    return create_classifier(image_size, **flags), create_diffusion(learn_sigma=learn_sigma, **of_process)
 
 
 def create_classifier(
@@ -209,7 +209,7 @@ def create_gaussian_diffusion(
     )
 
 
-def create_process(diffusion_steps=1000, **flags):
+def create_diffusion(diffusion_steps=1000, **flags):
     """Build the process that the "diffusion" flags of a header describe."""
     return create_gaussian_diffusion(steps=diffusion_steps, **flags)
 

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 from .. import dist_util
-from ..config import from_dict, frozen, section_of
+from ..config import from_dict, to_tuple, section_name
 from ..data.config import DataConfig, parse_size
 
 
 def parse(doc, *classes, argv=None):
     """Return one instance of every config class, from defaults, then `--config file.yaml`, then flags."""
-    return parse_given(doc, *classes, argv=argv)[0]
+    return parse_explicit(doc, *classes, argv=argv)[0]
 
 
-def parse_given(doc, *classes, argv=None):
+def parse_explicit(doc, *classes, argv=None):
     """Return (instances, {flag: value} of what was given in the file or on the command line)."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparser(doc, *classes)
@@ -26,7 +26,7 @@ def parse_given(doc, *classes, argv=None):
     fields = {f.name for cls in classes for f in dataclasses.fields(cls)}
     dist_util.memory_flags = [name for name in dist_util.MEMORY_FLAGS if name in fields]
     from_file = read_yaml(flags.pop("config"), classes) if "config" in flags else {}
-    _settle_sizes(from_file, flags)
+    _resolve_sizes(from_file, flags)
     given = {**from_file, **flags}
     _require_in_bounds(classes, given)
     return [from_dict(cls, given) for cls in classes], given
@@ -34,7 +34,7 @@ def parse_given(doc, *classes, argv=None):
 
 def _require_in_bounds(classes, given):
     for field in (field for cls in classes for field in dataclasses.fields(cls) if field.name in given):
-        value, least, most = given[field.name], field.metadata["least"], field.metadata["most"]
+        value, least, most = given[field.name], field.metadata["minimum"], field.metadata["maximum"]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{field.name} is {value}; it is a finite number")
         if least is not None and not value >= least:
@@ -43,7 +43,7 @@ def _require_in_bounds(classes, given):
             raise ValueError(f"--{field.name} is {value}; it is at most {most}")
 
 
-def _settle_sizes(from_file, flags):
+def _resolve_sizes(from_file, flags):
     """Let the size on the command line win, under whichever of its two names, and refuse what contradicts it."""
     for where in (from_file, flags):
         if "image_size" in where and where.get("voxel_size"):
@@ -66,9 +66,9 @@ def argparser(doc, *classes):
     parser = _Parser(description=doc, usage="%(prog)s [--config FILE.yaml] [--flag value ...]", allow_abbrev=False,
                      formatter_class=_HelpFormatter)
     parser.add_argument("--config", default="", metavar="FILE.yaml", help="values for flags below, which win over it")
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(map(section_of, classes))}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(map(section_name, classes))}
     for cls in classes:
-        group = groups[section_of(cls)]
+        group = groups[section_name(cls)]
         for field in dataclasses.fields(cls):
             choices = field.metadata["choices"]
             group.add_argument(f"--{field.name}", default=field.default, type=_CONVERTERS.get(field.type, field.type),
@@ -77,16 +77,16 @@ def argparser(doc, *classes):
     return parser
 
 
-def part_of(cls, *names):
+def select_fields(cls, *names):
     """Return a config class of the same section with these fields of `cls` alone, for a script that heeds no others."""
     fields = [(f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
               for f in dataclasses.fields(cls) if f.name in names]
-    return dataclasses.make_dataclass(cls.__name__, fields, namespace={"SECTION": section_of(cls)})
+    return dataclasses.make_dataclass(cls.__name__, fields, namespace={"SECTION": section_name(cls)})
 
 
-def part_without(cls, *names):
+def drop_fields(cls, *names):
     """Return a config class of the same section with all fields of `cls` but these."""
-    return part_of(cls, *(f.name for f in dataclasses.fields(cls) if f.name not in names))
+    return select_fields(cls, *(f.name for f in dataclasses.fields(cls) if f.name not in names))
 
 
 def read_yaml(path, classes):
@@ -101,7 +101,7 @@ def read_yaml(path, classes):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}; check --config")
     try:
-        content = yaml.load(Path(path).read_text(), _once_each(yaml)) or {}
+        content = yaml.load(Path(path).read_text(), _unique_key_loader(yaml)) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -110,7 +110,7 @@ def read_yaml(path, classes):
     values, sections = {}, _all_sections()
 
     def take(section, entries):
-        heeded = [cls for cls in classes if section in ("", "device", section_of(cls))]
+        heeded = [cls for cls in classes if section in ("", "device", section_name(cls))]
         here = {f.name for cls in heeded for f in dataclasses.fields(cls)}
         known = sections.get(section, set())
         for key, value in entries.items():
@@ -129,7 +129,7 @@ def read_yaml(path, classes):
     return values
 
 
-def _once_each(yaml):
+def _unique_key_loader(yaml):
     """Return a loader that refuses a key that stands twice in one place, of which YAML would take the last."""
 
     class Loader(yaml.SafeLoader):
@@ -151,14 +151,14 @@ def _all_sections():
 
     sections = {}
     for cls in CONFIGS:
-        sections.setdefault(section_of(cls), set()).update(f.name for f in dataclasses.fields(cls))
+        sections.setdefault(section_name(cls), set()).update(f.name for f in dataclasses.fields(cls))
     return {**sections, "device": set().union(*sections.values())}
 
 
 def _from_yaml(field, value, path):
     kind = field.type.__name__
     if kind == "tuple" and isinstance(value, (list, int, float, bool)):
-        return frozen(value)
+        return to_tuple(value)
     if kind == "bool" and not isinstance(value, bool) or isinstance(value, (dict, list)) or value is None:
         raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}")
     try:
@@ -224,7 +224,7 @@ def _numbers(text):
         value = json.loads((text if text.startswith("[") else f"[{text}]").lower())
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 2,2 or [[1,2,2],[2,2,2]]") from error
-    return frozen(value[0] if len(value) == 1 and not text.startswith("[") else value)
+    return to_tuple(value[0] if len(value) == 1 and not text.startswith("[") else value)
 
 
 _CONVERTERS = {bool: str2bool, tuple: _numbers}

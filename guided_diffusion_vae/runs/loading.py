@@ -9,29 +9,29 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint_util, dist_util
-from ..config import as_dict, from_dict, frozen, size
+from ..config import as_dict, from_dict, to_tuple, size
 from ..data.config import parse_size
 from ..data.folders import open_folder
-from ..data.listing import labels_in, require_labels
+from ..data.listing import map_labels, require_labels
 from ..data.npz import open_npz
 from ..evaluation import features
 from ..files import sha256_of_file
 from ..gaussian_diffusion import DiffusionConfig
-from ..latent_datasets import EncodedPictures
-from ..logger import say
-from ..sampling.generate import draw
-from ..sampling.guidance import ClassifierFree, classifier_gradient, parse_interval, times_between
-from ..sampling.sampler import Sampler, SmallPictures, parse_classes, solver_of
+from ..latent_datasets import EncodedImages
+from ..logger import log_rank0
+from ..sampling.generate import generate_samples
+from ..sampling.guidance import ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval
+from ..sampling.sampler import Sampler, LowResConditioning, parse_classes, resolve_sampler
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
 from ..vae_wrapper import LatentNormalizer, PixelCodec, create_vae
-from .factories import NUM_CLASSES, build_classifier, create_model_and_diffusion_vae, create_process
-from .run import end_run
+from .factories import NUM_CLASSES, build_classifier, create_model_and_diffusion_vae, create_diffusion
+from .run import finish_run
 from .spaces import (
-    Space, as_trained, open_cache, open_pixels, require_same_space, space_header, space_of, works_on_pixels,
+    Space, apply_trained_preprocessing, open_cache, open_pixels, require_same_space, space_header, open_space, works_on_pixels,
 )
 
 # What a sampler may choose freely: everything else in the header of a model describes the weights.
-FREE_AT_SAMPLING = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
+SAMPLING_OVERRIDABLE = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
                     "classifier_use_fp16")
 
 
@@ -44,7 +44,7 @@ def open_extractors(config, vae, data, given):
     header, judge = {"classes": None, "image_shape": None, "data": {}}, None
     if config.classifier_path:
         classifier, header = load_classifier(config.classifier_path, device)
-        space = space_of(header, vae, device)
+        space = open_space(header, vae, device)
         prepare = None if space.is_pixels else space.encode
         judge = features.classifier_features(classifier, prepare)
     if config.inception_path:
@@ -57,7 +57,7 @@ def open_extractors(config, vae, data, given):
     else:
         codec = create_vae(vae, device)
         extract, header = features.latent_features(codec), {**header, "data": codec.preprocessing}
-    return extract, judge, header, as_trained(data, given, header["data"])
+    return extract, judge, header, apply_trained_preprocessing(data, given, header["data"])
 
 
 def load_diffusion_model(path, given, model, process, shape=None, super_res=None, pixels=False, flag="--model_path"):
@@ -70,27 +70,27 @@ def load_diffusion_model(path, given, model, process, shape=None, super_res=None
     weights, header = checkpoint_util.load_weights(path, "cpu", flag)
     if header is not None:
         checkpoint_util.require_kind(header, "super_res" if super_res else "diffusion", path, flag)
-        described = described_by(header, given, path, ("model", "diffusion", "super_res"))
+        described = flags_from_header(header, given, path, ("model", "diffusion", "super_res"))
         model, process = from_dict(ModelConfig, described), from_dict(DiffusionConfig, described)
         super_res = super_res and from_dict(SuperResConfig, described)
         shape = header["latent_shape"]
         pixels = works_on_pixels(header)
     network, diffusion = create_model_and_diffusion_vae(tuple(shape), model, process, super_res, discrete_data=pixels)
-    checkpoint_util.load_into(network, weights, path, flag)
+    checkpoint_util.load_strict(network, weights, path, flag)
     network.to(dist_util.dev())
     if model.use_fp16:
         network.convert_to_fp16()
     return network.eval(), diffusion, header
 
 
-def described_by(header, given, path, sections):
+def flags_from_header(header, given, path, sections):
     """Return the flags of a header's sections; `given` ones that contradict it are refused or, if free, win."""
     described = {key: value for section in sections for key, value in header.get(section, {}).items()}
     for key, value in given.items():
-        if key in described and key not in FREE_AT_SAMPLING and frozen(described[key]) != value:
+        if key in described and key not in SAMPLING_OVERRIDABLE and to_tuple(described[key]) != value:
             raise ValueError(f"--{key} {value} contradicts {path}, which was trained with {key} {described[key]}; "
                              "leave the flag away")
-    return {**described, **{key: given[key] for key in FREE_AT_SAMPLING if key in given}}
+    return {**described, **{key: given[key] for key in SAMPLING_OVERRIDABLE if key in given}}
 
 
 def load_sampler(config, given, model, process, data, vae, scale=None, guidance=None, classifier=None, super_res=None):
@@ -101,20 +101,20 @@ def load_sampler(config, given, model, process, data, vae, scale=None, guidance=
     SuperResConfig) for an upsampler.
     """
     base, super_res = super_res or (None, None)
-    path = weights_file(config.model_path, "--model_path")
-    if is_described(path):
+    path = resolve_weights(config.model_path, "--model_path")
+    if has_header(path):
         network, diffusion, header = load_diffusion_model(path, given, model, process, super_res=super_res)
-        space = space_of(header, vae, dist_util.dev())
+        space = open_space(header, vae, dist_util.dev())
     else:
         space = _space_of_flags(path, scale, data, vae)
         header = _header_of_flags(space, model, process, data, super_res)
         network, diffusion, _ = load_diffusion_model(
             path, given, model, process, header["latent_shape"], super_res, space.is_pixels
         )
-    sampler = sampler_from(network, diffusion, space, header)
+    sampler = create_sampler(network, diffusion, space, header)
     _require_described(sampler, given, scale, data, path)
-    sampler.solver, sampler.seed = solver_of(config), config.seed
-    sampler.made_from.update(model=_digest_on_rank_0(path), sample_dtype=config.sample_dtype)
+    sampler.solver, sampler.seed = resolve_sampler(config), config.seed
+    sampler.settings.update(model=_digest_on_rank_0(path), sample_dtype=config.sample_dtype)
     if "clip_denoised" in given:
         sampler.clip_denoised = config.clip_denoised
     if config.sample_dtype == "bfloat16":
@@ -122,14 +122,14 @@ def load_sampler(config, given, model, process, data, vae, scale=None, guidance=
             raise ValueError("--sample_dtype bfloat16 and --use_fp16 True are two ways to one end; give one of them")
         network.convert_to_bf16()
     if config.cfg_scale != 1:
-        _guide_free(sampler, config, header, path)
+        _add_classifier_free_guidance(sampler, config, header, path)
     elif config.cfg_interval:
         raise ValueError(f"--cfg_interval {config.cfg_interval} bounds a guidance that --cfg_scale 1 does not do")
     if guidance is not None:
         _guide_by_classifier(sampler, guidance, classifier, process, given, header)
     if super_res is not None:
-        sampler.small = open_base(base, sampler, from_dict(SuperResConfig, header["super_res"]), header["diffusion"])
-        sampler.made_from.update(base=_digest_on_rank_0(base.base_samples), cond_noise_level=base.cond_noise_level)
+        sampler.small = open_base_samples(base, sampler, from_dict(SuperResConfig, header["super_res"]), header["diffusion"])
+        sampler.settings.update(base=_digest_on_rank_0(base.base_samples), cond_noise_level=base.cond_noise_level)
     return sampler
 
 
@@ -170,24 +170,24 @@ def _require_described(sampler, given, scale, data, path):
                              "the flag away")
 
 
-def _guide_free(sampler, config, header, path):
+def _add_classifier_free_guidance(sampler, config, header, path):
     if not header["model"].get("class_dropout"):
         raise ValueError(f"--cfg_scale {config.cfg_scale} needs a model that was trained with --class_dropout above 0; "
                          f"{path} was not, so it knows nothing of data without classes")
     interval = parse_interval(config.cfg_interval)
-    times = times_between(sampler.diffusion, interval) if interval else None
+    times = timesteps_in_interval(sampler.diffusion, interval) if interval else None
     if interval and times is None:
         raise ValueError(f"--cfg_interval {config.cfg_interval}: none of the {sampler.diffusion.num_timesteps} steps "
                          "has a noise level inside; widen it")
-    sampler.model = ClassifierFree(sampler.model, sampler.num_classes, config.cfg_scale, times)
-    sampler.made_from.update(cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
+    sampler.model = ClassifierFreeGuidance(sampler.model, sampler.num_classes, config.cfg_scale, times)
+    sampler.settings.update(cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
 
 
 def _guide_by_classifier(sampler, guidance, classifier, process, given, header):
     if not guidance.classifier_path:
         raise FileNotFoundError("no classifier given; --classifier_path wants a run of classifier_train.py, or one "
                                 "weights file of it")
-    path = weights_file(guidance.classifier_path, "--classifier_path")
+    path = resolve_weights(guidance.classifier_path, "--classifier_path")
     network, described = load_classifier(path, dist_util.dev(), given, classifier, process, sampler.shape)
     if described["noised"] is False:
         raise ValueError(f"{path} was trained on clean data (--noised False) and cannot read noisy x0; train another "
@@ -200,8 +200,8 @@ def _guide_by_classifier(sampler, guidance, classifier, process, given, header):
         raise ValueError(f"{path} knows the classes {', '.join(names[0])}, the diffusion model {', '.join(names[1])}")
     sampler.class_names = sampler.class_names or described["classes"]
     sampler.guided_classes = network.out_channels
-    sampler.cond_fn = classifier_gradient(network, guidance.classifier_scale)
-    sampler.made_from.update(classifier=_digest_on_rank_0(path), classifier_scale=guidance.classifier_scale)
+    sampler.cond_fn = classifier_cond_fn(network, guidance.classifier_scale)
+    sampler.settings.update(classifier=_digest_on_rank_0(path), classifier_scale=guidance.classifier_scale)
 
 
 def _require_same_noise(model, classifier, path):
@@ -212,8 +212,8 @@ def _require_same_noise(model, classifier, path):
                              "with the diffusion model's")
 
 
-def open_base(base, sampler, super_res, process):
-    """Return the `SmallPictures` that `--base_samples` holds, after comparing them with the upsampler."""
+def open_base_samples(base, sampler, super_res, process):
+    """Return the `LowResConditioning` that `--base_samples` holds, after comparing them with the upsampler."""
     if not base.base_samples:
         raise FileNotFoundError("no small pictures given; --base_samples wants an .npz of samples")
     samples = open_npz(base.base_samples)
@@ -230,21 +230,21 @@ def open_base(base, sampler, super_res, process):
                          f"--cond_noise_steps {super_res.cond_noise_steps}, so levels from 0 to below that can be had")
     labels = _labels_of_base(base.base_samples, samples, sampler) if sampler.num_classes else None
     images = np.moveaxis(samples.images, -1, 1)
-    whole = create_process(**{**process, "timestep_respacing": ""})
-    return SmallPictures(images, labels, sampler.codec, sampler.normalizer, whole, base.cond_noise_level, sampler.seed)
+    whole = create_diffusion(**{**process, "timestep_respacing": ""})
+    return LowResConditioning(images, labels, sampler.codec, sampler.normalizer, whole, base.cond_noise_level, sampler.seed)
 
 
 def _labels_of_base(path, samples, sampler):
     """Return the labels of small samples in the upsampler's numbering: by name where both have names."""
     if samples.class_names and sampler.class_names:
-        return labels_in(samples, sampler.class_names)
+        return map_labels(samples, sampler.class_names)
     if samples.labels.min() < 0 or samples.labels.max() >= sampler.num_classes:
         raise ValueError(f"{path} has labels (arr_1) from {samples.labels.min()} to {samples.labels.max()}, the "
                          f"upsampler knows 0 to {sampler.num_classes - 1}; give another --base_samples")
     return samples.labels
 
 
-def sampler_from(model, diffusion, space, header):
+def create_sampler(model, diffusion, space, header):
     """Return the Sampler of a model that its header describes."""
     shape = tuple(header["latent_shape"])
     image_shape = header["image_shape"]
@@ -257,24 +257,24 @@ def sampler_from(model, diffusion, space, header):
     return sampler
 
 
-def load_with_data(config, given, model, process, data, latents, vae):
+def load_model_and_data(config, given, model, process, data, latents, vae):
     """Return (network, diffusion, source, Space, labels or None): a diffusion model, and held-out data as it sees them.
 
     The data are a cache or pictures, in the space that the model's header names; a model without a header works on
     pixels. Labels are numbered as the model's classes are, and None where it has none.
     """
     device = dist_util.dev()
-    path = weights_file(config.model_path, "--model_path")
-    if is_described(path):
+    path = resolve_weights(config.model_path, "--model_path")
+    if has_header(path):
         network, diffusion, header = load_diffusion_model(path, given, model, process)
-        data = as_trained(data, given, header["data"])
+        data = apply_trained_preprocessing(data, given, header["data"])
         if latents.cache_dir and (data.data_dir or works_on_pixels(header)):
             raise ValueError(f"--cache_dir {latents.cache_dir} with --data_dir {data.data_dir}: a model of latents is "
                              "measured on one of them, a model of pictures on pictures alone")
         if works_on_pixels(header) or data.data_dir:
-            space = space_of(header, vae, device)
+            space = open_space(header, vae, device)
             pictures = open_folder(data, multiple=space.codec.factors)
-            source = EncodedPictures(pictures, space.codec, statistics={})
+            source = EncodedImages(pictures, space.codec, statistics={})
         else:
             space = Space(None, LatentNormalizer.from_dict(header["normalizer"]))
             source = open_cache(latents.cache_dir, given)
@@ -290,11 +290,11 @@ def load_with_data(config, given, model, process, data, latents, vae):
     if not network.num_classes:
         return network, diffusion, source, space, None
     require_labels(source, True)
-    return network, diffusion, source, space, labels_in(source, header["classes"])
+    return network, diffusion, source, space, map_labels(source, header["classes"])
 
 
-def weights_file(path, flag):
-    """Return the weights file that a flag names: itself, or of a run folder the one to use (see `newest_weights`).
+def resolve_weights(path, flag):
+    """Return the weights file that a flag names: itself, or of a run folder the one to use (see `latest_weights`).
 
     Rank 0 looks and all ranks take what it found, as the run may go on meanwhile.
     """
@@ -302,13 +302,13 @@ def weights_file(path, flag):
         raise FileNotFoundError(f"no model given; {flag} wants a run folder, or a model or ema file")
     if not Path(path).is_dir():
         return path
-    newest = checkpoint_util.newest_weights(path, flag) if dist_util.rank() == 0 else None
+    newest = checkpoint_util.latest_weights(path, flag) if dist_util.rank() == 0 else None
     newest = dist_util.broadcast_object(newest)
-    say(f"{flag} {path}: taking {newest.name}")
+    log_rank0(f"{flag} {path}: taking {newest.name}")
     return newest
 
 
-def is_described(path, flag="--model_path"):
+def has_header(path, flag="--model_path"):
     """Say whether a weights file carries a header."""
     return checkpoint_util.load_weights(path, "meta", flag)[1] is not None
 
@@ -319,12 +319,12 @@ def load_classifier(path, device, given=(), flags=None, process=None, shape=None
     One without a header, such as a released checkpoint, is described by `flags` (a ClassifierConfig), the process that
     noised its data and the `shape` of x0 [C x ...]; where they are missing it is refused.
     """
-    path = weights_file(path, flag)
+    path = resolve_weights(path, flag)
     weights, header = checkpoint_util.load_weights(path, "cpu", flag)
     if header is not None:
         checkpoint_util.require_kind(header, "classifier", path, flag)
         own = {key: value for key, value in dict(given).items() if key.startswith("classifier_")}
-        described = described_by(header, own, path, ("model", "diffusion"))
+        described = flags_from_header(header, own, path, ("model", "diffusion"))
         flags, process = from_dict(ClassifierConfig, described), from_dict(DiffusionConfig, described)
         shape = header["latent_shape"]
     elif flags is None:
@@ -333,7 +333,7 @@ def load_classifier(path, device, given=(), flags=None, process=None, shape=None
         flags = dataclasses.replace(flags, classifier_in_channels=shape[0], classifier_dims=len(shape) - 1)
         header = {"classes": None, "noised": True}
     model, _ = build_classifier(flags, process, shape)
-    checkpoint_util.load_into(model, weights, path, flag)
+    checkpoint_util.load_strict(model, weights, path, flag)
     model.to(device)
     if flags.classifier_use_fp16:
         model.convert_to_fp16()
@@ -348,8 +348,8 @@ def sample(sampler, config, folder, run):
             raise ValueError(f"--classes {config.classes}: an upsampler takes the classes of its --base_samples")
     else:
         classes = parse_classes(config.classes, sampler.num_classes or sampler.guided_classes, sampler.class_names)
-    say(sampler.summary())
+    log_rank0(sampler.summary())
     if not run.dry_run:
-        path = draw(sampler, classes, config, folder, dist_util.dev())
-        say(f"saved {config.num_samples} samples to {path}")
-        end_run(folder)
+        path = generate_samples(sampler, classes, config, folder, dist_util.dev())
+        log_rank0(f"saved {config.num_samples} samples to {path}")
+        finish_run(folder)

@@ -47,13 +47,13 @@ class Estimate:
                 + self.workspace)
 
     @property
-    def needed(self):
+    def required(self):
         """What a device must have: the peak, and what lies beside it on a GPU."""
         return self.peak * FRAGMENTATION + CONTEXT_BYTES
 
     def fits(self, budget_bytes):
         """Say whether it runs on a device with so much memory."""
-        return self.needed <= budget_bytes
+        return self.required <= budget_bytes
 
     def summary(self):
         """Return the parts of training in words."""
@@ -62,11 +62,11 @@ class Estimate:
             f"{self.parameters / 4e6:.2f} M parameters; {mib(self.parameters + self.copies)} MiB of weights, "
             f"{mib(self.gradients)} of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of averages, "
             f"{mib(self.activations)} of activations, {mib(self.workspace)} of workspace at the peak: "
-            f"{self.peak / GIB:.2f} GiB, {self.needed / GIB:.2f} with what a GPU needs besides"
+            f"{self.peak / GIB:.2f} GiB, {self.required / GIB:.2f} with what a GPU needs besides"
         )
 
 
-class _Living(TorchDispatchMode):
+class _StorageTracker(TorchDispatchMode):
     """Count the bytes of all storages made inside, while they live; the first network tells which layer makes them.
 
     `at_backward` holds {layer: bytes} of what was alive when the first backward pass began, with "" for what is made
@@ -148,7 +148,7 @@ def _like_cuda(amp):
         F.group_norm, nn_util.NORMS_ADD_IN_FLOAT32 = group_norm, fast
 
 
-def _emptied(network):
+def _with_fake_parameters(network):
     """Put fake parameters and buffers into a network (inside `_fake`) and return it."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -165,7 +165,7 @@ def saved_activations(network, forward, amp=None):
 
     The network's parameters are replaced by fake ones; it is of no use afterwards.
     """
-    with _fake(amp), _Living(_emptied(network)) as living:
+    with _fake(amp), _StorageTracker(_with_fake_parameters(network)) as living:
         result = forward(network)   # which keeps the graph alive
     del result
     return living.at_backward
@@ -182,8 +182,8 @@ def estimate_training(networks, step, optimizer="adamw", averages=1, amp=None):
     copies = half * sum(p.nbytes for network in networks for p in network.parameters())
     with _fake(amp):
         for network in networks:
-            _emptied(network)
-        with _Living(*networks) as living:
+            _with_fake_parameters(network)
+        with _StorageTracker(*networks) as living:
             step(*networks)
         weights = [p for network in networks for p in network.parameters()]
         gradients = sum(p.grad.untyped_storage().nbytes() for p in weights if p.grad is not None)
@@ -199,6 +199,6 @@ def estimate_training(networks, step, optimizer="adamw", averages=1, amp=None):
 def estimate_inference(network, forward, amp=None):
     """Return the `Estimate` of forward(network) without gradients; the network is of no use afterwards."""
     count = sum(p.numel() for p in network.parameters())
-    with _fake(amp), torch.no_grad(), _Living(_emptied(network)) as living:
+    with _fake(amp), torch.no_grad(), _StorageTracker(_with_fake_parameters(network)) as living:
         forward(network)
     return Estimate(parameters=4 * count, workspace=living.peak)

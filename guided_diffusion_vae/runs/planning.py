@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..autoencoder import create_autoencoder, per_level, strides_in_words
-from ..config import as_dict, opt
+from ..autoencoder import create_autoencoder, per_level, format_strides
+from ..config import as_dict, option
 from ..nn import per_axis
 from ..train_util import AMP_DTYPES
 from ..vae.discriminator import create_discriminator, discriminator_losses, generator_losses
 from ..vae.posterior import autoencoder_losses
-from .factories import create_model_and_diffusion_vae, create_process
+from .factories import create_model_and_diffusion_vae, create_diffusion
 from .memory import GIB, estimate_inference, estimate_training
 
 LAYERS_SHOWN = 10
@@ -23,7 +23,7 @@ LAYERS_SHOWN = 10
 class Plan:
     """What decides how much memory training takes. `shape` is (C, ...) of what the network is trained on.
 
-    `network` and `train` are the configs that hold the flags which `savings` changes.
+    `network` and `train` are the configs that hold the flags which `memory_savings` changes.
     """
 
     shape: tuple
@@ -32,7 +32,7 @@ class Plan:
 
     CHECKPOINTING = ""      # the flag of `network` that recomputes whole blocks
 
-    def changed(self, **changes):
+    def with_flags(self, **changes):
         """Return a plan with other values of the flags `changes`, whichever config has them."""
         network = {name: value for name, value in changes.items() if hasattr(self.network, name)}
         train = {name: value for name, value in changes.items() if name not in network}
@@ -55,7 +55,7 @@ class Plan:
         """The number of samples in a forward pass."""
         return min(self.train.batch_size, self.train.microbatch if self.train.microbatch > 0 else self.train.batch_size)
 
-    def smaller(self):
+    def smaller_networks(self):
         """Yield (what is changed, its flags) where another network is the last resort."""
         return iter(())
 
@@ -83,7 +83,7 @@ class DiffusionPlan(Plan):
         told = {"y": times} if self.network.class_cond else {}
         if self.super_res:
             told["low_res"] = torch.empty(n, *self.low_res_shape)
-        diffusion = create_process(**as_dict(self.process))
+        diffusion = create_diffusion(**as_dict(self.process))
         x0 = torch.empty(n, *self.shape)
         losses = diffusion.training_losses(model, x0, times, model_kwargs=told, noise=torch.empty_like(x0))
         losses["loss"].mean().backward()
@@ -94,7 +94,7 @@ class AutoencoderPlan(Plan):
     """An autoencoder of pictures or volumes of `shape`, with its loss and DiscriminatorConfig."""
 
     loss: object = None
-    rival: object = None
+    discriminator_config: object = None
 
     CHECKPOINTING = "use_checkpointing"
 
@@ -107,13 +107,13 @@ class AutoencoderPlan(Plan):
 
     def build(self):
         networks = [create_autoencoder(self.network)]
-        if self.rival.discriminator_weight:
-            networks.append(create_discriminator(self.rival, self.network.spatial_dims, self.shape[0]))
+        if self.discriminator_config.discriminator_weight:
+            networks.append(create_discriminator(self.discriminator_config, self.network.spatial_dims, self.shape[0]))
         return networks
 
     def step(self, network, judge=None):
-        """Compute as `AutoencoderObjective` and `Adversary` do, with the discriminator heeded."""
-        kind = self.rival.discriminator_loss
+        """Compute as `AutoencoderObjective` and `DiscriminatorTrainer` do, with the discriminator heeded."""
+        kind = self.discriminator_config.discriminator_loss
         x = torch.empty(self.forward_size, *self.shape)
         reconstruction, mean, sigma = network(x, torch.empty(len(x), *network.latent_shape(x.shape[2:])))
         losses = autoencoder_losses(self.loss, x, reconstruction, mean, 2 * sigma.float().log())["loss"]
@@ -143,7 +143,7 @@ class AutoencoderPlan(Plan):
         amp = None if dtype is torch.float32 else dtype
         return estimate_inference(network, lambda network: compute(network, self.forward_size), amp)
 
-    def smaller(self):
+    def smaller_networks(self):
         """Yield the same latent from a first level of half the size, then a smaller latent."""
         dims = self.network.spatial_dims
         first = per_axis(self.network.initial_downsample_factor, dims)
@@ -162,7 +162,7 @@ class AutoencoderPlan(Plan):
         }
 
 
-class Saving(NamedTuple):
+class MemorySaving(NamedTuple):
     """A plan that takes less memory: `flags` is all that differs from what was configured, `latest` what was added."""
 
     flags: dict
@@ -174,8 +174,8 @@ class Saving(NamedTuple):
         return _flags(self.flags, self.note) or "as configured"
 
 
-def savings(plan):
-    """Yield `Saving`s from the least to the most that is given up for memory, each with all before it.
+def memory_savings(plan):
+    """Yield `MemorySaving`s from the least to the most that is given up for memory, each with all before it.
 
     The first is the plan itself, then comes what changes no number but by rounding, then what costs time, last another
     network. A compiled network decides itself what to compute again.
@@ -184,9 +184,9 @@ def savings(plan):
 
     def change(note="", **changes):
         nonlocal plan
-        plan = plan.changed(**changes)
+        plan = plan.with_flags(**changes)
         flags.update(changes)
-        return Saving(dict(flags), changes, note, plan)
+        return MemorySaving(dict(flags), changes, note, plan)
 
     yield change()
     if not plan.train.mixed_precision and not getattr(plan.network, "use_fp16", False):
@@ -194,18 +194,18 @@ def savings(plan):
     if not plan.network.recompute_norms and not plan.train.compile:
         yield change(recompute_norms=True)
     while plan.forward_size > 1:
-        yield change(**_in_parts(plan))
+        yield change(**_smaller_forward(plan))
     if not getattr(plan.network, plan.CHECKPOINTING):
         yield change(**{plan.CHECKPOINTING: True})
     if plan.train.optimizer != "adamw8bit":
         yield change(optimizer="adamw8bit")
-    for note, changes in plan.smaller():
+    for note, changes in plan.smaller_networks():
         yield change(note, **changes)
 
 
 def estimated(plan):
-    """Yield (`Saving`, its `Estimate`), but for strides that do not divide the size."""
-    for saving in savings(plan):
+    """Yield (`MemorySaving`, its `Estimate`), but for strides that do not divide the size."""
+    for saving in memory_savings(plan):
         try:
             yield saving, saving.plan.training()
         except ValueError:
@@ -213,13 +213,13 @@ def estimated(plan):
 
 
 def advice(plan, budget_bytes):
-    """Return in words what the first of `savings` is that fits a device with so much memory."""
+    """Return in words what the first of `memory_savings` is that fits a device with so much memory."""
     configured, have = None, f"{budget_bytes / GIB:.1f} GiB"
     for saving, estimate in estimated(plan):
         configured = configured or estimate
         if saving.flags and estimate.fits(budget_bytes):
-            return (f"training takes about {configured.needed / GIB:.1f} GiB as configured; of {have}, {saving} would "
-                    f"take {estimate.needed / GIB:.1f} (scripts/plan_memory.py plans ahead)")
+            return (f"training takes about {configured.required / GIB:.1f} GiB as configured; of {have}, {saving} would "
+                    f"take {estimate.required / GIB:.1f} (scripts/plan_memory.py plans ahead)")
     return f"no saving brings this configuration below {have}: train on smaller pictures, or on patches"
 
 
@@ -230,7 +230,7 @@ def report(plan, batch_sizes, budgets):
     latent = network.latent_shape(plan.shape[1:])
     by = lambda shape: "x".join(map(str, shape))
     values, kept = math.prod(plan.shape), math.prod(latent)
-    yield (f"{strides_in_words(network)}: {by(plan.shape)} ({4 * values / 2**20:.2f} MiB) -> {by(latent)} "
+    yield (f"{format_strides(network)}: {by(plan.shape)} ({4 * values / 2**20:.2f} MiB) -> {by(latent)} "
            f"({4 * kept / 2**20:.2f} MiB), one latent number for {values / kept:.1f} values")
     estimate = plan.training()
     yield f"training, {plan.forward_size} in a forward pass: {estimate.summary()}"
@@ -243,7 +243,7 @@ def report(plan, batch_sizes, budgets):
     yield "\nGiB that training needs with one thing changed:"
     for changes, note in _alternatives(plan):
         try:
-            yield f"{plan.changed(**changes).training().needed / GIB:9.2f}  {_flags(changes, note)}"
+            yield f"{plan.with_flags(**changes).training().required / GIB:9.2f}  {_flags(changes, note)}"
         except ValueError:  # strides that do not divide the size
             continue
 
@@ -253,16 +253,16 @@ def report(plan, batch_sizes, budgets):
     yield heads
     for name in ("encoding", "decoding"):
         for dtype in ("float32", "bfloat16"):
-            plans = (plan.changed(batch_size=n, **one_pass) for n in batch_sizes)
-            needed = (getattr(of, name)(getattr(torch, dtype)).needed / GIB for of in plans)
+            plans = (plan.with_flags(batch_size=n, **one_pass) for n in batch_sizes)
+            needed = (getattr(of, name)(getattr(torch, dtype)).required / GIB for of in plans)
             yield "".join(f"{size:9.2f}" for size in needed) + f"  {name}, --vae_dtype {dtype}"
 
     yield "\nGiB that training needs, by the samples in a forward pass; each line has all savings above it, too:"
     yield heads
-    for saving in savings(plan.changed(batch_size=1, **one_pass)):
+    for saving in memory_savings(plan.with_flags(batch_size=1, **one_pass)):
         what = _flags(saving.latest, saving.note) or "as configured"
         try:
-            needed = [saving.plan.changed(batch_size=n).training().needed / GIB for n in batch_sizes]
+            needed = [saving.plan.with_flags(batch_size=n).training().required / GIB for n in batch_sizes]
             yield "".join(f"{size:9.2f}" for size in needed) + f"  {what}"
         except ValueError as error:
             yield f"{what}: {error}"
@@ -270,7 +270,7 @@ def report(plan, batch_sizes, budgets):
     yield ""
     choices = list(estimated(plan))
     for budget in budgets:
-        fitting = (f"{saving} ({estimate.needed / GIB:.2f} GiB)" for saving, estimate in choices
+        fitting = (f"{saving} ({estimate.required / GIB:.2f} GiB)" for saving, estimate in choices
                    if estimate.fits(budget * GIB))
         yield f"least lossy within {budget:g} GiB: {next(fitting, 'nothing fits')}"
 
@@ -283,12 +283,12 @@ def _alternatives(plan):
     yield {plan.CHECKPOINTING: not getattr(plan.network, plan.CHECKPOINTING)}, ""
     yield {"optimizer": "adamw" if plan.train.optimizer == "adamw8bit" else "adamw8bit"}, ""
     if plan.forward_size > 1:
-        yield _in_parts(plan), ""
-    for note, changes in plan.smaller():
+        yield _smaller_forward(plan), ""
+    for note, changes in plan.smaller_networks():
         yield changes, note
 
 
-def _in_parts(plan):
+def _smaller_forward(plan):
     """Return the flags that divide the forward pass by its smallest prime, so that a step stays of as many samples."""
     parts = next(n for n in range(2, plan.forward_size + 1) if plan.forward_size % n == 0)
     if plan.train.microbatch > 0:
@@ -312,5 +312,5 @@ def _text(value):
 
 @dataclasses.dataclass
 class PlanConfig:
-    budget_gb: str = opt("12,24,32,40", "memory of the devices to plan for, in GiB, with commas between")
-    plan_batch_sizes: str = opt("1,2,4,8", "samples in a forward pass to plan for, with commas between")
+    budget_gb: str = option("12,24,32,40", "memory of the devices to plan for, in GiB, with commas between")
+    plan_batch_sizes: str = option("1,2,4,8", "samples in a forward pass to plan for, with commas between")

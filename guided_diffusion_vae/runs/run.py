@@ -7,22 +7,22 @@ import shutil
 from pathlib import Path
 
 from .. import dist_util, logger
-from ..config import as_dict, opt, section_of
-from ..files import require_writable_folder, sweep_parts, write_json
-from ..logger import say
+from ..config import as_dict, option, section_name
+from ..files import require_writable_folder, remove_stale_parts, write_json
+from ..logger import log_rank0
 from ..train_util import find_checkpoint
 
 
 @dataclasses.dataclass
 class RunConfig:
-    logdir: str = opt("", "folder of the run; default $OPENAI_LOGDIR, else runs/<script>-<date>")
-    dry_run: bool = opt(False, "print the resolved configuration, the data and the model's size, then stop")
+    logdir: str = option("", "folder of the run; default $OPENAI_LOGDIR, else runs/<script>-<date>")
+    dry_run: bool = option(False, "print the resolved configuration, the data and the model's size, then stop")
 
 
-def begin_run(run, configs=()):
+def start_run(run, configs=()):
     """Start the ranks, the run folder and the log; return the folder.
 
-    The folder is printed first and, by `end_run`, last. Where a training run goes on in it, so do its curves; scripts
+    The folder is printed first and, by `finish_run`, last. Where a training run goes on in it, so do its curves; scripts
     that do not train (their configs have no `resume_checkpoint`) leave them alone and write log.txt only.
     """
     dist_util.setup_dist()
@@ -40,20 +40,20 @@ def begin_run(run, configs=()):
     if folder:
         require_writable_folder(folder, "--logdir")
         if dist_util.rank() == 0:
-            sweep_parts(folder)
+            remove_stale_parts(folder)
         found = find_checkpoint(folder, trains[0])[0] if trains else None
         resume_step = found["step"] if found else None
-    logger.configure(dir=folder, format_strs=None if trains else _texts(), resume_step=resume_step)
+    logger.configure(dir=folder, format_strs=None if trains else _text_formats(), resume_step=resume_step)
     logger.log(f"run folder: {logger.get_dir()}")
     return Path(logger.get_dir())
 
 
-def _texts():
+def _text_formats():
     """Return the formats of the log that hold no curves, as far as the environment wants them."""
     return [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",") if name in ("stdout", "log")]
 
 
-def end_run(folder):
+def finish_run(folder):
     """Say once more where everything is."""
     if dist_util.rank() == 0 and folder and Path(folder).is_dir():   # a dry run makes none
         print(f"run folder: {folder}", flush=True)
@@ -77,7 +77,7 @@ def print_configuration(configs):
 def _by_section(configs):
     flags = {}
     for config in configs:
-        flags.setdefault(section_of(type(config)), {}).update(as_dict(config))
+        flags.setdefault(section_name(type(config)), {}).update(as_dict(config))
     return flags
 
 
@@ -85,7 +85,7 @@ def print_report(report, indent=""):
     """Print numbers by name, nested ones further in (rank 0)."""
     for key, value in report.items():
         if isinstance(value, dict):
-            say(f"{indent}{key}:")
+            log_rank0(f"{indent}{key}:")
             print_report(value, indent + "  ")
         else:
-            say(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")
+            log_rank0(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from .. import checkpoint_util, dist_util
-from ..config import frozen, size
+from ..config import to_tuple, size
 from ..data.config import DataConfig, parse_size, parse_spacing
 from ..data.folders import open_folder
-from ..data.latent_stream import ShrunkPictures
+from ..data.latent_stream import DownsampledImages
 from ..data.manifest import MANIFEST
-from ..latent_datasets import EncodedPictures, open_latents
-from ..logger import progress_bar, say
+from ..latent_datasets import EncodedImages, open_latents
+from ..logger import progress_bar, log_rank0
 from ..vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
 
 
@@ -37,7 +37,7 @@ class Space:
 
     def encode(self, images):
         """Return x0 of pictures in [0, 1].  [N x C x ...] -> [N x Z x ...]."""
-        return self.normalizer.normalise(self.codec.encode_batch(self.codec.fitted(images)))
+        return self.normalizer.normalize(self.codec.encode_batch(self.codec.pad_to_factors(images)))
 
 
 def open_data(latents, vae, scale, data, given, seed, folder=None):
@@ -55,7 +55,7 @@ def open_data(latents, vae, scale, data, given, seed, folder=None):
 def open_pixels(pictures):
     """Return (source, Space) of pictures that are x0 themselves, in [-1, 1]."""
     codec = PixelCodec(pictures.shape[0], dims=len(pictures.shape) - 1)
-    return EncodedPictures(pictures, codec), Space(codec, LatentNormalizer([0], [1], "none"))
+    return EncodedImages(pictures, codec), Space(codec, LatentNormalizer([0], [1], "none"))
 
 
 def open_latent_source(latents, vae, data, given, seed, folder=None):
@@ -70,15 +70,15 @@ def open_latent_source(latents, vae, data, given, seed, folder=None):
                          "a cache of latents, or pictures together with --vae_path")
     if latents.cache_dir:
         source = open_cache(latents.cache_dir, given)
-        codec = codec_of(source.autoencoder, vae, device, required=False)
+        codec = open_codec(source.autoencoder, vae, device, required=False)
         if dist_util.any_rank(codec is None):   # a disk that not all nodes share: previews are drawn by all or none
-            say("the cache's autoencoder is not at hand on all ranks (--vae_path), so there are no previews")
+            log_rank0("the cache's autoencoder is not at hand on all ranks (--vae_path), so there are no previews")
             codec = None
         return source, codec
     codec = create_vae(vae, device)
-    pictures = open_pictures(data, given, codec)
-    encoded = functools.partial(EncodedPictures, pictures, codec, latents.stats_samples, seed)
-    measured = begun_with(folder).get("statistics")
+    pictures = open_images(data, given, codec)
+    encoded = functools.partial(EncodedImages, pictures, codec, latents.stats_samples, seed)
+    measured = read_run_header(folder).get("statistics")
     if dist_util.rank() == 0 and measured is None:
         with progress_bar(None, 0, "measuring latents") as bar:
             measured = encoded(progress=bar.advance_to).statistics
@@ -88,7 +88,7 @@ def open_latent_source(latents, vae, data, given, seed, folder=None):
 def open_cache(folder, given):
     """Return a cache that was verified, on the device where it fits, and does not contradict the flags of the data."""
     source = open_latents(folder)
-    require_same_pictures(source, given)
+    require_same_preprocessing(source, given)
     verify(source)
     device = dist_util.dev()
     if device.type == "cuda":
@@ -96,7 +96,7 @@ def open_cache(folder, given):
     return source
 
 
-def open_held_out(path, space, data, given):
+def open_validation(path, space, data, given):
     """Return the source of held-out data in the `Space` of a run: a cache of the same autoencoder, or pictures."""
     if (Path(path) / MANIFEST).exists():
         cache = open_latents(path)
@@ -108,17 +108,17 @@ def open_held_out(path, space, data, given):
     if space.codec is None:
         raise FileNotFoundError(f"{path} holds pictures, and the autoencoder of the cache is not at hand to encode "
                                 "them; set --vae_path, or give a cache as --val_data_dir")
-    pictures = open_pictures(dataclasses.replace(data, data_dir=path, random_flip=False), given, space.codec,
+    pictures = open_images(dataclasses.replace(data, data_dir=path, random_flip=False), given, space.codec,
                              "--val_data_dir")
-    return EncodedPictures(pictures, space.codec, statistics={})
+    return EncodedImages(pictures, space.codec, statistics={})
 
 
-def open_pictures(data, given, codec, flag="--data_dir"):
+def open_images(data, given, codec, flag="--data_dir"):
     """Return the pictures or volumes that a codec shall see, read as it was trained where the flags do not say."""
-    return open_folder(as_trained(data, given, codec.preprocessing), codec.factors, flag)
+    return open_folder(apply_trained_preprocessing(data, given, codec.preprocessing), codec.factors, flag)
 
 
-def open_small(source, space, small_size, small_cache, given):
+def open_low_res(source, space, small_size, small_cache, given):
     """Return the source of the small pictures that go with `source`, item by item.
 
     :raises ValueError: where they are not smaller, or a cache of small ones does not go with that of the large ones.
@@ -136,9 +136,9 @@ def open_small(source, space, small_size, small_cache, given):
                 raise ValueError(f"{small_cache} was encoded with --{key} {small.preprocessing.get(key)}, "
                                  f"{source.folder} with {source.preprocessing.get(key)}, so that its items would not "
                                  "go with these; encode both with the same flags but for --image_size")
-    elif isinstance(source, EncodedPictures):
+    elif isinstance(source, EncodedImages):
         sides = parse_size(small_size)
-        small = EncodedPictures(ShrunkPictures(source.pictures, sides), space.codec, statistics={})
+        small = EncodedImages(DownsampledImages(source.pictures, sides), space.codec, statistics={})
     else:
         raise ValueError(f"{source.folder} is a cache; give that of the small pictures as --small_cache_dir")
     if any(a >= b for a, b in zip(small.latent_shape[1:], source.latent_shape[1:])):
@@ -147,7 +147,7 @@ def open_small(source, space, small_size, small_cache, given):
     return small
 
 
-def with_sizes(super_res, source, small, given):
+def infer_sizes(super_res, source, small, given):
     """Return a SuperResConfig with the sizes of the pictures of the two sources, which flags must not contradict."""
     found = {}
     for name, of in (("large_size", source), ("small_size", small)):
@@ -159,7 +159,7 @@ def with_sizes(super_res, source, small, given):
     return dataclasses.replace(super_res, **found)
 
 
-def as_trained(data, given, preprocessing):
+def apply_trained_preprocessing(data, given, preprocessing):
     """Return a DataConfig with the settings that a model was trained with, but for those that are given.
 
     How far voxels are apart is a fact of each file and no setting. Where patches were drawn at random, pictures are cut
@@ -168,13 +168,13 @@ def as_trained(data, given, preprocessing):
     known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(given)
     if "voxel_size" in given:
         known -= {"image_size"}
-    data = dataclasses.replace(data, **{k: frozen(v) for k, v in preprocessing.items() if k in known})
+    data = dataclasses.replace(data, **{k: to_tuple(v) for k, v in preprocessing.items() if k in known})
     if data.crop == "random" and "crop" not in given:
         data = dataclasses.replace(data, crop="grid" if len(data.sides) == 3 else "center")
     return data
 
 
-def require_same_pictures(cache, given):
+def require_same_preprocessing(cache, given):
     """Refuse flags of the data that contradict how the pictures of a cache were read."""
     read = cache.preprocessing
     if given.get("voxel_size"):
@@ -182,7 +182,7 @@ def require_same_pictures(cache, given):
     if given.get("spacing"):
         given = {**given, "spacing": ",".join(f"{s:g}" for s in parse_spacing(given["spacing"]))}
     for key, value in given.items():
-        if key in read and key != "voxel_size" and frozen(read[key]) != value:
+        if key in read and key != "voxel_size" and to_tuple(read[key]) != value:
             raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with "
                              f"{key} {read[key]}; leave the flag away or encode again")
 
@@ -191,12 +191,12 @@ def verify(cache, limit_bytes=2**32):
     """Compare a cache with the SHA-256 of its files on rank 0, where that takes seconds."""
     if dist_util.rank() == 0 and hasattr(cache, "verify"):
         if cache.nbytes > limit_bytes:
-            return say(f"{cache.folder} is large and taken as it is; encode_dataset.py with the same flags verifies it")
+            return log_rank0(f"{cache.folder} is large and taken as it is; encode_dataset.py with the same flags verifies it")
         with progress_bar(None, 0, "verifying the cache") as bar:
             cache.verify(bar.advance_to)
 
 
-def say_source(source):
+def log_source(source):
     """Print what a source holds: count, shape, classes, and for latents their statistics."""
     classes = spread = ""
     if source.class_names:
@@ -207,12 +207,12 @@ def say_source(source):
         by_channel = ", ".join(f"{std:.4f}" for std in of["channel_std"])
         spread = f"; mean {of['mean']:.4f}, std {of['std']:.4f}, std per channel {by_channel}"
     what = "latents" if source.statistics else "pictures"
-    say(f"{source.count} {what} {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}{spread}")
+    log_rank0(f"{source.count} {what} {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}{spread}")
 
 
-def begun_with(folder):
+def read_run_header(folder):
     """Return the header of the run that goes on in `folder`, an empty dictionary where none does."""
-    if not folder or not checkpoint_util.steps(folder):
+    if not folder or not checkpoint_util.committed_steps(folder):
         return {}
     try:
         return json.loads((Path(folder) / "config.json").read_text())["header"]
@@ -220,7 +220,7 @@ def begun_with(folder):
         return {}
 
 
-def codec_of(described, vae, device, required=True):
+def open_codec(described, vae, device, required=True):
     """Open the codec that x0 was made with: for latents `--vae_path`, else where the description says that it was.
 
     :raises ValueError: where another autoencoder is found, naming both.
@@ -239,23 +239,23 @@ def codec_of(described, vae, device, required=True):
     codec = create_vae(dataclasses.replace(vae, vae_path=path, scale_factor=scale_factor or 0.0), device)
     stale = not required and not vae.vae_path and codec.fingerprint != described["sha256"]
     if stale:
-        say(f"{path} no longer holds the autoencoder {_short(described['sha256'])} that the latents were made with")
+        log_rank0(f"{path} no longer holds the autoencoder {_format_value(described['sha256'])} that the latents were made with")
         return None
     for name, wanted, found in (("autoencoder", described["sha256"], codec.fingerprint),
                                 ("scale_factor", described["scale_factor"], codec.scale_factor)):
         if wanted is not None and wanted != found:
-            raise ValueError(f"the latents were made with {name} {_short(wanted)} ({described['path']}), {path} has "
-                             f"{_short(found)}; give the autoencoder they were made with as --vae_path")
+            raise ValueError(f"the latents were made with {name} {_format_value(wanted)} ({described['path']}), {path} has "
+                             f"{_format_value(found)}; give the autoencoder they were made with as --vae_path")
     return codec
 
 
-def _short(value):
+def _format_value(value):
     return value[:16] if isinstance(value, str) else value
 
 
-def space_of(header, vae, device):
+def open_space(header, vae, device):
     """Open the `Space` that a header describes."""
-    return Space(codec_of(header["autoencoder"], vae, device), LatentNormalizer.from_dict(header["normalizer"]))
+    return Space(open_codec(header["autoencoder"], vae, device), LatentNormalizer.from_dict(header["normalizer"]))
 
 
 def fit_normalizer(config, source):
@@ -273,14 +273,14 @@ def require_same_space(mine, other, path, flag):
             "shape of x0": lambda h: h["latent_shape"]}
     for what, read in ways.items():
         # Statistics that were measured over a sample of the pictures, and over all, are not quite the same.
-        alike = _near(read(mine), read(other)) if what == "normalizer" else read(mine) == read(other)
+        alike = _close(read(mine), read(other)) if what == "normalizer" else read(mine) == read(other)
         if not alike:
-            places = [_short(read(h)) for h in (mine, other)]
+            places = [_format_value(read(h)) for h in (mine, other)]
             raise ValueError(f"{path} ({flag}) works on x0 of {what} {places[1]}, the diffusion model on {places[0]}; "
                              "train it on the same pictures, cache or autoencoder")
 
 
-def _near(mine, other, share=0.02):
+def _close(mine, other, share=0.02):
     """Say whether two normalizers, (shift, std) each, differ by no more than a share of the standard deviation."""
     by = share * np.array(mine[1])
     return all(len(a) == len(b) and (np.abs(np.subtract(a, b)) <= by).all() for a, b in zip(mine, other))

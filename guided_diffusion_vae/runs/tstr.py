@@ -5,18 +5,18 @@ from pathlib import Path
 
 from .. import dist_util, logger
 from ..data.folders import open_folder
-from ..data.listing import digest_of, labels_in
+from ..data.listing import hash_lines, map_labels
 from ..evaluation import comparison, features, label_metrics
 from ..train_util import find_checkpoint
 from .factories import build_classifier
 from .loading import load_classifier
 from .run import RunConfig
 from .spaces import open_pixels
-from .training import classifier_for, train_classifier
+from .training import infer_classifier_config, train_classifier
 
 
-def sets_to_train_on(config, data, flags, process):
-    """Return {name: pictures} of `train_on_samples`, after looking for all that could keep it from training on them.
+def open_tstr_datasets(config, data, flags, process):
+    """Return {name: pictures} of `run_tstr`, after looking for all that could keep it from training on them.
 
     :raises ValueError: for pictures without classes, too few of them, or flags that build no classifier for them.
     """
@@ -25,7 +25,7 @@ def sets_to_train_on(config, data, flags, process):
         path = getattr(config, flag)
         if not path:
             continue
-        pictures = comparison.open_pictures(path, data, f"--{flag}")
+        pictures = comparison.open_images(path, data, f"--{flag}")
         if isinstance(pictures, comparison.SampleFile):
             if pictures.shape is None:
                 raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds statistics, no pictures to "
@@ -35,7 +35,7 @@ def sets_to_train_on(config, data, flags, process):
                                  "volumes/ beside it")
             pictures = open_folder(data, data_dir=str(pictures.folder), value_range="", value_window="")
         source, _ = open_pixels(pictures)
-        build_classifier(classifier_for(flags, source), process, source.latent_shape)
+        build_classifier(infer_classifier_config(flags, source), process, source.latent_shape)
         together = config.tstr_batch_size * dist_util.world_size()
         if name != "real" and len(pictures) < together:
             raise ValueError(f"{path} has {len(pictures)} pictures, fewer than a step of {together} takes; lower "
@@ -44,11 +44,11 @@ def sets_to_train_on(config, data, flags, process):
     return sets
 
 
-def train_on_samples(config, sets, given, data, flags, process, train, folder):
+def run_tstr(config, sets, given, data, flags, process, train, folder):
     """Train a classifier on samples, and one on the training pictures; return what share of real pictures they tell.
 
     The accuracy of the first, beside that of the second, says how much of what tells classes apart the samples have.
-    `sets` are those of `sets_to_train_on`. Each run stands in a folder below `folder` that is named after what it is
+    `sets` are those of `open_tstr_datasets`. Each run stands in a folder below `folder` that is named after what it is
     made of, so that the same evaluation goes on with it and no other does.
     """
     real, report = sets["real"], {}
@@ -57,7 +57,7 @@ def train_on_samples(config, sets, given, data, flags, process, train, folder):
     for name, pictures in sets.items():
         if name == "real":
             continue
-        made_from = digest_of([pictures.fingerprint, *map(repr, (once, flags, process, dist_util.world_size()))])
+        made_from = hash_lines([pictures.fingerprint, *map(repr, (once, flags, process, dist_util.world_size()))])
         place = Path(folder) / f"trained_on_{name}_{made_from[:8]}"
         source, space = open_pixels(pictures)
         found, _ = find_checkpoint(place)
@@ -68,6 +68,6 @@ def train_on_samples(config, sets, given, data, flags, process, train, folder):
         starts = range(0, len(real), config.batch_size)
         batches = (real.batch(range(start, min(start + config.batch_size, len(real)))) for start in starts)
         predicted = features.collect_features(extract, batches).logits.argmax(1)
-        judged = label_metrics.classification_report(predicted, labels_in(real, header["classes"]), header["classes"])
+        judged = label_metrics.classification_report(predicted, map_labels(real, header["classes"]), header["classes"])
         report[f"train_on_{name}_test_on_real"] = judged
     return report

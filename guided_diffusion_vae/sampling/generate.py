@@ -18,28 +18,28 @@ from ..gaussian_diffusion import ModelMeanType
 
 # Share of x0's variance at the first sampling step below which its prediction from the noise is unsafe unclipped: the
 # cosine schedule ends at 2e-9, the linear one at 4e-5.
-FAINTEST = 1e-6
+MIN_UNCLIPPED_ALPHA_BAR = 1e-6
 
 
-SHEET, SHEET_ROWS = 64, 16  # pictures on a contact sheet without classes, classes on one with them
-MAKING, OURS = "making.json", ".sampling"  # stand in folders that sampling has made, and may make anew
+GRID_SIZE, SHEET_ROWS = 64, 16  # pictures on a contact sheet without classes, classes on one with them
+SETTINGS_FILE, OWNED_MARKER = "making.json", ".sampling"  # stand in folders that sampling has made, and may make anew
 _OF_SHARDS = re.compile(r"\d{8}-\d{8}\.npy|making\.json|\..*\.part")
 
 
-def draw(sampler, classes, config, folder, device):
+def generate_samples(sampler, classes, config, folder, device):
     """Draw all samples over the ranks and write them; return the path of samples_NxHxWxC.npz.
 
     Beside it stand contact_sheet.png and, with `config.png`, png/, and of volumes volumes/. While it goes on, shards/
     holds a file a batch; the same call again makes those that are missing.
 
-    :raises ValueError: where there is nothing to draw, or shards/ holds other samples than these.
+    :raises ValueError: where there is nothing to generate_samples, or shards/ holds other samples than these.
     :raises FloatingPointError: where samples are not finite.
     """
     if config.num_samples < 1 or config.batch_size < 1:
         raise ValueError(f"--num_samples {config.num_samples} --batch_size {config.batch_size}: both are at least 1")
     _warn_of_unsafe_start(sampler)
     folder, shards = Path(folder), Path(folder) / "shards"
-    _agree_on(shards, folder / "png", sampler, classes, config)
+    _check_settings(shards, folder / "png", sampler, classes, config)
     starts = range(0, config.num_samples, config.batch_size)
     batches = [range(start, min(start + config.batch_size, config.num_samples)) for start in starts]
     missing = dist_util.broadcast_object([b for b in batches if not _shard_path(shards, b).exists()])
@@ -47,7 +47,7 @@ def draw(sampler, classes, config, folder, device):
     if len(missing) < len(batches):
         logger.log(f"{len(batches) - len(missing)} of {len(batches)} batches are there already")
     for indices in missing[dist_util.rank()::dist_util.world_size()]:
-        x0 = sampler.x0(indices, classes, device, progress=dist_util.rank() == 0)
+        x0 = sampler.sample_x0(indices, classes, device, progress=dist_util.rank() == 0)
         if not torch.isfinite(x0).all():
             raise FloatingPointError(f"samples {indices.start} to {indices.stop - 1} are not finite: the model has "
                                      "diverged (take an earlier one), or its noise schedule ends in pure noise (train "
@@ -69,16 +69,16 @@ def draw(sampler, classes, config, folder, device):
         labels = sampler.labels(range(config.num_samples), classes)
         whole = (np.load(_shard_path(shards, b), mmap_mode="r", allow_pickle=False) for b in batches)
         write_npz(path, shape, whole, labels, sampler.class_names)
-        _forget_beyond(config.num_samples, folder)
+        _remove_surplus_files(config.num_samples, folder)
         _write_sheet(folder / "contact_sheet.png", path, labels, classes, name_of)
         shutil.rmtree(shards)
     dist_util.barrier()
     return path
 
 
-def _forget_beyond(count, folder):
+def _remove_surplus_files(count, folder):
     """Remove single files of samples that an interrupted sampling of more than `count` has left."""
-    for ours in (folder / name for name in ("png", "volumes") if (folder / name / OURS).exists()):
+    for ours in (folder / name for name in ("png", "volumes") if (folder / name / OWNED_MARKER).exists()):
         for path in ours.iterdir():
             found = re.search(r"(\d+)\.(png|nii\.gz|npy)$", path.name)
             if found and int(found[1]) >= count:
@@ -87,7 +87,7 @@ def _forget_beyond(count, folder):
 
 def _write_one(folder, stem, image, spacing):
     """Write a sample uint8 [C x ...] as a PNG file; of a volume its middle slices, and itself as .nii.gz (or .npy)."""
-    figures.save_picture(folder / "png" / f"{stem}.png", figures.picture(image.astype(np.float32) / 255))
+    figures.save_image(folder / "png" / f"{stem}.png", figures.to_pil(image.astype(np.float32) / 255))
     if image.ndim == 4:
         try:
             with atomic_path(folder / "volumes" / f"{stem}.nii.gz") as part:
@@ -101,20 +101,20 @@ def _write_one(folder, stem, image, spacing):
 
 def _warn_of_unsafe_start(sampler):
     first = sampler.diffusion.alphas_cumprod[-1]
-    unsafe = first < FAINTEST and not sampler.clip_denoised
+    unsafe = first < MIN_UNCLIPPED_ALPHA_BAR and not sampler.clip_denoised
     if unsafe and sampler.diffusion.model_mean_type is ModelMeanType.EPSILON:
         logger.warn(f"the first step sees {math.sqrt(first):.1g} of the latent and the rest is noise: an unclipped "
                     "prediction of it may run away and leave noisy pictures; --timestep_respacing ddim100 begins a "
                     "little later")
 
 
-def _agree_on(shards, png, sampler, classes, config):
+def _check_settings(shards, png, sampler, classes, config):
     """Have all shards come from one making: begin a folder for them, or refuse one of another making."""
     if dist_util.rank() == 0:
-        making = {**sampler.made_from, "seed": sampler.seed, "sampler": sampler.solver, "classes": classes,
+        making = {**sampler.settings, "seed": sampler.seed, "sampler": sampler.solver, "classes": classes,
                   "steps": [int(t) for t in sampler.diffusion.timestep_map], "clip_denoised": sampler.clip_denoised,
                   "batch_size": config.batch_size, "image_shape": list(sampler.image_shape), "png": config.png}
-        record = shards / MAKING
+        record = shards / SETTINGS_FILE
         try:
             found = json.loads(record.read_text())
         except (OSError, ValueError):   # none, or one that a kill cut short before any shard was written
@@ -135,16 +135,16 @@ def _begin_folders(shards, pictures, count):
     """
     for folder in (shards, *pictures[:count]):
         found = [path.name for path in folder.iterdir()] if folder.exists() else []
-        ours = all(map(_OF_SHARDS.fullmatch, found)) if folder == shards else not found or OURS in found
+        ours = all(map(_OF_SHARDS.fullmatch, found)) if folder == shards else not found or OWNED_MARKER in found
         if not ours:
             instead = "" if folder == shards else ", or --png False"
             raise FileExistsError(f"{folder} is there and not from a sampling, and samples would be written into it; "
                                   f"give another --logdir{instead}")
-    for older in (shards, *(folder for folder in pictures if (folder / OURS).exists())):
+    for older in (shards, *(folder for folder in pictures if (folder / OWNED_MARKER).exists())):
         shutil.rmtree(older, ignore_errors=True)
     for folder in pictures[:count]:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / OURS).touch()
+        (folder / OWNED_MARKER).touch()
 
 
 def _shard_path(shards, indices):
@@ -169,7 +169,7 @@ def _write_sheet(path, npz, labels, classes, name_of):
         chosen = np.concatenate([np.flatnonzero(labels == c)[:per_row] for c in rows])
         names, columns = [name_of(c) for c in rows], per_row
     else:
-        chosen, names = np.arange(min(SHEET, len(samples.images))), None
+        chosen, names = np.arange(min(GRID_SIZE, len(samples.images))), None
         columns = min(8, len(chosen))
     unit = np.moveaxis(samples.images[chosen], -1, 1).astype(np.float32) / 255
-    figures.save_picture(path, figures.contact_sheet(unit, columns, row_labels=names))
+    figures.save_image(path, figures.contact_sheet(unit, columns, row_labels=names))

@@ -6,16 +6,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import opt
+from ..config import option
 
 
 @dataclass
 class GuidanceConfig:
-    classifier_path: str = opt("", "run of classifier_train.py on noised data, or one weights file of it")
-    classifier_scale: float = opt(1.0, "how strongly the classifier's gradient pulls")
+    classifier_path: str = option("", "run of classifier_train.py on noised data, or one weights file of it")
+    classifier_scale: float = option(1.0, "how strongly the classifier's gradient pulls")
 
 
-def classifier_gradient(classifier, scale=1.0):
+def classifier_cond_fn(classifier, scale=1.0):
     """Return a `cond_fn`: scale times the gradient of log p(y | x_t) by x_t (ADM, arXiv 2105.05233, section 4.1).
 
     `classifier(x, times)` gives logits [N x K]; the function is called as cond_fn(x, times, y) and passes over whatever
@@ -31,7 +31,7 @@ def classifier_gradient(classifier, scale=1.0):
     return cond_fn
 
 
-class ClassifierFree:
+class ClassifierFreeGuidance:
     """A model whose prediction is pushed away from what it says of no class: u + scale (c - u).
 
     Ho and Salimans 2022 (arXiv 2207.12598), equation 6 with scale = w + 1; 1 is no guidance. Both predictions come from
@@ -73,7 +73,7 @@ def parse_interval(text):
     return low, high
 
 
-def times_between(diffusion, interval):
+def timesteps_in_interval(diffusion, interval):
     """Return the lowest and highest times told to models whose noise level is inside; None: no time is.
 
     The level is sigma = sqrt(1 - alpha-bar) / sqrt(alpha-bar), noise per signal.
@@ -85,4 +85,4 @@ def times_between(diffusion, interval):
     if not len(inside):
         return None
     ends = torch.from_numpy(inside[[0, -1]])
-    return tuple(diffusion._model_times(ends).tolist())
+    return tuple(diffusion._scale_timesteps(ends).tolist())

@@ -5,36 +5,36 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..config import opt
+from ..config import option
 from ..gaussian_diffusion import noised_condition
 from ..nn import keyed_randn, keyed_rng
 from ..vae_wrapper import PixelCodec
-from .solvers import LOOPS
+from .solvers import SAMPLE_LOOPS
 
 START, CONDITION = 5, 8  # second number of the keys of sampling noise, apart from those of training
 
 
 @dataclass
 class SamplingConfig:
-    model_path: str = opt("", "run of image_train_vae.py, or one weights file of it (ema_... or model...)")
-    num_samples: int = opt(64, "how many samples to draw", least=1)
-    batch_size: int = opt(16, "samples at a time on each rank; does not change the samples", least=1)
-    sampler: str = opt("", "how steps are taken: ddpm (random), ddim (deterministic), or a multi-step solver, which 10 "
+    model_path: str = option("", "run of image_train_vae.py, or one weights file of it (ema_... or model...)")
+    num_samples: int = option(64, "how many samples to draw", minimum=1)
+    batch_size: int = option(16, "samples at a time on each rank; does not change the samples", minimum=1)
+    sampler: str = option("", "how steps are taken: ddpm (random), ddim (deterministic), or a multi-step solver, which 10 "
                            "to 25 steps are enough for: dpmpp_sde (random, forgives a model's errors), dpmpp, unipc; "
                            "empty: ddpm, or ddim with --use_ddim",
-                       choices=("", *LOOPS))
-    use_ddim: bool = opt(False, "the same as --sampler ddim, usually with --timestep_respacing ddim50")
-    clip_denoised: bool = opt(False, "clip the predicted x0 to [-1, 1]: right for pixels, where it is the default, and "
+                       choices=("", *SAMPLE_LOOPS))
+    use_ddim: bool = option(False, "the same as --sampler ddim, usually with --timestep_respacing ddim50")
+    clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, where it is the default, and "
                                      "wrong for latents, a third of which it would cut")
-    cfg_scale: float = opt(1.0, "classifier-free guidance, for a model trained with --class_dropout: 1 is none, 2 to 4 "
+    cfg_scale: float = option(1.0, "classifier-free guidance, for a model trained with --class_dropout: 1 is none, 2 to 4 "
                                 "shows classes more clearly and with less variety")
-    cfg_interval: str = opt("", "lo,hi: noise levels (noise per signal) between which --cfg_scale acts, such as 0.3,3; "
+    cfg_interval: str = option("", "lo,hi: noise levels (noise per signal) between which --cfg_scale acts, such as 0.3,3; "
                                 "empty: all")
-    sample_dtype: str = opt("float32", "what the network computes in: bfloat16 is about twice as fast, and its samples "
+    sample_dtype: str = option("float32", "what the network computes in: bfloat16 is about twice as fast, and its samples "
                                        "differ a little", choices=("float32", "bfloat16"))
-    classes: str = opt("", "names or numbers of the classes to draw, in turn: tapin,tapout; empty: all of them")
-    seed: int = opt(0, "seed; sample i depends on (seed, i) alone")
-    png: bool = opt(True, "write every sample as a PNG file too, and every volume as .nii.gz")
+    classes: str = option("", "names or numbers of the classes to draw, in turn: tapin,tapout; empty: all of them")
+    seed: int = option(0, "seed; sample i depends on (seed, i) alone")
+    png: bool = option(True, "write every sample as a PNG file too, and every volume as .nii.gz")
 
 
 @dataclass
@@ -43,20 +43,20 @@ class PixelSamplingConfig(SamplingConfig):
 
     SECTION = "sampling"
 
-    model_path: str = opt("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
+    model_path: str = option("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
                               "guided-diffusion, which the flags of the model describe")
-    num_samples: int = opt(10000, "how many samples to draw", least=1)
-    clip_denoised: bool = opt(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
+    num_samples: int = option(10000, "how many samples to draw", minimum=1)
+    clip_denoised: bool = option(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
 
 
 @dataclass
 class BaseConfig:
     SECTION = "sampling"
 
-    base_samples: str = opt("", "the small pictures to start from: an .npz of a sampling script (arr_0, and arr_1 "
+    base_samples: str = option("", "the small pictures to start from: an .npz of a sampling script (arr_0, and arr_1 "
                                 "for an upsampler with classes)")
-    cond_noise_level: int = opt(0, "noise them to this time first, below the --cond_noise_steps of training; hides the "
-                                   "faults of samples", least=0)
+    cond_noise_level: int = option(0, "noise them to this time first, below the --cond_noise_steps of training; hides the "
+                                   "faults of samples", minimum=0)
 
 
 class KeyedNoise:
@@ -94,7 +94,7 @@ def parse_classes(text, num_classes, names=None):
     return wanted or list(range(num_classes))
 
 
-def solver_of(config):
+def resolve_sampler(config):
     """Return the key of LOOPS that a SamplingConfig asks for.
 
     :raises ValueError: where --use_ddim contradicts --sampler.
@@ -104,7 +104,7 @@ def solver_of(config):
     return config.sampler or ("ddim" if config.use_ddim else "ddpm")
 
 
-class SmallPictures:
+class LowResConditioning:
     """What an upsampler starts from: sample i is made from small picture i, over and over.
 
     :param images: uint8 [N x C x ...], possibly memory-mapped; `labels`: int64 [N] or None.
@@ -118,8 +118,8 @@ class SmallPictures:
     def condition(self, indices, device):
         """Return what the network is told of the samples `indices`: {low_res [n x C x ...], low_res_times [n]}."""
         rows = [i % len(self.images) for i in indices]
-        images = self.codec.fitted(torch.from_numpy(self.images[rows].astype(np.float32) / 255))
-        low_res = self.normalizer.normalise(self.codec.encode_batch(images).to(device))
+        images = self.codec.pad_to_factors(torch.from_numpy(self.images[rows].astype(np.float32) / 255))
+        low_res = self.normalizer.normalize(self.codec.encode_batch(images).to(device))
         if not self.noise_level:
             return {"low_res": low_res}
         noise = keyed_randn(low_res.shape[1:], [(self.seed, CONDITION, i) for i in indices]).to(device)
@@ -132,12 +132,12 @@ class Sampler:
     """A diffusion model with what turns its x0 into pictures, and the way in which it is sampled.
 
     :param shape: of x0, [C x ...]; `image_shape`: of the pictures, which the decoder's padding is cropped to.
-    :param solver: a key of `solvers.LOOPS`.
+    :param solver: a key of `solvers.SAMPLE_LOOPS`.
     :param clip_denoised: clip predicted x0 to [-1, 1]; None: where x0 are pixels.
     :param cond_fn: a gradient of guidance towards one of `guided_classes`, which the model need not know itself.
-    :param small: `SmallPictures`, for an upsampler.
+    :param small: `LowResConditioning`, for an upsampler.
     :param spacing: distance of neighbouring voxels of a volume in mm.
-    :param made_from: what else than these settings makes the samples what they are, a dictionary for JSON.
+    :param settings: what else than these settings makes the samples what they are, a dictionary for JSON.
     """
 
     model: callable
@@ -153,8 +153,8 @@ class Sampler:
     seed: int = 0
     cond_fn: callable = None
     guided_classes: int = 0
-    small: SmallPictures | None = None
-    made_from: dict = field(default_factory=dict)
+    small: LowResConditioning | None = None
+    settings: dict = field(default_factory=dict)
     spacing: tuple = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
@@ -168,7 +168,7 @@ class Sampler:
         return None if classes is None else np.array([classes[i % len(classes)] for i in indices], np.int64)
 
     @torch.no_grad()
-    def x0(self, indices, classes, device, progress=False):
+    def sample_x0(self, indices, classes, device, progress=False):
         """Draw the samples `indices`; return x0 [N x *shape]."""
         labels = self.labels(indices, classes)
         told = {} if labels is None else {"y": torch.from_numpy(labels).to(device)}
@@ -176,18 +176,18 @@ class Sampler:
             told.update(self.small.condition(indices, device))
         noise = KeyedNoise(self.seed, indices)
         x = noise(torch.empty(len(indices), *self.shape, device=device))
-        return LOOPS[self.solver](
-            self.diffusion, self._ask, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised, cond_fn=self.cond_fn,
+        return SAMPLE_LOOPS[self.solver](
+            self.diffusion, self._model_fn, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised, cond_fn=self.cond_fn,
             model_kwargs=told, device=device, noise_fn=noise, progress=progress,
         )
 
-    def _ask(self, x, times, y=None, **told):
+    def _model_fn(self, x, times, y=None, **told):
         """Call the network, which is told the class only if it has classes."""
         return self.model(x, times, **({"y": y} if self.num_classes else {}), **told)
 
     def decode(self, x0):
         """Turn x0 [N x *shape] into pictures [N x *image_shape] in [0, 1]."""
-        images = self.codec.decode_batch(self.normalizer.inverse(x0), channels=self.image_shape[0])
+        images = self.codec.decode_batch(self.normalizer.denormalize(x0), channels=self.image_shape[0])
         return images[(..., *(slice(n) for n in self.image_shape[1:]))]
 
     def summary(self):

@@ -8,10 +8,10 @@ the solver is handed predictions of x_0 and the noise level of every step.
 import numpy as np
 import torch
 
-from ..gaussian_diffusion import GaussianDiffusion, starting_noise
+from ..gaussian_diffusion import GaussianDiffusion, initial_noise
 
 # What starts a run counts as noise alone where alpha-bar is below this; a solver cannot divide by 0.
-LEAST_ALPHA_BAR = 2.0**-24
+MIN_ALPHA_BAR = 2.0**-24
 
 
 def _dpmpp(**settings):
@@ -35,7 +35,7 @@ def _unipc(**settings):
 # DPM-Solver++(2M) and SDE-DPM-Solver++(2M), arXiv 2211.01095, algorithm 2 and appendix A; UniPC-3, arXiv 2302.04867,
 # algorithm 2.
 SOLVERS = {"dpmpp": _dpmpp, "dpmpp_sde": _dpmpp_sde, "unipc": _unipc}
-RANDOM = ("dpmpp_sde",)  # draw noise at every step
+STOCHASTIC = ("dpmpp_sde",)  # draw noise at every step
 
 
 def multistep_sample_loop(
@@ -49,8 +49,8 @@ def multistep_sample_loop(
     """
     if device is None:
         device = next(model.parameters()).device
-    x = starting_noise(tuple(shape), noise, device, noise_fn)
-    alpha_bar = np.maximum(diffusion.alphas_cumprod, LEAST_ALPHA_BAR)
+    x = initial_noise(tuple(shape), noise, device, noise_fn)
+    alpha_bar = np.maximum(diffusion.alphas_cumprod, MIN_ALPHA_BAR)
     scheduler = SOLVERS[solver](num_train_timesteps=len(alpha_bar), trained_betas=diffusion.betas.tolist(),
                                 prediction_type="sample", timestep_spacing="trailing")
     scheduler.set_timesteps(len(alpha_bar), device=device)
@@ -68,13 +68,13 @@ def multistep_sample_loop(
             p = diffusion.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
             if cond_fn is not None:
                 p = diffusion.condition_score(cond_fn, p, x, t, model_kwargs)
-            drawn = {"variance_noise": (noise_fn or torch.randn_like)(x)} if solver in RANDOM else {}
+            drawn = {"variance_noise": (noise_fn or torch.randn_like)(x)} if solver in STOCHASTIC else {}
             x = scheduler.step(p["pred_xstart"], i, x, return_dict=False, **drawn)[0]
     return x
 
 
 # The choices of --sampler: loops that take (diffusion, model, shape, ...).
-LOOPS = {
+SAMPLE_LOOPS = {
     "ddpm": GaussianDiffusion.p_sample_loop,
     "ddim": GaussianDiffusion.ddim_sample_loop,
     **{name: (lambda diffusion, model, shape, name=name, **kwargs:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..nn import conv_nd, conv_of_recomputed, conv_of_repeated, conv_transpose_nd, per_axis
+from ..nn import conv_nd, recomputed_conv, upsample_conv, conv_transpose_nd, per_axis
 
 
 class Conv(nn.Module):
@@ -50,7 +50,7 @@ class SpaceToChannel(nn.Module):
         for axis, factor in enumerate(self.factors):
             x = x.unflatten(2 + 2 * axis, (-1, factor))                 # [N x C x (n / f) x f ...]
         within, blocks = range(3, 3 + 2 * dims, 2), range(2, 2 + 2 * dims, 2)
-        return _to_channels(x.permute(0, 1, *within, *blocks).flatten(1, 1 + dims), self.out_channels)
+        return _match_channels(x.permute(0, 1, *within, *blocks).flatten(1, 1 + dims), self.out_channels)
 
 
 class ChannelToSpace(nn.Module):
@@ -64,11 +64,11 @@ class ChannelToSpace(nn.Module):
         self.factors, self.out_channels = tuple(factors), out_channels
 
     def forward(self, x):
-        x = _to_channels(x, self.out_channels * math.prod(self.factors))
-        return _interleaved(x.unflatten(1, (self.out_channels, *self.factors)).movedim(1, len(self.factors) + 1))
+        x = _match_channels(x, self.out_channels * math.prod(self.factors))
+        return _pixel_shuffle(x.unflatten(1, (self.out_channels, *self.factors)).movedim(1, len(self.factors) + 1))
 
 
-def _to_channels(x, wanted):
+def _match_channels(x, wanted):
     """Average neighbouring channels, or repeat them, until there are as many as wanted; their order stays."""
     if x.shape[1] == wanted:
         return x
@@ -76,7 +76,7 @@ def _to_channels(x, wanted):
     return pooled.mT.reshape(len(x), wanted, *x.shape[2:])
 
 
-def _interleaved(y):
+def _pixel_shuffle(y):
     """Lay the phases of a grid between each other.  [N x factors x C x grid] -> [N x C x grid * factors]."""
     dims = (y.ndim - 2) // 2
     factors, grid = y.shape[1:1 + dims], y.shape[2 + dims:]
@@ -114,7 +114,7 @@ class ShuffledConv(Conv):
         self.factors = factors
 
     def forward(self, x):
-        return _interleaved(self.conv(x).unflatten(1, (*self.factors, -1)))
+        return _pixel_shuffle(self.conv(x).unflatten(1, (*self.factors, -1)))
 
 
 class UpsampledConv(Conv):
@@ -125,7 +125,7 @@ class UpsampledConv(Conv):
         self.factors = factors
 
     def forward(self, x):
-        return conv_of_repeated(self.conv, x, self.factors)
+        return upsample_conv(self.conv, x, self.factors)
 
 
 class TransposedConv(nn.Module):
@@ -184,7 +184,7 @@ class ResBlock(nn.Module):
         if not self.recompute_norms:
             return conv(F.silu(norm(x)))
         cheap = lambda groups, x, weight, bias: F.silu(F.group_norm(x, groups, weight, bias, norm.eps))
-        return conv_of_recomputed(cheap, conv.conv, (x,), (norm.weight, norm.bias), norm.num_groups)
+        return recomputed_conv(cheap, conv.conv, (x,), (norm.weight, norm.bias), norm.num_groups)
 
 
 class Attention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..config import opt
+from ..config import option
 from ..nn import conv_nd, mean_flat
 
 GROUPS = 8
@@ -19,16 +19,16 @@ GROUPS = 8
 class DiscriminatorConfig:
     SECTION = "autoencoder.training"
 
-    discriminator_weight: float = opt(0.0, "weight of the adversarial term, such as 0.5; 0: there is no discriminator",
-                                      least=0)
-    discriminator_start: int = opt(1000, "steps before the discriminator begins to learn and to be heeded", least=0)
-    discriminator_loss: str = opt("hinge", "what the discriminator descends on", choices=("hinge", "least_squares"))
-    adaptive_weight: bool = opt(False, "scale the adversarial term so that its gradient at the last layer is as large "
+    discriminator_weight: float = option(0.0, "weight of the adversarial term, such as 0.5; 0: there is no discriminator",
+                                      minimum=0)
+    discriminator_start: int = option(1000, "steps before the discriminator begins to learn and to be heeded", minimum=0)
+    discriminator_loss: str = option("hinge", "what the discriminator descends on", choices=("hinge", "least_squares"))
+    adaptive_weight: bool = option(False, "scale the adversarial term so that its gradient at the last layer is as large "
                                        "as that of the reconstruction (VQGAN, equation 7), on "
                                        "each rank and in each forward pass for itself")
-    discriminator_channels: int = opt(64, "width of the discriminator's first layer, a multiple of 8", least=8)
-    discriminator_layers: int = opt(3, "halvings of the discriminator; more see larger patches", least=1)
-    discriminator_lr: float = opt(0.0, "learning rate of the discriminator; 0: that of the autoencoder", least=0)
+    discriminator_channels: int = option(64, "width of the discriminator's first layer, a multiple of 8", minimum=8)
+    discriminator_layers: int = option(3, "halvings of the discriminator; more see larger patches", minimum=1)
+    discriminator_lr: float = option(0.0, "learning rate of the discriminator; 0: that of the autoencoder", minimum=0)
 
 
 def create_discriminator(config, dims, in_channels):
@@ -59,16 +59,16 @@ class PatchDiscriminator(nn.Module):
                        nn.LeakyReLU(0.2)]
             width = out
         self.layers = nn.Sequential(*blocks, conv_nd(dims, width, 1, 4, padding=1))
-        self.smallest = 2**layers * 3
+        self.min_size = 2**layers * 3
 
-    def require_large_enough(self, sizes):
+    def check_min_size(self, sizes):
         """Raise ValueError for pictures of which too little would be left to judge."""
-        if min(sizes) < self.smallest:
+        if min(sizes) < self.min_size:
             raise ValueError(f"pictures of {tuple(sizes)} are too small for a discriminator that needs "
-                             f"{self.smallest} along every axis; lower --discriminator_layers")
+                             f"{self.min_size} along every axis; lower --discriminator_layers")
 
     def forward(self, x):
-        self.require_large_enough(x.shape[2:])
+        self.check_min_size(x.shape[2:])
         return self.layers(x)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
-from ..config import as_dict, from_dict, frozen
+from ..config import as_dict, from_dict, to_tuple
 from .posterior import LOGVAR_RANGE
 
 FLAG = "--vae_path"
@@ -48,8 +48,8 @@ def _open(path, vae_config):
     named = _class_name(where)
     if named:
         return _open_diffusers(path, named, local=True)
-    if checkpoint_util.steps(where) or (where / "config.json").is_file():
-        return _open_file(checkpoint_util.newest_weights(where, FLAG), vae_config)
+    if checkpoint_util.committed_steps(where) or (where / "config.json").is_file():
+        return _open_file(checkpoint_util.latest_weights(where, FLAG), vae_config)
     hint = f"; it has an autoencoder inside, {where / 'vae'}" if _class_name(where / "vae") else ""
     raise ValueError(f"{path} is neither a run of train_autoencoder.py (no stateNNNNNN.json) nor a diffusers folder "
                      f"(no config.json with _class_name){hint}; check {FLAG}")
@@ -77,7 +77,7 @@ def _open_file(path, vae_config):
     for name in ("use_checkpointing", "recompute_norms"):   # they change what is kept, not what is computed
         described.pop(name, None)
     network = create_autoencoder(config)
-    return _ours(network, weights, path, described, config, header.get("scale_factor"), header.get("data"))
+    return _found_autoencoder_kl(network, weights, path, described, config, header.get("scale_factor"), header.get("data"))
 
 
 def _open_monai(path, weights, vae_config):
@@ -88,11 +88,11 @@ def _open_monai(path, weights, vae_config):
     config = {"class": "AutoencoderKL", **json.loads(json.dumps(arguments)), "image_range": list(image_range)}
     config.pop("use_checkpointing", None)
     architecture = from_dict(AutoencoderConfig, {**arguments, "image_range": image_range})
-    return _ours(AutoencoderKL(**arguments), weights, path, config, architecture, scale_factor)
+    return _found_autoencoder_kl(AutoencoderKL(**arguments), weights, path, config, architecture, scale_factor)
 
 
-def _ours(network, weights, path, config, architecture, scale_factor, preprocessing=None):
-    checkpoint_util.load_into(network, weights, path, FLAG)
+def _found_autoencoder_kl(network, weights, path, config, architecture, scale_factor, preprocessing=None):
+    checkpoint_util.load_strict(network, weights, path, FLAG)
     return _Found(
         network, network.moments, network.decode, config, network.in_channels, network.latent_channels, network.factors,
         tuple(architecture.image_range), str(Path(path).resolve()), scale_factor, preprocessing=preprocessing,
@@ -129,7 +129,7 @@ def _monai_arguments(path, vae_config):
     for key, value in vae_config.items():
         key = {"channels": "num_channels"}.get(key, key)
         if key in known:
-            arguments[key] = frozen(value)
+            arguments[key] = to_tuple(value)
         elif key not in _NO_EFFECT:
             raise ValueError(f"{source} has {key!r}, which is no argument of AutoencoderKL; known are "
                              f"{', '.join(sorted(known))}")
@@ -172,14 +172,14 @@ def _kl_moments(network, x):
 
 
 def _tiny_moments(network, x):
-    return _certain(network.encode(x).latents)
+    return _deterministic_moments(network.encode(x).latents)
 
 
 def _dc_moments(network, x):
-    return _certain(network.encode(x).latent)
+    return _deterministic_moments(network.encode(x).latent)
 
 
-def _certain(z):
+def _deterministic_moments(z):
     """Return moments of latents that nothing is random about."""
     return z, torch.full_like(z, LOGVAR_RANGE[0])
 

@@ -7,21 +7,21 @@ import torch
 import torch.nn as nn
 
 from .. import checkpoint_util
-from ..config import opt
+from ..config import option
 
-NETS = ("vgg", "alex", "squeeze")
-SMALLEST = 32   # pixels a side that the backbones can take
+BACKBONES = ("vgg", "alex", "squeeze")
+MIN_SIZE = 32   # pixels a side that the backbones can take
 
 
 @dataclass
 class PerceptualConfig:
     SECTION = "autoencoder.training"
 
-    use_perceptual_loss: bool = opt(False, "add LPIPS to the loss (extra: perceptual)")
-    perceptual_weight: float = opt(0.1, "weight of the perceptual term", least=0)
-    perceptual_net: str = opt("vgg", "backbone of the perceptual term", choices=NETS)
-    perceptual_path: str = opt("", "torchvision's weights file of that backbone, such as vgg16-397923af.pth")
-    perceptual_slices: int = opt(4, "volumes: slices compared along each axis, drawn anew at every step", least=1)
+    use_perceptual_loss: bool = option(False, "add LPIPS to the loss (extra: perceptual)")
+    perceptual_weight: float = option(0.1, "weight of the perceptual term", minimum=0)
+    perceptual_net: str = option("vgg", "backbone of the perceptual term", choices=BACKBONES)
+    perceptual_path: str = option("", "torchvision's weights file of that backbone, such as vgg16-397923af.pth")
+    perceptual_slices: int = option(4, "volumes: slices compared along each axis, drawn anew at every step", minimum=1)
 
 
 class PerceptualLoss(nn.Module):
@@ -57,14 +57,14 @@ class PerceptualLoss(nn.Module):
         """Stay in evaluation mode: the distance has no dropout."""
         return super().train(False)
 
-    def require_fitting(self, shape):
+    def check_input_shape(self, shape):
         """Raise ValueError for pictures or volumes [C x ...] that the backbone cannot look at."""
         if shape[0] not in (1, 3):
             raise ValueError(f"{shape[0]} channels: the perceptual loss looks at one or three; set "
                              "--use_perceptual_loss False, or --image_channels")
-        if min(shape[1:]) < SMALLEST:
+        if min(shape[1:]) < MIN_SIZE:
             raise ValueError(f"pictures of {'x'.join(map(str, shape[1:]))} are too small for the perceptual loss, "
-                             f"which needs {SMALLEST} pixels along every axis; set --use_perceptual_loss False")
+                             f"which needs {MIN_SIZE} pixels along every axis; set --use_perceptual_loss False")
 
     def forward(self, x, y, rng=None):
         """Return the distance of two batches; `rng` (numpy Generator) draws the slices of volumes."""

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from ..config import opt
-from ..nn import mean_flat, send
+from ..config import option
+from ..nn import mean_flat, to_device
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -14,8 +14,8 @@ LOGVAR_RANGE = (-30.0, 20.0)
 class AutoencoderLossConfig:
     SECTION = "autoencoder.training"
 
-    kl_weight: float = opt(1e-6, "weight of the KL term, which is a mean over latent elements", least=0)
-    recon_loss: str = opt("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
+    kl_weight: float = option(1e-6, "weight of the KL term, which is a mean over latent elements", minimum=0)
+    recon_loss: str = option("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
 
 
 def to_image_range(images, image_range):
@@ -38,12 +38,12 @@ def autoencoder_losses(config, x, reconstruction, mean, logvar):
     `reconstruction` [N x C x ...] are in the network's range; mean and logvar are [N x Z x ...].
     """
     difference = reconstruction.float() - x.float()
-    distance = mean_flat(_DISTANCES[config.recon_loss](difference))
+    distance = mean_flat(_RECON_LOSSES[config.recon_loss](difference))
     divergence = kl_divergence(mean, logvar)
     return {"loss": distance + config.kl_weight * divergence, "recon_loss": distance, "kl_loss": divergence}
 
 
-_DISTANCES = {"l1": torch.abs, "l2": torch.square}
+_RECON_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 
 def kl_divergence(mean, logvar):
@@ -58,4 +58,4 @@ def sample_moments(moments, eps=None):
     [N x 2Z x ...], mean and log-variance -> [N x Z x ...].
     """
     mean, logvar = moments.chunk(2, dim=1)
-    return mean if eps is None else mean + torch.exp(0.5 * logvar) * send(eps, mean.device).to(mean)
+    return mean if eps is None else mean + torch.exp(0.5 * logvar) * to_device(eps, mean.device).to(mean)

@@ -30,7 +30,7 @@ class Streamer:
     @torch.no_grad()
     def moments(self, x):
         """Return mean and log-variance of the latent, as `AutoencoderKL.moments` does."""
-        return self.network.moments_of(self._run(self.network.encoder.blocks, x, (1,) * (x.dim() - 2)).to(self.device))
+        return self.network.to_moments(self._run(self.network.encoder.blocks, x, (1,) * (x.dim() - 2)).to(self.device))
 
     @torch.no_grad()
     def decode(self, z):
@@ -48,11 +48,11 @@ class Streamer:
 
     def _apply(self, block, x):
         if isinstance(block, ResBlock):
-            h = self._local(self._normed(block.norm1, block.conv1, x), x)
-            h = self._local(self._normed(block.norm2, block.conv2, h), h)
-            return h.add_(x if isinstance(block.nin_shortcut, nn.Identity) else self._local(block.nin_shortcut, x))
+            h = self._apply_local(self._normed(block.norm1, block.conv1, x), x)
+            h = self._apply_local(self._normed(block.norm2, block.conv2, h), h)
+            return h.add_(x if isinstance(block.nin_shortcut, nn.Identity) else self._apply_local(block.nin_shortcut, x))
         if isinstance(block, nn.GroupNorm):
-            return self._local(_norm_with(block, *self._statistics(block, x)), x)
+            return self._apply_local(_norm_from_statistics(block, *self._statistics(block, x)), x)
         if isinstance(block, Residual):
             before = self.scale
             h = x
@@ -65,12 +65,12 @@ class Streamer:
         if isinstance(block, Attention):
             return block(x.to(self.device)).to(x.device)    # its grid is the smallest, and every place sees all others
         if isinstance(block, (Upsample, UpsampledConv, ShuffledConv, ChannelToSpace)):
-            return self._local(block, x, up=_factor_of(block, self.axis), kernel=_kernel_of(block, self.axis))
+            return self._apply_local(block, x, up=_factor_of(block, self.axis), kernel=_kernel_of(block, self.axis))
         if isinstance(block, (Conv, Downsample, SpaceToChannel)):
-            return self._local(block, x, down=_stride_of(block, self.axis), kernel=_kernel_of(block, self.axis))
+            return self._apply_local(block, x, down=_stride_of(block, self.axis), kernel=_kernel_of(block, self.axis))
         raise TypeError(f"streaming does not know how far a {type(block).__name__} sees")
 
-    def _local(self, function, x, down=1, up=1, kernel=3):
+    def _apply_local(self, function, x, down=1, up=1, kernel=3):
         """Apply a function that sees as far as a kernel; `down` input rows become one, or one becomes `up`."""
         rows = max(int(self.rows / self.scale) // down, 1) * down
         halo = max(2, math.ceil((kernel - 1) / (down * up))) * down     # whole strides
@@ -89,7 +89,7 @@ class Streamer:
         return result
 
     def _normed(self, norm, conv, x):
-        normed = _norm_with(norm, *self._statistics(norm, x))
+        normed = _norm_from_statistics(norm, *self._statistics(norm, x))
         return lambda slab: conv(F.silu(normed(slab)))
 
     def _statistics(self, norm, x):
@@ -110,7 +110,7 @@ class Streamer:
         return mean.float(), torch.rsqrt(squares / count + norm.eps).float()
 
 
-def _norm_with(norm, mean, rstd):
+def _norm_from_statistics(norm, mean, rstd):
     """Return the norm as a function of single rows, its statistics being known."""
 
     def normed(slab):
