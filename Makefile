@@ -1,6 +1,6 @@
 # make quickstart   set up, then run the whole pipeline on simulated radar data (see README)
 # make test         set up, then run the tests
-# Both install into .venv once; they install again only after setup.py or constraints.txt changed.
+# Both install into .venv once; they install again only after pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 setup: $(STAMP)
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[mpi,test]"
 	touch $(STAMP)

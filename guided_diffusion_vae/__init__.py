@@ -1,5 +1,7 @@
 """Latent-space diffusion: guided-diffusion's UNet and process on the latents of a strided KL autoencoder."""
 
+__version__ = "0.1.0"
+
 import gc
 import os
 import sys
