@@ -1,6 +1,7 @@
 # make quickstart   set up, then run the whole pipeline on simulated radar data (see README)
 # make test         set up, then run the tests
-# Both install into .venv once; they install again only after pyproject.toml or constraints.txt changed.
+# make lint         set up, then let ruff read the code (rules in pyproject.toml)
+# They install into .venv once, and again only after pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 # OpenMP threads that spin while waiting take the cores of the other ranks.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test quickstart clean
+.PHONY: setup test lint quickstart clean
 
 setup: $(STAMP)
 
@@ -19,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: setup
 	$(VENV)/bin/python -m pytest -q tests
+
+lint: setup
+	$(VENV)/bin/python -m ruff check guided_diffusion_vae scripts benchmarks tests
 
 quickstart: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/quickstart.sh

@@ -1,4 +1,4 @@
-"""The wheel holds every module, the version and the license."""
+"""The wheel holds every module, the version and the license; ruff has nothing to say about the code."""
 
 import ast
 import importlib.metadata
@@ -78,3 +78,10 @@ def test_the_version_can_be_read_without_torch():
     literals = [ast.literal_eval(node.value) for node in tree.body
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"]
     assert literals == [guided_diffusion_vae.__version__]
+
+
+@pytest.mark.xfail(strict=True, reason="findings of before ruff came are left; the last takes this mark with it")
+def test_ruff_has_nothing_to_say():
+    pytest.importorskip("ruff")
+    run("-m", "ruff", "check", "--quiet", "--no-cache", "--output-format", "concise", "guided_diffusion_vae", "scripts",
+        "benchmarks", "tests", cwd=ROOT)
