@@ -1,0 +1,190 @@
+"""The four interfaces of the project: image source, latent source, codec and diffusion process.
+
+A new data source, autoencoder kind or process implements one of these and is entered in one table. Other code relies on
+the members below and on nothing else; no member is probed for. A class may derive from its interface to take over the
+defaults given here.
+"""
+
+from typing import Any, Protocol, Sequence, runtime_checkable
+
+import numpy as np
+import torch
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images or volumes of one size, float32 in [0, 1], accessed by index; see `data.folders`.
+
+    `shape` is (C, ...) of what `batch` returns and `unpadded_shape` the same without the padding of `--pad`. `labels` are
+    int64 [N] in the order of `class_names`, both None if the data has no classes. `names` holds one name per item,
+    `preprocessing` the settings that checkpoints record, `fingerprint` a hash of the names and sizes of the files.
+    """
+
+    config: Any
+    folder: str
+    shape: tuple[int, ...]
+    unpadded_shape: tuple[int, ...]
+    names: Sequence[str]
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    preprocessing: dict
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    def batch(self, indices, flips=None, rngs=None) -> torch.Tensor:
+        """Return items as float32 [n x C x ...] in [0, 1] on the CPU.
+
+        :param indices: integers [n].
+        :param flips: booleans [n]; flip these items along the last axis. None: flip none.
+        :param rngs: one NumPy Generator per item for random crops. None: deterministic crops.
+        """
+
+    def describe(self) -> dict:
+        """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
+
+    def summary(self) -> str:
+        """Return one line for the log: count, shape, types, classes."""
+
+
+@runtime_checkable
+class LatentSource(Protocol):
+    """Scaled latents accessed by index: a cache, a folder of `.npy` files, or images that are encoded on the fly.
+
+    `read` gathers values on any thread, `latents` turns them into latents on the device. `latent_shape` is (Z, ...),
+    `image_shape` and `unpadded_shape` (C, ...) or None if unknown, `statistics` mean and standard deviation over all
+    values and per channel ({} for pixels), `autoencoder` the description by its codec (None if unknown).
+    """
+
+    folder: Any
+    count: int
+    latent_shape: tuple[int, ...]
+    image_shape: tuple[int, ...] | None
+    unpadded_shape: tuple[int, ...] | None
+    labels: np.ndarray | None
+    class_names: list[str] | None
+    filenames: Sequence[str] | None
+    preprocessing: dict
+    scale_factor: float
+    autoencoder: dict | None
+    statistics: dict
+    random_flip: bool = False           # `read` accepts flips
+    random_crop: bool = False           # `read` uses rngs
+    draws_posterior: bool = False       # `latents` uses eps
+    supports_bulk_reads: bool = False   # reading thousands of items at once is as fast per item as reading few
+    nbytes: int = 0                     # on disk
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self.count
+
+    def read(self, indices, flips=None, rngs=None) -> torch.Tensor:
+        """Return the stored values, or images, of some items; safe to call on a background thread."""
+
+    def latents(self, values, eps=None, device="cpu") -> torch.Tensor:
+        """Return scaled latents [n x Z x ...] float32 on `device` from the result of `read`.
+
+        :param eps: standard normal noise [n x Z x ...] of a posterior sample. None: the posterior mode.
+        """
+
+    def labels_of(self, indices) -> torch.Tensor | None:
+        """Return labels int64 [n], None without classes."""
+        return None if self.labels is None else torch.from_numpy(self.labels[np.asarray(indices)])
+
+    def batch(self, indices, eps=None, flips=None):
+        """Return (scaled latents float32 [n x Z x ...] on the CPU, labels int64 [n] or None)."""
+        return self.latents(self.read(indices, flips), eps), self.labels_of(indices)
+
+    def verify(self, progress=None) -> None:
+        """Compare the files with their recorded hashes, if there are any.
+
+        :param progress: called with (files done, files in total).
+        :raises ValueError: if a file differs; the message names it.
+        """
+
+    def on_device(self, device, limit_bytes=2**31) -> bool:
+        """Keep all latents on `device` if they take at most `limit_bytes`; return whether they are kept there."""
+        return False
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Encode images in [0, 1] as scaled latents and decode them; see `vae_wrapper`.
+
+    `factors` are the total downsampling factors per spatial axis, `path` a hint where the autoencoder is stored,
+    `fingerprint` the SHA-256 of its configuration and weights, `preprocessing` the data settings of its training.
+    """
+
+    in_channels: int
+    latent_channels: int
+    factors: tuple[int, ...]
+    scale_factor: float
+    shift_factor: float
+    path: str
+    fingerprint: str
+    preprocessing: dict
+    has_posterior: bool     # an image has more than one latent
+    is_pixels: bool         # latents are the images themselves, in [-1, 1]
+
+    def encode_moments(self, images) -> torch.Tensor:
+        """Return mean and log-variance of the scaled latents.  [N x C x ...] in [0, 1] -> [N x 2Z x ...]."""
+
+    def encode_batch(self, images, eps=None) -> torch.Tensor:
+        """Return scaled latents, the mode or a sample with noise `eps`.  [N x C x ...] in [0, 1] -> [N x Z x ...]."""
+
+    def decode_batch(self, latents, channels=None) -> torch.Tensor:
+        """Return images clamped to [0, 1].  [N x Z x ...] -> [N x C x ...]; with `channels` 1 color is averaged."""
+
+    def latent_shape(self, image_shape) -> tuple[int, ...]:
+        """Return (Z, ...) for images of shape (C, ...).
+
+        :raises ValueError: if the channels differ or a factor does not divide a size.
+        """
+
+    def pad_to_factors(self, images) -> torch.Tensor:
+        """Return images padded to sizes that the factors divide, if the autoencoder was trained with `--pad True`."""
+
+    def describe(self) -> dict:
+        """Return {config, sha256, path, scale_factor, shift_factor} for caches and run headers."""
+
+    def approximations(self, sides) -> dict:
+        """Return the flags under which latents of images of size `sides` are less exact than in float32, {} if none."""
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A diffusion process over x0 [N x C x ...]: what training, sampling, guidance and evaluation need of it.
+
+    Timesteps t are int64 [N] in [0, num_timesteps), 0 is the least noisy. `timestep_map` lists the timesteps of the
+    original, unspaced process. `samplers` names the entries of `sampling.solvers.SAMPLERS` that apply, the default
+    first. A network is any callable `model(x, timesteps, **model_kwargs)`.
+    """
+
+    num_timesteps: int
+    timestep_map: Sequence[int]
+    samplers: tuple[str, ...]
+
+    def q_sample(self, x_start, t, noise=None) -> torch.Tensor:
+        """Return x_t: x_start diffused to timesteps t."""
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None) -> dict[str, torch.Tensor]:
+        """Return losses per sample, each [N]; "loss" is the one to minimize."""
+
+    def noise_condition(self, low_res, t, noise) -> torch.Tensor:
+        """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
+
+    def noise_levels(self) -> np.ndarray:
+        """Return sigma_t, the noise-to-signal ratio at each timestep, float64 [T]."""
+
+    def model_timesteps(self, t) -> torch.Tensor:
+        """Return the timesteps that are passed to the network for t."""
+
+    def unclipped_warning(self) -> str | None:
+        """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
+
+    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None) -> dict[str, torch.Tensor]:
+        """Return the variational bound in bits per dimension and its terms.
+
+        :raises NotImplementedError: if the process defines no bound.
+        """
