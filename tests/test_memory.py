@@ -90,7 +90,7 @@ def test_a_plan_is_the_peak_of_a_real_step(plan, monkeypatch):
     assert planned.gradients == run.gradients == planned.parameters
 
 
-@pytest.mark.parametrize("rival", [{}, {"discriminator_weight": 0.5}])
+@pytest.mark.parametrize("discriminator_config", [{}, {"discriminator_weight": 0.5}])
 def test_accumulation_keeps_one_forward_pass_at_a_time(discriminator_config, tmp_path):
     def peak(parts):
         plan = autoencoder_plan((1, 64, 64), train={"batch_size": 1, "gradient_accumulation_steps": parts}, **discriminator_config,

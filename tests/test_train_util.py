@@ -14,7 +14,7 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, logger, nn
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.data.augmentation import random_affine, mirrored
+from guided_diffusion_vae.data.augmentation import random_affine, random_flips
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.objectives import DiffusionObjective, StepRNG, PlainObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
@@ -537,12 +537,12 @@ def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [(64, 1, 3, 4), (64, 2, 3, 2, 2)])
 def test_every_axis_is_mirrored_by_a_coin_of_its_own(shape):
     images = torch.rand(shape)
-    out = mirrored(images, StepRNG(0, 5, range(64), 64))
+    out = random_flips(images, StepRNG(0, 5, range(64), 64))
     axes = range(2, images.dim())
     kinds = [tuple(axis for axis in axes if flips >> (axis - 2) & 1) for flips in range(2 ** len(axes))]
     counts = [sum(torch.equal(o, i.flip([axis - 1 for axis in kind])) for o, i in zip(out, images)) for kind in kinds]
     assert sum(counts) == 64 and min(counts) > 0
-    part = mirrored(images[10:20], StepRNG(0, 5, range(10, 20), 64))
+    part = random_flips(images[10:20], StepRNG(0, 5, range(10, 20), 64))
     assert torch.equal(part, out[10:20])  # a coin belongs to the place in the batch of all ranks
 
 
