@@ -419,7 +419,7 @@ def test_a_damaged_best_step_is_passed_over(tmp_path):
     assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000003.pt"
 
 
-@pytest.mark.parametrize("stop_at, step", [({"val_psnr": 3.0}, 2), ({"val_l1": 0.5}, 1), ({"val_psnr": 99.0}, 3)])
+@pytest.mark.parametrize("early_stop, step", [({"val_psnr": 3.0}, 2), ({"val_l1": 0.5}, 1), ({"val_psnr": 99.0}, 3)])
 def test_a_run_ends_where_a_bound_is_reached(tmp_path, early_stop, step):
     loop = line(tmp_path, 3, preview=measuring([1.0, 4.0, 2.0]), preview_interval=1, early_stop=early_stop)
     assert loop.step == step and step in checkpoint_util.committed_steps(tmp_path)
