@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .autoencoder import latent_grid
 from .config import option
+from .interfaces import Codec
 from .nn import to_device
 from .vae.foreign import FLAG, _open
 from .vae.posterior import LOGVAR_RANGE, from_image_range, sample_moments, to_image_range
@@ -60,10 +61,10 @@ def create_vae(config, device=None):
     )
 
 
-class Codec:
-    """What all codecs share; they add `encode_moments`, `decode_batch` and `fingerprint`."""
+class BaseCodec(Codec):
+    """The members that all codecs share; subclasses add `config`, `encode_moments`, `decode_batch`, `fingerprint`."""
 
-    has_posterior = True    # whether a picture has more than one latent
+    has_posterior, is_pixels = True, False
 
     def encode_batch(self, images, eps=None):
         """Encode pictures in [0, 1] as scaled latents: the mode, or with noise `eps` a draw from the posterior.
@@ -100,14 +101,18 @@ class Codec:
         return {"config": self.config, "sha256": self.fingerprint, "path": self.path,
                 "scale_factor": self.scale_factor, "shift_factor": self.shift_factor}
 
+    def approximations(self, sides):
+        """Return the flags under which latents of images of size `sides` are less exact than in float32, {} if none."""
+        return {}
+
     def _channels_taken(self):
         return (self.in_channels,)
 
 
-class PixelCodec(Codec):
-    """Take the pictures themselves as latents: x in [0, 1] becomes 2 x - 1, and nothing is random about it."""
+class PixelCodec(BaseCodec):
+    """Use the images themselves as latents: x in [0, 1] becomes 2 x - 1."""
 
-    has_posterior = False
+    has_posterior, is_pixels = False, True
     scale_factor, shift_factor, path = 1.0, 0.0, ""
     preprocessing = {}
     image_range = (-1.0, 1.0)
@@ -133,7 +138,7 @@ class PixelCodec(Codec):
         return from_image_range(latents, self.image_range).clamp(0, 1)
 
 
-class VAEInterface(Codec):
+class VAEInterface(BaseCodec):
     """An autoencoder on disk as a codec: eval mode, no gradients, pictures in [0, 1] outside.
 
     `vae_path` names one of these, told apart by what is found there:
@@ -226,6 +231,12 @@ class VAEInterface(Codec):
         if self._gray_input if channels is None else channels < self.in_channels:
             images = images.mean(dim=1, keepdim=True)
         return images.clamp(0, 1)
+
+    def approximations(self, sides):
+        """Return the flags under which latents of images of size `sides` are less exact than in float32, {} if none."""
+        flags = {"vae_dtype": str(self.dtype).removeprefix("torch.")} if self.dtype is not torch.float32 else {}
+        # A tile that covers the whole image is the image; slabs give the exact result.
+        return {**flags, "vae_tile": self.tile} if 0 < self.tile < max(sides) else flags
 
     def _channels_taken(self):
         return (3, 1) if self.in_channels == 3 else (self.in_channels,)

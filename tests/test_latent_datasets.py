@@ -1,3 +1,4 @@
+import functools
 import json
 import threading
 import time
@@ -20,7 +21,7 @@ from guided_diffusion_vae.latent_datasets import (
 )
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.vae.posterior import sample_moments
-from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 from launches import Launches
 
 COUNT = 11
@@ -231,6 +232,7 @@ def test_shards_of_another_making_are_not_taken(tmp_path, cached, pictures):
 def less_exact(dtype="float32", tile=0, **options):
     codec = HalvingCodec(**options)
     codec.dtype, codec.tile = getattr(torch, dtype), tile
+    codec.approximations = functools.partial(VAEInterface.approximations, codec)
     return codec
 
 

@@ -114,7 +114,7 @@ def test_pictures_that_pass_in_slabs_are_the_whole(own, tile):
     latents = whole.encode_batch(x)
     torch.testing.assert_close(streamed.encode_batch(x), latents)
     torch.testing.assert_close(streamed.decode_batch(latents), whole.decode_batch(latents))
-    assert streamed.tile == 0  # nothing that a cache would have to tell
+    assert streamed.approximations((24, 40)) == {}  # slabs are exact
 
 
 def test_tiles_of_a_diffusers_autoencoder_are_nearly_the_whole(tmp_path):
@@ -130,6 +130,7 @@ def test_tiles_of_a_diffusers_autoencoder_are_nearly_the_whole(tmp_path):
     found = tiled.encode_batch(x)
     assert found.shape == latents.shape and (found - latents).abs().mean() < 0.5 * latents.std()
     assert tiled.decode_batch(latents).shape == x.shape and tiled.tile == 16
+    assert tiled.approximations((24, 40)) == {"vae_tile": 16} and tiled.approximations((16, 16)) == {}
     for tile in (2, 5):
         with pytest.raises(ValueError, match="tile is .; it is a multiple of the autoencoder's factors .*--vae_tile"):
             vae(tmp_path / "kl", tile=tile)
@@ -157,7 +158,9 @@ def test_volumes_are_encoded_in_bfloat16_too(tmp_path):
 
 def test_bfloat16_gives_float32_near_the_exact(own):
     x = pictures(2, 1, 8, 8)
-    exact, quick = vae(own[0]).encode_batch(x), vae(own[0], dtype="bfloat16").encode_batch(x)
+    codec = vae(own[0], dtype="bfloat16")
+    exact, quick = vae(own[0]).encode_batch(x), codec.encode_batch(x)
+    assert codec.approximations((8, 8)) == {"vae_dtype": "bfloat16"} and not codec.is_pixels
     assert quick.dtype == torch.float32 and 0 < (quick - exact).abs().max() < 0.1 * exact.abs().max()
 
 
@@ -173,6 +176,7 @@ def test_pixel_codec_is_two_x_minus_one_and_back():
     torch.testing.assert_close(codec.encode_batch(x, torch.randn_like(x)), 2 * x - 1)
     torch.testing.assert_close(codec.decode_batch(codec.encode_batch(x)), x)
     assert codec.latent_shape((3, 5, 7)) == (3, 5, 7) and codec.factors == (1, 1)
+    assert codec.is_pixels and codec.approximations((5, 7)) == {}
     assert codec.describe()["scale_factor"] == 1 and codec.fingerprint != PixelCodec(1).fingerprint
     with pytest.raises(ValueError, match="have 1 channels, the pixel codec takes 3"):
         codec.encode_batch(x[:, :1])

@@ -92,19 +92,8 @@ def _manifest_fields(pictures, codec, config):
         "store": config.store, "dtype": config.latent_dtype, "latent_shape": list(codec.latent_shape(pictures.shape)),
         "image_shape": list(pictures.shape), "count": len(pictures), "flips": pictures.config.random_flip,
         "class_names": pictures.class_names, "preprocessing": pictures.describe(),
-        **_inexactness(codec, pictures.shape[1:]),
+        **codec.approximations(pictures.shape[1:]),
     }
-
-
-def _inexactness(codec, sides):
-    """Return the flags by which a codec encodes pictures less exactly than its autoencoder could, {} for exact latents.
-
-    A tile that holds a whole picture changes nothing and is left out too.
-    """
-    tile = getattr(codec, "tile", 0)
-    used = {"vae_dtype": str(getattr(codec, "dtype", "float32")).removeprefix("torch."),
-            "vae_tile": tile if tile < max(sides) else 0}
-    return {name: value for name, value in used.items() if value != _EXACT[name]}
 
 
 def _digest(head):

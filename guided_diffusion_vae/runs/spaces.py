@@ -33,7 +33,7 @@ class Space:
 
     @property
     def is_pixels(self):
-        return isinstance(self.codec, PixelCodec)
+        return self.codec.is_pixels
 
     def encode(self, images):
         """Return x0 of pictures in [0, 1].  [N x C x ...] -> [N x Z x ...]."""
