@@ -133,6 +133,10 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
+# Below this alpha-bar at the first sampling step, x0 predicted from eps is unsafe unclipped: the cosine schedule ends at
+# 2e-9, the linear one at 4e-5.
+MIN_UNCLIPPED_ALPHA_BAR = 1e-6
+
 _HAS_VARIANCE_HEAD = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
 # (variance, log variance) of the reverse step, by the name of its schedule.
@@ -168,6 +172,7 @@ class GaussianDiffusion:
         self.discrete_data = discrete_data
         self.betas = np.array(betas, dtype=np.float64)
         self.num_timesteps = _check_betas(self.betas)
+        self.original_num_steps, self.timestep_map = self.num_timesteps, list(range(self.num_timesteps))
         self._tables = {}       # (name of a schedule, device) -> tensor [T]
         with np.errstate(divide="ignore"):      # a last beta of 1 leaves no signal: 1 / sqrt(alpha-bar) is infinite
             self._derive_schedules()
@@ -230,9 +235,31 @@ class GaussianDiffusion:
         """Gather schedule `name` at times t; [N] -> [N x 1 x ...], to broadcast against x."""
         return self._schedule_on(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
 
-    def _scale_timesteps(self, t):
-        """Return times `t` as models and guidance are given them; [N] -> [N]."""
-        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+    # What sampling and guidance need of a process beside the methods of the reference; see `interfaces.Process`.
+
+    def model_timesteps(self, t):
+        """Return the timesteps that are passed to networks and guidance for t; [N] -> [N]."""
+        original = self._schedule_on("timestep_map", t.device)[t]
+        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def noise_levels(self):
+        """Return sigma_t = sqrt((1 - alpha-bar) / alpha-bar), the noise-to-signal ratio, float64 [T]."""
+        with np.errstate(divide="ignore"):      # infinite without signal
+            return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def noise_condition(self, low_res, t, noise):
+        """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
+        clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))
+        return torch.where(clean, low_res, self.q_sample(low_res, t, noise))
+
+    def unclipped_warning(self):
+        """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
+        first = self.alphas_cumprod[-1]
+        if self.model_mean_type is not ModelMeanType.EPSILON or first >= MIN_UNCLIPPED_ALPHA_BAR:
+            return None
+        return (f"the first sampling step contains {math.sqrt(first):.1g} of the signal, so that x0 predicted from eps "
+                "without clipping may diverge and leave residual noise in the samples; --timestep_respacing ddim100 "
+                "starts at a lower noise level")
 
     # The forward process q.
 
@@ -298,7 +325,7 @@ class GaussianDiffusion:
         Returns a dict of tensors [N x C x ...]: `mean`, `variance`, `log_variance`, and the `pred_xstart` behind them.
         Raises ValueError where the network's channels do not fit the kind of variance.
         """
-        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         return self._p_from_output(output, x, t, clip_denoised, denoised_fn)
 
     def _p_from_output(self, output, x, t, clip_denoised, denoised_fn=None):
@@ -349,7 +376,7 @@ class GaussianDiffusion:
 
         p_mean_var: what `p_mean_variance` gave for x and t.
         """
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
@@ -358,9 +385,16 @@ class GaussianDiffusion:
         The algorithm's eps - sqrt(1 - alpha-bar) gradient, told in x_0. `mean` and `pred_xstart` change; the new
         pred_xstart is not clipped again.
         """
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         pred_xstart = p_mean_var["pred_xstart"] + self._extract("_xstart_per_score", t, x) * gradient
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": self.q_posterior_mean_variance(pred_xstart, x, t)[0]}
+
+    def predict_xstart(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None
+    ):
+        """Return x_0 as the network predicts it at x_t, guided by `cond_fn`; [N x C x ...] -> same."""
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        return (p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs))["pred_xstart"]
 
     # One step of sampling. `noise_fn(x)` draws standard normal noise shaped like x; the default is torch.randn_like.
     # Noise is drawn at every step, also where it is multiplied by zero, so that the count of draws never varies.
@@ -388,10 +422,7 @@ class GaussianDiffusion:
         """
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"DDIM's eta is {eta}, must be from 0 (no noise) to 1 (as much as DDPM)")
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        if cond_fn is not None:
-            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
-        x_0 = p["pred_xstart"]
+        x_0 = self.predict_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, x_0)
         noise = (noise_fn or torch.randn_like)(x)
         sigma = eta * self._extract("_posterior_std", t, x)        # equation 16; 0 at t = 0
@@ -407,7 +438,7 @@ class GaussianDiffusion:
         """
         if eta != 0.0:
             raise ValueError(f"DDIM's eta is {eta}, must be 0 to reverse: only the deterministic path has a way back")
-        x_0 = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
+        x_0 = self.predict_xstart(model, x, t, clip_denoised, denoised_fn, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, x_0)
         spread = self._extract("_sqrt_one_minus_alphas_cumprod_next", t, x)
         return {"sample": self._extract("_sqrt_alphas_cumprod_next", t, x) * x_0 + spread * eps, "pred_xstart": x_0}
@@ -491,7 +522,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
-        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         vb_weight = {
             LossType.MSE: 1.0,
             LossType.RESCALED_MSE: self.num_timesteps / 1000.0,
@@ -605,6 +636,5 @@ def _last_sample(steps):
 
 
 def noised_condition(diffusion, low_res, times, noise):
-    """Return small pictures noised to `times` [N]; time 0 stands for none at all, and leaves them alone."""
-    clean = (times == 0).view(-1, *(1,) * (low_res.dim() - 1))
-    return torch.where(clean, low_res, diffusion.q_sample(low_res, times, noise))
+    """Return `diffusion.noise_condition(low_res, times, noise)`."""
+    return diffusion.noise_condition(low_res, times, noise)

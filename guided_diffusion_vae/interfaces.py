@@ -157,13 +157,13 @@ class Process(Protocol):
     """A diffusion process over x0 [N x C x ...]: what training, sampling, guidance and evaluation need of it.
 
     Timesteps t are int64 [N] in [0, num_timesteps), 0 is the least noisy. `timestep_map` lists the timesteps of the
-    original, unspaced process. `samplers` names the entries of `sampling.solvers.SAMPLERS` that apply, the default
-    first. A network is any callable `model(x, timesteps, **model_kwargs)`.
+    original, unspaced process. A network is any callable `model(x, timesteps, **model_kwargs)`. The processes are listed
+    in `runs.factories.PROCESSES`, the sampling loops, each with the processes that it applies to, in
+    `sampling.solvers.SAMPLERS`.
     """
 
     num_timesteps: int
     timestep_map: Sequence[int]
-    samplers: tuple[str, ...]
 
     def q_sample(self, x_start, t, noise=None) -> torch.Tensor:
         """Return x_t: x_start diffused to timesteps t."""
@@ -182,6 +182,11 @@ class Process(Protocol):
 
     def unclipped_warning(self) -> str | None:
         """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
+
+    def predict_xstart(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None
+    ) -> torch.Tensor:
+        """Return x0 as the network predicts it at x_t, guided by `cond_fn`."""
 
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None) -> dict[str, torch.Tensor]:
         """Return the variational bound in bits per dimension and its terms.

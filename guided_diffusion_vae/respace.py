@@ -102,20 +102,14 @@ class SpacedDiffusion(GaussianDiffusion):
     """
 
     def __init__(self, use_timesteps, **kwargs):
-        long_betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
-        self.original_num_steps = len(long_betas)
-        self.use_timesteps = set(use_timesteps)
-        self.timestep_map = sorted(self.use_timesteps)
-        if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= self.original_num_steps:
-            found = f"{self.timestep_map[0]} to {self.timestep_map[-1]}" if self.timestep_map else "none"
+        original_betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
+        kept = sorted(set(use_timesteps))
+        if not kept or kept[0] < 0 or kept[-1] >= len(original_betas):
+            found = f"{kept[0]} to {kept[-1]}" if kept else "none"
             raise ValueError(
-                f"use_timesteps must be times from 0 to {self.original_num_steps - 1}, found {found}; "
+                f"use_timesteps must be times from 0 to {len(original_betas) - 1}, found {found}; "
                 f"check --timestep_respacing against --diffusion_steps"
             )
-        kept = np.cumprod(1.0 - long_betas)[self.timestep_map]
-        super().__init__(betas=1.0 - kept / np.append(1.0, kept[:-1]), **kwargs)
-
-    def _scale_timesteps(self, t):
-        """Return the times of the long process for steps `t` of this one; [N] -> [N]."""
-        times = self._schedule_on("timestep_map", t.device)[t]
-        return times.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else times
+        alpha_bar = np.cumprod(1.0 - original_betas)[kept]
+        super().__init__(betas=1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), **kwargs)
+        self.use_timesteps, self.timestep_map, self.original_num_steps = set(kept), kept, len(original_betas)

@@ -85,4 +85,4 @@ def timesteps_in_interval(diffusion, interval):
     if not len(inside):
         return None
     ends = torch.from_numpy(inside[[0, -1]])
-    return tuple(diffusion._scale_timesteps(ends).tolist())
+    return tuple(diffusion.model_timesteps(ends).tolist())
