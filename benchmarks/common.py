@@ -47,7 +47,7 @@ class ComparisonConfig:
 def configure(doc, *classes, without=()):
     """Return (config instances, device) and print what is measured on what; flags `without` use are left away."""
     bench, *configs = parse(doc, drop_fields(BenchConfig, *without), *classes)
-    device = torch.device(getattr(bench, "device", "") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     said = " ".join(f"{name}={value}" for name, value in environment()["environment"].items())
     print(f"{doc.splitlines()[0]}\n{machine(device)}\n{said}\n", flush=True)
     return (bench, *configs), device

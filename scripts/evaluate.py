@@ -10,6 +10,8 @@ Features come from the Inception network of FID (a local weights file), from a c
 confusion matrices and nearest training pictures to the run folder.
 """
 
+import dataclasses
+
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.evaluation import comparison
@@ -34,7 +36,7 @@ def create_argparser():
 def main():
     configs, given = parse_explicit(__doc__, *CONFIGS)
     config, vae, data, flags, train, run = configs
-    folder = start_run(run, configs)
+    folder = start_run(run, configs, trains=False)
     comparison.require_dataset(config.reference, "--reference")
     comparison.require_dataset(config.samples, "--samples")
     if config.train_dir:
@@ -43,7 +45,7 @@ def main():
         return
 
     extract, judge, header, data = loading.open_extractors(config, vae, data, given)
-    train = ClassifierTrainConfig(batch_size=config.tstr_batch_size, **vars(train))
+    train = dataclasses.replace(train, batch_size=config.tstr_batch_size)
     process = DiffusionConfig()
     sets = tstr.open_tstr_datasets(config, data, flags, process) if config.tstr_iterations else {}
     report = comparison.evaluate(config, data, extract, folder, judge, header["classes"], header["image_shape"])

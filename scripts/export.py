@@ -26,7 +26,7 @@ def main():
     dist_util.setup_dist()
     config.model_path = loading.resolve_weights(config.model_path, "--model_path")  # asked by all ranks
     if dist_util.rank() == 0:
-        made = export.export_model(config, VAEConfig(**vars(vae)))
+        made = export.export_model(config, vae)
         logger.log_rank0(f"wrote {config.out}: {made}")
 
 

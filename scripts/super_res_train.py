@@ -8,6 +8,8 @@
 Small pictures are averaged from large ones, or read from a second cache of the same pictures.
 """
 
+import dataclasses
+
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.config import DataConfig
 from guided_diffusion_vae.data.latent_stream import SmallCacheConfig
@@ -33,7 +35,8 @@ def main():
     super_res, data, latents, small_latents, scale, vae, model, process, train, run = configs
     folder = start_run(run, configs)
 
-    data = DataConfig(image_size=super_res.large_size, **vars(data))
+    if "voxel_size" not in given:
+        data = dataclasses.replace(data, image_size=super_res.large_size)
     sized = {**given, "image_size": super_res.large_size} if data.data_dir else given
     source, space = spaces.open_data(latents, vae, scale, data, sized, train.seed, folder)
     small = spaces.open_low_res(source, space, super_res.small_size, small_latents.small_cache_dir, given)

@@ -11,17 +11,18 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencod
 from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig
 from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.evaluation.comparison import EvaluateConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, model_and_diffusion_defaults
 from guided_diffusion_vae.runs.flags import (
-    add_dict_to_argparser, args_to_dict, parse, parse_explicit, select_fields, section_name, str2bool,
+    add_dict_to_argparser, args_to_dict, drop_fields, parse, parse_explicit, select_fields, str2bool,
 )
 from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan
 from guided_diffusion_vae.runs.run import RunConfig, start_run, write_config
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
 from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
@@ -277,11 +278,22 @@ def test_the_references_helpers_build_the_same_flags():
     assert str2bool("F") is False and str2bool(True) is True
 
 
-def test_a_part_of_a_config_keeps_section_help_and_default():
+def test_a_selection_keeps_section_help_and_default_and_builds_the_whole_class(yaml_file, capsys):
     part = select_fields(DataConfig, "image_size")
-    field, = dataclasses.fields(part)
-    assert section_name(part) == "data" and part().image_size == DataConfig().image_size
+    field, = part.fields
+    assert part.section == "data" and field.default == DataConfig().image_size
     assert field.metadata["help"] == DataConfig.__dataclass_fields__["image_size"].metadata["help"]
+    argv = ["--config", yaml_file("data: {image_size: 32, crop: none}")]   # crop is a flag of other scripts
+    (data,), given = parse_explicit("doc", part, argv=argv)
+    assert data == DataConfig(image_size=32) and given == {"image_size": 32}
+    with pytest.raises(SystemExit):
+        parse("doc", part, argv=["--crop", "none"])
+
+
+def test_a_flag_of_another_class_does_not_set_a_field_that_is_not_selected():
+    training = drop_fields(ClassifierTrainConfig, "batch_size")
+    evaluate, train = parse("doc", EvaluateConfig, training, argv=["--batch_size", "7"])
+    assert (evaluate.batch_size, train.batch_size) == (7, ClassifierTrainConfig.batch_size)
 
 
 def test_every_flag_of_the_loop_is_a_field_or_an_object():

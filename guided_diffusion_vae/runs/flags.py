@@ -7,10 +7,46 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import dist_util
 from ..config import from_dict, to_tuple, section_name
 from ..data.config import DataConfig, parse_size
+
+
+class Selection(NamedTuple):
+    """Fields of a config class that a script has flags for; the others keep their defaults."""
+
+    cls: type
+    names: tuple
+
+    @property
+    def section(self):
+        return section_name(self.cls)
+
+    @property
+    def fields(self):
+        """The dataclass fields that are flags."""
+        return [f for f in dataclasses.fields(self.cls) if f.name in self.names]
+
+    def build(self, values):
+        """Return an instance of the whole class; values of other flags are ignored."""
+        return from_dict(self.cls, {name: values[name] for name in self.names if name in values})
+
+
+def select_fields(cls, *names):
+    """Return the selection of these fields of `cls`."""
+    return Selection(cls, names)
+
+
+def drop_fields(cls, *names):
+    """Return the selection of all fields of `cls` except these."""
+    return Selection(cls, tuple(f.name for f in dataclasses.fields(cls) if f.name not in names))
+
+
+def _selections(classes):
+    """Return a Selection for every config class or selection."""
+    return [cls if isinstance(cls, Selection) else drop_fields(cls) for cls in classes]
 
 
 def parse(doc, *classes, argv=None):
@@ -19,21 +55,24 @@ def parse(doc, *classes, argv=None):
 
 
 def parse_explicit(doc, *classes, argv=None):
-    """Return (instances, {flag: value} of what was given in the file or on the command line)."""
+    """Return (instances, {flag: value} of what was set in the file or on the command line).
+
+    :param classes: config classes, or selections of their fields; an instance is always one of the whole class.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparser(doc, *classes)
-    flags = _explicit(parser, argv)
-    fields = {f.name for cls in classes for f in dataclasses.fields(cls)}
-    dist_util.memory_flags = [name for name in dist_util.MEMORY_FLAGS if name in fields]
-    from_file = read_yaml(flags.pop("config"), classes) if "config" in flags else {}
+    selections = _selections(classes)
+    flags = _explicit(argparser(doc, *selections), argv)
+    fields = [field for selection in selections for field in selection.fields]
+    dist_util.memory_flags = [n for n in dist_util.MEMORY_FLAGS if n in {f.name for f in fields}]
+    from_file = read_yaml(flags.pop("config"), selections) if "config" in flags else {}
     _resolve_sizes(from_file, flags)
     given = {**from_file, **flags}
-    _require_in_bounds(classes, given)
-    return [from_dict(cls, given) for cls in classes], given
+    _require_in_bounds(fields, given)
+    return [selection.build(given) for selection in selections], given
 
 
-def _require_in_bounds(classes, given):
-    for field in (field for cls in classes for field in dataclasses.fields(cls) if field.name in given):
+def _require_in_bounds(fields, given):
+    for field in (field for field in fields if field.name in given):
         value, least, most = given[field.name], field.metadata["minimum"], field.metadata["maximum"]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{field.name} is {value}; it is a finite number")
@@ -66,10 +105,11 @@ def argparser(doc, *classes):
     parser = _Parser(description=doc, usage="%(prog)s [--config FILE.yaml] [--flag value ...]", allow_abbrev=False,
                      formatter_class=_HelpFormatter)
     parser.add_argument("--config", default="", metavar="FILE.yaml", help="values for flags below, which win over it")
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(map(section_name, classes))}
-    for cls in classes:
-        group = groups[section_name(cls)]
-        for field in dataclasses.fields(cls):
+    selections = _selections(classes)
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(s.section for s in selections)}
+    for selection in selections:
+        group = groups[selection.section]
+        for field in selection.fields:
             choices = field.metadata["choices"]
             group.add_argument(f"--{field.name}", default=field.default, type=_CONVERTERS.get(field.type, field.type),
                                metavar=None if choices else field.type.__name__.upper(), choices=choices,
@@ -77,20 +117,8 @@ def argparser(doc, *classes):
     return parser
 
 
-def select_fields(cls, *names):
-    """Return a config class of the same section with these fields of `cls` alone, for a script that heeds no others."""
-    fields = [(f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
-              for f in dataclasses.fields(cls) if f.name in names]
-    return dataclasses.make_dataclass(cls.__name__, fields, namespace={"SECTION": section_name(cls)})
-
-
-def drop_fields(cls, *names):
-    """Return a config class of the same section with all fields of `cls` but these."""
-    return select_fields(cls, *(f.name for f in dataclasses.fields(cls) if f.name not in names))
-
-
 def read_yaml(path, classes):
-    """Return {flag: value} for the given config classes from a YAML file.
+    """Return {flag: value} for the given config classes or selections from a YAML file.
 
     Keys stand alone or in the section of their class (`data`, `autoencoder`, `autoencoder.training`, ...). Sections of
     other scripts are passed over, so one file can serve a whole pipeline; a key that no class of its section has is
@@ -106,12 +134,12 @@ def read_yaml(path, classes):
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not keys with values")
-    mine = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    selections = _selections(classes)
+    mine = {f.name: f for selection in selections for f in selection.fields}
     values, sections = {}, _all_sections()
 
     def take(section, entries):
-        heeded = [cls for cls in classes if section in ("", "device", section_name(cls))]
-        here = {f.name for cls in heeded for f in dataclasses.fields(cls)}
+        here = {f.name for s in selections if section in ("", "device", s.section) for f in s.fields}
         known = sections.get(section, set())
         for key, value in entries.items():
             nested = f"{section}.{key}" if section else key

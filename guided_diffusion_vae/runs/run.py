@@ -19,11 +19,11 @@ class RunConfig:
     dry_run: bool = option(False, "print the resolved configuration, the data and the model's size, then stop")
 
 
-def start_run(run, configs=()):
+def start_run(run, configs=(), trains=True):
     """Start the ranks, the run folder and the log; return the folder.
 
     The folder is printed first and, by `finish_run`, last. Where a training run goes on in it, so do its curves; scripts
-    that do not train (their configs have no `resume_checkpoint`) leave them alone and write log.txt only.
+    that do not train (`trains` is False, or their configs have no `resume_checkpoint`) leave them alone and write log.txt only.
     """
     dist_util.setup_dist()
     folder = run.logdir or os.environ.get("OPENAI_LOGDIR")
@@ -31,7 +31,7 @@ def start_run(run, configs=()):
         print_configuration(configs)
         return folder
     resume_step = None
-    trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")]
+    trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")] if trains else []
     if folder and any(getattr(c, "fast_dev_run", False) for c in configs):
         folder = Path(folder) / "fast_dev_run"  # so that no run goes on from a trial
         if dist_util.rank() == 0 and folder.exists():
