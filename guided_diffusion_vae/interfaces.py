@@ -1,10 +1,11 @@
 """The four interfaces of the project: image source, latent source, codec and diffusion process.
 
 A new data source, autoencoder kind or process implements one of these and is entered in one table. Other code relies on
-the members below and on nothing else; no member is probed for. A class may derive from its interface to take over the
-defaults given here.
+the members below and on nothing else; no member is probed for. A class that derives from its interface takes over the
+defaults given here, and cannot be constructed while an abstract method is missing.
 """
 
+from abc import abstractmethod
 from typing import Any, Protocol, Sequence, runtime_checkable
 
 import numpy as np
@@ -13,14 +14,13 @@ import torch
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Images or volumes of one size, float32 in [0, 1], accessed by index; see `data.folders`.
+    """Images or volumes of one size, float32 in [0, 1], accessed by index; `data.SOURCES` lists the implementations.
 
     `shape` is (C, ...) of what `batch` returns and `unpadded_shape` the same without the padding of `--pad`. `labels` are
     int64 [N] in the order of `class_names`, both None if the data has no classes. `names` holds one name per item,
     `preprocessing` the settings that checkpoints record, `fingerprint` a hash of the names and sizes of the files.
     """
 
-    config: Any
     folder: str
     shape: tuple[int, ...]
     unpadded_shape: tuple[int, ...]
@@ -29,10 +29,14 @@ class ImageSource(Protocol):
     class_names: list[str] | None
     preprocessing: dict
     fingerprint: str
+    random_flip: bool = False   # training passes flips to `batch`
+    random_crop: bool = False   # training passes rngs to `batch`
 
     def __len__(self) -> int:
         """Return the number of items."""
+        return len(self.names)
 
+    @abstractmethod
     def batch(self, indices, flips=None, rngs=None) -> torch.Tensor:
         """Return items as float32 [n x C x ...] in [0, 1] on the CPU.
 
@@ -41,9 +45,11 @@ class ImageSource(Protocol):
         :param rngs: one NumPy Generator per item for random crops. None: deterministic crops.
         """
 
+    @abstractmethod
     def describe(self) -> dict:
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
 
+    @abstractmethod
     def summary(self) -> str:
         """Return one line for the log: count, shape, types, classes."""
 
@@ -73,15 +79,17 @@ class LatentSource(Protocol):
     random_crop: bool = False           # `read` uses rngs
     draws_posterior: bool = False       # `latents` uses eps
     supports_bulk_reads: bool = False   # reading thousands of items at once is as fast per item as reading few
-    nbytes: int = 0                     # on disk
+    nbytes: int = 0                     # of stored latents that can be kept on a device
 
     def __len__(self) -> int:
         """Return the number of items."""
         return self.count
 
+    @abstractmethod
     def read(self, indices, flips=None, rngs=None) -> torch.Tensor:
         """Return the stored values, or images, of some items; safe to call on a background thread."""
 
+    @abstractmethod
     def latents(self, values, eps=None, device="cpu") -> torch.Tensor:
         """Return scaled latents [n x Z x ...] float32 on `device` from the result of `read`.
 

@@ -18,6 +18,7 @@ from .data.listing import infer_classes
 from .data.manifest import CACHE_FLAG, FILENAMES, LABELS, MANIFEST, _REENCODE_HINT, _inside, _read_manifest, _stored_shape
 from .data.statistics import RunningMoments
 from .files import require_folder, sha256_of_file
+from .interfaces import LatentSource
 from .nn import to_device
 from .vae.posterior import sample_moments
 
@@ -62,15 +63,14 @@ def _add(moments, stored, store):
         moments.add(stored)
 
 
-class LatentCache:
+class LatentCache(LatentSource):
     """Hand out the latents of a cache; memory does not grow with their number, as the shards are memory-mapped.
 
     :raises FileNotFoundError: no folder, or one without a manifest.
     :raises ValueError: a manifest of another format or version, shards that are not what it says.
     """
 
-    random_crop = False
-    supports_bulk_reads = True  # many items are read as quickly, one by one, as few
+    supports_bulk_reads = True
 
     def __init__(self, folder):
         self.folder = require_folder(folder, CACHE_FLAG)
@@ -93,9 +93,6 @@ class LatentCache:
         self.labels = self._read_labels() if self.class_names is not None else None
         self._resident = None
 
-    def __len__(self):
-        return self.count
-
     @property
     def nbytes(self):
         """Bytes of all shards."""
@@ -111,7 +108,7 @@ class LatentCache:
         """The pictures' names, one per latent."""
         return (self.folder / FILENAMES).read_text().splitlines()
 
-    def read(self, indices, flips=None):
+    def read(self, indices, flips=None, rngs=None):
         """Return what `latents` needs of some items: stored values, float32 on the CPU, or rows of the device's copy.
 
         :param flips: bools; where true the mirrored picture's latent is taken.
@@ -158,10 +155,6 @@ class LatentCache:
         else:
             values = to_device(self._resident.index_select(0, to_device(values, self._resident.device)), device).float()
         return sample_moments(values, eps) if self.draws_posterior else values
-
-    def batch(self, indices, eps=None, flips=None):
-        """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
-        return self.latents(self.read(indices, flips), eps), _labels_at(self, indices)
 
     def on_device(self, device, limit_bytes=2**31):
         """Keep the whole cache on `device` if it takes at most `limit_bytes`; return whether it does."""
@@ -219,14 +212,13 @@ class LatentCache:
         return labels
 
 
-class LatentFolder:
+class LatentFolder(LatentSource):
     """Hand out latents kept as one `.npy` [C x ...] per picture; classes as in `ImageFolder`.
 
     Such files say nothing of their autoencoder: they are taken to be scaled by `scale_factor` already, as
     `encode_batch` returns them. Statistics are measured over up to 4096 of them, evenly spread.
     """
 
-    random_crop = random_flip = draws_posterior = supports_bulk_reads = False
     image_shape = unpadded_shape = autoencoder = None
     preprocessing = {}
 
@@ -250,10 +242,7 @@ class LatentFolder:
             moments.add(self.read([index]).numpy())
         self.statistics = moments.statistics()
 
-    def __len__(self):
-        return self.count
-
-    def read(self, indices, flips=None):
+    def read(self, indices, flips=None, rngs=None):
         """Return the latents of some items, float32 [n x C x ...] on the CPU."""
         if flips is not None:
             raise ValueError(f"{self.folder} holds no mirrored pictures; encode them with encode_dataset.py")
@@ -269,17 +258,9 @@ class LatentFolder:
                 raise ValueError(f"{path} holds values that are not finite; encode its picture again")
         return torch.from_numpy(values)
 
-    def on_device(self, device, limit_bytes=2**31):
-        """Say that nothing was loaded: single files stay where they are."""
-        return False
-
     def latents(self, values, eps=None, device="cpu"):
         """Return `values` on `device`: a folder of latents holds no posterior to draw from."""
         return to_device(values, device)
-
-    def batch(self, indices, eps=None, flips=None):
-        """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
-        return self.read(indices, flips), _labels_at(self, indices)
 
     def _open(self, path):
         try:
@@ -291,7 +272,7 @@ class LatentFolder:
         return latent
 
 
-class EncodedImages:
+class EncodedImages(LatentSource):
     """Encode pictures as they come, a whole batch at a time, where the codec is; a latent source like `LatentCache`.
 
     With a `PixelCodec` the pictures themselves are x0, and there are no statistics to know.
@@ -301,36 +282,32 @@ class EncodedImages:
     :param progress: called with (pictures measured, pictures in all).
     """
 
-    supports_bulk_reads = False
-
-    def __init__(self, pictures, codec, stats_samples=2048, seed=0, batch_size=32, statistics=None, progress=None):
-        self.pictures = pictures
+    def __init__(self, dataset, codec, stats_samples=2048, seed=0, batch_size=32, statistics=None, progress=None):
+        self.dataset = dataset
         self.codec = codec
-        self.folder = pictures.config.data_dir
-        self.count = len(pictures)
-        self.latent_shape = tuple(codec.latent_shape(pictures.shape))
-        self.image_shape = tuple(pictures.shape)
-        self.unpadded_shape = tuple(pictures.unpadded_shape)
-        self.labels = pictures.labels
-        self.class_names = pictures.class_names
-        self.preprocessing = pictures.preprocessing
+        self.folder = dataset.folder
+        self.count = len(dataset)
+        self.latent_shape = tuple(codec.latent_shape(dataset.shape))
+        self.image_shape = tuple(dataset.shape)
+        self.unpadded_shape = tuple(dataset.unpadded_shape)
+        self.labels = dataset.labels
+        self.class_names = dataset.class_names
+        self.filenames = dataset.names
+        self.preprocessing = dataset.preprocessing
         self.scale_factor = codec.scale_factor
         self.autoencoder = codec.describe()
         self.draws_posterior = codec.has_posterior
-        self.random_flip = pictures.config.random_flip
-        self.random_crop = pictures.config.crop == "random"
+        self.random_flip = dataset.random_flip
+        self.random_crop = dataset.random_crop
         if not codec.has_posterior:
             statistics = {}
         elif statistics is None:
             statistics = self._measure(min(stats_samples, self.count), seed, batch_size, progress)
         self.statistics = statistics
 
-    def __len__(self):
-        return self.count
-
     def read(self, indices, flips=None, rngs=None):
         """Return the pictures of some items, float32 [n x C x H x W] in [0, 1] on the CPU."""
-        return self.pictures.batch(indices, flips, rngs)
+        return self.dataset.batch(indices, flips, rngs)
 
     @torch.no_grad()
     def latents(self, images, eps=None, device="cpu"):
@@ -341,10 +318,6 @@ class EncodedImages:
         """
         return to_device(self.codec.encode_batch(images, eps), device).float()
 
-    def batch(self, indices, eps=None, flips=None):
-        """Return (scaled latents float32 [n x C x ...], labels int64 [n] or None)."""
-        return self.latents(self.read(indices, flips), eps), _labels_at(self, indices)
-
     def _measure(self, number, seed, batch_size, progress):
         chosen = np.sort(permute_indices(np.arange(number), self.count, seed, 0).astype(np.int64))
         groups = [chosen[start:start + batch_size] for start in range(0, number, batch_size)]
@@ -354,7 +327,7 @@ class EncodedImages:
             for group in groups:
                 stored = _encode(self.codec, ahead.next(), "moments").cpu().numpy()
                 if not np.isfinite(stored).all():
-                    raise ValueError(_not_finite(_group_name(self.pictures, group)))
+                    raise ValueError(_not_finite(_group_name(self.dataset, group)))
                 _add(moments, stored, "moments")
                 done += len(group)
                 if progress:
@@ -403,6 +376,3 @@ def _allow_open_files(count):
                              f"(ulimit -n {needed}), or encode with a larger --shard_size")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
-
-def _labels_at(source, indices):
-    return None if source.labels is None else torch.from_numpy(source.labels[np.asarray(indices)])

@@ -314,7 +314,7 @@ def test_a_scene_is_as_drawn_and_finite_for_every_motion_and_waveform():
     for motion in microdoppler.MOTIONS:
         for waveform in ("cw", "fmcw"):
             config = with_(waveform=waveform)
-            ranges, amplitudes = microdoppler.hand(motion, config, np.random.default_rng(1))
+            ranges, amplitudes = microdoppler.draw_hand(motion, config, np.random.default_rng(1))
             assert config.scatterers_min < len(ranges) == len(amplitudes) <= config.scatterers_max + 1
             assert 0 < ranges.min() and ranges.max() < 1.2 and np.isfinite(amplitudes).all()
             assert microdoppler.simulate(motion, "train", 0, config).std() > 10

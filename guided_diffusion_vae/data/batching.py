@@ -217,8 +217,8 @@ def image_batches(folder, plan, start_step=0, with_labels=False):
 
     def make_batch(step):
         indices = plan.indices(step)
-        rngs = plan.generators(step) if folder.config.crop == "random" else None
-        flips = plan.flip_mask(step) if folder.config.random_flip else None
+        rngs = plan.generators(step) if folder.random_crop else None
+        flips = plan.flip_mask(step) if folder.random_flip else None
         extra = {"y": torch.from_numpy(folder.labels[indices])} if with_labels else {}
         return folder.batch(indices, flips, rngs), extra
 

@@ -48,7 +48,7 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
         raise ValueError(f"{num_ranks} ranks encode together and need a barrier")
     if config.shard_size < 0:
         raise ValueError(f"--shard_size {config.shard_size} must be at least 1, or 0 to have it chosen")
-    if pictures.config.crop == "random":
+    if pictures.random_crop:
         raise ValueError("--crop random cannot be cached (one crop would be drawn for ever); take --crop center, of "
                          "volumes --crop grid, or encode on the fly")
     if not folder:
@@ -63,7 +63,7 @@ def write_cache(folder, pictures, codec, config, rank=0, num_ranks=1, progress=N
     key = _digest(head)
     if (folder / MANIFEST).exists():
         return _reuse_finished(folder, key, codec)
-    entries = len(pictures) * (2 if pictures.config.random_flip else 1)  # the second half is the first, mirrored
+    entries = len(pictures) * (2 if pictures.random_flip else 1)  # the second half is the first, mirrored
     shards = _shard_table(entries, config.shard_size or _usual_shard_size(entries))
     mine = shards[rank::num_ranks]
     missing = [shard for shard in mine if _record(folder, shard, key) is None]
@@ -90,7 +90,7 @@ def _manifest_fields(pictures, codec, config):
     return {
         "format": FORMAT, "version": VERSION, "autoencoder": codec.describe(), "scale_factor": codec.scale_factor,
         "store": config.store, "dtype": config.latent_dtype, "latent_shape": list(codec.latent_shape(pictures.shape)),
-        "image_shape": list(pictures.shape), "count": len(pictures), "flips": pictures.config.random_flip,
+        "image_shape": list(pictures.shape), "count": len(pictures), "flips": pictures.random_flip,
         "class_names": pictures.class_names, "preprocessing": pictures.describe(),
         **codec.approximations(pictures.shape[1:]),
     }

@@ -10,6 +10,7 @@ import torch
 
 from ..config import as_dict
 from ..files import bf
+from ..interfaces import ImageSource
 from .config import DataConfig, resolve_value_range
 from .decoding import _FULL_RANGE, _Header, _as_channels, _load, _read_header, to_unit
 from .listing import EXTENSIONS, infer_classes, hash_lines, file_extension, relative_names, require_data_dir, file_stamp, walk_files
@@ -17,7 +18,7 @@ from .npz import open_archive
 from .resizing import _fit
 
 
-class ImageFolder:
+class ImageFolder(ImageSource):
     """Read pictures of one size as float32 [C x H x W] in [0, 1]; counted and checked by their headers when made.
 
     Classes are the sub-folders where every picture stands in one, else the parts of the names before the first
@@ -35,6 +36,7 @@ class ImageFolder:
     def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         self.config = config = dataclasses.replace(config or DataConfig(), **fields)
         self.folder, self._flag = config.data_dir, flag
+        self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         if len(config.sides) != 2 or config.crop == "grid":
             raise ValueError(f"--image_size {config.image_size} --crop {config.crop}: pictures have two sizes and no "
                              "grid of patches; volumes are read by volume_datasets")
@@ -55,9 +57,6 @@ class ImageFolder:
         if config.pad and multiple is not None:
             multiple = (multiple, multiple) if isinstance(multiple, int) else tuple(multiple)
             self.shape = (channels, *(-(-n // step) * step for n, step in zip((self.height, self.width), multiple)))
-
-    def __len__(self):
-        return len(self.names)
 
     def read(self, index, rng=None):
         """Return picture `index` as float32 [C x H x W] in [0, 1]; `rng` (numpy Generator) places a random crop.

@@ -7,9 +7,10 @@ import numpy as np
 import torch.nn.functional as F
 
 from ..config import option
-from ..latent_datasets import _labels_at
+from ..interfaces import ImageSource
 from ..nn import keyed_randn, to_device
 from .batching import BatchStream
+from .config import unpad
 from .listing import require_labels
 
 BULK, BULK_NUMBERS = 1024, 2**23  # latents that are read, drawn and normalised in one go, and the numbers in them
@@ -25,23 +26,25 @@ class SmallCacheConfig:
     small_cache_dir: str = option("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
 
 
-class DownsampledImages:
+class DownsampledImages(ImageSource):
     """The pictures of a `ImageFolder` averaged down to `sides` (height, width): what an upsampler starts from."""
 
-    def __init__(self, pictures, sides):
-        self.pictures, self.sides = pictures, tuple(sides)
-        self.config, self.labels, self.class_names = pictures.config, pictures.labels, pictures.class_names
-        self.preprocessing = pictures.preprocessing
-        self.shape = self.unpadded_shape = (pictures.shape[0], *self.sides)
-
-    def __len__(self):
-        return len(self.pictures)
+    def __init__(self, dataset, sides):
+        self.dataset, self.sides = dataset, tuple(sides)
+        self.shape = self.unpadded_shape = (dataset.shape[0], *self.sides)
+        for name in ("folder", "names", "labels", "class_names", "preprocessing", "fingerprint", "random_flip", "random_crop"):
+            setattr(self, name, getattr(dataset, name))
 
     def batch(self, indices, flips=None, rngs=None):
-        """Return pictures as float32 [n x C x *sides] in [0, 1]; what the large ones are padded with is left away."""
-        large = self.pictures.batch(indices, flips, rngs)
-        seen = tuple(slice(n) for n in self.pictures.unpadded_shape[1:])
-        return F.interpolate(large[(..., *seen)], size=self.sides, mode="area")
+        """Return images as float32 [n x C x *sides] in [0, 1]; the padding of the high-resolution images is omitted."""
+        images = unpad(self.dataset.batch(indices, flips, rngs), self.dataset.unpadded_shape)
+        return F.interpolate(images, size=self.sides, mode="area")
+
+    def describe(self):
+        return {**self.dataset.describe(), "shape": list(self.shape), "unpadded_shape": list(self.shape)}
+
+    def summary(self):
+        return f"{self.dataset.summary()}; downsampled to {'x'.join(map(str, self.sides))}"
 
 
 class LatentStream(BatchStream):
@@ -70,13 +73,13 @@ class LatentStream(BatchStream):
 
             def read(of):
                 flips = np.concatenate([plan.flip_mask(s) for s in steps]) if of.random_flip else None
-                return of.read(indices, flips, **({"rngs": plan.generators(step)} if of.random_crop else {}))
+                return of.read(indices, flips, plan.generators(step) if of.random_crop else None)
 
             eps = None
             if source.draws_posterior:
                 keys = [(seed, _POSTERIOR, s, slot) for s in steps for slot in plan.slots]
                 eps = keyed_randn(source.latent_shape, keys)
-            labels = _labels_at(source, indices) if with_labels else None
+            labels = source.labels_of(indices) if with_labels else None
             return read(source), eps, labels, None if small is None else read(small)
 
         def finish(prepared):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..files import bf
+from ..interfaces import ImageSource
 from ..nn import keyed_rng
 from .config import DataConfig, parse_spacing, resolve_value_range
 from .decoding import to_unit
@@ -26,7 +27,7 @@ RECENT_BYTES = 4 * 2**30    # of volumes that have to be unpacked to be read at 
 _Header = collections.namedtuple("_Header", "shape dtype spacing")
 
 
-class VolumeFolder:
+class VolumeFolder(ImageSource):
     """Read patches of one size out of volumes as float32 [C x D x H x W] in [0, 1].
 
     `.npy` [D x H x W] or [C x D x H x W], `.npz` with one such array, `.nii` and `.nii.gz` (its axes as they are
@@ -45,6 +46,7 @@ class VolumeFolder:
     def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         self.config = config = dataclasses.replace(config or DataConfig(), **fields)
         self.folder = config.data_dir
+        self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         self.sides = config.sides
         if config.image_channels not in (0, 1):
             raise ValueError(f"--image_channels {config.image_channels}: volumes keep the channels that they have")
@@ -74,9 +76,6 @@ class VolumeFolder:
         self.names = [files[file] + ("" if corner is None else "[{},{},{}]".format(*corner))
                       for file, corner in self.items]
         self.labels = None if labels is None else labels[[file for file, _ in self.items]]
-
-    def __len__(self):
-        return len(self.items)
 
     @property
     def spacing(self):

@@ -125,7 +125,7 @@ def open_low_res(source, space, small_size, small_cache, given):
     """
     if small_cache:
         small = open_cache(small_cache, given)
-        if getattr(small, "filenames", 0) != getattr(source, "filenames", 1):
+        if small.filenames is None or small.filenames != source.filenames:
             raise ValueError(f"{small_cache} holds other pictures, or in another order, than {source.folder}; encode "
                              "the same folder twice, with two --image_size")
         if small.autoencoder != source.autoencoder:
@@ -138,7 +138,7 @@ def open_low_res(source, space, small_size, small_cache, given):
                                  "go with these; encode both with the same flags but for --image_size")
     elif isinstance(source, EncodedImages):
         sides = parse_size(small_size)
-        small = EncodedImages(DownsampledImages(source.pictures, sides), space.codec, statistics={})
+        small = EncodedImages(DownsampledImages(source.dataset, sides), space.codec, statistics={})
     else:
         raise ValueError(f"{source.folder} is a cache; give that of the small pictures as --small_cache_dir")
     if any(a >= b for a, b in zip(small.latent_shape[1:], source.latent_shape[1:])):
@@ -189,7 +189,7 @@ def require_same_preprocessing(cache, given):
 
 def verify(cache, limit_bytes=2**32):
     """Compare a cache with the SHA-256 of its files on rank 0, where that takes seconds."""
-    if dist_util.rank() == 0 and hasattr(cache, "verify"):
+    if dist_util.rank() == 0:
         if cache.nbytes > limit_bytes:
             return log_rank0(f"{cache.folder} is large and taken as it is; encode_dataset.py with the same flags verifies it")
         with progress_bar(None, 0, "verifying the cache") as bar:
