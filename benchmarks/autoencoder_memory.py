@@ -28,8 +28,7 @@ from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.flags import read_yaml
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_initialization
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
 
 LOSS = AutoencoderLossConfig()
 VOLUMES = Path(__file__).parents[1] / "configs/volumes"

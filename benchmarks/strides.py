@@ -25,8 +25,9 @@ from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
 from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import planning
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_initialization
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig, from_image_range, to_image_range
+from guided_diffusion_vae.vae import (
+    AutoencoderLossConfig, DiscriminatorConfig, from_image_range, to_image_range,
+)
 
 TURN = 10.0  # seconds of CPU time
 LR = 1e-3

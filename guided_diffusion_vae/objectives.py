@@ -14,7 +14,7 @@ from .data.augmentation import random_affine, random_flips
 from .gaussian_diffusion import noised_condition
 from .nn import keyed_randn, keyed_rng, keyed_seed, to_device
 from .resample import LossAwareSampler, UniformSampler
-from .vae.posterior import autoencoder_losses, to_image_range
+from .vae import autoencoder_losses, to_image_range
 
 # Second number of every key, so that the streams of one seed never meet. LatentStream has 1, sampling 5 and 8.
 NOISE, TIMESTEPS, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMESTEPS, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10

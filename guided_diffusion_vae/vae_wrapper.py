@@ -19,10 +19,9 @@ from .autoencoder import latent_grid
 from .config import option
 from .interfaces import Codec
 from .nn import to_device
+from .vae import LOGVAR_RANGE, blend_tiles, from_image_range, sample_moments, to_image_range
 from .vae.foreign import FLAG, _open
-from .vae.posterior import LOGVAR_RANGE, from_image_range, sample_moments, to_image_range
 from .vae.streaming import Streamer
-from .vae.tiling import blend_tiles
 
 SCALE_FACTOR = 0.18215
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

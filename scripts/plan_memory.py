@@ -15,9 +15,7 @@ from guided_diffusion_vae.data.folders import open_folder
 from guided_diffusion_vae.runs import planning
 from guided_diffusion_vae.runs.flags import argparser, parse
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.vae.perceptual import PerceptualConfig
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig
 
 CONFIGS = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
            AutoencoderTrainConfig, planning.PlanConfig)

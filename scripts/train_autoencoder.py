@@ -16,9 +16,7 @@ from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.flags import argparser, parse
 from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.vae.perceptual import PerceptualConfig
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig
 
 CONFIGS = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
            AutoencoderTrainConfig, RunConfig)

@@ -25,8 +25,7 @@ from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSamp
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
 from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig, create_discriminator
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, create_discriminator
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 
 COUNT, GLOBAL_BATCH, SEED = 10, 4, 7

@@ -8,13 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 # From the bottom up; a module imports only what stands before it, so there is no circle either.
 LAYERS = """
-    config data.manifest data.resizing data.statistics evaluation.image_metrics files losses nn vae.tiling
+    config data.manifest data.resizing data.statistics evaluation.image_metrics files interfaces losses nn
+    vae.tiling
     checkpoint_util data.augmentation data.config data.listing evaluation.figures evaluation.label_metrics
     evaluation.set_metrics gaussian_diffusion resample runs.memory sampling.guidance unet vae.blocks
     vae.discriminator vae.posterior
     autoencoder data.batching data.decoding data.microdoppler data.npz dist_util evaluation.features
     image_datasets respace sampling.solvers vae.perceptual vae.streaming
-    data.image_folders latent_datasets logger runs.diffusers_export runs.factories vae.foreign
+    data.image_folders latent_datasets logger runs.factories vae runs.diffusers_export vae.foreign
     data.cache_writer data.latent_stream data.volume_folders fp16_util objectives vae_wrapper
     data.folders sampling.generate sampling.sampler train_util vae.adversarial
     evaluation.comparison evaluation.previews runs.planning runs.run runs.spaces
@@ -22,7 +23,10 @@ LAYERS = """
     runs.configs runs.flags script_util runs.export runs.training
     runs.tstr
 """.split()
-MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+# A package counts as a module where its __init__.py imports something: it is then the public face of its room.
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+         for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"}
+MODULES = sorted(name for name, path in FILES.items() if path.read_text())
 # library: (modules that may import it, whether only inside functions)
 KEPT_IN = {
     "mpi4py": (["dist_util"], True),
@@ -35,7 +39,7 @@ ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel",
 
 
 def tree_of(module):
-    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    return ast.parse(FILES[module].read_text())
 
 
 def imports_of(tree, inside_function=False):
@@ -58,7 +62,8 @@ def imported(module):
     names = set()
     for name, _ in imports_of(tree_of(module)):
         dots = len(name) - len(name.lstrip("."))
-        base = module.split(".")[:-dots] if dots else []
+        parts = (module + ".__init__" * (FILES[module].stem == "__init__")).split(".")
+        base = parts[:-dots] if dots else []
         full = ".".join([*base, name.lstrip(".")]).removeprefix("guided_diffusion_vae.")
         if dots or name.startswith("guided_diffusion_vae"):
             names.add(full)

@@ -15,8 +15,7 @@ from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, a
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, resolve_train_config
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
 
 NETWORK = AutoencoderConfig(num_channels=(16, 32), downsample_factors=(4,), attention_levels=(False, True))
 

@@ -90,7 +90,7 @@ def test_weights_must_be_given_and_be_those_of_the_backbone(tmp_path, monkeypatc
 
 
 def test_weights_of_another_network_are_refused(perceptual, tmp_path):
-    from guided_diffusion_vae.perceptual import _load_backbone
+    from guided_diffusion_vae.vae.perceptual import _load_backbone
 
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth has .* for features.0.weight, needed is"):

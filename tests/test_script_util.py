@@ -24,8 +24,7 @@ from guided_diffusion_vae.runs.run import RunConfig, start_run, write_config
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
-from guided_diffusion_vae.vae.discriminator import DiscriminatorConfig
-from guided_diffusion_vae.vae.posterior import AutoencoderLossConfig
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -9,8 +9,7 @@ from ..data.listing import map_labels, require_labels
 from ..data.volume_folders import VolumeFolder
 from ..objectives import StepRNG
 from ..sampling.generate import SHEET_ROWS
-from ..vae.posterior import from_image_range, kl_divergence, to_image_range
-from ..vae.tiling import blend_tiles
+from ..vae import blend_tiles, from_image_range, kl_divergence, to_image_range
 from . import figures, image_metrics
 
 PREVIEW_IMAGES = 16  # pictures in a preview

@@ -14,9 +14,7 @@ from ..sampling.guidance import GuidanceConfig
 from ..sampling.sampler import BaseConfig, PixelSamplingConfig, SamplingConfig
 from ..train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
-from ..vae.discriminator import DiscriminatorConfig
-from ..vae.perceptual import PerceptualConfig
-from ..vae.posterior import AutoencoderLossConfig
+from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig
 from ..vae_wrapper import NormalizerConfig, VAEConfig
 from .diffusers_export import ExportConfig
 from .planning import PlanConfig

@@ -11,8 +11,7 @@ from ..autoencoder import create_autoencoder, per_level, format_strides
 from ..config import as_dict, option
 from ..nn import per_axis
 from ..train_util import AMP_DTYPES
-from ..vae.discriminator import create_discriminator, discriminator_losses, generator_losses
-from ..vae.posterior import autoencoder_losses
+from ..vae import autoencoder_losses, create_discriminator, discriminator_losses, generator_losses
 from .factories import create_model_and_diffusion_vae, create_diffusion
 from .memory import GIB, estimate_inference, estimate_training
 

@@ -17,9 +17,8 @@ from ..logger import log_rank0
 from ..objectives import AutoencoderObjective, ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
 from ..train_util import TrainLoop, seed_initialization, resolve_train_config
+from ..vae import PerceptualLoss, create_discriminator
 from ..vae.adversarial import DiscriminatorTrainer
-from ..vae.discriminator import create_discriminator
-from ..vae.perceptual import PerceptualLoss
 from ..vae_wrapper import LatentNormalizer
 from .factories import build_classifier, create_model_and_diffusion_vae, create_diffusion
 from .loading import create_sampler
