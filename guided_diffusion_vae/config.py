@@ -38,6 +38,16 @@ def section_name(cls):
     return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
 
 
+def require(*rules, error=ValueError):
+    """Check (holds, message) pairs in order.
+
+    :raises ValueError: with the message of the first pair that does not hold; `error` is another class to raise.
+    """
+    for holds, message in rules:
+        if not holds:
+            raise error(message)
+
+
 def to_tuple(value):
     """Turn lists, nested ones too, into tuples, as config dataclasses hold them."""
     return tuple(to_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value

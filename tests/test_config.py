@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from guided_diffusion_vae.config import as_dict, from_dict, to_tuple, option, size
+from guided_diffusion_vae.config import as_dict, from_dict, option, require, size, to_tuple
 
 
 @dataclasses.dataclass
@@ -43,3 +43,11 @@ def test_frozen_turns_lists_at_any_depth_into_tuples():
 @pytest.mark.parametrize("text, value", [("64", 64), (64, 64), ("64x128", "64x128"), ("-1", "-1"), ("", "")])
 def test_a_size_is_a_number_where_it_is_one(text, value):
     assert size(text) == value and type(size(text)) is type(value)
+
+
+def test_require_raises_the_first_message_that_does_not_hold():
+    require((True, "one"), ("anything", "two"))
+    with pytest.raises(ValueError, match="^two$"):
+        require((True, "one"), (0, "two"), (False, "three"))
+    with pytest.raises(FileNotFoundError, match="^one$"):
+        require((None, "one"), error=FileNotFoundError)
