@@ -22,7 +22,7 @@ from torch import nn
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import option
-from guided_diffusion_vae.data.config import parse_size
+from guided_diffusion_vae.data import parse_size
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning

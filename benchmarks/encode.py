@@ -19,7 +19,7 @@ import torch
 from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict, option
-from guided_diffusion_vae.data.config import parse_size
+from guided_diffusion_vae.data import parse_size
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
 NETWORKS = {

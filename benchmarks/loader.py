@@ -18,11 +18,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from guided_diffusion_vae.config import option
-from guided_diffusion_vae.data.batching import BatchPlan
+from guided_diffusion_vae.data import BatchPlan, DataConfig, ImageFolder, LatentStream
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import ImageFolder
-from guided_diffusion_vae.data.latent_stream import LatentStream
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 BATCHES = 50        # in a measurement

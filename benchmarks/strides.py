@@ -17,9 +17,7 @@ import torch
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import option
-from guided_diffusion_vae.data.batching import BatchPlan, image_batches
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.folders import open_folder
+from guided_diffusion_vae.data import BatchPlan, DataConfig, image_batches, open_folder
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
 from guided_diffusion_vae.objectives import AutoencoderObjective

@@ -8,7 +8,7 @@ Writes metrics.json and a side-by-side picture into the run folder; the exit sta
 import sys
 
 from guided_diffusion_vae import dist_util, logger
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.evaluation import roundtrip
 from guided_diffusion_vae.runs import spaces
 from guided_diffusion_vae.runs.flags import argparser, parse_explicit

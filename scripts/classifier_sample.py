@@ -10,7 +10,7 @@ those of guided-diffusion are described by the flags. The diffusion model need n
 """
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields

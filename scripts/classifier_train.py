@@ -9,7 +9,7 @@ It reads pictures, or latents where --cache_dir or --vae_path is given: those of
 """
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import spaces, training

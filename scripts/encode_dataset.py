@@ -6,7 +6,7 @@
 
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.logger import progress_bar
 from guided_diffusion_vae.runs import spaces
 from guided_diffusion_vae.runs.flags import argparser, parse_explicit

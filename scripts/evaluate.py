@@ -13,7 +13,7 @@ confusion matrices and nearest training pictures to the run folder.
 import dataclasses
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.evaluation import comparison
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading, tstr

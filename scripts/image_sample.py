@@ -9,7 +9,7 @@ goes on where it stopped.
 """
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields

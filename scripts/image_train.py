@@ -5,8 +5,7 @@
 """
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.folders import open_folder
+from guided_diffusion_vae.data import DataConfig, open_folder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import spaces, training
 from guided_diffusion_vae.runs.flags import argparser, parse

@@ -6,7 +6,7 @@
 """
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import spaces, training

@@ -10,8 +10,7 @@ Nothing is allocated and no data are needed; --data_dir gives the channels where
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, total_factors
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.folders import open_folder
+from guided_diffusion_vae.data import DataConfig, open_folder
 from guided_diffusion_vae.runs import planning
 from guided_diffusion_vae.runs.flags import argparser, parse
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig

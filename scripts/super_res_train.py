@@ -11,8 +11,7 @@ Small pictures are averaged from large ones, or read from a second cache of the 
 import dataclasses
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.latent_stream import SmallCacheConfig
+from guided_diffusion_vae.data import DataConfig, SmallCacheConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs import spaces, training

@@ -11,7 +11,7 @@ folder stands for it.
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.flags import argparser, parse
 from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run

@@ -15,10 +15,8 @@ from PIL import Image
 from guided_diffusion_vae import checkpoint_util, dist_util, gaussian_diffusion as gd, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.data.batching import BatchPlan, image_batches
+from guided_diffusion_vae.data import BatchPlan, ImageFolder, LatentStream, image_batches
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.image_folders import ImageFolder
-from guided_diffusion_vae.data.latent_stream import LatentStream
 from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache
 from guided_diffusion_vae.objectives import AutoencoderObjective, ClassifierObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler

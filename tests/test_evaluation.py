@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import ImageFolder
-from guided_diffusion_vae.data.npz import open_npz, to_uint8, write_npz
+from guided_diffusion_vae.data import DataConfig, ImageFolder, open_npz, to_uint8, write_npz
 from guided_diffusion_vae.evaluation import comparison, image_metrics
 from guided_diffusion_vae.evaluation.comparison import EvaluateConfig, evaluate
 from guided_diffusion_vae.evaluation.features import Features

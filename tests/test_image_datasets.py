@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from guided_diffusion_vae import image_datasets
-from guided_diffusion_vae.data.batching import BatchPlan, Prefetcher, permute_indices, image_batches
-from guided_diffusion_vae.data.config import parse_range, parse_size, unpad
-from guided_diffusion_vae.data.decoding import read_array
-from guided_diffusion_vae.data.image_folders import ImageFolder
+from guided_diffusion_vae.data import (
+    BatchPlan, ImageFolder, Prefetcher, image_batches, parse_range, parse_size, permute_indices, read_array, unpad,
+)
 
 
 def ramp(height, width, dtype=np.uint8, channels=0):

@@ -12,10 +12,8 @@ from PIL import Image
 
 from guided_diffusion_vae import latent_datasets
 from guided_diffusion_vae.data import cache_writer, latent_stream
-from guided_diffusion_vae.data.batching import BatchPlan
+from guided_diffusion_vae.data import BatchPlan, DownsampledImages, ImageFolder, LatentStream
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.image_folders import ImageFolder
-from guided_diffusion_vae.data.latent_stream import LatentStream, DownsampledImages
 from guided_diffusion_vae.latent_datasets import (
     EncodedImages, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
 )

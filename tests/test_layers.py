@@ -15,9 +15,10 @@ LAYERS = """
     vae.discriminator vae.posterior
     autoencoder data.batching data.decoding data.microdoppler data.npz dist_util evaluation.features
     image_datasets respace sampling.solvers vae.perceptual vae.streaming
-    data.image_folders latent_datasets logger runs.factories vae runs.diffusers_export vae.foreign
-    data.cache_writer data.latent_stream data.volume_folders fp16_util objectives vae_wrapper
-    data.folders sampling.generate sampling.sampler train_util vae.adversarial
+    data.image_folders data.latent_stream data.volume_folders data latent_datasets logger runs.factories vae
+    runs.diffusers_export vae.foreign
+    data.cache_writer fp16_util objectives vae_wrapper
+    sampling.generate sampling.sampler train_util vae.adversarial
     evaluation.comparison evaluation.previews runs.planning runs.run runs.spaces
     evaluation.likelihood evaluation.roundtrip runs.loading
     runs.configs runs.flags script_util runs.export runs.training

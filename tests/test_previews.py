@@ -5,9 +5,7 @@ from PIL import Image
 
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import ImageFolder
-from guided_diffusion_vae.data.volume_folders import VolumeFolder
+from guided_diffusion_vae.data import DataConfig, ImageFolder, VolumeFolder
 from guided_diffusion_vae.evaluation import figures, image_metrics
 from guided_diffusion_vae.evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae.data.npz import open_npz, to_uint8, write_npz
+from guided_diffusion_vae.data import open_npz, to_uint8, write_npz
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_diffusion
 from guided_diffusion_vae.sampling.generate import generate_samples

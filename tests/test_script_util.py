@@ -10,7 +10,7 @@ from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig
-from guided_diffusion_vae.data.config import DataConfig
+from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.evaluation.comparison import EvaluateConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig

@@ -19,7 +19,7 @@ from PIL import Image
 from guided_diffusion_vae import checkpoint_util, dist_util, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.data.npz import open_npz
+from guided_diffusion_vae.data import open_npz
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.runs.factories import create_model
 from conftest import LAUNCHER_NAMES

@@ -10,8 +10,7 @@ from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data.config import DataConfig
-from guided_diffusion_vae.data.image_folders import ImageFolder
+from guided_diffusion_vae.data import DataConfig, ImageFolder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentCache, LatentConfig, LatentFolder
 from guided_diffusion_vae.runs import loading, spaces, training

@@ -4,11 +4,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion_vae.data.batching import BatchPlan, image_batches
-from guided_diffusion_vae.data.config import DataConfig, unpad
-from guided_diffusion_vae.data.folders import open_folder
-from guided_diffusion_vae.data.image_folders import ImageFolder
-from guided_diffusion_vae.data.volume_folders import VolumeFolder, write_nifti
+from guided_diffusion_vae.data import (
+    BatchPlan, DataConfig, ImageFolder, VolumeFolder, image_batches, open_folder, unpad, write_nifti,
+)
 
 nibabel = pytest.importorskip("nibabel")
 

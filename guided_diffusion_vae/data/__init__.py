@@ -1,0 +1,42 @@
+"""The data room: images and volumes from files, batches of them, latent streams, archives of samples.
+
+Other rooms import from here. `cache_writer` and `microdoppler` are imported by their own names: the first imports
+`latent_datasets`, which itself imports from this room.
+"""
+
+import dataclasses
+
+from .batching import BatchPlan, BatchStream, Prefetcher, image_batches, permute_indices
+from .config import DataConfig, parse_range, parse_size, parse_spacing, unpad
+from .decoding import read_array
+from .image_folders import ImageFolder
+from .latent_stream import DownsampledImages, LatentStream, SmallCacheConfig
+from .listing import hash_lines, map_labels, require_data_dir, require_labels
+from .manifest import MANIFEST
+from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
+from .statistics import RunningMoments
+from .volume_folders import VolumeFolder, write_nifti
+
+__all__ = [
+    "MANIFEST", "SOURCES", "BatchPlan", "BatchStream", "DataConfig", "DownsampledImages", "ImageFolder", "LatentStream",
+    "Prefetcher", "RunningMoments", "Samples", "SmallCacheConfig", "VolumeFolder", "hash_lines", "image_batches",
+    "map_labels", "open_archive", "open_folder", "open_npz", "parse_range", "parse_size", "parse_spacing",
+    "permute_indices", "read_array", "require_data_dir", "require_labels", "to_uint8", "unpad", "write_nifti", "write_npz",
+]
+
+# The image sources: (whether a DataConfig describes one, class(config, multiple, flag)); the first that applies is opened.
+SOURCES = [
+    (lambda config: len(config.sides) == 3, VolumeFolder),
+    (lambda config: len(config.sides) == 2, ImageFolder),
+]
+
+
+def open_folder(config, multiple=None, flag="--data_dir", **fields):
+    """Return the image source that a DataConfig describes, an entry of `SOURCES`.
+
+    :param multiple: the factors per axis that must divide the size, used if `config.pad` is True.
+    :param flag: the flag that specified the folder, for error messages.
+    :param fields: fields of the config to replace.
+    """
+    config = dataclasses.replace(config, **fields)
+    return next(source for applies, source in SOURCES if applies(config))(config, multiple, flag)

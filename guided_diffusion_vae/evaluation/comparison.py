@@ -9,9 +9,7 @@ import torch
 
 from .. import dist_util
 from ..config import option
-from ..data.folders import open_folder
-from ..data.listing import map_labels, require_data_dir
-from ..data.npz import open_archive, open_npz
+from ..data import map_labels, open_archive, open_folder, open_npz, require_data_dir
 from ..files import write_json
 from ..sampling.generate import OWNED_MARKER
 from . import features, figures, image_metrics, label_metrics, set_metrics

@@ -4,9 +4,7 @@ import numpy as np
 import torch
 
 from .. import logger
-from ..data.config import unpad
-from ..data.listing import map_labels, require_labels
-from ..data.volume_folders import VolumeFolder
+from ..data import VolumeFolder, map_labels, require_labels, unpad
 from ..objectives import StepRNG
 from ..sampling.generate import SHEET_ROWS
 from ..vae import blend_tiles, from_image_range, kl_divergence, to_image_range

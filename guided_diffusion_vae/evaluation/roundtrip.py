@@ -7,9 +7,7 @@ import numpy as np
 import torch
 
 from ..config import option
-from ..data.config import unpad
-from ..data.npz import to_uint8, write_npz
-from ..data.statistics import RunningMoments
+from ..data import RunningMoments, to_uint8, unpad, write_npz
 from ..files import write_json
 from . import figures, image_metrics
 from .comparison import _progress

@@ -2,8 +2,7 @@
 
 from ..autoencoder import AutoencoderConfig
 from ..data.cache_writer import LatentCacheConfig
-from ..data.config import DataConfig
-from ..data.latent_stream import SmallCacheConfig
+from ..data import DataConfig, SmallCacheConfig
 from ..data.microdoppler import MicrodopplerConfig
 from ..evaluation.comparison import EvaluateConfig
 from ..evaluation.likelihood import LikelihoodConfig

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .. import dist_util
 from ..config import from_dict, to_tuple, section_name
-from ..data.config import DataConfig, parse_size
+from ..data import DataConfig, parse_size
 
 
 class Selection(NamedTuple):

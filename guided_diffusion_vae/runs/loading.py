@@ -10,10 +10,7 @@ import numpy as np
 
 from .. import checkpoint_util, dist_util
 from ..config import as_dict, from_dict, to_tuple, size
-from ..data.config import parse_size
-from ..data.folders import open_folder
-from ..data.listing import map_labels, require_labels
-from ..data.npz import open_npz
+from ..data import map_labels, open_folder, open_npz, parse_size, require_labels
 from ..evaluation import features
 from ..files import sha256_of_file
 from ..gaussian_diffusion import DiffusionConfig

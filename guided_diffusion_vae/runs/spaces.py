@@ -15,10 +15,7 @@ import torch
 
 from .. import checkpoint_util, dist_util
 from ..config import to_tuple, size
-from ..data.config import DataConfig, parse_size, parse_spacing
-from ..data.folders import open_folder
-from ..data.latent_stream import DownsampledImages
-from ..data.manifest import MANIFEST
+from ..data import MANIFEST, DataConfig, DownsampledImages, open_folder, parse_size, parse_spacing
 from ..latent_datasets import EncodedImages, open_latents
 from ..logger import progress_bar, log_rank0
 from ..vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae

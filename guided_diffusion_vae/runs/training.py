@@ -9,9 +9,7 @@ import torch
 from .. import dist_util
 from ..autoencoder import create_autoencoder, format_strides, total_factors
 from ..config import as_dict
-from ..data.batching import BatchPlan, image_batches
-from ..data.folders import open_folder
-from ..data.latent_stream import LatentStream
+from ..data import BatchPlan, LatentStream, image_batches, open_folder
 from ..evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..logger import log_rank0
 from ..objectives import AutoencoderObjective, ClassifierObjective, DiffusionObjective

@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from .. import dist_util, logger
-from ..data.folders import open_folder
-from ..data.listing import hash_lines, map_labels
+from ..data import hash_lines, map_labels, open_folder
 from ..evaluation import comparison, features, label_metrics
 from ..train_util import find_checkpoint
 from .factories import build_classifier

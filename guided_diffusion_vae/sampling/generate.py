@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from .. import dist_util, logger
-from ..data.npz import open_npz, to_uint8, write_npz
-from ..data.volume_folders import write_nifti
+from ..data import open_npz, to_uint8, write_nifti, write_npz
 from ..evaluation import figures
 from ..files import atomic_path, write_json
 from ..gaussian_diffusion import ModelMeanType
