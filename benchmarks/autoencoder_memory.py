@@ -27,7 +27,9 @@ from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.flags import read_yaml
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_initialization
+from guided_diffusion_vae.train_util import (
+    AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
+)
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
 
 LOSS = AutoencoderLossConfig()
@@ -162,8 +164,9 @@ def timed(size, bench, device, reference=""):
     loops = {}
     for name, network in networks.items():
         objective = AutoencoderObjective(LOSS, network, (-1.0, 1.0), AutoencoderTrainConfig())
-        loops[name] = TrainLoop(model=network, objective=objective, data=iter(()), batch_size=1, lr=1e-4,
-                                log_interval=10**9, save_interval=10**9, mixed_precision=True)
+        loops[name] = TrainLoop(model=network, data=iter(()), batch_size=1, lr=1e-4, log_interval=10**9,
+                                save_interval=10**9, config=TrainConfig(mixed_precision=True),
+                                task=TrainTask(objective))
     steps = {name: lambda loop=loop: loop.run_step(x, {}) for name, loop in loops.items()}
     rows = common.speedup_table(common.time_interleaved(steps, bench.repetitions, device), "[2,2]")
     for row in rows:

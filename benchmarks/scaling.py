@@ -24,7 +24,7 @@ from guided_diffusion_vae.config import option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.flags import parse
-from guided_diffusion_vae.train_util import TrainLoop
+from guided_diffusion_vae.train_util import DiffusionTrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 
 RESULT = "seconds per step: "
@@ -85,8 +85,8 @@ def work(bench, config):
     batch = torch.randn(config.worker, *shape)
     with common.silent():
         loop = TrainLoop(model=common.randomize_zero_parameters(model).to(device), diffusion=diffusion, data=iter(()),
-                         batch_size=config.worker, lr=1e-4, log_interval=10**9, save_interval=10**9, fsdp=config.fsdp,
-                         mixed_precision=config.mixed_precision)
+                         batch_size=config.worker, lr=1e-4, log_interval=10**9, save_interval=10**9,
+                         config=DiffusionTrainConfig(fsdp=config.fsdp, mixed_precision=config.mixed_precision))
         times = []
         for _ in range(bench.repetitions + 2):
             dist_util.barrier()

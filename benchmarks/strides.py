@@ -22,7 +22,9 @@ from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
 from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import planning
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop, seed_initialization
+from guided_diffusion_vae.train_util import (
+    AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
+)
 from guided_diffusion_vae.vae import (
     AutoencoderLossConfig, DiscriminatorConfig, from_image_range, to_image_range,
 )
@@ -95,9 +97,9 @@ class Variant:
         self.activations = plan.training().activations
         self.data = image_batches(pictures, BatchPlan(len(pictures), batch_size))
         self.loop = TrainLoop(
-            model=self.network, objective=AutoencoderObjective(loss, self.network, network.image_range, train),
-            data=self.data, batch_size=batch_size, lr=LR, ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9,
-            mixed_precision=True, grad_clip=0.5,
+            model=self.network, data=self.data, batch_size=batch_size, lr=LR, ema_rate=EMA_RATE, log_interval=10**9,
+            save_interval=10**9, config=TrainConfig(mixed_precision=True, grad_clip=0.5),
+            task=TrainTask(AutoencoderObjective(loss, self.network, network.image_range, train)),
         )
         self.range, self.psnr_after = network.image_range, {}
 

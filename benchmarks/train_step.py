@@ -23,7 +23,7 @@ from guided_diffusion_vae.config import as_dict, option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import diffusers_export
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
-from guided_diffusion_vae.train_util import TrainLoop
+from guided_diffusion_vae.train_util import TrainConfig, TrainLoop
 from guided_diffusion_vae.unet import ModelConfig
 
 COMPILED, DIFFUSERS = "bfloat16, compiled", "diffusers"
@@ -108,7 +108,7 @@ def own_side(shape, flags, weights, batch_size, device, **options):
     model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     model.load_state_dict(weights)
     loop = TrainLoop(model=model.to(device), diffusion=diffusion, data=iter(()), batch_size=batch_size, lr=LR,
-                     ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, **options)
+                     ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, config=TrainConfig(**options))
     return Side(loop.run_step, loop.ddp_model, diffusion, loop.autocast_dtype)
 
 

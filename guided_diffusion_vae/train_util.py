@@ -9,14 +9,15 @@ import copy
 import math
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Callable
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint_util, dist_util, logger
-from .config import option
+from .config import from_dict, option
 from .fp16_util import MixedPrecisionTrainer
 from .logger import progress_bar
 from .nn import keyed_seed, to_device, update_ema
@@ -47,6 +48,7 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 @dataclass
 class TrainConfig:
     SECTION = "training"
+    fsdp, fp16_scale_growth = False, 1e-3   # flags of diffusion models alone
 
     lr: float = option(1e-4, "learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", minimum=0)
@@ -131,6 +133,11 @@ class ClassifierTrainConfig:
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     seed: int = option(0, "seed of everything random in training")
 
+    def to_train_config(self):
+        """Return the TrainConfig of this training: the flags of guided-diffusion's classifiers have names of their own."""
+        return replace(from_dict(TrainConfig, asdict(self)), ema_rate="", max_steps=self.iterations,
+                       lr_anneal_steps=self.iterations if self.anneal_lr else 0, preview_interval=self.eval_interval)
+
 
 def resolve_train_config(train):
     """Return a training config in which accumulation and a trial run are worked into the flags that the loop heeds.
@@ -165,84 +172,112 @@ def seed_initialization(seed):
     torch.manual_seed(keyed_seed(seed, WEIGHTS))
 
 
-class TrainLoop:
-    """Train until `max_steps` (or `lr_anneal_steps`, or a signal), saving steps that can be resumed to the bit.
+@dataclass
+class TrainTask:
+    """The objective of a TrainLoop, if it is not that of guided-diffusion, and the description of its run.
 
-    :param model: the network, on its device.
-    :param diffusion: a GaussianDiffusion; may be None where `objective` is given.
+    :param objective: an `Objective`; None: the losses of `diffusion`.
+    :param header: dictionary that describes the model in its checkpoints (see `checkpoint_util.save_weights`).
+    :param preview: `preview(step)`, called on rank 0 with the EMA weights in the model; may return {name: measured}.
+    :param monitor: name among the measured values; the step with the highest value counts as the best.
+    :param early_stop: bounds {name: value}; training ends when one is reached.
+    :param checkpoint: (marker, folder) as `find_checkpoint` returned it, so that files are hashed once; None: find it.
+    """
+
+    objective: Any = None
+    header: dict = field(default_factory=lambda: {"kind": "diffusion"})
+    preview: Callable | None = None
+    monitor: str = ""
+    early_stop: dict = field(default_factory=dict)
+    checkpoint: tuple | None = None
+
+
+class TrainLoop:
+    """Train until `max_steps` (or `lr_anneal_steps`, or a signal), saving checkpoints that resume bit-exactly.
+
+    The arguments are guided-diffusion's, plus:
+
     :param data: yields (batch [N x C x ...], {"y": [N]} or {}); with a method `seek(step)` it is set to the step to
         resume at, a plain iterator is taken as it comes.
-    :param header: dictionary that describes the model in its checkpoints (see `checkpoint_util.save_weights`).
-    :param preview: `preview(step)`, called on rank 0 with the averaged weights in the model.
-    :raises FileNotFoundError, ValueError: where a checkpoint to resume from is incomplete or of another model.
-    :raises FloatingPointError: where the loss is no longer finite.
+    :param config: a TrainConfig, of which only the options that guided-diffusion does not have are read; the others are
+        the arguments (`from_config` passes both).
+    :param task: a TrainTask; None: train a diffusion model.
+    :raises FileNotFoundError, ValueError: if a checkpoint to resume from is incomplete or of another model.
+    :raises FloatingPointError: if the loss is no longer finite.
     """
 
     def __init__(
         self, *, model, diffusion=None, data, batch_size, microbatch=-1, lr, ema_rate="0.9999", log_interval=10,
         save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
-        weight_decay=0.0, lr_anneal_steps=0, max_steps=0, keep_checkpoints=0, preview_interval=0, grad_clip=0.0,
-        mixed_precision=False, seed=0, objective=None, header=None, preview=None, lr_warmup_steps=0,
-        optimizer="adamw", amp_dtype="bfloat16", init_from="", monitor="", early_stop=None, compile=False,
-        fsdp=False,
+        weight_decay=0.0, lr_anneal_steps=0, config=None, task=None,
     ):
-        if mixed_precision and use_fp16:
-            raise ValueError("--mixed_precision True and --use_fp16 True are two ways to one end; give one of them")
-        others = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16, "--compile True": compile,
-                  f"--optimizer {optimizer}": optimizer != "adamw"}
-        if fsdp and any(others.values()):
+        config, task = config or TrainConfig(), task or TrainTask()
+        if config.mixed_precision and use_fp16:
+            raise ValueError("--mixed_precision and --use_fp16 are mutually exclusive; set only one")
+        others = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
+                  "--compile True": config.compile, f"--optimizer {config.optimizer}": config.optimizer != "adamw"}
+        if config.fsdp and any(others.values()):
             found = next(name for name, there in others.items() if there)
             raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, "
                              "torchrun), with AdamW, and in half precision with --mixed_precision True")
         self.model, self.diffusion, self.data = model, diffusion, data
-        self.objective = objective or DiffusionObjective(diffusion, schedule_sampler)
+        self.objective = task.objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, lr_warmup_steps, lr_anneal_steps
-        self.max_steps = min((n for n in (max_steps, lr_anneal_steps) if n), default=math.inf)
+        self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
+        self.max_steps = min((n for n in (config.max_steps, lr_anneal_steps) if n), default=math.inf)
         self.ema_rate = _parse_ema_rates(ema_rate)
         counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
         for flag, value in counts.items():
             if value < 1:
-                raise ValueError(f"--{flag} is {value}; it is at least 1")
+                raise ValueError(f"--{flag} must be >= 1, got {value}")
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.preview_interval, self.preview = preview_interval or save_interval, preview
-        self.keep_checkpoints = keep_checkpoints
-        self.autocast_dtype = AMP_DTYPES[amp_dtype] if mixed_precision else None
-        self.seed, self.monitor, self.early_stop = seed, monitor, early_stop or {}
-        self.header = header or {"kind": "diffusion"}
+        self.preview_interval, self.preview = config.preview_interval or save_interval, task.preview
+        self.keep_checkpoints = config.keep_checkpoints
+        self.autocast_dtype = AMP_DTYPES[config.amp_dtype] if config.mixed_precision else None
+        self.seed, self.monitor, self.early_stop = config.seed, task.monitor, task.early_stop
+        self.header = task.header
         self.folder = Path(logger.get_dir())
-        self.device = dist_util.dev() if fsdp else next(model.parameters()).device
+        self.device = dist_util.dev() if config.fsdp else next(model.parameters()).device
         self.global_batch = batch_size * dist_util.world_size()
         self.slots = range(dist_util.rank() * batch_size, (dist_util.rank() + 1) * batch_size)
 
-        checkpoint = find_checkpoint(self.folder, resume_checkpoint)
-        if checkpoint[0] is None and init_from:
-            init_from_weights(model, init_from)
+        checkpoint = task.checkpoint or find_checkpoint(self.folder, resume_checkpoint)
+        if checkpoint[0] is None and config.init_from:
+            init_from_weights(model, config.init_from)
         self.adversary = getattr(self.objective, "adversary", None)
-        if compile and self.adversary:
+        self.compile, self.fsdp = config.compile, config.fsdp
+        if self.compile and self.adversary:
             raise ValueError("--compile True with a discriminator (--discriminator_weight): its gradients pass through "
                              "the network a second time, which a compiled one does not allow; leave one of them away")
         for network in (model, *([self.adversary.network] if self.adversary else [])):
             dist_util.sync_params(network.parameters())
-        self.fsdp = fsdp
-        if fsdp:
+        if self.fsdp:
             dist_util.shard_model(model)
         self.mp_trainer = MixedPrecisionTrainer(
-            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=grad_clip,
+            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=config.grad_clip,
             scale_loss=self.autocast_dtype is torch.float16,
         )
-        self.opt = OPTIMIZERS[optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.opt = OPTIMIZERS[config.optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.best, self.measured = None, {}
-        self.use_ddp = dist_util.world_size() > 1 and not fsdp
-        self.compile = compile
+        self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
         if self.adversary:
             distributed = self._distributed(self.adversary.network)
             self.adversary.setup(distributed, self.mp_trainer)
         self.resume_step = self.step = self._resume(*checkpoint)
         # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
-        self.ddp_model = self._distributed(self._compiled(model) if compile else model)
+        self.ddp_model = self._distributed(self._compiled(model) if self.compile else model)
+
+    @classmethod
+    def from_config(cls, model, data, config, task, use_fp16=False):
+        """Return the TrainLoop of a task with the options of a TrainConfig."""
+        return cls(
+            model=model, data=data, batch_size=config.batch_size, microbatch=config.microbatch, lr=config.lr,
+            ema_rate=config.ema_rate, log_interval=config.log_interval, save_interval=config.save_interval,
+            resume_checkpoint=config.resume_checkpoint, use_fp16=use_fp16, fp16_scale_growth=config.fp16_scale_growth,
+            weight_decay=config.weight_decay, lr_anneal_steps=config.lr_anneal_steps, config=config, task=task,
+        )
 
     def _distributed(self, network):
         if not self.use_ddp:
@@ -625,13 +660,13 @@ def get_blob_logdir():
     return logger.get_dir()
 
 
-def _parse_ema_rates(text):
-    """Read `--ema_rate`: rates between 0 and 1 with commas between, possibly none."""
+def _parse_ema_rates(rates):
+    """Return the EMA decays of `--ema_rate`: a number, a comma-separated string or a sequence; possibly none."""
+    values = rates if isinstance(rates, (list, tuple)) else [part for part in str(rates).split(",") if part]
     try:
-        rates = [float(r) for r in str(text).split(",") if r]
+        decays = [float(value) for value in values]
     except ValueError:
-        rates = [-1.0]
-    if not all(0 <= rate < 1 for rate in rates):
-        raise ValueError(f"--ema_rate is {text!r}; it holds numbers from 0 to below 1 with commas between, such as "
-                         "0.99,0.9999")
-    return rates
+        decays = [-1.0]
+    if not all(0 <= decay < 1 for decay in decays):
+        raise ValueError(f"--ema_rate must be comma-separated numbers in [0, 1), such as 0.99,0.9999, got {rates!r}")
+    return decays

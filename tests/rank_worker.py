@@ -3,6 +3,8 @@
     mpiexec -n 2 python tests/rank_worker.py FOLDER first|again
 """
 
+import dataclasses
+import inspect
 import os
 import signal
 import sys
@@ -20,7 +22,7 @@ from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cach
 from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache
 from guided_diffusion_vae.objectives import AutoencoderObjective, ClassifierObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, TrainLoop
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
 from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, create_discriminator
@@ -128,6 +130,14 @@ class Interrupted:
         return next(self.data)
 
 
+def create_loop(**options):
+    """Return a TrainLoop; options are its arguments, fields of its TrainTask or fields of its config."""
+    take = lambda names: {name: options.pop(name) for name in options.keys() & names}
+    task = TrainTask(**take({field.name for field in dataclasses.fields(TrainTask)}))
+    arguments = take(inspect.signature(TrainLoop).parameters.keys())
+    return TrainLoop(**arguments, config=DiffusionTrainConfig(**options), task=task)
+
+
 def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0, **loop):
     """Train one network in FOLDER/NAME up to `steps`, or until a signal at step `interrupt`; return the TrainLoop.
 
@@ -141,7 +151,7 @@ def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0
     logger.configure(str(folder / name), [])
     kind = loop.pop("header_kind", kind)
     options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
-    running = TrainLoop(
+    running = create_loop(
         model=network, batch_size=batch_size, max_steps=steps, seed=SEED, header={"kind": kind}, **arguments, **options
     )
     running.run_loop()

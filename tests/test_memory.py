@@ -12,7 +12,7 @@ from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.memory import GIB, Estimate
 from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, advice, estimated, memory_savings
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, resolve_train_config
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask, resolve_train_config
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
@@ -100,7 +100,8 @@ def test_accumulation_keeps_one_forward_pass_at_a_time(discriminator_config, tmp
         with logger.scoped_configure(str(tmp_path), []):
             loop = TrainLoop(
                 model=network, data=iter(()), batch_size=train.batch_size, microbatch=train.microbatch, lr=1e-4,
-                ema_rate="", objective=AutoencoderObjective(plan.loss, network, (-1, 1), train, adversary=adversary),
+                ema_rate="",
+                task=TrainTask(AutoencoderObjective(plan.loss, network, (-1, 1), train, adversary=adversary)),
             )
             batch = torch.rand(parts, 1, 64, 64)
             with memory._StorageTracker(network, *judge) as living:

@@ -14,7 +14,6 @@ from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.evaluation.comparison import EvaluateConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
-from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, model_and_diffusion_defaults
 from guided_diffusion_vae.runs.flags import (
     add_dict_to_argparser, args_to_dict, drop_fields, parse, parse_explicit, select_fields, str2bool,
@@ -22,7 +21,7 @@ from guided_diffusion_vae.runs.flags import (
 from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan
 from guided_diffusion_vae.runs.run import RunConfig, start_run, write_config
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig
@@ -293,12 +292,6 @@ def test_a_flag_of_another_class_does_not_set_a_field_that_is_not_selected():
     training = drop_fields(ClassifierTrainConfig, "batch_size")
     evaluate, train = parse("doc", EvaluateConfig, training, argv=["--batch_size", "7"])
     assert (evaluate.batch_size, train.batch_size) == (7, ClassifierTrainConfig.batch_size)
-
-
-def test_every_flag_of_the_loop_is_a_field_or_an_object():
-    given = training.loop_arguments(DiffusionTrainConfig(), "schedule_sampler")
-    assert "schedule_sampler" not in given and given["lr"] == 1e-4
-    assert set(given) <= set(TrainLoop.__init__.__kwdefaults__) | {"batch_size", "lr"}
 
 
 def test_the_flags_that_bound_memory_are_those_of_the_script():

@@ -1,4 +1,5 @@
 import csv
+import inspect
 import math
 import os
 import shutil
@@ -20,12 +21,12 @@ from guided_diffusion_vae.objectives import DiffusionObjective, StepRNG, PlainOb
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import (
-    AutoencoderTrainConfig, TrainLoop, init_from_weights, find_checkpoint, parse_resume_step_from_filename, seed_initialization,
-    resolve_train_config,
+    AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask, find_checkpoint,
+    init_from_weights, parse_resume_step_from_filename, resolve_train_config, seed_initialization,
 )
 from guided_diffusion_vae.unet import ModelConfig, UNetModel
 from launches import Launches
-from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, schedule_of, train
+from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, create_loop, schedule_of, train
 
 ROOT = Path(__file__).parents[1]
 HEADER = {"kind": "line", "model": {"width": 3}}
@@ -101,6 +102,74 @@ def farthest(one, other):
     one, other = flat(one), flat(other)
     assert one.keys() == other.keys()
     return max((one[path].double() - other[path].double()).abs().max().item() for path in one)
+
+
+# Arguments
+
+
+REFERENCE_ARGUMENTS = (
+    "model diffusion data batch_size microbatch lr ema_rate log_interval save_interval resume_checkpoint use_fp16 "
+    "fp16_scale_growth schedule_sampler weight_decay lr_anneal_steps"
+).split()
+
+
+def test_loop_takes_the_reference_arguments_a_config_and_a_task():
+    parameters = inspect.signature(TrainLoop).parameters
+    assert list(parameters) == [*REFERENCE_ARGUMENTS, "config", "task"]
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
+    defaults = {"use_fp16": False, "fp16_scale_growth": 1e-3, "schedule_sampler": None, "weight_decay": 0.0,
+                "lr_anneal_steps": 0}
+    assert {name: parameters[name].default for name in defaults} == defaults
+
+
+def test_loop_called_as_in_the_reference_trains_and_saves(tmp_path):
+    diffusion = rank_worker.process()
+    batches = iter(lambda: (torch.ones(2, 4, 8, 8), {"y": torch.tensor([0, 1])}), None)
+    logger.configure(str(tmp_path), [])
+    TrainLoop(
+        model=rank_worker.unet(), diffusion=diffusion, data=batches, batch_size=2, microbatch=-1, lr=1e-4,
+        ema_rate="0.9", log_interval=10, save_interval=1, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3,
+        schedule_sampler=UniformSampler(diffusion), weight_decay=0.0, lr_anneal_steps=2,
+    ).run_loop()
+    assert checkpoint_util.committed_steps(tmp_path) == [1, 2]
+    assert checkpoint_util.load_weights(tmp_path / "model000002.pt")[1]["kind"] == "diffusion"
+
+
+def test_from_config_passes_every_option_to_the_loop(tmp_path):
+    config = DiffusionTrainConfig(
+        lr=0.5, weight_decay=0.25, lr_warmup_steps=3, lr_anneal_steps=30, max_steps=20, batch_size=4, microbatch=2,
+        ema_rate="0.5,0.75", log_interval=5, save_interval=6, keep_checkpoints=7, preview_interval=8, grad_clip=0.125,
+        mixed_precision=True, amp_dtype="float16", seed=9, fp16_scale_growth=0.01,
+    )
+    task = TrainTask(PlainObjective(squared_error), HEADER, measuring([1.0]), "val_psnr", {"val_psnr": 9.0})
+    logger.configure(str(tmp_path), [])
+    loop = TrainLoop.from_config(torch.nn.Linear(3, 1), Points(), config, task)
+    same = ("lr", "lr_warmup_steps", "lr_anneal_steps", "max_steps", "batch_size", "microbatch", "log_interval",
+            "save_interval", "keep_checkpoints", "preview_interval", "seed")
+    assert {name: getattr(loop, name) for name in same} == {name: getattr(config, name) for name in same}
+    assert loop.opt.param_groups[0]["weight_decay"] == 0.25 and loop.ema_rate == [0.5, 0.75]
+    assert loop.autocast_dtype is torch.float16
+    assert (loop.mp_trainer.grad_clip, loop.mp_trainer.fp16_scale_growth) == (0.125, 0.01)
+    assert (loop.objective, loop.header, loop.preview, loop.monitor, loop.early_stop) == (
+        task.objective, HEADER, task.preview, "val_psnr", {"val_psnr": 9.0})
+
+
+@pytest.mark.parametrize("anneal_lr, steps", [(True, 70), (False, 0)])
+def test_classifier_config_converts_to_the_options_of_the_loop(anneal_lr, steps):
+    config = ClassifierTrainConfig(iterations=70, anneal_lr=anneal_lr, eval_interval=6, lr=0.5, batch_size=3, seed=8)
+    converted = config.to_train_config()
+    assert (converted.max_steps, converted.lr_anneal_steps, converted.preview_interval) == (70, steps, 6)
+    assert (converted.lr, converted.batch_size, converted.seed, converted.ema_rate) == (0.5, 3, 8, "")
+
+
+def test_resuming_hashes_every_file_once(tmp_path, monkeypatch):
+    line(tmp_path, 4)
+    hashed = []
+    sha256 = checkpoint_util.sha256_of_file
+    monkeypatch.setattr(checkpoint_util, "sha256_of_file", lambda path: hashed.append(Path(path).name) or sha256(path))
+    checkpoint = find_checkpoint(tmp_path)
+    assert line(tmp_path, 4, checkpoint=checkpoint).resume_step == 4
+    assert sorted(hashed) == ["ema_0.9_000004.pt", "model000004.pt", "opt000004.pt"]
 
 
 # Ranks and interruptions
@@ -284,7 +353,7 @@ def line(folder, steps, header=HEADER, data=None, formats=(), bias=False, **opti
     torch.manual_seed(0)
     logger.configure(str(folder), list(formats))
     options = {"lr": 0.1, "ema_rate": "0.9", "save_interval": 2, "log_interval": 1, "batch_size": 4, **options}
-    loop = TrainLoop(
+    loop = create_loop(
         model=torch.nn.Linear(3, 1, bias=bias), objective=PlainObjective(squared_error), header=header,
         data=data or Points(), max_steps=steps, **options
     )
@@ -380,7 +449,7 @@ def measuring(values):
 
 
 def test_the_best_step_is_kept_and_stands_for_the_run(tmp_path):
-    options = {"best_by": "val_psnr", "keep_checkpoints": 1, "save_interval": 9, "preview_interval": 1}
+    options = {"monitor": "val_psnr", "keep_checkpoints": 1, "save_interval": 9, "preview_interval": 1}
     line(tmp_path, 4, preview=measuring([1.0, 5.0, 3.0, 4.0]), **options)
     assert checkpoint_util.committed_steps(tmp_path) == [2, 4]
     assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000002.pt"
@@ -392,10 +461,10 @@ def test_the_best_step_is_kept_and_stands_for_the_run(tmp_path):
 
 def test_a_run_that_ranks_its_steps_measures_the_average_that_stands_for_it(tmp_path):
     seen, found = [], measuring([1.0, 2.0])
-    options = {"best_by": "val_psnr", "ema_rate": "0.5,0.99", "save_interval": 1}
+    options = {"monitor": "val_psnr", "ema_rate": "0.5,0.99", "save_interval": 1}
     torch.manual_seed(0)
     logger.configure(str(tmp_path), [])
-    loop = TrainLoop(
+    loop = create_loop(
         model=torch.nn.Linear(3, 1, bias=False), objective=PlainObjective(squared_error), header=HEADER, data=Points(),
         batch_size=4, max_steps=2, lr=0.1, **options,
         preview=lambda step: seen.append(loop.model.weight.detach().clone()) or found(step),
@@ -489,8 +558,8 @@ def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_
         draw = torch.Generator().manual_seed(1)
         data = iter(lambda: (torch.randn(4, 4, 8, 8, generator=draw), {}), None)
         with logger.scoped_configure(str(tmp_path / str(compiled)), ["log"]):
-            TrainLoop(model=network, diffusion=create_gaussian_diffusion(), data=data, batch_size=4, microbatch=2,
-                      lr=1e-3, max_steps=3, compile=compiled).run_loop()
+            create_loop(model=network, diffusion=create_gaussian_diffusion(), data=data, batch_size=4, microbatch=2,
+                        lr=1e-3, max_steps=3, compile=compiled).run_loop()
         weights[compiled] = network.state_dict()
         assert counters["stats"].get("unique_graphs", 0) == compiled and not counters["graph_break"]
     assert farthest(weights[False], weights[True]) < 1e-5
@@ -504,8 +573,8 @@ def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, mo
     flags = ModelConfig(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")
     network, diffusion = create_model_and_diffusion_vae((4, 16, 16), flags, DiffusionConfig())
     with logger.scoped_configure(str(tmp_path), ["csv"]):
-        loop = TrainLoop(model=network, diffusion=diffusion, data=iter(()), batch_size=2, lr=1e-4,
-                         ema_rate="0.99,0.9999", mixed_precision=amp)
+        loop = create_loop(model=network, diffusion=diffusion, data=iter(()), batch_size=2, lr=1e-4,
+                           ema_rate="0.99,0.9999", mixed_precision=amp)
         batch = torch.randn(2, 4, 16, 16)
         loop.run_step(batch, {})
         with Launches() as launches:
@@ -612,7 +681,7 @@ def test_previews_see_the_average_and_leave_training_as_it_was(tmp_path):
     line(tmp_path / "without", 4)
     logger.configure(str(tmp_path / "with"), [])
     torch.manual_seed(0)
-    loop = TrainLoop(
+    loop = create_loop(
         model=torch.nn.Linear(3, 1, bias=False), objective=PlainObjective(squared_error), header=HEADER, data=Points(),
         batch_size=4, max_steps=4, lr=0.1, ema_rate="0.9,0.99", save_interval=2, log_interval=1, preview=preview
     )
@@ -779,7 +848,7 @@ def test_initial_weights_depend_on_the_seed_alone():
         return torch.nn.Linear(3, 2).weight.tolist()
 
     assert weights(0, 1) == weights(0, 5) != weights(1, 1)
-    script = ("import torch; from guided_diffusion_vae.train_util import seed_weights; seed_weights(0);"
+    script = ("import torch; from guided_diffusion_vae.train_util import seed_initialization; seed_initialization(0);"
               "print(torch.nn.Linear(3, 2).weight.tolist())")
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     elsewhere = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=240)
@@ -787,9 +856,11 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("options, problem", [
-    ({"ema_rate": "0.9,often"}, "--ema_rate is .0.9,often.; it holds"), ({"ema_rate": "1"}, "--ema_rate is '1'"),
-    ({"ema_rate": "0.9,-0.1"}, "from 0 to below 1"), ({"batch_size": 0}, "--batch_size is 0; it is at least 1"),
-    ({"save_interval": 0}, "--save_interval is 0; it is at least 1"), ({"log_interval": -1}, "--log_interval is -1"),
+    ({"ema_rate": "0.9,often"}, "--ema_rate must be .* got '0.9,often'"),
+    ({"ema_rate": "1"}, "--ema_rate must be .* got '1'"),
+    ({"ema_rate": "0.9,-0.1"}, r"numbers in \[0, 1\)"), ({"batch_size": 0}, "--batch_size must be >= 1, got 0"),
+    ({"save_interval": 0}, "--save_interval must be >= 1, got 0"),
+    ({"log_interval": -1}, "--log_interval must be >= 1, got -1"),
 ])
 def test_senseless_numbers_are_refused_by_their_flag(tmp_path, options, problem):
     with pytest.raises(ValueError, match=problem):

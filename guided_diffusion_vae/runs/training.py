@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 
 import torch
 
@@ -14,7 +13,7 @@ from ..evaluation.previews import ClassifierValidation, ReconstructionValidation
 from ..logger import log_rank0
 from ..objectives import AutoencoderObjective, ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
-from ..train_util import TrainLoop, seed_initialization, resolve_train_config
+from ..train_util import TrainLoop, TrainTask, resolve_train_config, seed_initialization
 from ..vae import PerceptualLoss, create_discriminator
 from ..vae.adversarial import DiscriminatorTrainer
 from ..vae_wrapper import LatentNormalizer
@@ -63,11 +62,8 @@ def train_diffusion(script, run, folder, configs, source, space, model_flags, pr
         model_flags.class_dropout, model_flags.num_classes, super_res.cond_noise_steps if super_res else 0,
     )
     with advising():
-        loop = TrainLoop(
-            model=model, objective=objective, header=header, use_fp16=model_flags.use_fp16, preview=preview,
-            data=LatentStream(source, space.normalizer, plan, train.seed, device, model_flags.class_cond, small),
-            **loop_arguments(train, "schedule_sampler"),
-        )
+        stream = LatentStream(source, space.normalizer, plan, train.seed, device, model_flags.class_cond, small)
+        loop = TrainLoop.from_config(model, stream, train, TrainTask(objective, header, preview), model_flags.use_fp16)
         write_config(folder, script, configs, header)
         loop.run_loop()
 
@@ -144,11 +140,9 @@ def train_autoencoder(run, folder, configs, data, autoencoder, loss, discriminat
                                     min(32, memory.forward_size))  # no more at once than memory was planned for
     bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
     with advising():
-        loop = TrainLoop(
-            model=network, data=image_batches(pictures, plan), header=header, preview=preview, objective=objective,
-            monitor="val_psnr", early_stop={name: bound for name, bound in bounds.items() if bound},
-            **loop_arguments(train),
-        )
+        task = TrainTask(objective, header, preview, monitor="val_psnr",
+                         early_stop={name: bound for name, bound in bounds.items() if bound})
+        loop = TrainLoop.from_config(network, image_batches(pictures, plan), train, task)
         write_config(folder, "train_autoencoder", configs, header)
         loop.run_loop()
 
@@ -180,20 +174,11 @@ def train_classifier(run, folder, configs, given, source, space, data, flags, pr
             open_validation(train.val_data_dir, space, data, given), space.normalizer, source.class_names,
             train.val_pictures, train.batch_size, train.eval_interval or train.save_interval, train.seed, device,
         )
-    loop = TrainLoop(
-        model=model, objective=ClassifierObjective(diffusion, times, train.noised), header=header,
-        data=LatentStream(source, space.normalizer, plan, train.seed, device, with_labels=True),
-        preview=validation, preview_interval=train.eval_interval, max_steps=train.iterations, ema_rate="",
-        lr_anneal_steps=train.iterations if train.anneal_lr else 0, use_fp16=flags.classifier_use_fp16,
-        **loop_arguments(train, "schedule_sampler"),
-    )
+    stream = LatentStream(source, space.normalizer, plan, train.seed, device, with_labels=True)
+    task = TrainTask(ClassifierObjective(diffusion, times, train.noised), header, validation)
+    loop = TrainLoop.from_config(model, stream, train.to_train_config(), task, flags.classifier_use_fp16)
     write_config(folder, "classifier_train", configs, header)
     loop.run_loop()
-
-
-def loop_arguments(train, *without):
-    """Return the fields of a training config that TrainLoop takes, but for those named."""
-    return {k: v for k, v in vars(train).items() if k in inspect.signature(TrainLoop).parameters and k not in without}
 
 
 def infer_model_config(model, source):
