@@ -120,8 +120,9 @@ class LatentSource(Protocol):
 class Codec(Protocol):
     """Encode images in [0, 1] as scaled latents and decode them; see `vae_wrapper`.
 
-    `factors` are the total downsampling factors per spatial axis, `path` a hint where the autoencoder is stored,
-    `fingerprint` the SHA-256 of its configuration and weights, `preprocessing` the data settings of its training.
+    `factors` are the total downsampling factors per spatial axis, `config` a JSON-able description that is hashed with
+    the weights into `fingerprint`, `path` a hint where the autoencoder is stored, `preprocessing` the data settings of
+    its training.
     """
 
     in_channels: int
@@ -129,35 +130,50 @@ class Codec(Protocol):
     factors: tuple[int, ...]
     scale_factor: float
     shift_factor: float
+    config: dict
     path: str
     fingerprint: str
     preprocessing: dict
-    has_posterior: bool     # an image has more than one latent
-    is_pixels: bool         # latents are the images themselves, in [-1, 1]
+    has_posterior: bool = True      # an image has more than one latent
+    is_pixels: bool = False         # latents are the images themselves, in [-1, 1]
 
+    @abstractmethod
     def encode_moments(self, images) -> torch.Tensor:
         """Return mean and log-variance of the scaled latents.  [N x C x ...] in [0, 1] -> [N x 2Z x ...]."""
 
+    @abstractmethod
     def encode_batch(self, images, eps=None) -> torch.Tensor:
-        """Return scaled latents, the mode or a sample with noise `eps`.  [N x C x ...] in [0, 1] -> [N x Z x ...]."""
+        """Return scaled latents, the posterior mode or with standard normal noise `eps` a posterior sample.
 
+        [N x C x ...] in [0, 1], eps [N x Z x ...] -> [N x Z x ...].
+        """
+
+    @abstractmethod
     def decode_batch(self, latents, channels=None) -> torch.Tensor:
         """Return images clamped to [0, 1].  [N x Z x ...] -> [N x C x ...]; with `channels` 1 color is averaged."""
 
+    @abstractmethod
     def latent_shape(self, image_shape) -> tuple[int, ...]:
         """Return (Z, ...) for images of shape (C, ...).
 
         :raises ValueError: if the channels differ or a factor does not divide a size.
         """
 
+    @abstractmethod
     def pad_to_factors(self, images) -> torch.Tensor:
-        """Return images padded to sizes that the factors divide, if the autoencoder was trained with `--pad True`."""
+        """Return images padded at their far edges to sizes that the factors divide.  [N x C x ...] -> same or larger.
+
+        Images stay as they are unless the autoencoder was trained with --pad True.
+        """
 
     def describe(self) -> dict:
-        """Return {config, sha256, path, scale_factor, shift_factor} for caches and run headers."""
+        """Return the entry of caches and run headers; the SHA-256 identifies the function, the path is a hint."""
+        return {"config": self.config, "sha256": self.fingerprint, "path": self.path,
+                "scale_factor": self.scale_factor, "shift_factor": self.shift_factor}
 
     def approximations(self, sides) -> dict:
         """Return the flags under which latents of images of size `sides` are less exact than in float32, {} if none."""
+        return {}
 
 
 @runtime_checkable

@@ -217,9 +217,9 @@ def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
     assert spaces.fit_normalizer(NormalizerConfig(), cache).std == [std]
     assert spaces.fit_normalizer(NormalizerConfig("channel"), cache).std == cache.statistics["channel_std"]
     assert spaces.fit_normalizer(NormalizerConfig(f"{std * 1.05}"), cache).std == [pytest.approx(std * 1.05)]
-    with pytest.raises(ValueError, match=f"deviation of 2 with --normalizer .*; --normalizer auto or {std:.5g}"):
+    with pytest.raises(ValueError, match=f"deviation of 2 with --normalizer .*; set --normalizer auto or {std:.5g}"):
         spaces.fit_normalizer(NormalizerConfig(f"{std / 2}"), cache)
-    with pytest.raises(ValueError, match="with --normalizer none, needed is 0.9 to 1.1"):
+    with pytest.raises(ValueError, match="with --normalizer none: expected 0.9 to 1.1"):
         spaces.fit_normalizer(NormalizerConfig("none"), cache)
     assert spaces.fit_normalizer(NormalizerConfig("none", allow_latent_std=True), cache).std == [1]
 
@@ -317,7 +317,7 @@ def test_a_bare_state_dict_works_with_flags(run, tmp_path):
 
 
 @pytest.mark.parametrize("left_out, error, match", [
-    ("--vae_path", FileNotFoundError, "no autoencoder is given; --vae_path wants"),
+    ("--vae_path", FileNotFoundError, "no autoencoder is specified; --vae_path expects one of"),
     ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give"),
     ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
     ("--channel_mult", ValueError, "no width multipliers for a grid of 4, .*; give --channel_mult"),

@@ -1,9 +1,12 @@
 import contextlib
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from launches import Launches
 
 from guided_diffusion_vae import checkpoint_util
@@ -44,7 +47,7 @@ def own(tmp_path_factory):
     return path, write_weights(path)
 
 
-def pictures(*shape):
+def images(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -52,12 +55,12 @@ def vae(path, **arguments):
     return VAEInterface(str(path), device="cpu", **arguments)
 
 
-# codecs
+# --- Codecs ---
 
 
-def test_encode_scales_the_mode_and_decode_undoes_it(own):
+def test_encode_scales_the_mode_and_decode_inverts_it(own):
     path, network = own
-    codec, x = vae(path), pictures(3, 1, 8, 8)
+    codec, x = vae(path), images(3, 1, 8, 8)
     z = network.moments(2 * x - 1)[0]
     latents = codec.encode_batch(x)
     torch.testing.assert_close(latents, z * 0.18215)
@@ -66,7 +69,7 @@ def test_encode_scales_the_mode_and_decode_undoes_it(own):
 
 
 def test_moments_are_those_of_the_scaled_latent(own):
-    codec, x = vae(own[0], scale_factor=0.5), pictures(2, 1, 8, 8)
+    codec, x = vae(own[0], scale_factor=0.5), images(2, 1, 8, 8)
     mean, logvar = own[1].moments(2 * x - 1)
     moments, eps = codec.encode_moments(x), torch.randn_like(mean)
     expected = 0.5 * (mean + (0.5 * logvar).exp() * eps)
@@ -75,10 +78,10 @@ def test_moments_are_those_of_the_scaled_latent(own):
     assert sample_moments(moments).equal(moments[:, :3])
 
 
-def test_pictures_are_checked_on_the_host_and_sent_without_waiting(own, monkeypatch):
+def test_images_are_checked_on_the_host_and_copied_without_waiting(own, monkeypatch):
     """The meta device stands for a GPU: copies to it are seen, and nothing can be read there."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    codec, x = VAEInterface(str(own[0]), device="meta"), pictures(3, 1, 8, 8)
+    codec, x = VAEInterface(str(own[0]), device="meta"), images(3, 1, 8, 8)
     with Launches() as launches:
         latents = codec.encode_batch(x, torch.zeros(3, 3, 4, 4))
     assert latents.device.type == "meta" and launches.waiting_copies == 0
@@ -87,20 +90,20 @@ def test_pictures_are_checked_on_the_host_and_sent_without_waiting(own, monkeypa
 
 
 @pytest.mark.parametrize("mode", ["auto", "channel", "none", 0.18215])
-def test_round_trip_through_the_normalizer_is_the_round_trip(own, mode):
-    codec, x = vae(own[0]), pictures(4, 1, 8, 8)
+def test_round_trip_is_unchanged_by_the_normalizer(own, mode):
+    codec, x = vae(own[0]), images(4, 1, 8, 8)
     latents = codec.encode_batch(x)
     columns = latents.double().transpose(0, 1).flatten(1)
     statistics = {"mean": columns.mean().item(), "std": columns.std().item(), "channel_mean": columns.mean(1).tolist(),
                   "channel_std": columns.std(1).tolist()}
-    pad_to_factors = LatentNormalizer.fit(mode, statistics, codec.scale_factor)
-    normalizer = LatentNormalizer.from_dict(json.loads(json.dumps(pad_to_factors.to_dict())))
+    fitted = LatentNormalizer.fit(mode, statistics, codec.scale_factor)
+    normalizer = LatentNormalizer.from_dict(json.loads(json.dumps(fitted.to_dict())))
     again = codec.decode_batch(normalizer.denormalize(normalizer.normalize(latents)))
     torch.testing.assert_close(again, codec.decode_batch(latents), atol=1e-5, rtol=0)
 
 
 def test_batches_and_full_tiles_do_not_change_the_result(own):
-    x, whole = pictures(5, 1, 8, 8), vae(own[0])
+    x, whole = images(5, 1, 8, 8), vae(own[0])
     parts = vae(own[0], batch_size=2, tile=8)
     latents = whole.encode_batch(x)
     torch.testing.assert_close(parts.encode_batch(x), latents)
@@ -108,36 +111,36 @@ def test_batches_and_full_tiles_do_not_change_the_result(own):
 
 
 @pytest.mark.parametrize("tile", [2, 16])
-def test_pictures_that_pass_in_slabs_are_the_whole(own, tile):
-    x = pictures(2, 1, 24, 40)
-    whole, streamed = vae(own[0]), vae(own[0], tile=tile, batch_size=1)
-    latents = whole.encode_batch(x)
+def test_streamed_images_equal_untiled_ones(own, tile):
+    x = images(2, 1, 24, 40)
+    untiled, streamed = vae(own[0]), vae(own[0], tile=tile, batch_size=1)
+    latents = untiled.encode_batch(x)
     torch.testing.assert_close(streamed.encode_batch(x), latents)
-    torch.testing.assert_close(streamed.decode_batch(latents), whole.decode_batch(latents))
+    torch.testing.assert_close(streamed.decode_batch(latents), untiled.decode_batch(latents))
     assert streamed.approximations((24, 40)) == {}  # slabs are exact
 
 
-def test_tiles_of_a_diffusers_autoencoder_are_nearly_the_whole(tmp_path):
+def test_tiled_diffusers_autoencoder_is_close_to_untiled(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(tmp_path / "kl")
-    x = pictures(1, 3, 24, 40)
-    whole, tiled = vae(tmp_path / "kl"), vae(tmp_path / "kl", tile=16)
-    latents = whole.encode_batch(x)
-    found = tiled.encode_batch(x)
-    assert found.shape == latents.shape and (found - latents).abs().mean() < 0.5 * latents.std()
+    x = images(1, 3, 24, 40)
+    untiled, tiled = vae(tmp_path / "kl"), vae(tmp_path / "kl", tile=16)
+    latents = untiled.encode_batch(x)
+    approximate = tiled.encode_batch(x)
+    assert approximate.shape == latents.shape and (approximate - latents).abs().mean() < 0.5 * latents.std()
     assert tiled.decode_batch(latents).shape == x.shape and tiled.tile == 16
     assert tiled.approximations((24, 40)) == {"vae_tile": 16} and tiled.approximations((16, 16)) == {}
     for tile in (2, 5):
-        with pytest.raises(ValueError, match="tile is .; it is a multiple of the autoencoder's factors .*--vae_tile"):
+        with pytest.raises(ValueError, match=r"--vae_tile must be 0, or a multiple of .* factors \(2, 2\) .*got ."):
             vae(tmp_path / "kl", tile=tile)
 
 
 @pytest.mark.parametrize("grid, window", [((7,), (4,)), ((9, 5), (4, 5)), ((5, 6, 7), (2, 3, 5))])
-def test_blended_tiles_of_a_pointwise_function_are_the_function(grid, window):
+def test_blended_tiles_of_a_pointwise_function_equal_the_function(grid, window):
     x, ones = torch.randn(2, 3, *grid), (1,) * len(grid)
     torch.testing.assert_close(blend_tiles(torch.sin, x, grid, window, ones, ones), x.sin())
 
@@ -149,65 +152,65 @@ def test_blended_tiles_of_a_pointwise_function_are_the_function(grid, window):
     torch.testing.assert_close(blend_tiles(double, x, grid, window, ones, (2,) * len(grid)), double(x))
 
 
-def test_volumes_are_encoded_in_bfloat16_too(tmp_path):
+def test_bfloat16_encodes_volumes(tmp_path):
     write_weights(tmp_path / "vae.pt", config=dataclasses.replace(CONFIG, spatial_dims=3))
-    x = pictures(2, 1, 4, 8, 8)
-    exact, quick = (vae(tmp_path / "vae.pt", dtype=dtype).encode_batch(x) for dtype in ("float32", "bfloat16"))
-    assert quick.dtype == torch.float32 and 0 < (quick - exact).norm() < 0.05 * exact.norm()
+    x = images(2, 1, 4, 8, 8)
+    exact, fast = (vae(tmp_path / "vae.pt", dtype=dtype).encode_batch(x) for dtype in ("float32", "bfloat16"))
+    assert fast.dtype == torch.float32 and 0 < (fast - exact).norm() < 0.05 * exact.norm()
 
 
-def test_bfloat16_gives_float32_near_the_exact(own):
-    x = pictures(2, 1, 8, 8)
+def test_bfloat16_returns_float32_close_to_exact(own):
+    x = images(2, 1, 8, 8)
     codec = vae(own[0], dtype="bfloat16")
-    exact, quick = vae(own[0]).encode_batch(x), codec.encode_batch(x)
+    exact, fast = vae(own[0]).encode_batch(x), codec.encode_batch(x)
     assert codec.approximations((8, 8)) == {"vae_dtype": "bfloat16"} and not codec.is_pixels
-    assert quick.dtype == torch.float32 and 0 < (quick - exact).abs().max() < 0.1 * exact.abs().max()
+    assert fast.dtype == torch.float32 and 0 < (fast - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_networks_are_in_eval_mode_without_gradients(own):
     codec = vae(own[0])
     assert not codec.network.training and not any(p.requires_grad for p in codec.network.parameters())
-    assert not codec.encode_batch(pictures(1, 1, 8, 8)).requires_grad
+    assert not codec.encode_batch(images(1, 1, 8, 8)).requires_grad
 
 
-def test_pixel_codec_is_two_x_minus_one_and_back():
-    codec, x = PixelCodec(3), pictures(2, 3, 5, 7)
+def test_pixel_codec_maps_to_two_x_minus_one_and_back():
+    codec, x = PixelCodec(3), images(2, 3, 5, 7)
     assert codec.encode_batch(x).equal(2 * x - 1)
     torch.testing.assert_close(codec.encode_batch(x, torch.randn_like(x)), 2 * x - 1)
     torch.testing.assert_close(codec.decode_batch(codec.encode_batch(x)), x)
     assert codec.latent_shape((3, 5, 7)) == (3, 5, 7) and codec.factors == (1, 1)
     assert codec.is_pixels and codec.approximations((5, 7)) == {}
     assert codec.describe()["scale_factor"] == 1 and codec.fingerprint != PixelCodec(1).fingerprint
-    with pytest.raises(ValueError, match="have 1 channels, the pixel codec takes 3"):
+    with pytest.raises(ValueError, match="images have 1 channels: the pixel codec expects 3"):
         codec.encode_batch(x[:, :1])
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda x: 2 * x - 1, r"values from -\d.* needed are values in \[0, 1\]"),
+@pytest.mark.parametrize("corrupt, message", [
+    (lambda x: 2 * x - 1, r"expected values in \[0, 1\] without NaN, got values from -\d"),
     (lambda x: x * 255, "values from"),
     (lambda x: torch.full_like(x, torch.nan), "from nan to nan"),
-    (lambda x: (255 * x).byte(), "uint8"),
+    (lambda x: (255 * x).byte(), r"expected float values in \[0, 1\], got torch.uint8; divide 8-bit values by 255"),
 ])
-def test_pictures_outside_their_range_are_refused(own, spoil, message):
+def test_codecs_reject_images_outside_unit_range(own, corrupt, message):
     for codec in (vae(own[0]), PixelCodec(1)):
         with pytest.raises(ValueError, match=message):
-            codec.encode_batch(spoil(pictures(2, 1, 8, 8)))
+            codec.encode_batch(corrupt(images(2, 1, 8, 8)))
 
 
-def test_shapes_that_do_not_fit_are_refused(own):
+def test_codec_rejects_shapes_that_do_not_match(own):
     codec = vae(own[0])
     with pytest.raises(ValueError, match="axis 1 has size 9, .* factor 2"):
-        codec.encode_batch(pictures(1, 1, 8, 9))
-    with pytest.raises(ValueError, match="have 2 channels, .*takes 1; set --image_channels"):
+        codec.encode_batch(images(1, 1, 8, 9))
+    with pytest.raises(ValueError, match="images have 2 channels: .*expects 1; set --image_channels"):
         codec.latent_shape((2, 8, 8))
     with pytest.raises(ValueError, match="decodes 3 channels over 2 axes"):
         codec.decode_batch(torch.zeros(1, 4, 4, 4))
 
 
-# weights of this project
+# --- Weights of this project ---
 
 
-def test_run_folder_gives_the_averages_of_its_newest_step(tmp_path):
+def test_run_folder_gives_ema_weights_of_its_latest_step(tmp_path):
     for step in (1, 2):
         names = [f"model{step:06d}.pt", f"ema_0.9_{step:06d}.pt", f"ema_0.999_{step:06d}.pt"]
         for i, name in enumerate(names):
@@ -218,7 +221,7 @@ def test_run_folder_gives_the_averages_of_its_newest_step(tmp_path):
     assert vae(tmp_path).fingerprint != vae(tmp_path / "ema_0.999_000001.pt").fingerprint
 
 
-def test_fingerprint_names_the_function_not_the_file(own, tmp_path):
+def test_fingerprint_identifies_the_function_not_the_file(own, tmp_path):
     write_weights(tmp_path / "copy.pt", note="another header")
     write_weights(tmp_path / "other.pt", seed=1)
     write_weights(tmp_path / "lean.pt", config=dataclasses.replace(CONFIG, use_checkpointing=True))
@@ -232,49 +235,49 @@ def test_fingerprint_names_the_function_not_the_file(own, tmp_path):
     assert described["sha256"] == first.fingerprint and described["path"] == str(own[0])
 
 
-def test_knobs_left_at_their_defaults_do_not_rename_the_function(own, tmp_path, monkeypatch):
+def test_fields_at_their_defaults_do_not_change_the_fingerprint(own, tmp_path, monkeypatch):
     default, written = as_dict(AutoencoderConfig()), as_dict(CONFIG)
     changed = {name: value for name, value in written.items() if value != default[name]}
-    write_weights(tmp_path / "older.pt", autoencoder=changed)  # a version that had none of the other knobs
+    write_weights(tmp_path / "older.pt", autoencoder=changed)  # a version without the other fields
     first = vae(own[0])
     assert vae(tmp_path / "older.pt").fingerprint == first.fingerprint
     assert first.config == {"class": "AutoencoderKL", **changed} and "norm_eps" not in first.config
 
     @dataclasses.dataclass
     class LaterConfig(AutoencoderConfig):
-        new_knob: int = option(3, "of a later version")
+        new_option: int = option(3, "added by a later version")
 
     monkeypatch.setattr(foreign, "AutoencoderConfig", LaterConfig)
     without = lambda config: create_autoencoder(from_dict(AutoencoderConfig, as_dict(config)))
     monkeypatch.setattr(foreign, "create_autoencoder", without)
     assert vae(own[0]).fingerprint == first.fingerprint
-    write_weights(tmp_path / "later.pt", autoencoder={**written, "new_knob": 4})
+    write_weights(tmp_path / "later.pt", autoencoder={**written, "new_option": 4})
     assert vae(tmp_path / "later.pt").fingerprint != first.fingerprint
 
 
-def test_scale_factor_is_the_argument_then_the_autoencoders_then_the_usual(tmp_path):
+def test_scale_factor_is_the_argument_else_the_autoencoders_else_default(tmp_path):
     write_weights(tmp_path / "a.pt", scale_factor=0.7)
     assert vae(tmp_path / "a.pt").scale_factor == 0.7
     assert vae(tmp_path / "a.pt", scale_factor=0.3).scale_factor == 0.3
     config = VAEConfig(vae_path=str(tmp_path / "a.pt"), vae_tile=8, vae_batch_size=2)
     codec = create_vae(config, "cpu")
     assert (codec.scale_factor, codec.slab, codec.batch_size) == (0.7, 8, 2)
-    with pytest.raises(ValueError, match="--scale_factor"):
+    with pytest.raises(ValueError, match="--scale_factor must be > 0, got 0.0"):
         vae(tmp_path / "a.pt", scale_factor=0.0)
 
 
-def test_volumes_pass_too(tmp_path):
+def test_volumes_are_encoded_and_decoded(tmp_path):
     config = dataclasses.replace(CONFIG, spatial_dims=3, downsample_factors=((1, 2, 2),))
     write_weights(tmp_path / "a.pt", config=config)
-    codec, x = vae(tmp_path / "a.pt", tile=4), pictures(1, 1, 3, 4, 8)
+    codec, x = vae(tmp_path / "a.pt", tile=4), images(1, 1, 3, 4, 8)
     assert codec.latent_shape((1, 3, 4, 8)) == (3, 3, 2, 4)
     assert codec.decode_batch(codec.encode_batch(x)).shape == x.shape
 
 
-def test_what_is_no_autoencoder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not there; --vae_path"):
+def test_paths_without_an_autoencoder_are_rejected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; --vae_path expects one of: hub:owner/name, a diffusers folder, "):
         vae(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no autoencoder is given; --vae_path"):
+    with pytest.raises(FileNotFoundError, match="no autoencoder is specified; --vae_path"):
         vae("")
     with pytest.raises(ValueError, match="neither a run .* nor a diffusers folder .*--vae_path"):
         vae(tmp_path)
@@ -292,14 +295,14 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
         vae(tmp_path / "broken.safetensors")
 
 
-def test_arguments_outside_their_range_are_refused(own):
-    with pytest.raises(ValueError, match="'half', possible are float32, bfloat16"):
+def test_arguments_out_of_range_are_rejected(own):
+    with pytest.raises(ValueError, match="--vae_dtype must be one of float32, bfloat16, got 'half'"):
         vae(own[0], dtype="half")
-    with pytest.raises(ValueError, match="--vae_tile"):
+    with pytest.raises(ValueError, match="--vae_tile must be 0, or a multiple .*got -2"):
         vae(own[0], tile=-2)
 
 
-# MONAI
+# --- MONAI ---
 
 
 def write_monai(folder, weights_name="monai.pt", yaml_text=None):
@@ -319,47 +322,51 @@ def write_monai(folder, weights_name="monai.pt", yaml_text=None):
 
 
 @pytest.mark.parametrize("name", ["monai.pt", "monai.pth", "monai.safetensors"])
-def test_monai_weights_open_with_the_yaml_beside_them(tmp_path, name):
+def test_monai_weights_open_with_the_yaml_file_next_to_them(tmp_path, name):
     path, twin = write_monai(tmp_path, name, json.dumps({"autoencoder": {"_target_": "monai.AutoencoderKL", **MONAI}}))
-    codec, x = vae(path), pictures(2, 3, 8, 8)
+    codec, x = vae(path), images(2, 3, 8, 8)
     torch.testing.assert_close(codec.encode_batch(x), twin.moments(x)[0].detach() * 0.18215)
 
 
-def test_monai_arguments_may_be_given_and_core_calls_them_channels(tmp_path):
+def test_monai_arguments_may_use_the_spelling_of_core(tmp_path):
     path, twin = write_monai(tmp_path)
     arguments = {("channels" if k == "num_channels" else k): v for k, v in MONAI.items()}
-    codec, x = vae(path, vae_config={**arguments, "image_range": [-1, 1], "scale_factor": 2.0}), pictures(1, 3, 8, 8)
+    codec, x = vae(path, vae_config={**arguments, "image_range": [-1, 1], "scale_factor": 2.0}), images(1, 3, 8, 8)
     torch.testing.assert_close(codec.encode_batch(x), 2 * twin.moments(2 * x - 1)[0].detach())
 
 
-def test_monai_weights_without_fitting_arguments_are_refused(tmp_path):
+def test_monai_weights_without_matching_arguments_are_rejected(tmp_path):
     path, _ = write_monai(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no monai.yaml beside it .*--vae_config"):
+    with pytest.raises(FileNotFoundError, match="monai.yaml .*does not exist next to it; .*--vae_config"):
         vae(path)
-    with pytest.raises(FileNotFoundError, match="--vae_config"):
+    with pytest.raises(FileNotFoundError, match="other.yaml does not exist; check --vae_config"):
         vae(path, vae_config=str(tmp_path / "other.yaml"))
-    with pytest.raises(ValueError, match="'num_chanels', which is no argument"):
+    with pytest.raises(ValueError, match=r"contains \['num_chanels'\]: expected arguments of AutoencoderKL: .*num_channels"):
         vae(path, vae_config={**MONAI, "num_chanels": 3})
-    with pytest.raises(ValueError, match="no spatial_dims"):
+    with pytest.raises(ValueError, match="contains no spatial_dims"):
         vae(path, vae_config={"num_channels": [4]})
     with pytest.raises(ValueError, match="does not fit the model .*--vae_path"):
         vae(path, vae_config={**MONAI, "num_channels": [4, 4]})
+    for text, reason in (("- 1", "expected keys with values, got list"), ("{a", "while parsing")):
+        path.with_suffix(".yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"monai.yaml cannot be read as YAML: {reason}"):
+            vae(path)
 
 
-def test_grey_pictures_are_repeated_and_averaged_back(tmp_path):
+def test_grayscale_images_are_repeated_and_averaged_back(tmp_path):
     path, _ = write_monai(tmp_path, yaml_text=json.dumps(MONAI))
-    codec, grey = vae(path), pictures(2, 1, 8, 8)
-    coloured = codec.encode_batch(grey.repeat(1, 3, 1, 1))
-    assert codec.decode_batch(coloured).shape[1] == 3
-    latents = codec.encode_batch(grey)
-    torch.testing.assert_close(latents, coloured)
-    assert codec.decode_batch(latents).shape == grey.shape
+    codec, gray = vae(path), images(2, 1, 8, 8)
+    color = codec.encode_batch(gray.repeat(1, 3, 1, 1))
+    assert codec.decode_batch(color).shape[1] == 3
+    latents = codec.encode_batch(gray)
+    torch.testing.assert_close(latents, color)
+    assert codec.decode_batch(latents).shape == gray.shape
     assert codec.decode_batch(latents, channels=3).shape[1] == 3
-    assert vae(path).decode_batch(latents, channels=1).shape == grey.shape
+    assert vae(path).decode_batch(latents, channels=1).shape == gray.shape
     assert codec.latent_shape((1, 8, 8)) == (3, 4, 4)
 
 
-# diffusers
+# --- diffusers ---
 
 
 def diffusers_network(name):
@@ -387,11 +394,11 @@ def diffusers_network(name):
 @pytest.mark.parametrize("name, scale, shift, factor", [
     ("AutoencoderKL", 0.5, 0.25, 2), ("AutoencoderTiny", 2.0, 0.0, 4), ("AutoencoderDC", 0.41, 0.0, 2),
 ])
-@pytest.mark.filterwarnings("ignore")  # whatever diffusers has to say about its own dependencies
+@pytest.mark.filterwarnings("ignore")  # diffusers warns about its own dependencies
 def test_diffusers_folders_state_their_own_scale_and_shift(tmp_path, name, scale, shift, factor):
     network = diffusers_network(name)
     network.save_pretrained(tmp_path / "vae")
-    codec, x = vae(tmp_path / "vae"), pictures(2, 3, 8, 16)
+    codec, x = vae(tmp_path / "vae"), images(2, 3, 8, 16)
     assert (codec.scale_factor, codec.shift_factor, codec.factors) == (scale, shift, (factor, factor))
     with torch.no_grad():
         code = network.encode(2 * x - 1)
@@ -409,13 +416,62 @@ def test_diffusers_folders_state_their_own_scale_and_shift(tmp_path, name, scale
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_other_classes_of_diffusers_are_refused(tmp_path):
+def test_other_classes_of_diffusers_are_rejected(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(ValueError, match="holds a UNet2DModel, possible are AutoencoderKL, AutoencoderTiny, A"):
+    with pytest.raises(ValueError, match="contains a UNet2DModel: expected one of: AutoencoderKL, AutoencoderTiny, A"):
         vae(tmp_path)
 
 
-# the normalizer
+# --- A new kind ---
+
+
+class PatchMeans(torch.nn.Module):
+    """An autoencoder of another project: latents are means over 2x2 patches of images in [-4, 4]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(2.0))
+
+    def compress(self, x):
+        return self.gain * torch.nn.functional.avg_pool2d(x, 2)
+
+    def expand(self, z):
+        return (z / self.gain).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def open_patch_means(source):
+    """The one function of a new kind."""
+    network = PatchMeans()
+    return foreign.OpenedAutoencoder(
+        network, lambda x: foreign._deterministic_moments(network.compress(x)), network.expand, {"class": "PatchMeans"},
+        in_channels=1, latent_channels=1, factors=(2, 2), image_range=(-4.0, 4.0), path=str(source.path), scale_factor=3.0,
+    )
+
+
+def test_a_new_kind_is_one_function_and_one_line(tmp_path, monkeypatch, one_process):
+    recognizes = lambda source: (source.path / "means.json").is_file()
+    monkeypatch.setitem(foreign.KINDS, "a folder of patch means", (recognizes, open_patch_means))  # the one line
+    (tmp_path / "kind").mkdir()
+    (tmp_path / "kind" / "means.json").write_text("{}")
+    codec, x = vae(tmp_path / "kind"), images(3, 1, 4, 6).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    latents = codec.encode_batch(x)
+    torch.testing.assert_close(latents, 3 * 2 * (8 * x[..., ::2, ::2] - 4))
+    torch.testing.assert_close(codec.decode_batch(latents), x)
+    assert codec.describe()["config"] == {"class": "PatchMeans"} and len(codec.fingerprint) == 64
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; .* a folder of patch means"):
+        vae(tmp_path / "nowhere")
+
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate((255 * x[:, 0]).byte().numpy()):
+        Image.fromarray(image).save(tmp_path / "data" / f"{i}.png")
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "check_roundtrip.py"))
+    monkeypatch.setattr("sys.argv", ["check_roundtrip.py", "--vae_path", str(tmp_path / "kind"), "--data_dir",
+                                     str(tmp_path / "data"), "--image_size", "8x12", "--logdir", str(tmp_path / "log")])
+    script["main"]()
+    assert json.loads((tmp_path / "log" / "metrics.json").read_text())["psnr"] > 40
+
+
+# --- The normalizer ---
 
 
 STATISTICS = {"mean": 0.5, "std": 2.0, "channel_mean": [1.0, -2.0], "channel_std": [0.5, 4.0]}
@@ -425,7 +481,7 @@ STATISTICS = {"mean": 0.5, "std": 2.0, "channel_mean": [1.0, -2.0], "channel_std
     ("auto", [0], [2]), ("channel", [1, -2], [0.5, 4]), ("none", [0], [1]), ("0.18215", [0], [0.18215]), (3, [0], [3]),
 ])
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_normaliser_divides_by_what_its_mode_says(mode, shift, std, axes):
+def test_normalizer_divides_by_the_statistics_of_its_mode(mode, shift, std, axes):
     normalizer = LatentNormalizer.fit(mode, STATISTICS, 0.18215)
     latents = torch.randn(2, 2, *(3,) * axes)
     column = (1, -1, *(1,) * axes)
@@ -445,12 +501,12 @@ def test_channel_mode_gives_every_channel_mean_zero_and_std_one():
 
 
 @pytest.mark.parametrize("mode", ["atuo", "0", "-1", "nan", "inf", ""])
-def test_unknown_normalizer_modes_are_refused(mode):
-    with pytest.raises(ValueError, match="--normalizer is .*possible are auto, channel, none, or a number"):
+def test_unknown_normalizer_modes_are_rejected(mode):
+    with pytest.raises(ValueError, match="--normalizer must be auto, channel, none, or a number > 0 .*0.18215"):
         LatentNormalizer.fit(mode, STATISTICS, 0.18215)
 
 
-def test_constant_channels_are_refused_where_each_is_divided():
+def test_constant_channels_are_rejected_in_channel_mode():
     statistics = {**STATISTICS, "channel_std": [0.0, 4.0]}
     with pytest.raises(ValueError, match=r"channels \[0\] are constant.*--normalizer auto"):
         LatentNormalizer.fit("channel", statistics, 0.18215)
@@ -458,17 +514,17 @@ def test_constant_channels_are_refused_where_each_is_divided():
         LatentNormalizer.fit("auto", {**STATISTICS, "std": 0.0}, 0.18215)
 
 
-def test_normalizer_of_another_latent_is_refused():
-    with pytest.raises(ValueError, match="knows 2 channels, .* have 3"):
+def test_normalizer_of_another_latent_is_rejected():
+    with pytest.raises(ValueError, match=r"latents of shape \(1, 3, 2, 2\) do not match a normalizer of 2 channels"):
         LatentNormalizer.fit("channel", STATISTICS, 1.0).normalize(torch.zeros(1, 3, 2, 2))
 
 
-@pytest.mark.parametrize("std, refused", [(0.89, True), (0.9, False), (1.0, False), (1.1, False), (1.2, True),
+@pytest.mark.parametrize("std, rejected", [(0.89, True), (0.9, False), (1.0, False), (1.1, False), (1.2, True),
                                           (float("nan"), True)])
-def test_latent_std_outside_its_limits_is_refused_unless_allowed(std, refused):
+def test_latent_std_outside_its_limits_is_rejected_unless_allowed(std, rejected):
     normalizer = LatentNormalizer.fit("0.5", STATISTICS, 0.18215)
     check_latent_std(std, normalizer, allow=True)
-    if refused:
+    if rejected:
         text = f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto.*--allow_latent_std"
         with pytest.raises(ValueError, match=text):
             check_latent_std(std, normalizer)

@@ -1,156 +1,194 @@
-"""Open autoencoders of other projects: diffusers, MONAI."""
+"""Open what --vae_path names: autoencoders of this project, of diffusers and of MONAI.
 
-import dataclasses
+`KINDS` is the table of what can be opened. A new kind of autoencoder is one function that returns an
+`OpenedAutoencoder`, and one line in that table; `VAEInterface` makes a codec of it.
+"""
+
 import functools
 import inspect
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
-from ..config import as_dict, from_dict, to_tuple
+from ..config import as_dict, from_dict, require, to_tuple
 from .posterior import LOGVAR_RANGE
 
 FLAG = "--vae_path"
 
 
-@dataclasses.dataclass
-class _Found:
-    """An autoencoder with its two functions on its own range: images -> (mean, logvar) and z -> images."""
+@dataclass
+class OpenedAutoencoder:
+    """A network with its two functions, and the properties of its latents.
+
+    `moments` maps images in `image_range` [N x C x ...] to (mean, log-variance), each [N x Z x ...], and `decode` maps
+    z [N x Z x ...] to images in `image_range`. `config` is hashed into the fingerprint with the weights: JSON-able, and
+    stable over versions. `architecture` is set for an AutoencoderKL, which can be streamed and exported.
+    """
 
     network: torch.nn.Module
-    moments: callable
-    decode: callable
+    moments: Callable
+    decode: Callable
     config: dict
     in_channels: int
     latent_channels: int
-    factors: tuple
-    image_range: tuple
+    factors: tuple[int, ...]
+    image_range: tuple[float, float]
     path: str
     scale_factor: float | None = None
     shift_factor: float = 0.0
     preprocessing: dict | None = None
-    architecture: AutoencoderConfig | None = None   # of an AutoencoderKL of this project or of MONAI
+    architecture: AutoencoderConfig | None = None
 
 
-def _open(path, vae_config):
-    if path.startswith("hub:"):
-        return _open_diffusers(path.removeprefix("hub:"), None, local=False)
-    where = Path(path)
-    if not path or not where.exists():
-        problem = f"{path} is not there" if path else "no autoencoder is given"
-        raise FileNotFoundError(f"{problem}; {FLAG} wants a run folder or a weights file of train_autoencoder.py, a "
-                                "diffusers folder, hub:owner/name, or MONAI weights")
-    if where.is_file():
-        return _open_file(where, vae_config)
-    named = _class_name(where)
-    if named:
-        return _open_diffusers(path, named, local=True)
-    if checkpoint_util.committed_steps(where) or (where / "config.json").is_file():
-        return _open_file(checkpoint_util.latest_weights(where, FLAG), vae_config)
-    hint = f"; it has an autoencoder inside, {where / 'vae'}" if _class_name(where / "vae") else ""
-    raise ValueError(f"{path} is neither a run of train_autoencoder.py (no stateNNNNNN.json) nor a diffusers folder "
+class Source:
+    """A value of --vae_path and the properties that `KINDS` recognize it by, each read once."""
+
+    def __init__(self, name: str, vae_config: str | dict | None = None):
+        self.name, self.path, self.vae_config = name, Path(name), vae_config
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a run folder; `config.json` is written before the first checkpoint."""
+        known = self.path.is_dir() and checkpoint_util.committed_steps(self.path)
+        return bool(known) or (self.path / "config.json").is_file()
+
+    @functools.cached_property
+    def diffusers_class(self) -> str | None:
+        """The class that the config.json of a diffusers folder names, None for anything else."""
+        return _class_name(self.path)
+
+    @functools.cached_property
+    def weights(self) -> tuple[dict, dict | None]:
+        """(state dict, header) of a weights file; the header is None for files of other projects and for folders."""
+        return checkpoint_util.load_weights(self.path, flag=FLAG) if self.path.is_file() else ({}, None)
+
+
+def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedAutoencoder:
+    """Open the first of `KINDS` that recognizes `name`.
+
+    :param vae_config: arguments of MONAI weights, a dictionary or the path of a YAML file; None: the file next to them.
+    :raises FileNotFoundError: if the path, or a part of what belongs there, does not exist.
+    :raises ValueError: if something else is found there.
+    """
+    source = Source(name, vae_config)
+    for recognizes, opens in KINDS.values() if name else ():
+        if recognizes(source):
+            return opens(source)
+    problem = f"{name} does not exist" if name else "no autoencoder is specified"
+    require((name and source.path.exists(), f"{problem}; {FLAG} expects one of: {', '.join(KINDS)}"),
+            error=FileNotFoundError)
+    inner = source.path / "vae"
+    hint = f"; it has an autoencoder inside, {inner}" if _class_name(inner) else ""
+    raise ValueError(f"{name} is neither a run of train_autoencoder.py (no stateNNNNNN.json) nor a diffusers folder "
                      f"(no config.json with _class_name){hint}; check {FLAG}")
 
 
 def _class_name(folder):
-    """Return the class that a diffusers folder says it holds, or None."""
     try:
         return json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def _open_file(path, vae_config):
-    """Open a weights file: one with a header describes itself, any other is MONAI's."""
-    path = Path(path)
-    weights, header = checkpoint_util.load_weights(path, flag=FLAG)
-    if header is None:
-        return _open_monai(path, weights, vae_config)
-    checkpoint_util.require_kind(header, "autoencoder", path, FLAG)
-    config = from_dict(AutoencoderConfig, header["autoencoder"])
-    # Defaults are left out, so that a knob of a later version does not rename the functions of today.
+# --- AutoencoderKL, of this project or of MONAI ---
+
+
+def _open_run(source):
+    """Open the EMA weights of a run folder's best or latest step."""
+    return open_autoencoder(str(checkpoint_util.latest_weights(source.path, FLAG)), source.vae_config)
+
+
+def _open_own(source):
+    header = source.weights[1]
+    checkpoint_util.require_kind(header, "autoencoder", source.path, FLAG)
+    architecture = from_dict(AutoencoderConfig, header["autoencoder"])
+    # Only values that differ from the defaults are hashed, so that a field added later keeps today's fingerprints.
     default = as_dict(AutoencoderConfig())
-    described = {"class": "AutoencoderKL", **{k: v for k, v in as_dict(config).items() if v != default[k]}}
-    for name in ("use_checkpointing", "recompute_norms"):   # they change what is kept, not what is computed
-        described.pop(name, None)
-    network = create_autoencoder(config)
-    return _found_autoencoder_kl(network, weights, path, described, config, header.get("scale_factor"), header.get("data"))
+    config = {"class": "AutoencoderKL", **{k: v for k, v in as_dict(architecture).items() if v != default[k]}}
+    for name in ("use_checkpointing", "recompute_norms"):   # these change memory, not results
+        config.pop(name, None)
+    return _opened_kl(source, create_autoencoder(architecture), config, architecture, header.get("scale_factor"),
+                      header.get("data"))
 
 
-def _open_monai(path, weights, vae_config):
-    """Build an AutoencoderKL from the arguments in YAML; core's and GenerativeModels' names of them are taken."""
-    arguments = _monai_arguments(path, vae_config)
+def _open_monai(source):
+    """Build an AutoencoderKL from the arguments in YAML, in the spelling of MONAI core or GenerativeModels."""
+    arguments = _monai_arguments(source)
     image_range = arguments.pop("image_range", (0.0, 1.0))
     scale_factor = arguments.pop("scale_factor", None)
     config = {"class": "AutoencoderKL", **json.loads(json.dumps(arguments)), "image_range": list(image_range)}
     config.pop("use_checkpointing", None)
     architecture = from_dict(AutoencoderConfig, {**arguments, "image_range": image_range})
-    return _found_autoencoder_kl(AutoencoderKL(**arguments), weights, path, config, architecture, scale_factor)
+    return _opened_kl(source, AutoencoderKL(**arguments), config, architecture, scale_factor)
 
 
-def _found_autoencoder_kl(network, weights, path, config, architecture, scale_factor, preprocessing=None):
-    checkpoint_util.load_strict(network, weights, path, FLAG)
-    return _Found(
+def _opened_kl(source, network, config, architecture, scale_factor, preprocessing=None):
+    checkpoint_util.load_strict(network, source.weights[0], source.path, FLAG)
+    return OpenedAutoencoder(
         network, network.moments, network.decode, config, network.in_channels, network.latent_channels, network.factors,
-        tuple(architecture.image_range), str(Path(path).resolve()), scale_factor, preprocessing=preprocessing,
+        tuple(architecture.image_range), str(source.path.resolve()), scale_factor, preprocessing=preprocessing,
         architecture=architecture,
     )
 
 
-def _monai_arguments(path, vae_config):
-    source = vae_config
-    if not isinstance(vae_config, dict):
-        import yaml
-
-        beside = [path.with_suffix(s) for s in (".yaml", ".yml")]
-        source = Path(vae_config) if vae_config else next((p for p in beside if p.is_file()), None)
-        if source is None:
-            raise FileNotFoundError(
-                f"{path} has no header, so it is no file of train_autoencoder.py, and there is no {beside[0].name} "
-                "beside it with the arguments of MONAI's AutoencoderKL; write one (spatial_dims, num_channels, ...) or "
-                "set --vae_config"
-            )
-        if not source.is_file():
-            raise FileNotFoundError(f"no file {source}; check --vae_config")
-        try:
-            vae_config = yaml.safe_load(source.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(vae_config, dict):
-            raise ValueError(f"{source} holds no keys with values, but {type(vae_config).__name__}")
-        source = str(source)
-    for section in ("autoencoder", "autoencoder_def"):
-        vae_config = vae_config.get(section, vae_config)
-    known = {*inspect.signature(AutoencoderKL).parameters, "image_range", "scale_factor"}
-    arguments = {}
-    for key, value in vae_config.items():
-        key = {"channels": "num_channels"}.get(key, key)
-        if key in known:
-            arguments[key] = to_tuple(value)
-        elif key not in _NO_EFFECT:
-            raise ValueError(f"{source} has {key!r}, which is no argument of AutoencoderKL; known are "
-                             f"{', '.join(sorted(known))}")
-    if "spatial_dims" not in arguments:
-        raise ValueError(f"{source} has no spatial_dims; the arguments of MONAI's AutoencoderKL are needed")
-    return arguments
-
-
-# Arguments of MONAI that leave the function of given weights as it is (what include_fc means, the weights' names show).
+# Arguments of MONAI that do not change the function of given weights (`include_fc` shows in the weights' names).
 _NO_EFFECT = ("_target_", "use_flash_attention", "include_fc", "use_combined_linear", "training")
 
 
-def _open_diffusers(name, class_name, local):
+def _monai_arguments(source):
+    """Return the keyword arguments of AutoencoderKL, and `image_range` and `scale_factor` if they are there too."""
+    values, where = (source.vae_config,) * 2 if isinstance(source.vae_config, dict) else _read_yaml(source)
+    for section in ("autoencoder", "autoencoder_def"):
+        values = values.get(section, values)
+    arguments = {{"channels": "num_channels"}.get(key, key): to_tuple(value) for key, value in values.items()
+                 if key not in _NO_EFFECT}
+    known = sorted({*inspect.signature(AutoencoderKL).parameters, "image_range", "scale_factor"})
+    unknown = [key for key in arguments if key not in known]
+    require(
+        (not unknown, f"{where} contains {unknown}: expected arguments of AutoencoderKL: {', '.join(known)}"),
+        ("spatial_dims" in arguments, f"{where} contains no spatial_dims: expected arguments of MONAI's AutoencoderKL"),
+    )
+    return arguments
+
+
+def _read_yaml(source):
+    """Return (contents of the YAML file with a MONAI network's arguments, its path)."""
+    import yaml
+
+    beside = [source.path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
+    path = Path(source.vae_config) if source.vae_config else next((p for p in beside if p.is_file()), beside[0])
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; check --vae_config" if source.vae_config else
+            f"{source.path} has no header of train_autoencoder.py, and {path.name} with the arguments of MONAI's "
+            "AutoencoderKL (spatial_dims, num_channels, ...) does not exist next to it; write one or set --vae_config"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+        require((isinstance(values, dict), f"expected keys with values, got {type(values).__name__}"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    return values, path
+
+
+# --- diffusers ---
+
+
+def _open_diffusers(source):
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError(f"{FLAG} {name} needs diffusers: pip install diffusers") from error
+        raise ImportError(f"{FLAG} {source.name} requires diffusers: pip install diffusers") from error
+    local = not source.name.startswith("hub:")
+    name = source.name.removeprefix("hub:")
     try:
-        class_name = class_name or diffusers.AutoencoderKL.load_config(name)["_class_name"]
-        if class_name not in _DIFFUSERS:
-            raise ValueError(f"it holds a {class_name}, possible are {', '.join(_DIFFUSERS)}")
+        class_name = source.diffusers_class or diffusers.AutoencoderKL.load_config(name)["_class_name"]
+        require((class_name in _DIFFUSERS, f"it contains a {class_name}: expected one of: {', '.join(_DIFFUSERS)}"))
         network = getattr(diffusers, class_name).from_pretrained(name, local_files_only=local, low_cpu_mem_usage=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -158,11 +196,11 @@ def _open_diffusers(name, class_name, local):
     config = {k: v for k, v in network.config.items() if k == "_class_name" or not k.startswith("_")}
     config = json.loads(json.dumps({"_class_name": class_name, **config}))
     moments, widths = _DIFFUSERS[class_name]
-    path = str(Path(name).resolve()) if local else f"hub:{name}"
-    return _Found(
+    return OpenedAutoencoder(
         network, functools.partial(moments, network), lambda z: network.decode(z).sample, config,
-        config["in_channels"], config["latent_channels"], (2 ** (len(config[widths]) - 1),) * 2, (-1.0, 1.0), path,
-        config.get("scaling_factor"), config.get("shift_factor") or 0.0,
+        config["in_channels"], config["latent_channels"], (2 ** (len(config[widths]) - 1),) * 2, (-1.0, 1.0),
+        str(source.path.resolve()) if local else source.name, config.get("scaling_factor"),
+        config.get("shift_factor") or 0.0,
     )
 
 
@@ -180,13 +218,21 @@ def _dc_moments(network, x):
 
 
 def _deterministic_moments(z):
-    """Return moments of latents that nothing is random about."""
     return z, torch.full_like(z, LOGVAR_RANGE[0])
 
 
-# Per class: how it encodes, and the entry of its configuration whose length tells how often it halves the grid.
+# Class of diffusers: (its encoder, the entry of its configuration with one width per level, each half the size).
 _DIFFUSERS = {
     "AutoencoderKL": (_kl_moments, "block_out_channels"),
     "AutoencoderTiny": (_tiny_moments, "encoder_block_out_channels"),
     "AutoencoderDC": (_dc_moments, "encoder_block_out_channels"),
+}
+
+# Kind: (whether a Source is of it, the function that opens it); the first match counts. Only hub: uses the network.
+KINDS = {
+    "hub:owner/name": (lambda source: source.name.startswith("hub:"), _open_diffusers),
+    "a diffusers folder": (lambda source: source.diffusers_class, _open_diffusers),
+    "a run folder of train_autoencoder.py": (lambda source: source.is_run, _open_run),
+    "a weights file of one": (lambda source: source.weights[1] is not None, _open_own),
+    "weights of MONAI's AutoencoderKL": (lambda source: source.path.is_file(), _open_monai),
 }
