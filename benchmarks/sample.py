@@ -40,7 +40,7 @@ def main():
     (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, SampleConfig)
     shape, flags = SIZES[config.size]
     network, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
-    spaced = functools.cache(lambda steps: create_diffusion(**as_dict(DiffusionConfig(timestep_respacing=steps))))
+    spaced = functools.cache(lambda steps: create_diffusion(DiffusionConfig(timestep_respacing=steps)))
     common.randomize_zero_parameters(network).eval()
     judge = common.randomize_zero_parameters(create_classifier(shape[-1], **as_dict(ClassifierConfig(**CLASSIFIER)))).eval()
     weights = network.state_dict(), judge.state_dict()

@@ -44,7 +44,7 @@ def main():
     told = {"y": torch.arange(shape[0], device=device) % classes} if classes else {}
 
     def sampled(name, spacing):
-        process = create_diffusion(**{**header["diffusion"], "timestep_respacing": spacing})
+        process = create_diffusion({**header["diffusion"], "timestep_respacing": spacing})
         begun = time.process_time()
         x0 = SAMPLE_LOOPS[name](process, network, shape, noise=noise, clip_denoised=False, model_kwargs=told, device=device)
         return x0, time.process_time() - begun

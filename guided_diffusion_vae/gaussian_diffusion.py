@@ -1,15 +1,18 @@
-"""Define the Gaussian diffusion process: noise in, noise out, and the losses that teach a network the way back.
+"""Gaussian diffusion process: forward noising, the learned reverse process, its sampling loops and losses.
 
-Letters are the papers': x_0 data, x_t noised data, t time (0 is the least noise), eps noise, beta and alpha-bar the
-schedule, q the fixed forward process, p the learned reverse one. Equations are named by paper: DDPM (arXiv 2006.11239),
-iDDPM (2102.09672), DDIM (2010.02502), ADM (2105.05233), progressive distillation (2202.00512), zero terminal SNR
-(2305.08891), min-SNR (2303.09556).
+Notation follows the papers: x_0 data, x_t noised data, t timestep (0 is the least noisy), eps noise, beta and alpha-bar
+the noise schedule, q the fixed forward process, p the learned reverse process. Equations are cited by paper: DDPM
+(arXiv:2006.11239), iDDPM (arXiv:2102.09672), DDIM (arXiv:2010.02502), ADM (arXiv:2105.05233), progressive distillation
+(arXiv:2202.00512), zero terminal SNR (arXiv:2305.08891), min-SNR (arXiv:2303.09556).
 
-Tensors are [N x C x ...] with any number of spatial axes, t is [N] int64, results of one number a sample are [N].
-Where a `model` is asked for, it is called as model(x, times, **model_kwargs) and gives [N x C x ...], or
-[N x 2C x ...] where it predicts variances too (prediction first). `denoised_fn` maps a predicted x_0 to a better one.
-`cond_fn(x, times, **model_kwargs)` gives the gradient of log p(y | x_t), [N x C x ...]. `clip_denoised` clamps
-predicted x_0 to [-1, 1], which is right for pictures in that range and wrong for latents.
+Tensors are [N x C x ...] with any number of spatial axes, t is int64 [N]. Arguments of many functions:
+
+* `model`: called as model(x, timesteps, **model_kwargs), returns the prediction [N x C x ...], with learned variances
+  followed by their channels, [N x 2C x ...].
+* `denoised_fn`: maps the predicted x_0 to the one that is used.
+* `cond_fn`: called as cond_fn(x, timesteps, **model_kwargs), returns the gradient of log p(y | x_t), [N x C x ...].
+* `clip_denoised`: clamp the predicted x_0 to [-1, 1]; correct for images in that range, wrong for latents.
+* `noise_fn`: noise_fn(x) returns standard normal noise shaped like x; None: torch.randn_like.
 """
 
 import collections
@@ -27,29 +30,29 @@ from .nn import mean_flat
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
-    """Return the betas (float64 [T]) whose cumulative product of 1 - beta follows `alpha_bar`, a function of [0, 1].
+    """Return the betas, float64 [T], whose cumulative product of 1 - beta follows `alpha_bar`, a function of [0, 1].
 
-    max_beta keeps the last steps away from destroying everything at once (iDDPM, section 3.2).
+    :param max_beta: upper bound of beta, which avoids a singularity at the last timesteps (iDDPM, Sec. 3.2).
     """
     grid = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
     return np.array([min(1 - after / before, max_beta) for before, after in zip(grid, grid[1:])])
 
 
 def _linear_betas(steps):
-    """DDPM, section 4: 1e-4 to 0.02 in 1000 steps; other lengths are scaled to add as much noise in total."""
+    """Return the betas of DDPM, Sec. 4: 1e-4 to 0.02 in 1000 steps; other lengths have the same total noise."""
     return np.linspace(0.1 / steps, 20.0 / steps, steps, dtype=np.float64)
 
 
 def _cosine_betas(steps):
-    """iDDPM, equation 17, with the offset s = 0.008."""
+    """Return the betas of iDDPM, Eq. 17, with the offset s = 0.008."""
     return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
 def zero_terminal_snr(betas):
-    """Return betas like the given ones whose last step leaves no signal at all; float64 [T], the last one 1.
+    """Return `betas` rescaled to zero signal at the last timestep; float64 [T], the last one is 1.
 
-    Zero terminal SNR, algorithm 1: sqrt(alpha-bar) is shifted so that it ends at 0 and scaled so that it begins where
-    it did. A network can then not read the mean brightness of its data off the last step, nor miss it when sampling.
+    Zero terminal SNR, Alg. 1: sqrt(alpha-bar) is shifted to end at 0 and scaled to start at its old value. Training at
+    the last timestep then matches sampling, which starts from pure noise; otherwise the mean intensity leaks.
     """
     root = np.sqrt(np.cumprod(1.0 - betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -66,13 +69,12 @@ NOISE_SCHEDULES = {
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """Return the betas of a schedule by name (a key of NOISE_SCHEDULES); float64 [T].
+    """Return the betas of a key of NOISE_SCHEDULES, float64 [T].
 
-    Raises NotImplementedError where there is no such schedule.
+    :raises NotImplementedError: if there is no such schedule.
     """
     if schedule_name not in NOISE_SCHEDULES:
-        known = ", ".join(NOISE_SCHEDULES)
-        raise NotImplementedError(f"--noise_schedule {schedule_name} is unknown; choose from {known}")
+        raise NotImplementedError(f"--noise_schedule {schedule_name}: expected one of: {', '.join(NOISE_SCHEDULES)}")
     return NOISE_SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 
@@ -80,6 +82,7 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
 class DiffusionConfig:
     """The noise schedule, what the network predicts, and how it is trained and sampled."""
 
+    process: str = option("gaussian", "diffusion process")
     learn_sigma: bool = option(False, "predict the variance of each reverse step too (twice the output channels); needed "
                                    "for good samples in few steps and for likelihoods")
     diffusion_steps: int = option(1000, "steps of the process that the network is trained on", minimum=1)
@@ -102,44 +105,44 @@ class DiffusionConfig:
 
 
 class ModelMeanType(enum.Enum):
-    """What the network's first C channels predict."""
+    """Prediction of the network's first C channels."""
 
     PREVIOUS_X = "the mean of x_{t-1}"
     START_X = "x_0"
     EPSILON = "the noise in x_t"
-    VELOCITY = "sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (progressive distillation, section 4)"
+    VELOCITY = "sqrt(alpha-bar) noise - sqrt(1 - alpha-bar) x_0 (progressive distillation, Sec. 4)"
 
 
 class ModelVarType(enum.Enum):
-    """Where the variance of a reverse step comes from."""
+    """Source of the variance of a reverse step."""
 
     LEARNED = "the network's second C channels are its logarithm"
     FIXED_SMALL = "beta-tilde, the variance of q(x_{t-1} | x_t, x_0)"
     FIXED_LARGE = "beta"
-    LEARNED_RANGE = "the second C channels go from log beta-tilde (-1) to log beta (1), iDDPM equation 15"
+    LEARNED_RANGE = "the second C channels interpolate from log beta-tilde (-1) to log beta (1), iDDPM Eq. 15"
 
 
 class LossType(enum.Enum):
-    """What training minimises."""
+    """Training loss."""
 
-    MSE = "squared error of the prediction, plus the variational bound where variances are learned"
-    RESCALED_MSE = "the same, with the bound weighed by T / 1000"
-    MIN_SNR = "squared error weighed by min(SNR, gamma), as it stands for an error of x_0 (min-SNR, section 3.4)"
-    KL = "the variational bound's term of time t"
-    RESCALED_KL = "the same times T, an estimate of the whole bound"
+    MSE = "squared error of the prediction, plus the variational lower bound (VLB) with learned variances"
+    RESCALED_MSE = "the same, with the VLB weighted by T / 1000"
+    MIN_SNR = "squared error weighted by min(SNR, gamma) of the corresponding x_0 error (min-SNR, Sec. 3.4)"
+    KL = "term L_t of the variational lower bound"
+    RESCALED_KL = "the same times T, an estimate of the full bound"
 
     def is_vb(self):
-        """Say whether the variational bound alone is the loss."""
+        """Return whether the loss is the variational lower bound only."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
-# Below this alpha-bar at the first sampling step, x0 predicted from eps is unsafe unclipped: the cosine schedule ends at
-# 2e-9, the linear one at 4e-5.
+# Lowest alpha-bar of the first sampling step from which x_0 can be predicted from eps without clipping: the error of
+# eps is amplified by 1 / sqrt(alpha-bar). The cosine schedule ends at 2e-9, the linear one at 4e-5.
 MIN_UNCLIPPED_ALPHA_BAR = 1e-6
 
 _HAS_VARIANCE_HEAD = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
-# (variance, log variance) of the reverse step, by the name of its schedule.
+# (variance, log variance) of the reverse step, as names of schedules.
 _FIXED_VARIANCES = {
     ModelVarType.FIXED_SMALL: ("posterior_variance", "posterior_log_variance_clipped"),
     ModelVarType.FIXED_LARGE: ("_large_variance", "_large_log_variance"),
@@ -147,19 +150,17 @@ _FIXED_VARIANCES = {
 
 
 class GaussianDiffusion:
-    """The forward process q, the reverse process p around a network, their samplers and losses.
+    """Forward process q, reverse process p of a network, their sampling loops and losses; see `interfaces.Process`.
 
-    Schedules are numpy float64 attributes [T]; what a step needs of them is gathered from float32 copies that are
-    put on a device once, at their first use there.
+    Schedules are NumPy float64 attributes [T]. Steps gather from float32 copies, which are uploaded once per device.
 
-    betas: variance added by each step, [T] in (0, 1].
-    rescale_timesteps: give models times in [0, 1000) whatever T is.
-    min_snr_gamma: the bound of LossType.MIN_SNR.
-    discrete_data: x_0 are 8-bit levels mapped to [-1, 1], and the likelihood of the last step is a probability; False:
-        x_0 are real numbers, such as latents, and it is a density.
-
-    Raises ValueError where `betas` is not a sequence of numbers in (0, 1], and where the network shall predict noise
-    or the previous x although the last step leaves nothing else.
+    :param betas: variance added by each step, [T] in (0, 1].
+    :param rescale_timesteps: pass timesteps in [0, 1000) to models for any T.
+    :param min_snr_gamma: upper bound of the weight of LossType.MIN_SNR.
+    :param discrete_data: x_0 are 8-bit values mapped to [-1, 1], whose likelihood at t = 0 is a probability. False: x_0
+        are real numbers, such as latents, whose likelihood is a density.
+    :raises ValueError: if `betas` is not a sequence of numbers in (0, 1], or the network predicts noise or x_{t-1} and
+        the schedule ends in pure noise.
     """
 
     def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False,
@@ -179,33 +180,33 @@ class GaussianDiffusion:
         if loss_type is LossType.MIN_SNR:
             self._min_snr_weight = self._min_snr_weights()
         if self.betas[-1] == 1 and model_mean_type in (ModelMeanType.EPSILON, ModelMeanType.PREVIOUS_X):
-            raise ValueError("the noise schedule ends in pure noise, from which a prediction of noise tells nothing of "
-                             "x_0; set --predict_v True or --predict_xstart True, or take another --noise_schedule")
+            raise ValueError("the noise schedule ends in pure noise, where predicted noise does not determine x_0; set "
+                             "--predict_v True or --predict_xstart True, or use another --noise_schedule")
 
     def _derive_schedules(self):
         alpha_bar = np.cumprod(1.0 - self.betas)
         self.alphas_cumprod = alpha_bar
-        self.alphas_cumprod_prev = np.append(1.0, alpha_bar[:-1])       # x_{-1} is the data itself
-        self.alphas_cumprod_next = np.append(alpha_bar[1:], 0.0)        # x_T is noise alone
+        self.alphas_cumprod_prev = np.append(1.0, alpha_bar[:-1])       # x_{-1} is x_0
+        self.alphas_cumprod_next = np.append(alpha_bar[1:], 0.0)        # x_T is pure noise
 
-        # q(x_t | x_0), DDPM equation 4, and its inversions
+        # q(x_t | x_0), DDPM Eq. 4, and its inverses
         self.sqrt_alphas_cumprod = np.sqrt(alpha_bar)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - alpha_bar)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - alpha_bar)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alpha_bar)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alpha_bar - 1.0)
         self._one_minus_alphas_cumprod = 1.0 - alpha_bar
-        # d x_0 / d eps times d eps / d score; where no signal is left there is nothing that guidance could bend
+        # d x_0 / d eps times d eps / d score; 0 without signal, where guidance is undefined
         self._xstart_per_score = np.where(alpha_bar > 0, (1.0 - alpha_bar) * self.sqrt_recip_alphas_cumprod, 0.0)
 
-        # q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7. Its variance is 0 at t = 0; the logarithm takes the next time's
-        # there (iDDPM, section 3.1), or where there is one time only, that of beta.
-        shrinkage = (1.0 - self.alphas_cumprod_prev) / (1.0 - alpha_bar)
-        self.posterior_variance = self.betas * shrinkage
+        # q(x_{t-1} | x_t, x_0), DDPM Eq. 6 and 7. Its variance is 0 at t = 0: the logarithm uses that of t = 1 there
+        # (iDDPM, Sec. 3.1), or beta if T = 1.
+        noise_ratio = (1.0 - self.alphas_cumprod_prev) / (1.0 - alpha_bar)
+        self.posterior_variance = self.betas * noise_ratio
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = np.sqrt(self.alphas_cumprod_prev) * self.betas / (1.0 - alpha_bar)
-        self.posterior_mean_coef2 = np.sqrt(1.0 - self.betas) * shrinkage
+        self.posterior_mean_coef2 = np.sqrt(1.0 - self.betas) * noise_ratio
         self._xprev_coef = 1.0 / self.posterior_mean_coef1
         self._xprev_x_t_coef = self.posterior_mean_coef2 / self.posterior_mean_coef1
 
@@ -214,7 +215,7 @@ class GaussianDiffusion:
         self._large_variance = np.append(first, self.betas[1:])
         self._large_log_variance = np.log(self._large_variance)
 
-        # steps of DDIM, to the time before and to the time after
+        # DDIM steps from t to t - 1 and to t + 1
         self._sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
         self._one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
         self._posterior_std = np.sqrt(self.posterior_variance)
@@ -222,29 +223,29 @@ class GaussianDiffusion:
         self._sqrt_one_minus_alphas_cumprod_next = np.sqrt(1.0 - self.alphas_cumprod_next)
 
     def _schedule_on(self, name, device):
-        """Return schedule `name` on `device`: float32, or int64 for whole numbers; uploaded once."""
+        """Return schedule `name` on `device`: float32, or int64 for integers; uploaded once."""
         key = name, device
         if key not in self._tables:
             values = np.asarray(getattr(self, name))
             dtype = np.int64 if values.dtype.kind == "i" else np.float32
-            with torch.inference_mode(False):       # made in a preview, the table must serve training too
+            with torch.inference_mode(False):       # a table created in a preview must work in training too
                 self._tables[key] = torch.from_numpy(values.astype(dtype)).to(device)
         return self._tables[key]
 
     def _extract(self, name, t, x):
-        """Gather schedule `name` at times t; [N] -> [N x 1 x ...], to broadcast against x."""
+        """Return schedule `name` at timesteps t, broadcastable to x.  [N] -> [N x 1 x ...]"""
         return self._schedule_on(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
 
-    # What sampling and guidance need of a process beside the methods of the reference; see `interfaces.Process`.
+    # --- Interface to sampling and guidance, beyond the methods of guided-diffusion; see `interfaces.Process` ---
 
     def model_timesteps(self, t):
-        """Return the timesteps that are passed to networks and guidance for t; [N] -> [N]."""
+        """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
         original = self._schedule_on("timestep_map", t.device)[t]
         return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
 
     def noise_levels(self):
         """Return sigma_t = sqrt((1 - alpha-bar) / alpha-bar), the noise-to-signal ratio, float64 [T]."""
-        with np.errstate(divide="ignore"):      # infinite without signal
+        with np.errstate(divide="ignore"):      # infinite if no signal is left
             return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
 
     def noise_condition(self, low_res, t, noise):
@@ -257,14 +258,13 @@ class GaussianDiffusion:
         first = self.alphas_cumprod[-1]
         if self.model_mean_type is not ModelMeanType.EPSILON or first >= MIN_UNCLIPPED_ALPHA_BAR:
             return None
-        return (f"the first sampling step contains {math.sqrt(first):.1g} of the signal, so that x0 predicted from eps "
-                "without clipping may diverge and leave residual noise in the samples; --timestep_respacing ddim100 "
-                "starts at a lower noise level")
+        return (f"x0 is not clipped and {math.sqrt(first):.1g} of the signal is left at the first sampling step: x0 may "
+                "diverge and samples stay noisy; --timestep_respacing ddim100 starts at lower noise")
 
-    # The forward process q.
+    # --- Forward process q ---
 
     def q_mean_variance(self, x_start, t):
-        """Return mean, variance and log variance of q(x_t | x_0), each [N x C x ...]; DDPM equation 4."""
+        """Return mean, variance and log variance of q(x_t | x_0), each [N x C x ...]; DDPM, Eq. 4."""
         return (
             self._extract("sqrt_alphas_cumprod", t, x_start) * x_start,
             self._extract("_one_minus_alphas_cumprod", t, x_start).expand_as(x_start),
@@ -272,64 +272,66 @@ class GaussianDiffusion:
         )
 
     def q_sample(self, x_start, t, noise=None):
-        """Draw x_t ~ q(x_t | x_0), [N x C x ...], with `noise` (default: fresh) as the standard normal draw.
+        """Return x_t ~ q(x_t | x_0), [N x C x ...].
 
-        Raises ValueError where the noise has another shape than the data.
+        :param noise: standard normal, [N x C x ...]; None: sample it.
+        :raises ValueError: if the shapes of noise and data differ.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
         if noise.shape != x_start.shape:
-            raise ValueError(f"noise is {tuple(noise.shape)}, the data {tuple(x_start.shape)}; they must be alike")
-        spread = self._extract("sqrt_one_minus_alphas_cumprod", t, x_start)
-        return self._extract("sqrt_alphas_cumprod", t, x_start) * x_start + spread * noise
+            raise ValueError(f"noise: expected shape {tuple(x_start.shape)}, got {tuple(noise.shape)}")
+        std = self._extract("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return self._extract("sqrt_alphas_cumprod", t, x_start) * x_start + std * noise
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
-        """Return mean, variance and (clipped) log variance of q(x_{t-1} | x_t, x_0); DDPM equations 6 and 7."""
+        """Return mean, variance and (clipped) log variance of q(x_{t-1} | x_t, x_0); DDPM, Eq. 6 and 7."""
         return (
-            self._extract("posterior_mean_coef1", t, x_t) * x_start + self._extract("posterior_mean_coef2", t, x_t) * x_t,
+            self._extract("posterior_mean_coef1", t, x_t) * x_start
+            + self._extract("posterior_mean_coef2", t, x_t) * x_t,
             self._extract("posterior_variance", t, x_t).expand_as(x_t),
             self._extract("posterior_log_variance_clipped", t, x_t).expand_as(x_t),
         )
 
-    # Conversions between the quantities that a network may predict.
+    # --- Conversions between the possible predictions of a network ---
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        """Solve x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) eps for x_0; inverse of `_predict_eps_from_xstart`."""
-        return (
-            self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._extract("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
-        )
+        """Solve x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) eps for x_0; inverse: `_predict_eps_from_xstart`."""
+        scaled = self._extract("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return scaled - self._extract("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        """Solve the same equation for eps; inverse of `_predict_xstart_from_eps`."""
+        """Solve the same equation for eps; inverse: `_predict_xstart_from_eps`."""
         signal = self._extract("sqrt_alphas_cumprod", t, x_t) * pred_xstart
         return (x_t - signal) / self._extract("sqrt_one_minus_alphas_cumprod", t, x_t)
 
     def _predict_xstart_from_v(self, x_t, t, v):
         """Return x_0 = sqrt(alpha-bar) x_t - sqrt(1 - alpha-bar) v; progressive distillation, appendix D."""
-        return self._extract("sqrt_alphas_cumprod", t, x_t) * x_t - self._extract("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+        std = self._extract("sqrt_one_minus_alphas_cumprod", t, x_t)
+        return self._extract("sqrt_alphas_cumprod", t, x_t) * x_t - std * v
 
     def _velocity(self, x_start, t, noise):
         """Return v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0, [N x C x ...]."""
-        spread = self._extract("sqrt_one_minus_alphas_cumprod", t, x_start)
-        return self._extract("sqrt_alphas_cumprod", t, x_start) * noise - spread * x_start
+        std = self._extract("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return self._extract("sqrt_alphas_cumprod", t, x_start) * noise - std * x_start
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
-        """Solve DDPM equation 7 for x_0; inverse of the mean of `q_posterior_mean_variance`."""
+        """Solve DDPM, Eq. 7 for x_0; inverse: the mean of `q_posterior_mean_variance`."""
         return self._extract("_xprev_coef", t, x_t) * xprev - self._extract("_xprev_x_t_coef", t, x_t) * x_t
 
-    # The reverse process p.
+    # --- Reverse process p ---
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """Ask the network for p(x_{t-1} | x_t).
+        """Return p(x_{t-1} | x_t) as predicted by the network.
 
-        Returns a dict of tensors [N x C x ...]: `mean`, `variance`, `log_variance`, and the `pred_xstart` behind them.
-        Raises ValueError where the network's channels do not fit the kind of variance.
+        :return: {"mean", "variance", "log_variance", "pred_xstart"}, each [N x C x ...]; x_0 is the source of the mean.
+        :raises ValueError: if the output channels of the network do not match the variance type.
         """
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         return self._p_from_output(output, x, t, clip_denoised, denoised_fn)
 
     def _p_from_output(self, output, x, t, clip_denoised, denoised_fn=None):
-        """Read a network's output as p(x_{t-1} | x_t); see `p_mean_variance`."""
+        """Return p(x_{t-1} | x_t) for the network's output at x; see `p_mean_variance`."""
         prediction, sigma_head = self._split_heads(output, x)
         variance, log_variance = self._reverse_variance(sigma_head, x, t)
         to_xstart = {
@@ -343,21 +345,18 @@ class GaussianDiffusion:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
-        # A network that predicts the mean is taken at its word: clipping shows in pred_xstart alone.
-        said_outright = self.model_mean_type is ModelMeanType.PREVIOUS_X
-        mean = prediction if said_outright else self.q_posterior_mean_variance(pred_xstart, x, t)[0]
+        # A predicted mean is used as it is: clipping changes pred_xstart only.
+        predicts_mean = self.model_mean_type is ModelMeanType.PREVIOUS_X
+        mean = prediction if predicts_mean else self.q_posterior_mean_variance(pred_xstart, x, t)[0]
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
     def _split_heads(self, output, x):
         """Return (prediction, variance head or None), [N x C x ...] each."""
         heads = 2 if self.model_var_type in _HAS_VARIANCE_HEAD else 1
-        wanted = (x.shape[0], heads * x.shape[1], *x.shape[2:])
-        if output.shape != wanted:
-            raise ValueError(
-                f"the model gave {tuple(output.shape)} for x {tuple(x.shape)}; variances of type "
-                f"{self.model_var_type.name} need {wanted} (--learn_sigma {heads == 2}: the model's output channels "
-                f"are {heads} x its input channels)"
-            )
+        expected = (x.shape[0], heads * x.shape[1], *x.shape[2:])
+        if output.shape != expected:
+            raise ValueError(f"model output for {self.model_var_type.name}: expected shape {expected}, got "
+                             f"{tuple(output.shape)}; --learn_sigma {heads == 2} requires {heads} x the input channels")
         return output.chunk(2, dim=1) if heads == 2 else (output, None)
 
     def _reverse_variance(self, sigma_head, x, t):
@@ -368,22 +367,23 @@ class GaussianDiffusion:
         if self.model_var_type is ModelVarType.LEARNED:
             return sigma_head.exp(), sigma_head
         v = 0.5 * (sigma_head + 1.0)        # [-1, 1] -> [0, 1]
-        log_variance = v * self._extract("_log_betas", t, x) + (1.0 - v) * self._extract("posterior_log_variance_clipped", t, x)
+        low, high = self._extract("posterior_log_variance_clipped", t, x), self._extract("_log_betas", t, x)
+        log_variance = v * high + (1.0 - v) * low
         return log_variance.exp(), log_variance
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """Return the mean of a reverse step, shifted along the guidance gradient; ADM, algorithm 1.
+        """Return the mean of a reverse step, shifted along the guidance gradient; ADM, Alg. 1.
 
-        p_mean_var: what `p_mean_variance` gave for x and t.
+        :param p_mean_var: the result of `p_mean_variance` for x and t.
         """
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """Return `p_mean_var` as if the network had predicted the guided noise; ADM, algorithm 2.
+        """Return `p_mean_var` as if the network had predicted the guided noise; ADM, Alg. 2.
 
-        The algorithm's eps - sqrt(1 - alpha-bar) gradient, told in x_0. `mean` and `pred_xstart` change; the new
-        pred_xstart is not clipped again.
+        The algorithm's eps - sqrt(1 - alpha-bar) gradient, expressed in x_0. `mean` and `pred_xstart` change; the new
+        `pred_xstart` is not clipped again.
         """
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         pred_xstart = p_mean_var["pred_xstart"] + self._extract("_xstart_per_score", t, x) * gradient
@@ -392,20 +392,17 @@ class GaussianDiffusion:
     def predict_xstart(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None
     ):
-        """Return x_0 as the network predicts it at x_t, guided by `cond_fn`; [N x C x ...] -> same."""
+        """Return x_0 as the network predicts it at x_t, guided by `cond_fn`.  [N x C x ...] -> same"""
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         return (p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs))["pred_xstart"]
 
-    # One step of sampling. `noise_fn(x)` draws standard normal noise shaped like x; the default is torch.randn_like.
-    # Noise is drawn at every step, also where it is multiplied by zero, so that the count of draws never varies.
+    # --- Single sampling steps ---
+    # Noise is sampled at every step, even if it is multiplied by zero, so that the number of draws never varies.
 
     def p_sample(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, noise_fn=None
     ):
-        """Draw x_{t-1} ~ p(x_{t-1} | x_t); returns {"sample", "pred_xstart"}. DDPM, algorithm 2.
-
-        The sample at t = 0 is the mean.
-        """
+        """Return {"sample": x_{t-1} ~ p(x_{t-1} | x_t), "pred_xstart"}; DDPM, Alg. 2. The mean at t = 0."""
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = (noise_fn or torch.randn_like)(x)
         mean = p["mean"] if cond_fn is None else self.condition_mean(cond_fn, p, x, t, model_kwargs)
@@ -415,35 +412,35 @@ class GaussianDiffusion:
     def ddim_sample(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0, noise_fn=None
     ):
-        """Take one step of DDIM to time t - 1; returns {"sample", "pred_xstart"}. DDIM, equation 12.
+        """Return {"sample": x_{t-1}, "pred_xstart"} of a DDIM step; DDIM, Eq. 12.
 
-        eta: share of DDPM's noise, from 0 (deterministic) to 1 (sigma is then sqrt(beta-tilde)).
-        Raises ValueError where eta is outside [0, 1].
+        :param eta: fraction of DDPM's noise, from 0 (deterministic) to 1 (sigma = sqrt(beta-tilde)).
+        :raises ValueError: if eta is outside [0, 1].
         """
         if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"DDIM's eta is {eta}, must be from 0 (no noise) to 1 (as much as DDPM)")
+            raise ValueError(f"DDIM eta must be in [0, 1], got {eta}")
         x_0 = self.predict_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, x_0)
         noise = (noise_fn or torch.randn_like)(x)
-        sigma = eta * self._extract("_posterior_std", t, x)        # equation 16; 0 at t = 0
-        # Rounding may leave the difference a hair below zero where eta is 1.
+        sigma = eta * self._extract("_posterior_std", t, x)        # Eq. 16; 0 at t = 0
+        # With eta 1 rounding may leave the difference slightly below zero.
         along_eps = (self._extract("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0.0).sqrt()
         mean = self._extract("_sqrt_alphas_cumprod_prev", t, x) * x_0 + along_eps * eps
         return {"sample": mean + sigma * noise, "pred_xstart": x_0}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
-        """Take one step of DDIM's ODE backwards, from x_t to x_{t+1}; returns {"sample", "pred_xstart"}.
+        """Return {"sample": x_{t+1}, "pred_xstart"} of a step of the reverse DDIM ODE; DDIM, Eq. 14.
 
-        DDIM, equation 14. Raises ValueError where eta is not 0: only the path without noise can be walked back.
+        :raises ValueError: if eta is not 0: only deterministic steps are invertible.
         """
         if eta != 0.0:
-            raise ValueError(f"DDIM's eta is {eta}, must be 0 to reverse: only the deterministic path has a way back")
+            raise ValueError(f"DDIM eta must be 0 in reverse steps, got {eta}; with noise they are not invertible")
         x_0 = self.predict_xstart(model, x, t, clip_denoised, denoised_fn, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, x_0)
-        spread = self._extract("_sqrt_one_minus_alphas_cumprod_next", t, x)
-        return {"sample": self._extract("_sqrt_alphas_cumprod_next", t, x) * x_0 + spread * eps, "pred_xstart": x_0}
+        std = self._extract("_sqrt_one_minus_alphas_cumprod_next", t, x)
+        return {"sample": self._extract("_sqrt_alphas_cumprod_next", t, x) * x_0 + std * eps, "pred_xstart": x_0}
 
-    # Whole runs of sampling, from t = T - 1 to t = 0.
+    # --- Sampling loops, from t = T - 1 to t = 0 ---
 
     def p_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
@@ -458,12 +455,12 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, noise_fn=None,
     ):
-        """Yield what `p_sample` returns at each step; the last `sample` is the result.
+        """Yield the result of `p_sample` at each step; the last `sample` is x_0.
 
-        noise: x_T to start from, [N x C x ...]; None draws it, with `noise_fn` where that is given.
-        device: where to sample; None is where the model's parameters are.
-        progress: show a bar.
-        Raises ValueError where `noise` is not of `shape`.
+        :param noise: x_T, [N x C x ...]; None: sample it, by `noise_fn` if set.
+        :param device: None: that of the model's parameters.
+        :param progress: show a progress bar.
+        :raises ValueError: if `noise` does not have `shape`.
         """
         step = functools.partial(
             self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
@@ -484,7 +481,7 @@ class GaussianDiffusion:
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, noise_fn=None,
     ):
-        """Yield what `ddim_sample` returns at each step; arguments as in `p_sample_loop_progressive`, and eta."""
+        """Yield the result of `ddim_sample` at each step; arguments as in `p_sample_loop_progressive`, and eta."""
         step = functools.partial(
             self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
             model_kwargs=model_kwargs, eta=eta, noise_fn=noise_fn,
@@ -492,32 +489,31 @@ class GaussianDiffusion:
         return self._sample_progressive(step, model, shape, noise, device, progress, noise_fn)
 
     def _sample_progressive(self, step, model, shape, noise, device, progress, noise_fn):
-        """Yield step(x=x_t, t=t) for t from T - 1 to 0, each starting at the `sample` of the one before."""
+        """Yield step(x=x_t, t=t) for t from T - 1 to 0; x_{t-1} is the `sample` of step t."""
         if device is None:
             device = next(model.parameters()).device
         x = initial_noise(tuple(shape), noise, device, noise_fn)
-        times = range(self.num_timesteps - 1, -1, -1)
+        timesteps = range(self.num_timesteps - 1, -1, -1)
         if progress:
             from tqdm.auto import tqdm
-            times = tqdm(times)
-        for i in times:
-            t = torch.full((len(x),), i, device=device)     # filled on the device: nothing is copied to it
+            timesteps = tqdm(timesteps)
+        for i in timesteps:
+            t = torch.full((len(x),), i, device=device)     # filled on the device, without a transfer
             with torch.no_grad():
                 out = step(x=x, t=t)
             yield out
             x = out["sample"]
 
-    # Losses and likelihoods.
+    # --- Losses and likelihoods ---
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """Compute the loss of each sample at its time.
+        """Return losses per sample, each [N]; "loss" is the one to minimize.
 
-        Returns a dict of tensors [N]: `loss`; for the squared errors also `mse`, and with learned variances `vb`, the
-        (weighed) term of the variational bound, L_hybrid of iDDPM (equation 16). That term teaches the variance
-        alone: no gradient of it reaches the prediction.
+        Squared errors also return `mse` and, with learned variances, the weighted VLB term `vb` (L_hybrid, iDDPM,
+        Eq. 16), whose gradient reaches the variance head only.
 
-        noise: the draw behind x_t, [N x C x ...]; None draws it.
-        Raises ValueError where the network's channels or the shape of the noise do not fit.
+        :param noise: standard normal noise of x_t, [N x C x ...]; None: sample it.
+        :raises ValueError: if the output channels of the network or the shape of the noise do not match.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -545,7 +541,7 @@ class GaussianDiffusion:
         return {"loss": terms["mse"] + terms["vb"], **terms}
 
     def _target(self, x_start, x_t, t, noise):
-        """Return what the network's prediction should equal, [N x C x ...]."""
+        """Return the target of the network's prediction, [N x C x ...]."""
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             return self.q_posterior_mean_variance(x_start, x_t, t)[0]
         if self.model_mean_type is ModelMeanType.VELOCITY:
@@ -553,21 +549,21 @@ class GaussianDiffusion:
         return {ModelMeanType.START_X: x_start, ModelMeanType.EPSILON: noise}[self.model_mean_type]
 
     def _min_snr_weights(self):
-        """Return what min(SNR, gamma), the weight of an error of x_0, is for an error of the prediction, [T]."""
+        """Return min(SNR, gamma), the weight of the x_0 error, converted to the error of the prediction, [T]."""
         snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
         bounded = np.minimum(snr, self.min_snr_gamma)
-        # An error of eps is sqrt(SNR) times, one of v sqrt(SNR + 1) times as large as that of x_0.
+        # The eps error is sqrt(SNR) times, the v error sqrt(SNR + 1) times the x_0 error.
         ratios = {ModelMeanType.START_X: 1.0, ModelMeanType.EPSILON: snr, ModelMeanType.VELOCITY: snr + 1.0}
         if self.model_mean_type not in ratios or not self.min_snr_gamma > 0:
-            raise ValueError(f"min-SNR weighting with gamma {self.min_snr_gamma} of {self.model_mean_type.name}: gamma "
-                             "is above 0 (--min_snr_gamma), and the network predicts noise, x_0 or the velocity")
+            raise ValueError("min-SNR weighting: expected --min_snr_gamma > 0 and a prediction of noise, x_0 or "
+                             f"velocity, got {self.min_snr_gamma} and {self.model_mean_type.name}")
         return bounded / ratios[self.model_mean_type]
 
     def _vlb_term(self, p, x_start, x_t, t):
-        """Return L_t of the variational bound (iDDPM, equations 4 to 6) in bits per element, [N].
+        """Return term L_t of the variational lower bound (iDDPM, Eq. 4 to 6) in bits per dimension, [N].
 
-        How far p is from the step that knows x_0 (a KL divergence); at t = 0, what it costs to code x_start as 8-bit
-        data in [-1, 1], or the negative log density of real numbers (see `discrete_data`).
+        The KL divergence of q(x_{t-1} | x_t, x_0) and p; at t = 0 the negative log-likelihood of x_start, as 8-bit data
+        in [-1, 1] or as real numbers (see `discrete_data`).
         """
         mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
@@ -576,21 +572,21 @@ class GaussianDiffusion:
         return torch.where(t == 0, mean_flat(-decoded), mean_flat(kl)) / math.log(2.0)
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
-        """Return {"output": the bound's term at t in bits per element [N], "pred_xstart": [N x C x ...]}."""
+        """Return {"output": L_t in bits per dimension [N], "pred_xstart": [N x C x ...]}."""
         p = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
         return {"output": self._vlb_term(p, x_start, x_t, t), "pred_xstart": p["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
-        """Return L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per element, [N]; no network can change it."""
+        """Return L_T = KL(q(x_T | x_0) || N(0, 1)) in bits per dimension, [N]; independent of the network."""
         last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, last)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
-        """Compute the whole variational bound of x_start (see `discrete_data`) in bits per element.
+        """Return the variational lower bound of x_start (see `discrete_data`) in bits per dimension, and its terms.
 
-        Returns a dict: `total_bpd` and `prior_bpd` [N]; `vb`, `xstart_mse`, `mse` (of the noise) [N x T], of which
-        column 0 is the time T - 1. One draw of noise a time, from the last to the first.
+        :return: a dictionary with `total_bpd` and `prior_bpd` [N]; `vb`, `xstart_mse` and `mse` (of the noise) [N x T],
+            whose first column is timestep T - 1. Noise is sampled once per timestep, in this order.
         """
         columns = collections.defaultdict(list)
         for i in range(self.num_timesteps - 1, -1, -1):
@@ -609,29 +605,30 @@ class GaussianDiffusion:
 
 
 def _check_betas(betas):
-    """Return how many betas there are, or raise ValueError where they are not numbers in (0, 1] in one row."""
+    """Return the number of betas.
+
+    :raises ValueError: if they are not a 1D array of numbers in (0, 1].
+    """
     if betas.ndim != 1 or not len(betas):
-        raise ValueError(f"betas must be one row of numbers, found an array of shape {betas.shape}")
+        raise ValueError(f"betas: expected shape [T], got {list(betas.shape)}")
     wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
     if len(wrong):
-        raise ValueError(
-            f"beta {wrong[0]} of {len(betas)} is {betas[wrong[0]]}, must be in (0, 1]; the linear schedule needs "
-            f"--diffusion_steps above 20"
-        )
+        raise ValueError(f"beta {wrong[0]} of {len(betas)} must be in (0, 1], got {betas[wrong[0]]}; the linear "
+                         "schedule requires --diffusion_steps > 20")
     return len(betas)
 
 
 def initial_noise(shape, noise, device, noise_fn):
-    """Return x_T: `noise` where it is given, else a draw of `shape` on `device`."""
+    """Return x_T: `noise` if set, else sampled with `shape` on `device`."""
     if noise is None:
         return torch.randn(*shape, device=device) if noise_fn is None else noise_fn(torch.empty(shape, device=device))
     if tuple(noise.shape) != shape:
-        raise ValueError(f"noise is {tuple(noise.shape)}, the samples asked for are {shape}; they must be alike")
+        raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
     return noise
 
 
 def _last_sample(steps):
-    """Run a sampling loop to its end and return its last sample, keeping no other."""
+    """Return the last sample of a sampling loop, without storing the others."""
     return collections.deque(steps, maxlen=1).pop()["sample"]
 
 

@@ -1,4 +1,4 @@
-"""Run a diffusion process on a subset of its times: the same noise levels in fewer, larger steps."""
+"""Respacing: run a process on a subset of its timesteps, with the same noise levels in fewer, larger steps."""
 
 from itertools import accumulate, repeat
 
@@ -6,19 +6,18 @@ import numpy as np
 
 from .gaussian_diffusion import GaussianDiffusion
 
-# Half of it is where the authors of DPM-Solver end the cosine schedule.
+# Half of it, the logarithm of sqrt(SNR), is where the authors of DPM-Solver end the cosine schedule.
 MIN_LOG_SNR = -10.2
 
 
 def space_timesteps(num_timesteps, section_counts):
-    """Choose the times of a shorter process; returns a set of integers in [0, num_timesteps).
+    """Return the timesteps of a shorter process, a set of integers in [0, num_timesteps).
 
-    section_counts: how many times to keep in each of as many sections of (nearly) equal length, as a list of integers
-    or as text "10,15,20"; a section keeps its first and its last time and spreads the others evenly. "ddimN" keeps N
-    times at one whole-number stride from 0 on, the spacing of DDIM (arXiv 2010.02502, section 4.2).
-
-    Raises ValueError where a section is asked for more times than it has, where no whole-number stride gives N
-    times, and where the text is none of these forms.
+    :param section_counts: number of timesteps to keep in each of as many sections of (nearly) equal length, a list of
+        integers or text such as "10,15,20". A section keeps its first and last timestep, the others are evenly spaced.
+        "ddimN" keeps N timesteps at an integer stride from 0 on, the spacing of DDIM (arXiv:2010.02502, Sec. 4.2).
+    :raises ValueError: if a section is shorter than its count, no integer stride gives N timesteps, or the text has
+        none of these forms.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
@@ -26,90 +25,79 @@ def space_timesteps(num_timesteps, section_counts):
         section_counts = _parse_counts(section_counts, section_counts)
     shortest, longer = divmod(num_timesteps, len(section_counts))
     kept, start = set(), 0
-    for section, wanted in enumerate(section_counts):
+    for section, count in enumerate(section_counts):
         size = shortest + (section < longer)
-        if wanted > size:
-            raise ValueError(
-                f"section {section} of {len(section_counts)} has {size} of the {num_timesteps} steps, not the {wanted} "
-                f"that --timestep_respacing asks for; lower that count or raise --diffusion_steps"
-            )
-        stride = (size - 1) / (wanted - 1) if wanted > 1 else 1.0
-        # Strides are added up, not multiplied out: the rounding of ties then falls as in released runs.
-        offsets = accumulate(repeat(stride, wanted - 1), initial=0.0) if wanted > 0 else ()
+        if count > size:
+            raise ValueError(f"--timestep_respacing keeps {count} steps of section {section} of {len(section_counts)}, "
+                             f"which has {size} of the {num_timesteps}; lower it, or increase --diffusion_steps")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Strides are accumulated, not multiplied: ties then round as in released runs.
+        offsets = accumulate(repeat(stride, count - 1), initial=0.0) if count > 0 else ()
         kept.update(start + round(offset) for offset in offsets)
         start += size
     return kept
 
 
 def space_by_log_snr(alphas_cumprod, count):
-    """Choose `count` times at even distances of log(alpha-bar / (1 - alpha-bar)); returns a set of integers.
+    """Return `count` timesteps evenly spaced in log(alpha-bar / (1 - alpha-bar)), a set of integers.
 
-    The spacing of DPM-Solver (arXiv 2206.00927, section 3.4), for solvers of few steps. It goes from time 0 to the last
-    time with a log-SNR above FAINTEST_LOG_SNR, beyond which noise tells nothing reliable of x_0; a schedule that ends
-    in pure noise is meant to be started there, and is. Times are whole numbers, so where the distances fall below one
-    time, neighbours are taken.
+    The spacing of DPM-Solver (arXiv:2206.00927, Sec. 3.4), for solvers with few steps. It ends at the last timestep
+    with a log-SNR above MIN_LOG_SNR, beyond which x_0 cannot be predicted reliably; schedules that end in pure noise
+    start there. Timesteps are integers: at spacings below one timestep, adjacent ones are used.
 
-    Raises ValueError where there are not that many times, or fewer than 2 are wanted.
+    :raises ValueError: if there are fewer timesteps above MIN_LOG_SNR, or `count` is below 2.
     """
     alphas_cumprod = np.asarray(alphas_cumprod)
     with np.errstate(divide="ignore"):
         log_snr = np.log(alphas_cumprod) - np.log1p(-alphas_cumprod)
     usable = int((log_snr > MIN_LOG_SNR).sum())
     if not 2 <= count <= usable:
-        raise ValueError(f"--timestep_respacing logsnr{count}: choose from 2 to {usable}, the times of the "
-                         f"{len(log_snr)} --diffusion_steps whose noise leaves something of x_0")
+        raise ValueError(f"--timestep_respacing logsnr{count}: N must be in [2, {usable}], the number of the "
+                         f"{len(log_snr)} --diffusion_steps with enough signal")
     even = np.linspace(log_snr[0], log_snr[usable - 1], count)
-    times = np.interp(-even, -log_snr[:usable], np.arange(usable)).round().astype(int)
+    kept = np.interp(-even, -log_snr[:usable], np.arange(usable)).round().astype(int)
     for i in range(1, count):
-        times[i] = max(times[i], times[i - 1] + 1)
-    times = np.minimum(times, np.arange(usable - count, usable))
+        kept[i] = max(kept[i], kept[i - 1] + 1)
+    kept = np.minimum(kept, np.arange(usable - count, usable))
     if alphas_cumprod[-1] == 0:
-        times[-1] = len(alphas_cumprod) - 1
-    return set(times.tolist())
+        kept[-1] = len(alphas_cumprod) - 1
+    return set(kept.tolist())
 
 
-def _uniform_stride(num_timesteps, wanted):
+def _uniform_stride(num_timesteps, count):
     for stride in range(1, num_timesteps):
-        times = range(0, num_timesteps, stride)
-        if len(times) == wanted:
-            return set(times)
-    raise ValueError(
-        f"no whole-number stride takes {wanted} of {num_timesteps} steps (--timestep_respacing ddim{wanted}); choose a "
-        f"divisor of --diffusion_steps, or {wanted} without ddim"
-    )
+        kept = range(0, num_timesteps, stride)
+        if len(kept) == count:
+            return set(kept)
+    raise ValueError(f"--timestep_respacing ddim{count}: no integer stride keeps {count} of {num_timesteps} steps; use "
+                     f"a divisor of --diffusion_steps, or {count} without ddim")
 
 
 def _parse_counts(text, flag_value):
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--timestep_respacing {flag_value!r} is not a count (250), counts per section (10,15,20), ddimN (ddim25) "
-            "or logsnrN (logsnr20)"
-        ) from None
+        raise ValueError(f"--timestep_respacing {flag_value!r}: expected a count (250), counts per section (10,15,20), "
+                         "ddimN (ddim25) or logsnrN (logsnr20)") from None
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A process that visits only some times of a longer one, with the same alpha-bar at each of them.
+    """Process on a subset of the timesteps of an original process, with the same alpha-bar at each of them.
 
-    Betas follow from the kept alpha-bars (iDDPM, arXiv 2102.09672, equation 19). Models and guidance are given the
-    times of the long process, so a network trained on 1000 steps is sampled in 50.
+    Betas follow from the kept alpha-bars (iDDPM, arXiv:2102.09672, Eq. 19). The timesteps of the original process are
+    passed to models and guidance, so that a network trained on 1000 steps is sampled in 50.
 
-    use_timesteps: collection of times of the long process to keep.
-    kwargs: arguments of GaussianDiffusion for the long process.
-
-    Raises ValueError where `use_timesteps` is empty or leaves [0, len(betas)).
+    :param use_timesteps: collection of timesteps of the original process to keep.
+    :param kwargs: arguments of GaussianDiffusion for the original process.
+    :raises ValueError: if `use_timesteps` is empty or not within [0, len(betas)).
     """
 
     def __init__(self, use_timesteps, **kwargs):
         original_betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
         kept = sorted(set(use_timesteps))
         if not kept or kept[0] < 0 or kept[-1] >= len(original_betas):
-            found = f"{kept[0]} to {kept[-1]}" if kept else "none"
-            raise ValueError(
-                f"use_timesteps must be times from 0 to {len(original_betas) - 1}, found {found}; "
-                f"check --timestep_respacing against --diffusion_steps"
-            )
+            raise ValueError(f"use_timesteps: expected integers in [0, {len(original_betas) - 1}], got "
+                             f"{f'{kept[0]} to {kept[-1]}' if kept else 'none'}")
         alpha_bar = np.cumprod(1.0 - original_betas)[kept]
         super().__init__(betas=1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), **kwargs)
         self.use_timesteps, self.timestep_map, self.original_num_steps = set(kept), kept, len(original_betas)

@@ -24,21 +24,21 @@ def process(mean="EPSILON", var="FIXED_SMALL", loss="MSE", betas=None, **more):
     )
 
 
-def drawn(shape, seed=0):
+def normal(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def some_times(n, low=0):
+def random_timesteps(n, low=0):
     return torch.randint(low, STEPS, (n,), generator=torch.Generator().manual_seed(n))
 
 
-def says(value):
-    """A model that always answers `value`."""
+def constant_model(value):
+    """Return a model that returns `value` for every input."""
     return lambda x, t, **_: value
 
 
 class Timeless(torch.nn.Module):
-    """A model that does not look at the time."""
+    """Model that ignores the timestep."""
 
     def __init__(self, inner):
         super().__init__()
@@ -48,67 +48,67 @@ class Timeless(torch.nn.Module):
         return self.inner(x)
 
 
-# Schedules.
+# --- Schedules ---
 
 
-def test_linear_schedule_adds_the_same_noise_in_any_number_of_steps():
+def test_linear_schedule_total_noise_is_independent_of_steps():
     ends = [np.prod(1 - get_named_beta_schedule("linear", n)) for n in (500, 1000, 4000)]
     np.testing.assert_allclose(np.log(ends), math.log(ends[1]), rtol=0.02)
 
 
-def test_betas_follow_alpha_bar_up_to_their_limit():
+def test_betas_follow_alpha_bar_up_to_max_beta():
     betas = betas_for_alpha_bar(10, lambda u: 1 - u, max_beta=0.6)
     np.testing.assert_allclose(np.cumprod(1 - betas)[:8], 1 - np.arange(1, 9) / 10)
     assert betas[-1] == 0.6
 
 
-def test_unknown_schedule_is_refused_with_the_known_ones():
-    with pytest.raises(NotImplementedError, match="sigmoid is unknown; choose from linear, cosine"):
+def test_unknown_schedule_raises_with_known_ones():
+    with pytest.raises(NotImplementedError, match="--noise_schedule sigmoid: expected one of: linear, cosine"):
         get_named_beta_schedule("sigmoid", 10)
 
 
 @pytest.mark.parametrize("betas, message", [
-    ([0.1, 0.0], "beta 1 of 2 is 0.0"),
-    ([0.1, float("nan")], "beta 1 of 2 is nan"),
-    (get_named_beta_schedule("linear", 10), "--diffusion_steps above 20"),
-    ([[0.1]], r"shape \(1, 1\)"),
-    ([], "one row of numbers"),
+    ([0.1, 0.0], r"beta 1 of 2 must be in \(0, 1\], got 0.0"),
+    ([0.1, float("nan")], r"beta 1 of 2 must be in \(0, 1\], got nan"),
+    (get_named_beta_schedule("linear", 10), "--diffusion_steps > 20"),
+    ([[0.1]], r"betas: expected shape \[T\], got \[1, 1\]"),
+    ([], r"expected shape \[T\], got \[0\]"),
 ])
-def test_betas_outside_their_range_are_refused(betas, message):
+def test_betas_outside_range_raise(betas, message):
     with pytest.raises(ValueError, match=message):
         process(betas=betas)
 
 
-def test_schedules_stay_float64_attributes():
+def test_schedules_are_float64_attributes():
     p = process()
     for name in ("betas", "alphas_cumprod", "posterior_log_variance_clipped", "sqrt_recipm1_alphas_cumprod"):
         assert getattr(p, name).dtype == np.float64 and getattr(p, name).shape == (STEPS,)
 
 
-def test_defaults_are_those_of_the_reference_and_everything_beyond_is_off():
+def test_defaults_are_those_of_guided_diffusion():
     assert dataclasses.asdict(DiffusionConfig()) == {
         "learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "",
         "use_kl": False, "predict_xstart": False, "rescale_timesteps": False, "rescale_learned_sigmas": False,
-        "predict_v": False, "min_snr_gamma": 0.0,
+        "predict_v": False, "min_snr_gamma": 0.0, "process": "gaussian",
     }
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_zero_snr_schedules_begin_as_the_plain_ones_and_end_in_noise(name):
+def test_zero_snr_schedules_start_unchanged_and_end_in_pure_noise(name):
     plain, zero = (np.cumprod(1 - get_named_beta_schedule(n, 1000)) for n in (name, f"{name}_zero_snr"))
     assert zero[0] == pytest.approx(plain[0]) and zero[-1] == 0 and (np.diff(zero) < 0).all()
-    # Lin et al., algorithm 1: sqrt(alpha-bar) is changed linearly, so ratios of its differences stay.
+    # Lin et al., Alg. 1: sqrt(alpha-bar) changes linearly, so that ratios of its differences are kept.
     steps_plain, steps_zero = np.diff(np.sqrt(plain)), np.diff(np.sqrt(zero))
     np.testing.assert_allclose(steps_zero / steps_zero[0], steps_plain / steps_plain[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("mean", ["EPSILON", "PREVIOUS_X"])
-def test_a_schedule_that_ends_in_noise_refuses_predictions_that_say_nothing_there(mean):
+def test_pure_noise_schedule_rejects_predictions_undefined_there(mean):
     with pytest.raises(ValueError, match="ends in pure noise, .* set --predict_v True or --predict_xstart True"):
         process(mean, betas=get_named_beta_schedule("linear_zero_snr", 50))
 
 
-# Forward process.
+# --- Forward process ---
 
 
 def test_variance_preserving_steps_compose_to_q():
@@ -122,7 +122,7 @@ def test_variance_preserving_steps_compose_to_q():
     torch.testing.assert_close(log_variance.exp(), wanted_variance)
 
 
-def test_posterior_is_what_bayes_says():
+def test_posterior_follows_bayes_rule():
     p, t = process(), 9
     x_0, x_t = torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), -0.8)
     mean, variance, log_variance = p.q_posterior_mean_variance(x_0, x_t, torch.tensor([t]))
@@ -134,17 +134,17 @@ def test_posterior_is_what_bayes_says():
     assert log_variance.item() == pytest.approx(-math.log(prior + step), rel=1e-5)
 
 
-def test_noise_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"noise is \(1, 2, 4\), the data \(1, 2, 5\)"):
+def test_noise_of_another_shape_raises():
+    with pytest.raises(ValueError, match=r"noise: expected shape \(1, 2, 5\), got \(1, 2, 4\)"):
         process().q_sample(torch.zeros(1, 2, 5), torch.tensor([0]), torch.zeros(1, 2, 4))
 
 
-# Conversions and the reverse process.
+# --- Conversions and the reverse process ---
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_eps_and_xstart_convert_both_ways(shape):
-    p, x_t, x_0, t = process(), drawn(shape), drawn(shape, 1), some_times(3)
+    p, x_t, x_0, t = process(), normal(shape), normal(shape, 1), random_timesteps(3)
     eps = p._predict_eps_from_xstart(x_t, t, x_0)
     torch.testing.assert_close(p._predict_xstart_from_eps(x_t, t, eps), x_0, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(p.q_sample(x_0, t, eps), x_t, rtol=1e-3, atol=1e-4)
@@ -152,13 +152,13 @@ def test_eps_and_xstart_convert_both_ways(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("var", ModelVarType)
-def test_the_three_kinds_of_prediction_agree_where_they_are_exact(shape, var):
-    x_0, eps, t = drawn(shape).clamp(-1, 1), drawn(shape, 1), some_times(3)
+def test_exact_predictions_of_all_kinds_agree(shape, var):
+    x_0, eps, t = normal(shape).clamp(-1, 1), normal(shape, 1), random_timesteps(3)
     x_t = process().q_sample(x_0, t, eps)
     previous = process().q_posterior_mean_variance(x_0, x_t, t)[0]
-    head = [drawn(shape, 2)] if var in LEARNED else []
+    head = [normal(shape, 2)] if var in LEARNED else []
     for mean, prediction in [("EPSILON", eps), ("START_X", x_0), ("PREVIOUS_X", previous)]:
-        model = says(torch.cat([prediction, *head], dim=1))
+        model = constant_model(torch.cat([prediction, *head], dim=1))
         out = process(mean, var.name).p_mean_variance(model, x_t, t, clip_denoised=False)
         torch.testing.assert_close(out["pred_xstart"], x_0, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(out["mean"], previous, rtol=2e-3, atol=2e-3)
@@ -168,44 +168,44 @@ def test_the_three_kinds_of_prediction_agree_where_they_are_exact(shape, var):
 
 @pytest.mark.parametrize("v, limit", [(-1.0, "FIXED_SMALL"), (1.0, "FIXED_LARGE")])
 def test_learned_range_ends_at_the_fixed_variances(v, limit):
-    x, t = drawn((3, 1, 4)), some_times(3, low=1)
-    ranged = process(var="LEARNED_RANGE").p_mean_variance(says(torch.cat([x, torch.full_like(x, v)], 1)), x, t)
-    fixed = process(var=limit).p_mean_variance(says(x), x, t)
+    x, t = normal((3, 1, 4)), random_timesteps(3, low=1)
+    ranged = process(var="LEARNED_RANGE").p_mean_variance(constant_model(torch.cat([x, torch.full_like(x, v)], 1)), x, t)
+    fixed = process(var=limit).p_mean_variance(constant_model(x), x, t)
     torch.testing.assert_close(ranged["log_variance"], fixed["log_variance"])
 
 
 def test_xstart_is_denoised_and_then_clipped():
     x, t = torch.ones(2, 1, 3), torch.tensor([0, 5])
-    p, model = process("START_X"), says(torch.full((2, 1, 3), 0.8))
+    p, model = process("START_X"), constant_model(torch.full((2, 1, 3), 0.8))
     assert (p.p_mean_variance(model, x, t, True, lambda x: 3 * x)["pred_xstart"] == 1).all()
     assert p.p_mean_variance(model, x, t, False, lambda x: 3 * x)["pred_xstart"].mean() > 2
 
 
 @pytest.mark.parametrize("var, channels, heads", [("LEARNED_RANGE", 2, 4), ("FIXED_LARGE", 4, 2)])
-def test_channels_that_do_not_fit_the_variance_are_refused(var, channels, heads):
+def test_channels_that_do_not_match_the_variance_raise(var, channels, heads):
     x = torch.zeros(1, 2, 3)
-    with pytest.raises(ValueError, match=rf"gave \(1, {channels}, 3\).*{var} need \(1, {heads}, 3\) \(--learn_sigma"):
-        process(var=var).p_mean_variance(says(torch.zeros(1, channels, 3)), x, torch.tensor([0]))
+    with pytest.raises(ValueError, match=rf"output for {var}: expected shape \(1, {heads}, 3\), got \(1, {channels}, 3\); --learn_sigma"):
+        process(var=var).p_mean_variance(constant_model(torch.zeros(1, channels, 3)), x, torch.tensor([0]))
 
 
-def test_rescaled_times_run_to_a_thousand():
+def test_rescaled_timesteps_are_below_1000():
     seen = []
     model = lambda x, t: seen.append(t.tolist()) or x     # noqa: E731
     process(rescale_timesteps=True).p_mean_variance(model, torch.zeros(2, 1, 1), torch.tensor([0, 12]))
     assert seen == [[0.0, 500.0]]
 
 
-def test_guidance_moves_the_mean_by_variance_times_gradient():
-    p, x, t = process(), drawn((2, 1, 3)), torch.tensor([3, 20])
-    out = p.p_mean_variance(says(x), x, t)
+def test_guidance_shifts_the_mean_by_variance_times_gradient():
+    p, x, t = process(), normal((2, 1, 3)), torch.tensor([3, 20])
+    out = p.p_mean_variance(constant_model(x), x, t)
     moved = p.condition_mean(lambda x, t, y: y * torch.ones_like(x), out, x, t, {"y": 2.0})
     torch.testing.assert_close(moved, out["mean"] + 2 * out["variance"])
 
 
 def test_guided_score_adds_the_gradient_to_the_score():
-    p, x, t = process(), drawn((2, 1, 3)), torch.tensor([3, 20])
-    out = p.p_mean_variance(says(x), x, t, clip_denoised=False)
-    gradient = drawn((2, 1, 3), 1)
+    p, x, t = process(), normal((2, 1, 3)), torch.tensor([3, 20])
+    out = p.p_mean_variance(constant_model(x), x, t, clip_denoised=False)
+    gradient = normal((2, 1, 3), 1)
     guided = p.condition_score(lambda x, t: gradient, out, x, t)
     sigma = torch.tensor(p.sqrt_one_minus_alphas_cumprod[[3, 20]]).float().view(2, 1, 1)
     scores = [-p._predict_eps_from_xstart(x, t, each["pred_xstart"]) / sigma for each in (out, guided)]
@@ -213,21 +213,21 @@ def test_guided_score_adds_the_gradient_to_the_score():
     torch.testing.assert_close(guided["mean"], p.q_posterior_mean_variance(guided["pred_xstart"], x, t)[0])
 
 
-# Steps and loops.
+# --- Steps and loops ---
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ddim_with_full_noise_is_ddpm_with_the_small_variance(shape):
-    p, x, t, noise = process("START_X"), drawn(shape), some_times(3, low=1), drawn(shape, 1)
-    model = says(drawn(shape, 2))
+    p, x, t, noise = process("START_X"), normal(shape), random_timesteps(3, low=1), normal(shape, 1)
+    model = constant_model(normal(shape, 2))
     ddpm = p.p_sample(model, x, t, noise_fn=lambda x: noise)
     ddim = p.ddim_sample(model, x, t, eta=1.0, noise_fn=lambda x: noise)
     torch.testing.assert_close(ddim["sample"], ddpm["sample"], rtol=1e-4, atol=1e-4)
 
 
 def test_ddim_forward_undoes_reverse():
-    p, x = process("START_X"), drawn((2, 1, 4))
-    model = says(drawn((2, 1, 4), 1).clamp(-1, 1))
+    p, x = process("START_X"), normal((2, 1, 4))
+    model = constant_model(normal((2, 1, 4), 1).clamp(-1, 1))
     for t in range(3, 15):
         up = p.ddim_reverse_sample(model, x, torch.full((2,), t))["sample"]
         back = p.ddim_sample(model, up, torch.full((2,), t + 1))["sample"]
@@ -237,15 +237,15 @@ def test_ddim_forward_undoes_reverse():
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_model_that_knows_the_data_samples_it(loop, shape):
-    x_0 = drawn(shape).clamp(-1, 1)
-    sample = getattr(process("START_X", "FIXED_LARGE"), loop)(says(x_0), shape, device="cpu")
+def test_exact_model_samples_the_data(loop, shape):
+    x_0 = normal(shape).clamp(-1, 1)
+    sample = getattr(process("START_X", "FIXED_LARGE"), loop)(constant_model(x_0), shape, device="cpu")
     torch.testing.assert_close(sample, x_0)
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_loops_end_where_their_progressive_forms_end(loop):
-    p, model, start = process(), torch.nn.Conv1d(1, 1, 3, padding=1), drawn((2, 1, 4))
+def test_loops_return_last_sample_of_progressive_forms(loop):
+    p, model, start = process(), torch.nn.Conv1d(1, 1, 3, padding=1), normal((2, 1, 4))
     call = lambda x, t: model(x)      # noqa: E731
     torch.manual_seed(0)
     steps = list(getattr(p, loop + "_progressive")(call, start.shape, noise=start, device="cpu"))
@@ -254,7 +254,7 @@ def test_loops_end_where_their_progressive_forms_end(loop):
     assert len(steps) == STEPS and final.equal(steps[-1]["sample"]) and not final.requires_grad
 
 
-def test_sampling_takes_the_device_of_the_model_and_leaves_gradients_on():
+def test_sampling_uses_device_of_model_and_keeps_gradients_enabled():
     model = torch.nn.Linear(4, 4)
     steps = process().p_sample_loop_progressive(Timeless(model), (2, 1, 4))
     for step in steps:
@@ -273,7 +273,7 @@ def test_keyed_noise_makes_a_sample_independent_of_its_batch(loop):
             return nn.keyed_randn(x.shape[1:], [(7, step, slot) for slot in slots]).to(x.device)
 
         sample = getattr(process(), loop)(Timeless(model), (len(slots), 1, 4), noise_fn=noise_fn)
-        assert next(calls, None) is None      # once for the start, once a step
+        assert next(calls, None) is None      # once for the start, once per step
         return sample
 
     whole = run([0, 1, 2])
@@ -281,18 +281,18 @@ def test_keyed_noise_makes_a_sample_independent_of_its_batch(loop):
 
 
 @pytest.mark.parametrize("loop, options", [("p_sample_loop", {}), ("ddim_sample_loop", {"eta": 0.0})])
-def test_noise_is_drawn_once_a_step_whatever_becomes_of_it(loop, options, monkeypatch):
+def test_noise_is_sampled_once_per_step(loop, options, monkeypatch):
     count, kept = [], torch.randn_like
     monkeypatch.setattr(torch, "randn_like", lambda x: count.append(1) or kept(x))
-    getattr(process(), loop)(says(torch.zeros(1, 1, 2)), (1, 1, 2), device="cpu", **options)
+    getattr(process(), loop)(constant_model(torch.zeros(1, 1, 2)), (1, 1, 2), device="cpu", **options)
     assert len(count) == STEPS
 
 
 def test_no_step_reads_a_value_back_from_the_device():
-    # Tensors on the meta device have no values: whatever needs one on the host fails.
+    # Tensors on the meta device have no values: reading one on the host fails.
     p, x = process(var="LEARNED_RANGE", loss="RESCALED_MSE"), torch.empty(2, 1, 4, device="meta")
     t = torch.empty(2, dtype=torch.int64, device="meta")
-    model, guide = says(torch.empty(2, 2, 4, device="meta")), says(x)
+    model, guide = constant_model(torch.empty(2, 2, 4, device="meta")), constant_model(x)
     assert p.p_sample_loop(model, x.shape, device="meta", cond_fn=guide).shape == x.shape
     assert p.ddim_sample_loop(model, x.shape, device="meta", cond_fn=guide, eta=0.5).shape == x.shape
     p.ddim_reverse_sample(model, x, t)
@@ -304,7 +304,7 @@ def test_schedules_are_uploaded_once():
     p, uploads, kept = process(), [], torch.from_numpy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "from_numpy", lambda a: uploads.append(a.shape) or kept(a))
-        steps = p.p_sample_loop_progressive(says(torch.zeros(2, 1, 3)), (2, 1, 3), device="cpu")
+        steps = p.p_sample_loop_progressive(constant_model(torch.zeros(2, 1, 3)), (2, 1, 3), device="cpu")
         next(steps)
         first = len(uploads)
         for _ in steps:
@@ -312,52 +312,52 @@ def test_schedules_are_uploaded_once():
     assert first == len(uploads) <= 8
 
 
-def test_schedules_first_met_in_inference_serve_training():
-    p, x, t = process(), drawn((2, 1, 4)), some_times(2)
+def test_schedules_first_used_in_inference_work_in_training():
+    p, x, t = process(), normal((2, 1, 4)), random_timesteps(2)
     weight = torch.nn.Parameter(torch.ones(1))
     with torch.inference_mode():
-        p.training_losses(says(x * weight), x, t)
-        p.p_sample(says(x), x, t)
-    total = p.p_mean_variance(says(x * weight), x, t)["mean"].sum()
+        p.training_losses(constant_model(x * weight), x, t)
+        p.p_sample(constant_model(x), x, t)
+    total = p.p_mean_variance(constant_model(x * weight), x, t)["mean"].sum()
     assert torch.autograd.grad(total, weight)[0].isfinite()
 
 
 def test_progress_shows_a_bar(capsys):
-    process().ddim_sample_loop(says(torch.zeros(1, 1, 2)), (1, 1, 2), device="cpu", progress=True)
+    process().ddim_sample_loop(constant_model(torch.zeros(1, 1, 2)), (1, 1, 2), device="cpu", progress=True)
     assert f"{STEPS}/{STEPS}" in capsys.readouterr().err
 
 
-def test_start_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"noise is \(1, 1, 3\), the samples asked for are \(1, 1, 2\)"):
-        process().p_sample_loop(says(None), (1, 1, 2), noise=torch.zeros(1, 1, 3), device="cpu")
+def test_start_of_another_shape_raises():
+    with pytest.raises(ValueError, match=r"noise: expected shape \(1, 1, 2\), got \(1, 1, 3\)"):
+        process().p_sample_loop(constant_model(None), (1, 1, 2), noise=torch.zeros(1, 1, 3), device="cpu")
 
 
-def test_eta_outside_its_range_is_refused():
+def test_eta_outside_range_raises():
     x, t = torch.zeros(1, 1, 2), torch.tensor([4])
-    with pytest.raises(ValueError, match="eta is 1.5"):
-        process().ddim_sample(says(x), x, t, eta=1.5)
-    with pytest.raises(ValueError, match="eta is 0.5, must be 0 to reverse"):
-        process().ddim_reverse_sample(says(x), x, t, eta=0.5)
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 1.5"):
+        process().ddim_sample(constant_model(x), x, t, eta=1.5)
+    with pytest.raises(ValueError, match="eta must be 0 in reverse steps, got 0.5"):
+        process().ddim_reverse_sample(constant_model(x), x, t, eta=0.5)
 
 
-# Losses.
+# --- Losses ---
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mean", ModelMeanType)
 def test_an_exact_prediction_has_no_loss(shape, mean):
-    p, x_0, eps, t = process(mean.name), drawn(shape), drawn(shape, 1), some_times(3)
+    p, x_0, eps, t = process(mean.name), normal(shape), normal(shape, 1), random_timesteps(3)
     x_t = p.q_sample(x_0, t, eps)
     exact = {"EPSILON": eps, "START_X": x_0, "PREVIOUS_X": p.q_posterior_mean_variance(x_0, x_t, t)[0],
              "VELOCITY": p._velocity(x_0, t, eps)}[mean.name]
-    terms = p.training_losses(says(exact), x_0, t, noise=eps)
+    terms = p.training_losses(constant_model(exact), x_0, t, noise=eps)
     assert sorted(terms) == ["loss", "mse"] and terms["loss"].shape == (3,) and (terms["loss"] < 1e-10).all()
 
 
-def test_bound_teaches_the_variance_alone_beside_a_squared_error():
-    p, x, t = process(var="LEARNED_RANGE", loss="RESCALED_MSE"), drawn((3, 1, 4)), torch.tensor([0, 5, 20])
-    prediction, head = drawn((3, 1, 4), 1).requires_grad_(), drawn((3, 1, 4), 2).requires_grad_()
-    terms = p.training_losses(says(torch.cat([prediction, head], 1)), x, t, noise=drawn((3, 1, 4), 3))
+def test_vlb_gradient_reaches_the_variance_head_only():
+    p, x, t = process(var="LEARNED_RANGE", loss="RESCALED_MSE"), normal((3, 1, 4)), torch.tensor([0, 5, 20])
+    prediction, head = normal((3, 1, 4), 1).requires_grad_(), normal((3, 1, 4), 2).requires_grad_()
+    terms = p.training_losses(constant_model(torch.cat([prediction, head], 1)), x, t, noise=normal((3, 1, 4), 3))
     assert sorted(terms) == ["loss", "mse", "vb"]
     torch.testing.assert_close(terms["loss"], terms["mse"] + terms["vb"])
     grads = torch.autograd.grad(terms["vb"].sum(), [prediction, head], retain_graph=True, allow_unused=True)
@@ -365,9 +365,9 @@ def test_bound_teaches_the_variance_alone_beside_a_squared_error():
     assert (torch.autograd.grad(terms["mse"].sum(), head)[0] == 0).all()
 
 
-def test_velocity_is_the_derivative_of_x_by_the_angle_of_its_noise():
+def test_velocity_is_the_derivative_of_x_t_by_its_angle():
     # x = cos(phi) x_0 + sin(phi) eps (progressive distillation, appendix D)
-    p, x_0, eps, t = process(), drawn((2, 1, 3)).double(), drawn((2, 1, 3), 1).double(), torch.tensor([3, 20])
+    p, x_0, eps, t = process(), normal((2, 1, 3)).double(), normal((2, 1, 3), 1).double(), torch.tensor([3, 20])
     phi = torch.from_numpy(np.arccos(p.sqrt_alphas_cumprod))[t].view(2, 1, 1).requires_grad_()
     x = phi.cos() * x_0 + phi.sin() * eps
     slope = torch.stack([torch.autograd.grad(v, phi, retain_graph=True)[0].sum() for v in x.flatten()]).view_as(x)
@@ -375,18 +375,18 @@ def test_velocity_is_the_derivative_of_x_by_the_angle_of_its_noise():
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_noise_x_0_and_velocity_are_three_words_for_one_reverse_step(clip):
-    t, x_0, eps = some_times(3), drawn((3, 1, 5)), drawn((3, 1, 5), 1)
+def test_noise_x0_and_velocity_give_the_same_reverse_step(clip):
+    t, x_0, eps = random_timesteps(3), normal((3, 1, 5)), normal((3, 1, 5), 1)
     x_t = process().q_sample(x_0, t, eps)
-    said = {"EPSILON": eps, "START_X": x_0, "VELOCITY": process()._velocity(x_0, t, eps)}
-    steps = [process(mean).p_mean_variance(says(value), x_t, t, clip_denoised=clip) for mean, value in said.items()]
+    predictions = {"EPSILON": eps, "START_X": x_0, "VELOCITY": process()._velocity(x_0, t, eps)}
+    steps = [process(mean).p_mean_variance(constant_model(value), x_t, t, clip_denoised=clip) for mean, value in predictions.items()]
     for step in steps[1:]:
         for name in ("mean", "variance", "pred_xstart"):
             torch.testing.assert_close(step[name], steps[0][name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("respacing", ["", "10"])
-def test_sampling_from_pure_noise_on_finds_what_the_network_knows(respacing):
+def test_sampling_from_pure_noise_returns_exact_x0(respacing):
     known = torch.tensor([[[0.3, -0.8]]])
     p = create_gaussian_diffusion(steps=40, noise_schedule="linear_zero_snr", predict_v=True,
                                               timestep_respacing=respacing)
@@ -399,35 +399,35 @@ def test_sampling_from_pure_noise_on_finds_what_the_network_knows(respacing):
     for loop in (p.p_sample_loop, p.ddim_sample_loop):
         x = loop(model, (4, 1, 2), device="cpu")
         torch.testing.assert_close(x, known.expand(4, 1, 2), atol=1e-4, rtol=0)
-    pull = lambda x, t: torch.ones_like(x)  # guidance cannot bend what holds no signal, nor make it infinite
-    assert torch.isfinite(p.ddim_sample_loop(model, (4, 1, 2), device="cpu", cond_fn=pull)).all()
+    gradient = lambda x, t: torch.ones_like(x)  # guidance is undefined without signal and must stay finite
+    assert torch.isfinite(p.ddim_sample_loop(model, (4, 1, 2), device="cpu", cond_fn=gradient)).all()
 
 
 @pytest.mark.parametrize("mean", ["EPSILON", "START_X", "VELOCITY"])
-def test_min_snr_weighs_an_error_of_x_0_alike_whatever_is_predicted(mean):
+def test_min_snr_weight_of_x0_error_is_independent_of_prediction(mean):
     p = process(mean, loss="MIN_SNR", min_snr_gamma=2.0)
-    x_0, eps, t = drawn((4, 1, 5)), drawn((4, 1, 5), 1), some_times(4)
+    x_0, eps, t = normal((4, 1, 5)), normal((4, 1, 5), 1), random_timesteps(4)
     x_t = p.q_sample(x_0, t, eps)
     wrong = x_0 + 0.3
-    said = {"EPSILON": p._predict_eps_from_xstart(x_t, t, wrong), "START_X": wrong}
-    said["VELOCITY"] = p._velocity(wrong, t, said["EPSILON"])
+    predictions = {"EPSILON": p._predict_eps_from_xstart(x_t, t, wrong), "START_X": wrong}
+    predictions["VELOCITY"] = p._velocity(wrong, t, predictions["EPSILON"])
     snr = torch.from_numpy(p.alphas_cumprod / (1 - p.alphas_cumprod))[t].float()
-    loss = p.training_losses(says(said[mean]), x_0, t, noise=eps)["loss"]
+    loss = p.training_losses(constant_model(predictions[mean]), x_0, t, noise=eps)["loss"]
     torch.testing.assert_close(loss, 0.09 * snr.clamp(max=2), rtol=1e-3, atol=1e-5)
 
 
-def test_min_snr_needs_a_bound_and_a_prediction_that_it_is_defined_for():
-    with pytest.raises(ValueError, match="gamma -1.0 of EPSILON: gamma is above 0 .--min_snr_gamma"):
+def test_min_snr_without_bound_or_defined_prediction_raises():
+    with pytest.raises(ValueError, match="expected --min_snr_gamma > 0 .*got -1.0 and EPSILON"):
         process(loss="MIN_SNR", min_snr_gamma=-1.0)
-    with pytest.raises(ValueError, match="of PREVIOUS_X: .* predicts noise, x_0 or the velocity"):
+    with pytest.raises(ValueError, match="a prediction of noise, x_0 or velocity, .* PREVIOUS_X"):
         process("PREVIOUS_X", loss="MIN_SNR")
 
 
-def test_real_numbers_are_coded_by_a_density_and_levels_by_a_probability():
-    x, t = drawn((3, 1, 6)), torch.zeros(3, dtype=torch.long)
+def test_real_data_has_a_density_and_8_bit_data_a_probability():
+    x, t = normal((3, 1, 6)), torch.zeros(3, dtype=torch.long)
     p = process("START_X", discrete_data=False)
-    bound = p._vb_terms_bpd(says(x + 0.01), x, p.q_sample(x, t), t, clip_denoised=False)
-    out = p.p_mean_variance(says(x + 0.01), p.q_sample(x, t), t, clip_denoised=False)
+    bound = p._vb_terms_bpd(constant_model(x + 0.01), x, p.q_sample(x, t), t, clip_denoised=False)
+    out = p.p_mean_variance(constant_model(x + 0.01), p.q_sample(x, t), t, clip_denoised=False)
     assert process("START_X").discrete_data and bound["output"].shape == (3,)
     density = torch.distributions.Normal(out["mean"], (0.5 * out["log_variance"]).exp()).log_prob(x)
     levels = process("START_X")._vlb_term(out, x, p.q_sample(x, t), t)
@@ -435,23 +435,23 @@ def test_real_numbers_are_coded_by_a_density_and_levels_by_a_probability():
     assert (levels - p._vlb_term(out, x, p.q_sample(x, t), t)).abs().min() > 0.1
 
 
-def test_the_bound_of_latents_is_that_of_the_exact_model_of_a_gaussian():
+def test_vlb_of_latents_is_exact_for_gaussian_data():
     # Data N(0, 1): the exact network is linear, and every reverse step but the last has the variance beta, which is
-    # FIXED_LARGE. So the bound is the entropy and what the last step's variance of another time costs.
+    # FIXED_LARGE. So the bound is the entropy plus the cost of the variance of another timestep at the last step.
     p = create_gaussian_diffusion(discrete_data=False)
-    spread = torch.from_numpy(p.sqrt_one_minus_alphas_cumprod).float()
-    exact = lambda x, t: spread[t].view(-1, 1, 1) * x
+    std = torch.from_numpy(p.sqrt_one_minus_alphas_cumprod).float()
+    exact = lambda x, t: std[t].view(-1, 1, 1) * x
     torch.manual_seed(0)
-    bits = p.calc_bpd_loop(exact, drawn((64, 1, 64)), clip_denoised=False)
+    bits = p.calc_bpd_loop(exact, normal((64, 1, 64)), clip_denoised=False)
     nats = bits["total_bpd"].mean().item() * math.log(2)
     ratio = p.betas[0] / p.posterior_variance[1]
     expected = 0.5 * math.log(2 * math.pi * math.e) + 0.5 * (ratio - 1 - math.log(ratio))
     assert nats == pytest.approx(expected, abs=0.03)
 
 
-def test_rescaled_losses_are_multiples_of_the_plain_ones():
-    x, t, eps = drawn((3, 1, 4)).clamp(-1, 1), torch.tensor([0, 5, 20]), drawn((3, 1, 4), 1)
-    model = says(drawn((3, 2, 4), 2))
+def test_rescaled_losses_are_multiples_of_plain_losses():
+    x, t, eps = normal((3, 1, 4)).clamp(-1, 1), torch.tensor([0, 5, 20]), normal((3, 1, 4), 1)
+    model = constant_model(normal((3, 2, 4), 2))
     terms = {loss: process(var="LEARNED", loss=loss.name).training_losses(model, x, t, noise=eps) for loss in LossType}
     torch.testing.assert_close(terms[LossType.RESCALED_KL]["loss"], STEPS * terms[LossType.KL]["loss"])
     torch.testing.assert_close(terms[LossType.RESCALED_MSE]["vb"], STEPS / 1000 * terms[LossType.MSE]["vb"])
@@ -460,23 +460,23 @@ def test_rescaled_losses_are_multiples_of_the_plain_ones():
     torch.testing.assert_close(terms[LossType.KL]["loss"], bound["output"])
 
 
-def test_knowing_the_posterior_costs_no_bits():
-    p, x_0, t = process("START_X"), drawn((4, 1, 5)).clamp(-1, 1), torch.tensor([1, 2, 10, 23])
-    bound = p._vb_terms_bpd(says(x_0), x_0, p.q_sample(x_0, t), t)
+def test_vlb_of_exact_prediction_is_zero():
+    p, x_0, t = process("START_X"), normal((4, 1, 5)).clamp(-1, 1), torch.tensor([1, 2, 10, 23])
+    bound = p._vb_terms_bpd(constant_model(x_0), x_0, p.q_sample(x_0, t), t)
     assert bound["output"].abs().max() < 1e-6 and bound["pred_xstart"].equal(x_0)
 
 
-def test_bits_per_dimension_are_the_terms_and_the_prior():
+def test_bits_per_dimension_are_terms_plus_prior():
     x = (torch.arange(16.0).view(2, 1, 8) * 17 / 127.5 - 1).clamp(-1, 1)
-    bits = process("START_X").calc_bpd_loop(says(x), x)
+    bits = process("START_X").calc_bpd_loop(constant_model(x), x)
     assert {name: tuple(value.shape) for name, value in bits.items()} == {
         "total_bpd": (2,), "prior_bpd": (2,), "vb": (2, STEPS), "xstart_mse": (2, STEPS), "mse": (2, STEPS),
     }
     torch.testing.assert_close(bits["total_bpd"], bits["vb"].sum(dim=1) + bits["prior_bpd"])
     assert (bits["xstart_mse"] == 0).all() and (bits["mse"] < 1e-6).all()
-    assert bits["vb"][:, :-1].abs().max() < 1e-6 < bits["vb"][:, -1].min()      # column 0 is the last time
+    assert bits["vb"][:, :-1].abs().max() < 1e-6 < bits["vb"][:, -1].min()      # column 0 is the last timestep
 
 
-def test_data_of_unit_variance_has_no_prior_cost_once_all_signal_is_gone():
+def test_prior_of_unit_variance_data_is_zero_without_signal():
     p = process(betas=get_named_beta_schedule("linear", 1000))
-    assert p._prior_bpd(drawn((2, 1, 500))).abs().max() < 1e-4
+    assert p._prior_bpd(normal((2, 1, 500))).abs().max() < 1e-4

@@ -44,7 +44,7 @@ def pixels_of(path):
 
 @pytest.mark.parametrize("solver, steps", [("ddpm", ""), ("ddim", ""), ("dpmpp", "logsnr3"), ("unipc", "logsnr3")])
 def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
-    diffusion = create_diffusion(**{**vars(PROCESS), "timestep_respacing": steps})
+    diffusion = create_diffusion(dataclasses.replace(PROCESS, timestep_respacing=steps))
     sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
     together = sampler.sample_x0(range(5), [2, 0], CPU)
     assert sampler.labels(range(5), [2, 0]).tolist() == [2, 0, 2, 0, 2]
@@ -242,7 +242,7 @@ def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classe
 def test_sample_i_is_told_small_picture_i_and_its_class():
     images, labels = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([2, 0, 1])
     identity = LatentNormalizer([0], [1], "none")
-    process = create_diffusion(**vars(PROCESS))
+    process = create_diffusion(PROCESS)
     small = LowResConditioning(images, labels, PixelCodec(1), identity, process)
     told = []
     model = lambda x, t, y, low_res: told.append((y, low_res)) or 0 * x
@@ -254,7 +254,7 @@ def test_sample_i_is_told_small_picture_i_and_its_class():
 
 def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
     images = np.zeros((2, 1, 8, 8), np.uint8)
-    process = create_diffusion(**vars(PROCESS))
+    process = create_diffusion(PROCESS)
     small = LowResConditioning(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
     both, one = small.condition([0, 3], CPU), small.condition([3], CPU)
     assert both["low_res_times"].tolist() == [2, 2]
@@ -268,7 +268,7 @@ def test_small_pictures_are_padded_as_those_of_the_training_were():
     codec = PixelCodec(1)
     codec.factors, codec.preprocessing = (2, 2), {"pad": True}
     images = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
-    process = create_diffusion(**vars(PROCESS))
+    process = create_diffusion(PROCESS)
     small = LowResConditioning(images, None, codec, LatentNormalizer([0], [1], "none"), process)
     told = small.condition([0], CPU)["low_res"]
     assert told.shape == (1, 1, 4, 4) and torch.equal(told[..., 3, :3], told[..., 2, :3])

@@ -302,9 +302,9 @@ def test_the_flags_that_bound_memory_are_those_of_the_script():
 
 
 @pytest.mark.parametrize("flags, match", [
-    ({"channel_mult": "1,two"}, "--channel_mult is '1,two'; needed are numbers with commas between: 1,2,2"),
-    ({"channel_mult": "1;2"}, "--channel_mult is '1;2'"),
-    ({"attention_resolutions": "16,small"}, "'16,small' are not numbers .*16,8 .--attention_resolutions, --class"),
+    ({"channel_mult": "1,two"}, "--channel_mult '1,two': expected comma-separated numbers, e.g. 1,2,2"),
+    ({"channel_mult": "1;2"}, "--channel_mult '1;2'"),
+    ({"attention_resolutions": "16,small"}, "'16,small': expected .*16,8; check --attention_resolutions and --class"),
 ])
 def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
     with pytest.raises(ValueError, match=match):

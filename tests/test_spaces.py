@@ -320,7 +320,7 @@ def test_a_bare_state_dict_works_with_flags(run, tmp_path):
     ("--vae_path", FileNotFoundError, "no autoencoder is specified; --vae_path expects one of"),
     ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give"),
     ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
-    ("--channel_mult", ValueError, "no width multipliers for a grid of 4, .*; give --channel_mult"),
+    ("--channel_mult", ValueError, "no default width multipliers for a grid of 4: .*; set --channel_mult"),
 ])
 def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, match):
     torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")

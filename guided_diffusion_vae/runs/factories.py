@@ -1,4 +1,4 @@
-"""Build models and diffusion processes from configs."""
+"""Create models and diffusion processes from configs."""
 
 import dataclasses
 import inspect
@@ -6,15 +6,15 @@ import inspect
 import numpy as np
 
 from .. import gaussian_diffusion as gd
-from ..config import as_dict
+from ..config import as_dict, from_dict, require
 from ..gaussian_diffusion import DiffusionConfig
 from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps
 from ..unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
 
-# Width multipliers per level where --channel_mult is empty, by the size of the grid that the network works on. The
-# sizes from 64 up are those of the released checkpoints; 16 and 32 are the usual latent grids.
+# Default --channel_mult by the grid size of the network: sizes from 64 up as in the released checkpoints, 16 and 32 for
+# common latent grids.
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
     32: (1, 2, 2, 4), 16: (1, 2, 2),
@@ -28,54 +28,61 @@ def _defaults(*classes):
 
 
 def diffusion_defaults():
-    """Defaults of the diffusion process."""
+    """Return the default flags of the diffusion process."""
     return _defaults(DiffusionConfig)
 
 
 def classifier_defaults():
-    """Defaults of noisy-image classifiers."""
+    """Return the default flags of noisy-image classifiers."""
     return {"image_size": 64, **_defaults(ClassifierConfig)}
 
 
 def model_and_diffusion_defaults():
-    """Defaults of image models and their process."""
+    """Return the default flags of image models and their process."""
     return {"image_size": 64, **_defaults(ModelConfig), **diffusion_defaults()}
 
 
 def classifier_and_diffusion_defaults():
-    """Defaults of classifiers and the process that noises their input."""
+    """Return the default flags of classifiers and of the process that noises their input."""
     return {**classifier_defaults(), **diffusion_defaults()}
 
 
 def sr_model_and_diffusion_defaults():
-    """Defaults of upsamplers and their process."""
+    """Return the default flags of upsamplers and their process."""
     accepted = inspect.signature(sr_create_model).parameters
     kept = {k: v for k, v in model_and_diffusion_defaults().items() if k in accepted}
     return {**kept, **diffusion_defaults(), "large_size": 256, "small_size": 64}
 
 
 def create_model_and_diffusion(image_size, learn_sigma=False, **flags):
-    """Build a UNet and its process from the flags of `model_and_diffusion_defaults`."""
-    of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
-    model = create_model(image_size, learn_sigma=learn_sigma, **flags)
-    return model, create_diffusion(learn_sigma=learn_sigma, **of_process)
+    """Return (UNet, process) of the flags of `model_and_diffusion_defaults`."""
+    diffusion, flags = _split_diffusion(learn_sigma, flags)
+    return create_model(image_size, learn_sigma=learn_sigma, **flags), diffusion
 
 
-def create_model_and_diffusion_vae(latent_shape, model, diffusion, super_res=None, discrete_data=False):
-    """Build the UNet of a grid [C x ...] and its process from a ModelConfig and a DiffusionConfig.
+def _split_diffusion(learn_sigma, flags):
+    """Return (process of the flags of DiffusionConfig, remaining flags)."""
+    known = diffusion_defaults()
+    diffusion = create_diffusion({**flags, "learn_sigma": learn_sigma})
+    return diffusion, {key: value for key, value in flags.items() if key not in known}
 
-    With a SuperResConfig it is the upsampler onto that grid. `discrete_data` says that the grid is of 8-bit pictures.
+
+def create_model_and_diffusion_vae(latent_shape, model, diffusion_config, super_res=None, discrete_data=False):
+    """Return (UNet of x0 [C x ...], process) of a ModelConfig and a DiffusionConfig.
+
+    :param super_res: a SuperResConfig, for an upsampler to this grid.
+    :param discrete_data: x0 are 8-bit images.
     """
     flags = {**as_dict(model), "in_channels": latent_shape[0], "dims": len(latent_shape) - 1}
     size = max(latent_shape[1:])
-    process = create_diffusion(**as_dict(diffusion), discrete_data=discrete_data)
+    diffusion = create_diffusion(diffusion_config, discrete_data)
     if super_res is None:
-        return create_model(size, learn_sigma=diffusion.learn_sigma, **flags), process
+        return create_model(size, learn_sigma=diffusion_config.learn_sigma, **flags), diffusion
     known = inspect.signature(sr_create_model).parameters
     flags = {key: value for key, value in flags.items() if key in known}
-    network = sr_create_model(size, None, learn_sigma=diffusion.learn_sigma,
+    network = sr_create_model(size, None, learn_sigma=diffusion_config.learn_sigma,
                               noised_condition=super_res.cond_noise_steps > 0, **flags)
-    return network, process
+    return network, diffusion
 
 
 def create_model(
@@ -84,12 +91,12 @@ def create_model(
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
     in_channels=0, num_classes=0, dims=0, resample_depth=False, class_dropout=0.0, recompute_norms=False,
 ):
-    """Build a UNet for a grid of `image_size` (of the latent, where it works on latents).
+    """Return the UNet of a grid of `image_size`, the size of latents for latent diffusion.
 
-    Zeros stand for what guided-diffusion has: 3 channels, 1000 classes, 2 axes. With `class_dropout` there is one class
-    more, the last, which stands for none.
+    Zeros mean guided-diffusion's values: 3 channels, 1000 classes, 2 axes. `class_dropout` adds the null class as the
+    last one.
 
-    :raises ValueError: where `image_size` has no default multipliers and `channel_mult` is empty.
+    :raises ValueError: if `channel_mult` is empty and `image_size` has no default.
     """
     in_channels = in_channels or 3
     return UNetModel(
@@ -106,10 +113,9 @@ def create_model(
 
 
 def sr_create_model_and_diffusion(large_size, small_size, learn_sigma=False, **flags):
-    """Build an upsampler and its process from the flags of `sr_model_and_diffusion_defaults`."""
-    of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
-    model = sr_create_model(large_size, small_size, learn_sigma=learn_sigma, **flags)
-    return model, create_diffusion(learn_sigma=learn_sigma, **of_process)
+    """Return (upsampler, process) of the flags of `sr_model_and_diffusion_defaults`."""
+    diffusion, flags = _split_diffusion(learn_sigma, flags)
+    return sr_create_model(large_size, small_size, learn_sigma=learn_sigma, **flags), diffusion
 
 
 def sr_create_model(
@@ -118,11 +124,11 @@ def sr_create_model(
     resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False, in_channels=0, num_classes=0, dims=0,
     resample_depth=False, class_dropout=0.0, noised_condition=False, recompute_norms=False,
 ):
-    """Build an upsampler that works at `large_size` and sees the small picture as further channels.
+    """Return an upsampler to `large_size`, to whose input channels the low-resolution image is concatenated.
 
-    Zeros and `class_dropout` are as in `create_model`; the network takes small pictures of any size.
+    Zeros and `class_dropout` are as in `create_model`; low-resolution images may have any size.
 
-    :raises ValueError: where `large_size` has no multipliers and `channel_mult` is empty.
+    :raises ValueError: if `channel_mult` is empty and `large_size` has no default.
     """
     in_channels = in_channels or 3
     return SuperResModel(
@@ -139,19 +145,18 @@ def sr_create_model(
 
 
 def _embedded_classes(class_cond, num_classes, class_dropout):
-    """Return how many classes a network has embeddings for, None for a network without."""
-    if class_dropout and not class_cond:
-        raise ValueError(f"--class_dropout {class_dropout} hides classes that --class_cond False does not show; set "
-                         "--class_cond True, or --class_dropout 0")
-    if not 0 <= class_dropout < 1:
-        raise ValueError(f"--class_dropout is {class_dropout}; it is a share from 0 to below 1")
+    """Return the number of class embeddings of a network, None for an unconditional one."""
+    require(
+        (not class_dropout or class_cond, f"--class_dropout {class_dropout} requires --class_cond True"),
+        (0 <= class_dropout < 1, f"--class_dropout must be in [0, 1), got {class_dropout}"),
+    )
     return (num_classes or NUM_CLASSES) + (class_dropout > 0) if class_cond else None
 
 
 def create_classifier_and_diffusion(image_size, learn_sigma=False, **flags):
-    """Build a classifier and the process that noises its input, from `classifier_and_diffusion_defaults`."""
-    of_process = {k: flags.pop(k) for k in list(flags) if k in diffusion_defaults()}
-    return create_classifier(image_size, **flags), create_diffusion(learn_sigma=learn_sigma, **of_process)
+    """Return (classifier, process that noises its input) of the flags of `classifier_and_diffusion_defaults`."""
+    diffusion, flags = _split_diffusion(learn_sigma, flags)
+    return create_classifier(image_size, **flags), diffusion
 
 
 def create_classifier(
@@ -159,9 +164,9 @@ def create_classifier(
     classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, classifier_in_channels=0,
     classifier_num_classes=0, classifier_channel_mult="", classifier_dims=0, classifier_resample_depth=False,
 ):
-    """Build the half of a UNet that ends in logits.
+    """Return a classifier, the downsampling half of a UNet followed by a pooling layer.
 
-    :raises ValueError: where `image_size` has no multipliers and `classifier_channel_mult` is empty.
+    :raises ValueError: if `classifier_channel_mult` is empty and `image_size` has no default.
     """
     return EncoderUNetModel(
         image_size=image_size, in_channels=classifier_in_channels or 3, model_channels=classifier_width,
@@ -179,15 +184,15 @@ def create_gaussian_diffusion(
     rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="", predict_v=False, min_snr_gamma=0.0,
     discrete_data=True,
 ):
-    """Build a process; `timestep_respacing` picks the steps that sampling walks through (empty: all).
+    """Return a Gaussian diffusion process on the timesteps of `timestep_respacing` (empty: all).
 
-    :raises ValueError: for two predictions or two losses at once, and whatever `SpacedDiffusion` refuses.
+    :raises ValueError: for two predictions or two losses, and as `SpacedDiffusion` does.
     """
-    if predict_xstart and predict_v:
-        raise ValueError("--predict_xstart True and --predict_v True exclude each other; give one of them")
-    if min_snr_gamma and (use_kl or rescale_learned_sigmas):
-        raise ValueError(f"--min_snr_gamma {min_snr_gamma} weighs the plain squared error; leave --use_kl and "
-                         "--rescale_learned_sigmas off")
+    require(
+        (not (predict_xstart and predict_v), "--predict_xstart and --predict_v are mutually exclusive; set only one"),
+        (not min_snr_gamma or not (use_kl or rescale_learned_sigmas), "--min_snr_gamma weights the squared error and is "
+         "mutually exclusive with --use_kl and --rescale_learned_sigmas; set only one"),
+    )
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif min_snr_gamma:
@@ -209,13 +214,28 @@ def create_gaussian_diffusion(
     )
 
 
-def create_diffusion(diffusion_steps=1000, **flags):
-    """Build the process that the "diffusion" flags of a header describe."""
-    return create_gaussian_diffusion(steps=diffusion_steps, **flags)
+def _create_gaussian(config, discrete_data):
+    flags = {key: value for key, value in vars(config).items() if key not in ("process", "diffusion_steps")}
+    return create_gaussian_diffusion(steps=config.diffusion_steps, discrete_data=discrete_data, **flags)
+
+
+# Diffusion processes by --process: functions of (DiffusionConfig, discrete_data), which return an `interfaces.Process`.
+PROCESSES = {"gaussian": _create_gaussian}
+
+
+def create_diffusion(config, discrete_data=True):
+    """Return the process of a DiffusionConfig, or of the "diffusion" flags of a header.
+
+    :param discrete_data: x0 are 8-bit images.
+    :raises ValueError: if `config.process` is not a key of PROCESSES.
+    """
+    config = from_dict(DiffusionConfig, config) if isinstance(config, dict) else config
+    require((config.process in PROCESSES, f"--process {config.process}: expected one of: {', '.join(PROCESSES)}"))
+    return PROCESSES[config.process](config, discrete_data)
 
 
 def choose_timesteps(betas, timestep_respacing):
-    """Return the times that `--timestep_respacing` asks for, of a schedule with these betas; empty: all."""
+    """Return the timesteps that `--timestep_respacing` keeps of a schedule with these betas; empty: all."""
     text = str(timestep_respacing)
     if text.startswith("logsnr") and text[len("logsnr"):].isdigit():
         return space_by_log_snr(np.cumprod(1.0 - betas), int(text[len("logsnr"):]))
@@ -223,13 +243,13 @@ def choose_timesteps(betas, timestep_respacing):
 
 
 def _strides(size, resolutions):
-    """Return the downsampling rates at which the longest side of the grid has the given sizes ("16,8")."""
+    """Return the downsampling factors at which the longest side of the grid has the given sizes ("16,8")."""
     try:
-        wanted = [int(r) for r in str(resolutions).split(",") if r]
+        sides = [int(r) for r in str(resolutions).split(",") if r]
     except ValueError:
-        raise ValueError(f"attention resolutions {resolutions!r} are not numbers with commas between, such as 16,8 "
-                         "(--attention_resolutions, --classifier_attention_resolutions)") from None
-    return tuple(_longest(size) // r for r in wanted if r)
+        raise ValueError(f"attention resolutions {resolutions!r}: expected comma-separated integers, e.g. 16,8; check "
+                         "--attention_resolutions and --classifier_attention_resolutions") from None
+    return tuple(_longest(size) // r for r in sides if r)
 
 
 def _longest(size):
@@ -237,20 +257,19 @@ def _longest(size):
 
 
 def _multipliers(size, text, table):
-    """Return the width multipliers that are given, else those of the longest side of the grid."""
+    """Return the width multipliers of a flag, by default those of the longest side of the grid."""
     flag = "--classifier_channel_mult" if table is CLASSIFIER_CHANNEL_MULT else "--channel_mult"
     if text:
         try:
             return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
         except ValueError:
-            raise ValueError(f"{flag} is {text!r}; needed are numbers with commas between: 1,2,2") from None
-    if _longest(size) not in table:
-        known = ", ".join(map(str, sorted(table)))
-        raise ValueError(f"no width multipliers for a grid of {size}, only for {known}; give {flag}, for example 1,2,2")
+            raise ValueError(f"{flag} {text!r}: expected comma-separated numbers, e.g. 1,2,2") from None
+    require((_longest(size) in table, f"no default width multipliers for a grid of {size}: expected one of: "
+             f"{', '.join(map(str, sorted(table)))}; set {flag}, e.g. 1,2,2"))
     return table[_longest(size)]
 
 
-def build_classifier(flags, process, shape):
-    """Build the classifier of x0 [C x ...] and the process that noises them."""
+def build_classifier(config, diffusion_config, shape):
+    """Return (classifier of x0 [C x ...], process that noises them) of a ClassifierConfig and a DiffusionConfig."""
     sides = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
-    return create_classifier_and_diffusion(image_size=sides, **as_dict(flags), **as_dict(process))
+    return create_classifier_and_diffusion(image_size=sides, **as_dict(config), **as_dict(diffusion_config))

@@ -227,7 +227,7 @@ def open_base_samples(base, sampler, super_res, process):
                          f"--cond_noise_steps {super_res.cond_noise_steps}, so levels from 0 to below that can be had")
     labels = _labels_of_base(base.base_samples, samples, sampler) if sampler.num_classes else None
     images = np.moveaxis(samples.images, -1, 1)
-    whole = create_diffusion(**{**process, "timestep_respacing": ""})
+    whole = create_diffusion({**process, "timestep_respacing": ""})
     return LowResConditioning(images, labels, sampler.codec, sampler.normalizer, whole, base.cond_noise_level, sampler.seed)
 
 

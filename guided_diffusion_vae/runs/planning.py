@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..autoencoder import create_autoencoder, per_level, format_strides
-from ..config import as_dict, option
+from ..config import option
 from ..nn import per_axis
 from ..train_util import AMP_DTYPES
 from ..vae import autoencoder_losses, create_discriminator, discriminator_losses, generator_losses
@@ -82,7 +82,7 @@ class DiffusionPlan(Plan):
         told = {"y": times} if self.network.class_cond else {}
         if self.super_res:
             told["low_res"] = torch.empty(n, *self.low_res_shape)
-        diffusion = create_diffusion(**as_dict(self.process))
+        diffusion = create_diffusion(self.process)
         x0 = torch.empty(n, *self.shape)
         losses = diffusion.training_losses(model, x0, times, model_kwargs=told, noise=torch.empty_like(x0))
         losses["loss"].mean().backward()

@@ -220,5 +220,5 @@ def preview_sampler(model, codec, header):
     """
     steps = header["diffusion"]["diffusion_steps"]
     spaced = len(range(0, steps, -(-steps // 50)))
-    diffusion = create_diffusion(**{**header["diffusion"], "timestep_respacing": f"ddim{spaced}"})
+    diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": f"ddim{spaced}"})
     return create_sampler(model, diffusion, Space(codec, LatentNormalizer.from_dict(header["normalizer"])), header)
