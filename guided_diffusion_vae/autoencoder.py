@@ -1,6 +1,6 @@
-"""A KL autoencoder whose strides the user chooses, for signals, pictures and volumes.
+"""A KL autoencoder with freely chosen downsampling factors, for signals, images and volumes.
 
-Kingma and Welling 2014 (arXiv 1312.6114) as used for latent diffusion by Rombach et al. 2022 (arXiv 2112.10752). The
+Kingma and Welling 2014 (arXiv:1312.6114) as used for latent diffusion by Rombach et al. 2022 (arXiv:2112.10752). The
 names of arguments and weights are those of MONAI GenerativeModels' AutoencoderKL, so that its weights load.
 """
 
@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn as nn
 
-from .config import as_dict, option
+from .config import as_dict, option, require
 from .nn import checkpoint, per_axis
 from .vae.blocks import (
     Attention, ChannelToSpace, Conv, Downsample, ResBlock, Residual, ShuffledConv, SpaceToChannel, Upsample,
@@ -54,22 +54,21 @@ class AutoencoderConfig:
     image_range: tuple = option((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
 
 
-def total_factors(config, dims):
-    """Return by what every one of `dims` axes shrinks in the network that a config describes; nothing is allocated."""
+def total_factors(config: AutoencoderConfig, dims: int) -> tuple[int, ...]:
+    """Return the total downsampling factor of each of `dims` axes, without allocating the network."""
     with torch.device("meta"):
         return create_autoencoder(
             dataclasses.replace(config, spatial_dims=dims, in_channels=config.in_channels or 1)
         ).factors
 
 
-def create_autoencoder(config):
+def create_autoencoder(config: AutoencoderConfig) -> "AutoencoderKL":
     """Build the network that an AutoencoderConfig describes.
 
-    :raises ValueError: where in_channels is still 0, that is, nobody has looked at the data yet, and whatever
-        `AutoencoderKL` refuses.
+    :raises ValueError: if in_channels is still 0 (to be taken from the data), or as in `AutoencoderKL`.
     """
-    if config.in_channels < 1:
-        raise ValueError(f"in_channels is {config.in_channels}; set it to the channels of the data (--in_channels)")
+    require((config.in_channels >= 1,
+             f"in_channels is {config.in_channels}: expected the channels of the data; set --in_channels"))
     arguments = as_dict(config)
     del arguments["image_range"]
     arguments.update(
@@ -81,10 +80,10 @@ def create_autoencoder(config):
     return AutoencoderKL(**arguments)
 
 
-def format_strides(network):
+def format_strides(network: "AutoencoderKL") -> str:
     """Return the strides of an AutoencoderKL as `initial=2, layers=(4, 2), total downsampling: 16x`.
 
-    One number stands for all axes where they agree.
+    One number stands for all axes if they agree.
     """
     short = lambda axes: axes[0] if len(set(axes)) == 1 else tuple(axes)
     layers = tuple(short(strides) for strides in network.strides)
@@ -93,17 +92,17 @@ def format_strides(network):
 
 
 class AutoencoderKL(nn.Module):
-    """Encode pictures or volumes as a diagonal normal distribution over latents, and decode latents.
+    """Encode images or volumes as a diagonal normal distribution over latents, and decode latents.
 
-    Level i has `num_channels[i]` channels and `num_res_blocks[i]` residual blocks, with attention where
-    `attention_levels[i]`. From level i to i + 1 each axis shrinks by `downsample_factors[i]`, an integer or one per
-    axis (None: 2 everywhere); a single value in place of any of these lists serves every level. Before level 0 each
-    axis shrinks by `initial_downsample_factor`. The decoder undoes all. Convolutions that shrink an axis by s have a
-    kernel that sees every input, s + 1 (2s - 1 at the start), unless `downsample_kernel_size` fixes it.
+    Level i has `num_channels[i]` channels and `num_res_blocks[i]` residual blocks, with attention if
+    `attention_levels[i]`. From level i to i + 1 each axis is downsampled by `downsample_factors[i]`, an integer or one
+    per axis (None: 2 everywhere); a single value instead of any of these lists applies to every level. Before level 0
+    each axis is downsampled by `initial_downsample_factor`. The decoder mirrors all of it. Convolutions of stride s
+    have a kernel that sees every input, s + 1 (2s - 1 at the start), unless `downsample_kernel_size` fixes it.
 
     State dicts of MONAI GenerativeModels, of MONAI core and of this class load; see `Attention` for their difference.
-    It is told from the state dict's `_metadata`: save and copy the object that `state_dict()` returns, not a plain
-    dictionary of its items.
+    The state dict's `_metadata` shows which of them it is: save and copy the object that `state_dict()` returns, not a
+    plain dictionary of its items.
 
     `final_upsample`, `space_to_channel` and `recompute_norms` are described in `AutoencoderConfig`.
 
@@ -120,63 +119,58 @@ class AutoencoderKL(nn.Module):
     ):
         super().__init__()
         num_channels = per_level(num_channels, 1)
-        levels = len(num_channels)
-        num_res_blocks, attention_levels = per_level(num_res_blocks, levels), per_level(attention_levels, levels)
-        downsample_factors = per_level(2 if downsample_factors is None else downsample_factors, levels - 1)
-        for name, entries, count in (
-            ("num_res_blocks", num_res_blocks, levels), ("attention_levels", attention_levels, levels),
-            ("downsample_factors", downsample_factors, levels - 1),
-        ):
-            if len(entries) != count:
-                raise ValueError(
-                    f"{name} {entries} has {len(entries)} entries; num_channels {num_channels} needs {count}"
-                )
-        if unfit := [c for c in num_channels if c % norm_num_groups]:
-            raise ValueError(
-                f"num_channels {num_channels}: {unfit[0]} is no multiple of norm_num_groups {norm_num_groups}"
-            )
-        if min(num_res_blocks) < 1:
-            raise ValueError(f"num_res_blocks {num_res_blocks} holds {min(num_res_blocks)}; every level has at least 1")
-        strides = [_strides(f, spatial_dims, "downsample_factors") for f in downsample_factors]
+        count = len(num_channels)
+        num_res_blocks, attention_levels = per_level(num_res_blocks, count), per_level(attention_levels, count)
+        downsample_factors = per_level(2 if downsample_factors is None else downsample_factors, count - 1)
+        require(
+            *((len(entries) == expected,
+               f"{name} {entries} has {len(entries)} entries: expected {expected} for num_channels {num_channels}")
+              for name, entries, expected in (("num_res_blocks", num_res_blocks, count),
+                                              ("attention_levels", attention_levels, count),
+                                              ("downsample_factors", downsample_factors, count - 1))),
+            (not any(width % norm_num_groups for width in num_channels),
+             f"num_channels {num_channels} must be multiples of norm_num_groups {norm_num_groups}"),
+            (all(blocks >= 1 for blocks in num_res_blocks), f"num_res_blocks must be >= 1, got {num_res_blocks}"),
+            (downsample_kernel_size is None or downsample_kernel_size > 0 and downsample_kernel_size % 2,
+             f"downsample_kernel_size must be odd, or None to see every input, got {downsample_kernel_size}"),
+        )
+        strides = tuple(_strides(factor, spatial_dims, "downsample_factors") for factor in downsample_factors)
         first = _strides(initial_downsample_factor, spatial_dims, "initial_downsample_factor")
-        if downsample_kernel_size is not None and (downsample_kernel_size < 1 or downsample_kernel_size % 2 == 0):
-            raise ValueError(f"downsample_kernel_size is {downsample_kernel_size}; it is odd, or None for the rule")
 
         self.in_channels, self.out_channels, self.latent_channels = in_channels, out_channels, latent_channels
-        self.initial_strides, self.strides = first, tuple(strides)
+        self.initial_strides, self.strides = first, strides
         self.factors = tuple(math.prod(axis) for axis in zip(first, *strides))
-        build = _Builder(spatial_dims, norm_num_groups, norm_eps, recompute_norms, space_to_channel)
-        levels = list(zip(num_channels, num_res_blocks, attention_levels))
-        self.encoder = _Blocks(use_checkpointing, build.encoder(
-            in_channels, latent_channels, levels, first, strides, downsample_kernel_size, with_encoder_nonlocal_attn,
-        ))
-        self.decoder = _Blocks(use_checkpointing, build.decoder(
-            latent_channels, out_channels, levels[::-1], first, strides[::-1],
-            downsample_kernel_size if use_convtranspose else None, use_convtranspose, with_decoder_nonlocal_attn,
-            final_upsample == "shuffle",
-        ))
+        build = _Builder(
+            spatial_dims, norm_num_groups, norm_eps, recompute_norms, space_to_channel,
+            tuple(zip(num_channels, num_res_blocks, attention_levels)), first, strides, downsample_kernel_size,
+            use_convtranspose, final_upsample == "shuffle",
+        )
+        encoder = build.encoder(in_channels, latent_channels, with_encoder_nonlocal_attn)
+        self.encoder = _Blocks(use_checkpointing, encoder)
+        decoder = build.decoder(latent_channels, out_channels, with_decoder_nonlocal_attn)
+        self.decoder = _Blocks(use_checkpointing, decoder)
         self.quant_conv_mu = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
         self.quant_conv_log_sigma = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
         self.post_quant_conv = Conv(spatial_dims, latent_channels, latent_channels, kernel=1)
 
     @property
-    def last_layer(self):
-        """The weight of the last convolution, at which losses are compared."""
+    def last_layer(self) -> torch.Tensor:
+        """The weight of the last convolution, at which the gradients of losses are compared (VQGAN)."""
         return [module for module in self.decoder.modules() if isinstance(module, Conv)][-1].conv.weight
 
     def moments(self, x):
         """Return mean and log-variance (within LOGVAR_RANGE) of the latent.  [N x C x ...] -> two of [N x Z x ...].
 
-        :raises ValueError: where the channels are others, or a size is no multiple of the axis's factor.
+        :raises ValueError: if the channels differ, or a size is not a multiple of its axis's factor.
         """
         if x.shape[1] != self.in_channels:
-            raise ValueError(f"pictures of shape {tuple(x.shape)} have {x.shape[1]} channels, the autoencoder "
-                             f"takes {self.in_channels} (--in_channels)")
+            raise ValueError(f"images of shape {tuple(x.shape)} have {x.shape[1]} channels: the autoencoder expects "
+                             f"{self.in_channels} (--in_channels)")
         self.latent_shape(x.shape[2:])
         return self.to_moments(self.encoder(x))
 
     def to_moments(self, h):
-        """Return mean and log-variance of what the encoder gave, [N x Z x ...]."""
+        """Return mean and log-variance of the encoder's output, two of [N x Z x ...]."""
         return self.quant_conv_mu(h), self.quant_conv_log_sigma(h).clamp(*LOGVAR_RANGE)
 
     def encode(self, x):
@@ -185,15 +179,15 @@ class AutoencoderKL(nn.Module):
         return mean, torch.exp(0.5 * logvar)
 
     def sampling(self, mu, sigma, eps=None):
-        """Draw a latent, mu + sigma * eps; a fresh standard normal eps where none is given."""
+        """Return a sample of the latent, mu + sigma * eps; eps None: standard normal noise."""
         return mu + sigma * (torch.randn_like(sigma) if eps is None else eps)
 
     def decode(self, z):
-        """Return the picture of a latent.  [N x Z x ...] -> [N x C x ... * factors]."""
+        """Return the decoded image of a latent.  [N x Z x ...] -> [N x C x ... * factors]."""
         return self.decoder(self.post_quant_conv(z))
 
     def reconstruct(self, x):
-        """Return the picture of the most probable latent of `x`."""
+        """Return the decoded posterior mode of `x`."""
         return self.decode(self.moments(x)[0])
 
     def forward(self, x, eps=None):
@@ -201,81 +195,94 @@ class AutoencoderKL(nn.Module):
         mu, sigma = self.encode(x)
         return self.decode(self.sampling(mu, sigma, eps)), mu, sigma
 
-    def latent_shape(self, spatial):
-        """Return the latent's (Z, ...) for pictures of the sizes `spatial`.
+    def latent_shape(self, spatial) -> tuple[int, ...]:
+        """Return the latent's (Z, ...) for images of the sizes `spatial`.
 
-        :raises ValueError: where a size is no multiple of the factor of its axis.
+        :raises ValueError: if a size is not a multiple of the factor of its axis.
         """
         return (self.latent_channels, *latent_grid(spatial, self.factors))
 
 
-def latent_grid(spatial, factors):
-    """Divide every size by the factor of its axis.
+def latent_grid(spatial, factors) -> tuple[int, ...]:
+    """Return the size of each axis divided by its factor.
 
-    :raises ValueError: where there are more or fewer axes, or a factor does not divide the size.
+    :raises ValueError: if the numbers of axes differ, or a factor does not divide a size.
     """
     if len(spatial) != len(factors):
-        raise ValueError(f"sizes {tuple(spatial)} are {len(spatial)} axes, the autoencoder works on {len(factors)} "
-                         "(--image_size has one number an axis)")
+        raise ValueError(f"sizes {tuple(spatial)} have {len(spatial)} axes: the autoencoder expects {len(factors)} "
+                         "(--image_size has one number per axis)")
     for axis, (size, factor) in enumerate(zip(spatial, factors)):
         if size % factor or size < 1:
             below = size // factor * factor
-            near = f"{below} and {below + factor}" if below else f"{factor}"
+            nearest = f"{below} or {below + factor}" if below else f"{factor}"
             raise ValueError(
-                f"axis {axis} has size {size}, which the autoencoder's total factor {factor} "
-                f"(--initial_downsample_factor times all --downsample_factors) does not divide; {near} would fit: "
-                "resize or crop, or give --pad True"
+                f"axis {axis} has size {size}, which the autoencoder's total downsampling factor {factor} "
+                f"(--initial_downsample_factor times all --downsample_factors) does not divide: expected e.g. {nearest}"
+                "; resize, crop, or set --pad True"
             )
     return tuple(size // factor for size, factor in zip(spatial, factors))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
-    """Yield the blocks of an encoder or a decoder, from the options that all of them share."""
+    """Yield the blocks of the encoder or the decoder, from the options that both share.
+
+    `levels` lists (channels, residual blocks, whether to attend), `strides` the stride per axis of each transition.
+    """
 
     dims: int
     groups: int
     eps: float
     recompute_norms: bool
     shortcuts: bool
+    levels: tuple
+    initial_strides: tuple
+    strides: tuple
+    kernel: int | None
+    transposed: bool
+    shuffled: bool
 
-    def encoder(self, channels, latent_channels, levels, first, strides, kernel, nonlocal_attn):
-        width = levels[0][0]
-        kernels = tuple(3 if s == 1 else kernel or 2 * s - 1 for s in first)
+    def encoder(self, channels, latent_channels, nonlocal_attn):
+        first, width = self.initial_strides, self.levels[0][0]
+        kernels = tuple(3 if s == 1 else self.kernel or 2 * s - 1 for s in first)
         yield self._around(Conv(self.dims, channels, width, kernels, first), SpaceToChannel(first, width), first)
-        for i, (out, repeats, attends) in enumerate(levels):
-            yield from self._level(width, out, repeats, attends)
-            width = out
-            if i < len(strides):
-                # With shortcuts widths change here, where channels can take in what space gives up.
-                out = levels[i + 1][0] if self.shortcuts else width
-                step = Downsample(self.dims, width, strides[i], kernel, out)
-                yield self._around(step, SpaceToChannel(strides[i], out), strides[i])
-                width = out
+        downsample = lambda width, strides, out: (Downsample(self.dims, width, strides, self.kernel, out),
+                                                  SpaceToChannel(strides, out))
+        width = yield from self._levels(self.levels, self.strides, downsample)
         if nonlocal_attn:
             yield from self._nonlocal(width)
         last = nn.GroupNorm(self.groups, width, self.eps), Conv(self.dims, width, latent_channels)
         yield from self._ends(last, SpaceToChannel((1,) * self.dims, latent_channels))
 
-    def decoder(
-        self, latent_channels, channels, levels, first, strides, kernel, transposed, nonlocal_attn, shuffled
-    ):
-        width = levels[0][0]
+    def decoder(self, latent_channels, channels, nonlocal_attn):
+        first, width = self.initial_strides, self.levels[-1][0]
         yield from self._ends((Conv(self.dims, latent_channels, width),), ChannelToSpace((1,) * self.dims, width))
         if nonlocal_attn:
             yield from self._nonlocal(width)
-        for i, (out, repeats, attends) in enumerate(levels):
-            yield from self._level(width, out, repeats, attends)
-            width = out
-            if i < len(strides):
-                out = levels[i + 1][0] if self.shortcuts else width
-                step = Upsample(self.dims, width, strides[i], transposed, kernel, out)
-                yield self._around(step, ChannelToSpace(strides[i], out), strides[i])
-                width = out
-        enlarge = ShuffledConv if shuffled else UpsampledConv
-        last = enlarge(self.dims, width, channels, first)
+        # A fixed kernel size is that of strided convolutions; nearest-neighbor upsampling always convolves by 3.
+        kernel = self.kernel if self.transposed else None
+        upsample = lambda width, strides, out: (Upsample(self.dims, width, strides, self.transposed, kernel, out),
+                                                ChannelToSpace(strides, out))
+        width = yield from self._levels(self.levels[::-1], self.strides[::-1], upsample)
+        final = (ShuffledConv if self.shuffled else UpsampledConv)(self.dims, width, channels, first)
         yield nn.GroupNorm(self.groups, width, self.eps)
-        yield self._around(last, ChannelToSpace(first, channels), first)
+        yield self._around(final, ChannelToSpace(first, channels), first)
+
+    def _levels(self, levels, strides, resample):
+        """Yield the blocks of all levels with `resample(channels, strides, out)` in between; return the last width."""
+        width = levels[0][0]
+        for i, (out, repeats, attends) in enumerate(levels):
+            for _ in range(repeats):
+                yield self._residual(width, out)
+                if attends:
+                    yield Attention(out, self.groups, self.eps)
+                width = out
+            if i < len(strides):
+                # With shortcuts the width changes here, as the elements of space become channels.
+                out = levels[i + 1][0] if self.shortcuts else width
+                yield self._around(*resample(width, strides[i], out), strides[i])
+                width = out
+        return width
 
     def _around(self, step, shortcut, strides):
         return Residual((step,), shortcut) if self.shortcuts and math.prod(strides) > 1 else step
@@ -286,13 +293,6 @@ class _Builder:
     def _residual(self, width, out):
         return ResBlock(width, out, self.dims, self.groups, self.eps, self.recompute_norms)
 
-    def _level(self, width, out, repeats, attends):
-        for _ in range(repeats):
-            yield self._residual(width, out)
-            if attends:
-                yield Attention(out, self.groups, self.eps)
-            width = out
-
     def _nonlocal(self, width):
         yield self._residual(width, width)
         yield Attention(width, self.groups, self.eps)
@@ -300,7 +300,7 @@ class _Builder:
 
 
 class _Blocks(nn.Module):
-    """Run blocks one after the other, each recomputed in the backward pass where `use_checkpointing`."""
+    """A chain of blocks, each recomputed in the backward pass if `use_checkpointing`."""
 
     def __init__(self, use_checkpointing, blocks):
         super().__init__()
@@ -315,11 +315,10 @@ class _Blocks(nn.Module):
 
 def _strides(factor, dims, name):
     values = per_axis(factor, dims)
-    if any(not isinstance(v, int) or v < 1 for v in values):
-        raise ValueError(f"{name} holds {factor!r}; factors are integers from 1")
+    require((all(isinstance(v, int) and v >= 1 for v in values), f"{name} must be integers >= 1, got {factor!r}"))
     return values
 
 
-def per_level(value, count):
-    """Return one entry per level: a single number or boolean serves every level."""
+def per_level(value, count: int) -> tuple:
+    """Return one entry per level: a single number or boolean applies to every level."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count

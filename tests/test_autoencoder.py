@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from guided_diffusion_vae.config import as_dict, from_dict
 from guided_diffusion_vae.nn import upsample_nearest
+from guided_diffusion_vae.vae import (
+    LOGVAR_RANGE, AutoencoderLossConfig, autoencoder_losses, from_image_range, to_image_range,
+)
 from guided_diffusion_vae.vae.blocks import (
     Attention, ChannelToSpace, Downsample, ShuffledConv, SpaceToChannel, UpsampledConv,
-)
-from guided_diffusion_vae.vae.posterior import (
-    LOGVAR_RANGE, AutoencoderLossConfig, autoencoder_losses, from_image_range, to_image_range,
 )
 
 TINY = {"num_channels": (4, 8), "num_res_blocks": 1, "attention_levels": False, "norm_num_groups": 2,
@@ -42,7 +42,7 @@ def tiny(spatial_dims=2, **changes):
     (3, {"initial_downsample_factor": 2, "downsample_kernel_size": 3, "downsample_factors": (4,)}, (8, 8, 8), (1,) * 3),
     (2, {"downsample_kernel_size": 3, "downsample_factors": ((1, 8),)}, (3, 16), (3, 2)),
 ])
-def test_latent_grid_is_size_over_factors_and_decode_undoes_it(spatial_dims, changes, size, grid):
+def test_latent_grid_is_size_over_factors_and_decode_inverts_it(spatial_dims, changes, size, grid):
     network = tiny(spatial_dims, in_channels=2, out_channels=1, **changes)
     mu, sigma = network.encode(torch.randn(2, 2, *size))
     assert mu.shape == sigma.shape == (2, *network.latent_shape(size)) == (2, 3, *grid)
@@ -68,7 +68,7 @@ def networks_and_sizes(draw):
 
 @settings(deadline=None, max_examples=40)
 @given(networks_and_sizes())
-def test_sizes_are_divided_by_all_factors_and_come_back(case):
+def test_sizes_are_divided_by_all_factors_and_restored(case):
     flags, size, grid = case
     network = tiny(**flags)
     assert network.latent_shape(size) == (3, *grid)
@@ -85,22 +85,22 @@ def test_every_input_element_can_influence_the_latent(case):
     x = torch.randn(1, 1, *size, dtype=torch.float64, requires_grad=True)
     mean, _ = network.moments(x)
     (mean * torch.randn_like(mean)).sum().backward()
-    # But where a norm of a single position takes everything away.
+    # Except if a norm of a single position removes everything.
     assert (x.grad != 0).all() or math.prod(mean.shape[2:]) == 1
 
 
 @settings(deadline=None, max_examples=30)
 @given(networks_and_sizes(), st.data())
-def test_sizes_that_no_factor_divides_are_refused_with_sizes_that_fit(case, data):
+def test_indivisible_sizes_are_rejected_with_sizes_that_work(case, data):
     flags, size, _ = case
     network = tiny(**flags)
     axis = data.draw(st.integers(0, len(size) - 1))
     assume(network.factors[axis] > 1)
     wrong = list(size)
     wrong[axis] += data.draw(st.integers(1, network.factors[axis] - 1))
-    with pytest.raises(ValueError, match=f"axis {axis} has size {wrong[axis]}, which .* total factor "
-                                         f"{network.factors[axis]} .* {size[axis]} and "
-                                         f"{size[axis] + network.factors[axis]} would fit"):
+    with pytest.raises(ValueError, match=f"axis {axis} has size {wrong[axis]}, which .* total downsampling factor "
+                                         f"{network.factors[axis]} .* expected e.g. "
+                                         f"{size[axis]} or {size[axis] + network.factors[axis]}"):
         network.latent_shape(wrong)
 
 
@@ -108,7 +108,7 @@ def test_sizes_that_no_factor_divides_are_refused_with_sizes_that_fit(case, data
     {"use_checkpointing": True}, {"recompute_norms": True}, {"recompute_norms": True, "use_checkpointing": True},
 ])
 @pytest.mark.parametrize("dims, autocast", [(2, False), (3, False), (2, True)])
-def test_savings_change_no_gradient(flags, dims, autocast):
+def test_memory_optimizations_change_no_gradient(flags, dims, autocast):
     shape = {"num_channels": (4, 8), "attention_levels": (False, True), "space_to_channel": True, "num_res_blocks": 2}
     plain, saving = tiny(dims, **shape), tiny(dims, **shape, **flags)
     saving.load_state_dict(plain.state_dict())
@@ -122,22 +122,22 @@ def test_savings_change_no_gradient(flags, dims, autocast):
 
 
 def saved_bytes(network, x):
-    kept = {}
+    saved = {}
     hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes()}) or t, lambda t: t)
+        lambda t: saved.update({t.untyped_storage()._cdata: t.untyped_storage().nbytes()}) or t, lambda t: t)
     with hooks:
         network.decode(network.moments(x)[0])
-    return sum(kept.values())
+    return sum(saved.values())
 
 
-def test_recomputed_norms_keep_less():
+def test_recomputed_norms_save_memory():
     flags = {"num_channels": (16, 16), "num_res_blocks": 2, "norm_num_groups": 4}
     x = torch.randn(1, 1, 64, 64)
     assert saved_bytes(tiny(**flags, recompute_norms=True), x) < 0.6 * saved_bytes(tiny(**flags), x)
 
 
 @pytest.mark.parametrize("factors", [(2,), (2, 2), (1, 3), (2, 1, 2)])
-def test_space_goes_into_channels_and_back(factors):
+def test_space_to_channel_has_an_inverse(factors):
     dims, count = len(factors), math.prod(factors)
     x = torch.randn(2, 3, *(2 * f for f in factors))
     channels = SpaceToChannel(factors, 3 * count)(x)
@@ -159,21 +159,21 @@ def test_channels_are_averaged_or_repeated_in_their_order():
 
 
 def phase_kernels(weight, factors):
-    """Return a kernel for every phase of the large grid.  [C' x C x 3 ...] -> [phases x C' x C x 3 ...].
+    """Return a kernel for every phase of the upsampled grid.  [C' x C x 3 ...] -> [phases x C' x C x 3 ...].
 
-    In phase p, tap t (-1, 0, 1) of the large grid falls on the element floor((p + t) / factor) of the small one.
+    In phase p, kernel offset t (-1, 0, 1) of the upsampled grid falls on element floor((p + t) / factor) of the input.
     """
     kernels = []
     for phase in itertools.product(*map(range, factors)):
         kernel = torch.zeros_like(weight)
-        for taps in itertools.product(range(3), repeat=len(factors)):
-            place = tuple((p + t - 1) // f + 1 for p, t, f in zip(phase, taps, factors))
-            kernel[(..., *place)] += weight[(..., *taps)]
+        for offsets in itertools.product(range(3), repeat=len(factors)):
+            position = tuple((p + t - 1) // f + 1 for p, t, f in zip(phase, offsets, factors))
+            kernel[(..., *position)] += weight[(..., *offsets)]
         kernels.append(kernel)
     return torch.stack(kernels)
 
 
-def test_a_shuffle_whose_kernels_are_alike_is_repeating_then_convolving():
+def test_shuffled_conv_with_equal_kernels_is_nearest_then_conv():
     shared = UpsampledConv(2, 3, 2, (2, 3))
     shuffled = ShuffledConv(2, 3, 2, (2, 3))
     x = torch.randn(1, 3, 4, 5)
@@ -182,7 +182,7 @@ def test_a_shuffle_whose_kernels_are_alike_is_repeating_then_convolving():
     torch.testing.assert_close(shuffled(x), shared(x))
 
 
-def test_shortcuts_carry_detail_through_layers_that_do_nothing():
+def test_shortcuts_pass_detail_through_zeroed_layers():
     network = tiny(num_channels=(4, 16), latent_channels=16, space_to_channel=True)
     with torch.no_grad():
         for module in network.modules():
@@ -193,7 +193,7 @@ def test_shortcuts_carry_detail_through_layers_that_do_nothing():
         first.conv.weight[0, 0, 1, 1] = last.conv.weight[0, 0, 1, 1] = 1
         x = torch.randn(1, 1, 4, 4)
         moved = network.encoder.blocks[2](network.encoder.blocks[0](x))
-    # Level 0 has 4 channels; two by two pixels of the first one lie in the first four of 16.
+    # Level 0 has 4 channels; 2x2 pixels of the first one are in the first four of 16.
     assert torch.equal(ChannelToSpace((2, 2), 4)(moved)[:, :1], x)
 
 
@@ -221,13 +221,13 @@ def test_downsample_by_two_pads_one_zero_at_the_far_end():
 
 
 @pytest.mark.parametrize("factors", [(3,), (4, 2), (1, 2), (5, 1), (2, 1, 3), (9, 8), (8, 8, 4)])
-def test_upsampled_convolution_equals_repeating_then_convolving(factors):
+def test_upsampled_conv_equals_nearest_then_conv(factors):
     layer = UpsampledConv(len(factors), 3, 2, factors).double()
     x = torch.randn(2, 3, *range(3, 3 + len(factors)), dtype=torch.float64, requires_grad=True)
-    found, expected = layer(x), layer.conv(upsample_nearest(x, factors))
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
-    gradients = [torch.autograd.grad((y * weights).sum(), [x, layer.conv.weight]) for y in (found, expected)]
+    actual, expected = layer(x), layer.conv(upsample_nearest(x, factors))
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn_like(actual)
+    gradients = [torch.autograd.grad((y * weights).sum(), [x, layer.conv.weight]) for y in (actual, expected)]
     torch.testing.assert_close(*gradients)
 
 
@@ -244,7 +244,7 @@ def attending():
     return tiny(attention_levels=(False, True), with_decoder_nonlocal_attn=True)
 
 
-def test_own_state_dict_loads_with_its_projection_also_from_a_file():
+def test_own_state_dict_loads_with_its_projection_from_a_file():
     network, other, x = attending(), attending(), torch.randn(1, 1, 8, 8)
     for p in other.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -255,7 +255,7 @@ def test_own_state_dict_loads_with_its_projection_also_from_a_file():
     torch.testing.assert_close(network.reconstruct(x), other.reconstruct(x))
 
 
-def test_plain_dictionary_is_generative_models_whose_projection_is_the_identity():
+def test_plain_dictionary_loads_with_an_identity_projection():
     network, other = attending(), attending()
     other.load_state_dict(dict(network.state_dict()))
     for name, value in other.state_dict().items():
@@ -294,7 +294,7 @@ def test_monai_core_without_projection_loads_as_identity():
     assert layer.proj_attn.weight.equal(torch.eye(4)) and not layer.proj_attn.bias.any()
 
 
-def test_missing_weights_are_refused():
+def test_missing_weights_are_rejected():
     network = attending()
     weights = OrderedDict(network.state_dict())
     del weights["encoder.blocks.0.conv.weight"]
@@ -314,7 +314,7 @@ def test_checkpointing_changes_neither_values_nor_gradients():
         torch.testing.assert_close(a, b)
 
 
-def test_forward_draws_around_the_mean_and_moments_agree_with_encode():
+def test_forward_samples_around_the_mean_of_encode():
     network, x = tiny(), torch.randn(1, 1, 8, 8)
     (mean, logvar), (mu, sigma) = network.moments(x), network.encode(x)
     torch.testing.assert_close(sigma, (0.5 * logvar).exp())
@@ -334,34 +334,34 @@ def test_log_variance_stays_in_its_range():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"num_channels": (4, 7)}, "7 is no multiple of norm_num_groups 2"),
-    ({"attention_levels": (True,)}, "attention_levels .* has 1 entries; num_channels .* needs 2"),
-    ({"num_res_blocks": (1, 1, 1)}, "num_res_blocks .* has 3 entries"),
-    ({"num_res_blocks": (1, 0)}, "num_res_blocks .* holds 0"),
-    ({"downsample_factors": (2, 2)}, "downsample_factors .* has 2 entries; num_channels .* needs 1"),
-    ({"downsample_factors": (0,)}, "downsample_factors holds 0"),
+    ({"num_channels": (4, 7)}, r"num_channels \(4, 7\) must be multiples of norm_num_groups 2"),
+    ({"attention_levels": (True,)}, "attention_levels .* has 1 entries: expected 2 for num_channels"),
+    ({"num_res_blocks": (1, 1, 1)}, "num_res_blocks .* has 3 entries: expected 2"),
+    ({"num_res_blocks": (1, 0)}, r"num_res_blocks must be >= 1, got \(1, 0\)"),
+    ({"downsample_factors": (2, 2)}, "downsample_factors .* has 2 entries: expected 1 for num_channels"),
+    ({"downsample_factors": (0,)}, "downsample_factors must be integers >= 1, got 0"),
     ({"downsample_factors": ((2, 2, 2),)}, "3 values for 2 spatial axes"),
-    ({"initial_downsample_factor": 1.5}, "initial_downsample_factor holds 1.5"),
-    ({"downsample_kernel_size": 4}, "downsample_kernel_size is 4; it is odd"),
+    ({"initial_downsample_factor": 1.5}, "initial_downsample_factor must be integers >= 1, got 1.5"),
+    ({"downsample_kernel_size": 4}, "downsample_kernel_size must be odd, or None .*got 4"),
 ])
-def test_constructor_refuses(changes, message):
+def test_constructor_rejects(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
 
 
-def test_size_that_the_factor_does_not_divide_is_refused_with_the_nearest_that_fit():
+def test_inputs_of_other_shapes_are_rejected():
     network = tiny(downsample_factors=((2, 4),))
-    with pytest.raises(ValueError, match="axis 1 has size 10, .* factor 4 .* 8 and 12 would fit.*--pad"):
+    with pytest.raises(ValueError, match="axis 1 has size 10, .* factor 4 .* expected e.g. 8 or 12; .*--pad"):
         network.encode(torch.zeros(1, 1, 4, 10))
-    with pytest.raises(ValueError, match="axis 0 has size 1, .*; 2 would fit"):
+    with pytest.raises(ValueError, match="axis 0 has size 1, .*: expected e.g. 2; resize"):
         network.latent_shape((1, 4))
-    with pytest.raises(ValueError, match="are 3 axes, the autoencoder works on 2"):
+    with pytest.raises(ValueError, match="have 3 axes: the autoencoder expects 2"):
         network.latent_shape((4, 4, 4))
-    with pytest.raises(ValueError, match="have 3 channels, the autoencoder takes 1"):
+    with pytest.raises(ValueError, match="have 3 channels: the autoencoder expects 1"):
         network.encode(torch.zeros(1, 3, 4, 4))
 
 
-def test_config_survives_a_dictionary_and_builds_the_network_it_describes():
+def test_config_builds_the_same_network_after_a_dictionary():
     config = AutoencoderConfig(
         in_channels=1, num_channels=(4, 8, 8), norm_num_groups=4, downsample_factors=((1, 2), (2, 2)),
         initial_downsample_factor=2, attention_levels=(False, False, True),
@@ -372,12 +372,12 @@ def test_config_survives_a_dictionary_and_builds_the_network_it_describes():
     assert network.factors == (4, 8) and network.out_channels == 1 and network.latent_shape((8, 8)) == (4, 2, 1)
 
 
-def test_config_without_channels_is_refused():
-    with pytest.raises(ValueError, match="in_channels is 0"):
+def test_config_without_channels_is_rejected():
+    with pytest.raises(ValueError, match="in_channels is 0: expected the channels of the data; set --in_channels"):
         create_autoencoder(AutoencoderConfig())
 
 
-def test_defaults_of_the_config_shrink_by_four():
+def test_config_defaults_downsample_by_four():
     with torch.device("meta"):
         network = create_autoencoder(AutoencoderConfig(in_channels=1))
     assert network.latent_shape((64, 64)) == (4, 16, 16)
@@ -403,9 +403,9 @@ def test_losses_are_means_per_sample(name, distance):
     torch.testing.assert_close(terms["loss"], distance + 0.5 * kl)
 
 
-def test_kl_is_that_of_torch():
+def test_kl_equals_torch_distributions():
     mean, logvar = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean((1, 2, 3))
-    found = autoencoder_losses(AutoencoderLossConfig(), torch.zeros(2, 1), torch.zeros(2, 1), mean, logvar)["kl_loss"]
-    torch.testing.assert_close(found, expected)
+    actual = autoencoder_losses(AutoencoderLossConfig(), torch.zeros(2, 1), torch.zeros(2, 1), mean, logvar)["kl_loss"]
+    torch.testing.assert_close(actual, expected)

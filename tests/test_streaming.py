@@ -8,7 +8,7 @@ BASE = {"in_channels": 1, "num_channels": (8, 8, 16), "num_res_blocks": 1, "atte
         "norm_num_groups": 4, "with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": True}
 
 
-def network_of(**flags):
+def random_network(**flags):
     torch.manual_seed(0)
     network = AutoencoderKL(**{**BASE, **flags}).eval()
     for parameter in network.parameters():
@@ -28,8 +28,8 @@ def network_of(**flags):
     {"spatial_dims": 2, "initial_downsample_factor": 8, "downsample_factors": (1, 1), "space_to_channel": True},
 ])
 @pytest.mark.parametrize("longest", [0, -1])
-def test_slabs_of_any_thickness_give_the_whole(flags, longest):
-    network = network_of(**flags)
+def test_streaming_equals_a_single_pass_for_any_slab(flags, longest):
+    network = random_network(**flags)
     sizes = [2 * factor for factor in network.factors]
     sizes[longest] = 7 * max(network.factors) * network.factors[longest] // network.factors[longest]
     sizes[longest] -= sizes[longest] % network.factors[longest]
@@ -39,34 +39,34 @@ def test_slabs_of_any_thickness_give_the_whole(flags, longest):
         decoded = network.decode(mean)
     for rows in (1, max(network.factors), 2 * max(network.factors) + 1, 1000):
         streamer = Streamer(network, "cpu", rows)
-        for found, expected in zip(streamer.moments(x), (mean, logvar)):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        for actual, expected in zip(streamer.moments(x), (mean, logvar)):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
         scale = decoded.abs().max().item()
         torch.testing.assert_close(streamer.decode(mean), decoded, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_no_more_than_a_slab_is_on_the_device(monkeypatch):
-    network = network_of(spatial_dims=2, attention_levels=(False,) * 3, with_decoder_nonlocal_attn=False)
-    largest = []
+def test_device_holds_one_slab_at_a_time(monkeypatch):
+    network = random_network(spatial_dims=2, attention_levels=(False,) * 3, with_decoder_nonlocal_attn=False)
+    lengths = []
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_pre_hook(lambda _, inputs: largest.append(inputs[0].shape[2]))
+            module.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
     x = torch.randn(1, 1, 400, 8)
     with torch.no_grad():
         mean, _ = network.moments(x)
-    largest.clear()
+    lengths.clear()
     Streamer(network, "cpu", 16).moments(x)
-    # 16 rows and two beyond either end; strided convolutions have two strides beyond.
-    assert max(largest[:-2]) <= 16 + 2 * 4 + 1 and len(largest) > 100
-    largest.clear()
+    # 16 rows plus two at either end; strided convolutions add two strides.
+    assert max(lengths[:-2]) <= 16 + 2 * 4 + 1 and len(lengths) > 100
+    lengths.clear()
     Streamer(network, "cpu", 16).decode(mean)
-    assert max(largest[1:]) <= 16 + 2 * 4
+    assert max(lengths[1:]) <= 16 + 2 * 4
 
 
-def test_statistics_of_large_means_lose_no_digits():
-    network = network_of(spatial_dims=1, num_channels=(8,), attention_levels=(False,), with_decoder_nonlocal_attn=False)
+def test_statistics_keep_precision_at_large_means():
+    network = random_network(spatial_dims=1, num_channels=(8,), attention_levels=(False,), with_decoder_nonlocal_attn=False)
     x = torch.randn(1, 1, 4096) * 1e-2 + 100
     with torch.no_grad():
         expected, _ = network.moments(x)
-    found, _ = Streamer(network, "cpu", 64).moments(x)
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * expected.std().item())
+    actual, _ = Streamer(network, "cpu", 64).moments(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2 * expected.std().item())

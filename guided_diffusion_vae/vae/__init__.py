@@ -1,11 +1,12 @@
-"""The parts around an autoencoder that other rooms use: posterior, losses, discriminator, perceptual loss, tiles.
+"""Parts around an autoencoder for other packages: posterior, losses, discriminator, perceptual loss, tiles.
 
-`autoencoder` imports `blocks` and `posterior` of this room, so this page imports nothing that needs `autoencoder`:
-import `streaming` and `foreign` by their own names.
+`autoencoder` imports `blocks` and `posterior` from here, so this page must not import `foreign`, which needs
+`autoencoder`, nor `adversarial`, which needs the trainer's modules: import these two, and `streaming`, by name.
 """
 
 from .discriminator import (
-    DiscriminatorConfig, PatchDiscriminator, adaptive_weight, create_discriminator, discriminator_losses, generator_losses,
+    DiscriminatorConfig, PatchDiscriminator, adaptive_weight, create_discriminator, discriminator_losses,
+    generator_losses,
 )
 from .perceptual import PerceptualConfig, PerceptualLoss
 from .posterior import (

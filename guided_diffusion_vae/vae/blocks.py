@@ -10,7 +10,7 @@ from ..nn import conv_nd, recomputed_conv, upsample_conv, conv_transpose_nd, per
 
 
 class Conv(nn.Module):
-    """Convolve; weights stand below the name `conv`, as in MONAI. An odd kernel keeps the grid where stride is 1."""
+    """A convolution with its weights below the name `conv`, as in MONAI. An odd kernel of stride 1 keeps the grid."""
 
     def __init__(self, dims, in_channels, out_channels, kernel=3, stride=1, padding=None):
         super().__init__()
@@ -23,7 +23,7 @@ class Conv(nn.Module):
 
 
 class Residual(nn.Module):
-    """Add a shortcut without weights to what a chain of blocks makes of the input."""
+    """A chain of blocks, to whose output a shortcut without weights is added."""
 
     def __init__(self, blocks, shortcut):
         super().__init__()
@@ -35,10 +35,10 @@ class Residual(nn.Module):
 
 
 class SpaceToChannel(nn.Module):
-    """Move the elements of a block of space into channels, and average these to as many as are wanted.
+    """Move the elements of a block of space into channels, and average or repeat adjacent channels to out_channels.
 
-    [N x C x ...] -> [N x out_channels x ... / factors], the shortcut of downsampling in DC-AE (Chen et al. 2024, arXiv
-    2410.10733, section 3.2). Neighbouring channels are averaged, or repeated where there are fewer than wanted.
+    [N x C x ...] -> [N x out_channels x ... / factors], the shortcut of downsampling in DC-AE (Chen et al. 2024,
+    arXiv:2410.10733, Sec. 3.2).
     """
 
     def __init__(self, factors, out_channels):
@@ -54,7 +54,7 @@ class SpaceToChannel(nn.Module):
 
 
 class ChannelToSpace(nn.Module):
-    """Spread channels over blocks of space; the inverse of `SpaceToChannel` where nothing is averaged or repeated.
+    """Move channels into blocks of space; the inverse of `SpaceToChannel` if nothing is averaged or repeated.
 
     [N x C x ...] -> [N x out_channels x ... * factors], the shortcut of upsampling in DC-AE.
     """
@@ -68,16 +68,16 @@ class ChannelToSpace(nn.Module):
         return _pixel_shuffle(x.unflatten(1, (self.out_channels, *self.factors)).movedim(1, len(self.factors) + 1))
 
 
-def _match_channels(x, wanted):
-    """Average neighbouring channels, or repeat them, until there are as many as wanted; their order stays."""
-    if x.shape[1] == wanted:
+def _match_channels(x, count):
+    """Average or repeat adjacent channels until there are `count`; their order stays."""
+    if x.shape[1] == count:
         return x
-    pooled = F.adaptive_avg_pool1d(x.flatten(2).mT, wanted)             # [N x positions x wanted]
-    return pooled.mT.reshape(len(x), wanted, *x.shape[2:])
+    pooled = F.adaptive_avg_pool1d(x.flatten(2).mT, count)              # [N x positions x count]
+    return pooled.mT.reshape(len(x), count, *x.shape[2:])
 
 
 def _pixel_shuffle(y):
-    """Lay the phases of a grid between each other.  [N x factors x C x grid] -> [N x C x grid * factors]."""
+    """Interleave the phases of a grid (depth to space).  [N x factors x C x grid] -> [N x C x grid * factors]."""
     dims = (y.ndim - 2) // 2
     factors, grid = y.shape[1:1 + dims], y.shape[2 + dims:]
     order = [axis for a in range(dims) for axis in (2 + dims + a, 1 + a)]
@@ -85,10 +85,10 @@ def _pixel_shuffle(y):
 
 
 class Downsample(nn.Module):
-    """Shrink each axis by its stride s.  [N x C x ...] -> [N x out_channels x ... / strides].
+    """Downsample each axis by a convolution of stride s.  [N x C x ...] -> [N x out_channels x ... / strides].
 
-    The kernel has s + 1 taps, so that every input is seen, and one zero is padded at the far end (for s = 2 this is
-    MONAI's layer). A fixed kernel of k taps pads k - s, the odd one at the far end, and nothing where k < s.
+    A kernel of size s + 1 sees every input; one zero is padded at the far end (for s = 2 this is MONAI's layer). A
+    fixed kernel size k pads max(k - s, 0), the odd one at the far end.
     """
 
     def __init__(self, dims, channels, strides, kernel=None, out_channels=None):
@@ -103,10 +103,9 @@ class Downsample(nn.Module):
 
 
 class ShuffledConv(Conv):
-    """Convolve to prod(factors) times the channels, and lay these between each other.
+    """Convolve to prod(factors) times the channels, then interleave them (pixel shuffle).
 
-    Shi et al. 2016 (arXiv 1609.05158, section 3.2). Each new element has a kernel of its own; those of `UpsampledConv`
-    share one.
+    Shi et al. 2016 (arXiv:1609.05158, Sec. 3.2). Each new element has its own kernel; `UpsampledConv` shares one.
     """
 
     def __init__(self, dims, in_channels, out_channels, factors):
@@ -118,7 +117,7 @@ class ShuffledConv(Conv):
 
 
 class UpsampledConv(Conv):
-    """Repeat elements along each axis by its factor, then convolve.  [N x C x ...] -> [N x C' x ... * factors]."""
+    """Nearest-neighbor upsampling followed by a convolution.  [N x C x ...] -> [N x C' x ... * factors]."""
 
     def __init__(self, dims, in_channels, out_channels, factors):
         super().__init__(dims, in_channels, out_channels)
@@ -129,7 +128,7 @@ class UpsampledConv(Conv):
 
 
 class TransposedConv(nn.Module):
-    """Enlarge each axis by its factor s with a transposed convolution of 2s - 1 taps, at least 3."""
+    """Upsample each axis by its factor s with a transposed convolution of kernel size 2s - 1, at least 3."""
 
     def __init__(self, dims, in_channels, out_channels, factors, kernel=None):
         super().__init__()
@@ -144,7 +143,7 @@ class TransposedConv(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge each axis by its factor; the inverse, in shape, of `Downsample`."""
+    """Upsample each axis by its factor; in shape the inverse of `Downsample`."""
 
     def __init__(self, dims, channels, factors, transposed=False, kernel=None, out_channels=None):
         super().__init__()
@@ -158,13 +157,13 @@ class Upsample(nn.Module):
         return self.conv(x)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # MONAI core names the same convolution differently, and names the transposed one yet another way
+        # MONAI core has one name for this convolution, and another one for the transposed convolution.
         _rename(state_dict, prefix, {"postconv.": "conv.", "deconv.": "conv.conv."})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ResBlock(nn.Module):
-    """Add two normed, activated convolutions to the input.  [N x C x ...] -> [N x C' x ...]."""
+    """Add two convolutions, each after a norm and an activation, to the input.  [N x C x ...] -> [N x C' x ...]."""
 
     def __init__(self, in_channels, out_channels, dims, groups, eps, recompute_norms=False):
         super().__init__()
@@ -177,10 +176,10 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else Conv(dims, in_channels, out_channels, kernel=1)
 
     def forward(self, x):
-        h = self._convolved(self.norm1, self.conv1, x)
-        return self.nin_shortcut(x) + self._convolved(self.norm2, self.conv2, h)
+        h = self._norm_and_convolve(self.norm1, self.conv1, x)
+        return self.nin_shortcut(x) + self._norm_and_convolve(self.norm2, self.conv2, h)
 
-    def _convolved(self, norm, conv, x):
+    def _norm_and_convolve(self, norm, conv, x):
         if not self.recompute_norms:
             return conv(F.silu(norm(x)))
         cheap = lambda groups, x, weight, bias: F.silu(F.group_norm(x, groups, weight, bias, norm.eps))
@@ -190,12 +189,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Add one head of self-attention over all positions, projected, to the input.  [N x C x ...] -> same.
 
-    GenerativeModels keeps a projection `proj_attn` that it never applies; its weights therefore load with the identity
-    in its place. MONAI core's (`attn.to_q`, ..., `attn.out_proj`, absent with include_fc=False) load with theirs, and
-    so do this class's own, which the version in the state dict's metadata sets apart.
+    GenerativeModels has a projection `proj_attn` that it never applies, so its weights load with the identity instead.
+    MONAI core's weights (`attn.to_q`, ..., `attn.out_proj`, absent with include_fc=False) load with their projection,
+    and so do this class's own, which are identified by the version in the state dict's metadata.
     """
 
-    _version = 2
+    _version = 2    # saved with the weights by PyTorch; GenerativeModels' classes have none
 
     def __init__(self, channels, groups, eps):
         super().__init__()
@@ -222,7 +221,7 @@ class Attention(nn.Module):
 
 
 def _rename(state_dict, prefix, heads):
-    """Exchange, in place, the given heads of names below `prefix`."""
+    """Replace, in place, the starts of names below `prefix` according to `heads`, {old: new}."""
     for name in [n for n in state_dict if n.startswith(prefix)]:
         for old, new in heads.items():
             if name.startswith(prefix + old):

@@ -1,4 +1,4 @@
-"""The posterior of a KL autoencoder: sampling, divergence, losses, value ranges."""
+"""The posterior of a KL autoencoder: samples, KL divergence, losses, value ranges."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from ..config import option
 from ..nn import mean_flat, to_device
 
-LOGVAR_RANGE = (-30.0, 20.0)
+LOGVAR_RANGE = (-30.0, 20.0)    # keeps exp(logvar) finite in float32; the range of Stable Diffusion
 
 
 @dataclasses.dataclass
@@ -19,22 +19,22 @@ class AutoencoderLossConfig:
 
 
 def to_image_range(images, image_range):
-    """Map images in [0, 1] to the values that a network was trained on; inverse of `from_image_range`."""
+    """Map images in [0, 1] to the value range of a network; inverts `from_image_range`."""
     low, high = image_range
     return images * (high - low) + low
 
 
 def from_image_range(values, image_range):
-    """Map a network's values back to [0, 1]; inverse of `to_image_range`."""
+    """Map a network's values to [0, 1]; inverts `to_image_range`."""
     low, high = image_range
     return (values - low) / (high - low)
 
 
 def autoencoder_losses(config, x, reconstruction, mean, logvar):
-    """Return the loss of every sample and its two parts, {loss, recon_loss, kl_loss}, each [N], float32.
+    """Return the loss per sample and its two terms, {loss, recon_loss, kl_loss}, each [N], float32.
 
-    The KL divergence of N(mean, exp(logvar)) from N(0, 1) (arXiv 1312.6114, appendix B) is averaged over the elements
-    of the latent, the distance over those of the picture: both stay the same when sizes change. `x` and
+    The KL divergence of N(mean, exp(logvar)) from N(0, 1) (arXiv:1312.6114, App. B) is averaged over the elements of
+    the latent, the distance over those of the image, so that `kl_weight` does not depend on sizes. `x` and
     `reconstruction` [N x C x ...] are in the network's range; mean and logvar are [N x Z x ...].
     """
     difference = reconstruction.float() - x.float()
@@ -47,13 +47,13 @@ _RECON_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 
 def kl_divergence(mean, logvar):
-    """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, a mean over the latent's elements.  [N x Z x ...] -> [N]."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, averaged over latent elements.  [N x Z x ...] -> [N]."""
     mean, logvar = mean.float(), logvar.float()
     return mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
 
 
 def sample_moments(moments, eps=None):
-    """Draw latents, mean + std * eps, from their moments; the mean where eps is None.
+    """Return posterior samples of latents, mean + std * eps, or with eps None the mode.
 
     [N x 2Z x ...], mean and log-variance -> [N x Z x ...].
     """

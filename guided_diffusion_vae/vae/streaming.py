@@ -1,9 +1,9 @@
-"""Run an autoencoder over pictures or volumes larger than the device's memory: slab by slab, with the same result.
+"""Stream images or volumes larger than the device's memory through an autoencoder, with the exact result.
 
-Tiles that are encoded each by itself show seams, since a norm sees one tile's statistics in place of the whole's. Here
-one layer after the other runs over the whole input, a slab of its longest axis at a time: convolutions see as many rows
-beyond the slab as they need, norms take statistics that were gathered over all slabs before. Whole feature maps lie in
-the host's memory, slabs on the device. What comes out is the result without slabs, but for rounding.
+Tiles that are encoded independently show seams, since a norm sees the statistics of one tile only. Here one layer after
+the other processes the full input, a slab of its longest axis at a time: convolutions see as many rows beyond the slab
+as they need, and norms use statistics gathered over all slabs before. Full feature maps stay in host memory, slabs are
+on the device. The result equals that of a single pass up to rounding.
 """
 
 import math
@@ -19,12 +19,12 @@ from .blocks import (
 
 
 class Streamer:
-    """Encode and decode with an `AutoencoderKL` on `device`, `rows` picture rows at a time; tensors are on the host.
+    """Encode and decode with an `AutoencoderKL` on `device`, `rows` image rows at a time; tensors are on the host.
 
-    The longest axis is cut. Rows are those of the picture: where the grid is smaller, a slab has fewer.
+    The longest axis is split into slabs. Rows are counted in the image; on a coarser grid a slab has fewer.
     """
 
-    def __init__(self, network, device, rows):
+    def __init__(self, network, device, rows: int):
         self.network, self.device, self.rows = network, device, rows
 
     @torch.no_grad()
@@ -34,12 +34,12 @@ class Streamer:
 
     @torch.no_grad()
     def decode(self, z):
-        """Return the picture of a latent, on the host, as `AutoencoderKL.decode` does."""
+        """Return the decoded image of a latent, on the host, as `AutoencoderKL.decode` does."""
         h = self.network.post_quant_conv(z.to(self.device)).to(z.device)
         return self._run(self.network.decoder.blocks, h, self.network.factors)
 
     def _run(self, blocks, x, scales):
-        """Return what the blocks make of `x`; `scales` are picture rows per row of x along every axis."""
+        """Return the output of the blocks for `x`; `scales` are image rows per row of x along every axis."""
         self.axis = max(range(2, x.dim()), key=lambda axis: x.shape[axis])
         self.scale = scales[self.axis - 2]
         for block in blocks:
@@ -50,7 +50,8 @@ class Streamer:
         if isinstance(block, ResBlock):
             h = self._apply_local(self._normed(block.norm1, block.conv1, x), x)
             h = self._apply_local(self._normed(block.norm2, block.conv2, h), h)
-            return h.add_(x if isinstance(block.nin_shortcut, nn.Identity) else self._apply_local(block.nin_shortcut, x))
+            shortcut = block.nin_shortcut
+            return h.add_(x if isinstance(shortcut, nn.Identity) else self._apply_local(shortcut, x))
         if isinstance(block, nn.GroupNorm):
             return self._apply_local(_norm_from_statistics(block, *self._statistics(block, x)), x)
         if isinstance(block, Residual):
@@ -63,17 +64,17 @@ class Streamer:
             self.scale = after
             return h
         if isinstance(block, Attention):
-            return block(x.to(self.device)).to(x.device)    # its grid is the smallest, and every place sees all others
+            return block(x.to(self.device)).to(x.device)    # every position attends to all; the grid is coarse here
         if isinstance(block, (Upsample, UpsampledConv, ShuffledConv, ChannelToSpace)):
             return self._apply_local(block, x, up=_factor_of(block, self.axis), kernel=_kernel_of(block, self.axis))
         if isinstance(block, (Conv, Downsample, SpaceToChannel)):
             return self._apply_local(block, x, down=_stride_of(block, self.axis), kernel=_kernel_of(block, self.axis))
-        raise TypeError(f"streaming does not know how far a {type(block).__name__} sees")
+        raise TypeError(f"streaming does not support blocks of type {type(block).__name__}")
 
     def _apply_local(self, function, x, down=1, up=1, kernel=3):
-        """Apply a function that sees as far as a kernel; `down` input rows become one, or one becomes `up`."""
+        """Apply a function with the receptive field of a kernel; `down` input rows become one, or one becomes `up`."""
         rows = max(int(self.rows / self.scale) // down, 1) * down
-        halo = max(2, math.ceil((kernel - 1) / (down * up))) * down     # whole strides
+        halo = max(2, math.ceil((kernel - 1) / (down * up))) * down     # a multiple of the stride
         length, result = x.shape[self.axis], None
         for start in range(0, length, rows):
             stop = min(start + rows, length)
@@ -93,25 +94,24 @@ class Streamer:
         return lambda slab: conv(F.silu(normed(slab)))
 
     def _statistics(self, norm, x):
-        """Return mean and reciprocal standard deviation of every group over the whole of `x`, each [N x G].
+        """Return mean and reciprocal standard deviation of every group over all of `x`, each [N x G].
 
-        Slabs are combined by the update of Chan, Golub and LeVeque (1979).
+        Slabs are combined by the update of Chan, Golub and LeVeque (1979), which keeps precision at large means.
         """
         rows = max(int(self.rows / self.scale), 1)
         count = mean = squares = 0
         for slab in x.split(rows, self.axis):
             grouped = slab.to(self.device, torch.float32).reshape(len(x), norm.num_groups, -1)
-            here = grouped.shape[2]
+            n = grouped.shape[2]
             var, m = torch.var_mean(grouped, dim=2, correction=0)
-            m, total = m.double(), count + here
-            apart = m - mean
-            squares = squares + var.double() * here + apart**2 * (count * here / total)
-            mean, count = mean + apart * (here / total), total
+            total, delta = count + n, m.double() - mean
+            squares = squares + var.double() * n + delta**2 * (count * n / total)
+            mean, count = mean + delta * (n / total), total
         return mean.float(), torch.rsqrt(squares / count + norm.eps).float()
 
 
 def _norm_from_statistics(norm, mean, rstd):
-    """Return the norm as a function of single rows, its statistics being known."""
+    """Return the norm with known statistics, as a function of a slab."""
 
     def normed(slab):
         grouped = slab.float().unflatten(1, (norm.num_groups, -1))

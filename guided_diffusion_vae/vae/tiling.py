@@ -1,4 +1,4 @@
-"""Apply a function tile by tile, and blend the overlaps."""
+"""Apply a function tile by tile and blend the overlaps."""
 
 import itertools
 
@@ -6,16 +6,16 @@ import torch
 
 
 def blend_tiles(function, x, grid, window, gain_in, gain_out):
-    """Apply `function` tile by tile and blend the results linearly where tiles overlap (a quarter of a tile).
+    """Apply `function` to tiles that overlap by a quarter, and blend the results linearly.
 
-    Sizes are counted in cells of `grid`: along each axis the input has `gain_in` elements a cell, the result
-    `gain_out`, and a tile is `window` cells.  [N x C x ... grid * gain_in] -> [N x C' x ... grid * gain_out].
+    Sizes are counted in cells of `grid`: along each axis a cell has `gain_in` elements of the input and `gain_out` of
+    the result, and a tile has `window` cells.  [N x C x ... grid * gain_in] -> [N x C' x ... grid * gain_out].
     """
     overlaps = [max(w // 4, 1) for w in window]
     starts = [[*range(0, n - w, max(w - overlap, 1)), n - w] for n, w, overlap in zip(grid, window, overlaps)]
     total = weights = None
     for corner in itertools.product(*starts):
-        y = function(x[(..., *_region(corner, window, gain_in))]).to(x.device)  # the whole stays where it was
+        y = function(x[(..., *_region(corner, window, gain_in))]).to(x.device)  # results collect on the input's device
         weight = torch.ones((), device=y.device)
         for start, n, w, overlap, gain in zip(corner, grid, window, overlaps, gain_out):
             profile = _profile(w * gain, overlap * gain, start > 0, start + w < n).to(y.device)
@@ -34,7 +34,7 @@ def _region(corner, window, gain):
 
 
 def _profile(length, overlap, rises, falls):
-    """Return the weights of a tile along one axis: 1, and ramps where a neighbour takes over."""
+    """Return the weights of a tile along one axis: 1, with ramps where an adjacent tile overlaps."""
     ramp = (torch.arange(overlap) + 0.5) / overlap
     profile = torch.ones(length)
     if rises:
