@@ -25,9 +25,7 @@ from guided_diffusion_vae.runs import planning
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
 )
-from guided_diffusion_vae.vae import (
-    AutoencoderLossConfig, DiscriminatorConfig, from_image_range, to_image_range,
-)
+from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, from_image_range, to_image_range
 
 TURN = 10.0  # seconds of CPU time
 LR = 1e-3

@@ -1,38 +1,31 @@
 """Encode a folder of pictures into a latent cache, all ranks at once; interrupted, the same command goes on.
 
     mpiexec -n 2 python scripts/encode_dataset.py --vae_path runs/autoencoder --data_dir DIR \\
-        --cache_dir latents_cache/NAME
-"""
+        --cache_dir latents_cache/NAME"""
 
-from guided_diffusion_vae import dist_util, logger
-from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data import DataConfig
-from guided_diffusion_vae.logger import progress_bar
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.data.cache_writer import write_cache
+from guided_diffusion_vae.logger import log_rank0, progress_bar
 from guided_diffusion_vae.runs import spaces
-from guided_diffusion_vae.runs.flags import argparser, parse_explicit
-from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
-
-CONFIGS = (VAEConfig, DataConfig, LatentCacheConfig)
-
-
-def create_argparser():
-    return argparser(__doc__, *CONFIGS)
+from guided_diffusion_vae.runs.configs import DataConfig, LatentCacheConfig, VAEConfig
+from guided_diffusion_vae.runs.run import script
+from guided_diffusion_vae.vae_wrapper import create_vae
 
 
-def main():
-    configs, given = parse_explicit(__doc__, *CONFIGS)
-    vae, data, config = configs
-    dist_util.setup_dist()
+@script(__doc__, VAEConfig, DataConfig, LatentCacheConfig)
+def main(run):
+    codec = create_vae(run[VAEConfig], dist_util.dev())
+    images = spaces.open_images(run[DataConfig], run.explicit, codec)
+    log_rank0(images.summary())
 
-    codec = create_vae(vae, dist_util.dev())
-    pictures = spaces.open_images(data, given, codec)
-    logger.log_rank0(pictures.summary())
-
+    config = run[LatentCacheConfig]
     with progress_bar(None, 0, "encoding") as bar:
-        cache = write_cache(config.cache_dir, pictures, codec, config, dist_util.rank(), dist_util.world_size(),
+        cache = write_cache(config.cache_dir, images, codec, config, dist_util.rank(), dist_util.world_size(),
                             bar.advance_to, dist_util.barrier)
     spaces.log_source(cache)
 
+
+create_argparser = main.argparser
 
 if __name__ == "__main__":
     dist_util.launch(main)

@@ -5,30 +5,25 @@
     python scripts/export.py --model_path runs/diffusion --format diffusers --out exported/pipeline
 
 What goes to diffusers is compared with the original on random data before it is written; where the architectures do not
-agree the export is refused with the reason. A .safetensors file is taken by all scripts here as well.
-"""
+agree the export is refused with the reason. A .safetensors file is taken by all scripts here as well."""
 
-from guided_diffusion_vae import dist_util, logger
+from guided_diffusion_vae import dist_util
+from guided_diffusion_vae.logger import log_rank0
 from guided_diffusion_vae.runs import export, loading
-from guided_diffusion_vae.runs.diffusers_export import ExportConfig
-from guided_diffusion_vae.runs.flags import argparser, parse, select_fields
-from guided_diffusion_vae.vae_wrapper import VAEConfig
-
-CONFIGS = (ExportConfig, select_fields(VAEConfig, "vae_path", "scale_factor"))
+from guided_diffusion_vae.runs.configs import ExportConfig, VAEConfig
+from guided_diffusion_vae.runs.run import script, select_fields
 
 
-def create_argparser():
-    return argparser(__doc__, *CONFIGS)
-
-
-def main():
-    config, vae = parse(__doc__, *CONFIGS)
-    dist_util.setup_dist()
-    config.model_path = loading.resolve_weights(config.model_path, "--model_path")  # asked by all ranks
+@script(__doc__, ExportConfig, select_fields(VAEConfig, "vae_path", "scale_factor"))
+def main(run):
+    config = run[ExportConfig]
+    config.model_path = loading.resolve_weights(config.model_path, "--model_path")  # a collective call
     if dist_util.rank() == 0:
-        made = export.export_model(config, vae)
-        logger.log_rank0(f"wrote {config.out}: {made}")
+        summary = export.export_model(config, run[VAEConfig])
+        log_rank0(f"wrote {config.out}: {summary}")
 
+
+create_argparser = main.argparser
 
 if __name__ == "__main__":
     dist_util.launch(main)

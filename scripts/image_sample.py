@@ -5,35 +5,25 @@
     mpiexec -n 2 python scripts/image_sample.py $MODEL_FLAGS --model_path 64x64_diffusion.pt --timestep_respacing 250
 
 A model of this project describes itself; one of guided-diffusion is described by the flags. An interrupted sampling
-goes on where it stopped.
-"""
+goes on where it stopped."""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data import DataConfig
-from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
-from guided_diffusion_vae.runs.flags import argparser, parse_explicit, select_fields
-from guided_diffusion_vae.runs.run import RunConfig, start_run
-from guided_diffusion_vae.sampling.sampler import PixelSamplingConfig
-from guided_diffusion_vae.unet import ModelConfig
-from guided_diffusion_vae.vae_wrapper import VAEConfig
-
-CONFIGS = (PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
-           DiffusionConfig, RunConfig)
+from guided_diffusion_vae.runs.configs import (
+    DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, VAEConfig,
+)
+from guided_diffusion_vae.runs.run import script, select_fields
 
 
-def create_argparser():
-    return argparser(__doc__, *CONFIGS)
+@script(
+    __doc__, PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
+    DiffusionConfig, RunConfig,
+)
+def main(run):
+    loading.sample(run, loading.load_sampler(run))
 
 
-def main():
-    configs, given = parse_explicit(__doc__, *CONFIGS)
-    config, data, vae, model, process, run = configs
-    folder = start_run(run, configs)
-
-    sampler = loading.load_sampler(config, given, model, process, data, vae)
-    loading.sample(sampler, config, folder, run)
-
+create_argparser = main.argparser
 
 if __name__ == "__main__":
     dist_util.launch(main)

@@ -4,22 +4,23 @@
 
 writes train/ and val/ with grey 8-bit pictures <class>_<index>.png (rows: Doppler, the highest positive one at the top,
 motion towards the sensor below the middle; columns: time) and dataset.json with all parameters. The same command again
-leaves the folder as it is.
-"""
+leaves the folder as it is."""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data import microdoppler
-from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig
-from guided_diffusion_vae.runs.flags import parse
+from guided_diffusion_vae.data.microdoppler import write_dataset
+from guided_diffusion_vae.runs.configs import MicrodopplerConfig
+from guided_diffusion_vae.runs.run import script
 
 
-def main():
-    config, = parse(__doc__, MicrodopplerConfig)
-    dist_util.setup_dist()
-    if dist_util.rank() == 0:  # further ranks wait: they would only take the folder from each other
-        written = microdoppler.write_dataset(config)
-        print(f"{config.out_dir}: {f'{written} pictures written' if written else 'already there'}")
+@script(__doc__, MicrodopplerConfig)
+def main(run):
+    config = run[MicrodopplerConfig]
+    if dist_util.rank() == 0:  # one writer: other ranks would compete for the folder
+        count = write_dataset(config)
+        print(f"{config.out_dir}: {f'{count} images written' if count else 'already exists'}")
 
+
+create_argparser = main.argparser
 
 if __name__ == "__main__":
     dist_util.launch(main)

@@ -6,33 +6,26 @@
         --use_perceptual_loss True --perceptual_path vgg16-397923af.pth
 
 Held-out pictures (--val_data_dir) are measured beside every preview; the step with the best PSNR is kept, and a run
-folder stands for it.
-"""
+folder stands for it."""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.autoencoder import AutoencoderConfig
-from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.runs import training
-from guided_diffusion_vae.runs.flags import argparser, parse
-from guided_diffusion_vae.runs.run import RunConfig, start_run, finish_run
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig
-from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig
-
-CONFIGS = (DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
-           AutoencoderTrainConfig, RunConfig)
+from guided_diffusion_vae.runs.configs import (
+    AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, DataConfig, DiscriminatorConfig, PerceptualConfig,
+    RunConfig,
+)
+from guided_diffusion_vae.runs.run import script
 
 
-def create_argparser():
-    return argparser(__doc__, *CONFIGS)
+@script(
+    __doc__, DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
+    AutoencoderTrainConfig, RunConfig, trains=True,
+)
+def main(run):
+    training.train_autoencoder(run)
 
 
-def main():
-    data, autoencoder, loss, discriminator_config, perceptual, train, run = configs = parse(__doc__, *CONFIGS)
-    folder = start_run(run, configs)
-
-    training.train_autoencoder(run, folder, configs, data, autoencoder, loss, discriminator_config, perceptual, train)
-    finish_run(folder)
-
+create_argparser = main.argparser
 
 if __name__ == "__main__":
     dist_util.launch(main)

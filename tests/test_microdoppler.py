@@ -247,9 +247,9 @@ def run_script(monkeypatch, *flags):
 def test_the_script_writes_the_folder_once_and_ends_with_one_line_where_it_cannot(tmp_path, monkeypatch, capfd):
     flags = ["--out_dir", str(tmp_path / "set"), "--classes", "tapout", "--num_train", "2", "--num_val", "1"]
     run_script(monkeypatch, *flags)
-    assert capfd.readouterr().out.endswith("3 pictures written\n")
+    assert capfd.readouterr().out.endswith("3 images written\n")
     run_script(monkeypatch, *flags)
-    assert capfd.readouterr().out.endswith("already there\n")
+    assert capfd.readouterr().out.endswith("already exists\n")
     with pytest.raises(SystemExit) as stop:
         run_script(monkeypatch, *flags, "--carrier_ghz", "122")
     assert stop.value.code == 1
@@ -265,7 +265,7 @@ def test_of_several_ranks_one_writes_the_folder(tmp_path):
     done = subprocess.run([mpiexec, "-n", "2", sys.executable, script, *flags], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("4 pictures written") == 1 and "already there" not in done.stdout
+    assert done.stdout.count("4 images written") == 1 and "already exists" not in done.stdout
     assert len(contents(tmp_path / "set")) == 5
 
 

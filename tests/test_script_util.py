@@ -19,7 +19,7 @@ from guided_diffusion_vae.runs.flags import (
     add_dict_to_argparser, args_to_dict, drop_fields, parse, parse_explicit, select_fields, str2bool,
 )
 from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan
-from guided_diffusion_vae.runs.run import RunConfig, start_run, write_config
+from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig
 from guided_diffusion_vae.unet import ModelConfig
@@ -317,17 +317,23 @@ def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
 # the run
 
 
+def open_run(logdir, *configs):
+    run = Run("it", [RunConfig(str(logdir)), *configs], {})
+    run.open_folder(trains=False)
+    return run
+
+
 def test_a_run_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write into .*file/run .*; give --logdir a folder that can be written"):
-        start_run(RunConfig(str(tmp_path / "file" / "run")))
+        open_run(tmp_path / "file" / "run")
 
 
 def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scripts/it.py"])
     monkeypatch.setenv("OPENAI_LOGDIR", "from_environment")
-    begin = lambda logdir: str(start_run(RunConfig(logdir)))
+    begin = lambda logdir: str(open_run(logdir).folder)
     assert begin("given") == "given" and begin("") == "from_environment"
     monkeypatch.delenv("OPENAI_LOGDIR")
     assert begin("").startswith("runs/it-20") and "run folder: runs/it-20" in capsys.readouterr().out
@@ -337,13 +343,13 @@ def test_what_a_killed_run_left_half_written_is_gone_when_it_goes_on(tmp_path, m
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     (tmp_path / ".model000002.pt.here.99999999.part").write_bytes(b"half")  # no process has a number this high
     (tmp_path / ".model000002.pt.there.99999999.part").write_bytes(b"half")
-    start_run(RunConfig(str(tmp_path)))
+    open_run(tmp_path)
     assert [path.name for path in tmp_path.glob(".*")] == [".model000002.pt.there.99999999.part"]
 
 
 def test_config_json_holds_every_flag_by_section_and_the_header(tmp_path):
     configs = parse("doc", *AUTOENCODER, argv=["--num_channels", "8,16", "--image_size", "8x16"])
-    write_config(tmp_path, "it", configs, {"kind": "autoencoder"})
+    Run("it", configs, {}, tmp_path).save_config({"kind": "autoencoder"})
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["header"] == {"kind": "autoencoder"} and written["script"] == "it"
     assert written["flags"]["data"]["image_size"] == "8x16"

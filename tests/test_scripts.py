@@ -420,9 +420,9 @@ def test_encoding_again_finds_a_finished_cache_damaged(trained_on_floats, call, 
 def test_the_built_in_data_set_is_written_once(call, tmp_path):
     flags = {"out_dir": tmp_path / "data", "num_train": 1, "num_val": 0, "classes": "tapin,tapout"}
     status, out, err = call("make_microdoppler", **flags)
-    assert status == 0 and "2 pictures written" in out, err
+    assert status == 0 and "2 images written" in out, err
     before = listing(tmp_path)
-    assert "already there" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
+    assert "already exists" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
 
 
 # what guided-diffusion does, in pixels and in latents

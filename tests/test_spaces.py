@@ -16,10 +16,10 @@ from guided_diffusion_vae.latent_datasets import LatentCache, LatentConfig, Late
 from guided_diffusion_vae.runs import loading, spaces, training
 from guided_diffusion_vae.runs.factories import build_classifier, create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.flags import parse_explicit
-from guided_diffusion_vae.runs.run import RunConfig, write_config
+from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.runs.spaces import Space
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
-from guided_diffusion_vae.train_util import seed_initialization
+from guided_diffusion_vae.train_util import DiffusionTrainConfig, seed_initialization
 from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
 
@@ -62,8 +62,22 @@ def cache(tmp_path, pictures):
     return write_cache(tmp_path / "cache", ImageFolder(pictures), codec, config)
 
 
+def run_of(*configs, folder=None, **explicit):
+    """Return a Run with these configs, the others at their defaults but for the normalizer, which accepts any std."""
+    defaults = LatentConfig(), VAEConfig(), DataConfig(), NormalizerConfig("none", True), DiffusionTrainConfig()
+    kinds = {type(config) for config in configs}
+    others = [config for config in defaults if type(config) not in kinds]
+    return Run("it", [*configs, *others], explicit, folder)
+
+
+def open_latents(*configs, **settings):
+    """Return (source, codec) of the latents that a run trains on."""
+    source, space = spaces.open_latent_data(run_of(*configs, **settings))
+    return source, space.codec
+
+
 def open_cache(cache, **vae):
-    return spaces.open_latent_source(LatentConfig(str(cache.folder)), VAEConfig(**vae), DataConfig(), {}, 0)
+    return open_latents(LatentConfig(str(cache.folder)), VAEConfig(**vae))
 
 
 def test_a_cache_finds_its_autoencoder_where_it_was(cache):
@@ -75,7 +89,7 @@ def test_statistics_of_a_sample_and_of_all_are_one_space(cache):
     header = {"autoencoder": None, "latent_shape": [3, 4, 4], "normalizer": {"shift": [0.0], "std": [0.1790]}}
     near, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.181, 0.190))
     spaces.require_same_space(header, near, "other", "--classifier_path")
-    with pytest.raises(ValueError, match="works on x0 of normalizer"):
+    with pytest.raises(ValueError, match="does not match the diffusion model: expected normalizer"):
         spaces.require_same_space(header, far, "other", "--classifier_path")
 
 
@@ -87,15 +101,15 @@ def test_an_autoencoder_that_one_rank_lacks_is_used_by_none(cache, monkeypatch):
 def test_a_cache_finds_its_autoencoder_where_it_is_said_to_be_now(cache, tmp_path):
     (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
     assert open_cache(cache)[1] is None
-    with pytest.raises(FileNotFoundError, match="no longer at .*vae.pt; say with --vae_path where it is"):
-        spaces.open_codec(cache.autoencoder, VAEConfig(), CPU)
+    with pytest.raises(FileNotFoundError, match="vae.pt does not exist .*; set --vae_path to the autoencoder of the latents"):
+        spaces.open_codec(cache.autoencoder, VAEConfig())
     assert open_cache(cache, vae_path=str(tmp_path / "moved.pt"))[1].fingerprint == cache.autoencoder["sha256"]
 
 
 def test_another_autoencoder_than_the_caches_is_refused_by_name(cache, tmp_path):
     other = save_autoencoder(tmp_path / "other.pt", seed=1)
-    with pytest.raises(ValueError, match=f"made with autoencoder {cache.autoencoder['sha256'][:16]} .*vae.pt.*, "
-                                         f".*other.pt has [0-9a-f]{{16}}; give the autoencoder"):
+    with pytest.raises(ValueError, match=f"other.pt does not match the latents: expected autoencoder "
+                                         f"{cache.autoencoder['sha256'][:16]} .*vae.pt.*, got [0-9a-f]{{16}}; set"):
         open_cache(cache, vae_path=str(other))
 
 
@@ -103,20 +117,19 @@ def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, cap
     save_autoencoder(tmp_path / "vae.pt", seed=1)
     assert open_cache(cache)[1] is None
     sha256 = cache.autoencoder["sha256"][:16]
-    assert f"vae.pt no longer holds the autoencoder {sha256} that the latents were made with" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="made with autoencoder"):
-        spaces.open_codec(cache.autoencoder, VAEConfig(), CPU)
+    assert f"vae.pt no longer contains the autoencoder {sha256} of the latents" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="does not match the latents: expected autoencoder"):
+        spaces.open_codec(cache.autoencoder, VAEConfig())
 
 
 @pytest.mark.parametrize("flag, asked, held", [
     ("image_size", 16, 8), ("random_flip", True, False), ("crop", "none", "center"), ("pad", True, False),
 ])
 def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache, flag, asked, held):
-    latents = LatentConfig(str(cache.folder))
-    opened = lambda given: spaces.open_latent_source(latents, VAEConfig(), DataConfig(), given, 0)
+    opened = lambda explicit: open_latents(LatentConfig(str(cache.folder)), **explicit)
     assert opened({flag: held, "lr": 0.1})[0].count == cache.count
-    with pytest.raises(ValueError, match=f"--{flag} {asked} contradicts the cache {cache.folder}, whose pictures were "
-                                         f"read with {flag} {held}; leave the flag away or encode again"):
+    with pytest.raises(ValueError, match=f"--{flag} {asked} conflicts with the cache {cache.folder}, whose images were "
+                                         f"read with {flag}={held}; omit the flag or re-encode"):
         opened({flag: asked})
 
 
@@ -132,8 +145,8 @@ def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monke
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
     for folder, kind in ((cache.folder, LatentCache), (tmp_path / "plain", LatentFolder)):
-        latents = LatentConfig(str(folder))
-        source, codec = spaces.open_latent_source(latents, VAEConfig(), DataConfig(), {}, 0, torch.device("cuda"))
+        monkeypatch.setattr(spaces.dist_util, "dev", lambda: torch.device("cuda"))
+        source, codec = open_latents(LatentConfig(str(folder)))
         assert type(source) is kind and codec is None and source.batch([0])[0].device == CPU
 
 
@@ -159,18 +172,18 @@ def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_bef
 
 
 def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
-    with pytest.raises(ValueError, match="made with scale_factor 0.18215 .* has 0.5"):
+    with pytest.raises(ValueError, match="expected scale_factor 0.18215 .*, got 0.5"):
         open_cache(cache, scale_factor=0.5)
 
 
 @pytest.mark.parametrize("cache_dir, data_dir", [("", ""), ("a", "b")])
 def test_a_cache_and_pictures_or_neither_are_refused(cache_dir, data_dir):
-    with pytest.raises(ValueError, match=f"--cache_dir is '{cache_dir}' and --data_dir is '{data_dir}'; give one"):
-        spaces.open_latent_source(LatentConfig(cache_dir), VAEConfig(), DataConfig(data_dir), {}, 0)
+    with pytest.raises(ValueError, match=f"--cache_dir '{cache_dir}' and --data_dir '{data_dir}': specify one"):
+        open_latents(LatentConfig(cache_dir), DataConfig(data_dir))
 
 
 def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
-    fly, codec = spaces.open_latent_source(LatentConfig(), VAEConfig(str(tmp_path / "vae.pt")), pictures, {}, 0)
+    fly, codec = open_latents(VAEConfig(str(tmp_path / "vae.pt")), pictures)
     assert fly.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-5)
     torch.testing.assert_close(fly.batch([2, 0])[0], cache.batch([2, 0])[0])
     assert codec.fingerprint == fly.autoencoder["sha256"]
@@ -179,11 +192,11 @@ def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
 def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, cache, tmp_path):
     vae, folder = VAEConfig(str(tmp_path / "vae.pt")), tmp_path / "run"
     folder.mkdir()
-    opened = lambda count: spaces.open_latent_source(LatentConfig(stats_samples=count), vae, pictures, {}, 0, folder)
+    opened = lambda count: open_latents(LatentConfig(stats_samples=count), vae, pictures, folder=folder)
     source, codec = opened(1)
     normalizer = spaces.fit_normalizer(NormalizerConfig(), source)
     header = training.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
-    write_config(folder, "it", (), header)
+    run_of(folder=folder).save_config(header)
     assert opened(4)[0].statistics != source.statistics  # config.json alone is no run that goes on
     checkpoint_util.commit(folder, 1, [], {})
     assert opened(4)[0].statistics == source.statistics
@@ -195,7 +208,7 @@ def test_a_spacing_may_be_written_shorter_than_it_is_recorded():
     cache = SimpleNamespace(folder="cache", preprocessing={"spacing": "2,2,2"})
     spaces.require_same_preprocessing(cache, {"spacing": "2"})
     spaces.require_same_preprocessing(cache, {"spacing": "2.0,2,2"})
-    with pytest.raises(ValueError, match="--spacing 2,2,3 contradicts the cache"):
+    with pytest.raises(ValueError, match="--spacing 2,2,3 conflicts with the cache"):
         spaces.require_same_preprocessing(cache, {"spacing": "2,2,3"})
 
 
@@ -227,10 +240,10 @@ def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
 def test_the_number_of_classes_is_that_of_the_data(cache):
     assert training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
     assert training.infer_model_config(MODEL, cache).num_classes == 0
-    with pytest.raises(ValueError, match="--num_classes 7, but .*cache has 2; leave the flag away"):
+    with pytest.raises(ValueError, match="--num_classes 7 conflicts with .*cache, which has 2; omit the flag"):
         training.infer_model_config(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
     cache.class_names = None
-    with pytest.raises(ValueError, match="--class_cond True, but .*cache has no classes: name the files"):
+    with pytest.raises(ValueError, match="--class_cond True requires classes, .*cache has none: name the files"):
         training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache)
 
 
@@ -251,9 +264,9 @@ def run(tmp_path, cache):
 
 
 def load(path, *flags):
-    configs, given = parse_explicit("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
-    config, vae, scale, data, model, process, _ = configs
-    return loading.load_sampler(config, given, model, process, data, vae, scale)
+    configs, explicit = parse_explicit("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
+    run = Run("it", configs, explicit)
+    return loading.load_sampler(run, scale=run[NormalizerConfig])
 
 
 def test_a_weights_file_is_enough_to_sample(run, cache):
@@ -287,7 +300,7 @@ def test_samples_in_bfloat16_are_those_in_float32_but_for_rounding(run):
     (["--normalizer", "none"], "--normalizer none contradicts .* with normalizer auto"),
     (["--image_size", 16], "--image_size 16 contradicts .* with image_size 8"),
     (["--image_channels", 3], "--image_channels 3 contradicts .* with image_channels 1"),
-    (["--scale_factor", 0.5], "made with scale_factor 0.18215 .* has 0.5"),
+    (["--scale_factor", 0.5], "expected scale_factor 0.18215 .*, got 0.5"),
 ])
 def test_a_flag_that_contradicts_the_header_is_refused_with_both_values(run, flags, match):
     with pytest.raises(ValueError, match=match):
@@ -402,5 +415,5 @@ def test_a_missing_or_damaged_model_is_named(run, tmp_path):
 
 def test_an_autoencoder_replaced_after_training_is_refused_by_the_sampler(run, tmp_path):
     save_autoencoder(tmp_path / "vae.pt", seed=1)
-    with pytest.raises(ValueError, match="made with autoencoder .*vae.pt has"):
+    with pytest.raises(ValueError, match="vae.pt does not match the latents: expected autoencoder"):
         load(run)

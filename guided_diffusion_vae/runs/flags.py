@@ -268,3 +268,8 @@ def add_dict_to_argparser(parser, default_dict):
 def args_to_dict(args, keys):
     """Pick attributes of parsed arguments by name."""
     return {key: getattr(args, key) for key in keys}
+
+
+def flag_names(*classes):
+    """Return the names of all flags of these config classes or selections."""
+    return {field.name for selection in _selections(classes) for field in selection.fields}

@@ -9,22 +9,28 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint_util, dist_util
-from ..config import as_dict, from_dict, to_tuple, size
-from ..data import map_labels, open_folder, open_npz, parse_size, require_labels
+from ..config import as_dict, from_dict, size, to_tuple
+from ..data import DataConfig, map_labels, open_folder, open_npz, parse_size, require_labels
 from ..evaluation import features
+from ..evaluation.comparison import EvaluateConfig
+from ..evaluation.likelihood import LikelihoodConfig
 from ..files import sha256_of_file
 from ..gaussian_diffusion import DiffusionConfig
-from ..latent_datasets import EncodedImages
+from ..latent_datasets import EncodedImages, LatentConfig
 from ..logger import log_rank0
 from ..sampling.generate import generate_samples
-from ..sampling.guidance import ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval
-from ..sampling.sampler import Sampler, LowResConditioning, parse_classes, resolve_sampler
+from ..sampling.guidance import (
+    ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval,
+)
+from ..sampling.sampler import (
+    LowResConditioning, Sampler, SamplingConfig, parse_classes, resolve_sampler,
+)
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
-from ..vae_wrapper import LatentNormalizer, PixelCodec, create_vae
+from ..vae_wrapper import LatentNormalizer, PixelCodec, VAEConfig, create_vae
 from .factories import NUM_CLASSES, build_classifier, create_model_and_diffusion_vae, create_diffusion
-from .run import finish_run
 from .spaces import (
-    Space, apply_trained_preprocessing, open_cache, open_pixels, require_same_space, space_header, open_space, works_on_pixels,
+    Space, apply_trained_preprocessing, open_cache, open_pixels, open_space, require_same_space, space_header,
+    works_on_pixels,
 )
 
 # What a sampler may choose freely: everything else in the header of a model describes the weights.
@@ -32,16 +38,16 @@ SAMPLING_OVERRIDABLE = ("timestep_respacing", "use_fp16", "use_checkpoint", "rec
                     "classifier_use_fp16")
 
 
-def open_extractors(config, vae, data, given):
+def open_extractors(run):
     """Return (extract, judge, header, data) for `evaluation.evaluate`: what measures pictures, and how they are read.
 
     `judge` is the classifier of `--classifier_path` or None; `header` says which pictures and classes it knows.
     """
-    device = dist_util.dev()
+    config, vae, device = run[EvaluateConfig], run[VAEConfig], dist_util.dev()
     header, judge = {"classes": None, "image_shape": None, "data": {}}, None
     if config.classifier_path:
         classifier, header = load_classifier(config.classifier_path, device)
-        space = open_space(header, vae, device)
+        space = open_space(header, vae)
         prepare = None if space.is_pixels else space.encode
         judge = features.classifier_features(classifier, prepare)
     if config.inception_path:
@@ -54,7 +60,7 @@ def open_extractors(config, vae, data, given):
     else:
         codec = create_vae(vae, device)
         extract, header = features.latent_features(codec), {**header, "data": codec.preprocessing}
-    return extract, judge, header, apply_trained_preprocessing(data, given, header["data"])
+    return extract, judge, header, apply_trained_preprocessing(run[DataConfig], run.explicit, header["data"])
 
 
 def load_diffusion_model(path, given, model, process, shape=None, super_res=None, pixels=False, flag="--model_path"):
@@ -90,18 +96,22 @@ def flags_from_header(header, given, path, sections):
     return {**described, **{key: given[key] for key in SAMPLING_OVERRIDABLE if key in given}}
 
 
-def load_sampler(config, given, model, process, data, vae, scale=None, guidance=None, classifier=None, super_res=None):
-    """Return the Sampler that the configs of a sampling script describe.
+def load_sampler(run, scale=None, guidance=None, base=None):
+    """Return the Sampler that a sampling script describes.
 
-    `scale` is there where a model without a header works on latents; without it such a model works on pixels.
-    `guidance` and `classifier` (their configs) are there where a classifier guides, `super_res` (a BaseConfig and a
-    SuperResConfig) for an upsampler.
+    :param scale: a NormalizerConfig, if a model without a header works on latents; without it, it works on pixels.
+    :param guidance: a GuidanceConfig, if a classifier guides the model.
+    :param base: a BaseConfig, if the model is an upsampler.
     """
-    base, super_res = super_res or (None, None)
+    config, given, model, process, data, vae = (
+        run[SamplingConfig], run.explicit, run[ModelConfig], run[DiffusionConfig], run[DataConfig], run[VAEConfig]
+    )
+    classifier = run[ClassifierConfig] if guidance else None
+    super_res = run[SuperResConfig] if base else None
     path = resolve_weights(config.model_path, "--model_path")
     if has_header(path):
         network, diffusion, header = load_diffusion_model(path, given, model, process, super_res=super_res)
-        space = open_space(header, vae, dist_util.dev())
+        space = open_space(header, vae)
     else:
         space = _space_of_flags(path, scale, data, vae)
         header = _header_of_flags(space, model, process, data, super_res)
@@ -254,13 +264,16 @@ def create_sampler(model, diffusion, space, header):
     return sampler
 
 
-def load_model_and_data(config, given, model, process, data, latents, vae):
+def load_model_and_data(run):
     """Return (network, diffusion, source, Space, labels or None): a diffusion model, and held-out data as it sees them.
 
     The data are a cache or pictures, in the space that the model's header names; a model without a header works on
     pixels. Labels are numbered as the model's classes are, and None where it has none.
     """
-    device = dist_util.dev()
+    config, given, model, process, data, latents, vae = (
+        run[LikelihoodConfig], run.explicit, run[ModelConfig], run[DiffusionConfig], run[DataConfig], run[LatentConfig],
+        run[VAEConfig],
+    )
     path = resolve_weights(config.model_path, "--model_path")
     if has_header(path):
         network, diffusion, header = load_diffusion_model(path, given, model, process)
@@ -269,7 +282,7 @@ def load_model_and_data(config, given, model, process, data, latents, vae):
             raise ValueError(f"--cache_dir {latents.cache_dir} with --data_dir {data.data_dir}: a model of latents is "
                              "measured on one of them, a model of pictures on pictures alone")
         if works_on_pixels(header) or data.data_dir:
-            space = open_space(header, vae, device)
+            space = open_space(header, vae)
             pictures = open_folder(data, multiple=space.codec.factors)
             source = EncodedImages(pictures, space.codec, statistics={})
         else:
@@ -337,8 +350,9 @@ def load_classifier(path, device, given=(), flags=None, process=None, shape=None
     return model.eval().requires_grad_(False), header
 
 
-def sample(sampler, config, folder, run):
-    """Draw the samples that a SamplingConfig asks for into `folder`; with `run.dry_run` say what would be drawn."""
+def sample(run, sampler):
+    """Generate the samples of a run into its folder; a dry run prints what would be sampled."""
+    config = run[SamplingConfig]
     if sampler.small is not None and sampler.small.labels is not None:
         classes = None
         if config.classes:
@@ -347,6 +361,6 @@ def sample(sampler, config, folder, run):
         classes = parse_classes(config.classes, sampler.num_classes or sampler.guided_classes, sampler.class_names)
     log_rank0(sampler.summary())
     if not run.dry_run:
-        path = generate_samples(sampler, classes, config, folder, dist_util.dev())
+        path = generate_samples(sampler, classes, config, run.folder, dist_util.dev())
         log_rank0(f"saved {config.num_samples} samples to {path}")
-        finish_run(folder)
+        run.finish()

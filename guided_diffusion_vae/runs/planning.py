@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..autoencoder import create_autoencoder, per_level, format_strides
+from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, per_level, total_factors
 from ..config import option
+from ..data import DataConfig, open_folder
 from ..nn import per_axis
-from ..train_util import AMP_DTYPES
-from ..vae import autoencoder_losses, create_discriminator, discriminator_losses, generator_losses
+from ..train_util import AMP_DTYPES, AutoencoderTrainConfig
+from ..vae import (
+    AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, autoencoder_losses, create_discriminator,
+    discriminator_losses, generator_losses,
+)
 from .factories import create_model_and_diffusion_vae, create_diffusion
 from .memory import GIB, estimate_inference, estimate_training
 
@@ -220,6 +224,33 @@ def advice(plan, budget_bytes):
             return (f"training takes about {configured.required / GIB:.1f} GiB as configured; of {have}, {saving} would "
                     f"take {estimate.required / GIB:.1f} (scripts/plan_memory.py plans ahead)")
     return f"no saving brings this configuration below {have}: train on smaller pictures, or on patches"
+
+
+def report_autoencoder(run):
+    """Yield the lines of `report` for the autoencoder that the configs of a run describe.
+
+    The channels follow from flags, else from the data, else there is one.
+    """
+    data, config, wanted = run[DataConfig], run[AutoencoderConfig], run[PlanConfig]
+    channels = config.in_channels or data.image_channels or (open_folder(data).shape[0] if data.data_dir else 1)
+    sides = data.sides
+    if data.pad:
+        sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(config, len(sides)))]
+    plan = AutoencoderPlan((channels, *sides), config, run[AutoencoderTrainConfig], run[AutoencoderLossConfig],
+                           run[DiscriminatorConfig])
+    if run[PerceptualConfig].use_perceptual_loss:
+        yield "the perceptual loss is not counted: its backbone takes additional memory"
+    yield from report(plan, _numbers(wanted.plan_batch_sizes, int), _numbers(wanted.budget_gb, float))
+
+
+def _numbers(text, kind):
+    try:
+        numbers = [kind(number) for number in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) <= 0:
+        raise ValueError(f"{text!r} is not a list of numbers above 0; --budget_gb and --plan_batch_sizes expect e.g. 12,24")
+    return numbers
 
 
 def report(plan, batch_sizes, budgets):

@@ -1,16 +1,19 @@
-"""The life cycle of a run: folder, log, configuration, report."""
+"""One execution of a script: its configs, the flags that were set, its folder, log, header and report."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 from pathlib import Path
 
 from .. import dist_util, logger
+from ..checkpoint_util import committed_steps
 from ..config import as_dict, option, section_name
-from ..files import require_writable_folder, remove_stale_parts, write_json
-from ..logger import log_rank0
+from ..files import remove_stale_parts, require_writable_folder, write_json
 from ..train_util import find_checkpoint
+from .flags import argparser, flag_names, parse_explicit
+from .flags import drop_fields as drop_fields, select_fields as select_fields  # scripts take all they need from here
 
 
 @dataclasses.dataclass
@@ -19,73 +22,147 @@ class RunConfig:
     dry_run: bool = option(False, "print the resolved configuration, the data and the model's size, then stop")
 
 
-def start_run(run, configs=(), trains=True):
-    """Start the ranks, the run folder and the log; return the folder.
+class Run:
+    """The configs of one execution by class (`run[DataConfig]`), and what is known of it besides.
 
-    The folder is printed first and, by `finish_run`, last. Where a training run goes on in it, so do its curves; scripts
-    that do not train (`trains` is False, or their configs have no `resume_checkpoint`) leave them alone and write log.txt only.
+    :param script: name of the script, recorded in config.json.
+    :param configs: config instances; a config is found by its class or a base class.
+    :param explicit: {flag: value} of what was set in YAML or on the command line; defaults are not in it.
+    :param folder: folder of the run, None for scripts and dry runs without one.
+    :param checkpoint: (marker, folder) of the verified step to resume from, (None, None) if training starts.
+    :param flags: names of the flags of the script, None if all fields of the configs are flags.
     """
-    dist_util.setup_dist()
-    folder = run.logdir or os.environ.get("OPENAI_LOGDIR")
-    if run.dry_run:
-        print_configuration(configs)
-        return folder
-    resume_step = None
-    trains = [c.resume_checkpoint for c in configs if hasattr(c, "resume_checkpoint")] if trains else []
-    if folder and any(getattr(c, "fast_dev_run", False) for c in configs):
-        folder = Path(folder) / "fast_dev_run"  # so that no run goes on from a trial
-        if dist_util.rank() == 0 and folder.exists():
-            shutil.rmtree(folder)
-        dist_util.barrier()
-    if folder:
-        require_writable_folder(folder, "--logdir")
+
+    def __init__(self, script, configs, explicit, folder=None, checkpoint=(None, None), flags=None):
+        self.script, self.configs, self.explicit = script, tuple(configs), dict(explicit)
+        self.folder, self.checkpoint, self.flags = folder, checkpoint, flags
+
+    def __getitem__(self, cls):
+        for config in self.configs:
+            if isinstance(config, cls):
+                return config
+        raise KeyError(f"{self.script} has no {cls.__name__}")
+
+    def __contains__(self, cls):
+        return any(isinstance(config, cls) for config in self.configs)
+
+    def setting(self, name):
+        """Return the value of a field, whichever config has it; None if no config has it."""
+        return next((vars(config)[name] for config in self.configs if name in vars(config)), None)
+
+    def override(self, config, **explicit):
+        """Return a run in which `config` takes the place of the one of its class; `explicit` flags count as set."""
+        configs = [config if type(old) is type(config) else old for old in self.configs]
+        return Run(self.script, configs, {**self.explicit, **explicit}, self.folder, self.checkpoint, self.flags)
+
+    @property
+    def dry_run(self):
+        """Whether only the configuration, the data and the size of the model are reported."""
+        return self[RunConfig].dry_run
+
+    @property
+    def resumed_header(self):
+        """The header of the run that is resumed in the folder, {} if none is."""
+        if self.folder and committed_steps(self.folder):
+            try:
+                return json.loads((self.folder / "config.json").read_text())["header"]
+            except (OSError, ValueError, KeyError):
+                pass
+        return {}
+
+    def save_config(self, header):
+        """Write config.json, from which the run can be rebuilt (rank 0).
+
+        Call it once the run is known to fit its folder: a rejected one must leave the config.json of its predecessor.
+        """
         if dist_util.rank() == 0:
-            remove_stale_parts(folder)
-        found = find_checkpoint(folder, trains[0])[0] if trains else None
-        resume_step = found["step"] if found else None
-    logger.configure(dir=folder, format_strs=None if trains else _text_formats(), resume_step=resume_step)
-    logger.log(f"run folder: {logger.get_dir()}")
-    return Path(logger.get_dir())
+            content = {"script": self.script, "header": header, "flags": self._by_section()}
+            write_json(self.folder / "config.json", content)
+
+    def write_report(self, report):
+        """Write metrics.json (rank 0) and print the numbers by name."""
+        if dist_util.rank() == 0:
+            write_json(self.folder / "metrics.json", report)
+        _print_nested(report)
+
+    def finish(self):
+        """Print the run folder once more (rank 0)."""
+        if dist_util.rank() == 0 and self.folder and self.folder.is_dir():   # a dry run creates none
+            print(f"run folder: {self.folder}", flush=True)
+
+    def open_folder(self, trains):
+        """Open the folder and its log; a dry run prints the configuration instead."""
+        folder = self[RunConfig].logdir or os.environ.get("OPENAI_LOGDIR")
+        self.folder = Path(folder) if folder else None
+        if self.dry_run:
+            return self._print_configuration()
+        if folder and self.setting("fast_dev_run"):
+            self.folder = self.folder / "fast_dev_run"  # separate, so that no run resumes from a smoke test
+            if dist_util.rank() == 0 and self.folder.exists():
+                shutil.rmtree(self.folder)
+            dist_util.barrier()
+        if folder:
+            require_writable_folder(self.folder, "--logdir")
+            if dist_util.rank() == 0:
+                remove_stale_parts(self.folder)
+            if trains:
+                self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
+        marker = self.checkpoint[0]
+        # Only training has curves; other scripts must not truncate those of a run in whose folder they write.
+        formats = None if trains else [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",")
+                                       if name in ("stdout", "log")]
+        logger.configure(dir=self.folder, format_strs=formats, resume_step=marker and marker["step"])
+        logger.log(f"run folder: {logger.get_dir()}")
+        self.folder = Path(logger.get_dir())
+
+    def _print_configuration(self):
+        if dist_util.rank() == 0:
+            for section, flags in self._by_section().items():
+                print(f"{section}:")
+                for key, value in flags.items():
+                    print(f"  {key}: {json.dumps(value)}")
+
+    def _by_section(self):
+        flags = {}
+        for config in self.configs:
+            values = {k: v for k, v in as_dict(config).items() if self.flags is None or k in self.flags}
+            flags.setdefault(section_name(type(config)), {}).update(values)
+        return flags
 
 
-def _text_formats():
-    """Return the formats of the log that hold no curves, as far as the environment wants them."""
-    return [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",") if name in ("stdout", "log")]
-
-
-def finish_run(folder):
-    """Say once more where everything is."""
-    if dist_util.rank() == 0 and folder and Path(folder).is_dir():   # a dry run makes none
-        print(f"run folder: {folder}", flush=True)
-
-
-def write_config(folder, script, configs, header):
-    """Write config.json, all that rebuilds the run; called once the run is known to fit what its folder holds."""
-    if dist_util.rank() == 0:
-        write_json(Path(folder) / "config.json", {"script": script, "header": header, "flags": _by_section(configs)})
-
-
-def print_configuration(configs):
-    """Print all flags with their values (rank 0)."""
-    if dist_util.rank() == 0:
-        for section, flags in _by_section(configs).items():
-            print(f"{section}:")
-            for key, value in flags.items():
-                print(f"  {key}: {json.dumps(value)}")
-
-
-def _by_section(configs):
-    flags = {}
-    for config in configs:
-        flags.setdefault(section_name(type(config)), {}).update(as_dict(config))
-    return flags
-
-
-def print_report(report, indent=""):
-    """Print numbers by name, nested ones further in (rank 0)."""
+def _print_nested(report, indent=""):
     for key, value in report.items():
         if isinstance(value, dict):
-            log_rank0(f"{indent}{key}:")
-            print_report(value, indent + "  ")
+            logger.log_rank0(f"{indent}{key}:")
+            _print_nested(value, indent + "  ")
         else:
-            log_rank0(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")
+            logger.log_rank0(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")
+
+
+def script(doc, *classes, trains=False):
+    """Return a decorator that makes `body(run)` the main function of a script with the flags of these config classes.
+
+    Called without arguments, the function parses the command line, connects the ranks, opens the run folder and its log
+    if there is a RunConfig, and runs the body. The folder is printed first and last. A script that `trains` resumes the
+    run in its folder and continues its curves; others write log.txt only. `argparser()` returns the parser.
+
+    :param doc: text of `--help`.
+    :raises OSError: if the folder cannot be written.
+    """
+    def decorate(body):
+        @functools.wraps(body)
+        def main():
+            run = Run(Path(body.__code__.co_filename).stem, *parse_explicit(doc, *classes), flags=flag_names(*classes))
+            dist_util.setup_dist()
+            if RunConfig in run:
+                run.open_folder(trains)
+            try:
+                body(run)
+            except SystemExit:      # a failed check, not an error: its folder is of interest, too
+                run.finish()
+                raise
+            run.finish()
+
+        main.argparser = functools.partial(argparser, doc, *classes)
+        return main
+    return decorate

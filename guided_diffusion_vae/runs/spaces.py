@@ -1,292 +1,306 @@
-"""Where x0 live: pixels or the latents of an autoencoder; and the data, opened in such a space.
+"""The space of x0: pixels, or the normalized latents of an autoencoder; and the data, opened in such a space.
 
-Pixels and latents are one path. A run works in a `Space`: a codec between pictures and latents (`PixelCodec`, or an
-autoencoder) and the normalizer between latents and the x0 that networks see. Headers carry it, and models are combined
-only where their spaces agree.
+Pixels and latents are one code path. A run works in a `Space`: a codec between images and latents, and the normalizer
+between latents and x0. Headers record it, and models are combined only if their spaces agree.
 """
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .. import checkpoint_util, dist_util
-from ..config import to_tuple, size
-from ..data import MANIFEST, DataConfig, DownsampledImages, open_folder, parse_size, parse_spacing
-from ..latent_datasets import EncodedImages, open_latents
-from ..logger import progress_bar, log_rank0
-from ..vae_wrapper import LatentNormalizer, PixelCodec, check_latent_std, create_vae
+from .. import dist_util
+from ..config import size, to_tuple
+from ..data import MANIFEST, DataConfig, DownsampledImages, SmallCacheConfig, open_folder, parse_size, parse_spacing
+from ..latent_datasets import EncodedImages, LatentConfig, open_latents
+from ..logger import log_rank0, progress_bar
+from ..unet import SuperResConfig
+from ..vae_wrapper import LatentNormalizer, NormalizerConfig, PixelCodec, VAEConfig, check_latent_std, create_vae
+
+VERIFIED_BYTES = 2**32      # caches up to this size are hashed at every start, which takes seconds
+NORMALIZER_TOLERANCE = 0.02     # of the standard deviation
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Space:
-    """Where x0 lives. `codec` is None where a cache is trained on and its autoencoder is not at hand."""
+    """Codec and normalizer of x0. `codec` is None if training on a cache whose autoencoder is not available."""
 
     codec: object
     normalizer: LatentNormalizer
 
     @property
     def is_pixels(self):
-        return self.codec.is_pixels
+        """Whether x0 are the images themselves."""
+        return self.codec is not None and self.codec.is_pixels
 
     def encode(self, images):
-        """Return x0 of pictures in [0, 1].  [N x C x ...] -> [N x Z x ...]."""
+        """Return x0 of images in [0, 1].  [N x C x ...] -> [N x Z x ...]."""
         return self.normalizer.normalize(self.codec.encode_batch(self.codec.pad_to_factors(images)))
 
 
-def open_data(latents, vae, scale, data, given, seed, folder=None):
-    """Return (source, Space) of what a run trains on.
+# --- Data in a space ---
 
-    A cache (`--cache_dir`); pictures that an autoencoder encodes as they come (`--vae_path`); without either, the
-    pictures themselves.
+
+def open_data(run):
+    """Return (source, Space) of the training data.
+
+    A cache (`--cache_dir`), images that an autoencoder encodes on the fly (`--vae_path`) or, without either, pixels.
     """
-    if latents.cache_dir or vae.vae_path:
-        source, codec = open_latent_source(latents, vae, data, given, seed, folder)
-        return source, Space(codec, fit_normalizer(scale, source))
-    return open_pixels(open_folder(data))
+    if run[LatentConfig].cache_dir or run[VAEConfig].vae_path:
+        return open_latent_data(run)
+    return open_pixels(open_folder(run[DataConfig]))
 
 
-def open_pixels(pictures):
-    """Return (source, Space) of pictures that are x0 themselves, in [-1, 1]."""
-    codec = PixelCodec(pictures.shape[0], dims=len(pictures.shape) - 1)
-    return EncodedImages(pictures, codec), Space(codec, LatentNormalizer([0], [1], "none"))
+def open_pixels(images):
+    """Return (source, Space) of an ImageSource whose images are x0 themselves, in [-1, 1]."""
+    codec = PixelCodec(images.shape[0], dims=len(images.shape) - 1)
+    return EncodedImages(images, codec), Space(codec, LatentNormalizer([0], [1], "none"))
 
 
-def open_latent_source(latents, vae, data, given, seed, folder=None):
-    """Return (latent source, codec or None): a cache, or pictures that an autoencoder encodes on the fly.
+def open_latent_data(run):
+    """Return (latent source, Space): a cache, or images that an autoencoder encodes on the fly.
 
-    A cache needs no autoencoder to train from; without one there are no previews. A run that goes on in `folder` keeps
-    the statistics it began with.
+    Training from a cache needs no autoencoder; without one there are no previews.
+
+    :raises ValueError: if both or neither are specified.
     """
-    device = dist_util.dev()
-    if bool(latents.cache_dir) == bool(data.data_dir):
-        raise ValueError(f"--cache_dir is {latents.cache_dir!r} and --data_dir is {data.data_dir!r}; give one of them: "
-                         "a cache of latents, or pictures together with --vae_path")
-    if latents.cache_dir:
-        source = open_cache(latents.cache_dir, given)
-        codec = open_codec(source.autoencoder, vae, device, required=False)
-        if dist_util.any_rank(codec is None):   # a disk that not all nodes share: previews are drawn by all or none
-            log_rank0("the cache's autoencoder is not at hand on all ranks (--vae_path), so there are no previews")
-            codec = None
-        return source, codec
-    codec = create_vae(vae, device)
-    pictures = open_images(data, given, codec)
-    encoded = functools.partial(EncodedImages, pictures, codec, latents.stats_samples, seed)
-    measured = read_run_header(folder).get("statistics")
-    if dist_util.rank() == 0 and measured is None:
+    cache_dir, data_dir = run[LatentConfig].cache_dir, run[DataConfig].data_dir
+    if bool(cache_dir) == bool(data_dir):
+        raise ValueError(f"--cache_dir {cache_dir!r} and --data_dir {data_dir!r}: specify one of them, a cache of "
+                         "latents or images together with --vae_path")
+    source, codec = _open_cached(run) if cache_dir else _open_encoded(run)
+    return source, Space(codec, fit_normalizer(run[NormalizerConfig], source))
+
+
+def _open_cached(run):
+    source = open_cache(run[LatentConfig].cache_dir, run.explicit)
+    codec = open_codec(source.autoencoder, run[VAEConfig], required=False)
+    # All ranks preview or none: on a disk that not all nodes share, some may lack the autoencoder.
+    if dist_util.any_rank(codec is None):
+        log_rank0("previews disabled: the autoencoder of the cache is not available on all ranks (set --vae_path)")
+        codec = None
+    return source, codec
+
+
+def _open_encoded(run):
+    codec = create_vae(run[VAEConfig], dist_util.dev())
+    images = open_images(run[DataConfig], run.explicit, codec)
+    encode = functools.partial(EncodedImages, images, codec, run[LatentConfig].stats_samples, run.setting("seed"))
+    # A resumed run keeps its first statistics: another --stats_samples would rescale x0 under trained weights.
+    statistics = run.resumed_header.get("statistics")
+    if dist_util.rank() == 0 and statistics is None:
         with progress_bar(None, 0, "measuring latents") as bar:
-            measured = encoded(progress=bar.advance_to).statistics
-    return encoded(statistics=dist_util.broadcast_object(measured)), codec
+            statistics = encode(progress=bar.advance_to).statistics
+    return encode(statistics=dist_util.broadcast_object(statistics)), codec
 
 
-def open_cache(folder, given):
-    """Return a cache that was verified, on the device where it fits, and does not contradict the flags of the data."""
+def open_cache(folder, explicit):
+    """Return a verified cache, on the device if it fits there.
+
+    :param explicit: flags that were set; those of the data must agree with the cache.
+    """
     source = open_latents(folder)
-    require_same_preprocessing(source, given)
-    verify(source)
+    require_same_preprocessing(source, explicit)
+    if dist_util.rank() == 0:
+        if source.nbytes > VERIFIED_BYTES:
+            log_rank0(f"{source.folder}: not verified because of its size; encode_dataset.py with the same flags does")
+        else:
+            with progress_bar(None, 0, "verifying the cache") as bar:
+                source.verify(bar.advance_to)
     device = dist_util.dev()
     if device.type == "cuda":
         source.on_device(device, torch.cuda.mem_get_info()[0] // 4)
     return source
 
 
-def open_validation(path, space, data, given):
-    """Return the source of held-out data in the `Space` of a run: a cache of the same autoencoder, or pictures."""
+def open_validation(run, space):
+    """Return the source of `--val_data_dir` in the `Space` of a run: a cache of the same autoencoder, or images."""
+    path = run.setting("val_data_dir")
     if (Path(path) / MANIFEST).exists():
         cache = open_latents(path)
         same = space.codec is None or cache.autoencoder["sha256"] == space.codec.fingerprint
         if space.is_pixels or not same:
-            raise ValueError(f"{path} is a cache of autoencoder {cache.autoencoder['path']}, which this run does not "
-                             "train on; give pictures as --val_data_dir, or a cache of the same autoencoder")
+            raise ValueError(f"{path}: expected latents of the autoencoder of this run, got a cache of autoencoder "
+                             f"{cache.autoencoder['path']}; set --val_data_dir to images or another cache")
         return cache
     if space.codec is None:
-        raise FileNotFoundError(f"{path} holds pictures, and the autoencoder of the cache is not at hand to encode "
-                                "them; set --vae_path, or give a cache as --val_data_dir")
-    pictures = open_images(dataclasses.replace(data, data_dir=path, random_flip=False), given, space.codec,
-                             "--val_data_dir")
-    return EncodedImages(pictures, space.codec, statistics={})
+        raise FileNotFoundError(f"{path}: the autoencoder that encodes these images is not available; set --vae_path, "
+                                "or --val_data_dir to a cache")
+    data = dataclasses.replace(run[DataConfig], data_dir=path, random_flip=False)
+    return EncodedImages(open_images(data, run.explicit, space.codec, "--val_data_dir"), space.codec, statistics={})
 
 
-def open_images(data, given, codec, flag="--data_dir"):
-    """Return the pictures or volumes that a codec shall see, read as it was trained where the flags do not say."""
-    return open_folder(apply_trained_preprocessing(data, given, codec.preprocessing), codec.factors, flag)
+def open_images(data, explicit, codec, flag="--data_dir"):
+    """Return the images or volumes of a DataConfig, read as in the training of `codec` except for `explicit` flags."""
+    return open_folder(apply_trained_preprocessing(data, explicit, codec.preprocessing), codec.factors, flag)
 
 
-def open_low_res(source, space, small_size, small_cache, given):
-    """Return the source of the small pictures that go with `source`, item by item.
+def open_low_res(run, source, space):
+    """Return the latent source of the low-resolution images that belong to the items of `source`.
 
-    :raises ValueError: where they are not smaller, or a cache of small ones does not go with that of the large ones.
+    :raises ValueError: if they are not smaller, or their cache has other items or settings than `source`.
     """
-    if small_cache:
-        small = open_cache(small_cache, given)
-        if small.filenames is None or small.filenames != source.filenames:
-            raise ValueError(f"{small_cache} holds other pictures, or in another order, than {source.folder}; encode "
-                             "the same folder twice, with two --image_size")
-        if small.autoencoder != source.autoencoder:
-            raise ValueError(f"{small_cache} and {source.folder} were made by different autoencoders, "
-                             f"{small.autoencoder['path']} and {source.autoencoder['path']}")
-        for key in ("random_flip", "crop", "image_channels", "value_range", "value_window"):
-            if small.preprocessing.get(key) != source.preprocessing.get(key):
-                raise ValueError(f"{small_cache} was encoded with --{key} {small.preprocessing.get(key)}, "
-                                 f"{source.folder} with {source.preprocessing.get(key)}, so that its items would not "
-                                 "go with these; encode both with the same flags but for --image_size")
+    cache_dir = run[SmallCacheConfig].small_cache_dir
+    if cache_dir:
+        low_res = open_cache(cache_dir, run.explicit)
+        _check_same_items(low_res, source)
     elif isinstance(source, EncodedImages):
-        sides = parse_size(small_size)
-        small = EncodedImages(DownsampledImages(source.dataset, sides), space.codec, statistics={})
+        sides = parse_size(run[SuperResConfig].small_size)
+        low_res = EncodedImages(DownsampledImages(source.dataset, sides), space.codec, statistics={})
     else:
-        raise ValueError(f"{source.folder} is a cache; give that of the small pictures as --small_cache_dir")
-    if any(a >= b for a, b in zip(small.latent_shape[1:], source.latent_shape[1:])):
-        raise ValueError(f"small pictures give x0 of shape {small.latent_shape}, large ones of {source.latent_shape}; "
-                         "--small_size must be below --large_size")
-    return small
+        raise ValueError(f"{source.folder} is a cache; set --low_res_cache_dir to a cache of its low-resolution images")
+    if any(a >= b for a, b in zip(low_res.latent_shape[1:], source.latent_shape[1:])):
+        raise ValueError(f"x0 of low-resolution images have shape {low_res.latent_shape}: expected less than "
+                         f"{source.latent_shape}; set --small_size below --large_size")
+    return low_res
 
 
-def infer_sizes(super_res, source, small, given):
-    """Return a SuperResConfig with the sizes of the pictures of the two sources, which flags must not contradict."""
-    found = {}
-    for name, of in (("large_size", source), ("small_size", small)):
-        if of.unpadded_shape:
-            found[name] = size("x".join(map(str, of.unpadded_shape[1:])))
-            if given.get(name, found[name]) != found[name]:
-                raise ValueError(f"--{name} {given[name]}, but the pictures of {of.folder} are {found[name]}; leave "
-                                 "the flag away or encode again")
-    return dataclasses.replace(super_res, **found)
+def _check_same_items(low_res, source):
+    if low_res.filenames is None or low_res.filenames != source.filenames:
+        raise ValueError(f"{low_res.folder} contains other images than {source.folder}, or another order; encode the "
+                         "same folder twice, with two values of --image_size")
+    if low_res.autoencoder != source.autoencoder:
+        raise ValueError(f"{low_res.folder} and {source.folder} have different autoencoders, "
+                         f"{low_res.autoencoder['path']} and {source.autoencoder['path']}; re-encode one of them")
+    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window"):
+        values = low_res.preprocessing.get(key), source.preprocessing.get(key)
+        if values[0] != values[1]:
+            raise ValueError(f"{low_res.folder} was encoded with --{key} {values[0]}, {source.folder} with "
+                             f"{values[1]}; encode both with the same flags except for --image_size")
 
 
-def apply_trained_preprocessing(data, given, preprocessing):
-    """Return a DataConfig with the settings that a model was trained with, but for those that are given.
+def infer_sizes(run, source, low_res):
+    """Return a SuperResConfig with the image sizes of the two sources.
 
-    How far voxels are apart is a fact of each file and no setting. Where patches were drawn at random, pictures are cut
-    in the middle, and volumes into a grid of patches that covers them.
+    :raises ValueError: if explicit flags conflict with them.
     """
-    known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(given)
-    if "voxel_size" in given:
+    sizes = {}
+    for name, data in (("large_size", source), ("small_size", low_res)):
+        if data.unpadded_shape:
+            sizes[name] = size("x".join(map(str, data.unpadded_shape[1:])))
+            if run.explicit.get(name, sizes[name]) != sizes[name]:
+                raise ValueError(f"--{name} {run.explicit[name]} conflicts with {data.folder}, whose images are "
+                                 f"{sizes[name]}; omit the flag or re-encode")
+    return dataclasses.replace(run[SuperResConfig], **sizes)
+
+
+def apply_trained_preprocessing(data, explicit, preprocessing):
+    """Return a DataConfig with the preprocessing the model was trained with; explicitly set flags take precedence.
+
+    Voxel spacing is a fact of each file and is not taken over. Random crops become center crops, and for volumes the
+    grid of patches that covers them.
+    """
+    known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(explicit)
+    if "voxel_size" in explicit:
         known -= {"image_size"}
     data = dataclasses.replace(data, **{k: to_tuple(v) for k, v in preprocessing.items() if k in known})
-    if data.crop == "random" and "crop" not in given:
+    if data.crop == "random" and "crop" not in explicit:
         data = dataclasses.replace(data, crop="grid" if len(data.sides) == 3 else "center")
     return data
 
 
-def require_same_preprocessing(cache, given):
-    """Refuse flags of the data that contradict how the pictures of a cache were read."""
-    read = cache.preprocessing
-    if given.get("voxel_size"):
-        given = {**given, "image_size": DataConfig(voxel_size=given["voxel_size"]).image_size}
-    if given.get("spacing"):
-        given = {**given, "spacing": ",".join(f"{s:g}" for s in parse_spacing(given["spacing"]))}
-    for key, value in given.items():
-        if key in read and key != "voxel_size" and to_tuple(read[key]) != value:
-            raise ValueError(f"--{key} {value} contradicts the cache {cache.folder}, whose pictures were read with "
-                             f"{key} {read[key]}; leave the flag away or encode again")
-
-
-def verify(cache, limit_bytes=2**32):
-    """Compare a cache with the SHA-256 of its files on rank 0, where that takes seconds."""
-    if dist_util.rank() == 0:
-        if cache.nbytes > limit_bytes:
-            return log_rank0(f"{cache.folder} is large and taken as it is; encode_dataset.py with the same flags verifies it")
-        with progress_bar(None, 0, "verifying the cache") as bar:
-            cache.verify(bar.advance_to)
+def require_same_preprocessing(cache, explicit):
+    """Raise ValueError if explicit flags conflict with the preprocessing of a cache."""
+    recorded, requested = cache.preprocessing, dict(explicit)
+    if requested.pop("voxel_size", None):
+        requested["image_size"] = DataConfig(voxel_size=explicit["voxel_size"]).image_size
+    if requested.get("spacing"):
+        requested["spacing"] = ",".join(f"{s:g}" for s in parse_spacing(requested["spacing"]))
+    for key in requested.keys() & recorded.keys():
+        if to_tuple(recorded[key]) != requested[key]:
+            raise ValueError(f"--{key} {requested[key]} conflicts with the cache {cache.folder}, whose images were "
+                             f"read with {key}={recorded[key]}; omit the flag or re-encode")
 
 
 def log_source(source):
-    """Print what a source holds: count, shape, classes, and for latents their statistics."""
-    classes = spread = ""
+    """Log count, shape and classes of a source, and the statistics of latents."""
+    classes = statistics = ""
     if source.class_names:
         counts = np.bincount(source.labels, minlength=len(source.class_names))
         classes = "; classes: " + ", ".join(f"{name} {n}" for name, n in zip(source.class_names, counts))
     if source.statistics:
-        of = source.statistics
-        by_channel = ", ".join(f"{std:.4f}" for std in of["channel_std"])
-        spread = f"; mean {of['mean']:.4f}, std {of['std']:.4f}, std per channel {by_channel}"
-    what = "latents" if source.statistics else "pictures"
-    log_rank0(f"{source.count} {what} {'x'.join(map(str, source.latent_shape))} in {source.folder}{classes}{spread}")
+        by_channel = ", ".join(f"{std:.4f}" for std in source.statistics["channel_std"])
+        statistics = (f"; mean {source.statistics['mean']:.4f}, std {source.statistics['std']:.4f}, "
+                      f"std per channel {by_channel}")
+    kind = "latents" if source.statistics else "images"
+    shape = "x".join(map(str, source.latent_shape))
+    log_rank0(f"{source.count} {kind} {shape} in {source.folder}{classes}{statistics}")
 
 
-def read_run_header(folder):
-    """Return the header of the run that goes on in `folder`, an empty dictionary where none does."""
-    if not folder or not checkpoint_util.committed_steps(folder):
-        return {}
-    try:
-        return json.loads((Path(folder) / "config.json").read_text())["header"]
-    except (OSError, ValueError, KeyError):
-        return {}
+# --- Codecs, normalizers and headers ---
 
 
-def open_codec(described, vae, device, required=True):
-    """Open the codec that x0 was made with: for latents `--vae_path`, else where the description says that it was.
+def open_codec(description, vae, required=True, device=None):
+    """Open the codec of x0: for latents the autoencoder at `--vae_path`, else at the recorded path.
 
-    :raises ValueError: where another autoencoder is found, naming both.
-    :raises FileNotFoundError: where none is found, unless `required` is False; then None is returned.
+    :param description: the record of `Codec.describe` in a header or manifest, None if unknown.
+    :raises ValueError: if another autoencoder or scale factor is found; the message names both.
+    :raises FileNotFoundError: if none is found, unless `required` is False; then None is returned.
     """
-    if described and described["config"].get("class") == "PixelCodec":
-        return PixelCodec(described["config"]["channels"], described["config"]["dims"])
-    described = described or {"path": "", "sha256": None, "scale_factor": vae.scale_factor or None}
-    path = vae.vae_path or described["path"]
-    if not path or not vae.vae_path and not path.startswith("hub:") and not Path(path).exists():
+    if works_on_pixels({"autoencoder": description}):
+        return PixelCodec(description["config"]["channels"], description["config"]["dims"])
+    recorded = description or {"path": "", "sha256": None, "scale_factor": vae.scale_factor or None}
+    explicit_path, path = vae.vae_path, vae.vae_path or recorded["path"]
+    if not path or not explicit_path and not path.startswith("hub:") and not Path(path).exists():
         if required:
-            raise FileNotFoundError(f"the autoencoder is no longer at {path or 'any known place'}; say with --vae_path "
-                                    "where it is")
+            raise FileNotFoundError(f"{path or 'the autoencoder'} does not exist (any more); set --vae_path to the "
+                                    "autoencoder of the latents")
         return None
-    scale_factor = vae.scale_factor or described["scale_factor"]
-    codec = create_vae(dataclasses.replace(vae, vae_path=path, scale_factor=scale_factor or 0.0), device)
-    stale = not required and not vae.vae_path and codec.fingerprint != described["sha256"]
-    if stale:
-        log_rank0(f"{path} no longer holds the autoencoder {_format_value(described['sha256'])} that the latents were made with")
+    vae = dataclasses.replace(vae, vae_path=path, scale_factor=vae.scale_factor or recorded["scale_factor"] or 0.0)
+    codec = create_vae(vae, device or dist_util.dev())
+    if not required and not explicit_path and codec.fingerprint != recorded["sha256"]:
+        log_rank0(f"{path} no longer contains the autoencoder {_short(recorded['sha256'])} of the latents")
         return None
-    for name, wanted, found in (("autoencoder", described["sha256"], codec.fingerprint),
-                                ("scale_factor", described["scale_factor"], codec.scale_factor)):
-        if wanted is not None and wanted != found:
-            raise ValueError(f"the latents were made with {name} {_format_value(wanted)} ({described['path']}), {path} has "
-                             f"{_format_value(found)}; give the autoencoder they were made with as --vae_path")
+    for name, expected, value in (("autoencoder", recorded["sha256"], codec.fingerprint),
+                                  ("scale_factor", recorded["scale_factor"], codec.scale_factor)):
+        if expected is not None and expected != value:
+            raise ValueError(f"{path} does not match the latents: expected {name} {_short(expected)} "
+                             f"({recorded['path']}), got {_short(value)}; set --vae_path to the autoencoder of the "
+                             "latents")
     return codec
 
 
-def _format_value(value):
-    return value[:16] if isinstance(value, str) else value
-
-
-def open_space(header, vae, device):
+def open_space(header, vae, device=None):
     """Open the `Space` that a header describes."""
-    return Space(open_codec(header["autoencoder"], vae, device), LatentNormalizer.from_dict(header["normalizer"]))
+    codec = open_codec(header["autoencoder"], vae, device=device)
+    return Space(codec, LatentNormalizer.from_dict(header["normalizer"]))
 
 
 def fit_normalizer(config, source):
-    """Return the LatentNormalizer of a latent source, after checking what it makes of the measured deviation."""
+    """Return the LatentNormalizer of a latent source after checking the standard deviation of its x0."""
     normalizer = LatentNormalizer.fit(config.normalizer, source.statistics, source.scale_factor)
     std = source.statistics["std"] / normalizer.std[0] if len(normalizer.std) == 1 else 1.0
     check_latent_std(std, normalizer, config.allow_latent_std)
     return normalizer
 
 
-def require_same_space(mine, other, path, flag):
-    """Refuse a model whose x0 are not those of the first one; both are given by their headers."""
-    ways = {"autoencoder": lambda h: h["autoencoder"] and h["autoencoder"]["sha256"],
-            "normalizer": lambda h: (h["normalizer"]["shift"], h["normalizer"]["std"]),
-            "shape of x0": lambda h: h["latent_shape"]}
-    for what, read in ways.items():
-        # Statistics that were measured over a sample of the pictures, and over all, are not quite the same.
-        alike = _close(read(mine), read(other)) if what == "normalizer" else read(mine) == read(other)
-        if not alike:
-            places = [_format_value(read(h)) for h in (mine, other)]
-            raise ValueError(f"{path} ({flag}) works on x0 of {what} {places[1]}, the diffusion model on {places[0]}; "
-                             "train it on the same pictures, cache or autoencoder")
+def require_same_space(header, other, path, flag):
+    """Raise ValueError if the model at `path` (`flag`), with the header `other`, works in another space.
+
+    Normalizers may differ by 2%: statistics of a subset and of all images are not quite equal.
+    """
+    facts = {"autoencoder": lambda h: h["autoencoder"] and h["autoencoder"]["sha256"],
+             "normalizer": lambda h: (h["normalizer"]["shift"], h["normalizer"]["std"]),
+             "x0 shape": lambda h: h["latent_shape"]}
+    for name, read in facts.items():
+        expected, value = read(header), read(other)
+        if not (_normalizers_close(expected, value) if name == "normalizer" else expected == value):
+            raise ValueError(f"{path} ({flag}) does not match the diffusion model: expected {name} {_short(expected)}, "
+                             f"got {_short(value)}; train it on the same images, cache or autoencoder")
 
 
-def _close(mine, other, share=0.02):
-    """Say whether two normalizers, (shift, std) each, differ by no more than a share of the standard deviation."""
-    by = share * np.array(mine[1])
-    return all(len(a) == len(b) and (np.abs(np.subtract(a, b)) <= by).all() for a, b in zip(mine, other))
+def _normalizers_close(a, b):
+    """Return whether two normalizers, each (shift, std), differ by no more than NORMALIZER_TOLERANCE."""
+    tolerance = NORMALIZER_TOLERANCE * np.array(a[1])
+    return all(len(x) == len(y) and (np.abs(np.subtract(x, y)) <= tolerance).all() for x, y in zip(a, b))
 
 
 def space_header(source, space):
-    """Return what headers say of the x0 of a run.
+    """Return the header entries that describe the x0 of a run.
 
-    A plain folder of latents does not know its autoencoder; then the one given as `--vae_path` is taken for it.
+    A plain folder of latents does not record its autoencoder; the one at `--vae_path` is then recorded.
     """
     autoencoder = source.autoencoder or (space.codec and space.codec.describe())
     return {
@@ -298,5 +312,10 @@ def space_header(source, space):
 
 
 def works_on_pixels(header):
-    """Say whether the x0 of a header's model are pictures."""
+    """Return whether x0 of the model with this header are images."""
     return bool(header["autoencoder"]) and header["autoencoder"]["config"].get("class") == "PixelCodec"
+
+
+def _short(value):
+    """Return the beginning of a SHA-256, other values unchanged."""
+    return value[:16] if isinstance(value, str) else value

@@ -1,72 +1,71 @@
 """Train on synthetic samples, test on real images."""
 
 import dataclasses
-from pathlib import Path
 
 from .. import dist_util, logger
-from ..data import hash_lines, map_labels, open_folder
+from ..data import DataConfig, hash_lines, map_labels, open_folder
 from ..evaluation import comparison, features, label_metrics
-from ..train_util import find_checkpoint
+from ..gaussian_diffusion import DiffusionConfig
+from ..train_util import ClassifierTrainConfig, find_checkpoint
+from ..unet import ClassifierConfig
 from .factories import build_classifier
 from .loading import load_classifier
-from .run import RunConfig
+from .run import Run
 from .spaces import open_pixels
 from .training import infer_classifier_config, train_classifier
 
 
-def open_tstr_datasets(config, data, flags, process):
-    """Return {name: pictures} of `run_tstr`, after looking for all that could keep it from training on them.
+def open_tstr_datasets(run, datasets):
+    """Return {name: images} of `run_tstr` from the opened {"real", "samples", "training"} sets of an evaluation.
 
-    :raises ValueError: for pictures without classes, too few of them, or flags that build no classifier for them.
+    :raises ValueError: if images have no classes, are too few, or no classifier can be built for them.
     """
-    sets = {}
-    for name, flag in (("real", "reference"), ("samples", "samples"), ("training", "train_dir")):
-        path = getattr(config, flag)
-        if not path:
-            continue
-        pictures = comparison.open_images(path, data, f"--{flag}")
-        if isinstance(pictures, comparison.SampleFile):
-            if pictures.shape is None:
-                raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds statistics, no pictures to "
-                                 f"train on; give pictures as --{flag}, or leave --tstr_iterations away")
-            if len(pictures.shape) == 4:
-                raise ValueError(f"--tstr_iterations {config.tstr_iterations}: {path} holds volumes; give the folder "
-                                 "volumes/ beside it")
-            pictures = open_folder(data, data_dir=str(pictures.folder), value_range="", value_window="")
-        source, _ = open_pixels(pictures)
-        build_classifier(infer_classifier_config(flags, source), process, source.latent_shape)
-        together = config.tstr_batch_size * dist_util.world_size()
-        if name != "real" and len(pictures) < together:
-            raise ValueError(f"{path} has {len(pictures)} pictures, fewer than a step of {together} takes; lower "
-                             "--tstr_batch_size")
-        sets[name] = pictures
-    return sets
+    config = run[comparison.EvaluateConfig]
+    images = {}
+    for name, dataset in datasets.items():
+        if isinstance(dataset, comparison.SampleFile):
+            problem = "contains statistics" if dataset.shape is None else "contains volumes"
+            if dataset.shape is None or len(dataset.shape) == 4:
+                raise ValueError(f"{dataset.folder} {problem}: --tstr_iterations expects images, or for volumes the folder "
+                                 "volumes/ next to it; set another path or omit --tstr_iterations")
+            dataset = open_folder(run[DataConfig], data_dir=str(dataset.folder), value_range="", value_window="")
+        source, _ = open_pixels(dataset)
+        build_classifier(infer_classifier_config(run[ClassifierConfig], source), DiffusionConfig(), source.latent_shape)
+        step = config.tstr_batch_size * dist_util.world_size()
+        if name != "real" and len(dataset) < step:
+            raise ValueError(f"{dataset.folder} has {len(dataset)} images: expected at least {step}, one training step; "
+                             "lower --tstr_batch_size")
+        images[name] = dataset
+    return images
 
 
-def run_tstr(config, sets, given, data, flags, process, train, folder):
-    """Train a classifier on samples, and one on the training pictures; return what share of real pictures they tell.
+def run_tstr(run, datasets):
+    """Train one classifier on samples and one on training images; return their reports on the real images.
 
-    The accuracy of the first, beside that of the second, says how much of what tells classes apart the samples have.
-    `sets` are those of `open_tstr_datasets`. Each run stands in a folder below `folder` that is named after what it is
-    made of, so that the same evaluation goes on with it and no other does.
+    The accuracy of the first, relative to the second, measures how much class information the samples carry. Each
+    classifier has a folder below `run.folder`, named by a hash of its data and settings, so that it is resumed by the
+    same evaluation and by no other.
     """
-    real, report = sets["real"], {}
-    once = dataclasses.replace(train, iterations=config.tstr_iterations, noised=False, val_data_dir="",
-                               save_interval=config.tstr_iterations)
-    for name, pictures in sets.items():
+    config, real, reports = run[comparison.EvaluateConfig], datasets["real"], {}
+    train = dataclasses.replace(
+        run[ClassifierTrainConfig], iterations=config.tstr_iterations, save_interval=config.tstr_iterations,
+        batch_size=config.tstr_batch_size, noised=False, val_data_dir="",
+    )
+    configs = train, run[ClassifierConfig], DiffusionConfig()
+    for name, images in datasets.items():
         if name == "real":
             continue
-        made_from = hash_lines([pictures.fingerprint, *map(repr, (once, flags, process, dist_util.world_size()))])
-        place = Path(folder) / f"trained_on_{name}_{made_from[:8]}"
-        source, space = open_pixels(pictures)
-        found, _ = find_checkpoint(place)
-        with logger.scoped_configure(str(place), ["log", "csv"], resume_step=found and found["step"]):
-            train_classifier(RunConfig(str(place)), place, (), given, source, space, data, flags, process, once)
-        model, header = load_classifier(str(place), dist_util.dev())
-        extract = features.classifier_features(model)
+        settings = hash_lines([images.fingerprint, *map(repr, (*configs, dist_util.world_size()))])
+        folder = run.folder / f"trained_on_{name}_{settings[:8]}"
+        inner = Run("classifier_train", configs, run.explicit, folder, find_checkpoint(folder))
+        marker = inner.checkpoint[0]
+        with logger.scoped_configure(str(folder), ["log", "csv"], resume_step=marker and marker["step"]):
+            train_classifier(inner, *open_pixels(images))
+        model, header = load_classifier(str(folder), dist_util.dev())
         starts = range(0, len(real), config.batch_size)
         batches = (real.batch(range(start, min(start + config.batch_size, len(real)))) for start in starts)
-        predicted = features.collect_features(extract, batches).logits.argmax(1)
-        judged = label_metrics.classification_report(predicted, map_labels(real, header["classes"]), header["classes"])
-        report[f"train_on_{name}_test_on_real"] = judged
-    return report
+        logits = features.collect_features(features.classifier_features(model), batches).logits
+        labels = map_labels(real, header["classes"])
+        report = label_metrics.classification_report(logits.argmax(1), labels, header["classes"])
+        reports[f"train_on_{name}_test_on_real"] = report
+    return reports
