@@ -1,12 +1,14 @@
-"""Hold the bricks of all networks: layers by rank, norms, embeddings, averaging, checkpointing, keyed random numbers.
+"""Building blocks of all networks: layers by rank, norms, embeddings, EMA, checkpointing, keyed random numbers.
 
-This is the only file that asks how many spatial axes there are; everywhere else `dims` is passed through.
+This is the only file that branches on the number of spatial axes; everywhere else `dims` is passed through.
 """
 
 import contextlib
 import functools
 import hashlib
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ NORM_GROUPS = 32
 
 
 def _too_flat(x, kernel_size):
-    """Say whether oneDNN gets gradients of a padded convolution of x [N x C x D x H x W] wrong, see `Conv3d`."""
+    """Return whether oneDNN computes wrong gradients of a padded convolution of x [N x C x D x H x W], see `Conv3d`."""
     if x.device.type != "cpu" or all(n >= kernel for n, kernel in zip(x.shape[2:], kernel_size)):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -26,11 +28,10 @@ def _too_flat(x, kernel_size):
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d whose gradients are right on grids that are flatter than the kernel, too.
+    """nn.Conv3d with correct gradients on grids that are flatter than the kernel.
 
-    Where the kernel finds no place along an axis that is free of padding, oneDNN (PyTorch 2.13, CPU, half precision)
-    leaves gradients of weights as they were in memory, and writes beyond it. With zeros written out it has no padding
-    to do.
+    If the kernel has no position along an axis that is free of padding, oneDNN (PyTorch 2.13, CPU, half precision)
+    leaves gradients of weights uninitialized, and writes out of bounds. With explicit zeros it has no padding to do.
     """
 
     def forward(self, x):
@@ -39,7 +40,7 @@ class Conv3d(nn.Conv3d):
         return F.conv3d(self.pad_explicitly(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def needs_explicit_padding(self, x):
-        """Say whether the convolution of x [N x C x D x H x W] needs its padding written out."""
+        """Return whether the convolution of x [N x C x D x H x W] needs explicit zeros as padding."""
         return any(self.padding) and _too_flat(x, self.kernel_size)
 
     def pad_explicitly(self, x):
@@ -47,12 +48,12 @@ class Conv3d(nn.Conv3d):
         return F.pad(x, [n for padding in reversed(self.padding) for n in (padding, padding)])
 
     def crop_padding(self, x):
-        """Return x without what `pad_explicitly` has added."""
+        """Return x without the border that `pad_explicitly` added."""
         return x[(..., *(slice(padding, n - padding) for n, padding in zip(x.shape[2:], self.padding)))]
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
-    """nn.ConvTranspose3d with the same care as `Conv3d`: on grids that flat it computes in float32."""
+    """nn.ConvTranspose3d with the same fix as `Conv3d`: on such flat grids it computes in float32."""
 
     def forward(self, x):
         if not _too_flat(x, self.kernel_size):
@@ -73,36 +74,36 @@ _LAYERS = {
 _LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-# Random numbers that depend on a key, not on a history.
+# --- Random numbers that depend on a key, not on a history ---
 
 
 def keyed_rng(*key):
-    """Return a fresh NumPy generator whose draws depend on the integers of `key` and their order alone.
+    """Return a new NumPy generator that depends only on the integers of `key` and their order.
 
-    The key is hashed by SHA-256 to the 128-bit key of Philox, so that no two streams meet; PyTorch's CPU generator
-    keeps 32 bits of its seed, and among 50 000 samples two would be alike with a chance of one in four.
+    The key is hashed by SHA-256 to the 128-bit key of Philox, so that streams do not collide. PyTorch's CPU generator
+    keeps 32 bits of its seed: among 50,000 samples, two would be identical with a probability of 25%.
     """
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key)[:16], "little")))
 
 
 def keyed_seed(*key):
-    """Return a seed below 2^63 for `torch.manual_seed` that depends on the integers of `key` and their order alone."""
+    """Return a seed below 2^63 for `torch.manual_seed` that depends only on the integers of `key` and their order."""
     return int.from_bytes(_digest(key)[:8], "little") >> 1
 
 
 def keyed_randn(shape, keys):
-    """Draw one standard normal tensor per key; [len(keys) x *shape], float32 on the CPU.
+    """Sample one standard normal tensor per key; [len(keys) x *shape], float32 on the CPU.
 
-    Row i is what `keyed_rng(*keys[i])` draws, whatever the other rows are: it does not change with the size of a batch
-    or with the rank that draws it.
+    Row i is a sample from `keyed_rng(*keys[i])`, independent of the other rows: it does not change with the size of a
+    batch or with the rank.
     """
     rows = np.empty((len(keys), *shape), np.float32)
-    # One generator set to each key's beginning: making a new one takes as long as a thousand draws.
+    # One generator, reset to the start of each key's stream: a new one takes as long as a thousand samples.
     philox = np.random.Philox(key=0)
-    rng, beginning = np.random.Generator(philox), philox.state
+    rng, start = np.random.Generator(philox), philox.state
     for row, key in zip(rows, keys):
-        beginning["state"]["key"] = np.frombuffer(_digest(key), "<u8", 2)
-        philox.state = beginning
+        start["state"]["key"] = np.frombuffer(_digest(key), "<u8", 2)
+        philox.state = start
         rng.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(rows)
 
@@ -111,7 +112,7 @@ def _digest(key):
     return hashlib.sha256(repr(tuple(int(part) for part in key)).encode()).digest()
 
 
-# Layers by rank.
+# --- Layers by rank ---
 
 
 def per_axis(value, dims):
@@ -119,7 +120,7 @@ def per_axis(value, dims):
     values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * dims
     if len(values) != dims:
         raise ValueError(
-            f"{value} holds {len(values)} values for {dims} spatial axes; give one per axis, or a single number for all"
+            f"{value} has {len(values)} values for {dims} spatial axes: expected one per axis, or one number for all"
         )
     return values
 
@@ -130,7 +131,7 @@ def conv_nd(dims, *args, **kwargs):
 
 
 def conv_transpose_nd(dims, *args, **kwargs):
-    """Build a transposed convolution over `dims` axes (1 to 3); the arguments are those of torch's class."""
+    """Build a transposed convolution over `dims` axes (1 to 3) from the arguments of PyTorch's class."""
     return _layer("transposed convolution", dims)(*args, **kwargs)
 
 
@@ -140,7 +141,7 @@ def avg_pool_nd(dims, *args, **kwargs):
 
 
 def adaptive_avg_pool_nd(dims, output_size):
-    """Build an average pooling over `dims` axes (1 to 3) whose result has `output_size` on each."""
+    """Build an average pooling over `dims` axes (1 to 3) to `output_size` along each."""
     return _layer("adaptive average pooling", dims)(output_size)
 
 
@@ -150,29 +151,29 @@ def linear(*args, **kwargs):
 
 
 def resampling_factors(dims, resample_depth=False):
-    """Return by how much a halving or doubling level of the UNet changes each axis.
+    """Return the factor by which a level of the UNet downsamples or upsamples each axis.
 
-    Volumes keep their first axis unless `resample_depth`, as the networks of guided-diffusion do.
+    As in guided-diffusion, volumes keep the size of their first axis unless `resample_depth`.
     """
     return (2 if resample_depth or dims != 3 else 1,) + (2,) * (dims - 1)
 
 
 def upsample_nearest(x, factors):
-    """Repeat every element `factors` (scalar or one per axis) times.  [N x C x ...] -> [N x C x ... * factors]."""
+    """Upsample by nearest neighbor, by a scalar or one factor per axis.  [N x C x ...] -> [N x C x ... * factors]."""
     grid = x.shape[2:]
     size = [n * factor for n, factor in zip(grid, per_axis(factors, len(grid)))]
     return F.interpolate(x, size=size, mode="nearest")
 
 
 def upsample_conv(conv, x, factors):
-    """Return conv(upsample_nearest(x, factors)) without making the enlarged input.
+    """Return conv(upsample_nearest(x, factors)) without materializing the upsampled input.
 
-    A repeated element meets sums of the kernel's taps, so the whole is a transposed convolution of stride s with s + 2
-    taps an axis: for s = 2 in 2D (3D) 4 (8) multiplications an output in place of 9 (27). Of what an element becomes
-    along an axis the first and the last see its neighbours, all between them are alike: no more than 3 are computed.
-    Grids that are too flat for `Conv3d` are too flat for a transposed convolution, and are enlarged after all.
+    Equal inputs can share one multiplication by the sum of their weights, which gives a transposed convolution of
+    stride s and kernel size s + 2: for s = 2 in 2D (3D), 4 (8) multiplications per output instead of 9 (27). Of the
+    outputs of one input element along an axis only the first and the last depend on adjacent elements; the others are
+    equal, so at most 3 are computed. Grids that are too flat for `Conv3d` are upsampled explicitly.
 
-    :param conv: a convolution of 3 taps, stride 1 and padding 1 along every axis.
+    :param conv: a convolution of kernel size 3, stride 1 and padding 1 along every axis.
     """
     factors = per_axis(factors, x.dim() - 2)
     if set(factors) == {1}:
@@ -181,11 +182,11 @@ def upsample_conv(conv, x, factors):
         return conv(upsample_nearest(x, factors))
     strides = [min(factor, 3) for factor in factors]
     axes = tuple(range(2, x.dim()))
-    taps = F.pad(conv.weight.flip(axes), [n for stride in reversed(strides) for n in (stride - 1, stride - 1)])
+    kernel = F.pad(conv.weight.flip(axes), [n for stride in reversed(strides) for n in (stride - 1, stride - 1)])
     for axis, stride in zip(axes, strides):
-        windows = (taps.narrow(axis, start, taps.shape[axis] + 1 - stride) for start in range(stride))
-        taps = functools.reduce(torch.add, windows)
-    y = _TRANSPOSED[len(axes)](x, taps.transpose(0, 1), conv.bias, stride=strides, padding=1)
+        windows = (kernel.narrow(axis, start, kernel.shape[axis] + 1 - stride) for start in range(stride))
+        kernel = functools.reduce(torch.add, windows)
+    y = _TRANSPOSED[len(axes)](x, kernel.transpose(0, 1), conv.bias, stride=strides, padding=1)
     for axis, factor in reversed(list(zip(axes, factors))):
         if factor > 3:
             first, between, last = y.unflatten(axis, (-1, 3)).split(1, axis + 1)
@@ -199,21 +200,21 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 
 def resize_linear(x, size):
-    """Interpolate linearly along every axis; [N x C x ...] -> [N x C x *size], with the same outer edges."""
+    """Interpolate linearly along every axis, with aligned outer edges.  [N x C x ...] -> [N x C x *size]."""
     size = tuple(size)
     return F.interpolate(x, size=size, mode=_LINEAR_MODES[len(size)], align_corners=False)
 
 
 def _layer(name, dims):
     if dims not in (1, 2, 3):
-        raise ValueError(f"there is no {name} over {dims} spatial axes; --dims is 1, 2 or 3")
+        raise ValueError(f"there is no {name} over {dims} spatial axes: --dims must be 1, 2 or 3")
     return _LAYERS[name][dims - 1]
 
 
 def to_device(tensor, device):
-    """Copy a tensor to a device without waiting for what that is doing (from pinned memory, as CUDA wants it).
+    """Copy a tensor to a device without synchronizing it; CUDA requires pinned memory for that.
 
-    To the host it is waited for: whoever reads there would not know that the numbers are still on their way.
+    A copy to the host does synchronize: it would be read there before it is complete.
     """
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -221,25 +222,25 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
-# Activations and norms.
+# --- Activations and norms ---
 
 
 class SiLU(nn.SiLU):
-    """Multiply by the logistic function, x * sigmoid(x) (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 4)."""
+    """The activation x * sigmoid(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415, Sec. 4)."""
 
 
-# Where the kernel itself adds up in float32, and takes weights of that type beside such an input.
+# (device, dtype) for which the kernel itself accumulates in float32 and accepts float32 weights with such an input.
 NORMS_ADD_IN_FLOAT32 = {("cpu", torch.bfloat16)}
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Normalise in float32, whatever the type of the input or of the weights; the result has the input's type."""
+    """Normalize in float32 for any dtype of input and weights; the result has the input's dtype."""
 
     def forward(self, x):
         return self.over(self.num_groups, x, self.weight, self.bias)
 
     def over(self, groups, x, weight, bias):
-        """Normalise some of the groups, with their part of weight and bias [C]."""
+        """Normalize a subset of the groups, with their part of weight and bias [C]."""
         wide = x if (x.device.type, x.dtype) in NORMS_ADD_IN_FLOAT32 else x.float()
         return F.group_norm(wide, groups, weight.float(), bias.float(), self.eps).to(x.dtype)
 
@@ -247,65 +248,81 @@ class GroupNorm32(nn.GroupNorm):
 def normalization(channels):
     """Build the norm of all UNets: 32 groups, eps 1e-5.
 
-    :raises ValueError: where `channels` is not a multiple of 32.
+    :raises ValueError: if `channels` is not a multiple of 32.
     """
     if channels % NORM_GROUPS:
         raise ValueError(
-            f"{channels} channels do not divide into the norm's {NORM_GROUPS} groups; choose widths (--num_channels or "
+            f"{channels} channels do not divide into the norm's {NORM_GROUPS} groups; set widths (--num_channels or "
             f"--classifier_width, times every --channel_mult) that are multiples of {NORM_GROUPS}"
         )
     return GroupNorm32(NORM_GROUPS, channels)
 
 
-# Memory.
+# --- Memory ---
 
 
 def recomputed_conv(cheap, conv, inputs, params, groups, random=False, whole=False):
-    """Return conv(cheap(groups, *inputs, *params)), without keeping what `cheap` gave for the backward pass.
+    """Return conv(cheap(groups, *inputs, *params)), without saving the result of `cheap` for backward.
 
-    A convolution keeps its input to learn its weights. Where that is a norm and an activation of something that is kept
-    anyway, it costs two tensors to keep and little to compute again. Numbers and gradients stay the same.
+    A convolution saves its input for the gradient of its weights. If that input is a norm and an activation of a tensor
+    that is saved anyway, it costs the memory of two tensors and is cheap to recompute. Results and gradients are equal.
 
-    :param cheap: a function of any number of whole groups of channels, which it treats each by itself; what is large is
-        worked on in a few of them at a time in the backward pass, unless `whole`.
+    :param cheap: a function that processes each group of channels independently, so that large tensors are recomputed
+        a few groups at a time, unless `whole`.
     :param inputs: tensors [N x C x ...]; `params`: [C].
-    :param random: whether `cheap` draws random numbers; the backward pass then draws the same.
+    :param random: whether `cheap` uses random numbers; the backward pass then reproduces them.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():    # a compiler decides such things itself
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():    # a compiler chooses what to recompute itself
         return conv(cheap(groups, *inputs, *params))
-    at_once = math.inf if random or whole else _ConvOfRecomputed.AT_ONCE
-    return _ConvOfRecomputed.apply(cheap, conv, groups, at_once, random, len(inputs), conv.weight, conv.bias, *inputs,
-                                   *params)
+    max_elements = math.inf if random or whole else MAX_RECOMPUTED_ELEMENTS
+    options = _Recomputation(cheap, conv, groups, max_elements, random, len(inputs))
+    return _RecomputedConv.apply(options, conv.weight, conv.bias, *inputs, *params)
 
 
-class _ConvOfRecomputed(torch.autograd.Function):
-    AT_ONCE = 2**24     # elements to recompute at a time; a few times their bytes come on top of everything else
+# Elements to recompute at a time; a few times their bytes are the memory overhead in the backward pass.
+MAX_RECOMPUTED_ELEMENTS = 2**24
 
+
+class _Recomputation(NamedTuple):
+    """Arguments of `_RecomputedConv` that are not tensors; `num_inputs` tensors [N x C x ...] precede those of [C]."""
+
+    cheap: Callable
+    conv: nn.Module
+    groups: int
+    max_elements: float
+    random: bool
+    num_inputs: int
+
+
+class _RecomputedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cheap, conv, groups, at_once, random, count, weight, bias, *tensors):
-        ctx.cheap, ctx.conv, ctx.groups, ctx.at_once, ctx.count = cheap, conv, groups, at_once, count
+    def forward(ctx, options, weight, bias, *tensors):
         device = tensors[0].device.type
+        ctx.options = options
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.random_state = _random_state(tensors[0].device) if random else None
+        ctx.random_state = _random_state(tensors[0].device) if options.random else None
         ctx.save_for_backward(weight, *tensors)
-        return conv(cheap(groups, *tensors))
+        return options.conv(options.cheap(options.groups, *tensors))
 
     @staticmethod
     def backward(ctx, grad):
         weight, *tensors = ctx.saved_tensors
-        parts = next((n for n in range(1, ctx.groups) if ctx.groups % n == 0
-                      and tensors[0].numel() <= n * ctx.at_once), ctx.groups)
-        split = [tensor.detach().chunk(parts, dim=1 if i < ctx.count else 0) for i, tensor in enumerate(tensors)]
+        cheap, conv, groups, max_elements, _, num_inputs = ctx.options
+        count = tensors[0].numel()
+        parts = next((n for n in range(1, groups) if groups % n == 0 and count <= n * max_elements), groups)
+        split = [tensor.detach().chunk(parts, dim=1 if i < num_inputs else 0) for i, tensor in enumerate(tensors)]
         pieces = [[piece.requires_grad_() for piece in pieces] for pieces in zip(*split)]
 
         def compute(part):
             device, dtype, enabled = ctx.autocast
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), _restored_rng_state(ctx.random_state):
-                return ctx.cheap(ctx.groups // parts, *pieces[part]).to(grad.dtype)
+            with (torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled),
+                  _restored_rng_state(ctx.random_state)):
+                return cheap(groups // parts, *pieces[part]).to(grad.dtype)
 
+        # A single part is computed once, for the convolution and for its own gradient; several are computed twice, so
+        # that only one of their graphs is in memory at a time.
         only = compute(0) if parts == 1 else None
         value = torch.cat([compute(part).detach() for part in range(parts)], 1) if only is None else only.detach()
-        conv = ctx.conv
         flat = isinstance(conv, Conv3d) and conv.needs_explicit_padding(value)
         of_value, of_weight, of_bias = torch.ops.aten.convolution_backward(
             grad, conv.pad_explicitly(value) if flat else value, weight.to(grad.dtype), [weight.shape[0]], conv.stride,
@@ -314,19 +331,19 @@ class _ConvOfRecomputed(torch.autograd.Function):
         )
         of_value = conv.crop_padding(of_value) if flat else of_value
         del value
-        further = [torch.empty_like(tensor) for tensor in tensors]
-        slots = [whole.chunk(parts, dim=1 if i < ctx.count else 0) for i, whole in enumerate(further)]
+        gradients = [torch.empty_like(tensor) for tensor in tensors]
+        slots = [full.chunk(parts, dim=1 if i < num_inputs else 0) for i, full in enumerate(gradients)]
         for part, of_part in enumerate(of_value.chunk(parts, dim=1)):
             result = compute(part) if only is None else only
             for slot, gradient in zip(slots, torch.autograd.grad(result, pieces[part], of_part)):
                 slot[part].copy_(gradient)
             del result
         of_bias = None if of_bias is None else of_bias.to(conv.bias.dtype)
-        return *(None,) * 6, of_weight.to(weight.dtype), of_bias, *further
+        return None, of_weight.to(weight.dtype), of_bias, *gradients
 
 
 def _random_state(device):
-    """Return what `_restored_rng_state` needs to draw once more what will be drawn on this device now."""
+    """Return (device, RNG state) for `_restored_rng_state`."""
     if device.type == "cpu":
         return device, torch.get_rng_state()
     return device, getattr(torch, device.type).get_rng_state(device)
@@ -334,7 +351,7 @@ def _random_state(device):
 
 @contextlib.contextmanager
 def _restored_rng_state(state):
-    """Draw inside from a state of `_random_state`, and outside go on as if nothing had been drawn."""
+    """Use a state of `_random_state` inside, and leave the random numbers outside unaffected."""
     if state is None:
         yield
         return
@@ -348,12 +365,12 @@ def _restored_rng_state(state):
         yield
 
 
-# Parameters.
+# --- Parameters ---
 
 
 @torch.no_grad()
 def update_ema(target_params, source_params, rate=0.99):
-    """Move averages towards the current parameters in place: target <- rate * target + (1 - rate) * source."""
+    """Update EMA weights in place: target <- rate * target + (1 - rate) * source."""
     targets = list(target_params)
     sources = [source.to(target.dtype) for source, target in zip(source_params, targets, strict=True)]
     torch._foreach_lerp_(targets, sources, 1 - rate)
@@ -376,25 +393,25 @@ def scale_module(module, scale):
 
 
 def cast_convolutions(module, dtype):
-    """Turn the weights of all convolutions inside `module` into `dtype`; norms and linear layers stay as they are."""
+    """Cast the weights of all convolutions inside `module` to `dtype`; norms and linear layers are unchanged."""
     for layer in module.modules():
         if isinstance(layer, _LAYERS["convolution"]):
             layer.to(dtype)
 
 
-# Functions of tensors.
+# --- Functions of tensors ---
 
 
 def mean_flat(tensor):
-    """Average over all axes but the first.  [N x ...] -> [N]."""
+    """Return the mean over all axes except the first.  [N x ...] -> [N]."""
     return tensor.flatten(1).mean(dim=1)
 
 
 def timestep_embedding(timesteps, dim, max_period=10000):
-    """Encode times as cosines, then sines, of geometrically spaced frequencies.  [N] -> [N x dim], float32.
+    """Encode timesteps as cosines, then sines, of geometrically spaced frequencies.  [N] -> [N x dim], float32.
 
-    Vaswani et al. 2017 (arXiv 1706.03762), section 3.5, with w_k = max_period^(-k / (dim // 2)). Times need not be
-    integers. An odd `dim` ends in a column of zeros.
+    Vaswani et al. 2017 (arXiv:1706.03762), Sec. 3.5, with w_k = max_period^(-k / (dim // 2)). Timesteps may be
+    fractional. An odd `dim` ends in a column of zeros.
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -404,9 +421,9 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 
 
 def checkpoint(func, inputs, params, flag):
-    """Return func(*inputs); where `flag` is set, recompute its inner values in the backward pass, keeping none.
+    """Return func(*inputs); if `flag`, recompute its activations in the backward pass instead of saving them.
 
-    Autocast and the random state (dropout) are as in the first pass. `params` is there for callers of
-    guided-diffusion: gradients reach whatever `func` uses, named or not.
+    Autocast and the random state (dropout) are as in the first pass. `params` is kept for callers of guided-diffusion:
+    gradients reach all that `func` uses, listed or not.
     """
     return recompute_in_backward(func, *inputs, use_reentrant=False) if flag else func(*inputs)

@@ -7,24 +7,24 @@ from guided_diffusion_vae.vae.discriminator import (
 )
 
 
-def judge(dims=2, channels=16, layers=2):
+def discriminator(dims=2, channels=16, layers=2):
     torch.manual_seed(0)
     return PatchDiscriminator(dims, 1, channels, layers)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("layers, size, patches", [(1, 16, 6), (2, 16, 2), (3, 32, 2)])
-def test_every_patch_is_judged_by_itself(dims, layers, size, patches):
-    assert judge(dims, layers=layers)(torch.randn(2, 1, *(size,) * dims)).shape == (2, 1, *(patches,) * dims)
+def test_discriminator_returns_one_logit_per_patch(dims, layers, size, patches):
+    assert discriminator(dims, layers=layers)(torch.randn(2, 1, *(size,) * dims)).shape == (2, 1, *(patches,) * dims)
 
 
-def test_a_sample_is_judged_alike_in_any_batch():
+def test_logits_do_not_depend_on_the_rest_of_the_batch():
     x = torch.randn(4, 1, 24, 24)
-    torch.testing.assert_close(judge()(x)[2:3], judge()(x[2:3]))
+    torch.testing.assert_close(discriminator()(x)[2:3], discriminator()(x[2:3]))
 
 
-def test_a_patch_depends_on_its_own_place_alone_but_for_the_norms():
-    network = judge(layers=1)
+def test_logit_without_norms_depends_on_its_patch_only():
+    network = discriminator(layers=1)
     network.layers[3] = torch.nn.Identity()
     x = torch.randn(1, 1, 32, 32, requires_grad=True)
     network(x)[0, 0, 0, 0].backward()
@@ -32,12 +32,12 @@ def test_a_patch_depends_on_its_own_place_alone_but_for_the_norms():
 
 
 def test_widths_double_up_to_eight_times():
-    widths = [m.out_channels for m in judge(layers=4).layers if isinstance(m, torch.nn.Conv2d)]
+    widths = [m.out_channels for m in discriminator(layers=4).layers if isinstance(m, torch.nn.Conv2d)]
     assert widths == [16, 32, 64, 128, 128, 1]
 
 
 @pytest.mark.parametrize("kind", ["hinge", "least_squares"])
-def test_losses_pull_patches_apart_and_together(kind):
+def test_losses_separate_patches_and_the_generator_opposes(kind):
     real, fake = (torch.tensor(v).view(2, 1, 1).requires_grad_() for v in ([0.2, -0.5], [0.1, 0.7]))
     losses = discriminator_losses(kind, real, fake)
     assert losses.shape == (2,)
@@ -54,7 +54,7 @@ def test_known_losses():
     assert generator_losses("least_squares", fake).item() == pytest.approx(0.5 * 8.0)
 
 
-def test_the_adaptive_weight_makes_gradients_equally_large():
+def test_adaptive_weight_makes_gradients_equally_large():
     weight = torch.randn(3, requires_grad=True)
     first, second = (weight**2).sum(), 5 * (weight**4).sum()
     factor = adaptive_weight(first, second, weight)
@@ -62,7 +62,7 @@ def test_the_adaptive_weight_makes_gradients_equally_large():
     assert not factor.requires_grad and (factor * small).item() == pytest.approx(large.item(), rel=1e-3)
 
 
-def test_the_adaptive_weight_survives_float16_with_the_loss_scale():
+def test_adaptive_weight_in_float16_uses_the_loss_scale():
     weight, volume = torch.ones(1, requires_grad=True), torch.ones(2**20, dtype=torch.half)
     first, second = (factor * (weight.half() * volume).float().mean() for factor in (0.02, 0.01))
     assert adaptive_weight(first, second, weight) == 0
@@ -71,11 +71,13 @@ def test_the_adaptive_weight_survives_float16_with_the_loss_scale():
     assert adaptive_weight(1e9 * first, second, weight, scale=2**12) == 0
 
 
-def test_a_network_is_built_from_its_flags_and_refuses_what_it_cannot_do():
+def test_create_discriminator_rejects_invalid_flags_and_small_images():
     config = DiscriminatorConfig(discriminator_channels=16, discriminator_layers=2)
     network = create_discriminator(config, 3, 2)
     assert network.layers[0].in_channels == 2
-    with pytest.raises(ValueError, match="--discriminator_channels 12 --discriminator_layers 3: the first is a"):
+    with pytest.raises(ValueError, match="--discriminator_channels must be a multiple of 8, got 12"):
         PatchDiscriminator(2, 1, 12)
-    with pytest.raises(ValueError, match=r"pictures of \(8, 8\) are too small for a discriminator that needs 12 along"):
-        judge()(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="--discriminator_layers must be >= 1, got 0"):
+        PatchDiscriminator(2, 1, 16, 0)
+    with pytest.raises(ValueError, match=r"images of size \(8, 8\) are too small for the discriminator: .* least 12"):
+        discriminator()(torch.zeros(1, 1, 8, 8))

@@ -1,4 +1,4 @@
-"""Claims about the bricks of all networks."""
+"""Claims about the building blocks of all networks."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from guided_diffusion_vae import nn
 
 
-def test_keyed_draws_depend_on_the_key_alone():
+def test_keyed_randn_depends_only_on_the_key():
     first = nn.keyed_randn((3, 4), [(1, 2, 3), (1, 2, 4)])
     torch.randn(7)
     again = nn.keyed_randn((3, 4), [(9, 9), (1, 2, 4), (1, 2, 3)])
@@ -16,32 +16,32 @@ def test_keyed_draws_depend_on_the_key_alone():
     assert torch.equal(first[0], again[2]) and torch.equal(first[1], again[1])
 
 
-def test_a_row_is_what_the_generator_of_its_key_draws():
+def test_keyed_randn_rows_equal_samples_of_keyed_rng():
     keys = [(4, i) for i in range(50)]
-    for row, key in zip(nn.keyed_randn((3, 1), keys), keys):  # odd counts leave half of a drawn number behind
+    for row, key in zip(nn.keyed_randn((3, 1), keys), keys):  # an odd count leaves a buffered value
         assert np.array_equal(row.numpy(), nn.keyed_rng(*key).standard_normal((3, 1), dtype=np.float32))
 
 
-def test_seeds_are_fixed_by_their_key_and_fit_torch():
+def test_keyed_seed_is_reproducible_and_valid_for_torch():
     seeds = [nn.keyed_seed(0, step) for step in range(1000)]
     assert seeds == [nn.keyed_seed(0, step) for step in range(1000)] and len(set(seeds)) == 1000
     assert min(seeds) >= 0 and max(seeds) < 2**63
     torch.Generator().manual_seed(max(seeds))
 
 
-def test_keys_in_another_order_give_other_draws():
+def test_keys_in_another_order_give_other_samples():
     keys = [(0, 1), (1, 0), (0, 0, 1), (1,), (-1,)]
     rows = nn.keyed_randn((8,), keys)
     assert len({tuple(row.tolist()) for row in rows}) == len(keys)
 
 
-def test_keyed_draws_are_standard_normal_across_neighbouring_keys():
+def test_keyed_randn_is_standard_normal_across_adjacent_keys():
     draws = nn.keyed_randn((16,), [(0, step) for step in range(1000)])
     assert abs(draws.mean()) < 0.03 and abs(draws.std() - 1) < 0.03
     assert torch.corrcoef(draws.t())[0, 1:].abs().max() < 0.15
 
 
-def test_numpy_integers_make_the_same_key():
+def test_numpy_integers_give_the_same_key():
     assert nn.keyed_seed(np.int64(5)) == nn.keyed_seed(5)
     assert torch.equal(nn.keyed_randn((4,), [(np.int64(5),)]), nn.keyed_randn((4,), [(5,)]))
 
@@ -57,26 +57,26 @@ def test_layers_exist_for_one_to_three_axes(dims, shape):
     assert nn.resize_linear(x, half).shape == (2, 3, *half)
 
 
-def test_convolutions_take_one_number_per_axis():
+def test_convolutions_accept_one_number_per_axis():
     convolve = nn.conv_nd(3, 1, 2, (1, 3, 5), stride=(1, 2, 4), padding=(0, 1, 2))
     assert convolve(torch.zeros(1, 1, 4, 8, 16)).shape == (1, 2, 4, 4, 4)
 
 
 @pytest.mark.parametrize("build", [nn.conv_nd, nn.conv_transpose_nd, nn.avg_pool_nd, nn.adaptive_avg_pool_nd])
 @pytest.mark.parametrize("dims", [0, 4])
-def test_other_numbers_of_axes_are_refused(build, dims):
-    with pytest.raises(ValueError, match=f"over {dims} spatial axes; --dims is 1, 2 or 3"):
+def test_other_numbers_of_axes_are_rejected(build, dims):
+    with pytest.raises(ValueError, match=f"over {dims} spatial axes: --dims must be 1, 2 or 3"):
         build(dims, 2)
 
 
-def test_per_axis_spreads_a_scalar_and_counts_a_tuple():
+def test_per_axis_repeats_a_scalar_and_checks_a_tuple():
     assert nn.per_axis(2, 3) == (2, 2, 2)
     assert nn.per_axis([1, 2], 2) == (1, 2)
     with pytest.raises(ValueError, match="2 values for 3 spatial axes"):
         nn.per_axis((1, 2), 3)
 
 
-def test_volumes_keep_their_first_axis_unless_asked():
+def test_volumes_keep_their_first_axis_by_default():
     assert [nn.resampling_factors(dims) for dims in (1, 2, 3)] == [(2,), (2, 2), (1, 2, 2)]
     assert nn.resampling_factors(3, resample_depth=True) == (2, 2, 2)
 
@@ -90,40 +90,40 @@ def test_upsampling_repeats_every_element(factor):
 
 @pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_convolution_of_what_is_repeated_takes_weights_in_half_precision(grid, factors, dtype):
+def test_upsample_conv_accepts_half_precision_weights(grid, factors, dtype):
     conv = nn.conv_nd(len(grid), 8, 8, 3, padding=1)
     x = torch.randn(2, 8, *grid)
     expected = conv(nn.upsample_nearest(x, factors))
-    found = nn.upsample_conv(conv.to(dtype), x.to(dtype), factors)
-    assert found.dtype == dtype and (found - expected).norm() < 2e-2 * expected.norm()
+    actual = nn.upsample_conv(conv.to(dtype), x.to(dtype), factors)
+    assert actual.dtype == dtype and (actual - expected).norm() < 2e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("grid, factors", [((5,), 2), ((4, 5), (2, 2)), ((4, 5), (1, 4)), ((1, 2, 3), (2, 3, 8)),
                                            ((2, 8, 8), (1, 2, 2)), ((2, 8, 8), (1, 3, 3)), ((4, 1, 4), (2, 2, 2))])
 @pytest.mark.parametrize("amp", [False, True])
-def test_a_convolution_of_what_is_repeated_needs_nothing_repeated(grid, factors, amp):
-    """With the gradients, on flat grids in half precision, too, which oneDNN gets wrong elsewhere."""
+def test_upsample_conv_equals_conv_of_upsampled_input(grid, factors, amp):
+    """Gradients included, also on flat grids in half precision, for which oneDNN is wrong elsewhere."""
     conv = nn.conv_nd(len(grid), 8, 8, 3, padding=1)
     x = torch.randn(2, 8, *grid, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        found = nn.upsample_conv(conv, x, factors).float()
+        actual = nn.upsample_conv(conv, x, factors).float()
     expected = conv(nn.upsample_nearest(x, factors))
-    towards = torch.randn_like(expected)
-    pairs = [(found, expected), *zip(*(torch.autograd.grad((y * towards).sum(), [x, conv.weight, conv.bias])
-                                       for y in (found, expected)))]
+    direction = torch.randn_like(expected)
+    pairs = [(actual, expected), *zip(*(torch.autograd.grad((y * direction).sum(), [x, conv.weight, conv.bias])
+                                        for y in (actual, expected)))]
     for a, b in pairs:
         assert (a - b).norm() < (2e-2 if amp else 1e-5) * b.norm()
 
 
 @pytest.mark.parametrize("grid, factors", [((4, 5), (2, 4)), ((2, 2, 3), (1, 2, 8))])
-def test_a_convolution_of_what_is_repeated_compiles_into_one_graph(grid, factors):
+def test_upsample_conv_compiles_into_one_graph(grid, factors):
     conv = nn.conv_nd(len(grid), 4, 4, 3, padding=1)
     x = torch.randn(2, 4, *grid)
     compiled = torch.compile(nn.upsample_conv, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(conv, x, factors), nn.upsample_conv(conv, x, factors))
 
 
-def test_groupnorm_keeps_the_type_and_counts_in_float32():
+def test_groupnorm_keeps_the_dtype_and_accumulates_in_float32():
     norm = nn.normalization(32)
     x = 300 * torch.randn(2, 32, 16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -135,24 +135,24 @@ def test_groupnorm_keeps_the_type_and_counts_in_float32():
     assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_widths_that_are_no_multiple_of_32_are_refused():
+def test_widths_not_divisible_by_32_are_rejected():
     with pytest.raises(ValueError, match="48 channels do not divide into the norm's 32 groups.*--num_channels"):
         nn.normalization(48)
 
 
-def test_the_average_moves_by_one_minus_rate():
+def test_update_ema_moves_by_one_minus_rate():
     average, current = [torch.zeros(3), torch.ones(2, 2)], [torch.ones(3), torch.zeros(2, 2)]
     nn.update_ema(average, iter(current), rate=0.75)
     assert torch.equal(average[0], torch.full((3,), 0.25)) and torch.equal(average[1], torch.full((2, 2), 0.75))
 
 
-def test_averaging_leaves_no_gradient_history_and_takes_half_precision_sources():
+def test_update_ema_has_no_gradient_history_in_half_precision():
     average = torch.nn.Parameter(torch.zeros(2))
     nn.update_ema([average], [torch.nn.Parameter(torch.ones(2, dtype=torch.float16))], rate=0.5)
     assert average.is_leaf and average.dtype == torch.float32 and torch.equal(average.detach(), torch.full((2,), 0.5))
 
 
-def test_averaging_lists_of_different_length_is_refused():
+def test_update_ema_rejects_lists_of_different_length():
     with pytest.raises(ValueError, match="zip"):
         nn.update_ema([torch.zeros(1)], [])
 
@@ -165,7 +165,7 @@ def test_zero_and_scale_change_every_parameter():
     assert all((p == 0).all() for p in nn.zero_module(layer).parameters())
 
 
-def test_casting_convolutions_leaves_other_layers():
+def test_cast_convolutions_leaves_other_layers_unchanged():
     module = torch.nn.Sequential(nn.conv_nd(1, 2, 2, 1), nn.conv_nd(3, 2, 2, 1), nn.linear(2, 2), nn.normalization(32))
     nn.cast_convolutions(module, torch.float16)
     assert [layer.weight.dtype for layer in module] == [torch.float16] * 2 + [torch.float32] * 2
@@ -175,17 +175,17 @@ def test_mean_flat_averages_each_sample():
     assert torch.equal(nn.mean_flat(torch.arange(8.0).view(2, 2, 2)), torch.tensor([1.5, 5.5]))
 
 
-def test_time_zero_is_embedded_as_ones_then_zeros():
+def test_timestep_zero_is_embedded_as_ones_then_zeros():
     assert torch.equal(nn.timestep_embedding(torch.zeros(1), 5), torch.tensor([[1.0, 1, 0, 0, 0]]))
 
 
-def test_time_one_is_embedded_with_geometric_frequencies():
+def test_timestep_one_is_embedded_with_geometric_frequencies():
     w = torch.tensor([1.0, 0.1])
     expected = torch.cat([w.cos(), w.sin()])[None]
     assert torch.allclose(nn.timestep_embedding(torch.ones(1, dtype=torch.long), 4, max_period=100), expected)
 
 
-def test_a_checkpointed_function_gives_the_same_gradients_dropout_included():
+def test_checkpoint_gives_the_same_gradients_with_dropout():
     layer = torch.nn.Linear(4, 4)
     results = []
     for flag in (False, True):
@@ -196,7 +196,7 @@ def test_a_checkpointed_function_gives_the_same_gradients_dropout_included():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_checkpointed_function_is_recomputed_under_autocast():
+def test_checkpoint_recomputes_under_autocast():
     layer, seen = torch.nn.Linear(4, 4), []
 
     def func(x):
@@ -210,18 +210,18 @@ def test_a_checkpointed_function_is_recomputed_under_autocast():
     assert seen == [torch.bfloat16] * 2
 
 
-# recomputing
+# --- Recomputed convolutions ---
 
 
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("groups_at_a_time", [4, 1])
-def test_recomputed_inputs_of_a_convolution_change_no_gradient(monkeypatch, groups_at_a_time, random):
+def test_recomputed_conv_changes_no_gradient(monkeypatch, groups_at_a_time, random):
     torch.manual_seed(0)
     conv = nn.conv_nd(2, 8, 6, 3, padding=1)
     x, shift = torch.randn(2, 8, 5, 5, requires_grad=True), torch.randn(2, 8, 1, 1, requires_grad=True)
     weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
-    everything = [x, shift, weight, bias, *conv.parameters()]
-    monkeypatch.setattr(nn._ConvOfRecomputed, "AT_ONCE", x.numel() * groups_at_a_time // 4)
+    tensors = [x, shift, weight, bias, *conv.parameters()]
+    monkeypatch.setattr(nn, "MAX_RECOMPUTED_ELEMENTS", x.numel() * groups_at_a_time // 4)
     calls = []
 
     def cheap(groups, x, shift, weight, bias):
@@ -230,59 +230,59 @@ def test_recomputed_inputs_of_a_convolution_change_no_gradient(monkeypatch, grou
 
     def run(result):
         result.square().sum().backward()
-        gradients = [tensor.grad for tensor in everything]
-        for tensor in everything:
+        gradients = [tensor.grad for tensor in tensors]
+        for tensor in tensors:
             tensor.grad = None
         return result, torch.rand(1), gradients
 
     torch.manual_seed(1)
     expected = run(conv(cheap(4, x, shift, weight, bias)))
     torch.manual_seed(1)
-    got = run(nn.recomputed_conv(cheap, conv, (x, shift), (weight, bias), 4, random=random))
+    actual = run(nn.recomputed_conv(cheap, conv, (x, shift), (weight, bias), 4, random=random))
     assert min(calls) == (4 if random else groups_at_a_time)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("grid, kernel, stride", [
     ((2, 2, 2), 3, 1), ((2, 4, 6), 3, 1), ((4, 6, 6), 5, 2), ((1, 3, 3), 3, 1),
 ])
-def test_gradients_in_half_precision_are_right_on_flat_grids(grid, kernel, stride, recomputed):
+def test_half_precision_gradients_are_correct_on_flat_grids(grid, kernel, stride, recomputed):
     torch.manual_seed(0)
     conv = nn.conv_nd(3, 32, 32, kernel, stride=stride, padding=kernel // 2)
-    x, found = torch.randn(2, 32, *grid, requires_grad=True), []
+    x, gradients = torch.randn(2, 32, *grid, requires_grad=True), []
     cheap = lambda groups, x: x.sin()
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             y = nn.recomputed_conv(cheap, conv, (x,), (), 32) if recomputed else conv(cheap(32, x))
         y.float().square().sum().backward()
-        found.append([t.grad.clone() for t in (x, conv.weight, conv.bias)])
+        gradients.append([t.grad.clone() for t in (x, conv.weight, conv.bias)])
         x.grad = conv.weight.grad = conv.bias.grad = None
-    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*found))
+    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*gradients))
 
 
 @pytest.mark.parametrize("grid, factors", [((2, 8, 8), (1, 2, 2)), ((2, 2, 2), (1, 3, 3)), ((3, 4, 4), (2, 2, 2))])
-def test_transposed_convolutions_are_right_on_flat_grids(grid, factors):
+def test_transposed_convolutions_are_correct_on_flat_grids(grid, factors):
     kernel = [max(2 * f - 1, 3) for f in factors]
     conv = nn.conv_transpose_nd(3, 8, 8, kernel, factors, [k // 2 for k in kernel], [f - 1 for f in factors])
-    x, found = torch.randn(2, 8, *grid, requires_grad=True), []
+    x, gradients = torch.randn(2, 8, *grid, requires_grad=True), []
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             y = conv(x)
         assert y.dtype == (torch.bfloat16 if half else torch.float32)
-        found.append(torch.autograd.grad(y.float().square().sum(), [x, conv.weight, conv.bias]))
-    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*found))
+        gradients.append(torch.autograd.grad(y.float().square().sum(), [x, conv.weight, conv.bias]))
+    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(*gradients))
 
 
-def test_recomputed_inputs_are_not_kept():
+def test_recomputed_conv_does_not_save_its_input():
     conv, x, weight = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9, requires_grad=True), torch.ones(8)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         nn.recomputed_conv(lambda groups, x, weight: F.silu(x * weight.view(-1, 1, 1)), conv, (x,), (weight,), 8)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weight, conv.weight)}
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, weight, conv.weight)}
 
 
-def test_recomputing_needs_no_gradient():
+def test_recomputed_conv_works_without_gradients():
     conv, x = nn.conv_nd(2, 8, 8, 3), torch.randn(1, 8, 9, 9)
     with torch.no_grad():
         y = nn.recomputed_conv(lambda groups, x: x.relu(), conv, (x,), (), 8)

@@ -979,7 +979,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
      "(--val_data_dir) has 3 channels"),
     ("train_autoencoder", {"data_dir": "{data}", "val_pictures": 0, "batch_size": 4}, "--val_pictures is 0; it is at least 1"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": 16, "discriminator_weight": 0.5, "batch_size": 4},
-     "too small for a discriminator that needs 24"),
+     "too small for the discriminator: expected at least 24"),
     ("classifier_train", {"data_dir": "{data}", "val_data_dir": "{plain}", "iterations": 1}, "has no classes"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "tstr_iterations": 3,
                   "tstr_batch_size": 13}, "fewer than a step of 13 takes; lower --tstr_batch_size"),

@@ -1,6 +1,6 @@
-"""Tell pictures from reconstructions, patch by patch, so that an autoencoder learns to leave no difference.
+"""A patch discriminator between images and reconstructions, and the adversarial losses.
 
-Isola et al. 2017 (arXiv 1611.07004, section 3.2.2) as used by VQGAN (Esser et al. 2021, arXiv 2012.09841, section 3.1).
+Isola et al. 2017 (arXiv:1611.07004, Sec. 3.2.2) as used by VQGAN (Esser et al. 2021, arXiv:2012.09841, Sec. 3.1).
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..config import option
+from ..config import option, require
 from ..nn import conv_nd, mean_flat
 
-GROUPS = 8
+GROUPS = 8      # of every norm
 
 
 @dataclass
@@ -31,40 +31,44 @@ class DiscriminatorConfig:
     discriminator_lr: float = option(0.0, "learning rate of the discriminator; 0: that of the autoencoder", minimum=0)
 
 
-def create_discriminator(config, dims, in_channels):
+def create_discriminator(config: DiscriminatorConfig, dims: int, in_channels: int) -> "PatchDiscriminator":
     """Build the network that a DiscriminatorConfig describes."""
     return PatchDiscriminator(dims, in_channels, config.discriminator_channels, config.discriminator_layers)
 
 
 class PatchDiscriminator(nn.Module):
-    """Judge overlapping patches: high where they look real.  [N x C x ...] -> [N x 1 x smaller ...].
+    """Return a logit per overlapping patch, high for real ones.  [N x C x ...] -> [N x 1 x smaller ...].
 
-    Convolutions of 4 taps, `layers` of them with stride 2, widths doubling up to eightfold. Norms are over groups and
-    not over the batch, so that a sample is judged alike in any microbatch and on any number of ranks.
+    Convolutions of kernel size 4, `layers` of them with stride 2, widths doubling up to eightfold. Norms are over
+    groups, not over the batch, so that a sample gets the same logits in any microbatch and on any number of ranks.
 
-    :raises ValueError: where `channels` does not divide into the norms' groups.
+    :raises ValueError: if the norms' groups do not divide `channels`.
     """
 
-    def __init__(self, dims, in_channels, channels=64, layers=3):
+    def __init__(self, dims: int, in_channels: int, channels: int = 64, layers: int = 3):
         super().__init__()
-        if channels % GROUPS or layers < 1:
-            raise ValueError(f"--discriminator_channels {channels} --discriminator_layers {layers}: the first is a "
-                             f"multiple of {GROUPS}, the second at least 1")
+        require(
+            (channels % GROUPS == 0, f"--discriminator_channels must be a multiple of {GROUPS}, got {channels}"),
+            (layers >= 1, f"--discriminator_layers must be >= 1, got {layers}"),
+        )
         blocks, width = [conv_nd(dims, in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], channels
         for layer in range(1, layers + 1):
             out = channels * min(2**layer, 8)
-            # One zero at either side keeps nothing of an axis of 1 under stride 1, and less under stride 2.
             stride = 2 if layer < layers else 1
             blocks += [conv_nd(dims, width, out, 4, stride=stride, padding=1, bias=False), nn.GroupNorm(GROUPS, out),
                        nn.LeakyReLU(0.2)]
             width = out
         self.layers = nn.Sequential(*blocks, conv_nd(dims, width, 1, 4, padding=1))
+        # Kernel size 4 at stride 1 takes one element off an axis, twice: 3 elements leave one logit.
         self.min_size = 2**layers * 3
 
-    def check_min_size(self, sizes):
-        """Raise ValueError for pictures of which too little would be left to judge."""
+    def check_min_size(self, sizes) -> None:
+        """Check that an image of these spatial sizes has at least one patch.
+
+        :raises ValueError: otherwise.
+        """
         if min(sizes) < self.min_size:
-            raise ValueError(f"pictures of {tuple(sizes)} are too small for a discriminator that needs "
+            raise ValueError(f"images of size {tuple(sizes)} are too small for the discriminator: expected at least "
                              f"{self.min_size} along every axis; lower --discriminator_layers")
 
     def forward(self, x):
@@ -72,27 +76,26 @@ class PatchDiscriminator(nn.Module):
         return self.layers(x)
 
 
-def discriminator_losses(kind, real, fake):
-    """Return what the discriminator descends on, [N]: patches of pictures shall be high, of reconstructions low.
+def discriminator_losses(kind: str, real, fake) -> torch.Tensor:
+    """Return the discriminator's losses [N] from the logits [N x 1 x ...] of images and of reconstructions.
 
-    hinge: Lim and Ye 2017 (arXiv 1705.02894); least_squares: Mao et al. 2017 (arXiv 1611.04076, equation 9).
+    hinge: Lim and Ye 2017 (arXiv:1705.02894); least_squares: Mao et al. 2017 (arXiv:1611.04076, Eq. 9).
     """
     if kind == "hinge":
         return 0.5 * (mean_flat(F.relu(1 - real)) + mean_flat(F.relu(1 + fake)))
     return 0.5 * (mean_flat((real - 1) ** 2) + mean_flat(fake**2))
 
 
-def generator_losses(kind, fake):
-    """Return what the autoencoder descends on, [N]: its reconstructions shall be taken for pictures."""
+def generator_losses(kind: str, fake) -> torch.Tensor:
+    """Return the autoencoder's adversarial losses [N] from the logits [N x 1 x ...] of its reconstructions."""
     return mean_flat(-fake) if kind == "hinge" else 0.5 * mean_flat((fake - 1) ** 2)
 
 
-def adaptive_weight(reconstruction, adversarial, last_layer, scale=1.0):
-    """Return the factor that makes the gradients of two losses at a weight equally large (VQGAN, equation 7).
+def adaptive_weight(reconstruction, adversarial, last_layer, scale: float = 1.0) -> torch.Tensor:
+    """Return the factor that makes the gradients of two losses at a weight equally large (VQGAN, Eq. 7).
 
-    Both losses are scalars; no gradient flows through the factor. The loss `scale` keeps gradients in float16 from
-    vanishing: that of a mean over a large volume would be 0. Where it makes them overflow the factor is 0, and the step
-    will be left out.
+    Both losses are scalars; no gradient flows through the factor. The loss `scale` keeps float16 gradients from
+    underflow: that of a mean over a large volume would be 0. If they overflow, the factor is 0 and the step is skipped.
     """
     large, small = (torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0].float().norm() / scale
                     for loss in (reconstruction, adversarial))
