@@ -107,7 +107,7 @@ def main():
 def reader(source, n, device):
     """Return a function that draws BATCHES batches as training does."""
     whiten = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
-    stream = LatentStream(source, whiten, BatchPlan(source.count, n), 0, device)
+    stream = LatentStream(source, whiten, BatchPlan(source.count, n), device)
     return lambda: [next(stream) for _ in range(BATCHES)]
 
 

@@ -17,7 +17,7 @@ import torch
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import option
-from guided_diffusion_vae.data import BatchPlan, DataConfig, image_batches, open_folder
+from guided_diffusion_vae.data import BatchPlan, DataConfig, ImageStream, open_folder
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
 from guided_diffusion_vae.objectives import AutoencoderObjective
@@ -93,7 +93,7 @@ class Variant:
         plan = planning.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
                                       DiscriminatorConfig())
         self.activations = plan.training().activations
-        self.data = image_batches(pictures, BatchPlan(len(pictures), batch_size))
+        self.data = ImageStream(pictures, BatchPlan(len(pictures), batch_size))
         self.loop = TrainLoop(
             model=self.network, data=self.data, batch_size=batch_size, lr=LR, ema_rate=EMA_RATE, log_interval=10**9,
             save_interval=10**9, config=TrainConfig(mixed_precision=True, grad_clip=0.5),

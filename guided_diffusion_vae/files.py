@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and name their contents by SHA-256."""
+"""Write files atomically, hash their contents, and name them in errors."""
 
 import contextlib
 import errno
@@ -9,9 +9,18 @@ import os
 import re
 import shutil
 import socket
+import struct
 import sys
 import uuid
+import zipfile
+import zlib
 from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+# Errors of Pillow, NumPy, zipfile and zlib on reading a corrupt file.
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
+               Image.DecompressionBombError)
 
 
 @contextlib.contextmanager
@@ -64,6 +73,25 @@ def sha256_of_file(path):
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def file_errors(path, problem="cannot be read", action="fix or remove the file"):
+    """Turn any error on reading a file into a ValueError that names the file.
+
+    :raises ValueError: if the body raises one of `READ_ERRORS`.
+    """
+    try:
+        yield
+    except READ_ERRORS as error:
+        reason = "not an image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path}: {problem} ({reason}); {action}") from error
+
+
+def file_extension(path):
+    """Return the extension of a file name in lower case, without the dot."""
+    stem, dot, extension = bf.basename(path).rpartition(".")
+    return extension.lower() if dot else ""
 
 
 def require_writable_folder(folder, flag):

@@ -1,8 +1,7 @@
-"""Turn picture files into batches: the reference's loader, and one that keeps grey, 16-bit, float and complex values.
+"""Load image files as batches of 8-bit RGB in [-1, 1], as guided-diffusion does.
 
-`load_data` and `ImageDataset` are guided-diffusion's: 8-bit RGB in [-1, 1]. `ImageFolder` is what the rest of this
-project reads: float32 in [0, 1], as many channels as the files have, nothing clipped or enlarged unasked. Which
-pictures form a batch is computed by `BatchPlan` from (seed, step) alone.
+The scripts of this project read images with `data.ImageFolder` instead, which keeps grayscale, 16-bit, float and complex
+values.
 """
 
 import math
@@ -13,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .data.listing import REFERENCE_EXTENSIONS, file_extension, _prefix, require_data_dir, walk_files
-from .data.resizing import _downsample_to_cover, _window
-from .files import bf
+from .config import require
+from .data.listing import REFERENCE_EXTENSIONS, name_prefix, require_data_dir, walk_files
+from .data.resizing import center_window, downsample_to_cover
+from .files import bf, file_extension
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False,
@@ -23,43 +23,43 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     """Return an endless generator of (images [N x 3 x S x S] float32 in [-1, 1], {"y": labels [N]} or {}).
 
     Classes are the sorted distinct parts of the file names before the first underscore. Each rank reads every
-    num_shards-th file; without `shard` and `num_shards` they are those of torch.distributed, else 0 of 1.
+    num_shards-th file; `shard` and `num_shards` default to those of torch.distributed, else to 0 of 1.
 
-    :raises FileNotFoundError: no folder, or no picture in it.
-    :raises ValueError: this shard has fewer pictures than a batch (the reference waits for ever).
+    :raises FileNotFoundError: if there is no folder, or no image in it.
+    :raises ValueError: if this shard has fewer images than a batch (the reference waits indefinitely).
     """
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if shard is None:
-        shard = torch.distributed.get_rank() if running else 0
+        shard = torch.distributed.get_rank() if distributed else 0
     if num_shards is None:
-        num_shards = torch.distributed.get_world_size() if running else 1
+        num_shards = torch.distributed.get_world_size() if distributed else 1
     require_data_dir(data_dir)
     files = _list_image_files_recursively(data_dir)
-    if not files:
-        raise FileNotFoundError(f"{data_dir} holds no picture ({', '.join(REFERENCE_EXTENSIONS)}); check --data_dir")
+    require((files, f"{data_dir} contains no image ({', '.join(REFERENCE_EXTENSIONS)}); check --data_dir"),
+            error=FileNotFoundError)
     labels = None
     if class_cond:
-        prefixes = [_prefix(path) for path in files]
+        prefixes = [name_prefix(path) for path in files]
         number = {name: label for label, name in enumerate(sorted(set(prefixes)))}
         labels = [number[name] for name in prefixes]
-    pictures = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,
-                            random_crop=random_crop, random_flip=random_flip)
-    if len(pictures) < batch_size:
-        raise ValueError(f"rank {shard} of {num_shards} has {len(pictures)} of the {len(files)} pictures in "
-                         f"{data_dir}, less than --batch_size {batch_size}; lower it or give more pictures")
-    return _endless(DataLoader(pictures, batch_size, shuffle=not deterministic, num_workers=1, drop_last=True))
+    dataset = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,
+                           random_crop=random_crop, random_flip=random_flip)
+    require((len(dataset) >= batch_size, f"rank {shard} of {num_shards} has {len(dataset)} of the {len(files)} images in "
+                                         f"{data_dir}, fewer than --batch_size {batch_size}; use a smaller batch or more "
+                                         "images"))
+    return _endless(DataLoader(dataset, batch_size, shuffle=not deterministic, num_workers=1, drop_last=True))
 
 
 class ImageDataset(Dataset):
-    """Read every num_shards-th picture as RGB; item: (float32 [3 x S x S] in [-1, 1], {"y": int64 label} or {})."""
+    """Every num_shards-th image as RGB; an item is (float32 [3 x S x S] in [-1, 1], {"y": int64 label} or {})."""
 
     def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1, random_crop=False,
                  random_flip=True):
         super().__init__()
-        mine = slice(shard, None, num_shards)
+        own = slice(shard, None, num_shards)
         self.resolution = resolution
-        self.local_images = image_paths[mine]
-        self.local_classes = classes[mine] if classes is not None else None
+        self.local_images = image_paths[own]
+        self.local_classes = classes[own] if classes is not None else None
         self.random_crop = random_crop
         self.random_flip = random_flip
 
@@ -67,11 +67,11 @@ class ImageDataset(Dataset):
         return len(self.local_images)
 
     def __getitem__(self, idx):
-        with bf.BlobFile(self.local_images[idx], "rb") as stream, Image.open(stream) as picture:
-            colours = picture.convert("RGB")
-        cut = random_crop_arr if self.random_crop else center_crop_arr
-        pixels = cut(colours, self.resolution)
-        # The flip's coin is thrown after the crop's draws: a seed then means what it means in the reference.
+        with bf.BlobFile(self.local_images[idx], "rb") as stream, Image.open(stream) as image:
+            rgb = image.convert("RGB")
+        crop = random_crop_arr if self.random_crop else center_crop_arr
+        pixels = crop(rgb, self.resolution)
+        # Sample the flip after the crop: the reference uses this order of random numbers, so seeds match.
         if self.random_flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
         signed = pixels.astype(np.float32) / 127.5 - 1
@@ -80,27 +80,27 @@ class ImageDataset(Dataset):
 
 
 def center_crop_arr(pil_image, image_size):
-    """Return the middle square of a picture as an array [S x S] or [S x S x C], resampled so that it fits."""
-    pixels = np.array(_downsample_to_cover(pil_image, image_size, image_size))
-    return _window(pixels, image_size, image_size)
+    """Return the central square of an image, resized to cover it, as an array [S x S] or [S x S x C]."""
+    pixels = np.array(downsample_to_cover(pil_image, image_size, image_size))
+    return center_window(pixels, image_size, image_size)
 
 
 def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0):
-    """Return a random square as an array [S x S] or [S x S x C].
+    """Return a random square of an image as an array [S x S] or [S x S x C].
 
-    Its side is a share between the two fractions of the picture's smaller side. Draws from Python's `random`, in
-    this order: the smaller side after resampling, the top, the left.
+    Its side is a fraction, between the two given, of the smaller side of the image. Samples from Python's `random`, in
+    this order: the smaller side after resizing, the top, the left.
     """
-    least, most = (math.ceil(image_size / fraction) for fraction in (max_crop_frac, min_crop_frac))
-    side = random.randrange(least, most + 1)
-    pixels = np.array(_downsample_to_cover(pil_image, side, side))
+    low, high = (math.ceil(image_size / fraction) for fraction in (max_crop_frac, min_crop_frac))
+    side = random.randrange(low, high + 1)
+    pixels = np.array(downsample_to_cover(pil_image, side, side))
     top = random.randrange(pixels.shape[0] - image_size + 1)
     left = random.randrange(pixels.shape[1] - image_size + 1)
     return pixels[top:top + image_size, left:left + image_size]
 
 
 def _list_image_files_recursively(data_dir):
-    """Return the paths of all jpg, jpeg, png and gif files below a folder, entries sorted folder by folder."""
+    """Return the paths of all jpg, jpeg, png and gif files below a folder, in sorted order per folder."""
     return [path for path in walk_files(data_dir, REFERENCE_EXTENSIONS) if file_extension(path) in REFERENCE_EXTENSIONS]
 
 

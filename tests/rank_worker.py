@@ -17,7 +17,7 @@ from PIL import Image
 from guided_diffusion_vae import checkpoint_util, dist_util, gaussian_diffusion as gd, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.data import BatchPlan, ImageFolder, LatentStream, image_batches
+from guided_diffusion_vae.data import BatchPlan, ImageFolder, LatentStream, ImageStream
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache
 from guided_diffusion_vae.objectives import AutoencoderObjective, ClassifierObjective
@@ -88,7 +88,7 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
         normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
         diffusion = process()
         sampler = LossSecondMomentResampler(diffusion, history_per_term=2) if schedule == "loss" else None
-        data = LatentStream(source, normalizer, plan(batch_size), SEED, "cpu", with_labels=True)
+        data = LatentStream(source, normalizer, plan(batch_size), "cpu", with_labels=True)
         dropout = 0.1 if kind == "encoded" else 0.0
         return unet(dropout), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
     pictures = images_in(folder)
@@ -99,13 +99,13 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
             adversary = DiscriminatorTrainer(judge, DISCRIMINATOR, lr=1e-4)
         objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
                                          AutoencoderTrainConfig(mirror=True), adversary=adversary)
-        return network, {"objective": objective, "data": image_batches(pictures, plan(batch_size))}
+        return network, {"objective": objective, "data": ImageStream(pictures, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
         channel_mult=(1, 1), pool="adaptive",
     )
     source = EncodedImages(pictures, PixelCodec(1))
-    data = LatentStream(source, LatentNormalizer([0], [1], "none"), plan(batch_size), SEED, "cpu", with_labels=True)
+    data = LatentStream(source, LatentNormalizer([0], [1], "none"), plan(batch_size), "cpu", with_labels=True)
     return network, {"objective": ClassifierObjective(process(), UniformSampler(process())), "data": data}
 
 

@@ -207,8 +207,8 @@ def test_a_folder_of_pictures_is_judged_like_an_npz(run, tmp_path):
 @pytest.mark.parametrize("fields, error, match", [
     ({"samples": ""}, FileNotFoundError, "--samples is not given; it wants a folder of pictures or an .npz"),
     ({"reference": ""}, FileNotFoundError, "--reference is not given"),
-    ({"reference": "nowhere"}, FileNotFoundError, "nowhere is not there"),
-    ({"samples": "nowhere.npz"}, FileNotFoundError, "nowhere.npz is not there; check --samples"),
+    ({"reference": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
+    ({"samples": "nowhere.npz"}, FileNotFoundError, "nowhere.npz does not exist; check --samples"),
 ])
 def test_what_is_missing_is_named(run, fields, error, match):
     with pytest.raises(error, match=match):
@@ -306,9 +306,9 @@ def test_statistics_alone_cannot_be_judged(run, tmp_path):
 def test_classes_that_the_classifier_does_not_know_are_refused(run, tmp_path):
     images, labels = levels(10, seed=5)
     samples = samples_file(tmp_path, images, labels, ["dark", "grey"])
-    with pytest.raises(ValueError, match=f"of {samples} have classes grey that the model does not know; it knows dark, "
+    with pytest.raises(ValueError, match=f"{samples} has classes grey that the model does not have; expected some of: dark, "
                                          "light"):
         run(samples=str(samples))
     (tmp_path / "val" / "dark_00.png").rename(tmp_path / "val" / "black_00.png")
-    with pytest.raises(ValueError, match=f"the pictures of {tmp_path}/val have classes black that"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/val has classes black that"):
         run()

@@ -15,7 +15,7 @@ LAYERS = """
     vae.discriminator vae.posterior
     autoencoder data.batching data.decoding data.microdoppler data.npz dist_util evaluation.features
     image_datasets respace sampling.solvers vae.perceptual vae.streaming
-    data.image_folders data.latent_stream data.volume_folders data latent_datasets logger runs.factories vae
+    data.image_folders data.volume_folders data latent_datasets logger runs.factories vae
     runs.diffusers_export vae.foreign
     data.cache_writer fp16_util objectives vae_wrapper
     sampling.generate sampling.sampler train_util vae.adversarial

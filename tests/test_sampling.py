@@ -370,11 +370,11 @@ def test_a_batch_of_samples_that_is_none_is_named(tmp_path):
     for name in ("cut.npz", "gone.npz"):
         with pytest.raises(ValueError, match=f"{name}: cannot be read as an .npz archive"):
             open_npz(tmp_path / name)
-    with pytest.raises(ValueError, match="other.npz is no batch of samples: it holds images, needed is arr_0"):
+    with pytest.raises(ValueError, match="other.npz is not a batch of samples: expected arr_0 .*, got images"):
         open_npz(tmp_path / "other.npz")
-    with pytest.raises(ValueError, match="float.npz: arr_0 is float64 .*, needed is uint8"):
+    with pytest.raises(ValueError, match="float.npz: expected arr_0 as uint8 .*, got float64"):
         open_npz(tmp_path / "float.npz")
-    with pytest.raises(ValueError, match="few.npz: arr_1 has shape .1., not one label for each of 2 pictures"):
+    with pytest.raises(ValueError, match="few.npz: expected one label in arr_1 for each of 2 images, got shape .1,"):
         open_npz(tmp_path / "few.npz")
 
 

@@ -400,9 +400,9 @@ def test_pictures_are_read_as_the_autoencoder_was_trained_to_see_them(trained_on
     path, data = trained_on_floats
     flags = {"vae_path": path, "data_dir": data}
     status, out, err = call(script, **flags, **{place: tmp_path / "as_trained"})
-    assert status == 0 and "4 pictures 1x8x8 (4 float32)" in out, err
+    assert status == 0 and "4 images 1x8x8 (4 float32)" in out, err
     status, out, err = call(script, **flags, image_size=16, **{place: tmp_path / "given"})
-    assert status == 0 and "4 pictures 1x16x16 (4 float32)" in out, err
+    assert status == 0 and "4 images 1x16x16 (4 float32)" in out, err
     refused(call(script, **flags, value_range="0,1", **{place: tmp_path / "wrong"}), "a_0.npy")
     if script == "encode_dataset":
         assert LatentCache(tmp_path / "as_trained").preprocessing["value_range"] == "-80,0"
@@ -602,7 +602,7 @@ def test_small_pictures_bring_classes_that_the_upsampler_knows(upsampler, call, 
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 2]))
     refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "has labels (arr_1) from 0 to 2, the upsampler")
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "c"]))
-    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "have classes c that the model does not know")
+    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "has classes c that the model does not have")
 
 
 def test_an_upsampler_goes_on_and_makes_large_pictures_of_small_ones(upsampler, base_samples, call, tmp_path):
@@ -728,11 +728,11 @@ def bad_data(kind, folder):
 
 
 BAD_DATA = {
-    "missing": "data is not there; check --data_dir",
-    "empty": "data holds no picture",
+    "missing": "data does not exist; check --data_dir",
+    "empty": "data contains no image",
     "truncated": "a_02.png: cannot be read",
-    "text": "a_02.png: cannot be read (its content is no picture",
-    "small": "b_03.png is 40x40 (height x width), smaller than --image_size 64x64",
+    "text": "a_02.png: cannot be read (not an image format",
+    "small": "b_03.png: size 40x40 is smaller than --image_size 64x64",
     "mixed": "b_03.png is in colour; give --image_channels 1 or --image_channels 3",
 }
 
@@ -944,11 +944,11 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("train_autoencoder", {"data_dir": "{data}", "config": "{tmp}/typo.yaml"},
      "typo.yaml has an unknown key 'autoencoder.num_chanels'; did you mean 'num_channels'?"),
     ("train_autoencoder", {"data_dir": "{data}", "num_chanels": 3}, "did you mean 'num_channels'?"),
-    ("train_autoencoder", {"data_dir": "{data}", "batch_size": 13}, "12 items are fewer than one step takes"),
+    ("train_autoencoder", {"data_dir": "{data}", "batch_size": 13}, "12 items are fewer than one step requires"),
     ("train_autoencoder", {"data_dir": "{data}", "logdir": "{tmp}/cut.pt/run"},
      "cannot write into {tmp}/cut.pt/run (Not a directory); give --logdir a folder that can be written"),
     ("image_train_vae", {"cache_dir": "{cache}", "compile": True, "recompute_norms": True}, "exclude each other"),
-    ("image_train_vae", {"cache_dir": "{cache}", "batch_size": 13}, "12 items are fewer than one step takes"),
+    ("image_train_vae", {"cache_dir": "{cache}", "batch_size": 13}, "12 items are fewer than one step requires"),
     ("image_train_vae", {"cache_dir": "{cache}", "normalizer": "none"}, "x0 has a measured standard deviation of"),
     ("image_train_vae", {"cache_dir": "{cache}", "data_dir": "{data}"}, "give one of them"),
     ("image_train_vae", {"cache_dir": "{cache}", "logdir": "{autoencoder}"},
@@ -1046,4 +1046,4 @@ def test_two_ranks_end_together_over_bad_pictures(chain, tmp_path, script, kind)
 def test_a_process_alone_ends_with_status_1(tmp_path):
     process = started("train_autoencoder", data_dir=tmp_path / "nowhere", logdir=tmp_path / "run")
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert errors_in(process.stderr) == [f"error: {tmp_path}/nowhere is not there; check --data_dir"]
+    assert errors_in(process.stderr) == [f"error: {tmp_path}/nowhere does not exist; check --data_dir"]

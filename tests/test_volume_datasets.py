@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion_vae.data import (
-    BatchPlan, DataConfig, ImageFolder, VolumeFolder, image_batches, open_folder, unpad, write_nifti,
+    BatchPlan, DataConfig, ImageFolder, VolumeFolder, ImageStream, open_folder, unpad, write_nifti,
 )
 
 nibabel = pytest.importorskip("nibabel")
@@ -46,9 +46,9 @@ def test_volumes_of_all_formats_are_read_with_their_classes_and_spacing(folder):
 def test_three_sizes_mean_volumes_and_two_mean_pictures(folder, tmp_path):
     assert isinstance(open_folder(DataConfig(str(folder), "8x8x8")), VolumeFolder)
     assert DataConfig(voxel_size=(8, 4, 2)).image_size == "8x4x2" == DataConfig(image_size="8x4x2").image_size
-    with pytest.raises(ValueError, match="pictures have two sizes and no grid"):
+    with pytest.raises(ValueError, match="expected two sizes and no grid for images"):
         ImageFolder(DataConfig(str(folder), "8x8x8"))
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         open_folder(DataConfig(str(tmp_path / "nowhere"), 8))
 
 
@@ -63,9 +63,9 @@ def test_a_grid_covers_every_voxel_with_the_fewest_patches(folder):
 def test_random_patches_depend_on_seed_step_and_slot_alone(folder):
     volumes = opened(folder, "4x4x4", crop="random", patches_per_volume=3)
     assert len(volumes) == 9
-    whole = image_batches(volumes, BatchPlan(9, 4, seed=5))
+    whole = ImageStream(volumes, BatchPlan(9, 4, seed=5))
     first, second = next(whole)[0], next(whole)[0]
-    parts = [image_batches(volumes, BatchPlan(9, 2, rank, 2, seed=5), start_step=1) for rank in (0, 1)]
+    parts = [ImageStream(volumes, BatchPlan(9, 2, rank, 2, seed=5), start_step=1) for rank in (0, 1)]
     assert torch.equal(torch.cat([next(part)[0] for part in parts]), second) and not torch.equal(first, second)
     for stream in (whole, *parts):
         stream.close()
@@ -108,11 +108,11 @@ def test_a_window_cuts_values_off_and_a_range_refuses_them(tmp_path):
     np.save(tmp_path / "ct.npy", np.linspace(-2000, 2000, 64).reshape(4, 4, 4).astype(np.float32))
     windowed = opened(tmp_path, "4x4x4", value_window="-1000,1000").read(0)
     assert windowed.min() == 0 and windowed.max() == 1 and (windowed == 0).sum() == 16
-    with pytest.raises(ValueError, match="ct.npy: values from -2000 to 2000 leave --value_range .*--value_window"):
+    with pytest.raises(ValueError, match="ct.npy: values from -2000 to 2000 are outside --value_range .*--value_window"):
         opened(tmp_path, "4x4x4", value_range="-1000,1000").read(0)
-    with pytest.raises(ValueError, match="refuses what --value_window cuts off; give one of them"):
+    with pytest.raises(ValueError, match="--value_range and --value_window are mutually exclusive"):
         opened(tmp_path, "4x4x4", value_range="0,1", value_window="0,1")
-    with pytest.raises(ValueError, match="holds float32 values; give --value_range lo,hi, .* or --value_window"):
+    with pytest.raises(ValueError, match="float32 values require --value_range lo,hi, .* or --value_window"):
         opened(tmp_path, "4x4x4")
 
 
@@ -122,7 +122,7 @@ def test_complex_cubes_share_one_reference_level(tmp_path):
     np.save(tmp_path / "a.npy", cube)
     volumes = opened(tmp_path, "4x4x4", crop="grid", dynamic_range_db=40.0, reference_db="0")
     np.testing.assert_allclose(volumes.batch([0, 1]).mean((1, 2, 3, 4)), [0.5, 1.0], atol=1e-6)  # -20 dB and 0 dB
-    with pytest.raises(ValueError, match="a.npy is complex; give --dynamic_range_db .* and --reference_db"):
+    with pytest.raises(ValueError, match="a.npy: complex values require --reference_db"):
         opened(tmp_path, "4x4x4", dynamic_range_db=40.0)
 
 
@@ -152,7 +152,7 @@ def test_written_volumes_are_read_back(tmp_path, channels):
 def test_a_stated_spacing_wins_over_the_files(folder):
     assert opened(folder, spacing="3").spacing == (3.0, 3.0, 3.0)
     assert opened(folder, spacing="3,2,1").preprocessing["spacing"] == "3,2,1"
-    with pytest.raises(ValueError, match="--spacing 1,2: needed are one or three distances in mm"):
+    with pytest.raises(ValueError, match="--spacing 1,2: expected one or three distances in mm"):
         opened(folder, spacing="1,2")
 
 
@@ -164,13 +164,13 @@ def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
 
 
 @pytest.mark.parametrize("make, fields, match", [
-    (lambda f: np.save(f / "ct_0.npy", ramp(4, 8, 8)), {}, "ct_0.npy is 4x8x8, smaller than --image_size 8x8x8"),
-    (lambda f: np.save(f / "ct_0.npy", ramp(8, 8)), {}, "ct_0.npy: cannot be read .its shape .8, 8. is not"),
-    (lambda f: np.save(f / "ct_0.npy", ramp(2, 8, 8, 8)), {}, "mr_1.npz has 1 channels, .*ct_0.npy 2"),
+    (lambda f: np.save(f / "ct_0.npy", ramp(4, 8, 8)), {}, "ct_0.npy: size 4x8x8 is smaller than --image_size 8x8x8"),
+    (lambda f: np.save(f / "ct_0.npy", ramp(8, 8)), {}, "ct_0.npy: cannot be read .shape .8, 8.: expected"),
+    (lambda f: np.save(f / "ct_0.npy", ramp(2, 8, 8, 8)), {}, "mr_1.npz: expected 2 channels as in .*ct_0.npy, got 1"),
     (lambda f: (f / "mr_2.nii.gz").write_bytes(b"no volume"), {}, "mr_2.nii.gz: cannot be read"),
-    (lambda f: np.savez(f / "mr_1.npz", a=ramp(8, 8, 8), b=ramp(8, 8, 8)), {}, "it holds 2 arrays of three"),
-    (lambda f: None, {"crop": "none"}, "ct_0.npy is 8x10x12, not 8x8x8, and --crop none takes volumes whole"),
-    (lambda f: None, {"image_channels": 3}, "--image_channels 3: volumes keep the channels that they have"),
+    (lambda f: np.savez(f / "mr_1.npz", a=ramp(8, 8, 8), b=ramp(8, 8, 8)), {}, "expected one array of three or four axes, got 2"),
+    (lambda f: None, {"crop": "none"}, "ct_0.npy: size 8x10x12 is not 8x8x8, and --crop none reads full volumes"),
+    (lambda f: None, {"image_channels": 3}, "--image_channels 3: volumes are not converted"),
 ])
 def test_what_cannot_be_is_refused_by_name(folder, make, fields, match):
     make(folder)
@@ -179,5 +179,5 @@ def test_what_cannot_be_is_refused_by_name(folder, make, fields, match):
 
 
 def test_a_folder_without_volumes_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no volume .*, or give --image_size two sizes for pictures"):
+    with pytest.raises(FileNotFoundError, match="contains no volume .*, or set --image_size to two sizes for images"):
         opened(tmp_path)

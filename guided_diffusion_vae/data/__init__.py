@@ -6,21 +6,20 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 
 import dataclasses
 
-from .batching import BatchPlan, BatchStream, Prefetcher, image_batches, permute_indices
-from .config import DataConfig, parse_range, parse_size, parse_spacing, unpad
+from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
+from .config import DataConfig, SmallCacheConfig, parse_range, parse_size, parse_spacing, unpad
 from .decoding import read_array
-from .image_folders import ImageFolder
-from .latent_stream import DownsampledImages, LatentStream, SmallCacheConfig
-from .listing import hash_lines, map_labels, require_data_dir, require_labels
+from .image_folders import DownsampledImages, ImageFolder
+from .listing import format_classes, hash_lines, map_labels, require_data_dir, require_labels
 from .manifest import MANIFEST
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
 from .statistics import RunningMoments
 from .volume_folders import VolumeFolder, write_nifti
 
 __all__ = [
-    "MANIFEST", "SOURCES", "BatchPlan", "BatchStream", "DataConfig", "DownsampledImages", "ImageFolder", "LatentStream",
-    "Prefetcher", "RunningMoments", "Samples", "SmallCacheConfig", "VolumeFolder", "hash_lines", "image_batches",
-    "map_labels", "open_archive", "open_folder", "open_npz", "parse_range", "parse_size", "parse_spacing",
+    "MANIFEST", "SOURCES", "BatchPlan", "BatchStream", "DataConfig", "DownsampledImages", "ImageFolder", "ImageStream",
+    "LatentStream", "Prefetcher", "RunningMoments", "Samples", "SmallCacheConfig", "VolumeFolder", "format_classes",
+    "hash_lines", "map_labels", "open_archive", "open_folder", "open_npz", "parse_range", "parse_size", "parse_spacing",
     "permute_indices", "read_array", "require_data_dir", "require_labels", "to_uint8", "unpad", "write_nifti", "write_npz",
 ]
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ..config import option, size
+from ..config import option, require, size
 
 
 @dataclass
@@ -40,50 +40,66 @@ class DataConfig:
 
     @property
     def sides(self):
-        """The sizes along every axis, (height, width) or (depth, height, width)."""
+        """The sizes per spatial axis, (height, width) or (depth, height, width)."""
         return parse_size(self.image_size)
+
+    @property
+    def value_limits(self):
+        """(lo, hi), the values that become 0 and 1; None if the type of the files defines them."""
+        require((not (self.value_range and self.value_window), "--value_range and --value_window are mutually exclusive: "
+                                                               "the first rejects the values that the second clips"))
+        return parse_range(self.value_window, "--value_window") or parse_range(self.value_range)
+
+    @property
+    def reference_level(self):
+        """`reference_db` as a number, None if each array has its own."""
+        return float(self.reference_db) if str(self.reference_db) else None
+
+
+@dataclass
+class SmallCacheConfig:
+    """Where an upsampler finds the latents that it starts from."""
+
+    SECTION = "latents"
+
+    small_cache_dir: str = option("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
 
 
 def unpad(images, unpadded_shape):
-    """Return pictures [N x C x ...] without the rows and columns that `--pad` added; `unpadded_shape`: (C, ...)."""
+    """Return images [N x C x ...] cropped to `unpadded_shape` (C, ...), without the padding of `--pad`."""
     return images[(..., *(slice(n) for n in unpadded_shape[1:]))]
 
 
 def parse_size(text):
     """Return (height, width) from 64, "64" or "64x128", and (depth, height, width) from "32x64x128"."""
     sides = str(text).lower().split("x")
-    if len(sides) > 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"--image_size {text} is not a size; write 64, height x width as 64x128, or for volumes "
-                         "depth x height x width as 32x64x128")
+    require((len(sides) <= 3 and all(side.strip().isdigit() and int(side) > 0 for side in sides),
+             f"--image_size {text}: expected 64, height x width as 64x128, or for volumes depth x height x width as "
+             "32x64x128"))
     return tuple(int(side) for side in sides) if len(sides) > 1 else (int(text), int(text))
 
 
-def resolve_value_range(config):
-    """Return (lo, hi) of the values that become 0 and 1, or None where the type of the files says it."""
-    if config.value_range and config.value_window:
-        raise ValueError("--value_range refuses what --value_window cuts off; give one of them")
-    return parse_range(config.value_window, "--value_window") or parse_range(config.value_range)
-
-
 def parse_range(text, flag="--value_range"):
-    """Return (lo, hi) from "lo,hi", or None from an empty text."""
+    """Return (lo, hi) from "lo,hi", None from an empty text."""
     if not text:
         return None
-    try:
-        lo, hi = (float(part) for part in str(text).split(","))
-    except ValueError:
-        raise ValueError(f"{flag} {text} is not two numbers; write lo,hi as in {flag}=-80,0") from None
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-        raise ValueError(f"{flag} {text}: the first number must be below the second")
-    return lo, hi
+    limits = parse_floats(text)
+    require((len(limits) == 2 and -math.inf < limits[0] < limits[1] < math.inf,
+             f"{flag} {text}: expected two numbers lo,hi with lo < hi, such as {flag}=-80,0"))
+    return limits
 
 
 def parse_spacing(text):
-    """Read `--spacing`, one number or one an axis, in mm; return one an axis."""
+    """Return the voxel spacing in mm per axis, from one number or one per axis."""
+    spacing = parse_floats(text)
+    require((len(spacing) in (1, 3) and all(0 < s < math.inf for s in spacing),
+             f"--spacing {text}: expected one or three distances in mm, such as 2,1.5,1.5"))
+    return spacing * 3 if len(spacing) == 1 else spacing
+
+
+def parse_floats(text):
+    """Return the numbers of a comma-separated text, none if it has another form."""
     try:
-        given = tuple(float(part) for part in text.split(","))
+        return tuple(float(part) for part in str(text).split(","))
     except ValueError:
-        given = ()
-    if len(given) not in (1, 3) or not all(0 < s < math.inf for s in given):
-        raise ValueError(f"--spacing {text}: needed are one or three distances in mm, such as 2,1.5,1.5")
-    return given * 3 if len(given) == 1 else given
+        return ()

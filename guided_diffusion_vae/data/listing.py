@@ -1,38 +1,125 @@
-"""List the files of a folder: extensions, class labels, fingerprints."""
+"""List the files of a folder with their class labels and fingerprint: the base of the image and volume folders."""
 
+import collections
 import hashlib
 import os
-import struct
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import torch
 
-from ..files import bf
+from ..config import as_dict, require
+from ..files import bf, file_extension
+from ..interfaces import ImageSource
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
-EXTENSIONS = REFERENCE_EXTENSIONS + ("tif", "tiff", "npy")
+MAX_LISTED_CLASSES = 20     # in a line of the log
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+class FileSource(ImageSource):
+    """Shared part of `ImageFolder` and `VolumeFolder`: files, classes, checks, padding, descriptions.
+
+    A subclass calls `_list_files` and `_set_shape` when constructed, and adds `batch`.
+
+    :raises FileNotFoundError: if the folder does not exist.
+    """
+
+    kind = "image"
+    header_threads = 8      # opening a file waits for the disk or the network
+
+    def __init__(self, config, flag):
+        self.config, self.folder, self._flag = config, config.data_dir, flag
+        self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
+        require_data_dir(config.data_dir, flag)
+
+    def _list_files(self, extensions, accepts, read_header, hint):
+        """Set paths, names, classes and fingerprint; return the `FileHeader` of each file that `accepts(path)` selects.
+
+        :param hint: what to check if there is no such file.
+        :raises FileNotFoundError: if no file is accepted.
+        """
+        files = list(walk_files(self.folder, extensions))
+        self.paths = [path for path in files if not bf.basename(path).startswith(".") and accepts(path)]
+        self.ignored = len(files) - len(self.paths)
+        require((self.paths, f"{self.folder} contains no {self.kind} ({', '.join(extensions)}) among {len(files)} files; "
+                             f"check {self._flag}{hint}"), error=FileNotFoundError)
+        self.names = relative_names(self.folder, self.paths)
+        self.class_names, self.labels = infer_classes(self.names, self.folder)
+        with ThreadPoolExecutor(self.header_threads) as pool:
+            headers, stamps = zip(*pool.map(lambda path: (read_header(path), file_stamp(path)), self.paths))
+        self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
+        return headers
+
+    def _check_files(self, headers, full_range):
+        """Check that each file is large enough and has the range of values that its type requires."""
+        config, sides = self.config, self.config.sides
+        small = sum(any(n < m for n, m in zip(header.sides, sides)) for header in headers)
+        for path, header in zip(self.paths, headers):
+            is_complex = header.dtype.startswith("complex")
+            require(
+                (all(n >= m for n, m in zip(header.sides, sides)),
+                 f"{path}: size {format_shape(header.sides)} is smaller than --image_size {format_shape(sides)} ({small} "
+                 f"of {len(headers)} files are); files are never upsampled, set a smaller size or remove them"),
+                (not is_complex or config.dynamic_range_db > 0,
+                 f"{path}: complex values require --dynamic_range_db (e.g. 40) to map their magnitude to [0, 1]"),
+                (is_complex or config.value_limits or header.dtype in full_range,
+                 f"{path}: {header.dtype} values require --value_range lo,hi, which become 0 and 1, or --value_window "
+                 "lo,hi, which also clips values outside"),
+            )
+
+    def _set_shape(self, channels, headers, multiple):
+        """Set the shape of an item, with `--pad True` padded to sizes that `multiple` divides, and the value types."""
+        self.kinds = dict(collections.Counter(header.dtype for header in headers))
+        sides = self.config.sides
+        self.shape = self.unpadded_shape = (channels, *sides)
+        if self.config.pad and multiple is not None:
+            factors = (multiple,) * len(sides) if isinstance(multiple, int) else multiple
+            self.shape = (channels, *(-(-n // factor) * factor for n, factor in zip(sides, factors)))
+
+    def _stack(self, items, flips):
+        """Return a list of items as a tensor; horizontal flips leave the padding at its side, repeating the new edge."""
+        images, width = np.stack(items), self.unpadded_shape[-1]
+        if flips is not None and any(flips):
+            chosen = np.asarray(flips, bool)
+            flipped = images[chosen][..., :width][..., ::-1]
+            images[chosen, ..., :width] = flipped
+            images[chosen, ..., width:] = flipped[..., -1:]
+        return torch.from_numpy(images)
+
+    @property
+    def preprocessing(self):
+        """The settings that map files to values, as recorded by checkpoints."""
+        return {k: v for k, v in as_dict(self.config).items() if k not in ("data_dir", "random_flip")}
+
+    def describe(self):
+        """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
+        return {**as_dict(self.config), **self.preprocessing, "files": len(self.paths), "ignored": self.ignored,
+                "kinds": self.kinds, "shape": list(self.shape), "unpadded_shape": list(self.unpadded_shape),
+                "fingerprint": self.fingerprint}
+
+    def summary(self):
+        """Return one line for the log: count, shape, types and classes."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        ignored = f"; {self.ignored} other files ignored" if self.ignored else ""
+        return f"{self._content()} ({kinds}) in {self.folder}{format_classes(self)}{ignored}"
+
+    def _content(self):
+        return f"{len(self)} {self.kind}s {format_shape(self.shape)}"
 
 
-def walk_files(folder, endings):
+def walk_files(folder, extensions):
+    """Yield the paths of all files below a folder, entries in order of their names."""
     for entry in sorted(bf.listdir(folder)):
         path = bf.join(folder, entry)
-        # A name that ends like a picture is taken for one without asking the file system, which is slow on clouds.
-        if file_extension(entry) in endings or not bf.isdir(path):
+        # An entry with a known extension is a file without asking the file system, which is slow on clouds.
+        if file_extension(entry) in extensions or not bf.isdir(path):
             yield path
         else:
-            yield from walk_files(path, endings)
+            yield from walk_files(path, extensions)
 
 
-def file_extension(path):
-    stem, dot, ending = bf.basename(path).rpartition(".")
-    return ending.lower() if dot else ""
-
-
-def _prefix(path):
+def name_prefix(path):
+    """Return the part of a file name before the first underscore, guided-diffusion's class name."""
     return bf.basename(path).partition("_")[0]
 
 
@@ -43,76 +130,81 @@ def relative_names(folder, paths):
 
 
 def infer_classes(names, folder):
-    """Return (sorted class names, int64 labels) of relative file names, or (None, None) where they tell no class.
+    """Return (sorted class names, int64 labels) of relative file names, (None, None) if they have no classes.
 
-    :raises ValueError: the sub-folders are parts of a data set (train, val), not classes.
+    :raises ValueError: if the subfolders are dataset splits (train, val), not classes.
     """
     if all("/" in name for name in names):
         classes = [name.partition("/")[0] for name in names]
-        if "train" in classes and {"val", "valid", "validation", "test"} & set(classes):
-            parts = ", ".join(sorted(set(classes)))
-            raise ValueError(f"{folder} holds {parts}: parts of a data set, not classes; give --data_dir one of them")
+        splits = "train" in classes and {"val", "valid", "validation", "test"} & set(classes)
+        require((not splits, f"{folder} contains dataset splits, not classes: {', '.join(sorted(set(classes)))}; set "
+                             "--data_dir to one of them"))
     elif all("_" in bf.basename(name) for name in names):
-        classes = [_prefix(name) for name in names]
+        classes = [name_prefix(name) for name in names]
     else:
         return None, None
-    known = sorted(set(classes))
-    number = {name: label for label, name in enumerate(known)}
-    return known, np.array([number[name] for name in classes], np.int64)
+    class_names = sorted(set(classes))
+    number = {name: label for label, name in enumerate(class_names)}
+    return class_names, np.array([number[name] for name in classes], np.int64)
 
 
 def require_data_dir(data_dir, flag="--data_dir"):
-    """Raise FileNotFoundError, naming the flag that it was given as, where no data can be."""
-    if not data_dir:
-        raise FileNotFoundError(f"no folder of pictures given; set {flag}")
-    if not bf.exists(data_dir):
-        raise FileNotFoundError(f"{data_dir} is not there; check {flag}")
-    if not bf.isdir(data_dir) and file_extension(data_dir) != "npz":
-        raise FileNotFoundError(f"{data_dir} is a file; give its folder (or an .npz) as {flag}")
+    """Check that a folder, or an .npz file, exists.
 
-
-class file_errors:
-    """Turn whatever goes wrong while reading a file into a ValueError that names it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, _UNREADABLE):
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "its content is no picture that Pillow knows" if unknown else error
-            raise ValueError(f"{self.path}: cannot be read ({reason}); mend it or take it out of the folder") from error
+    :raises FileNotFoundError: if not; the message names `flag`.
+    """
+    require(
+        (data_dir, f"no folder of images specified; set {flag}"),
+        (not data_dir or bf.exists(data_dir), f"{data_dir} does not exist; check {flag}"),
+        (not data_dir or bf.isdir(data_dir) or file_extension(data_dir) == "npz",
+         f"{data_dir} is a file; set {flag} to its folder, or to an .npz file"),
+        error=FileNotFoundError,
+    )
 
 
 def file_stamp(path):
-    known = bf.stat(path)
-    return f"{known.size} {known.mtime}"
+    """Return the size and the modification time of a file as text."""
+    status = bf.stat(path)
+    return f"{status.size} {status.mtime}"
 
 
-def hash_lines(rows):
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+def hash_lines(lines):
+    """Return the hexadecimal SHA-256 of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def require_labels(source, wanted):
-    """Raise ValueError where labels are wanted and `source` has none."""
-    if wanted and source.labels is None:
-        raise ValueError(f"{source.folder} has no classes, which are needed here (--class_cond True, or a classifier): "
-                         "name the files CLASS_rest.png, or put them into one folder per class (or, for an .npz, give "
-                         "it 'labels')")
+def format_shape(sizes):
+    """Return sizes as text, such as 32x64x64."""
+    return "x".join(map(str, sizes))
 
 
-def map_labels(pictures, class_names):
-    """Return the labels of pictures in the numbering of `class_names`, those of a model.
+def format_classes(source):
+    """Return "; classes: a 6, b 6" for a source with classes, else an empty text."""
+    if source.labels is None:
+        return ""
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    shown = [f"{name} {count}" for name, count in zip(source.class_names[:MAX_LISTED_CLASSES], counts)]
+    return "; classes: " + ", ".join([*shown, *(["..."] if len(counts) > MAX_LISTED_CLASSES else [])])
 
-    :raises ValueError: where the pictures have classes that the model does not know.
+
+def require_labels(source, with_labels):
+    """Check that a source has labels if they are required.
+
+    :raises ValueError: if not.
     """
-    if pictures.class_names is None:
-        return pictures.labels
-    unknown = sorted(set(pictures.class_names) - set(class_names))
-    if unknown:
-        raise ValueError(f"the pictures of {pictures.folder} have classes {', '.join(unknown)} that the model does not "
-                         f"know; it knows {', '.join(class_names)}")
-    return np.array([class_names.index(name) for name in pictures.class_names])[pictures.labels]
+    require((not with_labels or source.labels is not None,
+             f"{source.folder} has no classes, required by --class_cond True and classifiers; name the files "
+             "CLASS_rest.png, use one subfolder per class, or add 'labels' to an .npz"))
+
+
+def map_labels(source, class_names):
+    """Return the labels of a source as indices into `class_names` of a model.
+
+    :raises ValueError: if the source has a class that the model does not have.
+    """
+    if source.class_names is None:
+        return source.labels
+    unknown = sorted(set(source.class_names) - set(class_names))
+    require((not unknown, f"{source.folder} has classes {', '.join(unknown)} that the model does not have; expected some of: "
+                          f"{', '.join(class_names)}"))
+    return np.array([class_names.index(name) for name in source.class_names])[source.labels]

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..files import atomic_path, bf
-from .listing import _UNREADABLE
+from ..config import require
+from ..files import atomic_path, bf, file_errors
 
 
 def open_archive(path):
-    """Return {name: array} of an .npz; of local files, arrays of more than one axis are memory-mapped.
+    """Return {name: array} of an .npz file; arrays of more than one axis in local files are memory-mapped.
 
-    :raises ValueError: where it is none, or holds Python objects; names the file.
+    :raises ValueError: if the file is not an .npz archive, or contains Python objects.
     """
-    try:
-        with bf.BlobFile(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
+    with file_errors(path, "cannot be read as an .npz archive"), bf.BlobFile(path, "rb") as stream:
+        with zipfile.ZipFile(stream) as archive:
             return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
-    except (*_UNREADABLE, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read as an .npz archive ({error})") from error
 
 
 def _member(path, archive, info):
@@ -34,7 +32,7 @@ def _member(path, archive, info):
         with archive.open(info) as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
     if info.compress_type != zipfile.ZIP_STORED:
-        # From an unpacked copy that has no name any more and goes with the last look at it.
+        # A decompressed copy without a name: the file is deleted with the last reference to its memory map.
         with archive.open(info) as packed, tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(packed, copy, 1 << 22)
             copy.flush()
@@ -51,10 +49,13 @@ def to_uint8(images):
 
 
 def write_npz(path, shape, parts, labels=None, names=None):
-    """Write a file in the layout of guided-diffusion: arr_0 `shape` [N x H x W x C] uint8, arr_1 labels [N].
+    """Write a file in guided-diffusion's layout: arr_0 [N x H x W x C] uint8, arr_1 labels [N].
 
-    `parts` are arrays that follow each other in arr_0; one of them at a time is in memory. Class names, where there are
-    any, stand beside them as `class_names`. The same arrays give the same bytes.
+    Equal arrays give bitwise identical files.
+
+    :param shape: of arr_0.
+    :param parts: arrays that are concatenated in arr_0, one at a time in memory.
+    :param names: class names, stored as `class_names` next to labels.
     """
     with atomic_path(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
@@ -62,38 +63,37 @@ def write_npz(path, shape, parts, labels=None, names=None):
             np.lib.format.write_array_header_1_0(stream, layout)
             for images in parts:
                 stream.write(np.ascontiguousarray(images, np.uint8).data)
-        small = {} if labels is None else {"arr_1": np.asarray(labels)}
+        arrays = {} if labels is None else {"arr_1": np.asarray(labels)}
         if names and labels is not None:
-            small["class_names"] = np.array(names)
-        for name, array in small.items():
+            arrays["class_names"] = np.array(names)
+        for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
 
 
 @dataclass
 class Samples:
-    """An .npz of samples: images uint8 [N x H x W x C] on disk, labels int64 [N] or None, names or None."""
+    """An .npz of samples: images uint8 [N x H x W x C] on disk, labels int64 [N] or None, class names or None."""
 
-    folder: str     # the file; named so as that of PictureFolder, which may be an .npz too
+    folder: str     # path of the file, under the name of the same member of an image source
     images: np.ndarray
     labels: np.ndarray | None
     class_names: list | None
 
 
 def open_npz(path):
-    """Return the `Samples` of an .npz, ours or guided-diffusion's; the pictures are read when they are asked for.
+    """Return the `Samples` of an .npz in guided-diffusion's layout; images are read on access.
 
-    :raises ValueError: where there is no arr_0 of 8-bit pictures, or labels of another number.
+    :raises ValueError: if there is no arr_0 of 8-bit images, or arr_1 has another length.
     """
     content = open_archive(path)
-    if "arr_0" not in content:
-        raise ValueError(f"{path} is no batch of samples: it holds {', '.join(content)}, needed is arr_0 "
-                         "[N x H x W x C]")
-    images, labels, names = content["arr_0"], content.get("arr_1"), content.get("class_names")
-    if images.dtype != np.uint8 or images.ndim not in (4, 5):
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}, needed is uint8 [N x H x W x C] or "
-                         "[N x D x H x W x C]")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"{path}: arr_1 has shape {list(labels.shape)}, not one label for each of {len(images)} "
-                         "pictures")
+    images, labels, names = content.get("arr_0"), content.get("arr_1"), content.get("class_names")
+    require((images is not None, f"{path} is not a batch of samples: expected arr_0 [N x H x W x C], got "
+                                 f"{', '.join(content)}"))
+    require(
+        (images.dtype == np.uint8 and images.ndim in (4, 5),
+         f"{path}: expected arr_0 as uint8 [N x H x W x C] or [N x D x H x W x C], got {images.dtype} {images.shape}"),
+        (labels is None or labels.shape == images.shape[:1],
+         f"{path}: expected one label in arr_1 for each of {len(images)} images, got shape {np.shape(labels)}"),
+    )
     return Samples(path, images, labels, None if names is None else names.tolist())

@@ -7,7 +7,7 @@ import torch
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
 from ..config import as_dict
-from ..data import BatchPlan, DataConfig, LatentStream, image_batches, open_folder
+from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
 from ..evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..gaussian_diffusion import DiffusionConfig
 from ..logger import log_rank0
@@ -71,7 +71,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
                 preview = SamplePreview(
                     preview_sampler(model, space.codec, header), run.folder, device, memory.forward_size
                 )
-        data = LatentStream(source, space.normalizer, plan, train.seed, device, model_config.class_cond, low_res)
+        data = LatentStream(source, space.normalizer, plan, device, model_config.class_cond, low_res)
         task = TrainTask(objective, header, preview, checkpoint=run.checkpoint)
         loop = TrainLoop.from_config(model, data, train, task, use_fp16=model_config.use_fp16)
         run.save_config(header)
@@ -160,7 +160,7 @@ def train_autoencoder(run):
         bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
         task = TrainTask(objective, header, preview, monitor="val_psnr", checkpoint=run.checkpoint,
                          early_stop={name: bound for name, bound in bounds.items() if bound})
-        loop = TrainLoop.from_config(network, image_batches(images, plan), train, task)
+        loop = TrainLoop.from_config(network, ImageStream(images, plan), train, task)
         run.save_config(header)
         loop.run_loop()
 
@@ -193,7 +193,7 @@ def train_classifier(run, source, space):
             source.class_names, train.val_pictures, train.batch_size, train.eval_interval or train.save_interval,
             train.seed, device,
         )
-    data = LatentStream(source, space.normalizer, plan, train.seed, device, with_labels=True)
+    data = LatentStream(source, space.normalizer, plan, device, with_labels=True)
     objective = ClassifierObjective(diffusion, timesteps, train.noised)
     task = TrainTask(objective, header, validation, checkpoint=run.checkpoint)
     loop = TrainLoop.from_config(model, data, train.to_train_config(), task, use_fp16=config.classifier_use_fp16)
