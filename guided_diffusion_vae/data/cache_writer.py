@@ -196,7 +196,7 @@ def _write_manifest(folder, shards, key, head, pictures):
         except OSError as error:
             raise FileNotFoundError(f"{_record_path(folder, shard)} is not there after encoding; all ranks must see "
                                     f"the same {CACHE_FLAG}") from error
-        moments.merge(RunningMoments(**record["moments"]))
+        moments.merge(RunningMoments.from_dict(record["moments"]))
         table.append({**shard, "sha256": record["sha256"]})
     files = {}
     if pictures.labels is not None:

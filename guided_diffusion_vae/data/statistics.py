@@ -4,29 +4,46 @@ import numpy as np
 
 
 class RunningMoments:
-    """Accumulate mean and variance per channel in float64 (Chan, Golub and LeVeque 1979, pairwise update)."""
+    """Mean and sum of squared deviations of a stream of values, in float64 and per channel.
+
+    Parts are merged by the update of Chan, Golub and LeVeque (1979): a mean that is large compared with the standard
+    deviation costs no precision, and how the values were split into parts changes only the rounding.
+    """
 
     def __init__(self, count=0, mean=0.0, squares=0.0):
-        self.count, self.mean, self.squares = count, np.asarray(mean, np.float64), np.asarray(squares, np.float64)
+        self.count, self.mean, self.squares = count, mean, squares
 
     def add(self, values, variances=None):
-        """Take in values [n x C x ...]; `variances`, alike, is spread around them that counts too (a posterior's)."""
+        """Add values [n x C x ...] and return self; `variances` [n x C x ...] of posteriors around them count as well."""
         flat = np.moveaxis(np.asarray(values, np.float64), 1, 0).reshape(values.shape[1], -1)
         mean = flat.mean(1)
         squares = ((flat - mean[:, None]) ** 2).sum(1)
         if variances is not None:
             squares = squares + np.moveaxis(variances, 1, 0).reshape(len(mean), -1).sum(1)
-        self.merge(RunningMoments(flat.shape[1], mean, squares))
+        return self.merge(RunningMoments(flat.shape[1], mean, squares))
 
     def merge(self, other):
-        total = self.count + other.count
-        apart = other.mean - self.mean
-        self.squares = self.squares + other.squares + apart**2 * (self.count * other.count / total)
-        self.mean = self.mean + apart * (other.count / total)
-        self.count = total
+        """Add the values of other moments and return self."""
+        if other.count:
+            total, delta = self.count + other.count, other.mean - self.mean
+            self.squares = self.squares + other.squares + self.product(delta) * (self.count * other.count / total)
+            self.mean = self.mean + delta * (other.count / total)
+            self.count = total
+        return self
+
+    @staticmethod
+    def product(delta):
+        """Return the squares of deviations; a subclass that tracks a covariance returns their outer product."""
+        return delta**2
 
     def to_dict(self):
+        """Return the moments as JSON-able numbers; the inverse is `from_dict`."""
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
+
+    @classmethod
+    def from_dict(cls, moments):
+        """Return the moments of a dictionary from `to_dict`."""
+        return cls(moments["count"], np.asarray(moments["mean"], np.float64), np.asarray(moments["squares"], np.float64))
 
     def statistics(self):
         """Return mean and standard deviation over all values and per channel."""

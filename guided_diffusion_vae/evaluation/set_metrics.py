@@ -6,64 +6,50 @@ import warnings
 import numpy as np
 import torch
 
+from ..data.statistics import RunningMoments
 from .image_metrics import _tensor
 
 
-class FeatureStatistics:
-    """Gather the mean and covariance of features in float64, batch after batch.
+class FeatureStatistics(RunningMoments):
+    """Mean [D] and covariance [D x D] of features in float64, accumulated over batches."""
 
-    Batches are combined by the update of Chan, Golub and LeVeque (1979), so a mean that is large beside the spread
-    costs no digits and how the set was cut into batches changes nothing but the last one.
-    """
-
-    def __init__(self):
-        self.count = 0
-        self.mean = None
-        self._scatter = None
+    product = staticmethod(lambda delta: torch.outer(delta, delta))
 
     def update(self, features):
-        """Take in features [n x D] and return self; ValueError where they are not finite or D changes."""
+        """Add features [n x D] and return self.
+
+        :raises ValueError: if they are not finite, or D differs from that of the features before.
+        """
         features = _features(features)
-        batch = FeatureStatistics()
-        batch.count, batch.mean = len(features), features.mean(0)
-        centred = features - batch.mean
-        batch._scatter = centred.T @ centred
-        return self.merge(batch)
+        mean = features.mean(0)
+        centered = features - mean
+        return self.merge(FeatureStatistics(len(features), mean, centered.T @ centered))
 
     def merge(self, other):
-        """Take in the statistics of further features and return self."""
-        if not other.count:
-            return self
-        if self.count and self.mean.shape != other.mean.shape:
+        """Add the features of other statistics and return self."""
+        if self.count and other.count and self.mean.shape != other.mean.shape:
             raise ValueError(f"features of {len(other.mean)} numbers among features of {len(self.mean)}; use one "
                              "extractor")
-        if not self.count:
-            self.count, self.mean, self._scatter = other.count, other.mean.clone(), other._scatter.clone()
-            return self
-        step = other.mean - self.mean
-        total = self.count + other.count
-        self._scatter += other._scatter + torch.outer(step, step) * (self.count * other.count / total)
-        self.mean += step * (other.count / total)
-        self.count = total
-        return self
+        return super().merge(other)
 
     @classmethod
     def from_moments(cls, mean, covariance, count=10**6):
         """Return statistics that were computed elsewhere, over many features unless their `count` is known."""
-        one = cls()
-        one.count, one.mean = count, _tensor(np.asarray(mean, np.float64))
-        one._scatter = _tensor(np.asarray(covariance, np.float64)) * (count - 1)
-        if one.mean.ndim != 1 or one._scatter.shape != (len(one.mean),) * 2:
-            raise ValueError(f"a mean of shape {list(one.mean.shape)} and a covariance of {list(one._scatter.shape)}; "
+        mean, covariance = (_tensor(np.asarray(values, np.float64)) for values in (mean, covariance))
+        if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
+            raise ValueError(f"a mean of shape {list(mean.shape)} and a covariance of {list(covariance.shape)}; "
                              "needed are [D] and [D x D]")
-        return one
+        return cls(count, mean, covariance * (count - 1))
 
     @property
     def covariance(self):
-        """The unbiased covariance [D x D]; ValueError with fewer than two samples."""
+        """The unbiased covariance [D x D].
+
+        :raises ValueError: with fewer than two samples.
+        """
         if self.count < 2:
             raise ValueError(f"a covariance needs 2 samples or more, found {self.count}")
-        return self._scatter / (self.count - 1)
+        return self.squares / (self.count - 1)
 
 
 def frechet_distance(a, b):

@@ -94,20 +94,17 @@ class Streamer:
         return lambda slab: conv(F.silu(normed(slab)))
 
     def _statistics(self, norm, x):
-        """Return mean and reciprocal standard deviation of every group over all of `x`, each [N x G].
-
-        Slabs are combined by the update of Chan, Golub and LeVeque (1979), which keeps precision at large means.
-        """
+        """Return mean and reciprocal standard deviation of every group over all of `x`, each [N x G]."""
         rows = max(int(self.rows / self.scale), 1)
-        count = mean = squares = 0
+        parts = []
         for slab in x.split(rows, self.axis):
             grouped = slab.to(self.device, torch.float32).reshape(len(x), norm.num_groups, -1)
-            n = grouped.shape[2]
-            var, m = torch.var_mean(grouped, dim=2, correction=0)
-            total, delta = count + n, m.double() - mean
-            squares = squares + var.double() * n + delta**2 * (count * n / total)
-            mean, count = mean + delta * (n / total), total
-        return mean.float(), torch.rsqrt(squares / count + norm.eps).float()
+            parts.append((grouped.shape[2], *(s.double() for s in torch.var_mean(grouped, dim=2, correction=0))))
+        count = sum(n for n, _, _ in parts)
+        mean = sum(n * m for n, _, m in parts) / count
+        # The law of total variance: deviations are taken from the final mean, which keeps precision at large means.
+        variance = sum(n * (var + (m - mean) ** 2) for n, var, m in parts) / count
+        return mean.float(), torch.rsqrt(variance + norm.eps).float()
 
 
 def _norm_from_statistics(norm, mean, rstd):
