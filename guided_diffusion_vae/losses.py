@@ -1,23 +1,23 @@
-"""Compute the likelihood terms of the variational bound, in nats per element."""
+"""Likelihood terms of the variational lower bound (VLB), in nats per element."""
 
 import math
 
 import torch
 
-# Below this a probability is treated as this, so that its logarithm stays finite.
+# The lower limit of probabilities keeps their logarithms finite.
 _MIN_PROBABILITY = 1e-12
 
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
-    """Return KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) element by element, in nats.
+    """Return the elementwise KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats.
 
-    The arguments broadcast against each other; any of them may be a number, but one has to be a tensor.
+    The arguments broadcast, and may be numbers except for one.
 
-    Raises TypeError where no argument is a tensor.
+    :raises TypeError: if no argument is a tensor.
     """
     if not any(isinstance(value, torch.Tensor) for value in (mean1, logvar1, mean2, logvar2)):
-        raise TypeError("normal_kl got four numbers, needs at least one tensor among means and log variances")
-    # A 0-dim CPU tensor joins tensors of any device without being copied there.
+        raise TypeError("normal_kl expects at least one tensor among means and log-variances, got four numbers")
+    # A 0-dim CPU tensor combines with tensors on any device without a copy.
     logvar1, logvar2 = (v if isinstance(v, torch.Tensor) else torch.tensor(float(v)) for v in (logvar1, logvar2))
     variance_ratio = torch.exp(logvar1 - logvar2)
     distance = (mean1 - mean2) ** 2 * torch.exp(-logvar2)
@@ -25,25 +25,26 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
 
 
 def approx_standard_normal_cdf(x):
-    """Return the standard normal distribution function at `x` to within 5e-4; the tanh form behind GELU.
+    """Return the standard normal CDF at `x` to within 5e-4, by the tanh approximation of GELU.
 
-    Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
+    Source: Hendrycks and Gimpel, arXiv:1606.08415, Sec. 2.
     """
     return 0.5 + 0.5 * torch.tanh(math.sqrt(2.0 / math.pi) * x * (1.0 + 0.044715 * x * x))
 
 
 def discretized_gaussian_log_likelihood(x, *, means, log_scales):
-    """Return log P(x) where N(means, exp(log_scales)^2) is binned to the 256 levels of 8-bit pictures, in nats.
+    """Return log P(x) in nats for N(means, exp(log_scales)^2) discretized to 8-bit values.
 
-    x: levels mapped to [-1, 1], so a bin is 2/255 wide; the outermost bins reach to infinity. All three tensors have
-    one shape, and so has the result.
+    x: 8-bit values mapped to [-1, 1], so that a bin is 2/255 wide; the outermost bins extend to infinity. The three
+    tensors and the result have one shape.
 
-    Source: DDPM, arXiv 2006.11239, equation 13.
-    Raises ValueError where the shapes differ.
+    Source: DDPM, arXiv:2006.11239, Eq. 13.
+
+    :raises ValueError: if the shapes differ.
     """
     if not x.shape == means.shape == log_scales.shape:
         raise ValueError(
-            f"discretized_gaussian_log_likelihood needs one shape, got x {tuple(x.shape)}, "
+            f"discretized_gaussian_log_likelihood expects one shape, got x {tuple(x.shape)}, "
             f"means {tuple(means.shape)}, log_scales {tuple(log_scales.shape)}"
         )
     half_bin, offset, precision = 1.0 / 255.0, x - means, torch.exp(-log_scales)
@@ -55,8 +56,8 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
 
 
 def gaussian_log_density(x, *, means, log_scales):
-    """Return log N(x; means, exp(log_scales)^2), in nats; what latents have in the place of 256 levels.
+    """Return log N(x; means, exp(log_scales)^2) in nats, for latents, which are not discrete.
 
-    A density, so it can be above 0. The three tensors have one shape, and so has the result.
+    A log-density can be above 0. The three tensors and the result have one shape.
     """
     return -0.5 * ((x - means) * torch.exp(-log_scales)) ** 2 - log_scales - 0.5 * math.log(2.0 * math.pi)

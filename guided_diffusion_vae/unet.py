@@ -1,7 +1,7 @@
-"""Define the UNet of ADM (Dhariwal and Nichol 2021, arXiv 2105.05233), its upsampler and its classifier.
+"""The UNet of ADM (Dhariwal and Nichol 2021, arXiv:2105.05233), its upsampler and its classifier.
 
-Constructor arguments, state-dict keys and numbers are those of openai/guided-diffusion, so its checkpoints load. Any
-of one to three spatial axes; `resample_depth` is this project's, for volumes whose first axis shrinks too.
+Constructor arguments, state-dict keys and numbers are those of openai/guided-diffusion, so its checkpoints load. One to
+three spatial axes; `resample_depth`, which downsamples the first axis of volumes as well, is specific to this project.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import option, size
+from .config import option, require, size
 from .nn import (
     SiLU,
     adaptive_avg_pool_nd,
@@ -34,13 +34,13 @@ from .nn import (
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048        # hidden units of the "spatial" pools
-TRANSPOSED_MIN_POSITIONS = 64         # of a grid: from here on (on a CPU) a transposed convolution is faster than repeating
-MATMUL_TOKENS = 1024        # bfloat16 attention on a CPU is spelt out up to here; see `attend`
+TRANSPOSED_MIN_POSITIONS = 64   # grids of at least this size upsample faster by a transposed convolution (on CPUs)
+MATMUL_TOKENS = 1024        # up to here, bfloat16 attention on CPUs is computed by matrix products; see `attend`
 
 
 @dataclass
 class ModelConfig:
-    """Describe the diffusion network; `script_util` turns it into `UNetModel` or `SuperResModel`."""
+    """Options of the diffusion network, a `UNetModel` or `SuperResModel`."""
 
     num_channels: int = option(128, "width of the first level; this times each entry of channel_mult is a multiple of 32",
                             minimum=1)
@@ -72,7 +72,7 @@ class ModelConfig:
 
 @dataclass
 class SuperResConfig:
-    """Describe what an upsampler has beyond `ModelConfig`."""
+    """Options of an upsampler in addition to `ModelConfig`."""
 
     SECTION = "super_res"
 
@@ -85,7 +85,7 @@ class SuperResConfig:
 
 @dataclass
 class ClassifierConfig:
-    """Describe the noise-aware classifier that guides sampling; `script_util` turns it into `EncoderUNetModel`."""
+    """Options of the noise-aware classifier that guides sampling, an `EncoderUNetModel`."""
 
     classifier_use_fp16: bool = option(False, "run the classifier's convolutions and attention in float16")
     classifier_width: int = option(128, "width of the classifier's first level; a multiple of 32", minimum=1)
@@ -104,20 +104,20 @@ class ClassifierConfig:
     classifier_resample_depth: bool = option(False, "volumes: also halve the first spatial axis")
 
 
-# Attention.
+# --- Attention ---
 
 
 def attend(q, k, v):
-    """Weigh values by softmax(q k^T / sqrt(C)) (Vaswani et al. 2017, eq. 1); all [N x H x T x C]."""
+    """Return softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, Eq. 1); all [N x H x T x C]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= MATMUL_TOKENS:
-        # torch 2.13's fused kernel takes 2 to 5 times as long here, backward included
+        # The fused kernel of PyTorch 2.13 takes 2 to 5 times as long here, backward pass included.
         weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def count_flops_attn(model, _x, y):
-    """Add the multiplications of an attention's two matrix products to `model.total_ops` (a counter for `thop`).
+    """Add the operations of attention's two matrix products to `model.total_ops` (a counter for `thop`).
 
     :param y: the attention's output, [N x (H*C) x T].
     """
@@ -126,7 +126,7 @@ def count_flops_attn(model, _x, y):
 
 
 class QKVAttention(nn.Module):
-    """Attend with channels ordered (q, k, v), then heads."""
+    """Attention with channels ordered (q, k, v), then heads."""
 
     count_flops = staticmethod(count_flops_attn)
 
@@ -135,11 +135,11 @@ class QKVAttention(nn.Module):
         self.n_heads = n_heads
 
     def split(self, qkv):
-        """Cut tokens into queries, keys and values.  [N x T x 3*H*C] -> three of [N x T x H x C]."""
+        """Split tokens into queries, keys and values.  [N x T x 3*H*C] -> three of [N x T x H x C]."""
         return qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
 
     def attend_tokens(self, qkv):
-        """Return the attention's result for channels-last tokens.  [N x T x 3*H*C] -> [N x T x H*C]."""
+        """Return the result of attention for channels-last tokens.  [N x T x 3*H*C] -> [N x T x H*C]."""
         q, k, v = (part.transpose(1, 2) for part in self.split(qkv))
         return attend(q, k, v).transpose(1, 2).flatten(2)
 
@@ -149,21 +149,21 @@ class QKVAttention(nn.Module):
 
 
 class QKVAttentionLegacy(QKVAttention):
-    """Attend with channels ordered by heads, then (q, k, v): the order of most released checkpoints."""
+    """Attention with channels ordered by heads, then (q, k, v): the order of most released checkpoints."""
 
     def split(self, qkv):
         return qkv.unflatten(2, (self.n_heads, 3, -1)).unbind(3)
 
 
 def pointwise(convolution, tokens):
-    """Apply a convolution of kernel 1 to channels-last tokens, [N x T x C]; on a CPU this beats conv1d by 15 %."""
+    """Apply a convolution of kernel size 1 to channels-last tokens [N x T x C], 15% faster than conv1d on CPUs."""
     return F.linear(tokens, convolution.weight.squeeze(-1), convolution.bias)
 
 
 class AttentionBlock(nn.Module):
-    """Let all positions of a grid attend to each other, and add the result to the input.
+    """Self-attention over all positions of a grid, added to the input.
 
-    :raises ValueError: where the channels do not divide into heads.
+    :raises ValueError: if the channels do not divide into heads.
     """
 
     def __init__(
@@ -172,18 +172,18 @@ class AttentionBlock(nn.Module):
     ):
         super().__init__()
         if num_head_channels != -1:
-            if channels % num_head_channels:
-                raise ValueError(
-                    f"{channels} channels do not divide into heads of {num_head_channels}; change --num_head_channels, "
-                    "or the width of this level (--num_channels and --channel_mult); a classifier's heads have 64: "
-                    "change --classifier_width, --classifier_channel_mult or --classifier_attention_resolutions"
-                )
+            require((
+                channels % num_head_channels == 0,
+                f"{channels} channels do not divide into heads of {num_head_channels}; change --num_head_channels, or "
+                "the width of this level (--num_channels and --channel_mult); a classifier's heads have 64: change "
+                "--classifier_width, --classifier_channel_mult or --classifier_attention_resolutions",
+            ))
             num_heads = channels // num_head_channels
-        if channels % num_heads:
-            raise ValueError(
-                f"{channels} channels do not divide into {num_heads} heads; change --num_heads (--num_heads_upsample), "
-                "or the width of this level (--num_channels, --channel_mult)"
-            )
+        require((
+            channels % num_heads == 0,
+            f"{channels} channels do not divide into {num_heads} heads; change --num_heads (--num_heads_upsample), or "
+            "the width of this level (--num_channels, --channel_mult)",
+        ))
         self.channels = channels
         self.num_heads = num_heads
         self.use_checkpoint, self.recompute_norms = use_checkpoint, recompute_norms
@@ -197,30 +197,30 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._residual, (x,), self.parameters(), self.use_checkpoint)
 
     def _residual(self, x):
-        # What a linear layer gives, its backward pass does not need: only the norm is computed again.
+        # The backward pass of a linear layer does not need its output, so only the norm has to be recomputed.
         qkv = checkpoint(self._project, (x,), self.qkv.parameters(), self.recompute_norms and torch.is_grad_enabled())
         mixed = self.attention.attend_tokens(qkv)
         return x + pointwise(self.proj_out, mixed).transpose(1, 2).reshape(x.shape)
 
     def _project(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()   # else the bias is added in a pass of its own
+        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()   # otherwise the bias takes a second pass
         return pointwise(self.qkv, tokens)                              # [N x T x 3*C]
 
 
 class AttentionPool2d(nn.Module):
-    """Pool a grid by the attention of its mean, as CLIP does (Radford et al. 2021, arXiv 2103.00020, section 2.4).
+    """Pool a grid by the attention of its mean, as CLIP does (Radford et al. 2021, arXiv:2103.00020, Sec. 2.4).
 
     :param spacial_dim: size of the grid: one number for a square, or one per axis.
-    :raises ValueError: where the channels do not divide into heads, or another grid comes in.
+    :raises ValueError: if the channels do not divide into heads, or for an input of another size.
     """
 
     def __init__(self, spacial_dim, embed_dim, num_heads_channels, output_dim=None):
         super().__init__()
-        if num_heads_channels < 1 or embed_dim % num_heads_channels:
-            raise ValueError(
-                f"the attention pool divides its {embed_dim} channels into heads of num_head_channels, which is "
-                f"{num_heads_channels}; give a divisor, or choose another --classifier_pool"
-            )
+        require((
+            num_heads_channels >= 1 and embed_dim % max(num_heads_channels, 1) == 0,
+            f"num_head_channels must divide the {embed_dim} channels of the attention pool, got {num_heads_channels}; "
+            "set a divisor, or another --classifier_pool",
+        ))
         self.grid = spacial_dim if isinstance(spacial_dim, tuple) else (spacial_dim, spacial_dim)
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, math.prod(self.grid) + 1) / embed_dim**0.5)
         self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
@@ -232,8 +232,8 @@ class AttentionPool2d(nn.Module):
         """[N x C x *grid] -> [N x output_dim]."""
         if tuple(x.shape[2:]) != self.grid:
             raise ValueError(
-                f"the attention pool was built for a last grid of {self.grid}, and got {tuple(x.shape[2:])}; set "
-                "--image_size to the size that comes in, or choose another --classifier_pool"
+                f"the attention pool expects a last grid of {self.grid}, got {tuple(x.shape[2:])}; set --image_size to "
+                "the size of the input, or set another --classifier_pool"
             )
         tokens = x.flatten(2).transpose(1, 2)                   # [N x T x C]
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
@@ -242,7 +242,7 @@ class AttentionPool2d(nn.Module):
         return pointwise(self.c_proj, pooled[:, 0])
 
 
-# Residual blocks.
+# --- Residual blocks ---
 
 
 class TimestepBlock(nn.Module, ABC):
@@ -250,11 +250,11 @@ class TimestepBlock(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x, emb):
-        """Apply the module to `x` [N x C x ...] at the times that `emb` [N x E] embeds."""
+        """Apply the module to `x` [N x C x ...] at the timesteps embedded in `emb` [N x E]."""
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """Chain modules, handing the time embedding to those that take it."""
+    """A chain of modules that passes the time embedding to those that accept it."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -263,7 +263,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Upsample(nn.Module):
-    """Double the grid by repetition, then convolve if `use_conv`; volumes keep axis 0 unless `resample_depth`."""
+    """Upsample by 2 (nearest), then convolve if `use_conv`; volumes keep axis 0 unless `resample_depth`."""
 
     def __init__(self, channels, use_conv, dims=2, out_channels=None, resample_depth=False):
         super().__init__()
@@ -279,9 +279,9 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the grid by a strided convolution, or by averages; volumes keep axis 0 unless `resample_depth`.
+    """Downsample by 2 with a strided convolution or average pooling; volumes keep axis 0 unless `resample_depth`.
 
-    :raises ValueError: where averages (`use_conv=False`) are to change the number of channels.
+    :raises ValueError: if pooling (`use_conv=False`) would have to change the number of channels.
     """
 
     def __init__(self, channels, use_conv, dims=2, out_channels=None, resample_depth=False):
@@ -293,7 +293,8 @@ class Downsample(nn.Module):
         elif out_channels in (None, channels):
             self.op = avg_pool_nd(dims, kernel_size=factors, stride=factors)
         else:
-            raise ValueError(f"averages keep {channels} channels, {out_channels} were asked for; set use_conv=True")
+            raise ValueError(f"average pooling keeps {channels} channels, got out_channels={out_channels}; set "
+                             "use_conv=True")
 
     def forward(self, x):
         _require_channels(self, x)
@@ -302,17 +303,17 @@ class Downsample(nn.Module):
 
 def _require_channels(module, x):
     if x.shape[1] != module.channels:
-        raise ValueError(f"{type(module).__name__} was built for {module.channels} channels, got {tuple(x.shape)}")
+        raise ValueError(f"{type(module).__name__} expects {module.channels} channels, got shape {tuple(x.shape)}")
 
 
 class ResBlock(TimestepBlock):
-    """Add two convolutions, told the time in between, to the input.
+    """Two convolutions, conditioned on the timestep in between, added to the input.
 
-    :param use_conv: change the number of channels on the skip path with kernel 3, not 1.
-    :param use_scale_shift_norm: the embedding scales and shifts the second norm (ADM, "adaptive group
-        normalisation", section 3, eq. 3), in the place of being added to its input.
-    :param up: double the grid; `down`: halve it; in both cases on both paths, before the first convolution.
-    :param emb_is_activated: the embedding that comes in has gone through SiLU already, once for all blocks.
+    :param use_conv: change the number of channels on the skip path with kernel size 3 instead of 1.
+    :param use_scale_shift_norm: the embedding scales and shifts the output of the second norm (adaptive group norm,
+        ADM, Sec. 3, Eq. 3) instead of being added to its input.
+    :param up: upsample by 2; `down`: downsample by 2; both on both paths, before the first convolution.
+    :param emb_is_activated: SiLU was already applied to the embedding, once for all blocks.
     """
 
     def __init__(
@@ -364,11 +365,11 @@ class ResBlock(TimestepBlock):
     def _residual(self, x, emb):
         norm, activation, convolve = self.in_layers
         prepare = lambda groups, x, *weights: self.resample(activation(norm.over(groups, x, *weights)))
-        # Built for all channels at once, resampling cannot be computed again in a few of them at a time.
+        # Resampling layers check their number of channels, so they cannot be recomputed a few groups at a time.
         h = self._convolve(prepare, norm, convolve, (x,), whole=not isinstance(self.resample, nn.Identity))
 
-        told = (self.emb_layers[-1] if self.emb_is_activated else self.emb_layers)(emb).to(h.dtype)
-        told = told.view(*told.shape, *(1,) * (h.dim() - 2))    # [N x C x 1 ...]
+        modulation = (self.emb_layers[-1] if self.emb_is_activated else self.emb_layers)(emb).to(h.dtype)
+        modulation = modulation.view(*modulation.shape, *(1,) * (h.dim() - 2))      # [N x C x 1 ...]
         norm, activation, dropout, convolve = self.out_layers
         finish = lambda h: dropout(activation(h))
         random = dropout.p > 0 and self.training
@@ -376,10 +377,10 @@ class ResBlock(TimestepBlock):
             modulated = lambda groups, h, scale, shift, *weights: finish(
                 norm.over(groups, h, *weights) * (1 + scale) + shift
             )
-            h = self._convolve(modulated, norm, convolve, (h, *told.chunk(2, dim=1)), random=random)
+            h = self._convolve(modulated, norm, convolve, (h, *modulation.chunk(2, dim=1)), random=random)
         else:
             biased = lambda groups, h, shift, *weights: finish(norm.over(groups, h + shift, *weights))
-            h = self._convolve(biased, norm, convolve, (h, told), random=random)
+            h = self._convolve(biased, norm, convolve, (h, modulation), random=random)
         return self.skip_connection(self.resample(x)) + h
 
     def _convolve(self, cheap, norm, convolve, inputs, **how):
@@ -389,7 +390,7 @@ class ResBlock(TimestepBlock):
         return convolve(cheap(norm.num_groups, *inputs, *weights))
 
 
-# Networks.
+# --- Networks ---
 
 
 @dataclass(frozen=True)
@@ -440,26 +441,26 @@ class _Blocks:
         return Upsample(channels, self.conv_resample, self.dims, resample_depth=self.resample_depth)
 
     def contracting(self, in_channels, widths, num_res_blocks, attention_factors, num_heads):
-        """Return the blocks that go down and, for each of them, how many channels leave it."""
-        sections, kept = [[conv_nd(self.dims, in_channels, widths[0], 3, padding=1)]], [widths[0]]
+        """Return the blocks of the downsampling path and the output channels of each."""
+        sections, skips = [[conv_nd(self.dims, in_channels, widths[0], 3, padding=1)]], [widths[0]]
         for level, width in enumerate(widths):
             if level:
-                sections.append([self.halve(kept[-1])])
-                kept.append(kept[-1])
+                sections.append([self.halve(skips[-1])])
+                skips.append(skips[-1])
             for _ in range(num_res_blocks):
                 attention = [self.attention(width, num_heads)] if 2**level in attention_factors else []
-                sections.append([self.residual(kept[-1], width), *attention])
-                kept.append(width)
-        return nn.ModuleList(TimestepEmbedSequential(*section) for section in sections), kept
+                sections.append([self.residual(skips[-1], width), *attention])
+                skips.append(width)
+        return nn.ModuleList(TimestepEmbedSequential(*section) for section in sections), skips
 
     def middle(self, channels, num_heads):
-        """Return two residual blocks around an attention, for the smallest grid."""
+        """Return the blocks of the coarsest grid: two residual blocks around attention."""
         before, after = self.residual(channels, channels), self.residual(channels, channels)
         return TimestepEmbedSequential(before, self.attention(channels, num_heads), after)
 
-    def expanding(self, kept, widths, num_res_blocks, attention_factors, num_heads):
-        """Return the blocks that go up; each takes the features that a block on the way down left behind."""
-        sections, channels, waiting = [], kept[-1], list(kept)
+    def expanding(self, skips, widths, num_res_blocks, attention_factors, num_heads):
+        """Return the blocks of the upsampling path; each also receives the output of a downsampling block."""
+        sections, channels, waiting = [], skips[-1], list(skips)
         for level, width in reversed(list(enumerate(widths))):
             for repeat in range(num_res_blocks + 1):
                 section = [self.residual(channels + waiting.pop(), width)]
@@ -473,7 +474,7 @@ class _Blocks:
 
 
 class _TimeConditionedNetwork(nn.Module):
-    """What the diffusion network and the classifier share: the time embedding, and the type of the inner layers."""
+    """The parts that UNet and classifier share: the time embedding, and the dtype of the inner layers."""
 
     def _init_time_embedding(self, model_channels):
         self.model_channels = model_channels
@@ -482,30 +483,30 @@ class _TimeConditionedNetwork(nn.Module):
         )
 
     def embed(self, timesteps):
-        """Return the embedding of (possibly fractional) times.  [N] -> [N x 4 * model_channels]."""
+        """Return the embedding of (possibly fractional) timesteps.  [N] -> [N x 4 * model_channels]."""
         waves = timestep_embedding(timesteps, self.model_channels)
         return self.time_embed(waves.to(self.time_embed[0].weight.dtype))
 
     @property
     def dtype(self):
-        """The type that the torso is meant to have: float16 with `use_fp16`, else that of its weights."""
+        """The intended dtype of the torso: float16 with `use_fp16`, otherwise that of its weights."""
         return torch.float16 if self.use_fp16 else self.torso_dtype
 
     @property
     def torso_dtype(self):
-        """The type that the torso's weights have now."""
+        """The current dtype of the torso's weights."""
         return self.input_blocks[0][0].weight.dtype
 
     def convert_to_fp16(self):
-        """Turn the convolutions and attention of all inner blocks into float16; norms and embeddings stay float32."""
+        """Cast convolutions and attention of all inner blocks to float16; norms and embeddings stay float32."""
         self._cast_torso(torch.float16)
 
     def convert_to_bf16(self):
-        """Do the same with bfloat16, whose range is that of float32 and which CPUs compute in as well."""
+        """Cast them to bfloat16, which has the range of float32 and is also fast on CPUs."""
         self._cast_torso(torch.bfloat16)
 
     def convert_to_fp32(self):
-        """Undo `convert_to_fp16` (what half precision rounded off stays lost)."""
+        """Cast them back to float32; the rounding to half precision remains."""
         self._cast_torso(torch.float32)
 
     def _cast_torso(self, dtype):
@@ -514,34 +515,34 @@ class _TimeConditionedNetwork(nn.Module):
                 cast_convolutions(getattr(self, name), dtype)
 
     def _finish(self, x, h):
-        """Apply the last layers in their own type and return the result in the type of the input `x`."""
+        """Apply the last layers in their own dtype and return the result in the dtype of the input `x`."""
         return self.out(h.to(next(self.out.parameters()).dtype)).to(x.dtype)
 
 
 class UNetModel(_TimeConditionedNetwork):
-    """Predict noise (and, with twice as many output channels, variances) from noisy data and its time.
+    """Predict the noise (and, with twice as many output channels, the variances) of x_t at timestep t.
 
-    :param image_size: size of the grid; a fact for whoever builds or saves the network, which runs at other sizes too.
+    :param image_size: size of the grid, recorded only: the network runs at other sizes as well.
     :param in_channels: channels of the input.
-    :param model_channels: width in units of which `channel_mult` counts; products are multiples of 32.
+    :param model_channels: base width; its product with each of `channel_mult` must be a multiple of 32.
     :param out_channels: channels of the output.
     :param num_res_blocks: residual blocks per level.
-    :param attention_resolutions: factors of downsampling at which attention is used: 4 is the third level.
-    :param dropout: probability of dropping a feature while training.
-    :param channel_mult: width of each level; their number is the number of grids.
-    :param conv_resample: resample by learned convolutions, not by averages and repetition.
+    :param attention_resolutions: downsampling factors with attention: 4 is the third level.
+    :param dropout: probability of dropping a feature in training.
+    :param channel_mult: width of each level in units of `model_channels`; its length is the number of levels.
+    :param conv_resample: resample by learned convolutions instead of pooling and nearest neighbors.
     :param dims: spatial axes, 1 to 3.
-    :param num_classes: condition on so many classes; None for none.
+    :param num_classes: number of classes to condition on; None: unconditional.
     :param use_checkpoint: recompute blocks in the backward pass.
     :param recompute_norms: recompute only norms, activations and dropout.
-    :param use_fp16: whether the owner means to call `convert_to_fp16`; kept for the owner.
-    :param num_heads: attention heads, where `num_head_channels` is -1.
+    :param use_fp16: recorded for the caller, who has to call `convert_to_fp16`.
+    :param num_heads: attention heads if `num_head_channels` is -1.
     :param num_head_channels: channels per head.
-    :param num_heads_upsample: heads on the way up; -1 for `num_heads`.
-    :param use_scale_shift_norm: let the embedding scale and shift norms.
+    :param num_heads_upsample: heads in the upsampling path; -1: same as `num_heads`.
+    :param use_scale_shift_norm: scale and shift norms by the embedding.
     :param resblock_updown: resample inside residual blocks.
     :param use_new_attention_order: see `QKVAttention`.
-    :param resample_depth: volumes: halve the first spatial axis as well.
+    :param resample_depth: volumes: downsample the first spatial axis as well.
     """
 
     def __init__(
@@ -586,73 +587,77 @@ class UNetModel(_TimeConditionedNetwork):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.image_size, self.use_fp16 = image_size, use_fp16
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
-        self.spatial_divisors = tuple(factor ** (len(widths) - 1) for factor in resampling_factors(dims, resample_depth))
+        factors = resampling_factors(dims, resample_depth)
+        self.spatial_divisors = tuple(factor ** (len(widths) - 1) for factor in factors)
 
         self._init_time_embedding(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
-        self.input_blocks, kept = blocks.contracting(
+        self.input_blocks, skips = blocks.contracting(
             in_channels, widths, num_res_blocks, attention_resolutions, num_heads
         )
         self.middle_block = blocks.middle(widths[-1], num_heads)
-        self.output_blocks = blocks.expanding(kept, widths, num_res_blocks, attention_resolutions, heads_up)
+        self.output_blocks = blocks.expanding(skips, widths, num_res_blocks, attention_resolutions, heads_up)
         last = zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(widths[0]), SiLU(), last)
 
     def forward(self, x, timesteps, y=None):
         """Apply the network.  x [N x C x ...], timesteps [N], y [N] class indices -> [N x out_channels x ...].
 
-        :raises ValueError: where labels are missing or not wanted, or the levels do not divide the grid.
+        :raises ValueError: if labels are missing or unexpected, or the levels do not divide the grid.
         """
         return self._denoise(x, self._embed_conditioning(timesteps, y))
 
     def _embed_conditioning(self, timesteps, y):
-        """Return the embedding of times and classes that every residual block is told.  [N], [N] -> [N x E]."""
+        """Return the embedding of timesteps and classes for the residual blocks.  [N], [N] -> [N x E]."""
         self._require_labels(y, len(timesteps))
         emb = self.embed(timesteps)
         return emb if y is None else emb + self.label_emb(y)
 
     def _denoise(self, x, emb):
         self.require_grid(x.shape[2:])
-        emb = F.silu(emb)
-        h, left = x.to(self.torso_dtype), []
+        emb = F.silu(emb)       # once here instead of once in every block
+        h, skips = x.to(self.torso_dtype), []
         for block in self.input_blocks:
             h = block(h, emb)
-            left.append(h)
+            skips.append(h)
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
-            h = block(torch.cat([h, left.pop()], dim=1), emb)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self._finish(x, h)
 
     def _require_labels(self, y, count):
         if self.num_classes is None:
             if y is not None:
-                raise ValueError("labels y go to a network without classes; leave y out, or set --class_cond True")
+                raise ValueError("the network has no classes, got labels y; omit y, or set --class_cond True")
         elif y is None:
             raise ValueError(
-                f"the network knows {self.num_classes} classes and got no labels y; give one per sample, "
-                "or set --class_cond False"
+                f"the network is conditioned on {self.num_classes} classes, got no labels y; pass one per sample, or "
+                "set --class_cond False"
             )
         elif y.shape != (count,):
-            raise ValueError(f"labels y have shape {tuple(y.shape)}, the batch wants one class per sample, ({count},)")
+            raise ValueError(f"labels y: expected one class per sample, shape ({count},), got {tuple(y.shape)}")
 
     def require_grid(self, grid):
-        """Raise ValueError where the levels do not divide the sizes of a grid."""
+        """Check that the levels divide the sizes of a grid.
+
+        :raises ValueError: otherwise, with the nearest sizes.
+        """
         for axis, (length, step) in enumerate(zip(grid, self.spatial_divisors)):
             if length % step:
                 below = length - length % step
-                near = f"{below} or {below + step}" if below else str(step)
+                nearest = f"{below} or {below + step}" if below else str(step)
                 raise ValueError(
-                    f"spatial axis {axis} has size {length}, and the levels shrink it by {step}, which does not "
-                    f"divide it; use fewer levels (--channel_mult), or data of size {near}"
+                    f"spatial axis {axis} has size {length}: expected a multiple of {step}, by which the levels "
+                    f"downsample it; use fewer levels (--channel_mult), or data of size {nearest}"
                 )
 
 
 class SuperResModel(UNetModel):
-    """Predict from noisy data and a smaller picture, which is enlarged linearly and joined to it in channels.
+    """A UNet conditioned on a low-resolution image, which is upsampled linearly and concatenated to the input.
 
-    :param in_channels: channels of the data alone; the small picture brings as many again.
-    :param noised_condition: let the network be told to which time the small picture was noised.
+    :param in_channels: channels of the data; the low-resolution image has as many.
+    :param noised_condition: condition also on the timestep to which the low-resolution image was diffused.
     """
 
     def __init__(self, image_size, in_channels, *args, noised_condition=False, **kwargs):
@@ -660,36 +665,35 @@ class SuperResModel(UNetModel):
         self.noised_condition = noised_condition
         if noised_condition:
             width = 4 * self.model_channels
-            # Zeros at first: what the network is told of the condition grows from nothing.
-            last = zero_module(linear(width, width))
+            last = zero_module(linear(width, width))    # at first this timestep has no effect
             self.low_res_embed = nn.Sequential(linear(self.model_channels, width), SiLU(), last)
 
     def forward(self, x, timesteps, low_res=None, low_res_times=None, y=None):
-        """x [N x C x ...], low_res [N x C x smaller ...], low_res_times [N] (0 where None); else as in `UNetModel`.
+        """x [N x C x ...], low_res [N x C x smaller ...], low_res_times [N] (None: 0); otherwise as in `UNetModel`.
 
-        :raises ValueError: where `low_res` is missing, or its times are given to a network that does not heed them.
+        :raises ValueError: if `low_res` is missing, or `low_res_times` is passed without `noised_condition`.
         """
         if low_res is None:
-            raise ValueError("an upsampler needs low_res, the small pictures; give them with --base_samples")
-        enlarged = resize_linear(low_res, x.shape[2:]).to(x.dtype)
+            raise ValueError("an upsampler requires low-resolution images (low_res); set --base_samples")
+        upsampled = resize_linear(low_res, x.shape[2:]).to(x.dtype)
         emb = self._embed_conditioning(timesteps, y)
         if self.noised_condition:
-            times = torch.zeros_like(timesteps) if low_res_times is None else low_res_times
-            waves = timestep_embedding(times, self.model_channels)
+            low_res_times = torch.zeros_like(timesteps) if low_res_times is None else low_res_times
+            waves = timestep_embedding(low_res_times, self.model_channels)
             emb = emb + self.low_res_embed(waves.to(emb.dtype))
         elif low_res_times is not None:
-            raise ValueError("this upsampler was trained on small pictures without noise (--cond_noise_steps 0), and "
-                             "is told of noise in them; set --cond_noise_level 0")
-        return self._denoise(torch.cat([x, enlarged], dim=1), emb)
+            raise ValueError("this upsampler was trained on low-resolution images without noise (--cond_noise_steps "
+                             "0); set --cond_noise_level 0")
+        return self._denoise(torch.cat([x, upsampled], dim=1), emb)
 
 
 class EncoderUNetModel(_TimeConditionedNetwork):
-    """Turn noisy data and its time into one vector, such as a classifier's logits: the UNet's way down, and a pool.
+    """Map x_t and its timestep to one vector, such as class logits: the downsampling path of the UNet, and a pool.
 
     The arguments are those of `UNetModel`, and:
 
-    :param image_size: size of the grid: one number, or one per axis; the "attention" pool is built for it.
-    :param num_heads_upsample: without meaning here, as there is no way up.
+    :param image_size: size of the grid: one number, or one per axis; fixed for the "attention" pool.
+    :param num_heads_upsample: not used, as there is no upsampling path.
     :param pool: "adaptive" averages the last grid, "attention" attends to it, "spatial" and "spatial_v2" average the
         grids of all levels.
     :raises NotImplementedError: for another pool.
@@ -738,13 +742,13 @@ class EncoderUNetModel(_TimeConditionedNetwork):
         self.in_channels, self.out_channels = in_channels, out_channels
 
         self._init_time_embedding(model_channels)
-        self.input_blocks, kept = blocks.contracting(
+        self.input_blocks, skips = blocks.contracting(
             in_channels, widths, num_res_blocks, attention_resolutions, num_heads
         )
         self.middle_block = blocks.middle(widths[-1], num_heads)
         factors = resampling_factors(dims, resample_depth)
         grid = tuple(n // f ** (len(widths) - 1) for n, f in zip(per_axis(image_size, dims), factors))
-        self.out = _pool(pool, dims, grid, widths[-1], sum(kept) + widths[-1], num_head_channels, out_channels)
+        self.out = _pool(pool, dims, grid, widths[-1], sum(skips) + widths[-1], num_head_channels, out_channels)
 
     def forward(self, x, timesteps):
         """Apply the network.  x [N x C x ...], timesteps [N] -> [N x out_channels]."""
@@ -758,7 +762,7 @@ class EncoderUNetModel(_TimeConditionedNetwork):
 
 
 def _pool(name, dims, grid, channels, all_channels, num_head_channels, out_channels):
-    """Return the last layers of `EncoderUNetModel`; `all_channels` are those of all levels' averages together."""
+    """Return the last layers of `EncoderUNetModel`; `all_channels` is the sum over the averages of all levels."""
     if name == "adaptive":
         last = zero_module(conv_nd(dims, channels, out_channels, 1))
         return nn.Sequential(normalization(channels), SiLU(), adaptive_avg_pool_nd(dims, 1), last, nn.Flatten())
@@ -770,5 +774,5 @@ def _pool(name, dims, grid, channels, all_channels, num_head_channels, out_chann
     elif name == "spatial_v2":
         hidden = (normalization(SPATIAL_WIDTH), SiLU())
     else:
-        raise NotImplementedError(f"there is no pool {name!r}; --classifier_pool is one of {', '.join(POOLS)}")
+        raise NotImplementedError(f"--classifier_pool must be one of {', '.join(POOLS)}, got {name!r}")
     return nn.Sequential(linear(all_channels, SPATIAL_WIDTH), *hidden, linear(SPATIAL_WIDTH, out_channels))

@@ -1,13 +1,13 @@
-"""Count what a piece of code asks of a device, on any machine: each operation that is no view launches a kernel."""
+"""Count the kernels and synchronizations of a piece of code on any machine: each operation except views is a kernel."""
 
 import collections
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# These return views, too, or run on the host; their schemas do not say so.
+# These return views or run on the host as well, although their schemas do not show it.
 NO_KERNEL = ("aten::_unsafe_view", "profiler::")
-# What reads a value on the host and so waits for the device.
-SYNCHRONISES = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::item")
+# Operations that read a value on the host and so wait for the device.
+SYNCHRONIZING = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::item")
 
 
 class Launches(TorchDispatchMode):
@@ -29,10 +29,10 @@ class Launches(TorchDispatchMode):
 
     @property
     def total(self):
-        """How many kernels were launched."""
+        """Number of kernels launched."""
         return sum(n for name, n in self.counts.items() if not name.startswith(NO_KERNEL))
 
     @property
-    def synchronisations(self):
-        """How often the host waited for the device."""
-        return self.waiting_copies + sum(n for name, n in self.counts.items() if name.startswith(SYNCHRONISES))
+    def synchronizations(self):
+        """Number of times the host waited for the device."""
+        return self.waiting_copies + sum(n for name, n in self.counts.items() if name.startswith(SYNCHRONIZING))

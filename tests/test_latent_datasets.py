@@ -513,7 +513,7 @@ def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
         stream = LatentStream(cache, normalizer, BatchPlan(COUNT, 4, seed=3), "meta", with_labels=True)
         x0, told = next(stream)
     stream.close()
-    assert x0.device.type == told["y"].device.type == "meta" and launches.synchronisations == 0
+    assert x0.device.type == told["y"].device.type == "meta" and launches.synchronizations == 0
 
 
 def test_a_cache_is_not_written_among_other_files(pictures, cached):

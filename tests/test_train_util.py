@@ -579,7 +579,7 @@ def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, mo
         loop.run_step(batch, {})
         with Launches() as launches:
             loop.run_step(batch, {})
-    assert 400 < launches.total <= most and launches.synchronisations == 0, launches.counts.most_common(20)
+    assert 400 < launches.total <= most and launches.synchronizations == 0, launches.counts.most_common(20)
 
 
 @pytest.mark.parametrize("kind", [UniformSampler, LossSecondMomentResampler])
@@ -590,10 +590,10 @@ def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
     with Launches() as launches:
         drawn = [*draws.times(sampler, "meta"), draws.normal((4, 2, 2), "meta"), draws.uniform(7, "meta")]
         torch.zeros(1).to("meta", non_blocking=True)
-    assert all(x.device.type == "meta" and len(x) == 4 for x in drawn) and launches.synchronisations == 0
+    assert all(x.device.type == "meta" and len(x) == 4 for x in drawn) and launches.synchronizations == 0
     with Launches() as launches:
         torch.zeros(1).to("meta")
-    assert launches.synchronisations == 1
+    assert launches.synchronizations == 1
 
 
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 TINY = dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 1), num_heads=2)
 
 
-def randomised(network):
-    """Give every parameter a value, those that start at zero included."""
+def randomize(network):
+    """Give every parameter a random value, including those initialized to zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -25,13 +25,13 @@ def randomised(network):
 
 def tiny_unet(size=8, channels=2, **changes):
     torch.manual_seed(0)
-    return randomised(unet.UNetModel(size, channels, out_channels=channels, **{**TINY, **changes}))
+    return randomize(unet.UNetModel(size, channels, out_channels=channels, **{**TINY, **changes}))
 
 
 def tiny_encoder(size=8, **changes):
     torch.manual_seed(0)
     options = {**TINY, "num_head_channels": 16, **changes}
-    return randomised(unet.EncoderUNetModel(size, 2, out_channels=5, **options))
+    return randomize(unet.EncoderUNetModel(size, 2, out_channels=5, **options))
 
 
 def inputs(*shape):
@@ -52,18 +52,18 @@ def inputs(*shape):
         (3, (2, 4, 4), {"resample_depth": True, "conv_resample": False}),
     ],
 )
-def test_the_output_has_the_grid_of_the_input(dims, grid, options):
+def test_output_has_the_grid_of_the_input(dims, grid, options):
     x, t = inputs(2, *grid)
     assert tiny_unet(dims=dims, **options)(x, t).shape == x.shape
 
 
 @pytest.mark.parametrize("options", [{}, {"conv_resample": False}, {"resblock_updown": True}])
 @pytest.mark.parametrize("resample_depth, middle", [(False, (4, 2, 2)), (True, (2, 2, 2))])
-def test_depth_shrinks_only_where_asked(options, resample_depth, middle):
-    network, seen = tiny_unet(dims=3, resample_depth=resample_depth, **options), []
-    network.middle_block.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[2:])))
+def test_depth_is_downsampled_only_with_resample_depth(options, resample_depth, middle):
+    network, grids = tiny_unet(dims=3, resample_depth=resample_depth, **options), []
+    network.middle_block.register_forward_hook(lambda module, args, output: grids.append(tuple(output.shape[2:])))
     network(*inputs(2, 4, 4, 4))
-    assert seen == [middle]
+    assert grids == [middle]
 
 
 def test_attention_is_the_softmax_of_scaled_products():
@@ -72,13 +72,13 @@ def test_attention_is_the_softmax_of_scaled_products():
     assert torch.allclose(unet.attend(q, k, v), expected, atol=1e-5)
 
 
-def test_attention_spelt_out_in_bfloat16_is_the_fused_one(monkeypatch):
+def test_attention_by_matrix_products_equals_the_fused_kernel(monkeypatch):
     q, k, v = torch.randn(3, 2, 4, 5, 8).bfloat16().unbind()
-    spelt_out = unet.attend(q, k, v)
+    products = unet.attend(q, k, v)
     monkeypatch.setattr(unet, "MATMUL_TOKENS", 0)
     fused = unet.attend(q, k, v)
-    assert spelt_out.dtype == fused.dtype == torch.bfloat16
-    assert torch.allclose(spelt_out.float(), fused.float(), atol=0.03)
+    assert products.dtype == fused.dtype == torch.bfloat16
+    assert torch.allclose(products.float(), fused.float(), atol=0.03)
 
 
 def test_head_orders_differ_by_a_permutation_of_channels():
@@ -90,12 +90,12 @@ def test_head_orders_differ_by_a_permutation_of_channels():
     assert torch.equal(result, unet.QKVAttentionLegacy(heads)(legacy))
 
 
-def test_one_head_has_no_order():
+def test_single_head_attention_has_no_head_order():
     qkv = torch.randn(2, 24, 5)
     assert torch.equal(unet.QKVAttention(1)(qkv), unet.QKVAttentionLegacy(1)(qkv))
 
 
-def test_attention_is_counted_as_two_products():
+def test_attention_flops_are_those_of_two_products():
     module = unet.QKVAttention(2)
     module.total_ops = torch.zeros(1, dtype=torch.float64)
     qkv = torch.randn(3, 24, 5)
@@ -103,26 +103,26 @@ def test_attention_is_counted_as_two_products():
     assert module.total_ops.item() == 2 * 3 * 8 * 5**2
 
 
-def test_an_attention_block_is_equivariant_under_permuted_positions():
-    block, x = randomised(unet.AttentionBlock(32, num_heads=4)), torch.randn(1, 32, 9)
+def test_attention_block_is_equivariant_to_permutations():
+    block, x = randomize(unet.AttentionBlock(32, num_heads=4)), torch.randn(1, 32, 9)
     order = torch.randperm(9)
     assert torch.allclose(block(x)[..., order], block(x[..., order]), atol=1e-5)
 
 
-def test_fresh_blocks_are_identities():
+def test_new_blocks_are_identities():
     x = torch.randn(1, 32, 4, 4)
     assert torch.equal(unet.AttentionBlock(32)(x), x)
     assert torch.equal(unet.ResBlock(32, 8, 0.0)(x, torch.randn(1, 8)), x)
 
 
-def test_channels_that_do_not_divide_into_heads_are_refused():
+def test_channels_that_do_not_divide_into_heads_are_rejected():
     with pytest.raises(ValueError, match="32 channels do not divide into heads of 24; change --num_head_channels"):
         unet.AttentionBlock(32, num_head_channels=24)
     with pytest.raises(ValueError, match="32 channels do not divide into 3 heads; change --num_heads"):
         unet.AttentionBlock(32, num_heads=3)
 
 
-def test_upsampling_then_averaging_is_the_identity():
+def test_average_pooling_inverts_upsampling():
     x = torch.randn(1, 32, 2, 4, 6)
     for depth in (False, True):
         up = unet.Upsample(32, False, dims=3, resample_depth=depth)
@@ -131,14 +131,14 @@ def test_upsampling_then_averaging_is_the_identity():
         assert torch.allclose(down(up(x)), x, atol=1e-6)
 
 
-def test_resampling_refuses_other_channels():
-    with pytest.raises(ValueError, match="built for 32 channels"):
+def test_resampling_rejects_other_channels():
+    with pytest.raises(ValueError, match="Upsample expects 32 channels, got shape"):
         unet.Upsample(32, False)(torch.zeros(1, 16, 2, 2))
-    with pytest.raises(ValueError, match="averages keep 32 channels, 64 were asked for"):
+    with pytest.raises(ValueError, match="average pooling keeps 32 channels, got out_channels=64"):
         unet.Downsample(32, False, out_channels=64)
 
 
-def test_a_block_without_forward_is_abstract():
+def test_block_without_forward_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         unet.TimestepBlock()
 
@@ -159,15 +159,15 @@ def test_recomputing_changes_no_gradient(flag, options):
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_recomputing_norms_keeps_little_more_than_half(amp):
-    bytes_kept = []
+def test_recomputed_norms_save_little_more_than_half(amp):
+    saved_bytes = []
     for value in (False, True):
         network = tiny_unet(recompute_norms=value, dropout=0.1)
-        bytes_kept.append(sum(memory.saved_activations(network, lambda n: n(*inputs(2, 16, 16)), amp).values()))
-    assert bytes_kept[1] < 0.6 * bytes_kept[0]
+        saved_bytes.append(sum(memory.saved_activations(network, lambda n: n(*inputs(2, 16, 16)), amp).values()))
+    assert saved_bytes[1] < 0.6 * saved_bytes[0]
 
 
-def test_nothing_is_recomputed_unless_asked(monkeypatch):
+def test_nothing_is_recomputed_by_default(monkeypatch):
     flags = set()
     monkeypatch.setattr(unet, "checkpoint", lambda func, inputs, params, flag: flags.add(flag) or func(*inputs))
     tiny_unet()(*inputs(2, 4, 4))
@@ -176,7 +176,7 @@ def test_nothing_is_recomputed_unless_asked(monkeypatch):
 
 @pytest.mark.parametrize("build", [tiny_unet, tiny_encoder])
 @pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_autocast_keeps_result_and_gradients_near_float32(build, use_checkpoint):
+def test_autocast_result_is_close_and_gradients_are_float32(build, use_checkpoint):
     x, t = inputs(2, 8, 8)
     network = build(use_checkpoint=use_checkpoint)
     plain = network(x, t)
@@ -189,7 +189,7 @@ def test_autocast_keeps_result_and_gradients_near_float32(build, use_checkpoint)
 
 
 @pytest.mark.parametrize("build", [tiny_unet, tiny_encoder])
-def test_weights_in_bfloat16_take_and_give_float32(build):
+def test_bfloat16_weights_accept_and_return_float32(build):
     x, t = inputs(2, 8, 8)
     network = build()
     with torch.no_grad():
@@ -198,14 +198,15 @@ def test_weights_in_bfloat16_take_and_give_float32(build):
     assert (cast - plain).abs().max() < 0.1 * plain.abs().max()
 
 
-def test_half_precision_is_for_inner_convolutions_and_can_be_undone():
+def test_convert_to_fp16_casts_inner_convolutions_only():
     network = tiny_unet(use_fp16=True)
     assert network.dtype == torch.float16 and network.torso_dtype == torch.float32
     network.convert_to_fp16()
     assert network.dtype == network.torso_dtype == torch.float16
     assert network.middle_block[1].qkv.weight.dtype == torch.float16
-    kept = [network.time_embed[0], network.middle_block[0].emb_layers[1], network.middle_block[1].norm, network.out[2]]
-    assert all(layer.weight.dtype == torch.float32 for layer in kept)
+    residual, attention, _ = network.middle_block
+    others = [network.time_embed[0], residual.emb_layers[1], attention.norm, network.out[2]]
+    assert all(layer.weight.dtype == torch.float32 for layer in others)
     x, t = inputs(2, 4, 4)
     assert network(x, t).dtype == torch.float32
     network.convert_to_fp32()
@@ -217,23 +218,23 @@ def test_classes_change_the_output():
     assert not torch.allclose(network(x, t, torch.tensor([0, 0])), network(x, t, y=torch.tensor([1, 2])))
 
 
-def test_labels_must_fit_the_network():
+def test_labels_must_match_the_network():
     x, t = inputs(2, 4, 4)
-    with pytest.raises(ValueError, match="network without classes"):
+    with pytest.raises(ValueError, match="network has no classes, got labels y"):
         tiny_unet()(x, t, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="knows 3 classes and got no labels"):
+    with pytest.raises(ValueError, match="conditioned on 3 classes, got no labels"):
         tiny_unet(num_classes=3)(x, t)
-    with pytest.raises(ValueError, match=r"shape \(1,\), the batch wants one class per sample, \(2,\)"):
+    with pytest.raises(ValueError, match=r"expected one class per sample, shape \(2,\), got \(1,\)"):
         tiny_unet(num_classes=3)(x, t, torch.tensor([0]))
 
 
-def test_a_grid_that_the_levels_do_not_divide_is_refused():
+def test_grids_that_the_levels_do_not_divide_are_rejected():
     network = tiny_unet(channel_mult=(1, 1, 1))
-    with pytest.raises(ValueError, match="spatial axis 1 has size 6.*shrink it by 4.*data of size 4 or 8"):
+    with pytest.raises(ValueError, match="spatial axis 1 has size 6: expected a multiple of 4.*data of size 4 or 8"):
         network(*inputs(2, 8, 6))
 
 
-def test_heads_upwards_count_only_without_head_channels():
+def test_num_heads_upsample_is_used_without_head_channels_only():
     heads = [m.num_heads for m in tiny_unet(num_heads_upsample=8).modules() if isinstance(m, unet.AttentionBlock)]
     assert heads == [2, 2, 8, 8]
     network = tiny_unet(num_heads_upsample=8, num_head_channels=8)
@@ -241,36 +242,36 @@ def test_heads_upwards_count_only_without_head_channels():
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_an_upsampler_sees_the_small_picture(dims):
-    network = randomised(unet.SuperResModel(8, 1, out_channels=1, dims=dims, **TINY))
+def test_upsampler_depends_on_the_low_resolution_image(dims):
+    network = randomize(unet.SuperResModel(8, 1, out_channels=1, dims=dims, **TINY))
     x, t = inputs(1, *(8,) * dims)
-    small = torch.randn(2, 1, *(4,) * dims)
-    assert network(x, t, low_res=small).shape == x.shape
-    assert not torch.allclose(network(x, t, small), network(x, t, -small))
-    with pytest.raises(ValueError, match="low_res"):
+    low_res = torch.randn(2, 1, *(4,) * dims)
+    assert network(x, t, low_res=low_res).shape == x.shape
+    assert not torch.allclose(network(x, t, low_res), network(x, t, -low_res))
+    with pytest.raises(ValueError, match="requires low-resolution images"):
         network(x, t)
 
 
 @pytest.mark.parametrize("pool", unet.POOLS)
 @pytest.mark.parametrize("dims, size, grid", [(1, 8, (8,)), (2, (8, 4), (8, 4)), (3, 4, (4, 4, 4))])
-def test_every_pool_gives_one_vector_per_sample(pool, dims, size, grid):
+def test_every_pool_returns_one_vector_per_sample(pool, dims, size, grid):
     x, t = inputs(2, *grid)
     assert tiny_encoder(size, pool=pool, dims=dims)(x, t).shape == (2, 5)
 
 
-def test_the_attention_pool_refuses_another_grid():
-    with pytest.raises(ValueError, match=r"last grid of \(4, 4\), and got \(8, 8\); set --image_size"):
+def test_attention_pool_rejects_another_grid():
+    with pytest.raises(ValueError, match=r"last grid of \(4, 4\), got \(8, 8\); set --image_size"):
         tiny_encoder(8, pool="attention")(*inputs(2, 16, 16))
-    with pytest.raises(ValueError, match="heads of num_head_channels, which is -1"):
+    with pytest.raises(ValueError, match="num_head_channels must divide the 32 channels of the attention pool, got -1"):
         tiny_encoder(8, pool="attention", num_head_channels=-1)
 
 
-def test_an_unknown_pool_is_refused_with_the_known_ones():
-    with pytest.raises(NotImplementedError, match="'median'; --classifier_pool is one of adaptive, attention"):
+def test_unknown_pools_are_rejected_with_the_known_ones():
+    with pytest.raises(NotImplementedError, match="--classifier_pool must be one of adaptive, .*got 'median'"):
         tiny_encoder(pool="median")
 
 
-def test_widths_that_the_norm_cannot_group_are_refused():
+def test_widths_that_the_norm_cannot_group_are_rejected():
     with pytest.raises(ValueError, match="48 channels do not divide"):
         tiny_unet(model_channels=48)
 
@@ -281,10 +282,10 @@ def test_channel_multipliers_may_be_fractions():
     assert network(*inputs(2, 4, 4)).shape == (2, 2, 4, 4)
 
 
-@pytest.mark.skipif(not PARITY.is_dir(), reason="no recorded defaults beside the checkout")
-def test_defaults_are_those_of_guided_diffusion():
+@pytest.mark.skipif(not PARITY.is_dir(), reason="no recorded defaults next to the checkout")
+def test_defaults_equal_guided_diffusion():
     recorded = json.loads((PARITY / "reference" / "defaults.json").read_text())
     expected = {**recorded["model_and_diffusion_defaults"], **recorded["classifier_defaults"]}
     names = expected.keys() - recorded["diffusion_defaults"].keys() - {"image_size"}    # the size belongs to the data
-    ours = {**as_dict(unet.ModelConfig()), **as_dict(unet.ClassifierConfig())}
-    assert {name: ours[name] for name in names} == {name: expected[name] for name in names}
+    defaults = {**as_dict(unet.ModelConfig()), **as_dict(unet.ClassifierConfig())}
+    assert {name: defaults[name] for name in names} == {name: expected[name] for name in names}
