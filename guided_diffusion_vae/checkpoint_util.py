@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .files import atomic_path, bf, sha256_of_file, write_json
+from .files import atomic_path, load_tensors as load, sha256_of_file, write_json
 
 FORMAT = 1
 HEADER_KEY = "guided_diffusion_vae"
@@ -40,21 +40,6 @@ def save(path, content):
             # Given a name in place of a stream, torch says of a full disk only that a position is unexpected; given a
             # stream, it may still raise that on top of the stream's own error.
             raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-
-def load(path, map_location="cpu", flag="the path"):
-    """Read a file of tensors and plain values; ValueError where it is truncated or holds anything else."""
-    if not bf.exists(str(path)) or bf.isdir(str(path)):
-        raise FileNotFoundError(f"{path} is not there; check {flag}")
-    try:
-        with bf.BlobFile(str(path), "rb") as stream:
-            return torch.load(stream, map_location=map_location, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or cut short, or holds more than tensors and plain values, which "
-                         f"weights_only=True refuses ({reason}); check {flag}") from error
 
 
 def save_safetensors(path, state_dict, header):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import checkpoint_util
+from .files import load_tensors
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
 # Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not
@@ -513,8 +513,8 @@ def _buckets(tensors):
 # Files
 
 def load_state_dict(path, **kwargs):
-    """Read a state dict from a local or cloud path; `kwargs` and errors are those of `checkpoint_util.load`."""
-    return checkpoint_util.load(path, **kwargs)
+    """Read a state dict from a local or cloud path; `kwargs` and errors are those of `files.load_tensors`."""
+    return load_tensors(path, **kwargs)
 
 
 # Being told to stop

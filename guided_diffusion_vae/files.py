@@ -16,6 +16,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import torch
+
 from PIL import Image, UnidentifiedImageError
 
 # Errors of Pillow, NumPy, zipfile and zlib on reading a corrupt file.
@@ -64,6 +66,21 @@ def write_json(path, content):
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load_tensors(path, map_location="cpu", flag="the path"):
+    """Read a file of tensors and plain values; ValueError where it is truncated or holds anything else."""
+    if not bf.exists(str(path)) or bf.isdir(str(path)):
+        raise FileNotFoundError(f"{path} is not there; check {flag}")
+    try:
+        with bf.BlobFile(str(path), "rb") as stream:
+            return torch.load(stream, map_location=map_location, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or cut short, or holds more than tensors and plain values, which "
+                         f"weights_only=True refuses ({reason}); check {flag}") from error
 
 
 def sha256_of_file(path):

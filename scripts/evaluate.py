@@ -33,7 +33,7 @@ def main(run):
 
     extract, classifier, header, data = loading.open_extractors(run)
     run = run.override(data)
-    datasets = {name: comparison.open_image_set(path, data, flag) for name, path, flag in (
+    datasets = {name: comparison.open_images(path, data, flag) for name, path, flag in (
         ("real", config.reference, "--reference"), ("samples", config.samples, "--samples"),
         ("training", config.train_dir, "--train_dir")) if path}
     tstr_datasets = tstr.open_tstr_datasets(run, datasets) if config.tstr_iterations else {}

@@ -341,11 +341,11 @@ def test_a_noised_classifier_is_the_default(chain, call, tmp_path):
 
 
 @pytest.mark.parametrize("script, flags, said", [
-    ("train_autoencoder", ["train_autoencoder"], "initial=1, layers=(2, 2), total downsampling: 4x: pictures (1, 64"),
+    ("train_autoencoder", ["train_autoencoder"], "initial=1, layers=(2, 2), total downsampling: 4x: images (1, 64"),
     ("image_train_vae", ["train"], "12 latents 3x16x16"),
     ("image_sample_vae", [], "latents 3x16x16 -> pictures 1x64x64, 2 classes, 8 steps"),
-    ("check_roundtrip", [], "pictures (1, 64, 64) -> latents (3, 16, 16)"),
-    ("classifier_train", [], "12 pictures 1x64x64 in "),
+    ("check_roundtrip", [], "images (1, 64, 64) -> latents (3, 16, 16)"),
+    ("classifier_train", [], "12 images 1x64x64 in "),
 ])
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chain, call, tmp_path, script, flags, said):
     options = getattr(chain, flags[0]) if flags else {
@@ -366,7 +366,7 @@ def test_sizes_that_the_strides_do_not_divide_are_padded_and_cropped_back(chain,
     odd = {"data_dir": pictures(tmp_path / "data", 4, size=18), "image_size": 18, "pad": True}
     flags = {"config": chain.config, "channel_mult": "1", "batch_size": 2, "attention_resolutions": "", "max_steps": 1}
     status, out, err = call("train_autoencoder", config=chain.config, **odd, max_steps=1, logdir=tmp_path / "vae")
-    assert status == 0 and "pictures (1, 20, 20) -> latents (3, 5, 5)" in out, err
+    assert status == 0 and "images (1, 20, 20) -> latents (3, 5, 5)" in out, err
     status, out, err = call("encode_dataset", vae_path=tmp_path / "vae", **odd, cache_dir=tmp_path / "cache")
     assert status == 0, err
     status, out, err = call("image_train_vae", **flags, cache_dir=tmp_path / "cache", logdir=tmp_path / "run")
@@ -448,7 +448,7 @@ def test_pictures_are_trained_on_and_gone_on_with(pixels, chain, tmp_path):
     assert {"loss", "mse", "vb", "loss_q0", "grad_norm", "param_norm", "samples"} <= set(rows_of(folder)[-1])
     assert {"previews/000002.png", "model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"} <= set(listing(folder))
     out = done("image_train", ranks=2, **{**pixels, "logdir": folder}, max_steps=3)
-    assert "going on from step 2" in out and f"{COUNT} pictures 1x16x16 in {chain.data}; classes: a 6, b 6" in out
+    assert "going on from step 2" in out and f"{COUNT} images 1x16x16 in {chain.data}; classes: a 6, b 6" in out
     assert checkpoint_util.load_weights(folder / "model000003.pt")[1]["autoencoder"]["config"]["class"] == "PixelCodec"
 
 
@@ -565,7 +565,7 @@ def test_a_classifier_of_other_x0_or_other_noise_is_refused_by_name(pixels, chai
                                                                     tmp_path):
     flags = {"num_samples": 1, "logdir": tmp_path}
     refused(call("classifier_sample", model_path=pixels["logdir"], classifier_path=noisy_classifier, **flags),
-            "works on x0 of autoencoder")
+            "does not match the diffusion model: expected autoencoder")
     refused(call("classifier_sample", model_path=pixels["logdir"], classifier_path=classifier, **flags),
             "was trained on clean data (--noised False)")
     weights, header = checkpoint_util.load_weights(noisy_classifier / "model000002.pt")
@@ -801,7 +801,7 @@ def test_the_whole_chain_works_on_volumes(call, tmp_path):
     common = {"config": config, "data_dir": tmp_path / "data"}
     for script, ranks, flags, said in (
         ("train_autoencoder", 1, {**common, "crop": "random", "patches_per_volume": 2, "max_steps": 2,
-                                  "logdir": tmp_path / "ae"}, "total downsampling: 2x: pictures (1, 8, 16, 12)"),
+                                  "logdir": tmp_path / "ae"}, "total downsampling: 2x: images (1, 8, 16, 12)"),
         ("check_roundtrip", 1, {**common, "crop": "grid", "vae_path": tmp_path / "ae", "logdir": tmp_path / "trip"},
          "psnr"),
         ("encode_dataset", 2, {**common, "crop": "grid", "vae_path": tmp_path / "ae",
@@ -865,7 +865,7 @@ def test_a_shipped_configuration_trains(call, tmp_path, path, size):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"out_channels": 3}, "--out_channels 3, but the pictures have 1, and"),
+    ({"out_channels": 3}, "--out_channels 3 conflicts with"),
     ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth is given for the backbone"),
     ({"discriminator_weight": 1, "discriminator_layers": 5}, "lower --discriminator_layers"),
 ])
@@ -940,17 +940,17 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
      "cut.npz: cannot be read as an .npz archive"),
     ("evaluate", {"samples": "{data}", "vae_path": "{autoencoder}"}, "--reference is not given"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": "64x62"},
-     "axis 1 has size 62, which the autoencoder's total factor 4"),
+     "axis 1 has size 62, which the autoencoder's total downsampling factor 4"),
     ("train_autoencoder", {"data_dir": "{data}", "config": "{tmp}/typo.yaml"},
      "typo.yaml has an unknown key 'autoencoder.num_chanels'; did you mean 'num_channels'?"),
     ("train_autoencoder", {"data_dir": "{data}", "num_chanels": 3}, "did you mean 'num_channels'?"),
     ("train_autoencoder", {"data_dir": "{data}", "batch_size": 13}, "12 items are fewer than one step requires"),
     ("train_autoencoder", {"data_dir": "{data}", "logdir": "{tmp}/cut.pt/run"},
      "cannot write into {tmp}/cut.pt/run (Not a directory); give --logdir a folder that can be written"),
-    ("image_train_vae", {"cache_dir": "{cache}", "compile": True, "recompute_norms": True}, "exclude each other"),
+    ("image_train_vae", {"cache_dir": "{cache}", "compile": True, "recompute_norms": True}, "mutually exclusive"),
     ("image_train_vae", {"cache_dir": "{cache}", "batch_size": 13}, "12 items are fewer than one step requires"),
     ("image_train_vae", {"cache_dir": "{cache}", "normalizer": "none"}, "x0 has a measured standard deviation of"),
-    ("image_train_vae", {"cache_dir": "{cache}", "data_dir": "{data}"}, "give one of them"),
+    ("image_train_vae", {"cache_dir": "{cache}", "data_dir": "{data}"}, "specify one of them"),
     ("image_train_vae", {"cache_dir": "{cache}", "logdir": "{autoencoder}"},
      "checkpoints of another"),
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}", "cache_dir": "{tmp}/cut.pt/cache"},
@@ -970,19 +970,19 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
      "logsnr99: N must be in [2, "),
     ("classifier_sample", {"model_path": "{diffusion}/model000002.pt"}, "no classifier given; --classifier_path wants"),
     ("classifier_sample", {"model_path": "{diffusion}", "classifier_path": "{diffusion}"}, "one of kind 'classifier'"),
-    ("super_res_train", {"cache_dir": "{cache}"}, "give that of the small pictures as --small_cache_dir"),
-    ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{cache}"}, "--small_size must be below"),
-    ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "--small_size must be below"),
+    ("super_res_train", {"cache_dir": "{cache}"}, "set --low_res_cache_dir to a cache of its low-resolution"),
+    ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{cache}"}, "set --small_size below"),
+    ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "set --small_size below"),
     ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'diffusion', --model_path wants"),
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder given for the cache"),
     ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{colour}", "batch_size": 4},
-     "(--val_data_dir) has 3 channels"),
+     "(--val_data_dir): expected 1 channels"),
     ("train_autoencoder", {"data_dir": "{data}", "val_pictures": 0, "batch_size": 4}, "--val_pictures is 0; it is at least 1"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": 16, "discriminator_weight": 0.5, "batch_size": 4},
      "too small for the discriminator: expected at least 24"),
     ("classifier_train", {"data_dir": "{data}", "val_data_dir": "{plain}", "iterations": 1}, "has no classes"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "tstr_iterations": 3,
-                  "tstr_batch_size": 13}, "fewer than a step of 13 takes; lower --tstr_batch_size"),
+                  "tstr_batch_size": 13}, "expected at least 13, one training step; lower --tstr_batch_size"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "image_size": 32,
                   "tstr_iterations": 3}, "for a grid of 32"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "train_dir": "{tmp}/none"},
@@ -1001,7 +1001,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "the file's name ends in .safetensors"),
     ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is damaged"),
     ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{data}"}, "holds neither manifest.json"),
-    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "data_dir": "{data}", "image_size": 32}, "shape of x0"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "data_dir": "{data}", "image_size": 32}, "expected x0 shape"),
 ])
 def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, script, flags, message):
     (tmp_path / "cut.pt").write_bytes(chain.model.read_bytes()[:2000])

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from .. import checkpoint_util
 from ..config import option, require
+from ..files import load_tensors
 
 BACKBONES = ("vgg", "alex", "squeeze")
 MIN_SIZE = 32   # pixels per side; the backbones downsample by up to 32
@@ -90,7 +90,7 @@ class PerceptualLoss(nn.Module):
 
 def _load_backbone(net, path):
     """Load torchvision's weights into lpips' slices of the same network, which keep torchvision's layer numbers."""
-    weights = checkpoint_util.load(path, "cpu", "--perceptual_path")
+    weights = load_tensors(path, "cpu", "--perceptual_path")
     state = {}
     for name, value in net.state_dict().items():
         _, number, kind = name.split(".", 2)        # slice1.0.weight, slice2.3.squeeze.weight
