@@ -95,7 +95,7 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
 def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_one_before():
     stages = []
     for size in (256, 512, 1024):
-        argv = ["--config", str(CONFIGS / f"pictures/progressive_{size}.yaml"), "--in_channels", "1"]
+        argv = ["--config", str(CONFIGS / f"images/progressive_{size}.yaml"), "--in_channels", "1"]
         network = parse("doc", *AUTOENCODER, argv=argv)[1]
         model = parse("doc", *DIFFUSION, argv=argv[:2])[4]
         model = dataclasses.replace(model, in_channels=4, dims=2, num_classes=2 * model.class_cond)

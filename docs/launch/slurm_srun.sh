@@ -1,6 +1,6 @@
 #!/bin/bash
 # One or many nodes with Slurm alone: srun starts a task for every GPU; ranks meet by Slurm's variables.
-#   sbatch --nodes 2 docs/launch/slurm_srun.sh --config configs/pictures/512.yaml --cache_dir latents_cache/mine
+#   sbatch --nodes 2 docs/launch/slurm_srun.sh --config configs/images/512.yaml --cache_dir latents_cache/mine
 #SBATCH --job-name=diffusion
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The same with torchrun: srun starts one torchrun on each node, which starts the ranks there.
-#   sbatch --nodes 2 docs/launch/slurm_torchrun.sh --config configs/pictures/512.yaml --cache_dir latents_cache/mine
+#   sbatch --nodes 2 docs/launch/slurm_torchrun.sh --config configs/images/512.yaml --cache_dir latents_cache/mine
 #SBATCH --job-name=diffusion
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
