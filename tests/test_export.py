@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -19,23 +21,23 @@ UNET = {"num_channels": 32, "num_res_blocks": 1, "num_head_channels": 16, "atten
         "channel_mult": "1,2"}
 
 
-def scattered(network):
-    """Give every weight a say, those that start at zero too."""
+def randomize(network):
+    """Give every weight a random value, including those initialized to zero."""
     torch.manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return network.eval()
 
 
-def autoencoder_of(**flags):
+def random_autoencoder(**flags):
     config = AutoencoderConfig(**{**AUTOENCODER, **flags})
-    return scattered(create_autoencoder(config)), config
+    return randomize(create_autoencoder(config)), config
 
 
-def unet_of(process=DiffusionConfig(), shape=(4, 8, 8), **flags):
+def random_unet(process=DiffusionConfig(), shape=(4, 8, 8), **flags):
     model = ModelConfig(**{**UNET, **flags})
     network, _ = create_model_and_diffusion_vae(shape, model, process)
-    return scattered(network), as_dict(model)
+    return randomize(network), as_dict(model)
 
 
 @pytest.mark.parametrize("flags", [
@@ -43,46 +45,46 @@ def unet_of(process=DiffusionConfig(), shape=(4, 8, 8), **flags):
     {"with_encoder_nonlocal_attn": True}, {"with_decoder_nonlocal_attn": True, "attention_levels": (True, True)},
     {"num_channels": (16,), "in_channels": 1, "latent_channels": 2},
 ])
-def test_an_autoencoder_computes_in_diffusers_what_it_does_here(flags, tmp_path):
-    network, config = autoencoder_of(**flags)
+def test_exported_autoencoder_computes_the_same(flags, tmp_path):
+    network, config = random_autoencoder(**flags)
     diffusers_export.save_folder(diffusers_export.autoencoder_to_diffusers(network, config, 0.3), tmp_path / "vae")
-    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
+    exported = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False)
     x = torch.rand(2, network.in_channels, 16, 16) * 2 - 1
     with torch.no_grad():
         mean, sigma = network.encode(x)
-        posterior = theirs.encode(x).latent_dist
+        posterior = exported.encode(x).latent_dist
         torch.testing.assert_close(posterior.mean, mean, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(posterior.std, sigma, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(theirs.decode(mean).sample, network.decode(mean), atol=1e-4, rtol=1e-4)
-    assert theirs.config.scaling_factor == 0.3
+        torch.testing.assert_close(exported.decode(mean).sample, network.decode(mean), atol=1e-4, rtol=1e-4)
+    assert exported.config.scaling_factor == 0.3
 
 
 @pytest.mark.parametrize("normalizer", [LatentNormalizer([0], [0.4], "auto"),
                                         LatentNormalizer([0.1, -0.2, 0, 1], [0.5, 1, 2, 3], "channel")])
-def test_a_normalizer_is_worked_into_the_autoencoder(normalizer):
-    network, config = autoencoder_of()
-    theirs = diffusers_export.autoencoder_to_diffusers(network, config, 0.18215, normalizer)
+def test_normalizer_is_folded_into_the_exported_autoencoder(normalizer):
+    network, config = random_autoencoder()
+    exported = diffusers_export.autoencoder_to_diffusers(network, config, 0.18215, normalizer)
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         x0 = normalizer.normalize(0.18215 * network.moments(x)[0])
-        torch.testing.assert_close(theirs.encode(x).latent_dist.mean, x0, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(theirs.decode(x0).sample, network.reconstruct(x), atol=1e-3, rtol=1e-3)
-    assert theirs.config.scaling_factor == 1
+        torch.testing.assert_close(exported.encode(x).latent_dist.mean, x0, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(exported.decode(x0).sample, network.reconstruct(x), atol=1e-3, rtol=1e-3)
+    assert exported.config.scaling_factor == 1
 
 
 @pytest.mark.parametrize("flags, problem", [
-    ({"spatial_dims": 3}, "it works on 3 axes, not on pictures"),
-    ({"downsample_factors": (4,)}, r"it shrinks pictures by \(4, 4\) over 2 levels, not by 2"),
-    ({"initial_downsample_factor": 2}, r"it shrinks pictures by \(4, 4\) over 2 levels"),
-    ({"downsample_kernel_size": 5}, "its strided convolutions have 5 taps"),
+    ({"spatial_dims": 3}, "it has 3 spatial axes instead of 2"),
+    ({"downsample_factors": (4,)}, r"it downsamples by \(4, 4\) over 2 levels, not by 2"),
+    ({"initial_downsample_factor": 2}, r"it downsamples by \(4, 4\) over 2 levels"),
+    ({"downsample_kernel_size": 5}, "its strided convolutions have kernel size 5"),
     ({"use_convtranspose": True}, "it upsamples by transposed convolution"),
     ({"space_to_channel": True}, "it has shortcuts between space and channels"),
     ({"norm_eps": 1e-5}, "its norms add 1e-05, not 1e-6"),
-    ({"image_range": (0.0, 1.0)}, r"black and white are \(0.0, 1.0\) inside"),
+    ({"image_range": (0.0, 1.0)}, r"its image_range is \(0.0, 1.0\) instead of \(-1, 1\)"),
 ])
-def test_an_autoencoder_without_a_counterpart_is_refused_with_the_reason(flags, problem):
-    with pytest.raises(ValueError, match=f"no counterpart in diffusers: {problem}.*; export it with --format safe"):
-        diffusers_export.autoencoder_to_diffusers(*autoencoder_of(**flags), 0.18215)
+def test_autoencoder_without_a_counterpart_is_rejected_with_the_reason(flags, problem):
+    with pytest.raises(ValueError, match=f"no counterpart in diffusers: {problem}.*; set --format safetensors"):
+        diffusers_export.autoencoder_to_diffusers(*random_autoencoder(**flags), 0.18215)
 
 
 @pytest.mark.parametrize("flags", [
@@ -90,47 +92,48 @@ def test_an_autoencoder_without_a_counterpart_is_refused_with_the_reason(flags, 
     {"class_cond": True, "num_classes": 3, "class_dropout": 0.1}, {"attention_resolutions": ""},
     {"num_head_channels": -1, "num_heads": 2, "attention_resolutions": "4"},
 ])
-def test_a_unet_computes_in_diffusers_what_it_does_here(flags, tmp_path):
-    network, described = unet_of(DiffusionConfig(learn_sigma=True), **flags)
+def test_exported_unet_computes_the_same(flags, tmp_path):
+    network, described = random_unet(DiffusionConfig(learn_sigma=True), **flags)
     diffusers_export.save_folder(diffusers_export.unet_to_diffusers(network, described), tmp_path / "unet")
-    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
+    exported = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 7, 999])
     y = torch.tensor([0, 3, 1]) if flags.get("class_cond") else None
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x, t, class_labels=y).sample, network(x, t, y), atol=1e-4, rtol=1e-4)
-    assert theirs.config.sample_size == 8 and theirs.config.out_channels == 8
+        torch.testing.assert_close(exported(x, t, class_labels=y).sample, network(x, t, y), atol=1e-4, rtol=1e-4)
+    assert exported.config.sample_size == 8 and exported.config.out_channels == 8
 
 
 @pytest.mark.parametrize("flags, problem", [
-    ({"channel_mult": "2,2"}, "its first level is 64 wide and its times are embedded in 32 numbers"),
+    ({"channel_mult": "2,2"}, "its first level has 64 channels and its timestep embedding 32"),
     ({"num_head_channels": -1, "num_heads": 2, "attention_resolutions": "8,4"}, r"its attention heads have \[16, 32\]"),
     ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, r"its attention heads have \[16, 32\]"),
 ])
-def test_a_unet_without_a_counterpart_is_refused_with_the_reason(flags, problem):
+def test_unet_without_a_counterpart_is_rejected_with_the_reason(flags, problem):
     with pytest.raises(ValueError, match=f"no counterpart in diffusers: {problem}"):
-        diffusers_export.unet_to_diffusers(*unet_of(**flags))
+        diffusers_export.unet_to_diffusers(*random_unet(**flags))
 
 
-def test_volumes_and_upsamplers_are_refused():
-    with pytest.raises(ValueError, match="it works on 3 axes"):
-        diffusers_export.unet_to_diffusers(*unet_of(shape=(4, 8, 8, 8)))
+def test_volumes_and_upsamplers_are_rejected():
+    with pytest.raises(ValueError, match="it has 3 spatial axes instead of 2"):
+        diffusers_export.unet_to_diffusers(*random_unet(shape=(4, 8, 8, 8)))
     upsampler = sr_create_model(8, 4, 32, 1, False, False, False, "4", 1, 16, -1, True, 0, False, False,
-                                            channel_mult="1,2")
-    with pytest.raises(ValueError, match="it is an upsampler"):
+                                channel_mult="1,2")
+    with pytest.raises(ValueError, match="it is an upsampler, which has low-resolution images as a second input"):
         diffusers_export.unet_to_diffusers(upsampler, as_dict(ModelConfig(**UNET)))
 
 
-def test_an_export_that_computes_something_else_is_never_written(monkeypatch):
+def test_export_with_other_outputs_is_rejected(monkeypatch):
     entries = diffusers_export._unet_entries
-    monkeypatch.setattr(diffusers_export, "_unet_entries", lambda name, layer: ((k, 1.01 * v) for k, v in entries(name, layer)))
+    monkeypatch.setattr(diffusers_export, "_unet_entries",
+                        lambda name, layer: ((k, 1.01 * v) for k, v in entries(name, layer)))
     with pytest.raises(ValueError, match="the exported UNet differs from the original by .*; it was not written"):
-        diffusers_export.unet_to_diffusers(*unet_of())
+        diffusers_export.unet_to_diffusers(*random_unet())
 
 
 @pytest.mark.parametrize("flags", [{}, {"predict_xstart": True}, {"predict_v": True}, {"learn_sigma": True}])
-def test_the_scheduler_takes_our_steps(flags):
+def test_scheduler_steps_equal_ours(flags):
     steps = 40
-    process = create_gaussian_diffusion(steps=steps, noise_schedule="cosine", **flags)
+    diffusion = create_gaussian_diffusion(steps=steps, noise_schedule="cosine", **flags)
     described = as_dict(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine", **flags))
     scheduler = diffusers_export.create_scheduler(described, pixels=True)
     scheduler.set_timesteps(steps)
@@ -138,22 +141,30 @@ def test_the_scheduler_takes_our_steps(flags):
     output = torch.randn(2, 6 if flags.get("learn_sigma") else 3, 4, 4, generator=torch.Generator().manual_seed(2))
     for t in (39, 17, 1, 0):
         generator = torch.Generator().manual_seed(5)
-        theirs = scheduler.step(output, t, x, generator=generator)
+        actual = scheduler.step(output, t, x, generator=generator)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-        ours = process.p_sample(lambda x, t: output, x, torch.full((2,), t), noise_fn=lambda x: noise)
-        torch.testing.assert_close(theirs.pred_original_sample, ours["pred_xstart"], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(theirs.prev_sample, ours["sample"], atol=1e-4, rtol=1e-3)
+        expected = diffusion.p_sample(lambda x, t: output, x, torch.full((2,), t), noise_fn=lambda x: noise)
+        torch.testing.assert_close(actual.pred_original_sample, expected["pred_xstart"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual.prev_sample, expected["sample"], atol=1e-4, rtol=1e-3)
 
 
-def test_times_that_diffusers_would_show_differently_are_refused():
+def test_processes_that_diffusers_does_not_support_are_rejected():
     described = as_dict(DiffusionConfig(diffusion_steps=100, rescale_timesteps=True))
-    with pytest.raises(ValueError, match="its times run to 1000 over 100 steps"):
+    with pytest.raises(ValueError, match="its timesteps are rescaled to 1000 over 100 steps"):
         diffusers_export.create_scheduler(described, pixels=True)
+    with pytest.raises(ValueError, match="its diffusion process is flow"):
+        diffusers_export.create_scheduler({**as_dict(DiffusionConfig()), "process": "flow"}, pixels=True)
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path):
+def test_autoencoders_of_other_projects_are_rejected():
+    codec = types.SimpleNamespace(network=torch.nn.Identity(), architecture=None, config={"class": "Other"})
+    with pytest.raises(ValueError, match="its autoencoder is of class Other"):
+        diffusers_export.codec_to_diffusers(codec)
+
+
+def test_save_folder_rejects_existing_folders_and_is_atomic(tmp_path):
     (tmp_path / "unet").mkdir()
-    with pytest.raises(FileExistsError, match="unet is there already; give --out another name"):
+    with pytest.raises(FileExistsError, match="unet already exists; set another --out"):
         diffusers_export.save_folder(None, tmp_path / "unet")
 
     class Failing:

@@ -1,7 +1,7 @@
-"""Hand models to diffusers: folders that it loads, verified before they are written.
+"""Convert models to diffusers, verified before they are written.
 
-diffusers' networks differ from ours in what they can be, not in what they compute, so weights are renamed and
-rearranged, and an export whose outputs differ from the original's is refused.
+The networks of diffusers support other architectures, but compute the same functions: weights are renamed and
+rearranged, and an export whose outputs differ from the original raises an error.
 """
 
 import shutil
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from .. import autoencoder, unet
-from ..config import option
+from ..autoencoder import AutoencoderConfig, AutoencoderKL, per_level
+from ..config import option, require
 from ..gaussian_diffusion import get_named_beta_schedule
+from ..unet import AttentionBlock, Downsample, ResBlock, UNetModel, Upsample
 from ..vae import blocks
 
 FORMATS = ("safetensors", "diffusers")
-MAX_RELATIVE_DIFFERENCE = 1e-4   # of what an export computes from the original, relative to the largest value
+MAX_RELATIVE_DIFFERENCE = 1e-4   # between the outputs of export and original, relative to the largest value
 
 
 @dataclass
@@ -29,52 +30,49 @@ class ExportConfig:
     out: str = option("", "the file or folder to write")
 
 
-def _check_supported(agreements):
-    """Raise ValueError naming the first of (holds, what is in the way) that does not hold."""
-    for holds, problem in agreements:
-        if not holds:
-            raise ValueError(f"this model has no counterpart in diffusers: {problem}; export it with --format "
-                             "safetensors")
+def _check_supported(*rules):
+    """Check (holds, property of the model that diffusers does not support otherwise) pairs."""
+    require(*((holds, f"this model has no counterpart in diffusers: {problem}; set --format safetensors")
+              for holds, problem in rules))
 
 
-def _require_equal(what, ours, theirs):
-    difference = (ours - theirs).abs().max().item() / max(ours.abs().max().item(), 1e-12)
-    if not difference <= MAX_RELATIVE_DIFFERENCE:
-        raise ValueError(f"the exported {what} differs from the original by {difference:.2g} of its largest value; it "
-                         "was not written: please report this model's configuration")
+def _check_equal(name, expected, actual):
+    difference = (expected - actual).abs().max().item() / max(expected.abs().max().item(), 1e-12)
+    require((difference <= MAX_RELATIVE_DIFFERENCE,
+             f"the exported {name} differs from the original by {difference:.2g} of its largest value; it was not "
+             "written: please report this model's configuration"))
 
 
-def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
-    """Return a diffusers AutoencoderKL that computes what our `AutoencoderKL` does; verified on random pictures.
+def autoencoder_to_diffusers(network: AutoencoderKL, config: AutoencoderConfig, scale_factor: float, normalizer=None):
+    """Return a diffusers AutoencoderKL that computes the same as our `AutoencoderKL`; verified on random images.
 
-    MONAI's networks have no activation before their last convolutions, diffusers' have SiLU there. As silu(x) -
-    silu(-x) = x, every channel inside gets a copy, and the last norm turns the copies around: the same function, in a
-    network of twice the width. A group of a norm holds channels beside their copies, which leaves its statistics as
-    they are. Blocks that diffusers has beyond ours become identities.
+    MONAI's networks have no activation before their last convolutions, diffusers' networks apply SiLU there. As
+    silu(x) - silu(-x) = x, every inner channel is duplicated and the last norm negates the copies, which gives the same
+    function in a network of twice the width. A channel and its copy are in the same group of a norm, whose statistics
+    therefore do not change. Additional blocks of diffusers become identities.
 
-    :param config: the AutoencoderConfig of the network.
-    :param normalizer: a LatentNormalizer to work into the network, whose latents are then x0, with scaling_factor 1.
-    :raises ValueError: for volumes, strides other than 2 and whatever else has no counterpart.
+    :param normalizer: a LatentNormalizer to fold into the network, whose latents are then x0, with scaling_factor 1.
+    :raises ValueError: for volumes, strides other than 2 and other architectures without a counterpart.
     """
-    from diffusers import AutoencoderKL
+    import diffusers
 
     levels = len(config.num_channels)
-    _check_supported([
-        (config.spatial_dims == 2, f"it works on {config.spatial_dims} axes, not on pictures"),
+    _check_supported(
+        (config.spatial_dims == 2, f"it has {config.spatial_dims} spatial axes instead of 2"),
         (network.factors == (2 ** (levels - 1),) * 2 and config.initial_downsample_factor == 1,
-         f"it shrinks pictures by {network.factors} over {levels} levels, not by 2 from each level to the next"),
+         f"it downsamples by {network.factors} over {levels} levels, not by 2 from each level to the next"),
         (config.downsample_kernel_size in (0, 3),
-         f"its strided convolutions have {config.downsample_kernel_size} taps"),
+         f"its strided convolutions have kernel size {config.downsample_kernel_size}"),
         (not config.use_convtranspose, "it upsamples by transposed convolution"),
         (not config.space_to_channel, "it has shortcuts between space and channels"),
         (config.norm_eps == 1e-6, f"its norms add {config.norm_eps}, not 1e-6, to the variance"),
         (tuple(config.image_range) == (-1.0, 1.0),
-         f"black and white are {tuple(config.image_range)} inside, not -1 and 1"),
-    ])
-    attends = autoencoder.per_level(config.attention_levels or False, levels)
-    repeats = autoencoder.per_level(config.num_res_blocks, levels)
+         f"its image_range is {tuple(config.image_range)} instead of (-1, 1)"),
+    )
+    attends = per_level(config.attention_levels or False, levels)
+    repeats = per_level(config.num_res_blocks, levels)
     middle = config.with_encoder_nonlocal_attn, config.with_decoder_nonlocal_attn
-    theirs = AutoencoderKL(
+    exported = diffusers.AutoencoderKL(
         in_channels=network.in_channels, out_channels=network.out_channels, latent_channels=network.latent_channels,
         block_out_channels=[2 * width for width in config.num_channels], layers_per_block=max(repeats),
         down_block_types=["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
@@ -82,88 +80,89 @@ def autoencoder_to_diffusers(network, config, scale_factor, normalizer=None):
         norm_num_groups=config.norm_num_groups, mid_block_add_attention=any(middle),
         scaling_factor=1.0 if normalizer else scale_factor, sample_size=16 * 2 ** (levels - 1),
     ).eval()
-    state = {name: torch.zeros_like(value) for name, value in theirs.state_dict().items()}
-    for side, blocks, with_middle in (("encoder", network.encoder.blocks, middle[0]),
-                                      ("decoder", network.decoder.blocks, middle[1])):
+    state = {name: torch.zeros_like(value) for name, value in exported.state_dict().items()}
+    for side, half, with_middle in (("encoder", network.encoder, middle[0]), ("decoder", network.decoder, middle[1])):
         names = _diffusers_block_names(side, list(zip(repeats, attends)), with_middle)
-        for name, block in zip(names, blocks, strict=True):
+        for name, block in zip(names, half.blocks, strict=True):
             _write_block(state, f"{side}.{name}", block)
     _write_latents(state, network, scale_factor, normalizer)
-    theirs.load_state_dict(state)
+    exported.load_state_dict(state)
 
     x = torch.rand(2, network.in_channels, *(4 * factor for factor in network.factors)) * 2 - 1
     with torch.no_grad():
         mean, logvar = network.moments(x)
-        posterior = theirs.encode(x).latent_dist
+        posterior = exported.encode(x).latent_dist
         scale, shift = _affine(network, scale_factor, normalizer)
-        _require_equal("encoder", mean * scale + shift, posterior.mean)
-        _require_equal("posterior", logvar + 2 * scale.log(), posterior.logvar)
-        _require_equal("decoder", network.decode(mean), theirs.decode(posterior.mean).sample)
-    return theirs
+        _check_equal("encoder", mean * scale + shift, posterior.mean)
+        _check_equal("posterior", logvar + 2 * scale.log(), posterior.logvar)
+        _check_equal("decoder", network.decode(mean), exported.decode(posterior.mean).sample)
+    return exported
 
 
 def _diffusers_block_names(side, levels, with_middle):
-    """Return what diffusers calls the blocks of an encoder or a decoder, in our order.
+    """Return diffusers' names of the blocks of an encoder or a decoder, in our order.
 
-    :param levels: of each level how many residual blocks it has, and whether they attend.
+    :param levels: (number of residual blocks, whether they attend) per level.
     """
-    blocks, steps = ("down_blocks", "downsamplers") if side == "encoder" else ("up_blocks", "upsamplers")
+    path, steps = ("down_blocks", "downsamplers") if side == "encoder" else ("up_blocks", "upsamplers")
     middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"] if with_middle else []
     inside = []
     for i, (repeats, attends) in enumerate(levels if side == "encoder" else levels[::-1]):
         for r in range(repeats):
-            inside += [f"{blocks}.{i}.resnets.{r}"] + [f"{blocks}.{i}.attentions.{r}"] * attends
-        inside += [f"{blocks}.{i}.{steps}.0"] * (i + 1 < len(levels))
+            inside += [f"{path}.{i}.resnets.{r}"] + [f"{path}.{i}.attentions.{r}"] * attends
+        inside += [f"{path}.{i}.{steps}.0"] * (i + 1 < len(levels))
     inside = inside + middle if side == "encoder" else middle + inside
     return ["conv_in", *inside, "conv_norm_out", "conv_out"]
 
 
 def _write_block(state, name, block):
-    """Write one of our blocks under diffusers' name, every channel inside beside its copy."""
+    """Write one of our blocks under diffusers' name, with every inner channel duplicated."""
     if name.endswith("conv_in"):
-        _write(state, name, _duplicate_channels(block.conv.weight, rows=True), _duplicate_channels(block.conv.bias))
+        _write(state, name, _duplicate_channels(block.conv.weight), _duplicate_channels(block.conv.bias))
     elif name.endswith("conv_norm_out"):
-        turned = torch.tensor([1.0, -1.0]).repeat(len(block.weight))
-        _write(state, name, _duplicate_channels(block.weight) * turned, _duplicate_channels(block.bias) * turned)
+        signs = torch.tensor([1.0, -1.0]).repeat(len(block.weight))
+        _write(state, name, _duplicate_channels(block.weight) * signs, _duplicate_channels(block.bias) * signs)
     elif name.endswith("conv_out"):
-        difference = torch.tensor([1.0, -1.0]).repeat(block.conv.in_channels).view(-1, 1, 1)
-        weight = block.conv.weight.repeat_interleave(2, 1) * difference
-        moments = 2 if name.startswith("encoder") else 1    # mean and log-variance are told apart by quant_conv
+        signs = torch.tensor([1.0, -1.0]).repeat(block.conv.in_channels).view(-1, 1, 1)
+        weight = block.conv.weight.repeat_interleave(2, 1) * signs
+        moments = 2 if name.startswith("encoder") else 1    # quant_conv separates mean and log-variance
         _write(state, name, weight.repeat(moments, 1, 1, 1), block.conv.bias.repeat(moments))
     elif isinstance(block, blocks.ResBlock):
         for norm in ("norm1", "norm2"):
-            _write(state, f"{name}.{norm}", *(_duplicate_channels(p) for p in getattr(block, norm).parameters()))
-        for ours, theirs in (("conv1", "conv1"), ("conv2", "conv2"), ("nin_shortcut", "conv_shortcut")):
-            for conv in getattr(block, ours).children():
-                _write(state, f"{name}.{theirs}", _duplicate_channels(conv.weight, rows=True, columns=True), _duplicate_channels(conv.bias))
+            _write_duplicated(state, f"{name}.{norm}", getattr(block, norm))
+        for own, other in (("conv1", "conv1"), ("conv2", "conv2"), ("nin_shortcut", "conv_shortcut")):
+            for conv in getattr(block, own).children():
+                _write_duplicated(state, f"{name}.{other}", conv)
     elif isinstance(block, blocks.Attention):
-        _write(state, f"{name}.group_norm", _duplicate_channels(block.norm.weight), _duplicate_channels(block.norm.bias))
-        for ours, theirs in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("proj_attn", "to_out.0")):
-            layer = getattr(block, ours)
-            # Copies double the products of queries and keys, of which twice the width takes a root of 2 away.
-            gain = 0.5**0.5 if ours == "to_q" else 1.0
-            _write(state, f"{name}.{theirs}", gain * _duplicate_channels(layer.weight, rows=True, columns=True),
-                   gain * _duplicate_channels(layer.bias))
-    else:  # Downsample and Upsample, whose convolutions lie one level apart
-        conv = block.conv.conv
-        _write(state, f"{name}.conv", _duplicate_channels(conv.weight, rows=True, columns=True), _duplicate_channels(conv.bias))
+        _write_duplicated(state, f"{name}.group_norm", block.norm)
+        for own, other in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("proj_attn", "to_out.0")):
+            # Copies double the products of queries and keys; twice the width divides them by the root of 2 only.
+            _write_duplicated(state, f"{name}.{other}", getattr(block, own), 0.5**0.5 if own == "to_q" else 1.0)
+    else:  # Downsample and Upsample, whose convolutions are at different depths
+        _write_duplicated(state, f"{name}.conv", block.conv.conv)
 
 
-def _duplicate_channels(values, rows=True, columns=False):
-    """Put a copy beside every channel: of outputs (rows), and of inputs (columns), which then count half each."""
-    values = values.repeat_interleave(2, 0) if rows else values
-    return values.repeat_interleave(2, 1) / 2 if columns else values
+def _write_duplicated(state, name, layer, gain=1.0):
+    weight = gain * _duplicate_channels(layer.weight)
+    if weight.dim() > 1:    # the inputs are duplicated as well, so each of them counts half
+        weight = weight.repeat_interleave(2, 1) / 2
+    _write(state, name, weight, gain * _duplicate_channels(layer.bias))
+
+
+def _duplicate_channels(values):
+    """Insert a copy after every output channel."""
+    return values.repeat_interleave(2, 0)
 
 
 def _write(state, name, weight, bias):
     for key, value in ((f"{name}.weight", weight), (f"{name}.bias", bias)):
-        if state[key].shape != value.shape:
-            raise ValueError(f"{key} has shape {tuple(state[key].shape)} in diffusers, {tuple(value.shape)} here")
+        require((state[key].shape == value.shape,
+                 f"{key} has shape {tuple(state[key].shape)} in diffusers, {tuple(value.shape)} here"))
         state[key] = value.detach().clone()
 
 
 def _affine(network, scale_factor, normalizer):
-    """Return (scale, shift), each [Z x 1 x 1], from z to what the exported encoder gives."""
+    """Return (scale, shift), each [Z x 1 x 1], from z to the latents of the exported encoder."""
     scale, shift = torch.ones(network.latent_channels), torch.zeros(network.latent_channels)
     if normalizer is not None:
         std, mean = (torch.tensor(v).expand(network.latent_channels) for v in (normalizer.std, normalizer.shift))
@@ -172,43 +171,43 @@ def _affine(network, scale_factor, normalizer):
 
 
 def _write_latents(state, network, scale_factor, normalizer):
-    """Write the convolutions around the latents, with the change of scale worked in."""
+    """Write the convolutions around the latents, with the change of scale folded in."""
     scale, shift = (v.flatten() for v in _affine(network, scale_factor, normalizer))
     mu, log_sigma, back = network.quant_conv_mu.conv, network.quant_conv_log_sigma.conv, network.post_quant_conv.conv
     mean = mu.weight * scale.view(-1, 1, 1, 1)
-    nothing = torch.zeros_like(mean)
-    weight = torch.cat([torch.cat([mean, nothing], 1), torch.cat([nothing, log_sigma.weight], 1)])
+    zeros = torch.zeros_like(mean)
+    weight = torch.cat([torch.cat([mean, zeros], 1), torch.cat([zeros, log_sigma.weight], 1)])
     bias = torch.cat([mu.bias * scale + shift, log_sigma.bias + 2 * scale.log()])
     _write(state, "quant_conv", weight, bias)
-    undone = back.weight / scale.view(1, -1, 1, 1)
-    _write(state, "post_quant_conv", undone, back.bias - (undone * shift.view(1, -1, 1, 1)).sum((1, 2, 3)))
+    inverse = back.weight / scale.view(1, -1, 1, 1)
+    _write(state, "post_quant_conv", inverse, back.bias - (inverse * shift.view(1, -1, 1, 1)).sum((1, 2, 3)))
 
 
-def unet_to_diffusers(network, flags):
-    """Return a diffusers UNet2DModel that computes what our `UNetModel` does; verified on random data.
+def unet_to_diffusers(network: UNetModel, flags: dict):
+    """Return a diffusers UNet2DModel that computes the same as our `UNetModel`; verified on random data.
 
-    :param flags: the "model" flags of the network's header, a dictionary.
-    :raises ValueError: where the architectures do not agree, naming the flag.
+    :param flags: the "model" flags of the network's header.
+    :raises ValueError: if the architecture has no counterpart; the message names the flag.
     """
     from diffusers import UNet2DModel
 
     repeats = flags["num_res_blocks"]
     levels = [network.input_blocks[first] for first in range(1, len(network.input_blocks), repeats + 1)]
     widths = [level[0].out_channels for level in levels]
-    attends = [any(isinstance(block, unet.AttentionBlock) for block in level) for level in levels]
-    heads = {block.channels // block.num_heads for block in network.modules() if isinstance(block, unet.AttentionBlock)}
-    _check_supported([
-        (type(network) is unet.UNetModel, "it is an upsampler, which is told small pictures too"),
-        (len(network.spatial_divisors) == 2, f"it works on {len(network.spatial_divisors)} axes, not on pictures"),
+    attends = [any(isinstance(block, AttentionBlock) for block in level) for level in levels]
+    heads = {block.channels // block.num_heads for block in network.modules() if isinstance(block, AttentionBlock)}
+    _check_supported(
+        (type(network) is UNetModel, "it is an upsampler, which has low-resolution images as a second input"),
+        (len(network.spatial_divisors) == 2, f"it has {len(network.spatial_divisors)} spatial axes instead of 2"),
         (widths[0] == network.model_channels,
-         f"its first level is {widths[0]} wide and its times are embedded in {network.model_channels} numbers "
-         "(--channel_mult does not begin with 1)"),
-        (len(heads) == 1, f"its attention heads have {sorted(heads)} channels, and diffusers knows one size for all "
+         f"its first level has {widths[0]} channels and its timestep embedding {network.model_channels} "
+         "(--channel_mult does not start with 1)"),
+        (len(heads) == 1, f"its attention heads have {sorted(heads)} channels instead of one size "
                           "(--num_head_channels)"),
-    ])
+    )
     resampling = "resnet" if flags["resblock_updown"] else "conv"
     plain = "Resnet{}sampleBlock2D" if flags["resblock_updown"] else "{}Block2D"
-    theirs = UNet2DModel(
+    exported = UNet2DModel(
         sample_size=network.image_size, in_channels=network.in_channels, out_channels=network.out_channels,
         block_out_channels=widths, layers_per_block=repeats, dropout=flags["dropout"],
         down_block_types=["AttnDownBlock2D" if a else plain.format("Down") for a in attends],
@@ -217,29 +216,29 @@ def unet_to_diffusers(network, flags):
         norm_num_groups=32, attn_norm_num_groups=32, norm_eps=1e-5, num_class_embeds=network.num_classes,
         resnet_time_scale_shift="scale_shift" if flags["use_scale_shift_norm"] else "default",
     ).eval()
-    state, shapes = unet_state(network, repeats), theirs.state_dict()
-    if missing := sorted(shapes.keys() - state.keys()):
-        raise ValueError(f"diffusers' UNet2DModel has {missing[0]} and {len(missing) - 1} more that ours has not")
-    theirs.load_state_dict({key: value.reshape(shapes[key].shape).clone() for key, value in state.items()})
+    state, shapes = unet_state(network, repeats), exported.state_dict()
+    missing = sorted(shapes.keys() - state.keys())
+    require((not missing, f"diffusers' UNet2DModel has weights that are missing here: {', '.join(missing[:3])}"))
+    exported.load_state_dict({key: value.reshape(shapes[key].shape).clone() for key, value in state.items()})
 
     x, t = torch.randn(2, network.in_channels, *(2 * step for step in network.spatial_divisors)), torch.tensor([3, 500])
     y = None if network.num_classes is None else torch.tensor([0, network.num_classes - 1])
     with torch.no_grad():
-        _require_equal("UNet", network.eval()(x, t, y), theirs(x, t, class_labels=y).sample)
-    return theirs
+        _check_equal("UNet", network.eval()(x, t, y), exported(x, t, class_labels=y).sample)
+    return exported
 
 
-def unet_state(network, repeats):
-    """Return {diffusers' key: value} of all weights of a `UNetModel` with so many residual blocks a level.
+def unet_state(network: UNetModel, repeats: int) -> dict[str, torch.Tensor]:
+    """Return {diffusers' key: value} of all weights of a `UNetModel` with `repeats` residual blocks per level.
 
-    1x1 convolutions keep the shape that they have in ours.
+    1x1 convolutions keep their shape.
     """
     return {key: value.detach() for name, layer in _unet_layers(network, repeats)
             for key, value in _unet_entries(name, layer)}
 
 
 def _unet_layers(network, repeats):
-    """Yield (diffusers' name, layer) of everything in our UNet that has weights."""
+    """Yield (diffusers' name, layer) of all layers of our UNet with weights."""
     yield "time_embedding.linear_1", network.time_embed[0]
     yield "time_embedding.linear_2", network.time_embed[2]
     if network.num_classes is not None:
@@ -264,26 +263,25 @@ def _unet_layers(network, repeats):
 def _section(name, repeat, section):
     yield f"{name}.resnets.{repeat}", section[0]
     for layer in section[1:]:
-        of_attention = isinstance(layer, unet.AttentionBlock)
-        yield f"{name}.attentions.{repeat}" if of_attention else f"{name}.upsamplers.0", layer
+        yield f"{name}.attentions.{repeat}" if isinstance(layer, AttentionBlock) else f"{name}.upsamplers.0", layer
 
 
 def _unet_entries(name, layer):
     """Yield (key, value) of diffusers' state dict for one of our layers."""
-    if isinstance(layer, unet.ResBlock):
+    if isinstance(layer, ResBlock):
         parts = {"norm1": layer.in_layers[0], "conv1": layer.in_layers[2], "time_emb_proj": layer.emb_layers[1],
                  "norm2": layer.out_layers[0], "conv2": layer.out_layers[3], "conv_shortcut": layer.skip_connection}
-    elif isinstance(layer, unet.AttentionBlock):
+    elif isinstance(layer, AttentionBlock):
         parts = {"group_norm": layer.norm, "to_out.0": layer.proj_out}
         for key, value in layer.qkv.named_parameters():
-            # `split` knows where queries, keys and values lie: taken to rows of weights as it is applied to tokens.
+            # `split` defines the order of queries, keys and values; it applies to rows of weights as to tokens.
             rows = layer.attention.split(value.flatten(1).T[None] if value.dim() > 1 else value[None, None])
             for i, part in enumerate(("to_q", "to_k", "to_v")):
                 flat = rows[i].flatten(2)[0]
                 yield f"{name}.{part}.{key}", flat.T if value.dim() > 1 else flat[0]
-    elif isinstance(layer, unet.Downsample):
+    elif isinstance(layer, Downsample):
         parts = {"conv": layer.op}
-    elif isinstance(layer, unet.Upsample):
+    elif isinstance(layer, Upsample):
         parts = {"conv": layer.conv}
     else:
         parts = {"": layer}
@@ -292,16 +290,20 @@ def _unet_entries(name, layer):
             yield ".".join(filter(None, (name, part, key))), value
 
 
-def create_scheduler(flags, pixels):
-    """Return a diffusers DDPMScheduler with the process that "diffusion" flags describe; others follow `from_config`.
+def create_scheduler(flags: dict, pixels: bool):
+    """Return a diffusers DDPMScheduler of the process that "diffusion" flags describe; others follow `from_config`.
 
-    :raises ValueError: where the network is shown other times than diffusers would show it.
+    :raises ValueError: for another process, or one whose network gets other timesteps than diffusers would pass.
     """
     from diffusers import DDPMScheduler
 
     steps = flags["diffusion_steps"]
-    _check_supported([(not flags["rescale_timesteps"] or steps == 1000,
-               f"its times run to 1000 over {steps} steps (--rescale_timesteps)")])
+    process = flags.get("process", "gaussian")      # models before --process have no entry
+    _check_supported(
+        (process == "gaussian", f"its diffusion process is {process} (--process)"),
+        (not flags["rescale_timesteps"] or steps == 1000,
+         f"its timesteps are rescaled to 1000 over {steps} steps (--rescale_timesteps)"),
+    )
     prediction = "v_prediction" if flags.get("predict_v") else "sample" if flags["predict_xstart"] else "epsilon"
     return DDPMScheduler(
         num_train_timesteps=steps, trained_betas=get_named_beta_schedule(flags["noise_schedule"], steps).tolist(),
@@ -310,43 +312,41 @@ def create_scheduler(flags, pixels):
     )
 
 
-def pipeline_to_diffusers(network, header, codec, normalizer):
+def pipeline_to_diffusers(network: UNetModel, header: dict, codec, normalizer):
     """Return a diffusers pipeline of a diffusion model: DDPMPipeline in pixels, LDMPipeline in latents.
 
-    In latents its autoencoder takes and gives x0 itself, so that nobody has to know the normalizer. A class-conditional
-    model loads from it too, and is then asked with `class_labels`, which these pipelines themselves do not pass on.
-
-    :param codec: what the latents were made with; `PixelCodec` for pixels.
+    The latents of the pipeline's autoencoder are x0, so that the pipeline needs no normalizer. A class-conditional
+    model can be loaded from it and called with `class_labels`; these pipelines do not pass labels themselves.
     """
     from diffusers import DDPMPipeline, LDMPipeline
 
-    made_by = header["autoencoder"] or {"config": {}}   # nothing is known of a plain folder of latents
-    pixels = made_by["config"].get("class") == "PixelCodec"
-    theirs = unet_to_diffusers(network, header["model"])
-    scheduler = create_scheduler(header["diffusion"], pixels)
-    if pixels:
-        return DDPMPipeline(unet=theirs, scheduler=scheduler)
-    return LDMPipeline(vqvae=codec_to_diffusers(codec, normalizer), unet=theirs, scheduler=scheduler)
+    exported = unet_to_diffusers(network, header["model"])
+    scheduler = create_scheduler(header["diffusion"], codec.is_pixels)
+    if codec.is_pixels:
+        return DDPMPipeline(unet=exported, scheduler=scheduler)
+    return LDMPipeline(vqvae=codec_to_diffusers(codec, normalizer), unet=exported, scheduler=scheduler)
 
 
 def codec_to_diffusers(codec, normalizer=None):
-    """Return the diffusers AutoencoderKL of a codec, with a normalizer worked in where one is given."""
-    if isinstance(codec.network, autoencoder.AutoencoderKL):
-        return autoencoder_to_diffusers(codec.network.cpu(), codec.architecture, codec.scale_factor, normalizer)
+    """Return the diffusers autoencoder of a `VAEInterface`, with the normalizer folded in if there is one."""
     network = codec.network.cpu()
+    if codec.architecture is not None:
+        return autoencoder_to_diffusers(network, codec.architecture, codec.scale_factor, normalizer)
+    _check_supported(("_class_name" in codec.config, f"its autoencoder is of class {codec.config.get('class')}"))
     if normalizer is not None:
-        _check_supported([(len(normalizer.std) == 1 and normalizer.shift == [0.0] and not codec.shift_factor,
-                   f"its latents are normalised by --normalizer {normalizer.mode}, which {type(network).__name__} "
-                   "has no place for")])
+        _check_supported((
+            len(normalizer.std) == 1 and normalizer.shift == [0.0] and not codec.shift_factor,
+            f"its latents are normalized by --normalizer {normalizer.mode}, which {type(network).__name__} cannot "
+            "represent",
+        ))
         network.register_to_config(scaling_factor=codec.scale_factor / normalizer.std[0])
     return network
 
 
-def save_folder(model, folder):
-    """Have a diffusers model or pipeline write itself into a new folder, which is there whole or not at all."""
+def save_folder(model, folder: str | Path) -> None:
+    """Save a diffusers model or pipeline as a new folder, atomically."""
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already; give --out another name, or remove it")
+    require((not folder.exists(), f"{folder} already exists; set another --out, or remove it"), error=FileExistsError)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
