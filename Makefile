@@ -1,12 +1,13 @@
-# make quickstart   set up, then run the whole pipeline on simulated radar data (see README)
-# make test         set up, then run the tests
-# make lint         set up, then let ruff read the code (rules in pyproject.toml)
-# They install into .venv once, and again only after pyproject.toml or constraints.txt changed.
+# make quickstart   install, then run the whole pipeline on simulated radar data (see README)
+# make test         install, then run the tests
+# make lint         install, then check the code with ruff (rules in pyproject.toml)
+# make clean        delete the output of make quickstart
+# Packages are installed into .venv, and updated only if pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-# OpenMP threads that spin while waiting take the cores of the other ranks.
+# Waiting OpenMP threads must not spin: they would occupy the cores of other ranks.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup test lint quickstart clean

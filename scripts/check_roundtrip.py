@@ -1,6 +1,6 @@
-"""Encode and decode pictures with an autoencoder, and say how much survives.
+"""Encode and decode images with an autoencoder, and report the reconstruction quality.
 
-Writes metrics.json and a side-by-side picture into the run folder; the exit status is 1 below the given thresholds.
+Writes metrics.json and roundtrip.png to the run folder. The exit status is 1 if a threshold is not reached.
 
     python scripts/check_roundtrip.py --vae_path runs/autoencoder --data_dir DIR --min_psnr 23"""
 

@@ -1,12 +1,13 @@
-"""Sample from a diffusion model, pulled towards classes by a classifier of noisy data; in pixels or in latents.
+"""Sample from a diffusion model with classifier guidance, in pixels or in latents.
 
     python scripts/classifier_sample.py --model_path runs/diffusion --classifier_path runs/noisy_classifier \\
         --classifier_scale 2 --num_samples 64 --timestep_respacing 250
     mpiexec -n 2 python scripts/classifier_sample.py $MODEL_FLAGS $CLASSIFIER_FLAGS --model_path 256x256_diffusion.pt \\
         --classifier_path 256x256_classifier.pt --classifier_scale 1 --timestep_respacing 250
 
-Both models of this project describe themselves and must work on the same x0 (pictures, or latents of one autoencoder);
-those of guided-diffusion are described by the flags. The diffusion model need not know classes."""
+The classifier must be trained on noised data. Checkpoints of this project contain their settings; those of
+guided-diffusion require the model flags. Both models must use the same x0: pixels, or latents of one autoencoder. The
+diffusion model may be unconditional."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import loading

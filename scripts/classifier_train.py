@@ -1,11 +1,12 @@
-"""Train a classifier of noised data, to guide sampling, or of clean data (--noised False), to judge samples.
+"""Train a classifier: on noised data for guidance, or on clean data (--noised False) for evaluation.
 
     mpiexec -n 2 python scripts/classifier_train.py --data_dir DIR/train --val_data_dir DIR/val --iterations 3000
     python scripts/classifier_train.py --cache_dir latents_cache/NAME --classifier_channel_mult 1,2,2 --iterations 3000
     python scripts/classifier_train.py --data_dir DIR/train --val_data_dir DIR/val --noised False --iterations 2000 \\
         --classifier_width 32 --classifier_attention_resolutions 8 --batch_size 32
 
-It reads pictures, or latents where --cache_dir or --vae_path is given: those of the diffusion model it shall guide."""
+The input is images, or latents if --cache_dir or --vae_path is set. For guidance, use the latents of the diffusion
+model."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import spaces, training

@@ -1,7 +1,9 @@
-"""Encode a folder of pictures into a latent cache, all ranks at once; interrupted, the same command goes on.
+"""Encode a folder of images into a latent cache, on all ranks in parallel.
 
     mpiexec -n 2 python scripts/encode_dataset.py --vae_path runs/autoencoder --data_dir DIR \\
-        --cache_dir latents_cache/NAME"""
+        --cache_dir latents_cache/NAME
+
+Rerun the same command to resume an interrupted encoding."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.cache_writer import write_cache

@@ -1,13 +1,13 @@
-"""Hold samples against real pictures: distances between sets, class agreement, copies, what a classifier learns.
+"""Compare samples with real images: set distances, class agreement, memorization, training utility.
 
     python scripts/evaluate.py --samples samples_300x64x64x3.npz --reference DIR/val --train_dir DIR/train \\
         --classifier_path runs/classifier/model002000.pt
     python scripts/evaluate.py --samples samples_50000x256x256x3.npz --reference VIRTUAL_imagenet256_labeled.npz \\
         --inception_path weights-inception-2015-12-05-6726825d.pth
 
-Features come from the Inception network of FID (a local weights file), from a classifier of yours (classifier_train.py
---noised False), or from an autoencoder's latents, for which no pretrained network is needed. Writes metrics.json,
-confusion matrices and nearest training pictures to the run folder."""
+Features come from one of three sources: the Inception network of FID (a local weights file), a classifier
+(classifier_train.py --noised False), or the latents of an autoencoder, which require no pretrained network. Writes
+metrics.json, confusion matrices and the nearest training images to the run folder."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.evaluation import comparison

@@ -1,11 +1,11 @@
-"""Hand a model to other programs: a .safetensors file with its header, or a folder that diffusers loads.
+"""Export a model as a .safetensors file with its header, or as a folder that diffusers loads.
 
     python scripts/export.py --model_path runs/diffusion --out diffusion.safetensors
     python scripts/export.py --model_path runs/autoencoder --format diffusers --out exported/autoencoder
     python scripts/export.py --model_path runs/diffusion --format diffusers --out exported/pipeline
 
-What goes to diffusers is compared with the original on random data before it is written; where the architectures do not
-agree the export is refused with the reason. A .safetensors file is taken by all scripts here as well."""
+A diffusers model is compared with the original on random data before it is written. The export fails with the reason
+if the architectures do not match. All scripts also accept a .safetensors file as a model."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.logger import log_rank0

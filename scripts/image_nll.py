@@ -1,10 +1,10 @@
-"""Measure how likely a diffusion model finds held-out data: the variational bound.
+"""Compute the variational bound on the likelihood of held-out data under a diffusion model.
 
     python scripts/image_nll.py --model_path runs/pixels --data_dir DIR/val
     mpiexec -n 2 python scripts/image_nll.py --model_path runs/diffusion --cache_dir latents_cache/val
 
-Of pictures it is given in bits per dimension, as guided-diffusion does. Of latents it is a density, given in nats per
-latent dimension; it says nothing of pictures, and the two must not be compared."""
+For pixels the unit is bits per dimension, as in guided-diffusion. For latents the bound is a density in nats per latent
+dimension. It does not bound the likelihood of images, so the two values cannot be compared."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.evaluation.likelihood import likelihood

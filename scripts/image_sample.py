@@ -1,11 +1,11 @@
-"""Sample pictures from a diffusion model and write samples_NxHxWxC.npz, PNG files and a contact sheet.
+"""Sample from a diffusion model of pixels; write samples_NxHxWxC.npz, PNG files and a contact sheet.
 
     python scripts/image_sample.py --model_path runs/pixels --num_samples 64 --timestep_respacing 250
     MODEL_FLAGS="--attention_resolutions 32,16,8 --class_cond True --image_size 64 --learn_sigma True ..."
     mpiexec -n 2 python scripts/image_sample.py $MODEL_FLAGS --model_path 64x64_diffusion.pt --timestep_respacing 250
 
-A model of this project describes itself; one of guided-diffusion is described by the flags. An interrupted sampling
-goes on where it stopped."""
+Checkpoints of this project contain their settings; those of guided-diffusion require the model flags. Rerun the same
+command to resume an interrupted run."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import loading

@@ -1,12 +1,12 @@
-"""Sample latents from a diffusion model, decode them, and write samples_NxHxWxC.npz, PNG files and a contact sheet.
+"""Sample latents and decode them; write samples_NxHxWxC.npz, PNG files and a contact sheet.
 
     python scripts/image_sample_vae.py --model_path runs/diffusion/ema_0.999_010000.pt
     mpiexec -n 2 python scripts/image_sample_vae.py --model_path ... --classes tapin,tapout \\
         --sampler dpmpp_sde --timestep_respacing logsnr20 --cfg_scale 2
 
-The model file carries its own description; flags that contradict it are refused. A bare state dict, such as one of
-guided-diffusion, is described by the flags of its model, and needs --vae_path, --image_size and --normalizer as well.
-An interrupted sampling goes on where it stopped."""
+A checkpoint contains its settings, and conflicting flags are an error. A bare state dict, such as one of
+guided-diffusion, requires the model flags, --vae_path, --image_size and --normalizer. Rerun the same command to resume
+an interrupted run."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import loading

@@ -1,4 +1,4 @@
-"""Train a diffusion model on pictures themselves, as guided-diffusion does.
+"""Train a diffusion model on pixels, as in guided-diffusion.
 
     mpiexec -n 2 python scripts/image_train.py --data_dir DIR --image_size 64 --class_cond True --learn_sigma True \\
         --lr 1e-4 --batch_size 16"""

@@ -1,4 +1,4 @@
-"""Train a diffusion model on latents: from a cache, or from pictures that an autoencoder encodes on the fly.
+"""Train a diffusion model on latents, read from a cache or encoded from images on the fly.
 
     mpiexec -n 2 python scripts/image_train_vae.py --config configs/microdoppler_small.yaml \\
         --cache_dir latents_cache/NAME

@@ -1,10 +1,10 @@
-"""Simulate a labelled set of radar micro-Doppler spectrograms of hand motions.
+"""Simulate a labeled dataset of radar micro-Doppler spectrograms of hand motions.
 
     python scripts/make_microdoppler.py --out_dir runs/microdoppler --num_train 300 --num_val 60 --seed 0
 
-writes train/ and val/ with grey 8-bit pictures <class>_<index>.png (rows: Doppler, the highest positive one at the top,
-motion towards the sensor below the middle; columns: time) and dataset.json with all parameters. The same command again
-leaves the folder as it is."""
+Writes 8-bit grayscale images <class>_<index>.png to train/ and val/, and all parameters to dataset.json. Rows are
+Doppler frequencies: the highest positive one is at the top, motion toward the sensor is below the middle. Columns are
+time. An existing dataset is not changed."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.microdoppler import write_dataset

@@ -1,11 +1,11 @@
-"""Say what memory an autoencoder will take to train, encode and decode, and what fits in the memory there is.
+"""Report the memory an autoencoder requires, and the memory optimizations that fit a budget.
 
     python scripts/plan_memory.py --config configs/volumes/high.yaml
     python scripts/plan_memory.py --image_size 256x256x64 --image_channels 1 --downsample_factors 4,2 \\
         --mixed_precision True --budget_gb 12,24
 
-Nothing is allocated and no data are needed; --data_dir gives the channels where flags do not. For a diffusion model,
-`image_train_vae.py --dry_run True` says the same."""
+The report covers training, encoding and decoding. Nothing is allocated and no data are required; --data_dir supplies
+the channels if no flag does. For a diffusion model, use `image_train_vae.py --dry_run True`."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import planning

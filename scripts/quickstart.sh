@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run the main job on simulated radar data, into ./quickstart; `make quickstart` sets up first and then calls this.
-# Sizes and step counts stand in configs/quickstart.yaml. Called again, it keeps the data, the cache and the trained
-# models (an interrupted training goes on where it last saved), and samples and measures anew; `make clean` starts over.
+# Run the whole pipeline on simulated radar data, with output in ./quickstart.
+# `make quickstart` installs the packages and then calls this script. All settings are in configs/quickstart.yaml.
+# A second call keeps the data, the cache and the trained models, resumes an interrupted training from its latest
+# checkpoint, and repeats sampling and evaluation. `make clean` deletes everything.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,51 +11,51 @@ CONFIG=configs/quickstart.yaml
 RUN=quickstart
 SAMPLES=192
 
-# Threads that spin while they wait take the core of the other rank.
+# Waiting threads must not spin: they would occupy the core of the other rank.
 export OMP_WAIT_POLICY=PASSIVE
 
 heading() { printf '\n=== %s  (%d min %02d s so far)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
-alone() { OMP_NUM_THREADS=2 python "$@"; }
+one_rank() { OMP_NUM_THREADS=2 python "$@"; }
 two_ranks() { OMP_NUM_THREADS=1 mpiexec -n 2 python "$@"; }
 
-heading "1/8  Simulate a radar that watches a hand: six motions, labelled pictures to train on and to check with"
-alone scripts/make_microdoppler.py --config $CONFIG --out_dir $RUN/data
+heading "1/8  Simulate radar spectrograms of six hand motions: labeled images for training and validation"
+one_rank scripts/make_microdoppler.py --config $CONFIG --out_dir $RUN/data
 
-heading "2/8  Train an autoencoder that shrinks pictures to latents and back"
-alone scripts/train_autoencoder.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/autoencoder
+heading "2/8  Train an autoencoder that compresses images to latents"
+one_rank scripts/train_autoencoder.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/autoencoder
 
-heading "3/8  Check how much of held-out pictures survives the round trip"
-alone scripts/check_roundtrip.py --config $CONFIG --vae_path $RUN/autoencoder --data_dir $RUN/data/val --logdir $RUN/roundtrip
+heading "3/8  Measure the reconstruction quality on validation images"
+one_rank scripts/check_roundtrip.py --config $CONFIG --vae_path $RUN/autoencoder --data_dir $RUN/data/val --logdir $RUN/roundtrip
 
-heading "4/8  Encode the training pictures into a latent cache"
-alone scripts/encode_dataset.py --config $CONFIG --vae_path $RUN/autoencoder --data_dir $RUN/data/train --cache_dir $RUN/latents
+heading "4/8  Encode the training images into a latent cache"
+one_rank scripts/encode_dataset.py --config $CONFIG --vae_path $RUN/autoencoder --data_dir $RUN/data/train --cache_dir $RUN/latents
 
 heading "5/8  Train a class-conditional diffusion model on the latents, with two ranks"
 two_ranks scripts/image_train_vae.py --config $CONFIG --cache_dir $RUN/latents --logdir $RUN/diffusion
 
-heading "6/8  Train a classifier on the real pictures, to judge the samples by"
-alone scripts/classifier_train.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/classifier
+heading "6/8  Train a classifier on the real images, for the evaluation of the samples"
+one_rank scripts/classifier_train.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/classifier
 
-heading "7/8  Sample every motion in turn, with two ranks"
+heading "7/8  Sample all motions cyclically, with two ranks"
 two_ranks scripts/image_sample_vae.py --model_path $RUN/diffusion --num_samples $SAMPLES --batch_size 48 --timestep_respacing ddim100 --logdir $RUN/samples
 
-heading "8/8  Measure: do the samples show the motion that was asked for, and how far are they from real pictures?"
-alone scripts/evaluate.py --config $CONFIG --samples $RUN/samples/samples_${SAMPLES}x64x64x1.npz --reference $RUN/data/val --train_dir $RUN/data/train --classifier_path $RUN/classifier --logdir $RUN/evaluation
+heading "8/8  Evaluate: agreement with the requested motion, and distances to the real images"
+one_rank scripts/evaluate.py --config $CONFIG --samples $RUN/samples/samples_${SAMPLES}x64x64x1.npz --reference $RUN/data/val --train_dir $RUN/data/train --classifier_path $RUN/classifier --logdir $RUN/evaluation
 
 heading "Done"
 python - $RUN/evaluation/metrics.json <<'PYTHON'
 import json, sys
 report = json.load(open(sys.argv[1]))
-print(f"samples that the classifier takes for the motion asked for: {report['class_agreement']['accuracy']:.0%}"
-      f" (of real held-out pictures: {report['classifier_accuracy']['accuracy']:.0%})")
-print(f"Frechet distance to the held-out pictures: {report['frechet']:.3g} (of the training pictures:"
+print(f"samples classified as the requested motion: {report['class_agreement']['accuracy']:.0%}"
+      f" (accuracy on validation images: {report['classifier_accuracy']['accuracy']:.0%})")
+print(f"Frechet distance of samples to validation images: {report['frechet']:.3g} (of training images:"
       f" {report['training_to_reference']['frechet']:.3g})")
 PYTHON
 cat <<TEXT
-look at
-  $RUN/samples/contact_sheet.png            samples, one row a motion
-  $RUN/evaluation/confusion_samples.png     which motion the classifier sees in them
-  $RUN/evaluation/neighbours.png            samples beside the training pictures nearest to them
-  $RUN/roundtrip/roundtrip.png              held-out pictures before and after the autoencoder
-  $RUN/evaluation/metrics.json              all numbers
+results:
+  $RUN/samples/contact_sheet.png            samples, one row per motion
+  $RUN/evaluation/confusion_samples.png     requested and predicted motions of the samples
+  $RUN/evaluation/nearest_neighbors.png     samples and their nearest training images
+  $RUN/roundtrip/roundtrip.png              validation images before and after the autoencoder
+  $RUN/evaluation/metrics.json              all metrics
 TEXT

@@ -1,4 +1,4 @@
-"""Make large pictures of small samples with an upsampler; in pixels or between latent grids.
+"""Upsample low-resolution samples with a diffusion model, in pixels or between latent grids.
 
     python scripts/super_res_sample.py --model_path runs/upsampler --base_samples runs/samples/samples_64x64x64x3.npz \\
         --num_samples 64 --timestep_respacing 250

@@ -1,11 +1,11 @@
-"""Train an upsampler: a diffusion model that makes large pictures of small ones, in pixels or between latent grids.
+"""Train an upsampler (a super-resolution diffusion model), in pixels or between latent grids.
 
     mpiexec -n 2 python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64
     mpiexec -n 2 python scripts/super_res_train.py --data_dir DIR --vae_path runs/autoencoder --large_size 256 \\
         --small_size 64 --channel_mult 1,2,3,4 --cond_noise_steps 250
     mpiexec -n 2 python scripts/super_res_train.py --cache_dir latents_cache/large --small_cache_dir latents_cache/small
 
-Small pictures are averaged from large ones, or read from a second cache of the same pictures."""
+Low-resolution images are downsampled from the high-resolution ones, or read from a second cache of the same images."""
 
 import dataclasses
 

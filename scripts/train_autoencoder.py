@@ -1,12 +1,12 @@
-"""Train a KL autoencoder on a folder of pictures: reconstruction and KL, with a discriminator and LPIPS if wished.
+"""Train a KL autoencoder on a folder of images, optionally with a discriminator and LPIPS.
 
     python scripts/train_autoencoder.py --config configs/microdoppler_small.yaml --data_dir DIR \\
         --logdir runs/autoencoder
     python scripts/train_autoencoder.py --data_dir DIR --discriminator_weight 0.5 --discriminator_start 5000 \\
         --use_perceptual_loss True --perceptual_path vgg16-397923af.pth
 
-Held-out pictures (--val_data_dir) are measured beside every preview; the step with the best PSNR is kept, and a run
-folder stands for it."""
+Validation images (--val_data_dir) are measured with every preview. The step with the best PSNR is kept, and a run
+folder used as --vae_path loads that step."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import training

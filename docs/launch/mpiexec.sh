@@ -1,7 +1,7 @@
 #!/bin/bash
-# One machine, or the machines of a host file, with MPI: a rank for every GPU (or, without GPUs, for some of the cores).
+# Train with MPI on one machine or on the nodes of a host file: one rank per GPU, or several cores per rank on CPUs.
 #   RANKS=8 docs/launch/mpiexec.sh --config configs/images/512.yaml --cache_dir latents_cache/mine --logdir runs/it
-#   RANKS=16 HOSTS=hosts.txt docs/launch/mpiexec.sh ...          # hosts.txt: one line a machine, such as node1:8
+#   RANKS=16 HOSTS=hosts.txt docs/launch/mpiexec.sh ...          # hosts.txt: one line per node, e.g. node1:8
 set -euo pipefail
 
 RANKS=${RANKS:-2}
