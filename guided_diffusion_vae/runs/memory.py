@@ -1,8 +1,8 @@
-"""Say how much memory training, encoding and decoding will take, before any of it is taken.
+"""Estimate the memory of training, encoding and decoding without allocating it.
 
-The real code runs on fake tensors, which have shapes and storages but no bytes, while every storage's birth and end are
-counted. So the largest sum of what is alive at a time is exact for what PyTorch allocates; what libraries take for
-themselves beside (a CUDA context, workspaces of convolutions) is not in it.
+The real code runs on fake tensors, which have shapes and storages but no data, while the lifetime of every storage is
+tracked. The peak of their sum is exact for the allocations of PyTorch; memory that libraries allocate themselves (a
+CUDA context, workspaces of convolutions) is not included.
 """
 
 import collections
@@ -20,65 +20,63 @@ from torch.utils._pytree import tree_leaves
 from .. import nn as nn_util
 
 GIB = 2**30
-# Beside what is allocated: a CUDA context with its kernels, and what the allocator cannot use of what it holds.
+# In addition to allocations: a CUDA context with its kernels, and fragmentation of the memory that the allocator holds.
 CONTEXT_BYTES, FRAGMENTATION = 0.6 * GIB, 1.05
-
-
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.04}     # of state per parameter; 8 bits come with scales per block
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.04}     # of state per parameter; 8-bit state has scales per block
 
 
 @dataclass
 class Estimate:
-    """Bytes that a piece of work takes."""
+    """Memory of a piece of work in bytes."""
 
     parameters: int
     gradients: int = 0
     optimizer: int = 0
     averages: int = 0
-    copies: int = 0             # weights in half precision, where `parameters` are their float32 masters
-    activations: int = 0        # kept for the backward pass, inputs included
-    workspace: int = 0          # what comes on top at the moment of the peak
-    layers: dict = field(default_factory=dict)      # activations by the layer that made them
+    copies: int = 0             # weights in half precision, if `parameters` are float32 master weights
+    activations: int = 0        # saved for backward, inputs included
+    workspace: int = 0          # all other tensors at the peak
+    layers: dict = field(default_factory=dict)      # activations by layer
 
     @property
-    def peak(self):
-        """What PyTorch has allocated at the moment of the peak."""
+    def peak(self) -> int:
+        """The peak of PyTorch's allocations."""
         return (self.parameters + self.gradients + self.optimizer + self.averages + self.copies + self.activations
                 + self.workspace)
 
     @property
-    def required(self):
-        """What a device must have: the peak, and what lies beside it on a GPU."""
+    def required(self) -> float:
+        """Memory that a device must have: the peak, fragmentation and a CUDA context."""
         return self.peak * FRAGMENTATION + CONTEXT_BYTES
 
-    def fits(self, budget_bytes):
-        """Say whether it runs on a device with so much memory."""
+    def fits(self, budget_bytes: float) -> bool:
+        """Return whether a device with this much memory is enough."""
         return self.required <= budget_bytes
 
-    def summary(self):
-        """Return the parts of training in words."""
+    def summary(self) -> str:
+        """Return the parts of the memory of training as text."""
         mib = lambda size: f"{size / 2**20:.1f}"
         return (
             f"{self.parameters / 4e6:.2f} M parameters; {mib(self.parameters + self.copies)} MiB of weights, "
-            f"{mib(self.gradients)} of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of averages, "
+            f"{mib(self.gradients)} of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of EMA weights, "
             f"{mib(self.activations)} of activations, {mib(self.workspace)} of workspace at the peak: "
-            f"{self.peak / GIB:.2f} GiB, {self.required / GIB:.2f} with what a GPU needs besides"
+            f"{self.peak / GIB:.2f} GiB, {self.required / GIB:.2f} with the overhead of a GPU"
         )
 
 
 class _StorageTracker(TorchDispatchMode):
-    """Count the bytes of all storages made inside, while they live; the first network tells which layer makes them.
+    """Track the bytes of all storages created inside during their lifetime, by layer of the first network.
 
-    `at_backward` holds {layer: bytes} of what was alive when the first backward pass began, with "" for what is made
-    outside of the network.
+    `at_backward` is {layer: bytes} of the storages alive at the start of the first backward pass, with "" for storages
+    created outside of the network.
     """
 
     def __init__(self, *networks):
         super().__init__()
         self.now = self.peak = 0
         self.at_backward = None
-        held = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
-        self._before = {tensor.untyped_storage()._cdata for tensor in held}
+        weights = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+        self._before = {tensor.untyped_storage()._cdata for tensor in weights}
         self._owner, self._sizes = {}, collections.Counter()
         self._path, self._handles = [""], []
         for name, module in networks[0].named_modules():
@@ -102,7 +100,7 @@ class _StorageTracker(TorchDispatchMode):
         return result
 
     def _leave(self, *_):
-        self._path.pop()    # and return nothing, which would take the place of the layer's result
+        self._path.pop()    # must return None: any other value would replace the layer's result
 
     def _count(self, storage):
         key, size = storage._cdata, storage.nbytes()
@@ -123,17 +121,16 @@ class _StorageTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _fake(amp=None):
-    """Make tensors fake inside; with `amp` (a dtype) compute in it as CUDA's autocast would."""
+    """Create fake tensors inside; with `amp` (a dtype) compute like CUDA's autocast to it."""
     with FakeTensorMode(allow_non_fake_inputs=True), _like_cuda(amp):
         yield
 
 
 @contextlib.contextmanager
 def _like_cuda(amp):
-    """Run the CPU's autocast to `amp`, if that is a dtype, with norms in float32 as CUDA's has them.
+    """Run the CPU's autocast to `amp`, unless that is None, with norms in float32 as in CUDA's autocast.
 
-    Norms are changed for good and not by a mode, because what is computed again in the backward pass is computed
-    outside of modes.
+    Norms are patched instead of intercepted by a mode, because the backward pass recomputes outside of modes.
     """
     if amp is None:
         yield
@@ -160,22 +157,24 @@ def _with_fake_parameters(network):
     return network
 
 
-def saved_activations(network, forward, amp=None):
-    """Return {layer: bytes} of what is alive after forward(network) and was not before: what the backward pass needs.
+def saved_activations(network, forward, amp=None) -> dict[str, int]:
+    """Return {layer: bytes} of the storages that forward(network) saves for backward.
 
-    The network's parameters are replaced by fake ones; it is of no use afterwards.
+    The network's parameters are replaced by fake ones; it cannot be used afterwards.
     """
-    with _fake(amp), _StorageTracker(_with_fake_parameters(network)) as living:
-        result = forward(network)   # which keeps the graph alive
+    with _fake(amp), _StorageTracker(_with_fake_parameters(network)) as tracker:
+        result = forward(network)   # holds the graph
     del result
-    return living.at_backward
+    return tracker.at_backward
 
 
-def estimate_training(networks, step, optimizer="adamw", averages=1, amp=None):
+def estimate_training(networks, step, optimizer: str = "adamw", averages: int = 1, amp=None) -> Estimate:
     """Return the `Estimate` of a training step.
 
-    :param networks: the networks that learn, the first one with its moving averages; of no use afterwards.
-    :param step: a function of the (fake) networks that computes and calls `backward` as training does.
+    :param networks: the trained networks, which cannot be used afterwards.
+    :param step: a function of the (fake) networks that computes losses and calls `backward` as training does.
+    :param averages: number of EMA copies of the first network.
+    :param amp: dtype of autocast, None without.
     """
     count = [sum(p.numel() for p in network.parameters()) for network in networks]
     half = any(p.dtype is torch.float16 for network in networks for p in network.parameters())
@@ -183,22 +182,22 @@ def estimate_training(networks, step, optimizer="adamw", averages=1, amp=None):
     with _fake(amp):
         for network in networks:
             _with_fake_parameters(network)
-        with _StorageTracker(*networks) as living:
+        with _StorageTracker(*networks) as tracker:
             step(*networks)
         weights = [p for network in networks for p in network.parameters()]
         gradients = sum(p.grad.untyped_storage().nbytes() for p in weights if p.grad is not None)
-    activations = sum(living.at_backward.values())
+    activations = sum(tracker.at_backward.values())
     return Estimate(
         parameters=4 * sum(count), gradients=gradients, optimizer=round(OPTIMIZER_BYTES[optimizer] * sum(count)),
-        averages=4 * averages * count[0], copies=copies, activations=activations, layers=living.at_backward,
-        # Masters get gradients of their own, after the backward pass.
-        workspace=max(living.peak - gradients - activations, half * 4 * sum(count) - activations, 0),
+        averages=4 * averages * count[0], copies=copies, activations=activations, layers=tracker.at_backward,
+        # Master weights get separate gradients, after the backward pass.
+        workspace=max(tracker.peak - gradients - activations, half * 4 * sum(count) - activations, 0),
     )
 
 
-def estimate_inference(network, forward, amp=None):
-    """Return the `Estimate` of forward(network) without gradients; the network is of no use afterwards."""
+def estimate_inference(network, forward, amp=None) -> Estimate:
+    """Return the `Estimate` of forward(network) without gradients; the network cannot be used afterwards."""
     count = sum(p.numel() for p in network.parameters())
-    with _fake(amp), torch.no_grad(), _StorageTracker(_with_fake_parameters(network)) as living:
+    with _fake(amp), torch.no_grad(), _StorageTracker(_with_fake_parameters(network)) as tracker:
         forward(network)
-    return Estimate(parameters=4 * count, workspace=living.peak)
+    return Estimate(parameters=4 * count, workspace=tracker.peak)
