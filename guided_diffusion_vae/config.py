@@ -1,41 +1,172 @@
-"""Declare knobs: a dataclass field with its default and help text is the only place where a knob is written.
+"""Configuration as dataclasses: a field with its default, help text and bounds is the only declaration of a flag.
 
 Flags, `--help`, YAML keys, `*_defaults()` entries and checkpoint headers all derive from these fields (see
-`script_util`). The dataclasses themselves stand beside the classes they configure.
+`runs.flags`). The dataclasses themselves are defined next to the classes they configure.
 """
 
 import dataclasses
+import json
+import math
+import operator
+from typing import Callable, NamedTuple
+
+_BOUNDS = {"minimum": (operator.ge, ">="), "maximum": (operator.le, "<="),
+           "above": (operator.gt, ">"), "below": (operator.lt, "<")}
 
 
-def option(default, help, choices=None, minimum=None, maximum=None):
-    """Return a dataclass field with a help text; `choices` lists the only values allowed, or bounds are stated.
+def option(default, help, choices=None, essential=False, **bounds):
+    """Return a dataclass field with a help text and what its value must satisfy.
 
-    The field's annotation (int, float, bool, str, tuple, or a function such as `size`) says how its text is read.
+    The field's annotation (int, float, bool, str, tuple or a `ParsedText`) determines how its text is converted.
+
+    :param choices: the only values allowed.
+    :param essential: show the flag on the first page of `--help`; a flag's name: only in scripts that have that flag.
+    :param bounds: minimum, maximum (inclusive), above, below (exclusive).
     """
-    about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata=about)
+    about = {"help": help, "choices": choices, "essential": essential}
+    return dataclasses.field(default=default, metadata={**about, "bounds": [(*_BOUNDS[k], v) for k, v in bounds.items()]})
 
 
-def size(text):
-    """Convert a size from a command line: `64` and `64x64` to a number, `64x128` and `32x64x64` to text."""
-    sides = str(text).lower().split("x")
-    return int(sides[0]) if sides[0].isdigit() and len(sides) < 3 and len(set(sides)) == 1 else str(text)
+# --- Types of fields ---
 
 
-def as_dict(config):
-    """Return a config dataclass as a plain dictionary that survives JSON (tuples become lists)."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+class ParsedText:
+    """Type of a field that is stored as text, such as "16,8", and parsed where it is used.
+
+    Headers, cache manifests and the reference's factories hold these values as text, so the text must not change.
+
+    :param name: stands for the value in `--help`.
+    :param expected: describes valid texts in errors.
+    :param parse: function of the text, raises ValueError for an invalid one.
+    :param is_valid: predicate of what was parsed.
+    """
+
+    def __init__(self, name, expected, parse, is_valid=lambda parsed: True):
+        self.__name__, self.expected, self._parse, self._is_valid = name, expected, parse, is_valid
+
+    def __call__(self, text):
+        """Return what is stored for a text of the command line."""
+        return text
+
+    def parse(self, text, name):
+        """Return the parsed value.
+
+        :param name: the flag's name for the error.
+        :raises ValueError: if the text is invalid.
+        """
+        try:
+            parsed = self._parse(_join(text))
+            valid = self._is_valid(parsed)
+        except ValueError:
+            valid = False
+        _require(valid, name, self.expected, text)
+        return parsed
 
 
-def from_dict(cls, values):
-    """Build `cls` from a dictionary, ignoring keys it does not have; inverse of `as_dict`."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{key: to_tuple(value) for key, value in values.items() if key in known})
+class CommaSeparated(ParsedText):
+    """Type of a field that holds a comma-separated list as text; it is parsed to a tuple, an empty text to ()."""
+
+    def __init__(self, name, expected, entry, is_valid=lambda entries: True):
+        split = lambda text: tuple(entry(part.strip()) for part in text.split(",") if part.strip())
+        super().__init__(name, expected, split, is_valid)
 
 
-def section_name(cls):
-    """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
-    return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
+def _join(value):
+    """Return the text of a value; that of a list is comma-separated."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(text):
+    return float(text) if "." in text else int(text)
+
+
+integers = CommaSeparated("integers", "comma-separated integers such as 16,8", int)
+numbers = CommaSeparated("numbers", "comma-separated numbers such as 1,2,2", _number)
+names = CommaSeparated("names", "comma-separated names", str)
+
+
+class _Size(ParsedText):
+    """Type of a spatial size, parsed to (height, width) or (depth, height, width)."""
+
+    def __call__(self, text):
+        sides = str(text).lower().split("x")
+        return int(sides[0]) if sides[0].isdigit() and len(sides) < 3 and len(set(sides)) == 1 else str(text)
+
+
+def _sides(text):
+    sides = tuple(int(side) if side.strip().isdigit() else 0 for side in text.lower().split("x"))
+    return sides * 2 if len(sides) == 1 else sides
+
+
+size = _Size("size", "a size such as 64, 64x128 (height x width) or 32x64x128 (depth x height x width)", _sides,
+             lambda sides: len(sides) <= 3 and min(sides) > 0)
+
+
+def _list(text):
+    """Parse `4`, `2,2` or `[[1,2,2],[2,2,2]]`; a single value stays a scalar, since it means every axis or level."""
+    text = text.strip()
+    value = json.loads((text if text.startswith("[") else f"[{text}]").lower())
+    return to_tuple(value[0] if len(value) == 1 and not text.startswith("[") else value)
+
+
+_BOOLEANS = {"yes": True, "true": True, "t": True, "y": True, "1": True,
+             "no": False, "false": False, "f": False, "n": False, "0": False}
+# type: (description for errors, function of a text)
+_CONVERTERS = {
+    int: ("an integer", int), float: ("a number", float), bool: ("true or false", lambda text: _BOOLEANS[text.lower()]),
+    str: ("text", str), tuple: ("a list such as 2,2 or [[1,2,2],[2,2,2]]", _list),
+}
+
+
+# --- Values of fields ---
+
+
+def convert(name, kind, value):
+    """Return a value of the type `kind` from a text of the command line or a value of a YAML file.
+
+    :param name: the flag's name for the error.
+    :raises ValueError: if the value is not of that type.
+    """
+    expected, from_text = (kind.expected, kind) if isinstance(kind, ParsedText) else _CONVERTERS[kind]
+    if kind is tuple and isinstance(value, (list, int, float)):
+        return to_tuple(value)
+    # In YAML a list may be one, and a bool must be one: 1 is a number there.
+    allowed = (str, bool) if kind is bool else (str, int, float, *([list] if isinstance(kind, CommaSeparated) else []))
+    try:
+        found = from_text(_join(value)) if isinstance(value, allowed) else None
+    except (ValueError, KeyError):
+        found = None
+    _require(found is not None, name, expected, value)
+    return found
+
+
+def read(field, value):
+    """Return the value of a field from a text or a YAML value, see `convert`, after checking its bounds."""
+    value = convert(field.name, field.type, value)
+    check(field, value)
+    return value
+
+
+def check(field, value):
+    """Raise ValueError, naming the flag, if a value is out of the bounds of a field."""
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if isinstance(field.type, ParsedText):
+        field.type.parse(value, field.name)
+    _require(not choices or value in choices, field.name,
+             f"one of {', '.join(str(choice) for choice in choices or () if choice != '')}", value)
+    _require(not isinstance(value, float) or math.isfinite(value), field.name, "finite", value)
+    for holds, sign, bound in bounds:
+        _require(holds(value, bound), field.name, f"{sign} {bound}", value)
+
+
+def validate(config):
+    """Return a config unchanged; raise ValueError, naming the flag, if a value is out of bounds.
+
+    The parser has done so for flags and YAML; code that takes configs from elsewhere calls it once.
+    """
+    for field in dataclasses.fields(config):
+        check(field, getattr(config, field.name))
+    return config
 
 
 def require(*rules, error=ValueError):
@@ -48,8 +179,92 @@ def require(*rules, error=ValueError):
             raise error(message)
 
 
+def _require(holds, name, expected, value):
+    require((holds, f"--{name} must be {expected}, got {value!r}"))
+
+
+# --- Two flags for one setting ---
+
+
+class Pair(NamedTuple):
+    """Two flags for one setting: `flag` is the one that is used, a set `other` is translated to it."""
+
+    flag: str
+    other: str
+    unset: object           # value of `other` that sets nothing
+    conflicts: Callable     # of the value of `flag`: whether it contradicts a set `other`
+    translate: Callable     # of {name: value}: the values that change because `other` is set
+
+    def is_set(self, values):
+        return self.flag in values and values.get(self.other, self.unset) != self.unset
+
+    def is_contradicted(self, values):
+        return self.is_set(values) and self.conflicts(values[self.flag])
+
+
+PAIRS = (
+    Pair("image_size", "voxel_size", (), lambda size: True,
+         lambda v: {"image_size": "x".join(str(int(n)) for n in v["voxel_size"]), "voxel_size": ()}),
+    Pair("microbatch", "gradient_accumulation_steps", 1, lambda microbatch: microbatch > 0,
+         lambda v: {"microbatch": v["batch_size"], "batch_size": v["batch_size"] * v["gradient_accumulation_steps"],
+                    "gradient_accumulation_steps": 1}),
+    Pair("use_checkpointing", "use_gradient_checkpointing", False, lambda use: False,
+         lambda v: {"use_checkpointing": True, "use_gradient_checkpointing": False}),
+    Pair("sampler", "use_ddim", False, lambda sampler: sampler not in ("", "ddim"),
+         lambda v: {"sampler": "ddim", "use_ddim": False}),
+    Pair("max_steps", "lr_anneal_steps", 0, lambda steps: False,
+         lambda v: {"max_steps": min(v["max_steps"] or v["lr_anneal_steps"], v["lr_anneal_steps"])}),
+)
+
+
+def check_pairs(values):
+    """Raise ValueError if two flags of {name: value} contradict each other."""
+    for pair in PAIRS:
+        require((not pair.is_contradicted(values), f"--{pair.flag} {values.get(pair.flag)} and --{pair.other} "
+                 f"{values.get(pair.other)} are mutually exclusive; set only one of them"))
+
+
+def translate_pairs(values):
+    """Return the entries of {name: value} that change because the other flag of a pair is set."""
+    changes = {}
+    for pair in PAIRS:
+        if pair.is_set(values):
+            changes.update(pair.translate(values))
+    return changes
+
+
+def resolve(*configs):
+    """Return the configs, checked, with every pair of flags translated to the one that is used.
+
+    :raises ValueError: if a value is out of bounds, or two flags contradict each other.
+    """
+    values = {name: value for config in configs for name, value in vars(validate(config)).items()}
+    check_pairs(values)
+    changes = translate_pairs(values)
+    return [dataclasses.replace(c, **{k: v for k, v in changes.items() if k in vars(c)}) for c in configs]
+
+
+# --- Dictionaries ---
+
+
+def as_dict(config):
+    """Return a config dataclass as a plain dictionary that survives JSON (tuples become lists)."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_dict(cls, values):
+    """Return an instance of `cls` from a dictionary, ignoring keys it does not have; inverse of `as_dict`."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{key: to_tuple(value) for key, value in values.items() if key in known})
+
+
+def section_name(cls):
+    """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
+    return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())
+
+
 def to_tuple(value):
-    """Turn lists, nested ones too, into tuples, as config dataclasses hold them."""
+    """Return lists, nested ones too, as tuples, which config dataclasses hold."""
     return tuple(to_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -55,9 +55,7 @@ class RankInfo(NamedTuple):
     local_rank: int | None
 
 
-# What bounds how much is in GPU memory at once; script_util leaves here those that the running script has.
-MEMORY_FLAGS = ("microbatch", "batch_size", "vae_batch_size", "vae_tile")
-memory_flags = MEMORY_FLAGS
+MEMORY_ADVICE = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
 
 _active_rank_info = None  # the Place agreed on by setup_dist; until then the environment is asked
 
@@ -353,7 +351,7 @@ def _fail(error):
     text = str(error) or type(error).__name__
     explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
     if is_out_of_memory(error):
-        text, explained = f"out of memory{_memory_hint()} ({text})", True
+        text, explained = f"out of memory; {MEMORY_ADVICE} ({text})", True
     elif "gloo/transport" in text:  # what a rank sees when another one has left
         text, explained = "another rank ended while this one waited for it; its own error says why", True
     if not explained or os.environ.get("GDVAE_TRACEBACK") == "1":
@@ -385,11 +383,6 @@ def memory_bytes():
     if dev().type == "cuda":
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _memory_hint():
-    flags = " or ".join(f"--{name}" for name in memory_flags)
-    return f"; give {flags} a small number above 0" if flags else ""
 
 
 def _place_at_the_end():

@@ -17,7 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint_util, dist_util, logger
-from .config import from_dict, option
+from .config import CommaSeparated, from_dict, option, require, resolve
 from .fp16_util import MixedPrecisionTrainer
 from .logger import progress_bar
 from .nn import keyed_seed, to_device, update_ema
@@ -45,6 +45,10 @@ RESUME_OVERRIDABLE = ("step", "path", "timestep_respacing", "use_checkpoint", "u
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+decays = CommaSeparated("rates", "comma-separated numbers in [0, 1), such as 0.99,0.9999", float,
+                        lambda rates: all(0 <= rate < 1 for rate in rates))
+
+
 @dataclass
 class TrainConfig:
     SECTION = "training"
@@ -63,7 +67,7 @@ class TrainConfig:
                           minimum=-1)
     gradient_accumulation_steps: int = option(1, "forward passes of batch_size each in a step: the same saving, counted "
                                               "the other way round", minimum=1)
-    ema_rate: str = option("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
+    ema_rate: decays = option("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "delete all but the newest so many checkpoints; 0: keep all", minimum=0)
@@ -96,7 +100,7 @@ class AutoencoderTrainConfig(TrainConfig):
     SECTION = "autoencoder.training"
 
     batch_size: int = option(16, "pictures in a step on each rank", minimum=1)
-    ema_rate: str = option("0.999", "decay of the moving average of the weights, or several with commas between")
+    ema_rate: decays = option("0.999", "decay of the moving average of the weights, or several with commas between")
     save_interval: int = option(1000, "steps between checkpoints", minimum=1)
     mirror: bool = option(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
                               "more kinds of detail than the data have, which helps where they are few")
@@ -140,25 +144,18 @@ class ClassifierTrainConfig:
 
 
 def resolve_train_config(train):
-    """Return a training config in which accumulation and a trial run are worked into the flags that the loop heeds.
+    """Return the TrainConfig that the loop reads: pairs of flags are translated, `fast_dev_run` sets its few steps.
 
-    :raises ValueError: where --microbatch and --gradient_accumulation_steps both cut a step up.
+    :raises ValueError: if flags contradict each other or are out of bounds.
     """
-    parts, changes = train.gradient_accumulation_steps, {}
-    if parts < 1 or parts > 1 and train.microbatch > 0:
-        raise ValueError(f"--gradient_accumulation_steps {parts} --microbatch {train.microbatch}: the first is at "
-                         "least 1, and only one of the two cuts a step into parts")
-    if parts > 1:
-        changes.update(batch_size=parts * train.batch_size, microbatch=train.batch_size)
-    if train.fast_dev_run:
-        if train.resume_checkpoint not in ("", "auto"):
-            raise ValueError(f"--fast_dev_run True --resume_checkpoint {train.resume_checkpoint}: a trial begins anew; "
-                             "leave one of them away")
-        steps = train.fast_dev_run_batches
-        changes.update(max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1)
-        if hasattr(train, "val_pictures"):
-            changes.update(val_pictures=train.batch_size)
-    return replace(train, **changes)
+    train, = resolve(train)
+    if not train.fast_dev_run:
+        return train
+    require((train.resume_checkpoint in ("", "auto"), f"--fast_dev_run True and --resume_checkpoint "
+             f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one of them"))
+    steps = train.fast_dev_run_batches
+    changes = {"val_pictures": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
+    return replace(train, max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1, **changes)
 
 
 def _concatenate_terms(parts):
@@ -211,7 +208,12 @@ class TrainLoop:
         save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
         weight_decay=0.0, lr_anneal_steps=0, config=None, task=None,
     ):
-        config, task = config or TrainConfig(), task or TrainTask()
+        task = task or TrainTask()
+        config, = resolve(replace(     # the data give whole batches, those of accumulation too
+            config or TrainConfig(), batch_size=batch_size, microbatch=microbatch, gradient_accumulation_steps=1, lr=lr,
+            ema_rate=ema_rate, log_interval=log_interval, save_interval=save_interval, weight_decay=weight_decay,
+            lr_anneal_steps=lr_anneal_steps,
+        ))
         if config.mixed_precision and use_fp16:
             raise ValueError("--mixed_precision and --use_fp16 are mutually exclusive; set only one")
         others = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
@@ -225,12 +227,8 @@ class TrainLoop:
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
-        self.max_steps = min((n for n in (config.max_steps, lr_anneal_steps) if n), default=math.inf)
-        self.ema_rate = _parse_ema_rates(ema_rate)
-        counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
-        for flag, value in counts.items():
-            if value < 1:
-                raise ValueError(f"--{flag} must be >= 1, got {value}")
+        self.max_steps = config.max_steps or math.inf
+        self.ema_rate = list(decays.parse(ema_rate, "ema_rate"))
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval, self.preview = config.preview_interval or save_interval, task.preview
         self.keep_checkpoints = config.keep_checkpoints
@@ -658,15 +656,3 @@ def parse_resume_step_from_filename(filename):
 def get_blob_logdir():
     """Return the folder that checkpoints go to."""
     return logger.get_dir()
-
-
-def _parse_ema_rates(rates):
-    """Return the EMA decays of `--ema_rate`: a number, a comma-separated string or a sequence; possibly none."""
-    values = rates if isinstance(rates, (list, tuple)) else [part for part in str(rates).split(",") if part]
-    try:
-        decays = [float(value) for value in values]
-    except ValueError:
-        decays = [-1.0]
-    if not all(0 <= decay < 1 for decay in decays):
-        raise ValueError(f"--ema_rate must be comma-separated numbers in [0, 1), such as 0.99,0.9999, got {rates!r}")
-    return decays

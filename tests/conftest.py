@@ -10,7 +10,6 @@ def one_process(monkeypatch):
     """Stand alone, whoever started the tests, and leave no place among ranks and no log behind."""
     for name in (*LAUNCHER_NAMES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GDVAE_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dist_util, "memory_flags", dist_util.MEMORY_FLAGS)
     yield
     dist_util._active_rank_info = None
     logger.reset()

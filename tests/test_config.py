@@ -1,14 +1,18 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
-from guided_diffusion_vae.config import as_dict, from_dict, option, require, size, to_tuple
+from guided_diffusion_vae.config import (
+    CommaSeparated, as_dict, check_pairs, from_dict, integers, numbers, option, read, require, resolve, size, to_tuple,
+    validate,
+)
 
 
 @dataclasses.dataclass
 class Knobs:
-    name: str = option("a", "what it is called", choices=("a", "b"))
+    name: str = option("a", "what it is called", choices=("a", "b"), essential=True)
     rate: float = option(0.5, "how fast")
     factors: tuple = option(((1, 2), (2, 2)), "strides")
 
@@ -16,8 +20,8 @@ class Knobs:
 def test_a_field_carries_its_default_help_and_choices():
     name, rate, _ = dataclasses.fields(Knobs)
     assert Knobs() == Knobs("a", 0.5, ((1, 2), (2, 2)))
-    assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b"), "minimum": None, "maximum": None}
-    assert rate.metadata["choices"] is None
+    assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b"), "essential": True, "bounds": []}
+    assert rate.metadata["choices"] is None and not rate.metadata["essential"]
 
 
 @pytest.mark.parametrize("knobs", [Knobs(), Knobs("b", 1e-17, ()), Knobs(factors=2)])
@@ -51,3 +55,97 @@ def test_require_raises_the_first_message_that_does_not_hold():
         require((True, "one"), (0, "two"), (False, "three"))
     with pytest.raises(FileNotFoundError, match="^one$"):
         require((None, "one"), error=FileNotFoundError)
+
+
+@dataclasses.dataclass
+class Bounded:
+    share: float = option(0.5, "a share", minimum=0, below=1)
+    width: float = option(1.0, "a width", above=0, maximum=9)
+    order: CommaSeparated("lo,hi", "two integers, the lower first", int, lambda v: len(v) == 2 and v[0] < v[1]) = option(
+        "1,2", "an interval")
+    levels: tuple = option((), "a list")
+
+
+FIELDS = {field.name: field for cls in (Knobs, Bounded) for field in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("name, value, problem", [
+    ("share", -0.5, ">= 0"), ("share", 1.0, "< 1"), ("width", 0.0, "> 0"), ("width", 9.5, "<= 9"),
+    ("width", float("nan"), "finite"), ("width", float("-inf"), "finite"), ("name", "c", "one of a, b"),
+    ("order", "2,1", "two integers, the lower first"), ("order", "1,b", "two integers"), ("order", "", "two integers"),
+])
+def test_values_out_of_bounds_are_rejected_in_flags_and_in_code(name, value, problem):
+    cls = Bounded if name in Bounded.__dataclass_fields__ else Knobs
+    for attempt in (lambda: read(FIELDS[name], str(value)), lambda: validate(cls(**{name: value}))):
+        with pytest.raises(ValueError, match=f"^--{name} must be {problem}.*, got {value!r}|got '{value}'$"):
+            attempt()
+
+
+def test_values_at_inclusive_bounds_are_valid():
+    config = Bounded(share=0.0, width=9.0, order=" 3, 4,")
+    assert validate(config) is config
+    with pytest.raises(KeyError):
+        option(0, "a misspelled bound", least=0)
+
+
+@pytest.mark.parametrize("name, value, found", [
+    ("rate", "1e-3", 1e-3), ("rate", 2, 2.0), ("factors", "2,[1,2]", (2, (1, 2))), ("factors", [1, [2]], (1, (2,))),
+    ("factors", "2", 2), ("factors", True, True), ("order", [3, 4], "3,4"), ("order", "3, 4", "3, 4"),
+])
+def test_a_value_is_converted_by_the_type_of_its_field(name, value, found):
+    assert read(FIELDS[name], value) == found and type(read(FIELDS[name], value)) is type(found)
+
+
+def test_lists_stay_text_until_they_are_parsed():
+    assert integers.parse("16,8", "x") == (16, 8) and numbers.parse("1,0.5", "x") == (1, 0.5) == numbers.parse([1, 0.5], "x")
+    assert integers.parse("", "x") == ()
+    with pytest.raises(ValueError, match="^--x must be comma-separated integers such as 16,8, got '16;8'$"):
+        integers.parse("16;8", "x")
+
+
+@dataclasses.dataclass
+class Sampling:
+    sampler: str = option("", "")
+    use_ddim: bool = option(False, "")
+    batch_size: int = option(3, "")
+    microbatch: int = option(-1, "")
+    gradient_accumulation_steps: int = option(1, "", minimum=1)
+    max_steps: int = option(0, "")
+    lr_anneal_steps: int = option(0, "")
+    use_gradient_checkpointing: bool = option(False, "")
+
+
+@dataclasses.dataclass
+class Network:
+    use_checkpointing: bool = option(False, "")
+
+
+@pytest.mark.parametrize("given, translated", [
+    ({"use_ddim": True}, {"sampler": "ddim", "use_ddim": False}), ({"sampler": "unipc"}, {"sampler": "unipc"}),
+    ({"use_ddim": True, "sampler": "ddim"}, {"use_ddim": False}),
+    ({"gradient_accumulation_steps": 2}, {"batch_size": 6, "microbatch": 3, "gradient_accumulation_steps": 1}),
+    ({"lr_anneal_steps": 7}, {"max_steps": 7, "lr_anneal_steps": 7}),
+    ({"lr_anneal_steps": 7, "max_steps": 5}, {"max_steps": 5}), ({"lr_anneal_steps": 7, "max_steps": 9}, {"max_steps": 7}),
+])
+def test_the_other_flag_of_a_pair_is_translated_once(given, translated):
+    config, = resolve(Sampling(**given))
+    assert config == Sampling(**{**given, **translated}) and resolve(config) == [config]
+
+
+def test_a_pair_may_belong_to_two_configs():
+    assert resolve(Network(), Sampling(use_gradient_checkpointing=True)) == [Network(True), Sampling()]
+    assert resolve(Network(True), Sampling()) == [Network(True), Sampling()]
+
+
+@pytest.mark.parametrize("values", [
+    {"sampler": "unipc", "use_ddim": True}, {"microbatch": 2, "gradient_accumulation_steps": 4},
+    {"image_size": 64, "voxel_size": (64, 64, 64)},
+])
+def test_a_pair_that_contradicts_itself_is_rejected_by_both_names(values):
+    (first, a), (second, b) = values.items()
+    message = re.escape(f"--{first} {a} and --{second} {b} are mutually exclusive; set only one of them")
+    with pytest.raises(ValueError, match=message):
+        check_pairs(values)
+    if first != "image_size":
+        with pytest.raises(ValueError, match=message):
+            resolve(Sampling(**values))

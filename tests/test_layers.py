@@ -18,10 +18,10 @@ LAYERS = """
     data.image_folders data.volume_folders data latent_datasets logger runs.factories vae
     runs.diffusers_export vae.foreign
     data.cache_writer fp16_util objectives vae_wrapper
-    sampling.generate sampling.sampler train_util vae.adversarial
+    runs.flags sampling.generate sampling.sampler train_util vae.adversarial
     evaluation.comparison evaluation.previews runs.planning runs.run runs.spaces
     evaluation.likelihood evaluation.roundtrip runs.loading
-    runs.configs runs.flags script_util runs.export runs.training
+    runs.configs script_util runs.export runs.training
     runs.tstr
 """.split()
 # A package counts as a module where its __init__.py imports something: it is then the public face of its room.

@@ -278,7 +278,7 @@ def test_of_several_ranks_one_writes_the_folder(tmp_path):
     (dict(classes="tapin,salsa"), "no motion is called 'salsa'; known are circle"),
     (dict(classes="tapin,tapin"), "names a motion twice"),
     (dict(classes=""), "no motion is called ''"),
-    (dict(image_size="big"), "--image_size big: expected 64"),
+    (dict(image_size="big"), "--image_size must be a size such as 64, .* got .big"),
     (dict(image_size="32"), "--window_ms 64.0 is 64 pulses.*32 Doppler rows"),
     (dict(duration_s=0.02), "--duration_s 0.02 over 64 columns is a hop of 0 pulses"),
     (dict(duration_s=9.0), "is a hop of 141 pulses; it must be 1 to 64"),

@@ -104,7 +104,7 @@ def test_the_way_of_taking_steps_is_said_by_either_flag(flags, solver):
 
 
 def test_two_ways_of_taking_steps_are_refused():
-    with pytest.raises(ValueError, match="--use_ddim True contradicts --sampler dpmpp; leave one of them away"):
+    with pytest.raises(ValueError, match="--sampler dpmpp and --use_ddim True are mutually exclusive; set only one"):
         resolve_sampler(SamplingConfig(use_ddim=True, sampler="dpmpp"))
 
 

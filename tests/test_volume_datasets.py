@@ -152,7 +152,7 @@ def test_written_volumes_are_read_back(tmp_path, channels):
 def test_a_stated_spacing_wins_over_the_files(folder):
     assert opened(folder, spacing="3").spacing == (3.0, 3.0, 3.0)
     assert opened(folder, spacing="3,2,1").preprocessing["spacing"] == "3,2,1"
-    with pytest.raises(ValueError, match="--spacing 1,2: expected one or three distances in mm"):
+    with pytest.raises(ValueError, match="--spacing must be one or three distances above 0 in mm, .* got .1,2"):
         opened(folder, spacing="1,2")
 
 

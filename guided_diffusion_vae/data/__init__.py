@@ -7,7 +7,7 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 import dataclasses
 
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
-from .config import DataConfig, SmallCacheConfig, parse_range, parse_size, parse_spacing, unpad
+from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unpad
 from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder
 from .listing import format_classes, hash_lines, map_labels, require_data_dir, require_labels
@@ -19,7 +19,7 @@ from .volume_folders import VolumeFolder, write_nifti
 __all__ = [
     "MANIFEST", "SOURCES", "BatchPlan", "BatchStream", "DataConfig", "DownsampledImages", "ImageFolder", "ImageStream",
     "LatentStream", "Prefetcher", "RunningMoments", "Samples", "SmallCacheConfig", "VolumeFolder", "format_classes",
-    "hash_lines", "map_labels", "open_archive", "open_folder", "open_npz", "parse_range", "parse_size", "parse_spacing",
+    "hash_lines", "map_labels", "open_archive", "open_folder", "open_npz", "parse_size", "parse_spacing",
     "permute_indices", "read_array", "require_data_dir", "require_labels", "to_uint8", "unpad", "write_nifti", "write_npz",
 ]
 

@@ -1,9 +1,16 @@
-"""Settings of image and volume folders, and how their text fields are parsed."""
+"""Configuration of image and volume folders, and the types of its text fields."""
 
 import math
 from dataclasses import dataclass
 
-from ..config import option, require, size
+from ..config import CommaSeparated, ParsedText, option, require, size, translate_pairs
+
+interval = CommaSeparated("lo,hi", "two finite numbers, the lower first, such as -80,0", float,
+                          lambda ends: not ends or len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf)
+distances = CommaSeparated("mm", "one or three distances above 0 in mm, such as 2,1.5,1.5", float,
+                           lambda given: len(given) in (0, 1, 3) and all(0 < mm < math.inf for mm in given))
+decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text) if text else None,
+                      lambda level: level is None or math.isfinite(level))
 
 
 @dataclass
@@ -17,13 +24,13 @@ class DataConfig:
     voxel_size: tuple = option((), "the same for volumes as a list: [128,128,64]")
     image_channels: int = option(0, "1 or 3: convert every picture to grey or colour; 0: as the files are, all alike",
                               choices=(0, 1, 3))
-    value_range: str = option("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "
+    value_range: interval = option("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "
                                "and 32-bit files, else the integer type's full range; values outside are refused")
-    value_window: str = option("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
+    value_window: interval = option("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
                                 "units (--value_window=-1000,400)")
     dynamic_range_db: float = option(0.0, "complex .npy: [reference - D, reference] dB of the magnitude become [0, 1], "
                                        "what lies below is 0; needed for complex files", minimum=0)
-    reference_db: str = option("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
+    reference_db: decibels = option("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
     crop: str = option("center", "what happens to a picture of another shape; center or random: cut to the shape asked "
                               "for; none: squeezed into it whole, while volumes must have that shape; grid (volumes): "
                               "cut into as many patches as cover it", choices=("center", "random", "none", "grid"))
@@ -31,12 +38,11 @@ class DataConfig:
     pad: bool = option(False, "repeat the last row and column until the autoencoder's strides divide the size; results "
                            "are cropped back")
     patches_per_volume: int = option(1, "volumes with --crop random: patches that each gives in an epoch", minimum=1)
-    spacing: str = option("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
+    spacing: distances = option("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
                            "file says (.nii), else 1")
 
     def __post_init__(self):
-        if self.voxel_size:
-            self.image_size, self.voxel_size = "x".join(str(int(n)) for n in self.voxel_size), ()
+        vars(self).update(translate_pairs(vars(self)))     # voxel_size is another name of image_size
 
     @property
     def sides(self):
@@ -48,12 +54,13 @@ class DataConfig:
         """(lo, hi), the values that become 0 and 1; None if the type of the files defines them."""
         require((not (self.value_range and self.value_window), "--value_range and --value_window are mutually exclusive: "
                                                                "the first rejects the values that the second clips"))
-        return parse_range(self.value_window, "--value_window") or parse_range(self.value_range)
+        limits = interval.parse(self.value_window, "value_window") or interval.parse(self.value_range, "value_range")
+        return limits or None
 
     @property
     def reference_level(self):
         """`reference_db` as a number, None if each array has its own."""
-        return float(self.reference_db) if str(self.reference_db) else None
+        return decibels.parse(self.reference_db, "reference_db")
 
 
 @dataclass
@@ -70,36 +77,12 @@ def unpad(images, unpadded_shape):
     return images[(..., *(slice(n) for n in unpadded_shape[1:]))]
 
 
-def parse_size(text):
+def parse_size(text, name="image_size"):
     """Return (height, width) from 64, "64" or "64x128", and (depth, height, width) from "32x64x128"."""
-    sides = str(text).lower().split("x")
-    require((len(sides) <= 3 and all(side.strip().isdigit() and int(side) > 0 for side in sides),
-             f"--image_size {text}: expected 64, height x width as 64x128, or for volumes depth x height x width as "
-             "32x64x128"))
-    return tuple(int(side) for side in sides) if len(sides) > 1 else (int(text), int(text))
-
-
-def parse_range(text, flag="--value_range"):
-    """Return (lo, hi) from "lo,hi", None from an empty text."""
-    if not text:
-        return None
-    limits = parse_floats(text)
-    require((len(limits) == 2 and -math.inf < limits[0] < limits[1] < math.inf,
-             f"{flag} {text}: expected two numbers lo,hi with lo < hi, such as {flag}=-80,0"))
-    return limits
+    return size.parse(text, name)
 
 
 def parse_spacing(text):
     """Return the voxel spacing in mm per axis, from one number or one per axis."""
-    spacing = parse_floats(text)
-    require((len(spacing) in (1, 3) and all(0 < s < math.inf for s in spacing),
-             f"--spacing {text}: expected one or three distances in mm, such as 2,1.5,1.5"))
+    spacing = distances.parse(text, "spacing")
     return spacing * 3 if len(spacing) == 1 else spacing
-
-
-def parse_floats(text):
-    """Return the numbers of a comma-separated text, none if it has another form."""
-    try:
-        return tuple(float(part) for part in str(text).split(","))
-    except ValueError:
-        return ()

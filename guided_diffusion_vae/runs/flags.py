@@ -3,15 +3,20 @@
 import argparse
 import dataclasses
 import difflib
+import functools
+import importlib
 import json
-import math
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import dist_util
-from ..config import from_dict, to_tuple, section_name
-from ..data import DataConfig, parse_size
+from ..config import PAIRS, ParsedText, check_pairs, convert, from_dict, read, section_name, size
+
+# Former names of flags and YAML keys, until the next minor release; each use is reported.
+FLAG_ALIASES = {}
 
 
 class Selection(NamedTuple):
@@ -44,6 +49,11 @@ def drop_fields(cls, *names):
     return Selection(cls, tuple(f.name for f in dataclasses.fields(cls) if f.name not in names))
 
 
+def flag_names(*classes):
+    """Return the names of all flags of these config classes or selections."""
+    return {field.name for selection in _selections(classes) for field in selection.fields}
+
+
 def _selections(classes):
     """Return a Selection for every config class or selection."""
     return [cls if isinstance(cls, Selection) else drop_fields(cls) for cls in classes]
@@ -59,171 +69,148 @@ def parse_explicit(doc, *classes, argv=None):
 
     :param classes: config classes, or selections of their fields; an instance is always one of the whole class.
     """
-    argv = sys.argv[1:] if argv is None else argv
     selections = _selections(classes)
-    flags = _explicit(argparser(doc, *selections), argv)
-    fields = [field for selection in selections for field in selection.fields]
-    dist_util.memory_flags = [n for n in dist_util.MEMORY_FLAGS if n in {f.name for f in fields}]
+    flags = _explicit(argparser(doc, *selections), sys.argv[1:] if argv is None else argv)
     from_file = read_yaml(flags.pop("config"), selections) if "config" in flags else {}
-    _resolve_sizes(from_file, flags)
+    given = _merge(from_file, flags)
+    configs = [selection.build(given) for selection in selections]
+    _check_spatial_dims(given, {name: value for config in configs for name, value in vars(config).items()})
+    return configs, given
+
+
+def _merge(from_file, flags):
+    """Return the values that are set; the command line wins over the file, under either name of a pair."""
+    check_pairs(from_file)
+    check_pairs(flags)
     given = {**from_file, **flags}
-    _require_in_bounds(fields, given)
-    return [selection.build(given) for selection in selections], given
+    for pair in PAIRS:
+        if pair.is_contradicted(given):
+            given = {name: value for name, value in given.items() if name in flags or name not in pair[:2]}
+    return given
 
 
-def _require_in_bounds(fields, given):
-    for field in (field for field in fields if field.name in given):
-        value, least, most = given[field.name], field.metadata["minimum"], field.metadata["maximum"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{field.name} is {value}; it is a finite number")
-        if least is not None and not value >= least:
-            raise ValueError(f"--{field.name} is {value}; it is at least {least}")
-        if most is not None and not value <= most:
-            raise ValueError(f"--{field.name} is {value}; it is at most {most}")
+def _check_spatial_dims(given, values):
+    if "spatial_dims" in given:
+        sides = size.parse(values["image_size"], "image_size")
+        if given["spatial_dims"] != len(sides):
+            raise ValueError(f"--spatial_dims {given['spatial_dims']} conflicts with --image_size "
+                             f"{'x'.join(map(str, sides))}, which has {len(sides)} axes; omit --spatial_dims, and set "
+                             "--image_size to one number per axis")
 
 
-def _resolve_sizes(from_file, flags):
-    """Let the size on the command line win, under whichever of its two names, and refuse what contradicts it."""
-    for where in (from_file, flags):
-        if "image_size" in where and where.get("voxel_size"):
-            raise ValueError(f"--voxel_size {where['voxel_size']} and --image_size {where['image_size']} are two names "
-                             "for one size; give one of them")
-    for name, other in (("image_size", "voxel_size"), ("voxel_size", "image_size")):
-        if name in flags:
-            from_file.pop(other, None)
-    given = {**from_file, **flags}
-    if "spatial_dims" not in given:
-        return
-    sides = given.get("voxel_size") or parse_size(given.get("image_size", DataConfig.image_size))
-    if given["spatial_dims"] != len(sides):
-        raise ValueError(f"--spatial_dims {given['spatial_dims']}, but the size {'x'.join(map(str, sides))} has "
-                         f"{len(sides)} axes; give --image_size one number an axis, and leave --spatial_dims away")
+# --- Command line ---
 
 
 def argparser(doc, *classes):
-    """Return the parser of a script: one flag a field, with its help text and default."""
+    """Return the parser of a script: one flag per field, with its help text and default."""
     parser = _Parser(description=doc, usage="%(prog)s [--config FILE.yaml] [--flag value ...]", allow_abbrev=False,
-                     formatter_class=_HelpFormatter)
-    parser.add_argument("--config", default="", metavar="FILE.yaml", help="values for flags below, which win over it")
+                     formatter_class=_HelpFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action=_Help, help="print the essential flags")
+    parser.add_argument("--help_all", action=_Help, help="print all flags")
     selections = _selections(classes)
+    config = parser.add_argument("--config", default="", metavar="FILE.yaml",
+                                 help="file of values for flags; the command line wins over it")
+    parser.essential.append(config)
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(s.section for s in selections)}
+    flags = flag_names(*selections)
     for selection in selections:
-        group = groups[selection.section]
         for field in selection.fields:
-            choices = field.metadata["choices"]
-            group.add_argument(f"--{field.name}", default=field.default, type=_CONVERTERS.get(field.type, field.type),
-                               metavar=None if choices else field.type.__name__.upper(), choices=choices,
-                               help=field.metadata["help"])
+            kind, choices, essential = field.type, field.metadata["choices"], field.metadata["essential"]
+            action = groups[selection.section].add_argument(
+                f"--{field.name}", default=field.default, type=_argument_type(functools.partial(read, field)),
+                metavar=f"{{{','.join(map(str, choices))}}}" if choices else kind.__name__.upper(),
+                help=field.metadata["help"],
+            )
+            if essential is True or essential in flags:
+                parser.essential.append(action)
     return parser
 
 
-def read_yaml(path, classes):
-    """Return {flag: value} for the given config classes or selections from a YAML file.
+def _argument_type(convert):
+    """Return a converter whose message argparse prints."""
+    def converted(text):
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-    Keys stand alone or in the section of their class (`data`, `autoencoder`, `autoencoder.training`, ...). Sections of
-    other scripts are passed over, so one file can serve a whole pipeline; a key that no class of its section has is
-    refused with the nearest one that exists. Keys in the section `device` hold for every section that has them.
-    """
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; check --config")
-    try:
-        content = yaml.load(Path(path).read_text(), _unique_key_loader(yaml)) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not keys with values")
-    selections = _selections(classes)
-    mine = {f.name: f for selection in selections for f in selection.fields}
-    values, sections = {}, _all_sections()
-
-    def take(section, entries):
-        here = {f.name for s in selections if section in ("", "device", s.section) for f in s.fields}
-        known = sections.get(section, set())
-        for key, value in entries.items():
-            nested = f"{section}.{key}" if section else key
-            if nested in sections and (value is None or isinstance(value, dict)):
-                take(nested, value or {})
-            elif key not in known | here:
-                raise ValueError(f"{path} has an unknown key {nested!r}{_nearest(key, known | here | set(sections))}")
-            elif key in here:
-                read = _from_yaml(mine[key], value, path)
-                if key in values and values[key] != read:
-                    raise ValueError(f"{path} sets {key} to {values[key]} and, as {nested}, to {read}; keep one")
-                values[key] = read
-
-    take("", content)
-    return values
-
-
-def _unique_key_loader(yaml):
-    """Return a loader that refuses a key that stands twice in one place, of which YAML would take the last."""
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice",
-                                                            key.start_mark)
-                seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
-            return super().construct_mapping(node, deep)
-
-    return Loader
-
-
-def _all_sections():
-    """Return {section: known keys}; imported here because the scripts need only some of these modules."""
-    from .configs import CONFIGS
-
-    sections = {}
-    for cls in CONFIGS:
-        sections.setdefault(section_name(cls), set()).update(f.name for f in dataclasses.fields(cls))
-    return {**sections, "device": set().union(*sections.values())}
-
-
-def _from_yaml(field, value, path):
-    kind = field.type.__name__
-    if kind == "tuple" and isinstance(value, (list, int, float, bool)):
-        return to_tuple(value)
-    if kind == "bool" and not isinstance(value, bool) or isinstance(value, (dict, list)) or value is None:
-        raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}")
-    try:
-        value = _CONVERTERS.get(field.type, field.type)(value if kind == "bool" else str(value))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{path}: {field.name} is {value!r}, needed is a value of type {kind}") from error
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        raise ValueError(f"{path}: {field.name} is {value!r}, possible are {', '.join(map(str, choices))}")
-    return value
+    return converted
 
 
 def _explicit(parser, argv):
-    """Return {flag: value} of the flags that stand on the command line."""
-    parser.parse_args(argv)  # answers --help and complains while the defaults are in place
+    """Return {flag: value} of the flags that are on the command line."""
+    argv = _rename_flags(argv, {action.dest for action in parser._actions})
+    parser.parse_args(argv)  # answers --help and reports errors while the defaults are set
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_args(argv))
 
 
+def _rename_flags(argv, known):
+    """Return the command line with the present names of deprecated flags."""
+    words = {re.split("[= ]", word.removeprefix("--"), maxsplit=1)[0] for word in argv if word.startswith("--")}
+    renamed = _rename(words, known)
+    return [re.sub(r"^--(\w+)", lambda flag: f"--{renamed.get(flag[1], flag[1])}", word) for word in argv]
+
+
+def _rename(names, known, prefix="--"):
+    """Return {deprecated name: present one} of the flags or YAML keys among `names`, and report each."""
+    renamed = {old: new for old, new in FLAG_ALIASES.items() if old in names and new in known}
+    for old, new in renamed.items():
+        if new in names:
+            raise ValueError(f"{prefix}{old} is the deprecated name of {prefix}{new}: set only {prefix}{new}")
+        message = f"{prefix}{old} is deprecated, use {prefix}{new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        if dist_util.rank() == 0:  # Python hides such warnings outside of __main__
+            print(message, file=sys.stderr)
+    return renamed
+
+
 def _nearest(word, known):
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(sorted(known))}"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line, and an unknown flag with the nearest known one."""
+    """Parser that answers a mistake with one line, and an unknown flag with the nearest known one."""
+
+    def __init__(self, **settings):
+        self.essential = []     # actions on the first page of the help
+        super().__init__(**settings)
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             word = message.split(":", 1)[1].split()[0].lstrip("-").split("=")[0]
-            message += _nearest(word, {a.dest for a in self._actions})
-        self.exit(2, f"error: {message} (--help lists all flags)\n")
+            message += _nearest(word, {a.dest for a in self._actions} - {argparse.SUPPRESS})
+        message = re.sub("^argument .*?: --", "--", message)    # `config.check` names the flag itself
+        self.exit(2, f"error: {message} (--help_all lists all flags)\n")
+
+    def format_essentials(self):
+        """Return the first page of the help."""
+        page = self._get_formatter()
+        page.add_usage(self.usage, (), ())
+        page.add_text(self.description)
+        page.start_section("essential flags")
+        page.add_arguments(self.essential)
+        page.end_section()
+        page.add_text(f"--help_all lists all {len(self._actions) - 2} flags")
+        return page.format_help()
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help() if option_string == "--help_all" else parser.format_essentials(), end="")
+        parser.exit()
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help that ends with the default, spelled as on the command line."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
 
     def _get_help_string(self, action):
         default = action.default
@@ -234,42 +221,96 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {default})"
 
 
-def str2bool(v):
-    """Read yes/no in the usual spellings; https://stackoverflow.com/q/15008758 asks for it since argparse cannot."""
-    if isinstance(v, bool):
-        return v
-    answer = {"yes": True, "true": True, "t": True, "y": True, "1": True,
-              "no": False, "false": False, "f": False, "n": False, "0": False}.get(v.lower())
-    if answer is None:
-        raise argparse.ArgumentTypeError(f"{v!r} is neither true nor false")
-    return answer
+# --- YAML ---
 
 
-def _numbers(text):
-    """Read `4`, `2,2` or `[[1,2,2],[2,2,2]]`; a single value stays a scalar, since it means every axis or level."""
-    text = text.strip()
+def read_yaml(path, classes):
+    """Return {flag: value} for the given config classes or selections from a YAML file.
+
+    Keys are top-level or in the section of their class (`data`, `autoencoder`, `autoencoder.training`, ...). Sections
+    of other scripts are ignored, so one file can serve a whole pipeline; a key that no class of its section has is an
+    error that names the nearest one. Keys in the section `device` hold for every section that has them.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; check --config")
     try:
-        value = json.loads((text if text.startswith("[") else f"[{text}]").lower())
+        content = yaml.load(Path(path).read_text(), _unique_key_loader(yaml)) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys with values, got a {type(content).__name__}")
+    selections = _selections(classes)
+    fields = {f.name: f for selection in selections for f in selection.fields}
+    values, sections = {}, _known_keys()
+
+    def take(section, entries):
+        here = {f.name for s in selections if section in ("", "device", s.section) for f in s.fields}
+        known = sections.get(section, set()) | here
+        renamed = _rename(entries, known, f"{path}: {section and section + '.'}")
+        for key, value in entries.items():
+            nested, key = f"{section}.{key}" if section else key, renamed.get(key, key)
+            if nested in sections and (value is None or isinstance(value, dict)):
+                take(nested, value or {})
+            elif key not in known:
+                raise ValueError(f"{path}: unknown key {nested!r}{_nearest(key, known | set(sections))}")
+            elif key in here:
+                read_value = _from_yaml(fields[key], value, path)
+                if values.setdefault(key, read_value) != read_value:
+                    raise ValueError(f"{path} sets {key} to {values[key]} and, as {nested}, to {read_value}; keep one")
+
+    take("", content)
+    return values
+
+
+def _known_keys():
+    """Return {section: set of its keys} of all scripts."""
+    # By name: the table of all configs imports most of the package, which flags without a file do not need.
+    sections = {}
+    for cls in importlib.import_module(f"{__package__}.configs").CONFIGS:
+        sections.setdefault(section_name(cls), set()).update(f.name for f in dataclasses.fields(cls))
+    return {**sections, "device": set().union(*sections.values())}
+
+
+def _from_yaml(field, value, path):
+    try:
+        return read(field, value)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 2,2 or [[1,2,2],[2,2,2]]") from error
-    return to_tuple(value[0] if len(value) == 1 and not text.startswith("[") else value)
+        raise ValueError(f"{path}: {error}") from None
 
 
-_CONVERTERS = {bool: str2bool, tuple: _numbers}
+def _unique_key_loader(yaml):
+    """Return a loader that rejects a key that occurs twice in one mapping, of which YAML would take the last."""
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} occurs twice",
+                                                            key.start_mark)
+                seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+# --- Helpers of guided-diffusion ---
+
+
+def str2bool(v):
+    """Return the truth value of yes/no in the usual spellings (https://stackoverflow.com/q/15008758)."""
+    return v if isinstance(v, bool) else _argument_type(functools.partial(convert, "bool", bool))(v)
 
 
 def add_dict_to_argparser(parser, default_dict):
-    """Add a flag for every entry of a dictionary, its type being that of the default (None: text)."""
+    """Add a flag for every entry of a dictionary, of the type of its default (None: text)."""
     for name, default in default_dict.items():
         kind = str if default is None else type(default)
-        parser.add_argument(f"--{name}", default=default, type=_CONVERTERS.get(kind, kind))
+        parser.add_argument(f"--{name}", default=default, type=_argument_type(functools.partial(convert, name, kind)))
 
 
 def args_to_dict(args, keys):
-    """Pick attributes of parsed arguments by name."""
+    """Return attributes of parsed arguments by name."""
     return {key: getattr(args, key) for key in keys}
-
-
-def flag_names(*classes):
-    """Return the names of all flags of these config classes or selections."""
-    return {field.name for selection in _selections(classes) for field in selection.fields}

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, per_level, total_factors
-from ..config import option
+from ..config import option, resolve
 from ..data import DataConfig, open_folder
 from ..nn import per_axis
-from ..train_util import AMP_DTYPES, AutoencoderTrainConfig
+from ..train_util import AMP_DTYPES, AutoencoderTrainConfig, decays
 from ..vae import (
     AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, autoencoder_losses, create_discriminator,
     discriminator_losses, generator_losses,
@@ -45,7 +45,7 @@ class Plan:
         """Return the `Estimate` of a training step."""
         with torch.device("meta"):
             networks = self.build()
-        averages = len([rate for rate in str(self.train.ema_rate).split(",") if rate])
+        averages = len(decays.parse(self.train.ema_rate, "ema_rate"))
         return estimate_training(networks, self.step, self.train.optimizer, averages, self.amp)
 
     @property
@@ -102,9 +102,8 @@ class AutoencoderPlan(Plan):
     CHECKPOINTING = "use_checkpointing"
 
     def __post_init__(self):
-        checkpointing = self.network.use_checkpointing or self.train.use_gradient_checkpointing
-        network = replace(self.network, in_channels=self.shape[0], spatial_dims=len(self.shape) - 1,
-                          use_checkpointing=checkpointing)
+        network, _ = resolve(self.network, self.train)
+        network = replace(network, in_channels=self.shape[0], spatial_dims=len(self.shape) - 1)
         object.__setattr__(self, "network", network)
         object.__setattr__(self, "train", replace(self.train, use_gradient_checkpointing=False))
 

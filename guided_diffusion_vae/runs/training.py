@@ -6,7 +6,7 @@ import torch
 
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
-from ..config import as_dict
+from ..config import as_dict, resolve
 from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
 from ..evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..gaussian_diffusion import DiffusionConfig
@@ -107,8 +107,7 @@ def train_autoencoder(run):
     loss, discriminator_config, perceptual = run[AutoencoderLossConfig], run[DiscriminatorConfig], run[PerceptualConfig]
     config = dataclasses.replace(run[AutoencoderConfig], spatial_dims=len(data.sides))
     _check_compile(train, config)
-    if train.use_gradient_checkpointing:
-        config = dataclasses.replace(config, use_checkpointing=True)
+    config, _ = resolve(config, train)
     factors = total_factors(config, len(data.sides))
     images = open_folder(data, multiple=factors)
     channels = images.shape[0]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..config import option
+from ..config import option, resolve
 from ..gaussian_diffusion import noised_condition
 from ..nn import keyed_randn, keyed_rng
 from ..vae_wrapper import PixelCodec
@@ -95,13 +95,12 @@ def parse_classes(text, num_classes, names=None):
 
 
 def resolve_sampler(config):
-    """Return the key of LOOPS that a SamplingConfig asks for.
+    """Return the key of `SAMPLE_LOOPS` of a SamplingConfig.
 
-    :raises ValueError: where --use_ddim contradicts --sampler.
+    :raises ValueError: if --use_ddim contradicts --sampler.
     """
-    if config.use_ddim and config.sampler not in ("", "ddim"):
-        raise ValueError(f"--use_ddim True contradicts --sampler {config.sampler}; leave one of them away")
-    return config.sampler or ("ddim" if config.use_ddim else "ddpm")
+    config, = resolve(config)
+    return config.sampler or "ddpm"
 
 
 class LowResConditioning:
