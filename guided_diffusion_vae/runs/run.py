@@ -55,6 +55,10 @@ class Run:
         configs = [config if type(old) is type(config) else old for old in self.configs]
         return Run(self.script, configs, {**self.explicit, **explicit}, self.folder, self.checkpoint, self.flags)
 
+    def derive(self, script, configs, folder):
+        """Return a training run with other configs in another folder, which resumes the checkpoint there, if any."""
+        return Run(script, configs, self.explicit, folder, find_checkpoint(folder))
+
     @property
     def dry_run(self):
         """Whether only the configuration, the data and the size of the model are reported."""

@@ -6,11 +6,10 @@ from .. import dist_util, logger
 from ..data import DataConfig, hash_lines, map_labels, open_folder
 from ..evaluation import comparison, features, label_metrics
 from ..gaussian_diffusion import DiffusionConfig
-from ..train_util import ClassifierTrainConfig, find_checkpoint
+from ..train_util import ClassifierTrainConfig
 from ..unet import ClassifierConfig
 from .factories import build_classifier
 from .loading import load_classifier
-from .run import Run
 from .spaces import open_pixels
 from .training import infer_classifier_config, train_classifier
 
@@ -57,7 +56,7 @@ def run_tstr(run, datasets):
             continue
         settings = hash_lines([images.fingerprint, *map(repr, (*configs, dist_util.world_size()))])
         folder = run.folder / f"trained_on_{name}_{settings[:8]}"
-        inner = Run("classifier_train", configs, run.explicit, folder, find_checkpoint(folder))
+        inner = run.derive("classifier_train", configs, folder)
         marker = inner.checkpoint[0]
         with logger.scoped_configure(str(folder), ["log", "csv"], resume_step=marker and marker["step"]):
             train_classifier(inner, *open_pixels(images))
