@@ -39,7 +39,8 @@ def main(run):
     tstr_datasets = tstr.open_tstr_datasets(run, datasets) if config.tstr_iterations else {}
     report = comparison.evaluate(config, data, extract, run.folder, classifier, header["classes"], header["image_shape"])
     if tstr_datasets:
-        run.write_report({**report, **tstr.run_tstr(run, tstr_datasets)})
+        report.update(tstr.run_tstr(run, tstr_datasets))
+    run.write_report(report)
 
 
 create_argparser = main.argparser

@@ -62,7 +62,7 @@ class Run:
     @property
     def dry_run(self):
         """Whether only the configuration, the data and the size of the model are reported."""
-        return self[RunConfig].dry_run
+        return RunConfig in self and self[RunConfig].dry_run
 
     @property
     def resumed_header(self):
