@@ -89,10 +89,10 @@ class PixelCodec(BaseCodec):
 
     has_posterior, is_pixels = False, True
     scale_factor, shift_factor, path = 1.0, 0.0, ""
-    preprocessing: dict = {}
     image_range = (-1.0, 1.0)
 
     def __init__(self, channels: int = 3, dims: int = 2):
+        self.preprocessing = {}
         self.in_channels = self.latent_channels = channels
         self.factors = (1,) * dims
         self.config = {"class": "PixelCodec", "channels": channels, "dims": dims}

@@ -34,9 +34,9 @@ def random_autoencoder(**flags):
     return randomize(create_autoencoder(config)), config
 
 
-def random_unet(process=DiffusionConfig(), shape=(4, 8, 8), **flags):
+def random_unet(diffusion=None, shape=(4, 8, 8), **flags):
     model = ModelConfig(**{**UNET, **flags})
-    network, _ = create_model_and_diffusion_vae(shape, model, process)
+    network, _ = create_model_and_diffusion_vae(shape, model, diffusion or DiffusionConfig())
     return randomize(network), as_dict(model)
 
 
@@ -143,7 +143,7 @@ def test_scheduler_steps_equal_ours(flags):
         generator = torch.Generator().manual_seed(5)
         actual = scheduler.step(output, t, x, generator=generator)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-        expected = diffusion.p_sample(lambda x, t: output, x, torch.full((2,), t), noise_fn=lambda x: noise)
+        expected = diffusion.p_sample(lambda x, t: output, x, torch.full((2,), t), noise_fn=lambda x, noise=noise: noise)
         torch.testing.assert_close(actual.pred_original_sample, expected["pred_xstart"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(actual.prev_sample, expected["sample"], atol=1e-4, rtol=1e-3)
 

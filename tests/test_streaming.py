@@ -64,7 +64,8 @@ def test_device_holds_one_slab_at_a_time(monkeypatch):
 
 
 def test_statistics_keep_precision_at_large_means():
-    network = random_network(spatial_dims=1, num_channels=(8,), attention_levels=(False,), with_decoder_nonlocal_attn=False)
+    network = random_network(spatial_dims=1, num_channels=(8,), attention_levels=(False,),
+                             with_decoder_nonlocal_attn=False)
     x = torch.randn(1, 1, 4096) * 1e-2 + 100
     with torch.no_grad():
         expected, _ = network.moments(x)
