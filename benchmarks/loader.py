@@ -76,11 +76,9 @@ def main():
         pictures = ImageFolder(DataConfig(data_dir=str(place / "pictures.npz"), image_size=config.grid))
         sources = {}
         for store, dtype in (("mode", "float32"), ("mode", "float16"), ("moments", "float16")):
-            cache = LatentCacheConfig(store=store, latent_dtype=dtype)
-            sources[f"cache, {store}, {dtype}"] = write_cache(place / f"{store}-{dtype}", pictures, FourFold(1), cache,
-                                                              batch_size=512)
-        resident = write_cache(place / "mode-float32", pictures, FourFold(1),
-                               LatentCacheConfig(store="mode", latent_dtype="float32"))
+            cache = LatentCacheConfig(str(place / f"{store}-{dtype}"), store, dtype)
+            sources[f"cache, {store}, {dtype}"] = write_cache(pictures, FourFold(1), cache, batch_size=512)
+        resident = write_cache(pictures, FourFold(1), LatentCacheConfig(str(place / "mode-float32"), "mode", "float32"))
         resident.on_device(device)
         sources["cache, mode, float32, on the device"] = resident
 

@@ -1,8 +1,8 @@
-"""Feed latents to diffusion training: a cache on disk, a folder of single files, or pictures encoded as they come.
+"""Sources of latents for diffusion training: a cache on disk, a folder of single files, or images encoded on the fly.
 
-All three sources hand out scaled latents (z * scale_factor; README, the scale of latents) and share one
-interface: `read` gathers a batch on any thread, `latents` turns it into latents on the device, `batch` does both.
-`LatentStream` adds the normalisation and says which latents form which step.
+All three return scaled latents (z * scale_factor; see the README on the latent scale) and implement `LatentSource`:
+`read` gathers values on any thread, `latents` turns them into latents on the device. `data.LatentStream` normalizes them
+and selects the items of each step.
 """
 
 import re
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .config import option
+from .config import option, require
 from .data.batching import Prefetcher, permute_indices
 from .data.listing import infer_classes
-from .data.manifest import CACHE_FLAG, FILENAMES, LABELS, MANIFEST, _REENCODE_HINT, _inside, _read_manifest, _stored_shape
+from .data.manifest import (
+    CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
+)
 from .data.statistics import RunningMoments
-from .files import require_folder, sha256_of_file
+from .files import file_errors, require_folder, sha256_of_file
 from .interfaces import LatentSource
 from .nn import to_device
 from .vae.posterior import sample_moments
 
-MAX_CHANNELS = 16      # of latents over one axis: what has more is taken for a picture without an axis for channels
-
-
+MAX_CHANNELS = 16       # of latents with one spatial axis: an array with more is an image without a channel axis
+SPARE_FILES = 256       # files that a process may have open in addition to a cache
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
-SPARE_FILES = 256  # that a process has open besides a cache
 
 
 @dataclass
@@ -40,45 +40,23 @@ class LatentConfig:
                              minimum=1)
 
 
-@torch.no_grad()
-def _encode(codec, images, store):
-    encoded = codec.encode_moments(images) if store == "moments" else codec.encode_batch(images)
-    return encoded.float()
-
-
-def _group_name(pictures, group):
-    return f"{pictures.names[group[0] % len(pictures)]} (or one of the {len(group) - 1} encoded with it)"
-
-
-def _not_finite(names):
-    return f"{names}: the autoencoder gives latents that are not finite; check it with check_roundtrip.py"
-
-
-def _add(moments, stored, store):
-    """Count stored entries in; the variance of z is that of the means plus the posterior's own."""
-    if store == "moments":
-        mean, logvar = np.split(stored.astype(np.float64), 2, axis=1)
-        moments.add(mean, np.exp(logvar))
-    else:
-        moments.add(stored)
-
-
 class LatentCache(LatentSource):
-    """Hand out the latents of a cache; memory does not grow with their number, as the shards are memory-mapped.
+    """The latents of a cache; shards are memory-mapped, so memory does not grow with their number.
 
-    :raises FileNotFoundError: no folder, or one without a manifest.
-    :raises ValueError: a manifest of another format or version, shards that are not what it says.
+    :raises FileNotFoundError: if there is no folder, or no manifest in it.
+    :raises ValueError: if the manifest has another format or version, or a file differs from it.
     """
 
     supports_bulk_reads = True
 
     def __init__(self, folder):
         self.folder = require_folder(folder, CACHE_FLAG)
-        self.manifest = manifest = _read_manifest(self.folder)
+        self.manifest = manifest = read_manifest(self.folder)
         self.count = manifest["count"]
         self.latent_shape = tuple(manifest["latent_shape"])
         self.image_shape = tuple(manifest["image_shape"])
         self.unpadded_shape = tuple(manifest["preprocessing"].get("unpadded_shape", self.image_shape))
+        self.preprocessing = {k: v for k, v in manifest["preprocessing"].items() if k != "data_dir"}
         self.class_names = manifest["class_names"]
         self.scale_factor = manifest["scale_factor"]
         self.autoencoder = manifest["autoencoder"]
@@ -87,69 +65,60 @@ class LatentCache(LatentSource):
         self.random_flip = manifest["flips"]
         _allow_open_files(len(manifest["shards"]))
         self._shards = [self._open_shard(shard) for shard in manifest["shards"]]
-        self._entries = sum(len(shard) for shard in self._shards)  # with mirrored ones
         self._firsts = np.array([shard["first"] for shard in manifest["shards"]])
-        self._require_whole()
-        self.labels = self._read_labels() if self.class_names is not None else None
+        self._entries = self.count * (2 if self.random_flip else 1)     # the second half are the flipped images
+        starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+        require((starts[-1] == self._entries and (starts[:-1] == self._firsts).all(),
+                 f"{self.folder / MANIFEST}: expected {self._entries} consecutive latents, the shards contain {starts[-1]}; "
+                 f"{REENCODE_HINT}"))
+        self.labels = None if self.class_names is None else self._open_labels()
+        self.nbytes = sum(shard.nbytes for shard in self._shards)
         self._resident = None
 
     @property
-    def nbytes(self):
-        """Bytes of all shards."""
-        return sum(shard.nbytes for shard in self._shards)
-
-    @property
-    def preprocessing(self):
-        """How the pictures were read before they were encoded."""
-        return {k: v for k, v in self.manifest["preprocessing"].items() if k != "data_dir"}
-
-    @property
     def filenames(self):
-        """The pictures' names, one per latent."""
+        """The names of the images, one per latent."""
         return (self.folder / FILENAMES).read_text().splitlines()
 
     def read(self, indices, flips=None, rngs=None):
-        """Return what `latents` needs of some items: stored values, float32 on the CPU, or rows of the device's copy.
+        """Return what `latents` needs of some items: stored values, float32 on the CPU, or rows of the copy on a device.
 
-        :param flips: bools; where true the mirrored picture's latent is taken.
+        :param flips: booleans; True selects the latent of the flipped image.
         """
         rows = np.asarray(indices, np.int64)
         if flips is not None:
-            if not self.random_flip:
-                raise ValueError(f"{self.folder} holds no mirrored pictures; encode again with --random_flip True")
+            require((self.random_flip, f"{self.folder} contains no flipped images; re-encode with --random_flip True"))
             rows = rows + self.count * np.asarray(flips, np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self._entries:
-            raise IndexError(f"{self.folder} has {self._entries} latents, asked for were {rows.min()} to {rows.max()}")
+        low, high = (rows.min(), rows.max()) if len(rows) else (0, 0)
+        require((0 <= low and high < self._entries, f"{self.folder}: expected indices of {self._entries} latents, got "
+                                                    f"{low} to {high}"), error=IndexError)
         if self._resident is not None:
             return torch.from_numpy(rows)
         values = torch.from_numpy(self._gather(rows)).float()
-        if not values.sum().isfinite() and not values.isfinite().all():  # the first alone is fast
-            bad = int(rows[~values.isfinite().flatten(1).all(1).numpy()][0])
-            raise ValueError(f"{self.folder}: latent {bad} is not finite; the cache is damaged, encode it again")
+        if not values.sum().isfinite():     # much faster than looking at each value
+            bad = rows[~values.isfinite().flatten(1).all(1).numpy()].tolist()
+            require((not bad, f"{self.folder}: latents {bad[:3]} are not finite; {REENCODE_HINT}"))
         return values
 
     def _gather(self, rows):
-        """Return the stored values of `rows`, [n x ...]: one gather a shard, in their order, then one over all."""
+        """Return the stored values of `rows` [n x ...]: one gather per shard, in their order, then one over all."""
         if len(self._shards) == 1:
             return self._shards[0].take(rows, axis=0)
         owners = np.searchsorted(self._firsts, rows, side="right") - 1
         order = np.argsort(owners, kind="stable")
         ends = np.flatnonzero(np.diff(owners[order], append=len(self._shards))) + 1
-        by_shard = np.empty((len(rows), *_stored_shape(self.manifest)), self._shards[0].dtype)
-        for begin, end in zip([0, *ends[:-1]], ends):
-            owner = owners[order[begin]]
-            # mode "clip" because numpy writes by way of a copy where it has to look for rows that are not there
-            self._shards[owner].take(rows[order[begin:end]] - self._firsts[owner], axis=0, out=by_shard[begin:end],
+        by_shard = np.empty((len(rows), *stored_shape(self.manifest)), self._shards[0].dtype)
+        for start, end in zip([0, *ends[:-1]], ends):
+            owner = owners[order[start]]
+            # mode "clip": with bounds checks NumPy writes to `out` through a copy.
+            self._shards[owner].take(rows[order[start:end]] - self._firsts[owner], axis=0, out=by_shard[start:end],
                                      mode="clip")
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return by_shard.take(back, axis=0)
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return by_shard.take(inverse, axis=0)
 
     def latents(self, values, eps=None, device="cpu"):
-        """Return scaled latents [n x C x ...] on `device` of what `read` gave.
-
-        `eps` is the posterior's noise, None the mode.
-        """
+        """Return scaled latents [n x Z x ...] on `device`; see `LatentSource`."""
         if self._resident is None:
             values = to_device(values, device)
         else:
@@ -157,129 +126,111 @@ class LatentCache(LatentSource):
         return sample_moments(values, eps) if self.draws_posterior else values
 
     def on_device(self, device, limit_bytes=2**31):
-        """Keep the whole cache on `device` if it takes at most `limit_bytes`; return whether it does."""
+        """Keep the full cache on `device` if it takes at most `limit_bytes`; return whether it is kept there."""
         if self.nbytes > limit_bytes:
             return False
         dtype = getattr(torch, self.manifest["dtype"])
-        shape = self._entries, *_stored_shape(self.manifest)
-        resident = torch.empty(shape, dtype=dtype, device=device)
+        resident = torch.empty((self._entries, *stored_shape(self.manifest)), dtype=dtype, device=device)
         for first, shard in zip(self._firsts, self._shards):
             resident[first:first + len(shard)] = torch.from_numpy(np.array(shard)).to(device)
-        if not torch.isfinite(resident).all():
-            raise ValueError(f"{self.folder}: some latents are not finite; the cache is damaged, encode it again")
+        require((torch.isfinite(resident).all(), f"{self.folder}: some latents are not finite; {REENCODE_HINT}"))
         self._resident = resident
         return True
 
     def verify(self, progress=None):
-        """Compare every file with its SHA-256 in the manifest; raise ValueError naming the first that differs."""
+        """Compare every file with its SHA-256 in the manifest.
+
+        :param progress: called with (files done, files in total).
+        :raises ValueError: if a file differs; the message names it.
+        """
         files = [(shard["file"], shard["sha256"]) for shard in self.manifest["shards"]]
         files += self.manifest["files"].items()
         for done, (name, sha256) in enumerate(files, 1):
-            if sha256_of_file(self.folder / name) != sha256:
-                raise ValueError(f"{self.folder / name} is not what was written there (SHA-256 differs); {_REENCODE_HINT}")
+            require((sha256_of_file(self.folder / name) == sha256,
+                     f"{self.folder / name} is corrupt: its SHA-256 differs from the manifest; {REENCODE_HINT}"))
             if progress:
                 progress(done, len(files))
 
     def _open_shard(self, shard):
-        path = _inside(self.folder, shard["file"])
-        try:
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); {_REENCODE_HINT}") from error
-        wanted = (shard["count"], *_stored_shape(self.manifest))
-        if values.shape != wanted or values.dtype != np.dtype(self.manifest["dtype"]):
-            raise ValueError(f"{path} holds {values.dtype} {list(values.shape)}, the manifest says "
-                             f"{self.manifest['dtype']} {list(wanted)}; {_REENCODE_HINT}")
+        path, dtype = path_inside(self.folder, shard["file"]), self.manifest["dtype"]
+        values, expected = _open_array(path, REENCODE_HINT), (shard["count"], *stored_shape(self.manifest))
+        require((values.shape == expected and values.dtype == np.dtype(dtype),
+                 f"{path}: expected {dtype} {expected} as in the manifest, got {values.dtype} {values.shape}; "
+                 f"{REENCODE_HINT}"))
         return values
 
-    def _require_whole(self):
-        entries = self.count * (2 if self.random_flip else 1)
-        starts = np.cumsum([0] + [len(shard) for shard in self._shards])
-        if starts[-1] != entries or (starts[:-1] != self._firsts).any():
-            raise ValueError(f"{self.folder / MANIFEST}: its shards hold {starts[-1]} latents in a row, not the "
-                             f"{entries} it says; {_REENCODE_HINT}")
-
-    def _read_labels(self):
-        path = self.folder / LABELS
-        try:
-            labels = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); {_REENCODE_HINT}") from error
-        right = labels.dtype == np.int64 and labels.shape == (self.count,)
-        if not right or labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise ValueError(f"{path} holds {labels.dtype} {list(labels.shape)}, not {self.count} int64 labels of "
-                             f"{len(self.class_names)} classes; {_REENCODE_HINT}")
+    def _open_labels(self):
+        path, classes = self.folder / LABELS, len(self.class_names)
+        labels = _open_array(path, REENCODE_HINT)
+        valid = labels.dtype == np.int64 and labels.shape == (self.count,)
+        require((valid and 0 <= labels.min() and labels.max() < classes,
+                 f"{path}: expected {self.count} int64 labels of {classes} classes, got {labels.dtype} {labels.shape}; "
+                 f"{REENCODE_HINT}"))
         return labels
 
 
 class LatentFolder(LatentSource):
-    """Hand out latents kept as one `.npy` [C x ...] per picture; classes as in `ImageFolder`.
+    """Latents stored as one `.npy` [Z x ...] per image; classes are inferred from names as in `ImageFolder`.
 
-    Such files say nothing of their autoencoder: they are taken to be scaled by `scale_factor` already, as
-    `encode_batch` returns them. Statistics are measured over up to 4096 of them, evenly spread.
+    The files do not record their autoencoder: they must be scaled by `scale_factor` already, as `encode_batch` returns
+    them. Statistics are measured over up to `max_measured` files, evenly spaced.
     """
 
     image_shape = unpadded_shape = autoencoder = None
     preprocessing = {}
 
-    def __init__(self, folder, scale_factor=0.18215, most_measured=4096):
+    def __init__(self, folder, scale_factor=0.18215, max_measured=4096):
         self.folder = require_folder(folder, CACHE_FLAG)
         self.scale_factor = scale_factor
         self.paths = sorted(path for path in self.folder.rglob("*.npy") if not path.name.startswith("."))
-        if not self.paths:
-            raise FileNotFoundError(f"{self.folder} holds neither {MANIFEST} nor .npy files; check {CACHE_FLAG}")
+        require((self.paths, f"{self.folder} contains neither {MANIFEST} nor .npy files; check {CACHE_FLAG}"),
+                error=FileNotFoundError)
         self.count = len(self.paths)
         self.latent_shape = self._open(self.paths[0]).shape
         channels, *grid = self.latent_shape or (0,)
-        if not grid or len(grid) == 1 and (channels > MAX_CHANNELS or channels == grid[0]):
-            raise ValueError(f"{self.paths[0]} has shape {list(self.latent_shape)}, which is no latent [C x ...] of at "
-                             f"most {MAX_CHANNELS} channels; check {CACHE_FLAG} (pictures go to --data_dir, with "
-                             "--vae_path)")
+        is_image = len(grid) == 1 and (channels > MAX_CHANNELS or channels == grid[0])
+        require((grid and not is_image,
+                 f"{self.paths[0]}: expected a latent [Z x ...] with at most {MAX_CHANNELS} channels, got shape "
+                 f"{self.latent_shape}; check {CACHE_FLAG} (images are read by --data_dir with --vae_path)"))
         self.filenames = [path.relative_to(self.folder).as_posix() for path in self.paths]
         self.class_names, self.labels = infer_classes(self.filenames, str(self.folder))
         moments = RunningMoments()
-        for index in np.unique(np.linspace(0, self.count - 1, min(self.count, most_measured)).astype(int)):
+        for index in np.unique(np.linspace(0, self.count - 1, min(self.count, max_measured)).astype(int)):
             moments.add(self.read([index]).numpy())
         self.statistics = moments.statistics()
 
     def read(self, indices, flips=None, rngs=None):
-        """Return the latents of some items, float32 [n x C x ...] on the CPU."""
-        if flips is not None:
-            raise ValueError(f"{self.folder} holds no mirrored pictures; encode them with encode_dataset.py")
+        """Return the latents of some items, float32 [n x Z x ...] on the CPU."""
+        require((flips is None, f"{self.folder} contains no flipped images; encode them with scripts/encode_dataset.py"))
         values = np.empty((len(indices), *self.latent_shape), np.float32)
         for row, index in enumerate(indices):
             path = self.paths[index]
             latent = self._open(path)
-            if latent.shape != self.latent_shape:
-                raise ValueError(f"{path} has shape {list(latent.shape)}, {self.paths[0]} {list(self.latent_shape)}; "
-                                 "all latents must be alike")
+            require((latent.shape == self.latent_shape, f"{path}: expected shape {self.latent_shape} as in "
+                                                        f"{self.paths[0]}, got {latent.shape}; re-encode its image"))
             values[row] = latent
-            if not np.isfinite(values[row]).all():
-                raise ValueError(f"{path} holds values that are not finite; encode its picture again")
+            require((np.isfinite(values[row]).all(), f"{path}: values are not finite; re-encode its image"))
         return torch.from_numpy(values)
 
     def latents(self, values, eps=None, device="cpu"):
-        """Return `values` on `device`: a folder of latents holds no posterior to draw from."""
+        """Return `values` on `device`: the files contain no posterior to sample from."""
         return to_device(values, device)
 
     def _open(self, path):
-        try:
-            latent = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); encode its picture again") from error
-        if latent.dtype.kind != "f":
-            raise ValueError(f"{path} holds {latent.dtype}, not floating-point latents; check {CACHE_FLAG}")
+        latent = _open_array(path, "re-encode its image")
+        require((latent.dtype.kind == "f", f"{path}: expected floating-point latents, got {latent.dtype}; check "
+                                           f"{CACHE_FLAG}"))
         return latent
 
 
 class EncodedImages(LatentSource):
-    """Encode pictures as they come, a whole batch at a time, where the codec is; a latent source like `LatentCache`.
+    """The latents of an image source, encoded on the fly in full batches on the device of the codec.
 
-    With a `PixelCodec` the pictures themselves are x0, and there are no statistics to know.
+    With a `PixelCodec` the images themselves are x0, and no statistics are needed.
 
-    :param stats_samples: pictures over which mean and standard deviation are measured when made, chosen by `seed`.
-    :param statistics: known ones (of a run that goes on, or of rank 0) instead of measuring; {}: nobody needs them.
-    :param progress: called with (pictures measured, pictures in all).
+    :param stats_samples: number of images, selected by `seed`, over which mean and standard deviation are measured.
+    :param statistics: statistics to use instead of measuring (of a resumed run, or of rank 0); {} if unused.
+    :param progress: called with (images measured, images in total).
     """
 
     def __init__(self, dataset, codec, stats_samples=2048, seed=0, batch_size=32, statistics=None, progress=None):
@@ -306,73 +257,103 @@ class EncodedImages(LatentSource):
         self.statistics = statistics
 
     def read(self, indices, flips=None, rngs=None):
-        """Return the pictures of some items, float32 [n x C x H x W] in [0, 1] on the CPU."""
+        """Return the images of some items, float32 [n x C x ...] in [0, 1] on the CPU."""
         return self.dataset.batch(indices, flips, rngs)
 
     @torch.no_grad()
-    def latents(self, images, eps=None, device="cpu"):
-        """Return scaled latents [n x C x ...] of pictures on `device`; `eps` is the posterior's noise, None the mode.
+    def latents(self, values, eps=None, device="cpu"):
+        """Return scaled latents [n x Z x ...] of images on `device`; see `LatentSource`."""
+        # The images stay on the host: the codec checks their values there without synchronizing a GPU.
+        return to_device(self.codec.encode_batch(values, eps), device).float()
 
-        Pictures are handed over as they were read, on the host: the codec checks their values there, where nothing has
-        to wait for a GPU.
-        """
-        return to_device(self.codec.encode_batch(images, eps), device).float()
-
-    def _measure(self, number, seed, batch_size, progress):
-        chosen = np.sort(permute_indices(np.arange(number), self.count, seed, 0).astype(np.int64))
-        groups = [chosen[start:start + batch_size] for start in range(0, number, batch_size)]
+    def _measure(self, count, seed, batch_size, progress):
+        chosen = np.sort(permute_indices(np.arange(count), self.count, seed, 0).astype(np.int64))
+        groups = [chosen[start:start + batch_size] for start in range(0, count, batch_size)]
         ahead = Prefetcher(lambda k: self.read(groups[k]), end_step=len(groups))
         moments, done = RunningMoments(), 0
         try:
             for group in groups:
-                stored = _encode(self.codec, ahead.next(), "moments").cpu().numpy()
-                if not np.isfinite(stored).all():
-                    raise ValueError(_not_finite(_group_name(self.dataset, group)))
-                _add(moments, stored, "moments")
+                stored = encode_for_storage(self.codec, ahead.next(), "moments").cpu().numpy()
+                require_finite(stored, group_name(self.dataset, group))
+                add_stored(moments, stored, "moments")
                 done += len(group)
                 if progress:
-                    progress(done, number)
+                    progress(done, count)
         finally:
             ahead.close()
         return moments.statistics()
 
 
-def open_latents(folder):
-    """Return the `LatentCache` or, for a plain folder of one `.npy` per picture, the `LatentFolder` that is there.
+@torch.no_grad()
+def encode_for_storage(codec, images, store):
+    """Return the float32 values that a cache stores for images: moments [N x 2Z x ...] or modes [N x Z x ...]."""
+    return (codec.encode_moments(images) if store == "moments" else codec.encode_batch(images)).float()
 
-    :raises FileNotFoundError: neither; an unfinished cache is never taken for a folder of latents.
+
+def add_stored(moments, stored, store):
+    """Add stored values to `RunningMoments` of latents, whose variance is that of the means plus the posterior's."""
+    if store == "moments":
+        mean, logvar = np.split(stored.astype(np.float64), 2, axis=1)
+        moments.add(mean, np.exp(logvar))
+    else:
+        moments.add(stored)
+
+
+def group_name(dataset, group):
+    """Return a name for the images of a batch, for error messages."""
+    return f"{dataset.names[group[0] % len(dataset)]} (or one of {len(group) - 1} images in its batch)"
+
+
+def require_finite(stored, name):
+    """Check encoded values.
+
+    :raises ValueError: if one is not finite.
+    """
+    require((np.isfinite(stored).all(), f"{name}: the autoencoder returns latents that are not finite; check it with "
+                                        "scripts/check_roundtrip.py"))
+
+
+def open_latents(folder):
+    """Return the `LatentCache` in a folder, or the `LatentFolder` for a plain folder with one `.npy` per image.
+
+    :raises FileNotFoundError: if there is neither; an incomplete cache is not a plain folder of latents.
     """
     folder = require_folder(folder, CACHE_FLAG)
-    unfinished = any(_SHARD_NAME.fullmatch(path.name) for path in folder.glob("latents-*-of-*.npy"))
-    if (folder / MANIFEST).exists() or unfinished:
-        return LatentCache(folder)
-    return LatentFolder(folder)
+    incomplete = any(_SHARD_NAME.fullmatch(path.name) for path in folder.glob("latents-*-of-*.npy"))
+    return LatentCache(folder) if (folder / MANIFEST).exists() or incomplete else LatentFolder(folder)
 
 
 def require_same_autoencoder(cache, codec):
-    """Raise ValueError where latents were made by another autoencoder, or on another scale, than `codec`."""
+    """Check that latents come from the autoencoder `codec`, with its scale factor.
+
+    :raises ValueError: if not; the message names both.
+    """
     if cache.autoencoder is None:
         return
-    mine = codec.describe()
-    if cache.autoencoder["sha256"] != codec.fingerprint:
-        raise ValueError(f"{cache.folder}: latents come from autoencoder {cache.autoencoder['sha256'][:16]} "
-                         f"({cache.autoencoder['path']}), --vae_path holds {codec.fingerprint[:16]} ({mine['path']}); "
-                         "encode again or pass the first")
-    if cache.scale_factor != codec.scale_factor:
-        raise ValueError(f"{cache.folder}: latents are scaled by {cache.scale_factor}, the autoencoder {mine['path']} "
-                         f"scales by {codec.scale_factor}; encode again or give the first as --scale_factor")
+    path, sha256 = cache.autoencoder["path"], cache.autoencoder["sha256"]
+    require(
+        (sha256 == codec.fingerprint, f"{cache.folder}: latents come from autoencoder {sha256[:16]} ({path}), --vae_path is "
+                                      f"{codec.fingerprint[:16]} ({codec.path}); re-encode or use the first"),
+        (cache.scale_factor == codec.scale_factor,
+         f"{cache.folder}: latents are scaled by {cache.scale_factor}, the autoencoder {codec.path} scales by "
+         f"{codec.scale_factor}; re-encode or set --scale_factor {cache.scale_factor}"),
+    )
+
+
+def _open_array(path, action):
+    with file_errors(path, action=action):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _allow_open_files(count):
-    """Raise this process's limit of open files: each shard that is mapped into memory holds one.
+    """Raise the limit of open files of this process: each memory-mapped shard is one.
 
-    :raises ValueError: where the limit cannot be raised so far.
+    :raises ValueError: if the limit cannot be raised that far.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ValueError(f"the cache has {count} shards and this process may open {hard} files; raise the limit "
-                             f"(ulimit -n {needed}), or encode with a larger --shard_size")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
+    required = count + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < required:
+        require((hard == resource.RLIM_INFINITY or hard >= required,
+                 f"the cache has {count} shards and this process may open {hard} files; raise the limit (ulimit -n "
+                 f"{required}), or encode with a larger --shard_size"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (required, hard))

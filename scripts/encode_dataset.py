@@ -22,8 +22,8 @@ def main(run):
 
     config = run[LatentCacheConfig]
     with progress_bar(None, 0, "encoding") as bar:
-        cache = write_cache(config.cache_dir, images, codec, config, dist_util.rank(), dist_util.world_size(),
-                            bar.advance_to, dist_util.barrier)
+        cache = write_cache(images, codec, config, (dist_util.rank(), dist_util.world_size()), bar.advance_to,
+                            dist_util.barrier)
     spaces.log_source(cache)
 
 

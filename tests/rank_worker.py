@@ -50,8 +50,8 @@ def prepare(folder):
     torch.manual_seed(0)
     header = {"kind": "autoencoder", "autoencoder": as_dict(AUTOENCODER)}
     checkpoint_util.save_weights(folder / "vae.pt", create_autoencoder(AUTOENCODER).state_dict(), header)
-    config = LatentCacheConfig(latent_dtype="float32", shard_size=4)
-    write_cache(folder / "cache", images_in(folder), VAEInterface(folder / "vae.pt", device="cpu"), config)
+    config = LatentCacheConfig(str(folder / "cache"), latent_dtype="float32", shard_size=4)
+    write_cache(images_in(folder), VAEInterface(folder / "vae.pt", device="cpu"), config)
 
 
 def images_in(folder):

@@ -55,11 +55,10 @@ def pictures(tmp_path):
 @pytest.fixture
 def cached(tmp_path, pictures):
     def write(name="cache", codec=None, **fields):
-        options = {"shard_size": 4, "latent_dtype": "float32", **fields}
+        options = {"cache_dir": str(tmp_path / name), "shard_size": 4, "latent_dtype": "float32", **fields}
         read = ImageFolder(pictures.config, random_flip=options.pop("random_flip", False))
         run = {key: options.pop(key) for key in list(options) if key not in LatentCacheConfig.__dataclass_fields__}
-        return write_cache(tmp_path / name, read, codec or HalvingCodec(), LatentCacheConfig(**options),
-                           **{"batch_size": 3, **run})
+        return write_cache(read, codec or HalvingCodec(), LatentCacheConfig(**options), **{"batch_size": 3, **run})
     return write
 
 
@@ -145,11 +144,11 @@ def test_statistics_over_all_include_the_spread_between_channels(tmp_path):
 
 def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, pictures, cached):
     alone = cached("alone")
-    wait, found, config = threading.Barrier(2, timeout=20), {}, LatentCacheConfig(latent_dtype="float32", shard_size=4)
+    wait, caches = threading.Barrier(2, timeout=20), {}
+    config = LatentCacheConfig(str(tmp_path / "both"), latent_dtype="float32", shard_size=4)
 
     def encode(rank):
-        found[rank] = write_cache(tmp_path / "both", pictures, HalvingCodec(), config, rank, 2, barrier=wait.wait,
-                                  batch_size=3)
+        caches[rank] = write_cache(pictures, HalvingCodec(), config, (rank, 2), barrier=wait.wait, batch_size=3)
 
     second = threading.Thread(target=encode, args=(1,))
     second.start()
@@ -157,9 +156,9 @@ def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, pi
         time.sleep(0.01)
     encode(0)
     second.join()
-    assert found[0].manifest == found[1].manifest == alone.manifest
-    with pytest.raises(ValueError, match="2 ranks encode together and need a barrier"):
-        write_cache(tmp_path / "third", pictures, HalvingCodec(), config, 0, 2)
+    assert caches[0].manifest == caches[1].manifest == alone.manifest
+    with pytest.raises(ValueError, match="2 ranks encode together and require a barrier"):
+        write_cache(pictures, HalvingCodec(), config, (0, 2))
 
 
 def test_flips_are_stored_as_entries_and_drawn_per_visit(cached, pictures):
@@ -168,7 +167,7 @@ def test_flips_are_stored_as_entries_and_drawn_per_visit(cached, pictures):
     latents, labels = cache.batch(np.arange(COUNT), flips=flips)
     mirrored = HalvingCodec().encode_batch(pictures.batch(range(COUNT), flips))
     assert torch.equal(latents, mirrored) and labels.tolist() == pictures.labels.tolist()
-    with pytest.raises(ValueError, match="no mirrored pictures; encode again with --random_flip True"):
+    with pytest.raises(ValueError, match="no flipped images; re-encode with --random_flip True"):
         cached("plain").batch([0], flips=[True])
 
 
@@ -198,7 +197,7 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, cached):
     folder = tmp_path / "cache"
     kept = (folder / "latents-00000-of-00003.npy").stat().st_mtime_ns
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
-    with pytest.raises(FileNotFoundError, match="not a latent cache.*interrupted.*run scripts/encode_dataset.py again"):
+    with pytest.raises(FileNotFoundError, match="not a latent cache.*interrupted, run scripts/encode_dataset.py again"):
         open_latents(folder)
     seen = []
     cache = cached(progress=lambda done, total: seen.append(done))
@@ -245,7 +244,7 @@ def test_shards_of_another_precision_are_not_taken(tmp_path, cached):
 def test_a_finished_cache_of_another_precision_is_refused_by_its_flags(cached):
     cached(codec=less_exact("bfloat16", 4))
     assert cached(codec=less_exact("bfloat16", 4, fail_after=0)).manifest["vae_dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="other pictures or settings .*--vae_dtype bfloat16, --vae_tile 4.; choose"):
+    with pytest.raises(ValueError, match="other images or settings .*--vae_dtype bfloat16, --vae_tile 4.; choose"):
         cached()
 
 
@@ -269,10 +268,10 @@ def test_shards_are_a_64th_of_all_but_neither_tiny_nor_huge(entries, size):
 def test_shard_size_0_has_it_chosen_and_less_is_refused(tmp_path, cached):
     many = tmp_path / "many.npz"
     np.savez(many, images=np.zeros((300, 4, 4), np.uint8))
-    cache = write_cache(tmp_path / "chosen", ImageFolder(data_dir=str(many), image_size=4), HalvingCodec(),
-                        LatentCacheConfig(), batch_size=300)
+    cache = write_cache(ImageFolder(data_dir=str(many), image_size=4), HalvingCodec(),
+                        LatentCacheConfig(str(tmp_path / "chosen")), batch_size=300)
     assert [shard["count"] for shard in cache.manifest["shards"]] == [256, 44]
-    with pytest.raises(ValueError, match="--shard_size -1 must be at least 1, or 0 to have it chosen"):
+    with pytest.raises(ValueError, match="--shard_size must be >= 1, or 0 for a default, got -1"):
         cached(shard_size=-1)
 
 
@@ -293,11 +292,11 @@ def test_leftovers_of_another_division_are_removed(tmp_path, cached):
 def test_a_finished_cache_is_left_alone_if_the_same_and_refused_otherwise(cached):
     cached()
     assert cached(codec=HalvingCodec(fail_after=0)).count == COUNT
-    with pytest.raises(ValueError, match="cache of other pictures or settings .*--store moments.*choose another"):
+    with pytest.raises(ValueError, match="cache of other images or settings .*--store moments.*choose another"):
         cached(store="mode")
     other = HalvingCodec()
     other.fingerprint, other.path = "b" * 64, "elsewhere"
-    with pytest.raises(ValueError, match=r"autoencoder a{16} \(somewhere/vae\), --vae_path holds b{16} \(elsewhere"):
+    with pytest.raises(ValueError, match=r"autoencoder a{16} \(somewhere/vae\), --vae_path is b{16} \(elsewhere"):
         cached(codec=other)
 
 
@@ -307,14 +306,14 @@ def test_a_finished_cache_that_is_damaged_is_not_taken_for_done(cached, name):
     content = bytearray(path.read_bytes())
     content[-8] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} is not what was written there .*; remove the cache and encode it"):
+    with pytest.raises(ValueError, match=f"{name} is corrupt: .*; remove the cache and re-encode it"):
         cached()
 
 
 def test_latents_that_do_not_fit_or_are_not_finite_are_refused(cached):
-    with pytest.raises(ValueError, match="a_00.png .*do not fit into float16; give --latent_dtype float32"):
+    with pytest.raises(ValueError, match="a_00.png .*do not fit into float16; set --latent_dtype float32"):
         cached(codec=HalvingCodec(gain=1e6), latent_dtype="float16")
-    with pytest.raises(ValueError, match="a_00.png .*not finite; check it with check_roundtrip.py"):
+    with pytest.raises(ValueError, match="a_00.png .*not finite; check it with scripts/check_roundtrip.py"):
         cached("other", codec=HalvingCodec(gain=float("nan")))
 
 
@@ -329,14 +328,14 @@ def test_an_unreadable_picture_ends_the_encoding_by_name(cached, pictures):
 def test_no_space_left_is_told_before_encoding(cached, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr("guided_diffusion_vae.data.cache_writer.shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match="need 0 MiB and 0 MiB are left; free some space"):
+    with pytest.raises(OSError, match="require 0 MiB, 0 MiB are free; free some space"):
         cached()
 
 
 def test_random_crops_are_not_cached(tmp_path, pictures):
     random_crops = ImageFolder(pictures.config, crop="random")
     with pytest.raises(ValueError, match="--crop random cannot be cached"):
-        write_cache(tmp_path / "cache", random_crops, HalvingCodec(), LatentCacheConfig())
+        write_cache(random_crops, HalvingCodec(), LatentCacheConfig(str(tmp_path / "cache")))
 
 
 # Damaged and foreign caches
@@ -348,12 +347,12 @@ def change_manifest(cache, **changes):
 
 
 @pytest.mark.parametrize("changes, match", [
-    ({"version": 2}, "version 2; this program reads"), ({"format": "other"}, "format 'other'"),
-    ({"count": 12}, "its shards hold 11 latents in a row, not the 12"), ({"count": "11"}, "damaged: count"),
-    ({"dtype": "float64"}, "damaged: dtype"),
-    ({"latent_shape": [2, 4, 4]}, r"the manifest says float32 \[4, 4, 4, 4\]"),
-    ({"shards": [{"file": "x"}]}, "damaged: shards"), ({"statistics": {}}, "damaged: statistics"),
-    ({"class_names": ["a"]}, "labels.npy holds int64 .*not 11 int64 labels of 1 classes"),
+    ({"version": 2}, "expected format .*, version 1, got .*, version 2"), ({"format": "other"}, "got format 'other'"),
+    ({"count": 12}, "expected 12 consecutive latents, the shards contain 11"), ({"count": "11"}, "corrupt: count"),
+    ({"dtype": "float64"}, "corrupt: dtype"),
+    ({"latent_shape": [2, 4, 4]}, r"expected float32 \(4, 4, 4, 4\) as in the manifest"),
+    ({"shards": [{"file": "x"}]}, "corrupt: shards"), ({"statistics": {}}, "corrupt: statistics"),
+    ({"class_names": ["a"]}, "labels.npy: expected 11 int64 labels of 1 classes, got int64"),
     ({"shards": [{"file": "../x.npy", "first": 0, "count": 11, "sha256": ""}]}, "'../x.npy' outside of its folder"),
     ({"files": {"/etc/hosts": ""}}, "'/etc/hosts' outside of its folder"),
 ])
@@ -367,7 +366,7 @@ def test_a_manifest_that_does_not_fit_is_refused(cached, changes, match):
 def test_a_manifest_cut_short_is_refused(cached):
     path = cached().folder / "manifest.json"
     path.write_text(path.read_text()[:100])
-    with pytest.raises(ValueError, match="manifest.json is not JSON"):
+    with pytest.raises(ValueError, match="manifest.json: invalid JSON"):
         open_latents(path.parent)
 
 
@@ -376,13 +375,13 @@ def test_a_missing_truncated_or_changed_shard_is_named(cached):
     shard = cache.folder / "latents-00001-of-00003.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"?")
-    with pytest.raises(ValueError, match="latents-00001-of-00003.npy is not what was written"):
+    with pytest.raises(ValueError, match="latents-00001-of-00003.npy is corrupt"):
         LatentCache(cache.folder).verify()
     shard.write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match="latents-00001-of-00003.npy cannot be read"):
+    with pytest.raises(ValueError, match="latents-00001-of-00003.npy: cannot be read"):
         LatentCache(cache.folder)
     shard.unlink()
-    with pytest.raises(ValueError, match="latents-00001-of-00003.npy cannot be read"):
+    with pytest.raises(ValueError, match="latents-00001-of-00003.npy: cannot be read"):
         LatentCache(cache.folder)
 
 
@@ -392,7 +391,7 @@ def test_latents_that_are_not_finite_are_found_on_reading(cached):
     shard[1, 0, 0, 0] = np.nan
     shard.flush()
     assert LatentCache(cache.folder).batch([0, 4])[0].isfinite().all()
-    with pytest.raises(ValueError, match="latent 5 is not finite"):
+    with pytest.raises(ValueError, match=r"latents \[5\] are not finite"):
         LatentCache(cache.folder).batch([0, 5])
     with pytest.raises(ValueError, match="not finite"):
         LatentCache(cache.folder).on_device("cpu")
@@ -418,7 +417,7 @@ def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
     assert torch.equal(batch, torch.from_numpy(latents[[1, 0]]).float()) and labels.tolist() == [0, 1]
     require_same_autoencoder(source, HalvingCodec())  # nothing is known of it
     np.save(tmp_path / "a_9.npy", np.zeros((3, 2, 3), np.float32))
-    with pytest.raises(ValueError, match="a_9.npy has shape .*all latents must be alike"):
+    with pytest.raises(ValueError, match="a_9.npy: expected shape .3, 2, 2. as in .*, got .3, 2, 3."):
         open_latents(tmp_path)
 
 
@@ -435,8 +434,8 @@ def test_all_sources_have_what_training_asks_of_them(cached, pictures, tmp_path)
 
 
 @pytest.mark.parametrize("array, match", [
-    (np.zeros((3, 2, 2), np.uint8), "holds uint8, not floating-point"), (np.full((3, 2, 2), np.inf), "not finite"),
-    (np.zeros(3), r"has shape \[3\], which is no latent \[C x ...\]"),
+    (np.zeros((3, 2, 2), np.uint8), "expected floating-point latents, got uint8"), (np.full((3, 2, 2), np.inf), "not finite"),
+    (np.zeros(3), r"expected a latent \[Z x ...\] .*, got shape \(3,\)"),
 ])
 def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
     np.save(tmp_path / "a_1.npy", array)
@@ -517,8 +516,8 @@ def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
 
 
 def test_a_cache_is_not_written_among_other_files(pictures, cached):
-    with pytest.raises(FileExistsError, match=r"what is no cache's \(.*, \d+ in all\); give --cache_dir a folder"):
-        write_cache(pictures.config.data_dir, pictures, HalvingCodec(), LatentCacheConfig())
+    with pytest.raises(FileExistsError, match=r"files of no cache \(.*, \d+ in total\); set --cache_dir to a separate folder"):
+        write_cache(pictures, HalvingCodec(), LatentCacheConfig(pictures.folder))
     assert not list(Path(pictures.config.data_dir).glob("latents-*"))
 
 
@@ -530,7 +529,7 @@ def test_what_lies_beside_a_finished_cache_is_let_be(cached):
 def test_pictures_are_not_taken_for_latents(tmp_path):
     for sides in ((64, 64), (32, 128), (16, 16)):
         np.save(tmp_path / "a.npy", np.zeros(sides, np.float32))
-        with pytest.raises(ValueError, match="no latent .* of at most 16 channels; .*pictures go to --data_dir"):
+        with pytest.raises(ValueError, match="expected a latent .* with at most 16 channels, .*images are read by --data_dir"):
             LatentFolder(tmp_path)
 
 
@@ -561,7 +560,7 @@ def test_another_autoencoder_or_scale_is_refused_with_both_sides(cached):
     other.scale_factor = 0.25
     with pytest.raises(ValueError, match="latents are scaled by 0.5, the autoencoder somewhere/vae scales by 0.25"):
         require_same_autoencoder(cache, other)
-    with pytest.raises(ValueError, match="latents come from autoencoder a{16} .somewhere/vae., --vae_path holds"):
+    with pytest.raises(ValueError, match="latents come from autoencoder a{16} .somewhere/vae., --vae_path is"):
         require_same_autoencoder(cache, PixelCodec(1))
 
 

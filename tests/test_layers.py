@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 # From the bottom up; a module imports only what stands before it, so there is no circle either.
 LAYERS = """
-    config data.manifest data.resizing data.statistics evaluation.image_metrics files interfaces losses nn
+    config data.resizing data.statistics evaluation.image_metrics files interfaces losses nn
     vae.tiling
-    checkpoint_util data.augmentation data.config data.listing evaluation.figures evaluation.label_metrics
+    checkpoint_util data.augmentation data.config data.listing data.manifest evaluation.figures evaluation.label_metrics
     evaluation.set_metrics gaussian_diffusion resample runs.memory sampling.guidance unet vae.blocks
     vae.discriminator vae.posterior
     autoencoder data.batching data.decoding data.microdoppler data.npz dist_util evaluation.features

@@ -222,7 +222,7 @@ def test_an_encoding_that_was_killed_goes_on(chain, call, tmp_path):
     kept = {name: age for name, age in listing(cache).items() if name.endswith(".npy") and not name.startswith(".")}
     assert 5 <= len(kept) < 300 and not (cache / "manifest.json").exists()
     refused(call("image_train_vae", **{**chain.train, "cache_dir": cache, "logdir": tmp_path / "run"}, max_steps=1),
-            "is not a latent cache: it has no manifest.json")
+            "is not a latent cache: it contains no manifest.json")
     status, out, err = call("encode_dataset", **flags, cache_dir=cache)
     assert status == 0, err
     after = listing(cache)
@@ -414,7 +414,7 @@ def test_encoding_again_finds_a_finished_cache_damaged(trained_on_floats, call, 
     assert call("encode_dataset", **flags)[0] == 0
     shard = tmp_path / "latents-00000-of-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-2] + b"??")
-    refused(call("encode_dataset", **flags), "latents-00000-of-00001.npy is not what was written there")
+    refused(call("encode_dataset", **flags), "latents-00000-of-00001.npy is corrupt")
 
 
 def test_the_built_in_data_set_is_written_once(call, tmp_path):
@@ -733,7 +733,7 @@ BAD_DATA = {
     "truncated": "a_02.png: cannot be read",
     "text": "a_02.png: cannot be read (not an image format",
     "small": "b_03.png: size 40x40 is smaller than --image_size 64x64",
-    "mixed": "b_03.png is in colour; give --image_channels 1 or --image_channels 3",
+    "mixed": "b_03.png is RGB; set --image_channels 1 or --image_channels 3",
 }
 
 
@@ -762,11 +762,11 @@ def test_bad_pictures_are_named(chain, call, tmp_path, script, kind):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda cache: (cache / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+    (lambda cache: (cache / "manifest.json").write_text("{"), "manifest.json: invalid JSON"),
     (lambda cache: (cache / "manifest.json").write_text('{"format": "other"}'), "manifest.json has format 'other'"),
-    (lambda cache: (cache / "manifest.json").unlink(), "is not a latent cache: it has no manifest.json"),
-    (lambda cache: os.truncate(cache / "latents-00001-of-00003.npy", 500), "latents-00001-of-00003.npy cannot be read"),
-    (lambda cache: (cache / "labels.npy").unlink(), "labels.npy cannot be read"),
+    (lambda cache: (cache / "manifest.json").unlink(), "is not a latent cache: it contains no manifest.json"),
+    (lambda cache: os.truncate(cache / "latents-00001-of-00003.npy", 500), "latents-00001-of-00003.npy: cannot be read"),
+    (lambda cache: (cache / "labels.npy").unlink(), "labels.npy: cannot be read"),
 ])
 def test_a_damaged_cache_is_named(chain, call, tmp_path, damage, message):
     cache = Path(shutil.copytree(chain.cache, tmp_path / "cache"))
@@ -956,7 +956,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}", "cache_dir": "{tmp}/cut.pt/cache"},
      "give --cache_dir a folder that can be written"),
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}", "cache_dir": "{cache}", "store": "mode"},
-     "holds a cache of other pictures or settings"),
+     "contains a cache of other images or settings"),
     ("classifier_train", {"data_dir": "{data}", "batch_size": 13, "iterations": 1}, "12 items are fewer"),
     ("classifier_train", {"data_dir": "{data}", "image_size": 32, "iterations": 1}, "for a grid of 32"),
     ("make_microdoppler", {"out_dir": "{tmp}/cut.pt/data"}, "cut.pt"),
@@ -1000,7 +1000,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("export", {"model_path": "{diffusion}"}, "no output path is specified; set --out"),
     ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "expected a file name that ends in .safetensors"),
     ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is damaged"),
-    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{data}"}, "holds neither manifest.json"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{data}"}, "contains neither manifest.json"),
     ("image_nll", {"model_path": "{diffusion}/model000002.pt", "data_dir": "{data}", "image_size": 32}, "expected x0 shape"),
 ])
 def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, script, flags, message):

@@ -58,8 +58,8 @@ def pictures(tmp_path):
 @pytest.fixture
 def cache(tmp_path, pictures):
     codec = create_vae(VAEConfig(vae_path=str(save_autoencoder(tmp_path / "vae.pt"))), CPU)
-    config = LatentCacheConfig(latent_dtype="float32")
-    return write_cache(tmp_path / "cache", ImageFolder(pictures), codec, config)
+    config = LatentCacheConfig(str(tmp_path / "cache"), latent_dtype="float32")
+    return write_cache(ImageFolder(pictures), codec, config)
 
 
 def run_of(*configs, folder=None, **explicit):
@@ -153,7 +153,7 @@ def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monke
 def test_a_damaged_cache_is_met_before_training(cache):
     labels = cache.folder / "labels.npy"
     labels.write_bytes(labels.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(ValueError, match="labels.npy is not what was written there"):
+    with pytest.raises(ValueError, match="labels.npy is corrupt"):
         open_cache(cache)
 
 
