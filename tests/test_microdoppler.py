@@ -203,21 +203,21 @@ def test_an_interrupted_folder_is_finished_and_shows_no_half_split(tmp_path, mon
 
 def test_a_folder_with_other_data_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"holds other data \(holiday.jpg\).*--out_dir"):
+    with pytest.raises(ValueError, match=r"contains other data \(holiday.jpg\).*--out_dir"):
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 def test_a_folder_with_another_data_set_is_refused_with_the_difference(tmp_path):
     microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path), num_train=1))
-    with pytest.raises(ValueError, match=r"num_train is 1 there and 2 here.*--out_dir"):
+    with pytest.raises(ValueError, match=r"num_train is 1 there, 2 here.*--out_dir"):
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"simulation": 1, "parameters": 3}'])
 def test_a_foreign_record_is_refused(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(ValueError, match="is not the record of a simulated data set"):
+    with pytest.raises(ValueError, match="does not describe a simulated dataset"):
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
 
 
@@ -225,7 +225,7 @@ def test_a_split_with_a_missing_picture_is_refused(tmp_path):
     config = with_(TINY, out_dir=str(tmp_path))
     microdoppler.write_dataset(config)
     (tmp_path / "train" / "tapin_00001.png").unlink()
-    with pytest.raises(ValueError, match="train holds 3 of its 4 pictures and 0 other files; delete"):
+    with pytest.raises(ValueError, match="train contains 3 of its 4 images and 0 other files; delete"):
         microdoppler.write_dataset(config)
 
 
@@ -233,7 +233,7 @@ def test_the_record_tells_all_parameters_and_the_axes(tmp_path):
     microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path), num_val=0))
     record = json.loads((tmp_path / "dataset.json").read_text())
     assert set(record["parameters"]) == {f.name for f in dataclasses.fields(TINY)} - {"out_dir"}
-    assert record["picture"]["row_hz"] == 1000 / 32 and record["picture"]["column_s"] == 0.032
+    assert record["image"]["row_hz"] == 1000 / 32 and record["image"]["column_s"] == 0.032
     assert not (tmp_path / "val").exists()
 
 
@@ -273,28 +273,29 @@ def test_of_several_ranks_one_writes_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(speed_max_mps=1.3), r"would alias. Raise --prf_hz above 10\d\d or lower --speed_max_mps below 1.2"),
+    (dict(speed_max_mps=1.3), r"would alias; set --prf_hz above 10\d\d or --speed_max_mps below 1.2"),
     (dict(carrier_ghz=77.0), "would alias"),
-    (dict(classes="tapin,salsa"), "no motion is called 'salsa'; known are circle"),
-    (dict(classes="tapin,tapin"), "names a motion twice"),
-    (dict(classes=""), "no motion is called ''"),
+    (dict(classes="tapin,salsa"), "--classes must be comma-separated distinct names of: circle, .* got 'tapin,salsa'"),
+    (dict(classes="tapin,tapin"), "--classes must be .* distinct names of: .* got 'tapin,tapin'"),
+    (dict(classes=""), "--classes must be .* got ''"),
+    (dict(classes="tapin,,still"), "--classes must be .* got 'tapin,,still'"),
     (dict(image_size="big"), "--image_size must be a size such as 64, .* got .big"),
     (dict(image_size="32"), "--window_ms 64.0 is 64 pulses.*32 Doppler rows"),
     (dict(duration_s=0.02), "--duration_s 0.02 over 64 columns is a hop of 0 pulses"),
-    (dict(duration_s=9.0), "is a hop of 141 pulses; it must be 1 to 64"),
-    (dict(duration_s=0.5), "a doubletapin takes up to .* raise --duration_s"),
-    (dict(range_min_m=0.1), "--range_min_m is 0.1; raise it"),
-    (dict(range_max_m=2.0), r"unambiguous up to 1.20 m; raise --fast_samples"),
-    (dict(gate_min_m=0.101, gate_max_m=0.102), "no range bin lies between --gate_min_m 0.101"),
-    (dict(range_min_m=0.5), "--range_min_m is 0.5, --range_max_m is 0.45"),
-    (dict(scatterers_min=0), "--scatterers_min is 0; it must be 1 or more"),
-    (dict(prf_hz=0.0), "--prf_hz is 0.0; it must be a number above 0"),
-    (dict(snr_db=float("nan")), "--snr_db is nan"),
-    (dict(speed_max_mps=float("nan")), "--speed_max_mps is nan"),
-    (dict(aspect_max_deg=90.0), "--aspect_max_deg is 90.0; it must be 0 to 80"),
-    (dict(num_train=0), "--num_train is 0; it must be 1 or more"),
-    (dict(seed=-1), "--seed is -1; it must be 0 or more"),
-    (dict(waveform="pulse"), "--waveform is pulse; it must be cw or fmcw"),
+    (dict(duration_s=9.0), "is a hop of 141 pulses: expected 1 to 64"),
+    (dict(duration_s=0.5), "a doubletapin takes up to .* use a larger --duration_s"),
+    (dict(range_min_m=0.1), "--range_min_m is 0.1; use a larger one"),
+    (dict(range_max_m=2.0), r"unambiguous up to 1.20 m; use more --fast_samples"),
+    (dict(gate_min_m=0.101, gate_max_m=0.102), "no range bin is between --gate_min_m 0.101"),
+    (dict(range_min_m=0.5), "--range_min_m must be <= --range_max_m, got 0.5 and 0.45"),
+    (dict(scatterers_min=0), "--scatterers_min must be >= 1, got 0"),
+    (dict(prf_hz=0.0), "--prf_hz must be > 0, got 0.0"),
+    (dict(snr_db=float("nan")), "--snr_db must be finite, got nan"),
+    (dict(speed_max_mps=float("nan")), "--speed_max_mps must be finite, got nan"),
+    (dict(aspect_max_deg=90.0), "--aspect_max_deg must be <= 80, got 90.0"),
+    (dict(num_train=0), "--num_train must be >= 1, got 0"),
+    (dict(seed=-1), "--seed must be >= 0, got -1"),
+    (dict(waveform="pulse"), "--waveform must be one of cw, fmcw, got 'pulse'"),
 ])
 def test_parameters_that_do_not_go_together_are_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
