@@ -24,13 +24,13 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencod
 from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data import parse_size
 from guided_diffusion_vae.evaluation import figures
-from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.flags import read_yaml
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
 )
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
+from guided_diffusion_vae.vae.objective import AutoencoderObjective
 
 LOSS = AutoencoderLossConfig()
 VOLUMES = Path(__file__).parents[1] / "configs/volumes"

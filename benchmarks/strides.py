@@ -20,12 +20,12 @@ from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data import BatchPlan, DataConfig, ImageStream, open_folder
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
-from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import planning
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
 )
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, from_image_range, to_image_range
+from guided_diffusion_vae.vae.objective import AutoencoderObjective
 
 TURN = 10.0  # seconds of CPU time
 LR = 1e-3

@@ -446,6 +446,19 @@ def sync_params(params):
         _exchange([p.detach() for p in params], lambda flat: dist.broadcast(flat, 0))
 
 
+def data_parallel(model, static_graph=False):
+    """Return a model whose gradients are averaged over the ranks in the backward pass; with one rank the model itself.
+
+    :param static_graph: every step uses the same parameters and synchronizes.
+    """
+    if world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    # Gradients that live in the buckets are not copied there and need no memory of their own.
+    return torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
+                                                     static_graph=static_graph, gradient_as_bucket_view=True)
+
+
 def shard_model(model):
     """Split weights, gradients and what is made of them over the ranks (FSDP2), layer by layer; return the model.
 

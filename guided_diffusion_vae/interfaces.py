@@ -1,4 +1,4 @@
-"""The four interfaces of the project: image source, latent source, codec and diffusion process.
+"""The interfaces of the project: image source, latent source, codec, diffusion process, batch source, objective.
 
 A new data source, autoencoder kind or process implements one of these and is entered in one table. Other code relies on
 the members below and on nothing else; no member is probed for. A class that derives from its interface takes over the
@@ -217,3 +217,51 @@ class Process(Protocol):
 
         :raises NotImplementedError: if the process defines no bound.
         """
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Endless iterator over (batch [N x C x ...], conditioning dictionary) for a TrainLoop; see `data.batching`."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the next batch of this rank."""
+
+    def seek(self, step) -> None:
+        """Make the batch of `step` the next one."""
+
+    def close(self) -> None:
+        """Release threads and files; the next batch acquires them again."""
+
+
+class Objective(Protocol):
+    """Training objective: losses per sample, and the state and second network that belong to them.
+
+    `discriminator` is None, or trained alongside the model (see `vae.objective.DiscriminatorTrainer`). The defaults are
+    those of an objective without state.
+    """
+
+    discriminator: Any = None
+
+    def __call__(self, model, batch, cond, rng, loss_scale=1.0) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return ({name: losses [n]}, timesteps [n] or None) of a microbatch; "loss" is the one to minimize.
+
+        :param cond: conditioning dictionary of the batch.
+        :param rng: an `objectives.StepRNG`, the only source of randomness.
+        :param loss_scale: factor that keeps float16 gradients from vanishing, if gradients are computed in here.
+        """
+
+    def after_step(self, t, terms) -> None:
+        """Adapt to the timesteps and losses of the whole batch of this rank; called by every rank."""
+
+    def log(self, batch, t, terms) -> None:
+        """Log the losses of the whole batch of this rank."""
+
+    def state_dict(self) -> dict:
+        """Return the JSON-able state that a checkpoint stores."""
+        return {}
+
+    def load_state_dict(self, state) -> None:
+        """Restore the result of `state_dict`."""

@@ -1,4 +1,4 @@
-"""Choose which times to train on, and weigh their losses so that the expected gradient stays the same."""
+"""Sample the timesteps to train on, and weight their losses so that the expected gradient stays the same."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,42 +11,50 @@ from .nn import to_device
 
 
 def create_named_schedule_sampler(name, diffusion):
-    """Return the sampler called `name` (a key of SCHEDULE_SAMPLERS) for the times of `diffusion`.
+    """Return the sampler `name` (a key of SCHEDULE_SAMPLERS) for the timesteps of `diffusion`.
 
-    Raises NotImplementedError where there is no such sampler.
+    :raises NotImplementedError: if there is no such sampler.
     """
     if name not in SCHEDULE_SAMPLERS:
-        raise NotImplementedError(f"--schedule_sampler {name} is unknown; choose from {', '.join(SCHEDULE_SAMPLERS)}")
+        raise NotImplementedError(f"--schedule_sampler {name} is unknown: expected one of: "
+                                  f"{', '.join(SCHEDULE_SAMPLERS)}")
     return SCHEDULE_SAMPLERS[name](diffusion)
 
 
 class ScheduleSampler(ABC):
-    """A distribution over the times of a process; a subclass says how much weight each time has."""
+    """Distribution over the timesteps of a process, given by the `weights` of a subclass."""
 
     @abstractmethod
     def weights(self):
-        """Return one positive weight per time as a numpy array [T]; they need not add up to one."""
+        """Return one positive weight per timestep as a NumPy array [T]; their sum may differ from one."""
 
     def sample(self, batch_size, device, rng=None):
-        """Draw times for a batch; returns (times int64 [N], importance weights float32 [N]) on `device`.
+        """Return (timesteps int64 [N], importance weights float32 [N]) of a batch on `device`.
 
-        The mean of weight * loss over draws is the mean loss over all times, whatever the distribution.
+        The expected value of weight * loss is the mean loss over all timesteps, for any distribution.
 
-        rng: a numpy Generator or RandomState; None is numpy's global generator. Ranks that share a key draw the
-        global batch from it and take their slice, so that the draws do not depend on the number of ranks.
+        :param rng: a NumPy Generator or RandomState; None: NumPy's global generator. Ranks with the same key sample the
+            global batch and take their slice, so that the result does not depend on the number of ranks.
         """
         weights = self.weights()
         p = weights / np.sum(weights)
-        times = (np.random if rng is None else rng).choice(len(p), size=(batch_size,), p=p)
-        importance = 1.0 / (len(p) * p[times])
+        t = (np.random if rng is None else rng).choice(len(p), size=(batch_size,), p=p)
+        importance = 1.0 / (len(p) * p[t])
         return (
-            to_device(torch.from_numpy(times.astype(np.int64)), device),
+            to_device(torch.from_numpy(t.astype(np.int64)), device),
             to_device(torch.from_numpy(importance.astype(np.float32)), device),
         )
 
+    def state_dict(self):
+        """Return the JSON-able state that a checkpoint stores."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Restore the result of `state_dict`."""
+
 
 class UniformSampler(ScheduleSampler):
-    """Every time is as likely as any other, and all importance weights are 1."""
+    """All timesteps have the same probability, and all importance weights are 1."""
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
@@ -57,30 +65,32 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A distribution that follows the losses met in training."""
+    """Distribution that follows the losses of training."""
 
     def update_with_local_losses(self, local_ts, local_losses):
-        """Learn from the losses of this rank's batch and of all other ranks'; every rank must call it.
+        """Update from the losses of this rank's batch and of all other ranks'; every rank must call it.
 
-        local_ts: times [N], integers; local_losses: one loss per time [N]. N may differ between ranks. All ranks learn
-        from the same losses in the order of the ranks, so their distributions stay equal.
+        All ranks use the same losses in the order of the ranks, so that their distributions stay equal.
+
+        :param local_ts: timesteps [N], integers; N may differ between ranks.
+        :param local_losses: one loss per timestep [N].
         """
         pairs = torch.stack([local_ts.double(), local_losses.detach().double()], dim=1)     # [N x 2]
-        times, losses = _gather_rows(pairs).T.tolist()
-        self.update_with_all_losses([int(t) for t in times], losses)
+        ts, losses = _gather_rows(pairs).T.tolist()
+        self.update_with_all_losses([int(t) for t in ts], losses)
 
     @abstractmethod
     def update_with_all_losses(self, ts, losses):
-        """Learn from times `ts` and their losses, two lists of one length that are the same on every rank."""
+        """Update from timesteps `ts` and their losses, two lists of one length that are the same on every rank."""
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """Draw a time with probability proportional to the root mean square of its latest losses.
+    """Sample timesteps with probability proportional to the root mean square of their latest losses.
 
-    Until every time has `history_per_term` losses, all are equally likely. A share `uniform_prob` of the probability
-    stays uniform, so that no time is forgotten.
+    Until every timestep has `history_per_term` losses, all have the same probability. A fraction `uniform_prob` of the
+    probability stays uniform, so that every timestep keeps being sampled.
 
-    Source: iDDPM, arXiv 2102.09672, equation 18.
+    Source: iDDPM, arXiv:2102.09672, Eq. 18.
     """
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
@@ -94,13 +104,13 @@ class LossSecondMomentResampler(LossAwareSampler):
         if (self._counts < self.history_per_term).any():
             return np.ones(len(self._counts))
         root_mean_square = np.sqrt((self._losses**2).mean(axis=1))
-        share = root_mean_square / root_mean_square.sum()
-        return share * (1.0 - self.uniform_prob) + self.uniform_prob / len(share)
+        p = root_mean_square / root_mean_square.sum()
+        return p * (1.0 - self.uniform_prob) + self.uniform_prob / len(p)
 
     def update_with_all_losses(self, ts, losses):
         for t, loss in zip(ts, losses):
             if not math.isfinite(loss):
-                continue    # a step that overflowed in half precision says nothing about how hard its times are
+                continue    # an overflow in half precision is no measure of how difficult a timestep is
             filled = self._counts[t]
             if filled < self.history_per_term:
                 self._losses[t, filled] = loss
@@ -109,19 +119,19 @@ class LossSecondMomentResampler(LossAwareSampler):
                 self._losses[t] = np.append(self._losses[t, 1:], loss)
 
     def state_dict(self):
-        """Return what has been learnt as plain lists, which survive JSON bit for bit."""
+        """Return the history as plain lists, which JSON stores bit-exactly."""
         return {"losses": self._losses.tolist(), "counts": self._counts.tolist()}
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` returned.
+        """Restore the result of `state_dict`.
 
-        Raises ValueError where it was made for another number of times or another length of history.
+        :raises ValueError: if it belongs to another number of timesteps or another length of history.
         """
         losses, counts = np.array(state["losses"], dtype=np.float64), np.array(state["counts"], dtype=np.int64)
         if losses.shape != self._losses.shape or counts.shape != self._counts.shape:
             raise ValueError(
-                f"the schedule sampler's state is for [times x history] {list(losses.shape)} and {len(counts)} counts, "
-                f"this one needs {list(self._losses.shape)}; resume with the same --diffusion_steps, "
+                f"schedule sampler state has another shape: expected [timesteps x history] {list(self._losses.shape)}, "
+                f"got {list(losses.shape)} and {len(counts)} counts; resume with the same --diffusion_steps, "
                 f"--timestep_respacing and --schedule_sampler"
             )
         self._losses, self._counts = losses, counts
@@ -139,6 +149,7 @@ def _gather_rows(rows):
     counts[dist.get_rank()] = len(rows)
     dist.all_reduce(counts)
     longest = int(counts.max())
+    # all_gather requires one shape, so that shorter ranks pad with zeros that are removed again.
     padded = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)

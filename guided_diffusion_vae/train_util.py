@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint_util, dist_util, logger
 from .config import CommaSeparated, from_dict, option, require, resolve
 from .fp16_util import MixedPrecisionTrainer
+from .interfaces import BatchSource
 from .logger import progress_bar
 from .nn import keyed_seed, to_device, update_ema
 from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, StepRNG
@@ -169,6 +169,16 @@ def seed_initialization(seed):
     torch.manual_seed(keyed_seed(seed, WEIGHTS))
 
 
+class _IteratorSource(BatchSource):
+    """A plain iterable as a `BatchSource` that cannot seek."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __next__(self):
+        return next(self.batches)
+
+
 @dataclass
 class TrainTask:
     """The objective of a TrainLoop, if it is not that of guided-diffusion, and the description of its run.
@@ -194,8 +204,8 @@ class TrainLoop:
 
     The arguments are guided-diffusion's, plus:
 
-    :param data: yields (batch [N x C x ...], {"y": [N]} or {}); with a method `seek(step)` it is set to the step to
-        resume at, a plain iterator is taken as it comes.
+    :param data: a `BatchSource`, which starts at the step to resume at, or as in guided-diffusion any iterable over
+        (batch [N x C x ...], {"y": [N]} or {}), which starts where it is.
     :param config: a TrainConfig, of which only the options that guided-diffusion does not have are read; the others are
         the arguments (`from_config` passes both).
     :param task: a TrainTask; None: train a diffusion model.
@@ -222,7 +232,8 @@ class TrainLoop:
             found = next(name for name, there in others.items() if there)
             raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, "
                              "torchrun), with AdamW, and in half precision with --mixed_precision True")
-        self.model, self.diffusion, self.data = model, diffusion, data
+        self.model, self.diffusion = model, diffusion
+        self.data = data if isinstance(data, BatchSource) else _IteratorSource(data)
         self.objective = task.objective or DiffusionObjective(diffusion, schedule_sampler)
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
@@ -243,13 +254,12 @@ class TrainLoop:
         checkpoint = task.checkpoint or find_checkpoint(self.folder, resume_checkpoint)
         if checkpoint[0] is None and config.init_from:
             init_from_weights(model, config.init_from)
-        self.adversary = getattr(self.objective, "adversary", None)
+        self.discriminator = self.objective.discriminator
         self.compile, self.fsdp = config.compile, config.fsdp
-        if self.compile and self.adversary:
+        if self.compile and self.discriminator:
             raise ValueError("--compile True with a discriminator (--discriminator_weight): its gradients pass through "
                              "the network a second time, which a compiled one does not allow; leave one of them away")
-        for network in (model, *([self.adversary.network] if self.adversary else [])):
-            dist_util.sync_params(network.parameters())
+        dist_util.sync_params(model.parameters())
         if self.fsdp:
             dist_util.shard_model(model)
         self.mp_trainer = MixedPrecisionTrainer(
@@ -259,13 +269,15 @@ class TrainLoop:
         self.opt = OPTIMIZERS[config.optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.best, self.measured = None, {}
-        self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
-        if self.adversary:
-            distributed = self._distributed(self.adversary.network)
-            self.adversary.setup(distributed, self.mp_trainer)
         self.resume_step = self.step = self._resume(*checkpoint)
+        self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
         # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
-        self.ddp_model = self._distributed(self._compiled(model) if self.compile else model)
+        self.ddp_model = self._compiled(model) if self.compile else model
+        if self.use_ddp:
+            # The discriminator starts later and reads the last layer, the first microbatches do not synchronize, and a
+            # compiled network orders its own buckets: in all other cases every step has the same graph.
+            same = not (self.discriminator or self.compile or self.microbatch < self.batch_size)
+            self.ddp_model = dist_util.data_parallel(self.ddp_model, static_graph=same)
 
     @classmethod
     def from_config(cls, model, data, config, task, use_fp16=False):
@@ -276,17 +288,6 @@ class TrainLoop:
             resume_checkpoint=config.resume_checkpoint, use_fp16=use_fp16, fp16_scale_growth=config.fp16_scale_growth,
             weight_decay=config.weight_decay, lr_anneal_steps=config.lr_anneal_steps, config=config, task=task,
         )
-
-    def _distributed(self, network):
-        if not self.use_ddp:
-            return network
-        on_gpu = self.device.type == "cuda"
-        # A discriminator joins later, the first microbatches do not communicate, and a compiled network has a say in
-        # the buckets itself: everywhere else all steps have one graph. Gradients that live in the buckets are not
-        # copied there and need no memory of their own.
-        same = not (self.adversary or self.compile or self.microbatch < self.batch_size)
-        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None, static_graph=same,
-                                       gradient_as_bucket_view=True)
 
     def _compiled(self, network):
         """Return the network compiled for the shapes that it meets, sharing its weights; CUDA graphs save launches.
@@ -303,14 +304,12 @@ class TrainLoop:
         if self._early_stop_reached():
             logger.log(f"step {self.step} had reached what training was to end at")
             self.max_steps = self.step
-        if hasattr(self.data, "seek"):
-            self.data.seek(self.step)
-        stream = iter(self.data)
+        self.data.seek(self.step)
         stop = dist_util.StopSignal()
         with stop, progress_bar(self.max_steps, self.step, "training") as bar:
             self.clock = (time.perf_counter(), self.step)
             while self.step < self.max_steps:
-                batch, cond = next(stream)
+                batch, cond = next(self.data)
                 self.run_step(batch, cond)
                 previewing = self.preview and (self.step >= self.max_steps or self.step % self.preview_interval == 0)
                 # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
@@ -330,8 +329,7 @@ class TrainLoop:
                 if stopping:
                     logger.log(f"stopped by a signal; step {self.step} is saved, the same command goes on from there")
                     break
-        if hasattr(self.data, "close"):
-            self.data.close()
+        self.data.close()
         return self.step
 
     def run_step(self, batch, cond):
@@ -341,8 +339,8 @@ class TrainLoop:
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self._update_ema()
-        if self.adversary and self.adversary.is_active(self.step):
-            self.adversary.optimizer_step(self._lr_factor)
+        if self.discriminator:
+            self.discriminator.optimizer_step(self.step, self._lr_factor)
         if self.compile and self.step == self.resume_step:
             logger.log(f"the first step took {time.perf_counter() - begun:.0f} s, compiling included")
         self.step += 1
@@ -352,27 +350,29 @@ class TrainLoop:
         """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
         self.mp_trainer.zero_grad()
         torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, dist_util.rank()))
-        draws = StepRNG(self.seed, self.step, self.slots, self.global_batch)
+        rng = StepRNG(self.seed, self.step, self.slots, self.global_batch)
         parts = []
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))
-            share, last = (stop - start) / len(batch), stop == len(batch)
+            fraction, last = (stop - start) / len(batch), stop == len(batch)
             if self.compile:
                 torch.compiler.cudagraph_mark_step_begin()
             micro = to_device(batch[start:stop], self.device)
             micro_cond = {k: to_device(v[start:stop], self.device) for k, v in cond.items()}
             with self._gradient_sync(self.ddp_model, last), self._autocast():
-                terms, t = self.objective(self.ddp_model, micro, micro_cond, draws.part(start, stop))
-                self.mp_trainer.backward(terms["loss"].mean() * share)
+                terms, t = self.objective(
+                    self.ddp_model, micro, micro_cond, rng.part(start, stop), self.mp_trainer.loss_scale
+                )
+                self.mp_trainer.backward(terms["loss"].mean() * fraction)
             parts.append((t, {k: v.detach() for k, v in terms.items()}))
-            if self.adversary and self.adversary.is_active(self.step):
-                del terms  # with the autoencoder's graph, before the discriminator makes its own
-                with self._gradient_sync(self.adversary.ddp_model, last), self._autocast():
-                    self.adversary.backward_discriminator(share)
+            if self.discriminator:
+                del terms   # frees the graph of the autoencoder before that of the discriminator is built
+                with self._gradient_sync(self.discriminator.ddp_model, last), self._autocast():
+                    self.discriminator.backward_discriminator(self.step, fraction)
         batch = micro if len(parts) == 1 else batch
-        times, terms = parts[0] if len(parts) == 1 else _concatenate_terms(parts)
-        self.objective.after_step(times, terms)
-        self.objective.log(batch, times, terms)
+        t, terms = parts[0] if len(parts) == 1 else _concatenate_terms(parts)
+        self.objective.after_step(t, terms)
+        self.objective.log(batch, t, terms)
 
     def _gradient_sync(self, network, last):
         """Gradients travel with the last microbatch only."""
@@ -466,7 +466,7 @@ class TrainLoop:
 
         Weights that are not finite are never saved: the log may not have met the loss that spoilt them yet.
         """
-        learned = [*self.mp_trainer.master_params, *(self.adversary.network.parameters() if self.adversary else ())]
+        learned = [*self.mp_trainer.master_params, *(self.discriminator.network.parameters() if self.discriminator else ())]
         norm = dist_util.full_tensor(torch.nn.utils.get_total_norm([p.detach() for p in learned]))
         if not math.isfinite(norm):
             raise self._diverged(f"the norm of the weights is {float(norm)}")
@@ -489,9 +489,9 @@ class TrainLoop:
         state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
                  "global_batch": self.global_batch, "seed": self.seed, "best": self.best,
                  "measured": self.measured}
-        if self.adversary:
-            names += self._save_adversary(header)
-            state["discriminator_lg_loss_scale"] = float(self.adversary.mp_trainer.lg_loss_scale)
+        if self.discriminator:
+            files, entries = self.discriminator.save(self.folder, self.step, header)
+            names, state = names + files, {**state, **entries}
         checkpoint_util.commit(self.folder, self.step, names, state)
         if self.keep_checkpoints:
             best = {self.best["step"]} if self.best else set()
@@ -503,28 +503,6 @@ class TrainLoop:
             return list(tensors)
         parts = (dist_util.full_tensor(t) for t in tensors)
         return [t.cpu() if dist_util.rank() == 0 else None for t in parts]
-
-    def _save_adversary(self, header):
-        names = [checkpoint_util.discriminator_name(self.step), checkpoint_util.discriminator_optimizer_name(self.step)]
-        weights = self.adversary.network.state_dict()
-        checkpoint_util.save_weights(self.folder / names[0], weights, {**header, "kind": "discriminator"})
-        checkpoint_util.save(self.folder / names[1], self.adversary.opt.state_dict())
-        return names
-
-    def _resume_adversary(self, folder, marker):
-        """Load the discriminator of a step; a step from before there was one leaves it as it is."""
-        step = marker["step"]
-        path = folder / checkpoint_util.discriminator_name(step)
-        if not path.is_file():
-            logger.warn(f"{folder} has no discriminator at step {step}; a new one begins there")
-            return
-        weights, _ = checkpoint_util.load_weights(path, self.device, "--resume_checkpoint")
-        checkpoint_util.load_strict(self.adversary.network, weights, path, "--resume_checkpoint")
-        content = checkpoint_util.load(folder / checkpoint_util.discriminator_optimizer_name(step), self.device,
-                                       "--resume_checkpoint")
-        trainer = self.adversary.mp_trainer
-        trainer.load_optimizer(self.adversary.opt, content)
-        trainer.lg_loss_scale = marker.get("discriminator_lg_loss_scale", trainer.lg_loss_scale)
 
     def _resume(self, marker, folder):
         """Load the step to go on from, if there is one; return its number."""
@@ -567,8 +545,8 @@ class TrainLoop:
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
         self.best, self.measured = marker.get("best"), marker.get("measured", {})
-        if self.adversary:
-            self._resume_adversary(folder, marker)
+        if self.discriminator:
+            self.discriminator.load(folder, marker, self.device)
         logger.log(f"going on from step {step} of {folder}")
         return step
 

@@ -16,15 +16,15 @@ from PIL import Image
 
 from guided_diffusion_vae import checkpoint_util, dist_util, gaussian_diffusion as gd, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import as_dict
+from guided_diffusion_vae.config import as_dict, from_dict
 from guided_diffusion_vae.data import BatchPlan, ImageFolder, LatentStream, ImageStream
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache
-from guided_diffusion_vae.objectives import AutoencoderObjective, ClassifierObjective
+from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask
 from guided_diffusion_vae.unet import EncoderUNetModel, UNetModel
-from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
+from guided_diffusion_vae.vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig, create_discriminator
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 
@@ -79,8 +79,8 @@ def plan(batch_size):
     return BatchPlan(COUNT, batch_size, dist_util.rank(), dist_util.world_size(), SEED)
 
 
-def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
-    """Return the network of a kind of training and what TrainLoop needs besides."""
+def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform", config=DiffusionTrainConfig()):
+    """Return the network of a kind of training, and the arguments of TrainLoop that depend on the kind."""
     if kind in ("cached", "encoded"):
         codec = VAEInterface(folder / "vae.pt", device="cpu")
         cached = LatentCache(folder / "cache")
@@ -93,12 +93,11 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform"):
         return unet(dropout), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
     pictures = images_in(folder)
     if kind in ("autoencoder", "adversarial"):
-        network, adversary = create_autoencoder(AUTOENCODER), None
+        network, discriminator = create_autoencoder(AUTOENCODER), None
         if kind == "adversarial":
-            judge = create_discriminator(DISCRIMINATOR, 2, 1)
-            adversary = DiscriminatorTrainer(judge, DISCRIMINATOR, lr=1e-4)
+            discriminator = DiscriminatorTrainer(create_discriminator(DISCRIMINATOR, 2, 1), DISCRIMINATOR, config)
         objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
-                                         AutoencoderTrainConfig(mirror=True), adversary=adversary)
+                                         AutoencoderTrainConfig(mirror=True), discriminator=discriminator)
         return network, {"objective": objective, "data": ImageStream(pictures, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
@@ -144,13 +143,14 @@ def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0
     `start` seeds the first weights, which a run that goes on must not depend on.
     """
     batch_size = loop.pop("batch_size", GLOBAL_BATCH // dist_util.world_size())
+    options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
     torch.manual_seed(start)
-    network, arguments = network_and_loop_arguments(kind, folder, batch_size, schedule)
+    config = from_dict(DiffusionTrainConfig, options)
+    network, arguments = network_and_loop_arguments(kind, folder, batch_size, schedule, config)
     if interrupt:
         arguments["data"] = Interrupted(arguments["data"], interrupt)
     logger.configure(str(folder / name), [])
-    kind = loop.pop("header_kind", kind)
-    options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
+    kind = options.pop("header_kind", kind)
     running = create_loop(
         model=network, batch_size=batch_size, max_steps=steps, seed=SEED, header={"kind": kind}, **arguments, **options
     )

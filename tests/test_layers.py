@@ -18,7 +18,7 @@ LAYERS = """
     data.image_folders data.volume_folders data latent_datasets logger runs.factories vae
     runs.diffusers_export vae.foreign
     data.cache_writer fp16_util objectives vae_wrapper
-    runs.flags sampling.generate sampling.sampler train_util vae.adversarial
+    runs.flags sampling.generate sampling.sampler train_util vae.objective
     evaluation.comparison evaluation.previews runs.planning runs.run runs.spaces
     evaluation.likelihood evaluation.roundtrip runs.loading
     runs.configs script_util runs.export runs.training

@@ -7,14 +7,13 @@ import torch
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.objectives import AutoencoderObjective
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.memory import GIB, Estimate
 from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, advice, estimated, memory_savings
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask, resolve_train_config
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
-from guided_diffusion_vae.vae.adversarial import DiscriminatorTrainer
+from guided_diffusion_vae.vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
 
 NETWORK = AutoencoderConfig(num_channels=(16, 32), downsample_factors=(4,), attention_levels=(False, True))
@@ -94,17 +93,17 @@ def test_accumulation_keeps_one_forward_pass_at_a_time(discriminator_config, tmp
     def peak(parts):
         plan = autoencoder_plan((1, 64, 64), train={"batch_size": 1, "gradient_accumulation_steps": parts}, **discriminator_config,
                                 discriminator_start=0, discriminator_channels=8, discriminator_layers=1)
-        network, *judge = plan.build()
-        adversary = DiscriminatorTrainer(*judge, plan.discriminator_config, 1e-4) if judge else None
+        network, *networks = plan.build()
         train = resolve_train_config(plan.train)
+        trainer = DiscriminatorTrainer(*networks, plan.discriminator_config, train) if networks else None
         with logger.scoped_configure(str(tmp_path), []):
             loop = TrainLoop(
                 model=network, data=iter(()), batch_size=train.batch_size, microbatch=train.microbatch, lr=1e-4,
                 ema_rate="",
-                task=TrainTask(AutoencoderObjective(plan.loss, network, (-1, 1), train, adversary=adversary)),
+                task=TrainTask(AutoencoderObjective(plan.loss, network, (-1, 1), train, discriminator=trainer)),
             )
             batch = torch.rand(parts, 1, 64, 64)
-            with memory._StorageTracker(network, *judge) as living:
+            with memory._StorageTracker(network, *networks) as living:
                 loop.run_step(batch, {})
         return living.peak, plan.training()
 

@@ -21,20 +21,20 @@ def warmed(steps=3, history=2):
     return sampler
 
 
-def test_uniform_times_all_weigh_one():
-    times, weights = UniformSampler(process(5)).sample(200, "cpu", np.random.default_rng(0))
-    assert times.dtype == torch.int64 and weights.dtype == torch.float32
-    assert set(times.tolist()) == set(range(5)) and (weights == 1).all()
+def test_uniform_sampler_gives_weights_of_one():
+    t, weights = UniformSampler(process(5)).sample(200, "cpu", np.random.default_rng(0))
+    assert t.dtype == torch.int64 and weights.dtype == torch.float32
+    assert set(t.tolist()) == set(range(5)) and (weights == 1).all()
 
 
-def test_a_generator_fixes_the_draws_and_the_global_one_is_the_default():
+def test_sample_depends_on_the_generator_by_default_the_global_one():
     sampler = warmed()
     first, again = (sampler.sample(20, "cpu", np.random.RandomState(3))[0] for _ in range(2))
     np.random.seed(3)
     assert first.equal(again) and first.equal(sampler.sample(20, "cpu")[0])
 
 
-def test_weights_follow_the_root_mean_square_once_every_time_has_a_history():
+def test_weights_follow_the_root_mean_square_with_full_history():
     sampler = LossSecondMomentResampler(process(2), history_per_term=2, uniform_prob=0.1)
     sampler.update_with_all_losses([0, 0, 1], [3.0, 4.0, 1.0])
     assert sampler.weights().tolist() == [1, 1]
@@ -43,7 +43,7 @@ def test_weights_follow_the_root_mean_square_once_every_time_has_a_history():
     np.testing.assert_allclose(sampler.weights(), 0.9 * rms / rms.sum() + 0.05)
 
 
-def test_only_the_latest_losses_count():
+def test_weights_use_the_latest_losses():
     sampler = warmed()
     sampler.update_with_all_losses([0, 0], [2.0, 2.0])
     sampler.update_with_all_losses([1, 1, 1], [9.0, 3.0, 3.0])
@@ -52,17 +52,17 @@ def test_only_the_latest_losses_count():
 
 def test_importance_weights_keep_the_mean_loss():
     sampler = warmed()
-    times, weights = sampler.sample(20000, "cpu", np.random.default_rng(0))
-    assert abs((weights * (times + 1.0)).mean() - 2.0) < 0.02
+    t, weights = sampler.sample(20000, "cpu", np.random.default_rng(0))
+    assert abs((weights * (t + 1.0)).mean() - 2.0) < 0.02
 
 
-def test_losses_that_overflowed_are_passed_over():
+def test_update_ignores_losses_that_are_not_finite():
     sampler, untouched = warmed(), warmed()
     sampler.update_with_all_losses([0, 1], [float("nan"), float("inf")])
     assert sampler.state_dict() == untouched.state_dict()
 
 
-def test_state_survives_json_bit_for_bit():
+def test_state_dict_survives_json_bit_exactly():
     sampler = warmed(history=3)
     sampler.update_with_local_losses(torch.tensor([0, 2]), torch.tensor([0.1, 1 / 3], requires_grad=True))
     resumed = LossSecondMomentResampler(process(3), history_per_term=3, uniform_prob=0.1)
@@ -73,18 +73,24 @@ def test_state_survives_json_bit_for_bit():
     assert resumed.state_dict() == sampler.state_dict()
 
 
-def test_state_of_another_process_is_refused():
-    with pytest.raises(ValueError, match=r"\[3, 2\] and 3 counts, this one needs \[4, 2\]"):
+def test_load_state_dict_rejects_another_process():
+    with pytest.raises(ValueError, match=r"expected .* \[4, 2\], got \[3, 2\] and 3 counts; resume"):
         LossSecondMomentResampler(process(4), history_per_term=2).load_state_dict(warmed().state_dict())
 
 
-def test_unknown_sampler_is_refused_with_the_known_ones():
+def test_uniform_sampler_has_no_state():
+    sampler = UniformSampler(process(3))
+    sampler.load_state_dict({})
+    assert sampler.state_dict() == {}
+
+
+def test_unknown_sampler_error_lists_the_choices():
     assert isinstance(create_named_schedule_sampler("loss-second-moment", process(2)), LossSecondMomentResampler)
-    with pytest.raises(NotImplementedError, match="importance is unknown; choose from uniform, loss-second-moment"):
+    with pytest.raises(NotImplementedError, match="importance is unknown: expected one of: uniform, loss-second-moment"):
         create_named_schedule_sampler("importance", process(2))
 
 
-def _learn_on_one_rank(rank, rendezvous, folder):
+def _update_on_one_rank(rank, rendezvous, folder):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     sampler = LossSecondMomentResampler(process(3), history_per_term=2)
     ts, losses = ([0, 1, 2], [1.0, 2.0, 3.0]) if rank == 0 else ([0], [5.0])
@@ -94,9 +100,9 @@ def _learn_on_one_rank(rank, rendezvous, folder):
     dist.destroy_process_group()
 
 
-def test_ranks_with_unequal_batches_learn_the_same(tmp_path):
-    mp.spawn(_learn_on_one_rank, args=(tmp_path / "meet", tmp_path), nprocs=2)
-    alone = LossSecondMomentResampler(process(3), history_per_term=2)
-    alone.update_with_all_losses([0, 1, 2, 0], [1.0, 2.0, 3.0, 5.0])
+def test_ranks_with_unequal_batches_update_equally(tmp_path):
+    mp.spawn(_update_on_one_rank, args=(tmp_path / "rendezvous", tmp_path), nprocs=2)
+    expected = LossSecondMomentResampler(process(3), history_per_term=2)
+    expected.update_with_all_losses([0, 1, 2, 0], [1.0, 2.0, 3.0, 5.0])
     for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone.state_dict()
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected.state_dict()

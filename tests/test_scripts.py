@@ -990,7 +990,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("evaluate", {"samples": "{data}", "reference": "{tmp}/statistics.npz", "vae_path": "{autoencoder}"},
      "holds statistics of Inception features; give --inception_path"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 16, "small_size": 8, "channel_mult": "1",
-                         "diffusion_steps": 100, "cond_noise_steps": 250}, "250 is more than the 100 steps"),
+                         "diffusion_steps": 100, "cond_noise_steps": 250}, "--cond_noise_steps must be <= 100, the steps of the process, got 250"),
     ("image_train_vae", {"cache_dir": "{cache}", "num_channels": 32, "channel_mult": "1,1,1,1,1,1"},
      "fewer levels (--channel_mult), or data of size 32"),
     ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{mirrored}"},

@@ -17,7 +17,8 @@ from guided_diffusion_vae import checkpoint_util, logger, nn
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.data.augmentation import random_affine, random_flips
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.objectives import DiffusionObjective, StepRNG, PlainObjective
+from guided_diffusion_vae.interfaces import BatchSource
+from guided_diffusion_vae.objectives import DiffusionObjective, PlainObjective, StepRNG
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.train_util import (
@@ -25,6 +26,8 @@ from guided_diffusion_vae.train_util import (
     init_from_weights, parse_resume_step_from_filename, resolve_train_config, seed_initialization,
 )
 from guided_diffusion_vae.unet import ModelConfig, UNetModel
+from guided_diffusion_vae.vae import create_discriminator
+from guided_diffusion_vae.vae.objective import DiscriminatorTrainer
 from launches import Launches
 from rank_worker import END, EQUAL_STEPS, GLOBAL_BATCH, KINDS, STOP, WITHOUT_DROPOUT, create_loop, schedule_of, train
 
@@ -302,10 +305,63 @@ def test_a_discriminator_learns_after_the_warm_up_and_not_before(prepared, tmp_p
     assert same_bits(judges[1], judges[3]) and not same_bits(judges[3], judges[4])
 
 
+def test_discriminator_parts_do_nothing_before_it_is_active():
+    network = create_discriminator(rank_worker.DISCRIMINATOR, 2, 1)
+    trainer = DiscriminatorTrainer(network, rank_worker.DISCRIMINATOR, AutoencoderTrainConfig())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    last_layer = torch.ones(1, requires_grad=True)
+    fake, step = torch.rand(2, 1, 16, 16) * last_layer, rank_worker.DISCRIMINATOR.discriminator_start
+
+    def take(step):
+        terms = {"loss": fake.mean((1, 2, 3))}
+        trainer.add_generator_loss(step, terms, torch.rand(2, 1, 16, 16), fake, last_layer, 1.0)
+        trainer.backward_discriminator(step, 1.0)
+        trainer.optimizer_step(step)
+        return terms.keys()
+
+    assert take(step - 1) == {"loss"} and same_bits(network.state_dict(), before) and not trainer.opt.state_dict()["state"]
+    assert take(step) == {"loss", "adversarial_loss"} and not same_bits(network.state_dict(), before)
+
+
+class Interpolation:
+    """The members of a Process that training reads: x_t between x0 and noise, as in a rectified flow."""
+
+    num_timesteps = 4
+
+    def q_sample(self, x_start, t, noise=None):
+        return x_start + t.view(-1, 1, 1, 1) / self.num_timesteps * (noise - x_start)
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        output = model(self.q_sample(x_start, t, noise), t, **model_kwargs)
+        return {"loss": (output - noise + x_start).square().mean((1, 2, 3))}
+
+    def noise_condition(self, low_res, t, noise):
+        return self.q_sample(low_res, t, noise)
+
+
+def test_diffusion_objective_trains_any_process():
+    seen = {}
+
+    def model(x, t, low_res, low_res_times, y):
+        seen.update(low_res=low_res, low_res_times=low_res_times, y=y)
+        return torch.zeros_like(x)
+
+    objective = DiffusionObjective(Interpolation(), class_dropout=0.5, null_label=9, cond_noise_steps=3)
+    x0, cond = torch.ones(64, 1, 2, 2), {"y": torch.zeros(64, dtype=torch.int64), "low_res": torch.ones(64, 1, 1, 1)}
+    rng = StepRNG(0, 5, range(64), 64)
+    terms, t = objective(model, x0, cond, rng)
+    noise = rng.normal((1, 2, 2), "cpu")
+    assert torch.equal(terms["loss"], (1 - noise).square().mean((1, 2, 3))) and set(t.tolist()) == set(range(4))
+    assert set(seen["low_res_times"].tolist()) == set(range(3)) and set(seen["y"].tolist()) == {0, 9}
+    assert torch.equal(seen["low_res"] == 1, (seen["low_res_times"] == 0).view(-1, 1, 1, 1))
+    with pytest.raises(ValueError, match="--cond_noise_steps must be <= 4, .* got 5; lower it or raise --diffusion_steps"):
+        DiffusionObjective(Interpolation(), cond_noise_steps=5)
+
+
 def test_a_discriminator_that_is_not_finite_is_never_saved(prepared, tmp_path):
     loop = train(prepared, tmp_path, "adversarial", 2)
     with torch.no_grad():
-        next(loop.adversary.network.parameters())[0] = math.nan
+        next(loop.discriminator.network.parameters())[0] = math.nan
     loop.step += 1
     with pytest.raises(FloatingPointError, match="the last good checkpoint is 2"):
         loop.save()
@@ -322,7 +378,7 @@ def test_a_run_that_had_no_discriminator_goes_on_with_a_new_one(prepared, tmp_pa
 # A line through the origin: fast enough to try every way a run may go
 
 
-class Points:
+class Points(BatchSource):
     """Batches (x [4 x 3], {"y": [4]}) that depend on the step alone."""
 
     def __init__(self, spoilt_at=None, hook=None):
@@ -330,9 +386,6 @@ class Points:
 
     def seek(self, step):
         self.step = step
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         generator = torch.Generator().manual_seed(self.step)
@@ -509,8 +562,8 @@ def test_a_trial_does_not_go_on_with_another_run():
 
 def test_the_discriminator_learns_at_the_rate_and_with_the_bound_of_the_autoencoder(prepared, tmp_path):
     loop = train(prepared, tmp_path, "adversarial", 6, lr_anneal_steps=12, grad_clip=1e-3)
-    rate = loop.adversary.opt.param_groups[0]["lr"]
-    assert rate == pytest.approx(loop.adversary.lr * (1 - 5 / 12))
+    rate = loop.discriminator.opt.param_groups[0]["lr"]
+    assert rate == pytest.approx(loop.discriminator.lr * (1 - 5 / 12))
 
 
 def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path, capsys):
@@ -590,7 +643,7 @@ def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
     sampler = kind(create_gaussian_diffusion(steps=100))
     draws = StepRNG(0, 5, range(2, 6), 8)
     with Launches() as launches:
-        drawn = [*draws.times(sampler, "meta"), draws.normal((4, 2, 2), "meta"), draws.uniform(7, "meta")]
+        drawn = [*draws.timesteps(sampler, "meta"), draws.normal((4, 2, 2), "meta"), draws.uniform(7, "meta")]
         torch.zeros(1).to("meta", non_blocking=True)
     assert all(x.device.type == "meta" and len(x) == 4 for x in drawn) and launches.synchronizations == 0
     with Launches() as launches:

@@ -1,4 +1,4 @@
-"""Random flips and affine augmentation, keyed by (seed, step, slot)."""
+"""Random flips and affine augmentation of images or volumes, keyed by (seed, step, slot)."""
 
 import itertools
 import math
@@ -8,45 +8,49 @@ import torch.nn.functional as F
 
 from ..nn import to_device
 
-FLIP = 12  # and one number more for every further axis; evaluation has 11
+# First random streams (see `objectives`): FLIP has one per axis, AUGMENT one per angle, translation and scale.
+FLIP, AUGMENT = 12, 16
 
 
-AUGMENT = 16  # and one number more for every angle, shift and scale
-
-
-def random_flips(images, draws):
-    """Return pictures mirrored along every axis by a coin of its own.  [N x C x ...] -> same."""
+def random_flips(images, rng):
+    """Return images flipped along each axis independently with probability 0.5.  [N x C x ...] -> same."""
     for axis in range(2, images.dim()):
-        heads = draws.uniform(FLIP + axis - 2, images.device) < 0.5
-        images = torch.where(heads.view(-1, *(1,) * (images.dim() - 1)), images.flip(axis), images)
+        flipped = rng.uniform(FLIP + axis - 2, images.device) < 0.5
+        images = torch.where(_per_image(flipped, images), images.flip(axis), images)
     return images
 
 
-def random_affine(images, draws, config):
-    """Return pictures or volumes of which a share `config.augment` is turned, scaled and shifted a little.
+def random_affine(images, rng, config):
+    """Return images with random rotation, scale and translation, each image with probability `config.augment`.
 
-    Angles (in every plane), scales and shifts are evenly spread within the bounds of an AutoencoderTrainConfig; edges
-    are repeated.  [N x C x ...] -> same.
+    Angles (in every plane), scales and translations are uniformly distributed within the bounds of an
+    AutoencoderTrainConfig; edge values are repeated outside.  [N x C x ...] -> same.
     """
     dims = images.dim() - 2
     streams = itertools.count(AUGMENT)
-    share = lambda: draws.uniform(next(streams), images.device)
-    chosen = share() < config.augment
-    within = lambda bound: torch.where(chosen, bound * (2 * share() - 1), 0.0)
+    uniform = lambda: rng.uniform(next(streams), images.device)
+    augmented = uniform() < config.augment
+    within = lambda bound: torch.where(augmented, bound * (2 * uniform() - 1), 0.0)
 
-    turn = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
+    identity = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
+    rotation = identity
     for a, b in itertools.combinations(range(dims), 2):
         angle = within(math.radians(config.augment_rotation))
-        plane = torch.eye(dims, dtype=torch.float64, device=images.device).repeat(len(images), 1, 1)
+        plane = identity.clone()
         plane[:, a, a] = plane[:, b, b] = angle.cos()
         plane[:, a, b], plane[:, b, a] = -angle.sin(), angle.sin()
-        turn = turn @ plane
-    turn = turn / (1 + within(config.augment_scale))[:, None, None]
+        rotation = rotation @ plane
+    linear = rotation / (1 + within(config.augment_scale))[:, None, None]
     shift = torch.stack([within(config.augment_translation) for _ in range(dims)], dim=1)
     # affine_grid measures every axis from -1 to 1, the last axis first.
     half = to_device(torch.tensor(images.shape[:1:-1], dtype=torch.float64), images.device) / 2
-    theta = torch.cat([turn * half / half[:, None], (shift / half)[..., None]], dim=2)
-    # In float64, which autocast leaves alone: in bfloat16 the grid would be off by half a pixel.
+    theta = torch.cat([linear * half / half[:, None], (shift / half)[..., None]], dim=2)
+    # In float64, which autocast does not cast: in bfloat16 the grid would be off by half a pixel.
     grid = F.affine_grid(theta, images.shape, align_corners=False).to(images.dtype)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return torch.where(chosen.view(-1, *(1,) * (images.dim() - 1)), moved, images)
+    return torch.where(_per_image(augmented, images), moved, images)
+
+
+def _per_image(mask, images):
+    """Return a mask [N] that broadcasts over images [N x ...]."""
+    return mask.view(-1, *(1,) * (images.dim() - 1))

@@ -11,14 +11,14 @@ from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
 from ..evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..gaussian_diffusion import DiffusionConfig
 from ..logger import log_rank0
-from ..objectives import AutoencoderObjective, ClassifierObjective, DiffusionObjective
+from ..objectives import ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
 from ..train_util import (
     ClassifierTrainConfig, TrainConfig, TrainLoop, TrainTask, resolve_train_config, seed_initialization,
 )
 from ..unet import ClassifierConfig, ModelConfig
 from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, PerceptualLoss, create_discriminator
-from ..vae.adversarial import DiscriminatorTrainer
+from ..vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from ..vae_wrapper import LatentNormalizer
 from .factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
 from .loading import create_sampler
@@ -150,7 +150,7 @@ def train_autoencoder(run):
         if discriminator:
             if train.fast_dev_run:  # a smoke test of two steps must reach the discriminator
                 discriminator_config = dataclasses.replace(discriminator_config, discriminator_start=0)
-            trainer = DiscriminatorTrainer(discriminator, discriminator_config, train.lr, train.grad_clip)
+            trainer = DiscriminatorTrainer(discriminator, discriminator_config, train)
         objective = AutoencoderObjective(loss, network, config.image_range, train,
                                          distance and (perceptual.perceptual_weight, distance), trainer)
         # Validation must not take more memory than was planned for training.
