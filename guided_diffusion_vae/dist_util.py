@@ -1,11 +1,11 @@
-"""Start one process per device and move tensors between them.
+"""Connect one process per device and exchange tensors and objects between them.
 
-MPI (or torchrun, or Slurm) starts the ranks and tells each its place; from then on torch.distributed carries
-everything, NCCL between GPUs and Gloo between CPUs. One process alone needs none of them: every function here then
-returns what it was given.
+A launcher (MPI, torchrun or Slurm) starts the ranks and passes their rank information in environment variables. All
+communication is torch.distributed's: NCCL between GPUs, Gloo between CPUs. A single process needs neither: the
+functions below then return their arguments unchanged.
 
-OpenMP threads that spin while they wait take the cores of other ranks. `OMP_WAIT_POLICY=PASSIVE` ends that, but libgomp
-reads it when torch is imported, so it belongs into the environment or before the first `import torch`, not here.
+OpenMP threads that spin while they wait take cores from other ranks. `OMP_WAIT_POLICY=PASSIVE` prevents it, but libgomp
+reads the variable when torch is imported: set it in the environment, it has no effect here.
 """
 
 import atexit
@@ -25,13 +25,14 @@ import torch.distributed as dist
 
 from .files import load_tensors
 
-RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # for all ranks to turn up
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks are connected
 # Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not
 # need this limit: its connections break, and the launcher ends the rest.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
-BUCKET_MIB = 32
+BUCKET_MIB = 32     # tensors are copied into buckets of about this size: one collective per bucket, not per tensor
 
-# Where launchers write rank, size, local rank and local size, in the order in which they are believed.
+# Environment variables of rank, world size, local rank and local world size by launcher, in order of precedence: a
+# process may inherit those of an outer launcher (mpiexec inside a Slurm step, torchrun inside either).
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -43,11 +44,11 @@ MPI_LAUNCHERS = ("MPICH", "Open MPI")
 
 
 class LaunchError(RuntimeError):
-    """Say that the ranks could not be brought together, and what to start differently."""
+    """The ranks cannot be connected; the message states how to start them instead."""
 
 
 class RankInfo(NamedTuple):
-    """Where this process stands among all; `local_rank` is None where the launcher does not tell."""
+    """Rank information of a process; `local_rank` is None if the launcher does not provide it."""
 
     launcher: str
     rank: int
@@ -57,43 +58,48 @@ class RankInfo(NamedTuple):
 
 MEMORY_ADVICE = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
 
-_active_rank_info = None  # the Place agreed on by setup_dist; until then the environment is asked
+_active_rank_info = None    # set by setup_dist; until then the environment is read
 
 
-# Who am I
+# --- Rank information ---
+
 
 def read_rank_info(environ):
-    """Return the Place that the launcher's variables in `environ` describe; raise LaunchError where they are wrong."""
-    found = [_place_from(launcher, environ) for launcher in LAUNCHERS]
-    found = [place for place in found if place is not None]
-    if not found:
+    """Return the RankInfo in the launcher's variables of `environ`, that of a single process if there are none.
+
+    :raises LaunchError: if the variables are not integers, or the rank is not below the world size.
+    """
+    candidates = [_read_launcher(launcher, environ) for launcher in LAUNCHERS]
+    candidates = [info for info in candidates if info is not None]
+    if not candidates:
         return RankInfo("none", 0, 1, 0)
-    first, slurm = found[0], found[-1]
-    # srun hands out PMI variables too on some clusters. Where both agree, Slurm's are enough and MPI is not needed.
+    first, slurm = candidates[0], candidates[-1]
+    # On some clusters srun sets PMI variables, too. If both agree, Slurm's are sufficient and MPI is not needed.
     if first.launcher in MPI_LAUNCHERS and slurm.launcher == "Slurm" and first[1:3] == slurm[1:3]:
         return slurm
     return first
 
 
-def _place_from(launcher, environ):
-    rank, size, local_rank, local_size = LAUNCHERS[launcher]
+def _read_launcher(launcher, environ):
+    """Return the RankInfo of one launcher, None if its variables are not set."""
+    rank, size, local_rank, _ = LAUNCHERS[launcher]
     if launcher == "Slurm":
-        # A batch script itself sees SLURM_NTASKS and rank 0 without being a task: only srun sets the step's variables.
+        # A batch script has SLURM_NTASKS and rank 0 without being a task: only srun sets the variables of a step.
         if "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ:
             return None
         size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else size
     if rank not in environ or size not in environ:
         return None
     try:
-        place = RankInfo(launcher, int(environ[rank]), int(environ[size]),
-                      int(environ[local_rank]) if local_rank in environ else None)
+        info = RankInfo(launcher, int(environ[rank]), int(environ[size]),
+                        int(environ[local_rank]) if local_rank in environ else None)
     except ValueError as error:
-        raise LaunchError(f"{rank}={environ[rank]!r}, {size}={environ[size]!r}: {launcher} should have set whole "
-                          "numbers; unset them to run a single process") from error
-    if not 0 <= place.rank < place.size:
-        raise LaunchError(f"{rank}={place.rank} is not below {size}={place.size}; start the ranks with mpiexec, "
+        raise LaunchError(f"{rank}={environ[rank]!r}, {size}={environ[size]!r}: expected integers from {launcher}; "
+                          "unset them to run a single process") from error
+    if not 0 <= info.rank < info.size:
+        raise LaunchError(f"{rank}={info.rank} is not below {size}={info.size}; start the ranks with mpiexec, "
                           "torchrun or srun, or unset both to run a single process")
-    return place
+    return info
 
 
 def _rank_info():
@@ -101,189 +107,204 @@ def _rank_info():
 
 
 def rank():
-    """Return this process's number among all, 0 where it is alone."""
+    """Return the rank of this process, 0 for a single process."""
     return _rank_info().rank
 
 
 def world_size():
-    """Return how many processes work together, 1 where this one is alone."""
+    """Return the number of processes."""
     return _rank_info().size
 
 
 def local_rank():
-    """Return this process's number on its machine, the number among all where nobody told."""
-    place = _rank_info()
-    return place.rank if place.local_rank is None else place.local_rank
+    """Return the rank of this process on its node; the global rank if the launcher does not provide it."""
+    info = _rank_info()
+    return info.rank if info.local_rank is None else info.local_rank
 
 
 def dev():
-    """Return the torch.device of this rank: GPU number local rank modulo the visible ones, or the CPU."""
+    """Return the torch.device of this rank: the GPU with index local rank modulo the visible GPUs, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
-# Start and end
+# --- Start and end ---
+
 
 def setup_dist():
-    """Bring all ranks together, report their devices and time one all-reduce; a second call does nothing.
+    """Connect all ranks, print their devices and time one all-reduce; a second call has no effect.
 
-    A process alone needs no process group and none is made. Raises LaunchError where the ranks cannot meet.
+    A single process creates no process group.
+
+    :raises LaunchError: if the launcher's variables are inconsistent or the ranks cannot connect.
     """
     global _active_rank_info
     if _active_rank_info is not None:
         return
-    place = read_rank_info(os.environ)
-    if place.size > 1:
-        place, store = _rendezvous(place)
-    _active_rank_info = place
+    info = read_rank_info(os.environ)
+    if info.size > 1:
+        info, store = _rendezvous(info)
+    _active_rank_info = info
     if dev().type == "cuda":
-        torch.cuda.set_device(dev())
-    if place.size > 1:
+        torch.cuda.set_device(dev())    # NCCL, and kernels launched without a device, use the current one
+    if info.size > 1:
         _connect(store)
-        sys.excepthook = lambda kind, error, trace: _fail(error)  # init_process_group sets one of its own
+        # Set after init_process_group, which replaces the hook by its own.
+        sys.excepthook = lambda kind, error, trace: _fail(error)
     _report()
 
 
-def _rendezvous(place):
-    """Return (place, store): the Place with MPI's local rank filled in, and the store all ranks are connected to."""
-    if place.launcher in MPI_LAUNCHERS:
-        return _meet_through_mpi(place)
-    if place.launcher == "torchrun":
+def _rendezvous(info):
+    """Return (info, store): the RankInfo completed by MPI, and the store that all ranks are connected to."""
+    if info.launcher in MPI_LAUNCHERS:
+        return _rendezvous_through_mpi(info)
+    if info.launcher == "torchrun":
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise LaunchError(f"WORLD_SIZE={place.size} but {' and '.join(missing)} not set; start with torchrun, or "
-                              "set them to rank 0's host and a free port")
+            raise LaunchError(f"WORLD_SIZE={info.size} but {' and '.join(missing)} not set; start with torchrun, or "
+                              "set them to the host of rank 0 and a free port")
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun's agent may already serve a store at that address; env:// knows, a second server would collide.
+        # torchrun's agent may already serve a store at that address: a second server could not bind the port.
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return place, _open_store(place, address, port, serve=False)
+            return info, _open_store(info, address, port, serve=False)
     else:
         address, port = slurm_address(os.environ)
-    return place, _open_store(place, address, port, serve=place.rank == 0)
+    return info, _open_store(info, address, port, serve=info.rank == 0)
 
 
-def _meet_through_mpi(place):
+def _rendezvous_through_mpi(info):
+    """Return (info, store); MPI is only used to exchange the address of the store."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise LaunchError(f"{place.launcher}'s mpiexec started {place.size} ranks, but mpi4py cannot be used here "
+        raise LaunchError(f"{info.launcher}'s mpiexec started {info.size} ranks, but mpi4py cannot be imported "
                           f"({error}); pip install mpi4py mpich, or start with torchrun --nproc_per_node N") from error
     world = MPI.COMM_WORLD
-    if world.size != place.size:
+    if world.size != info.size:
         library = MPI.Get_library_version().split("\n")[0].strip()
         raise LaunchError(
-            f"mpiexec ({place.launcher}) started {place.size} ranks, but mpi4py's MPI ({library}) sees {world.size}: "
-            "launcher and library are of different MPIs. Use the mpiexec that belongs to mpi4py's library (for the "
-            f"mpich wheel {os.path.join(os.path.dirname(sys.executable), 'mpiexec')}; `which mpiexec` shows the one "
-            "in use), or build mpi4py against the system's MPI (pip install --no-binary mpi4py mpi4py), or start "
-            "with torchrun --nproc_per_node N"
+            f"mpiexec ({info.launcher}) started {info.size} ranks, but mpi4py's MPI ({library}) sees {world.size}: "
+            "launcher and library belong to different MPIs; use the mpiexec of mpi4py's library (for the mpich wheel "
+            f"{os.path.join(os.path.dirname(sys.executable), 'mpiexec')}; `which mpiexec` shows the one in use), "
+            "build mpi4py against the system's MPI (pip install --no-binary mpi4py mpi4py), or start with torchrun "
+            "--nproc_per_node N"
         )
     hosts = world.allgather(socket.gethostname())
-    if place.local_rank is None:
-        place = place._replace(local_rank=hosts[:world.rank].count(hosts[world.rank]))
-    place = place._replace(rank=world.rank)
-    meeting, store = None, None
+    if info.local_rank is None:
+        info = info._replace(local_rank=hosts[:world.rank].count(hosts[world.rank]))
+    info = info._replace(rank=world.rank)
+    served_at, store = None, None
     if world.rank == 0:
         address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(hosts)) == 1 else _own_address())
-        # Port 0: the system picks a free one while binding, so that nobody can take it in between.
-        store = _open_store(place, address, int(os.environ.get("MASTER_PORT", 0)), serve=True)
-        meeting = address, store.port
-    address, port = world.bcast(meeting)
-    return place, store or _open_store(place, address, port, serve=False)
+        # Port 0: the system picks a free port while binding, so that no other process can take it in between.
+        store = _open_store(info, address, int(os.environ.get("MASTER_PORT", 0)), serve=True)
+        served_at = address, store.port
+    address, port = world.bcast(served_at)
+    return info, store or _open_store(info, address, port, serve=False)
 
 
-def _open_store(place, address, port, serve):
+def _open_store(info, address, port, serve):
     try:
-        return dist.TCPStore(address, port, place.size, serve, timeout=RENDEZVOUS_TIMEOUT, wait_for_workers=False)
+        return dist.TCPStore(address, port, info.size, serve, timeout=RENDEZVOUS_TIMEOUT, wait_for_workers=False)
     except RuntimeError as error:
-        raise _rendezvous_error(place, f"{address}:{port}", error) from error
+        raise _rendezvous_error(info, f"{address}:{port}", error) from error
 
 
-def _rendezvous_error(place, where, error):
+def _rendezvous_error(info, location, error):
     minutes = RENDEZVOUS_TIMEOUT.total_seconds() / 60
     reason = str(error).strip().split("\n")[0]
     return LaunchError(
-        f"rank {place.rank} of {place.size} did not meet the others at {where} within {minutes:g} min ({reason}); "
-        "check that all ranks were started and can reach that host, or set MASTER_ADDR and MASTER_PORT to another one"
+        f"rank {info.rank} of {info.size} did not connect to the others at {location} within {minutes:g} min "
+        f"({reason}); check that all ranks were started and can reach that host, or set MASTER_ADDR and MASTER_PORT"
     )
 
 
 def _connect(store):
-    # A group that torchrun starts anew after a failure must not read what the former one left in the store.
+    """Create the process group."""
+    # A group that torchrun restarts after a failure must not read the keys of its predecessor.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt{attempt}", store)
-    # Objects and flags travel by Gloo even between GPUs, so that asking a question never waits for the device.
-    # NCCL refuses two ranks on one GPU; Gloo carries their tensors too, more slowly.
+    # Send Python objects and flags over Gloo even with GPUs: control messages must not synchronize the device.
+    # NCCL does not support two ranks on one GPU; Gloo transfers their tensors, too, more slowly.
     shared = torch.cuda.is_available() and len(set(_all_devices(store))) < world_size()
     backend = "cpu:gloo,cuda:nccl" if dev().type == "cuda" and not shared else "gloo"
     try:
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world_size(),
                                 timeout=COLLECTIVE_TIMEOUT)
     except RuntimeError as error:
-        raise _rendezvous_error(_rank_info(), "their common store", error) from error
+        raise _rendezvous_error(_rank_info(), "the common store", error) from error
 
 
 def _all_devices(store):
-    """Return "host device" of every rank, read from the store: the backend is chosen before there is a group."""
+    """Return "host device" of every rank, through the store: the backend is chosen before the group exists."""
     try:
         store.set(f"device/{rank()}", f"{socket.gethostname()} {dev()}")
         return [store.get(f"device/{other}").decode() for other in range(world_size())]
     except RuntimeError as error:
-        raise _rendezvous_error(_rank_info(), "their common store", error) from error
+        raise _rendezvous_error(_rank_info(), "the common store", error) from error
 
 
 def _own_address():
+    """Return an address of this host that other hosts can reach."""
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         address = "127.0.0.1"
     if not address.startswith("127."):
         return address
-    # Many systems map the own name to loopback. Connecting a datagram socket sends nothing, but picks the interface.
+    # Many systems map their own name to loopback. Connecting a datagram socket sends nothing, but selects an interface:
+    # that of the default route, as 192.0.2.1 is reserved for documentation (RFC 5737).
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
         except OSError as error:
-            raise LaunchError(f"host {socket.gethostname()} knows no address that other hosts can reach; set "
-                              "MASTER_ADDR to one") from error
+            raise LaunchError(f"host {socket.gethostname()} has no address that other hosts can reach; set "
+                              "MASTER_ADDR") from error
         return probe.getsockname()[0]
 
 
 def slurm_address(environ):
-    """Return (address, port) where the tasks of a Slurm step meet: its first node, a port made from the job's id."""
+    """Return the (address, port) at which the tasks of a Slurm step connect.
+
+    The address is the step's first node. The port follows from the ids of job and step: all tasks compute the same one
+    without communication, and jobs that share a node rarely collide.
+    """
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or ""
     count = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
     address = environ.get("MASTER_ADDR") or (first_host(nodes) if count > 1 else "127.0.0.1")
     job, step = int(environ.get("SLURM_JOB_ID", 0)), environ.get("SLURM_STEP_ID", "0")
-    chosen = 20000 + (job * 16 + (int(step) if step.isdigit() else 0)) % 12000
-    return address, int(environ.get("MASTER_PORT", chosen))
+    # Ports 20000 to 31999: below the ephemeral ports of Linux (from 32768), which any process may be assigned.
+    default = 20000 + (job * 16 + (int(step) if step.isdigit() else 0)) % 12000
+    return address, int(environ.get("MASTER_PORT", default))
 
 
 def first_host(nodes):
-    """Return the first name of a Slurm node list: `gpu[07-09,12],login` gives `gpu07`."""
+    """Return the first host of a Slurm node list, e.g. `gpu07` of `gpu[07-09,12],login`."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^]]*\])*", nodes).group())
 
 
 def _report():
-    """Print which rank has which device, share the cores among ranks on CPUs, and time an all-reduce."""
+    """Print the device of each rank, divide the cores among ranks on CPUs, and time an all-reduce."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
     rows = gather_objects((socket.gethostname(), str(dev()), cores))
-    host, device, _ = rows[rank()]
-    if len(rows) > 1 and device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        sharers = sum(row[0] == host and row[2] == cores for row in rows)  # a launcher may have bound ranks to cores
+    host, own_device, _ = rows[rank()]
+    if len(rows) > 1 and own_device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks on this host with the same affinity; a launcher may have bound each rank to its own cores.
+        sharers = sum(row[0] == host and row[2] == cores for row in rows)
         torch.set_num_threads(max(1, len(cores) // sharers))
     if rank() == 0:
-        for number, (name, where, _) in enumerate(rows):
-            card = f" ({torch.cuda.get_device_name(where)})" if where != "cpu" and name == host else ""
-            print(f"rank {number} of {len(rows)}: {name} {where}{card}", flush=True)
+        for number, (name, device, _) in enumerate(rows):
+            gpu = f" ({torch.cuda.get_device_name(device)})" if device != "cpu" and name == host else ""
+            print(f"rank {number} of {len(rows)}: {name} {device}{gpu}", flush=True)
     if len(rows) > 1:
         _time_all_reduce()
 
 
 def _time_all_reduce():
+    """Print the time of an all-reduce, which reveals a slow or broken connection before training starts."""
     ones = torch.ones(1 << 20, device=dev())
-    dist.all_reduce(ones)  # the first one opens the connections
+    dist.all_reduce(ones)   # not timed: the first collective opens the connections
     ones.fill_(1)
     if ones.is_cuda:
         torch.cuda.synchronize()
@@ -292,18 +313,18 @@ def _time_all_reduce():
     total = ones.mean().item()
     milliseconds = 1e3 * (time.perf_counter() - start)
     if total != world_size():
-        raise LaunchError(f"an all-reduce of ones over {world_size()} ranks gave {total:g}; the links between the "
-                          "devices do not work (try NCCL_P2P_DISABLE=1)")
+        raise LaunchError(f"all-reduce of ones over {world_size()} ranks failed: expected {world_size()}, got "
+                          f"{total:g}; check the links between the devices (try NCCL_P2P_DISABLE=1)")
     if rank() == 0:
         print(f"all-reduce of 4 MiB over {world_size()} ranks ({dist.get_backend_config()}): {milliseconds:.1f} ms",
               flush=True)
 
 
 def launch(main):
-    """Call `main()`, and end all ranks together: the clean way after it, at once when it raises on any rank.
+    """Call `main()` and end all ranks together: in order after it returns, immediately if it raises on any rank.
 
-    A mistake in flags, files or memory prints one line `error: ...`, anything else its traceback as well; the exit
-    status is 1. GDVAE_TRACEBACK=1 prints the traceback always.
+    Errors in flags or files and a lack of memory print one line `error: ...`, other errors their traceback, too. The
+    exit status is then 1. GDVAE_TRACEBACK=1 always prints the traceback.
     """
     try:
         main()
@@ -313,7 +334,7 @@ def launch(main):
         if stop.code in (0, None):
             shutdown()
             raise
-        if isinstance(stop.code, str):
+        if isinstance(stop.code, str):      # sys.exit("message"), which the interpreter would print with status 1
             print(stop.code, file=sys.stderr, flush=True)
         _end(stop.code if isinstance(stop.code, int) else 1)
     except KeyboardInterrupt:
@@ -324,17 +345,17 @@ def launch(main):
 
 
 def shutdown():
-    """Wait for all ranks and close the process group."""
+    """Wait for all ranks and destroy the process group."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
 
 
 def _leave():
-    """Among several ranks, end the process in order but without unloading libraries.
+    """End one of several ranks: run exit handlers and flush, but do not unload libraries.
 
-    Threads of Gloo that outlive the process group abort a process that is torn down around them ("terminate called
-    without an active exception"), now and then, on an idle machine.
+    Gloo threads that outlive the process group occasionally abort the interpreter's teardown ("terminate called without
+    an active exception"). A single process returns and exits as usual.
     """
     if world_size() == 1:
         return
@@ -348,73 +369,80 @@ def _leave():
 
 
 def _fail(error):
+    """Print an error, with its traceback if it is a bug, and end this rank and the others."""
     text = str(error) or type(error).__name__
-    explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
+    # The package raises these for flags and files, with a message that states what to change.
+    expected = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
     if is_out_of_memory(error):
-        text, explained = f"out of memory; {MEMORY_ADVICE} ({text})", True
-    elif "gloo/transport" in text:  # what a rank sees when another one has left
-        text, explained = "another rank ended while this one waited for it; its own error says why", True
-    if not explained or os.environ.get("GDVAE_TRACEBACK") == "1":
+        text, expected = f"out of memory; {MEMORY_ADVICE} ({text})", True
+    elif "gloo/transport" in text:  # Gloo's message if a connection is closed
+        text, expected = "another rank ended while this one waited for it; see the error of that rank", True
+    if not expected or os.environ.get("GDVAE_TRACEBACK") == "1":
         traceback.print_exception(error)
-    place = _place_at_the_end()
-    which = f"rank {place.rank}: " if place.size > 1 else ""
-    print(f"error: {which}{text}", file=sys.stderr, flush=True)
+    info = _rank_info_or_single()
+    prefix = f"rank {info.rank}: " if info.size > 1 else ""
+    print(f"error: {prefix}{text}", file=sys.stderr, flush=True)
     _end(1)
 
 
 def is_out_of_memory(error):
-    """Say whether an error came of too little memory, of the GPU's or of the host's."""
+    """Return whether the GPU or the host ran out of memory."""
+    # The CPU allocator raises a plain RuntimeError that names it.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager
 def oom_advice(advise):
-    """Where memory runs out inside, let the error end in advise(bytes of memory), beside the memory's own message."""
+    """Add `advise(bytes of memory)` to the message if memory runs out inside the block.
+
+    :raises torch.OutOfMemoryError: for an error of the GPU's or the CPU's allocator.
+    """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except RuntimeError as error:   # the base class of torch.OutOfMemoryError
         if not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(f"{advise(memory_bytes())}; {error}") from error
 
 
 def memory_bytes():
-    """Return how much memory the device has that this process works on."""
+    """Return the total memory, in bytes, of the device of this process."""
     if dev().type == "cuda":
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _place_at_the_end():
+def _rank_info_or_single():
     try:
         return _rank_info()
-    except LaunchError:  # the very reason why the program ends
+    except LaunchError:     # possibly the error that is being reported
         return RankInfo("none", 0, 1, 0)
 
 
 def _end(status):
-    """Leave with `status`; among several ranks without any tidying, which could wait for ranks that never come."""
+    """Exit with `status`; with several ranks without cleanup, which could wait for ranks that have ended."""
     sys.stdout.flush()
     sys.stderr.flush()
-    place = _place_at_the_end()
-    if place.size == 1:
+    info = _rank_info_or_single()
+    if info.size == 1:
         raise SystemExit(status)
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and place.launcher in MPI_LAUNCHERS and mpi.Is_initialized() and mpi.COMM_WORLD.size > 1:
-        time.sleep(0.5)  # mpiexec throws away on an abort what it has not passed on yet, the message above too
+    if mpi is not None and info.launcher in MPI_LAUNCHERS and mpi.Is_initialized() and mpi.COMM_WORLD.size > 1:
+        time.sleep(0.5)     # on an abort mpiexec discards output that it has not forwarded, the error message included
         mpi.COMM_WORLD.Abort(status)
     os._exit(status)
 
 
-# Tensors and objects between ranks
+# --- Tensors and objects between ranks ---
+
 
 def barrier():
     """Return when every rank has called this."""
-    any_rank(False)
+    any_rank(False)     # reduces a CPU tensor, over Gloo: dist.barrier may use NCCL and wait for the GPU
 
 
 def any_rank(flag):
-    """Return on every rank whether `flag` holds on at least one of them; does not wait for the GPU."""
+    """Return on every rank whether `flag` is true on at least one; does not wait for the GPU."""
     if world_size() == 1:
         return bool(flag)
     raised = torch.tensor([int(flag)])
@@ -423,7 +451,7 @@ def any_rank(flag):
 
 
 def gather_objects(item):
-    """Return on every rank the list of all ranks' picklable `item`, in the order of ranks."""
+    """Return on every rank the list of the picklable `item` of all ranks, ordered by rank."""
     if world_size() == 1:
         return [item]
     items = [None] * world_size()
@@ -441,7 +469,7 @@ def broadcast_object(item, source=0):
 
 
 def sync_params(params):
-    """Copy rank 0's values of these tensors into those of all other ranks."""
+    """Overwrite tensors of any shape with the values of rank 0."""
     if world_size() > 1:
         _exchange([p.detach() for p in params], lambda flat: dist.broadcast(flat, 0))
 
@@ -460,10 +488,10 @@ def data_parallel(model, static_graph=False):
 
 
 def shard_model(model):
-    """Split weights, gradients and what is made of them over the ranks (FSDP2), layer by layer; return the model.
+    """Shard weights, gradients and optimizer state over the ranks (FSDP2), and return the model.
 
-    Entries of module lists are gathered when their turn comes and let go afterwards; the rest stays together. Its
-    parameters are DTensors from then on, on this rank's device.
+    Each entry of a module list is gathered for its own forward and backward pass only, the remaining parameters for
+    those of the whole model. The parameters become DTensors on the device of this rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -476,12 +504,12 @@ def shard_model(model):
 
 
 def full_tensor(tensor):
-    """Return a tensor that may be sharded with all its values; for a sharded one all ranks call this together."""
+    """Return the full tensor of a sharded one, other tensors unchanged; all ranks must call it for a sharded one."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def distribute_like(value, tensor):
-    """Return a whole tensor, the same on all ranks, sharded as another one is; inverse of `full_tensor`."""
+    """Return the full tensor `value`, equal on all ranks, sharded like `tensor`; the inverse of `full_tensor`."""
     if not hasattr(tensor, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -490,7 +518,7 @@ def distribute_like(value, tensor):
 
 
 def _exchange(tensors, collective):
-    """Run a collective over flat buckets of the tensors and write the results back; all ranks pass the same shapes."""
+    """Apply an in-place collective to tensors, bucket by bucket; shapes and order must agree on all ranks."""
     for bucket in _buckets(tensors):
         flat = torch.cat([t.reshape(-1) for t in bucket])
         collective(flat)
@@ -499,14 +527,14 @@ def _exchange(tensors, collective):
 
 
 def _buckets(tensors):
-    """Split into lists of one dtype and device, each of about BUCKET_MIB, in the same order on every rank."""
+    """Return lists of tensors of one dtype and device, each of about BUCKET_MIB, in the same order on all ranks."""
     kinds = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     buckets = []
-    for alike in kinds.values():
-        room = 0
-        for tensor in alike:
+    for same_kind in kinds.values():
+        room = 0    # bytes left in the last bucket; a larger tensor gets a bucket of its own
+        for tensor in same_kind:
             size = tensor.numel() * tensor.element_size()
             if size > room:
                 buckets.append([])
@@ -516,20 +544,22 @@ def _buckets(tensors):
     return buckets
 
 
-# Files
+# --- Files ---
+
 
 def load_state_dict(path, **kwargs):
-    """Read a state dict from a local or cloud path; `kwargs` and errors are those of `files.load_tensors`."""
+    """Return the state dict in a local or cloud file; arguments and errors are those of `files.load_tensors`."""
     return load_tensors(path, **kwargs)
 
 
-# Being told to stop
+# --- Termination signals ---
+
 
 class StopSignal:
-    """Notice SIGTERM and SIGUSR1 without dying of them: `received` turns True, for the loop to look at after its step.
+    """Context manager that records SIGTERM and SIGUSR1 in `received`, so that a loop can end after its current step.
 
-    Further signals change nothing, because torchrun and Slurm together deliver each one twice. Leaving the `with` block
-    restores the former handlers. mpiexec passes both signals on to its ranks, torchrun SIGTERM alone.
+    Repeated signals have no effect: torchrun and Slurm together deliver each one twice. On exit the previous handlers
+    are restored. mpiexec forwards both signals to its ranks, torchrun only SIGTERM.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -538,27 +568,28 @@ class StopSignal:
         self.received, self._pending = False, None
 
     def received_on_any_rank(self):
-        """Return on every rank whether any rank had received a signal when this was called before.
+        """Return on every rank whether any rank had received a signal at the previous call.
 
-        So a loop stops a step later than it could, and no step waits for the slowest rank to answer. A process that is
-        alone knows at once.
+        The all-reduce of one call is read at the next: the loop ends one step later, but no step waits for the slowest
+        rank. A single process returns `received`.
         """
         if world_size() == 1:
             return self.received
-        asked, raised = self._pending, torch.tensor([int(self.received)])
-        self._pending = raised, dist.all_reduce(raised, op=dist.ReduceOp.MAX, async_op=True)
-        if asked is None:
+        previous, flag = self._pending, torch.tensor([int(self.received)])
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+        if previous is None:
             return False
-        asked[1].wait()
-        return bool(asked[0].item())
+        flag, work = previous
+        work.wait()
+        return bool(flag.item())
 
     def __enter__(self):
-        self._former = {number: signal.signal(number, self._notice) for number in self.SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._record) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *exception):
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _notice(self, number, frame):
+    def _record(self, number, frame):
         self.received = True

@@ -1,4 +1,4 @@
-"""Write files atomically, hash their contents, and name them in errors."""
+"""Write files atomically, hash their content, check folders, and report file errors with the path."""
 
 import contextlib
 import errno
@@ -27,38 +27,41 @@ READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; on a clean exit it is flushed to disk and renamed to `path`.
+    """Yield a temporary path next to `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
-    After an exception the temporary file is removed and `path` is as it was; `remove_stale_parts` removes what a killed
-    process leaves. Running out of space is reported with the space left and the file that was being written.
+    After an exception the temporary file is removed and `path` is unchanged; `remove_stale_parts` removes those of
+    killed processes.
+
+    :raises OSError: if the file cannot be written; the message contains the free space if the disk is full.
     """
     path = Path(path)
+    # In the same folder, as a rename is atomic within a file system only.
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb+") as stream:
-            os.fsync(stream.fileno())
+            os.fsync(stream.fileno())   # else a power failure may leave an empty file under the final name
         os.replace(part, path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = f" ({_free_space_message(path)}); free some space or choose another folder" if full else ""
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{remedy}") from error
     finally:
-        with contextlib.suppress(OSError):  # of a folder that is a file, say: it would hide the error above
+        with contextlib.suppress(OSError):  # e.g. if the folder is a file; it would hide the error above
             part.unlink()
 
 
 def remove_stale_parts(folder):
-    """Remove what processes that were killed inside `atomic_path` left in `folder` and the folders in it.
+    """Remove temporary files of `atomic_path` from `folder` and its subfolders if their process has ended.
 
-    Parts of living processes stay, and so do those of other hosts, of whose processes nothing is known here.
+    Those of other hosts stay: their processes cannot be checked from here.
     """
     of_this_host = re.compile(rf"\..+\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.part")
     for part in [*Path(folder).glob(".*.part"), *Path(folder).glob("*/.*.part")]:
         match = of_this_host.fullmatch(part.name)
         if match and not _process_exists(int(match.group(1))):
-            with contextlib.suppress(OSError):  # a leftover that cannot be removed is no reason to stop
+            with contextlib.suppress(OSError):  # not worth ending a run for
                 part.unlink()
 
 
@@ -94,7 +97,7 @@ def sha256_of_file(path):
 
 @contextlib.contextmanager
 def file_errors(path, problem="cannot be read", action="fix or remove the file"):
-    """Turn any error on reading a file into a ValueError that names the file.
+    """Convert errors on reading a file into a ValueError that contains its path.
 
     :raises ValueError: if the body raises one of `READ_ERRORS`.
     """
@@ -112,56 +115,67 @@ def file_extension(path):
 
 
 def require_writable_folder(folder, flag):
-    """Create `folder` and prove that files can be written there, or raise OSError naming `flag`."""
+    """Create `folder` if it does not exist, and return it as a Path.
+
+    :param flag: flag of the folder, for the message.
+    :raises OSError: if no file can be written there.
+    """
     folder = Path(folder)
-    # Ranks on several machines probe one folder at once, and process numbers repeat between machines.
+    # Ranks on several nodes probe one folder at the same time, and process ids repeat between nodes.
     probe = folder / f".probe.{socket.gethostname()}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OSError(error.errno, f"cannot write into {folder} ({error.strerror}); give {flag} a folder that can be "
-                      "written") from error
+        raise OSError(error.errno, f"cannot write into {folder} ({error.strerror}); set {flag} to a writable folder"
+                      ) from error
     return folder
 
 
 def require_folder(folder, flag):
-    """Return `folder` as a Path, or raise FileNotFoundError naming `flag` where there is none."""
+    """Return `folder` as a Path.
+
+    :param flag: flag of the folder, for the message.
+    :raises FileNotFoundError: if it is empty or not an existing folder.
+    """
     if not str(folder):
-        raise FileNotFoundError(f"no folder given; set {flag}")
+        raise FileNotFoundError(f"no folder specified; set {flag}")
     folder = Path(folder)
     if not folder.is_dir():
-        problem = "a file, not a folder" if folder.exists() else "not there"
-        raise FileNotFoundError(f"{folder} is {problem}; check {flag}")
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {problem}; check {flag}")
     return folder
 
 
 def _process_exists(process):
     try:
-        os.kill(process, 0)  # sends nothing
+        os.kill(process, 0)     # signal 0 is not sent, only checked
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:     # it exists and belongs to another user
         pass
     return True
 
 
 def _free_space_message(path):
+    # The folder of `path` itself may not exist: creating it can be what failed.
     folder = next(p for p in [path.parent, *path.parent.parents] if os.path.exists(p))
-    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB left on {folder}"
+    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free on {folder}"
 
 
 def lazy_import(name):
-    """Return a module that is imported when it is first used; the standard library's recipe for LazyLoader.
+    """Return a module that is imported on its first use (the recipe of `importlib.util.LazyLoader`).
 
-    blobfile brings the clients of two clouds along, which nobody shall wait for who wants to read `--help`.
+    blobfile imports the clients of two clouds, which would delay `--help`.
+
+    :raises ImportError: if the module is not installed.
     """
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise ImportError(f"{name} is not installed; pip install -e . brings it")
+        raise ImportError(f"{name} is not installed; run pip install -e .")
     spec.loader = importlib.util.LazyLoader(spec.loader)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
-"""Collect named numbers during a run and write them, and messages, to terminal, files and TensorBoard.
+"""Log named numbers and messages of a run to the terminal, text files and TensorBoard.
 
-Names, functions and files are those of the logger that guided-diffusion users know. Numbers may be tensors: they stay
-on their device until `dumpkvs`, so that logging a loss at every step never waits for the GPU.
+Functions and files are named as in guided-diffusion's logger. Numbers may be tensors: they stay on their device until
+`dumpkvs`, so that logging a loss at every step does not synchronize the GPU.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
 class KVWriter:
-    """Take a dictionary of numbers at a time."""
+    """Interface of formats that write rows of numbers."""
 
     def writekvs(self, kvs):
-        """Write one row of names and numbers."""
+        """Write one row, {name: number or text}."""
         raise NotImplementedError
 
 
 class SeqWriter:
-    """Take a message at a time."""
+    """Interface of formats that write messages."""
 
     def writeseq(self, seq):
-        """Write the parts of one message on a line."""
+        """Write one message, a sequence of strings, on a line."""
         raise NotImplementedError
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
-    """Write tables and messages to read, to a file that is appended to or to an open stream."""
+    """Readable tables and messages, appended to a file or written to an open stream."""
 
     def __init__(self, filename_or_file):
         self._own = not hasattr(filename_or_file, "write")
@@ -51,13 +51,13 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self._is_stdout = filename_or_file is sys.stdout
 
     def _write(self, text):
-        # sys.stdout is looked up anew, as it may have been redirected since.
+        # sys.stdout is looked up at each write: it may have been redirected since (contextlib, pytest).
         stream = sys.stdout if self._is_stdout else self._stream
         stream.write(text)
         stream.flush()
 
     def writekvs(self, kvs):
-        """Write a table of one row a name, sorted by name."""
+        """Write a table with one line per name, sorted by name."""
         cells = [(key, _format_value(kvs[key])) for key in sorted(kvs, key=str.lower)]
         if not cells:
             return
@@ -71,19 +71,19 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self._write(" ".join(seq) + "\n")
 
     def close(self):
-        """Close the file if this opened it."""
+        """Close the file unless it was opened by the caller."""
         if self._own:
             self._stream.close()
 
 
 class JSONOutputFormat(KVWriter):
-    """Write one JSON object a line; with `resume_step`, go on after that step of a file that is there."""
+    """JSON lines, one object per row; with `resume_step` an existing file is continued after that step."""
 
     def __init__(self, filename, resume_step=None):
         if resume_step is not None and os.path.exists(filename):
-            kept = [line for line in _complete_lines(filename) if _before(json.loads(line).get("step"), resume_step)]
+            lines = [line for line in _complete_lines(filename) if _before(json.loads(line).get("step"), resume_step)]
             with atomic_path(filename) as part:
-                part.write_text("".join(kept))
+                part.write_text("".join(lines))
         self._stream = open(filename, "w" if resume_step is None else "a")
 
     def writekvs(self, kvs):
@@ -97,10 +97,10 @@ class JSONOutputFormat(KVWriter):
 
 
 class CSVOutputFormat(KVWriter):
-    """Write one row a dump under a header that grows when a new name turns up.
+    """CSV table, one line per row under a header that is extended by new names.
 
-    With `resume_step`, a file that is there is continued: rows of later steps, which the resumed run writes again, and
-    a row that a kill cut short are dropped.
+    With `resume_step` an existing file is continued. Rows of later steps, which the resumed run writes again, and a
+    truncated last row are removed.
     """
 
     def __init__(self, filename, resume_step=None):
@@ -109,13 +109,13 @@ class CSVOutputFormat(KVWriter):
         if resume_step is not None and self._path.exists():
             rows = [row for row in csv.reader(_complete_lines(self._path)) if row]
             header, rows = (rows[0], rows[1:]) if rows else ([], [])
-            at = header.index("step") if "step" in header else None
-            self._rewrite(header, [row for row in rows if at is None or _before(row[at], resume_step)])
+            column = header.index("step") if "step" in header else None
+            self._rewrite(header, [row for row in rows if column is None or _before(row[column], resume_step)])
         else:
             self._stream = open(self._path, "w", newline="")
 
     def writekvs(self, kvs):
-        """Append one row, empty in the columns that `kvs` lacks."""
+        """Append one row; columns without a value stay empty."""
         new = sorted(set(kvs) - set(self._columns))
         if new:
             self._stream.close()
@@ -127,7 +127,7 @@ class CSVOutputFormat(KVWriter):
         self._stream.flush()
 
     def _rewrite(self, columns, rows):
-        """Replace the file by these rows, filled up to the width of the header, and leave it open at its end."""
+        """Replace the file by these rows, padded to the width of the header, and open it for appending."""
         with atomic_path(self._path) as part, open(part, "w", newline="") as stream:
             table = csv.writer(stream, lineterminator="\n")
             table.writerows([columns] * bool(columns))
@@ -141,21 +141,22 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """Write scalars to an event file in `dir`, at the step named "step" among them, else counting dumps from 1."""
+    """TensorBoard event file in `dir`; scalars are written at the value of "step", else at the number of the row."""
 
     def __init__(self, dir, resume_step=None):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("the log format tensorboard needs the package tensorboard: pip install it, or leave "
-                              "tensorboard out of OPENAI_LOG_FORMAT") from error
-        # Opened with the first row: what hides the steps that a resumed run repeats is written on opening.
+            raise ImportError("log format tensorboard requires the package tensorboard; install it or remove the "
+                              "format from OPENAI_LOG_FORMAT") from error
+        # Opened with the first row: opening writes the event that hides steps after `purge_step`, and a run that ends
+        # before its first row must not hide those of its predecessor.
         purge_step = None if resume_step is None else resume_step + 1
         self._open = functools.cache(lambda: SummaryWriter(dir, purge_step=purge_step))
         self._dumps = 0
 
     def writekvs(self, kvs):
-        """Write the numbers among `kvs`."""
+        """Write the numbers in `kvs`; text is skipped."""
         self._dumps += 1
         step = int(kvs.get("step", self._dumps))
         for key, value in kvs.items():
@@ -170,7 +171,7 @@ class TensorBoardOutputFormat(KVWriter):
 
 
 class _LazyWriter(KVWriter):
-    """Open a file of curves that is there when a row is to be written: a command refused before leaves it as it is."""
+    """Writer that is created with its first row: a command that fails before leaves the existing file unchanged."""
 
     def __init__(self, make):
         self._make, self._writer = make, None
@@ -196,16 +197,19 @@ FORMATS = {
 
 
 def make_output_format(format, ev_dir, log_suffix="", resume_step=None):
-    """Return the writer called `format` (a key of FORMATS) that writes into `ev_dir`, which is made if need be."""
+    """Return a writer of the given format into `ev_dir`, which is created if it does not exist.
+
+    :raises ValueError: if `format` is not a key of FORMATS.
+    """
     if format not in FORMATS:
-        raise ValueError(f"log format {format!r} is none of {', '.join(FORMATS)}; "
+        raise ValueError(f"unknown log format {format!r}: expected one of: {', '.join(FORMATS)}; "
                          "check OPENAI_LOG_FORMAT or format_strs")
     os.makedirs(ev_dir, exist_ok=True)
     return FORMATS[format](ev_dir, log_suffix, resume_step)
 
 
 def _complete_lines(filename):
-    """Return the lines of a file that end in a newline: the last one may have been cut by a kill."""
+    """Return the lines of a file that end in a newline; the last one may be truncated if the process was killed."""
     with open(filename, newline="") as stream:
         return [line for line in stream if line.endswith("\n")]
 
@@ -214,11 +218,11 @@ def _before(step, resume_step):
     try:
         return float(step) <= resume_step
     except (TypeError, ValueError):
-        return True  # a row without a step cannot be repeated by the resumed run
+        return True     # a row without a step is not written again by the resumed run
 
 
 def _plain(value):
-    """Return a value as JSON and CSV hold it: numpy's scalars become Python's."""
+    """Return a value that JSON and CSV can represent: NumPy scalars and tensors become Python numbers."""
     return value.item() if hasattr(value, "item") else value
 
 
@@ -227,67 +231,70 @@ def _format_value(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_MEAN = object()
+_MEAN = object()    # marks the pairs (value, weight) of a mean among pending values
 
 
 class Logger:
-    """Hold numbers between two dumps, and pass them and messages on to the output formats.
+    """Numbers of the current row, and the formats that rows and messages are written to.
 
-    With several ranks that `dist_util.setup_dist` has connected, `dumpkvs` is called on all of them and averages;
-    `comm=False` keeps each rank's own numbers. Any other `comm` stands for all ranks.
+    If `dist_util.setup_dist` has connected several ranks, all of them must call `dumpkvs`, which averages over ranks.
+
+    :param comm: False to keep the numbers of each rank separate; other values mean all ranks.
     """
 
-    DEFAULT = None  # what is used before configure(): the terminal alone
+    DEFAULT = None      # used before configure(): the terminal only
     CURRENT = None
 
     def __init__(self, dir, output_formats, comm=None):
-        self._pending_values = {}  # name -> ([(value, weight), ...], _MEAN), or (value, None) where logkv has set it
+        self._pending_values = {}   # {name: ([(value, weight), ...], _MEAN)}, or {name: (value, None)} if set by logkv
         self.level = INFO
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
 
     def logkv(self, key, val):
-        """Set a number or text, in place of what the name held."""
+        """Set a number or text, replacing the previous value of this name."""
         self._pending_values[key] = _detached(key, val), None
 
     def logkv_mean(self, key, val, weight=1):
-        """Add a number to the weighted mean of those logged under this name since the last dump.
+        """Add a number to the weighted mean of this name since the last dump.
 
-        `weight` may be a tensor too, and 0; a name that has no weight at the dump is left out of it. Tensors are kept
-        as they are and read at the dump, so that a step that does not log asks nothing of the device: log a result,
-        not memory that the next step writes to.
+        Tensors are kept and read at the dump, without synchronizing the device before. They must not be modified until
+        then: log a result, not a buffer that the next step overwrites.
+
+        :param val: a number or a tensor of one element.
+        :param weight: a number or a tensor of one element, may be 0; a name of total weight 0 is omitted from the row.
         """
-        pairs, weights = self._pending_values.get(key, (None, None))
-        if weights is not _MEAN:  # nothing, or a value of logkv, which starts no mean
+        pairs, kind = self._pending_values.get(key, (None, None))
+        if kind is not _MEAN:   # the first value, or one set by logkv, which does not count toward the mean
             pairs = []
             self._pending_values[key] = pairs, _MEAN
         pairs.append((_detached(key, val), _detached(key, weight)))
 
     def add(self, key, val):
-        """Add a number to the sum under this name since the last dump."""
-        held, kind = self._pending_values.get(key, (0.0, None))
-        self._pending_values[key] = (0.0 if kind is _MEAN else held) + val, None
+        """Add a number to the sum of this name since the last dump."""
+        total, kind = self._pending_values.get(key, (0.0, None))
+        self._pending_values[key] = (0.0 if kind is _MEAN else total) + val, None
 
     def getkvs(self):
-        """Return what is held as plain numbers, on this rank; waits for the device."""
+        """Return the current row of this rank as plain numbers; synchronizes the device."""
         return {key: value for key, (value, _) in self._means().items()}
 
     def _means(self):
-        """Return name -> (mean, weight), tensors read out."""
+        """Return {name: (mean, weight)} of this rank as plain numbers."""
         means = {}
-        for key, (held, kind) in self._pending_values.items():
+        for key, (content, kind) in self._pending_values.items():
             if kind is not _MEAN:
-                means[key] = _plain(held), 1
+                means[key] = _plain(content), 1
                 continue
-            values, weights = (_read([pair[i] for pair in held]) for i in (0, 1))
+            values, weights = (_read([pair[i] for pair in content]) for i in (0, 1))
             if weights.sum():
                 means[key] = float((values * weights).sum() / weights.sum()), float(weights.sum())
         return means
 
     def dumpkvs(self):
-        """Write what is held, averaged over ranks by their weights, start anew, and return it."""
-        kvs = self._over_ranks(self._means())
+        """Write the current row, its means weighted over ranks, clear it, and return it."""
+        kvs = self._average_over_ranks(self._means())
         self._pending_values = {}
         if self.level != DISABLED:
             for out in self.output_formats:
@@ -295,14 +302,13 @@ class Logger:
                     out.writekvs(kvs)
         return kvs
 
-    def _over_ranks(self, means):
-        together = self.comm is not False and dist.is_initialized()
-        gathered = dist_util.gather_objects(means) if together else [means]
-        pooled = {}
-        for means in gathered:
-            for key, pair in means.items():
-                pooled.setdefault(key, []).append(pair)
-        return {key: _weighted_mean(pairs) for key, pairs in pooled.items()}
+    def _average_over_ranks(self, means):
+        distributed = self.comm is not False and dist.is_initialized()
+        pairs_by_name = {}  # ranks may have logged different names
+        for rank_means in dist_util.gather_objects(means) if distributed else [means]:
+            for key, pair in rank_means.items():
+                pairs_by_name.setdefault(key, []).append(pair)
+        return {key: _weighted_mean(pairs) for key, pairs in pairs_by_name.items()}
 
     def log(self, *args, level=INFO):
         """Write a message unless its level is below the logger's."""
@@ -312,11 +318,11 @@ class Logger:
                     out.writeseq([str(arg) for arg in args])
 
     def set_level(self, level):
-        """Write messages of this level and above; DISABLED writes nothing at all."""
+        """Write only messages of this level and above; DISABLED suppresses rows of numbers, too."""
         self.level = level
 
     def set_comm(self, comm):
-        """Choose whether dumps average over ranks (anything but False)."""
+        """Set whether dumps average over ranks: False disables it."""
         self.comm = comm
 
     def get_dir(self):
@@ -330,31 +336,32 @@ class Logger:
 
 
 def _detached(key, val):
+    """Return a tensor of one element as a scalar without its graph, other values unchanged."""
     if not isinstance(val, torch.Tensor):
         return val
     if val.numel() != 1:
-        raise ValueError(f"{key!r} was logged as a tensor of shape {list(val.shape)}; "
-                         "log one number, such as its mean()")
+        raise ValueError(f"{key!r}: expected a tensor of one element, got shape {tuple(val.shape)}; "
+                         "log a number, e.g. its mean()")
     return val.detach().reshape(())
 
 
 def _read(numbers):
-    """Return numbers and tensors of one element as a float64 array, read from their device at once."""
+    """Return numbers and scalar tensors as a float64 array, with a single copy from the device."""
     tensors = [n for n in numbers if isinstance(n, torch.Tensor)]
-    read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else ())
-    return np.array([next(read) if isinstance(n, torch.Tensor) else n for n in numbers], np.float64)
+    values = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else ())
+    return np.array([next(values) if isinstance(n, torch.Tensor) else n for n in numbers], np.float64)
 
 
 def _weighted_mean(pairs):
-    """Return the mean of (value, weight); values that all agree, or that are no numbers, as the first one is."""
-    first = pairs[0][0]
+    """Return the weighted mean of (value, weight) pairs; the first value if all are equal or some are not numbers."""
+    first = pairs[0][0]     # equal values stay as they are: a step count remains an integer
     if all(value == first for value, _ in pairs) or not all(isinstance(value, Number) for value, _ in pairs):
         return first
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
 def get_current():
-    """Return the logger in use; before configure() one that writes to the terminal alone."""
+    """Return the current logger; before configure() one that writes to the terminal only."""
     if Logger.CURRENT is None:
         Logger.DEFAULT = Logger.DEFAULT or Logger(None, [HumanOutputFormat(sys.stdout)])
         Logger.CURRENT = Logger.DEFAULT
@@ -362,7 +369,7 @@ def get_current():
 
 
 def logkv(key, val):
-    """Set a number of the current row; a tensor of one element is read at the dump."""
+    """Set a number of the current row, replacing the previous value; see `Logger.logkv`."""
     get_current().logkv(key, val)
 
 
@@ -370,7 +377,7 @@ record_tabular = logkv
 
 
 def logkv_mean(key, val, weight=1):
-    """Add to the weighted mean under this name in the current row; tensors of one element are read at the dump."""
+    """Add a number to a weighted mean of the current row; see `Logger.logkv_mean`."""
     get_current().logkv_mean(key, val, weight)
 
 
@@ -381,7 +388,7 @@ def logkvs(d):
 
 
 def dumpkvs():
-    """Write the current row, averaged over ranks (all of them call this), and return it."""
+    """Write the current row, averaged over ranks, and return it; all ranks must call this."""
     return get_current().dumpkvs()
 
 
@@ -394,7 +401,7 @@ def getkvs():
 
 
 def log(*args, level=INFO):
-    """Write a message."""
+    """Write a message of this level, its parts joined by spaces."""
     get_current().log(*args, level=level)
 
 
@@ -402,12 +409,12 @@ debug, info, warn, error = (functools.partial(log, level=level) for level in (DE
 
 
 def set_level(level):
-    """Leave out messages below this level."""
+    """Suppress messages below this level."""
     get_current().set_level(level)
 
 
 def set_comm(comm):
-    """Choose whether dumps average over ranks (anything but False)."""
+    """Set whether dumps average over ranks: False disables it."""
     get_current().set_comm(comm)
 
 
@@ -427,7 +434,7 @@ def profile_kv(scopename):
 
 
 def profile(n):
-    """Decorate a function so that its seconds add up in `wait_<n>`."""
+    """Return a decorator that adds the seconds spent in a function to `wait_<n>`."""
     def decorate(function):
         @functools.wraps(function)
         def timed(*args, **kwargs):
@@ -438,26 +445,29 @@ def profile(n):
 
 
 def configure(dir=None, format_strs=None, comm=None, log_suffix="", resume_step=None):
-    """Start logging into a run folder and say which; closes the logger before.
+    """Start logging into a run folder, report it, and close the previous logger.
 
-    dir: the folder, else $OPENAI_LOGDIR, else runs/<script>-<date>, the same on all ranks.
-    format_strs: keys of FORMATS, else $OPENAI_LOG_FORMAT, else stdout,log,csv,tensorboard. Ranks other than 0 write
-    log-rankNNN.txt alone ($OPENAI_LOG_FORMAT_MPI names other formats for them).
-    resume_step: continue the files that are there after this step; without it progress files start anew.
+    :param dir: the folder; default $OPENAI_LOGDIR, else runs/<script>-<date>, the same on all ranks.
+    :param format_strs: keys of FORMATS; default $OPENAI_LOG_FORMAT, else stdout,log,csv,tensorboard. Ranks other than 0
+        only write log-rankNNN.txt, unless $OPENAI_LOG_FORMAT_MPI specifies other formats for them.
+    :param comm: False to keep the numbers of each rank separate.
+    :param log_suffix: inserted before the extension of log.txt and progress.*.
+    :param resume_step: step after which existing progress files are continued; None overwrites them.
+    :raises RuntimeError: if ranks are not connected and no folder is set.
     """
-    fresh = _build(dir, format_strs, comm, log_suffix, resume_step)
+    logger = _build(dir, format_strs, comm, log_suffix, resume_step)
     _close_current()
-    Logger.CURRENT = fresh
-    log(f"Logging to {fresh.dir}")
+    Logger.CURRENT = logger
+    log(f"Logging to {logger.dir}")
 
 
 def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     number = dist_util.rank()
     dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or _default_dir())
     if format_strs is None:
-        chosen = (os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv,tensorboard") if number == 0
-                  else os.environ.get("OPENAI_LOG_FORMAT_MPI", "log"))
-        format_strs = chosen.split(",")
+        names = (os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv,tensorboard") if number == 0
+                 else os.environ.get("OPENAI_LOG_FORMAT_MPI", "log"))
+        format_strs = names.split(",")
     elif number:
         format_strs = [name for name in format_strs if name == "log"]
     if number:
@@ -466,28 +476,28 @@ def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     outputs = []
     for name in filter(None, format_strs):
         make = functools.partial(make_output_format, name, dir, log_suffix, resume_step)
-        there = name in ("csv", "json") and os.path.exists(os.path.join(dir, f"progress{log_suffix}.{name}"))
-        outputs.append(_LazyWriter(make) if there else make())
+        overwrites = name in ("csv", "json") and os.path.exists(os.path.join(dir, f"progress{log_suffix}.{name}"))
+        outputs.append(_LazyWriter(make) if overwrites else make())
     return Logger(dir, outputs, comm)
 
 
 def _default_dir():
-    """Make runs/<script>-<date> on rank 0, whose clock names it, and return it on all."""
+    """Create runs/<script>-<date> on rank 0, with the time of its clock, and return the path on all ranks."""
     if dist_util.world_size() > 1 and not dist.is_initialized():
-        raise RuntimeError("ranks cannot agree on a run folder yet: call dist_util.setup_dist() before "
-                           "logger.configure(), or give the folder (--logdir or OPENAI_LOGDIR)")
+        raise RuntimeError("ranks are not connected and cannot agree on a run folder; call dist_util.setup_dist() "
+                           "before logger.configure(), or set --logdir or OPENAI_LOGDIR")
     folder = None
     if dist_util.rank() == 0:
         script = Path(sys.argv[0]).stem.strip("-") or "run"
         base = Path("runs", f"{script}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}")
-        folder, another = base, 1
+        folder, number = base, 1
         while True:
             try:
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True)      # atomic: two runs never get the same folder
                 break
-            except FileExistsError:  # a run that started within the same second
-                another += 1
-                folder = base.with_name(f"{base.name}-{another}")
+            except FileExistsError:     # of a run that started within the same second
+                number += 1
+                folder = base.with_name(f"{base.name}-{number}")
     return str(dist_util.broadcast_object(folder))
 
 
@@ -498,14 +508,14 @@ def _close_current():
 
 
 def reset():
-    """Close the current logger; from here on messages go to the terminal alone."""
+    """Close the current logger; later messages are written to the terminal only."""
     _close_current()
     get_current()
 
 
 @contextlib.contextmanager
 def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
-    """Log into another folder inside the block; the arguments are those of `configure`."""
+    """Log into another folder inside the block, with arguments as for `configure`."""
     outer, Logger.CURRENT = Logger.CURRENT, _build(dir, format_strs, comm, resume_step=resume_step)
     try:
         yield
@@ -515,18 +525,22 @@ def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
 
 
 def log_rank0(text):
-    """Print on rank 0, and into the log where there is one."""
+    """Log a message on rank 0; before configure() it is printed only."""
     if dist_util.rank() == 0:
         log(text)
 
 
-def progress_bar(total, initial, what):
-    """Return a tqdm bar with time left, on rank 0 only; its `advance_to(done, total)` suits progress callbacks."""
+def progress_bar(total, initial, description):
+    """Return a tqdm bar with the remaining time, shown on rank 0 only.
+
+    :param total: number of steps, None or infinity if unknown.
+    :return: the bar, with a method `advance_to(done, total)` for progress callbacks.
+    """
     from tqdm import tqdm
 
     total = None if total == math.inf else total
-    elsewhere = dist_util.rank() != 0
-    bar = tqdm(total=total, initial=initial, desc=what, disable=elsewhere, dynamic_ncols=True, mininterval=1)
+    disabled = dist_util.rank() != 0
+    bar = tqdm(total=total, initial=initial, desc=description, disable=disabled, dynamic_ncols=True, mininterval=1)
 
     def advance_to(done, total):
         bar.total = total

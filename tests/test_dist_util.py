@@ -13,19 +13,19 @@ from guided_diffusion_vae.dist_util import LaunchError, RankInfo, read_rank_info
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
+VARIABLES = [name for names in dist_util.LAUNCHERS.values() for name in names]
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
+def single_process(monkeypatch):
     monkeypatch.setattr(dist_util, "_active_rank_info", None)
-    for name in NAMES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
-def started(launcher, script, restarts="0", **variables):
-    """Run a piece of Python under a launcher and return the completed process."""
-    environ = {name: value for name, value in os.environ.items() if name not in NAMES}
+def run_under(launcher, script, restarts="0", **variables):
+    """Run Python source under a launcher and return the completed process."""
+    environ = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     command = {
         "mpiexec": [BIN / "mpiexec", "-n", "2", sys.executable, "-c", script],
@@ -34,7 +34,7 @@ def started(launcher, script, restarts="0", **variables):
         "python": [sys.executable, "-c", script],
     }[launcher]
     if not Path(command[0]).exists():
-        pytest.skip(f"no {launcher} beside {sys.executable}")
+        pytest.skip(f"no {launcher} next to {sys.executable}")
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
 
 
@@ -44,7 +44,7 @@ from guided_diffusion_vae import dist_util
 def main():
     dist_util.setup_dist()
     rank = dist_util.rank()
-    dist_util.BUCKET_MIB = 0                                           # a bucket for every tensor
+    dist_util.BUCKET_MIB = 0                                           # one bucket per tensor
     wide = torch.arange(24.).view(1, 2, 3, 4).to(memory_format=torch.channels_last) * (rank + 1)
     half = torch.full((2,), 40000. * (1 - 0.5 * rank), dtype=torch.half)
     weights = [torch.nn.Parameter(torch.full((2,), 5. + rank)), torch.full((2,), rank), wide, half]
@@ -62,11 +62,11 @@ dist_util.launch(main)
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_two_ranks_agree_whoever_starts_them(launcher):
-    done = started(launcher, EXCHANGE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all good") == 2
-    assert "rank 1 of 2" in done.stdout and "all-reduce of 4 MiB over 2 ranks" in done.stdout
+def test_two_ranks_exchange_tensors_and_objects_under_any_launcher(launcher):
+    process = run_under(launcher, EXCHANGE)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("all good") == 2
+    assert "rank 1 of 2" in process.stdout and "all-reduce of 4 MiB over 2 ranks" in process.stdout
 
 
 FAILING = """
@@ -81,22 +81,22 @@ def main():
 
 
 @pytest.mark.parametrize("call", ["dist_util.launch(main)", "main()"])
-def test_an_exception_on_one_rank_ends_all(call):
-    done = started("mpiexec", FAILING.format(error="ValueError('--lr 0')", call=call))
-    assert done.returncode == 1
-    assert "error: rank 1: --lr 0\n" in done.stderr and "Traceback" not in done.stderr
+def test_launch_exception_on_one_rank_ends_all(call):
+    process = run_under("mpiexec", FAILING.format(error="ValueError('--lr 0')", call=call))
+    assert process.returncode == 1
+    assert "error: rank 1: --lr 0\n" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_a_rank_killed_by_anothers_end_names_the_cause():
-    # torchrun ends the others as soon as it sees one gone, which may be before they have seen it themselves
-    deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    done = started("torchrun", deaf + FAILING.format(error="KeyError('bug')", call="dist_util.launch(main)"))
-    assert done.returncode == 1
-    assert "KeyError: 'bug'" in done.stderr
-    assert "rank 0: another rank ended" in done.stderr
+def test_launch_rank_waiting_for_an_ended_one_names_the_cause():
+    # torchrun terminates the others when one has ended, possibly before they notice the closed connection.
+    ignore_sigterm = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    process = run_under("torchrun", ignore_sigterm + FAILING.format(error="KeyError('bug')", call="dist_util.launch(main)"))
+    assert process.returncode == 1
+    assert "KeyError: 'bug'" in process.stderr
+    assert "rank 0: another rank ended" in process.stderr
 
 
-def test_torchrun_may_start_the_ranks_anew():
+def test_setup_dist_connects_again_after_a_torchrun_restart():
     failing_once = """
 import os
 from guided_diffusion_vae import dist_util
@@ -107,12 +107,12 @@ def main():
     print(f"sum {sum(dist_util.gather_objects(1))}\\n", end="")
 dist_util.launch(main)
 """
-    done = started("torchrun", failing_once, restarts="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sum 2") == 2
+    process = run_under("torchrun", failing_once, restarts="1")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("sum 2") == 2
 
 
-def test_signal_stops_all_ranks_at_the_same_step():
+def test_stop_signal_ends_all_ranks_at_the_same_step():
     script = """
 import os, signal
 from guided_diffusion_vae import dist_util
@@ -126,50 +126,50 @@ def main():
                 return print(f"stopped after {step}\\n", end="")
 dist_util.launch(main)
 """
-    done = started("mpiexec", script)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stopped after 4") == 2
+    process = run_under("mpiexec", script)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("stopped after 4") == 2
 
 
-def test_one_process_never_imports_mpi4py():
-    done = started("python", "import sys; from guided_diffusion_vae import dist_util as d; d.setup_dist(); d.barrier();"
+def test_setup_dist_single_process_does_not_import_mpi4py():
+    process = run_under("python", "import sys; from guided_diffusion_vae import dist_util as d; d.setup_dist(); d.barrier();"
                              "assert 'mpi4py' not in sys.modules and not d.dist.is_initialized(); print(d.dev())")
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
-def test_launcher_of_another_mpi_is_an_error():
-    done = started("python", "from guided_diffusion_vae import dist_util; dist_util.launch(dist_util.setup_dist)",
+def test_setup_dist_rejects_the_launcher_of_another_mpi():
+    process = run_under("python", "from guided_diffusion_vae import dist_util; dist_util.launch(dist_util.setup_dist)",
                    PMI_RANK="0", PMI_SIZE="2")
-    assert done.returncode == 1
-    assert "started 2 ranks, but mpi4py" in done.stderr and "torchrun" in done.stderr and "Traceback" not in done.stderr
+    assert process.returncode == 1
+    assert "started 2 ranks, but mpi4py" in process.stderr and "torchrun" in process.stderr and "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("environ, place", [
+@pytest.mark.parametrize("environ, info", [
     ({}, RankInfo("none", 0, 1, 0)),
     (dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, PMI_RANK=0, PMI_SIZE=1), RankInfo("torchrun", 3, 4, 1)),
     (dict(PMI_RANK=1, PMI_SIZE=2, MPI_LOCALRANKID=1), RankInfo("MPICH", 1, 2, 1)),
     (dict(PMI_RANK=1, PMI_SIZE=2), RankInfo("MPICH", 1, 2, None)),
     (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_LOCAL_RANK=0), RankInfo("Open MPI", 1, 2, 0)),
     (dict(SLURM_PROCID=5, SLURM_NTASKS=8, SLURM_LOCALID=1), RankInfo("Slurm", 5, 8, 1)),
-    # mpiexec inside a Slurm step of one task a node; srun that speaks PMI as well; a batch script that is no task
+    # mpiexec inside a Slurm step with one task per node; srun that sets PMI variables, too; a batch script, not a task
     (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=0, SLURM_NTASKS=2, SLURM_LOCALID=0), RankInfo("MPICH", 3, 4, None)),
     (dict(PMI_RANK=3, PMI_SIZE=4, SLURM_PROCID=3, SLURM_NTASKS=4, SLURM_LOCALID=1), RankInfo("Slurm", 3, 4, 1)),
     (dict(SLURM_PROCID=0, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7), RankInfo("none", 0, 1, 0)),
     (dict(SLURM_PROCID=1, SLURM_NTASKS=4, SLURM_LOCALID=0, SLURM_JOB_ID=7, SLURM_STEP_ID=0, SLURM_STEP_NUM_TASKS=2),
      RankInfo("Slurm", 1, 2, 0)),
 ])
-def test_place_is_read_from_the_launchers_variables(environ, place):
-    assert read_rank_info({name: str(value) for name, value in environ.items()}) == place
+def test_read_rank_info_reads_the_variables_of_the_launcher(environ, info):
+    assert read_rank_info({name: str(value) for name, value in environ.items()}) == info
 
 
-def test_senseless_variables_are_refused():
+def test_read_rank_info_rejects_invalid_variables():
     with pytest.raises(LaunchError, match="RANK=4 is not below WORLD_SIZE=4"):
         read_rank_info({"RANK": "4", "WORLD_SIZE": "4"})
-    with pytest.raises(LaunchError, match="WORLD_SIZE='two'"):
+    with pytest.raises(LaunchError, match="WORLD_SIZE='two': expected integers"):
         read_rank_info({"RANK": "0", "WORLD_SIZE": "two"})
 
 
-def test_launch_reports_senseless_variables(monkeypatch, capsys):
+def test_launch_reports_invalid_variables(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "4")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(SystemExit):
@@ -177,7 +177,7 @@ def test_launch_reports_senseless_variables(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: RANK=4 is not below")
 
 
-def test_torchrun_without_an_address_is_refused(monkeypatch):
+def test_setup_dist_torchrun_requires_an_address(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -188,11 +188,11 @@ def test_torchrun_without_an_address_is_refused(monkeypatch):
 @pytest.mark.parametrize("nodes, host", [
     ("gpu[07-09,12],login", "gpu07"), ("a,b", "a"), ("n1", "n1"), ("r[1-2]n[3,5]", "r1n3"),
 ])
-def test_first_host_of_a_slurm_node_list(nodes, host):
+def test_first_host_expands_a_slurm_node_list(nodes, host):
     assert dist_util.first_host(nodes) == host
 
 
-def test_slurm_tasks_of_one_node_meet_on_loopback():
+def test_slurm_address_of_one_node_is_loopback():
     one = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_NNODES": "1", "SLURM_NODELIST": "gpu7"}
     two = one | {"SLURM_NNODES": "2", "SLURM_NODELIST": "gpu[7-8]"}
     assert dist_util.slurm_address(one) == ("127.0.0.1", 20193)
@@ -200,7 +200,7 @@ def test_slurm_tasks_of_one_node_meet_on_loopback():
     assert dist_util.slurm_address(two | {"MASTER_ADDR": "ib7", "MASTER_PORT": "5"}) == ("ib7", 5)
 
 
-def test_a_process_alone_gets_back_what_it_gives(capsys):
+def test_single_process_gets_its_arguments_back(capsys):
     dist_util.setup_dist()
     dist_util.setup_dist()
     tensor = torch.arange(3.0)
@@ -212,7 +212,7 @@ def test_a_process_alone_gets_back_what_it_gives(capsys):
     assert capsys.readouterr().out.count("rank 0 of 1") == 1
 
 
-def test_ranks_wrap_around_the_visible_devices(monkeypatch):
+def test_dev_wraps_around_the_visible_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -222,7 +222,7 @@ def test_ranks_wrap_around_the_visible_devices(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
-def test_buckets_hold_one_dtype_and_all_tensors(monkeypatch):
+def test_buckets_contain_one_dtype_and_all_tensors(monkeypatch):
     monkeypatch.setattr(dist_util, "BUCKET_MIB", 1)
     tensors = [torch.zeros(size) for size in (1 << 17, 1 << 17, 1 << 19, 1)]
     tensors.insert(1, torch.zeros(3, dtype=torch.half))
@@ -230,58 +230,58 @@ def test_buckets_hold_one_dtype_and_all_tensors(monkeypatch):
     assert sizes == [[1 << 17, 1 << 17], [1 << 19], [1], [3]]
 
 
-@pytest.mark.parametrize("error, shown", [
+@pytest.mark.parametrize("error, message", [
     (ValueError("--batch_size 0"), "error: --batch_size 0\n"),
-    (FileNotFoundError("x.pt is not there"), "error: x.pt is not there\n"),
+    (FileNotFoundError("x.pt does not exist"), "error: x.pt does not exist\n"),
 ])
-def test_mistakes_of_the_user_are_one_line(error, shown, capsys, monkeypatch):
+def test_launch_user_errors_are_one_line(error, message, capsys, monkeypatch):
     def main():
         raise error
 
     monkeypatch.delenv("GDVAE_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stop:
         dist_util.launch(main)
-    assert stop.value.code == 1 and capsys.readouterr().err == shown
+    assert stop.value.code == 1 and capsys.readouterr().err == message
     monkeypatch.setenv("GDVAE_TRACEBACK", "1")
     with pytest.raises(SystemExit):
         dist_util.launch(main)
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_out_of_memory_names_the_flags_that_bound_it(capsys):
+def test_launch_out_of_memory_names_the_flags_that_bound_it(capsys):
     def main():
         raise torch.OutOfMemoryError("1 GiB")
 
     with pytest.raises(SystemExit):
         dist_util.launch(main)
-    remedy = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
-    assert capsys.readouterr().err == f"error: out of memory; {remedy} (1 GiB)\n"
+    hint = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
+    assert capsys.readouterr().err == f"error: out of memory; {hint} (1 GiB)\n"
 
 
-def test_mistakes_of_the_program_show_where(capsys):
+def test_launch_bugs_print_a_traceback(capsys):
     with pytest.raises(SystemExit):
         dist_util.launch(lambda: {}["x"])
-    assert "Traceback" in (shown := capsys.readouterr().err) and shown.endswith("error: 'x'\n")
+    assert "Traceback" in (printed := capsys.readouterr().err) and printed.endswith("error: 'x'\n")
 
 
 @pytest.mark.parametrize("code, status", [(0, 0), (None, None), (3, 3), ("below the threshold", 1)])
-def test_launch_keeps_the_exit_status_a_script_chose(code, status):
+def test_launch_preserves_the_exit_status(code, status):
     with pytest.raises(SystemExit) as stop:
         dist_util.launch(lambda: sys.exit(code))
     assert stop.value.code == status
 
 
-def test_a_stop_signal_is_noticed_and_the_handler_given_back():
-    former = signal.getsignal(signal.SIGUSR1)
+def test_stop_signal_is_recorded_and_the_handler_restored():
+    previous = signal.getsignal(signal.SIGUSR1)
     with dist_util.StopSignal() as stop:
         assert not stop.received
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.received
-    assert signal.getsignal(signal.SIGUSR1) is former
+    assert signal.getsignal(signal.SIGUSR1) is previous
 
 
-def test_load_state_dict_reads_tensors_and_nothing_else(tmp_path):
+def test_load_state_dict_reads_only_tensors(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
     assert torch.equal(dist_util.load_state_dict(tmp_path / "w.pt", map_location="cpu")["w"], torch.ones(2))
     with pytest.raises(FileNotFoundError, match="not there"):

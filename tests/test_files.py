@@ -18,7 +18,7 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_whole_under_its_name(tmp_path):
+def test_atomic_path_creates_the_complete_file(tmp_path):
     with atomic_path(tmp_path / "new/folder/a.txt") as part:
         part.write_text("content")
         assert names_in(part.parent) == [part.name] and part.name.endswith(".part")
@@ -27,7 +27,7 @@ def test_a_file_appears_whole_under_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyError("bug"), KeyboardInterrupt(), OSError(errno.EIO, "broken disk")])
-def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_atomic_path_exception_leaves_the_old_file_only(tmp_path, error):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(type(error)):
         with atomic_path(tmp_path / "a.txt") as part:
@@ -36,45 +36,45 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert (tmp_path / "a.txt").read_text() == "old" and names_in(tmp_path) == ["a.txt"]
 
 
-def test_a_full_disk_is_reported_with_the_file_and_the_space_left(tmp_path):
+def test_atomic_path_full_disk_names_the_file_and_the_free_space(tmp_path):
     path = tmp_path / "a.txt"
-    with pytest.raises(OSError, match=rf"cannot write {path}: No space left on device \(\d+ MiB left on {tmp_path}\); "
+    with pytest.raises(OSError, match=rf"cannot write {path}: No space left on device \(\d+ MiB free on {tmp_path}\); "
                                       "free some space or choose another folder") as caught:
         with atomic_path(path) as part:
-            # A device that is always full, in the place of the file: a real error of a real write.
+            # A device that is always full, instead of the file: an actual error of an actual write.
             part.symlink_to("/dev/full")
             part.write_text("content")
     assert caught.value.errno == errno.ENOSPC and names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("number, remedy", [
-    (errno.EDQUOT, r" \(\d+ MiB left on .*\); free some space or choose another folder"), (errno.EACCES, ""),
+@pytest.mark.parametrize("number, hint", [
+    (errno.EDQUOT, r" \(\d+ MiB free on .*\); free some space or choose another folder"), (errno.EACCES, ""),
     (errno.EIO, ""),
 ])
-def test_space_is_a_remedy_only_where_it_ran_out(tmp_path, number, remedy):
-    with pytest.raises(OSError, match=f"cannot write {tmp_path}/a.txt: {os.strerror(number)}{remedy}$") as caught:
+def test_atomic_path_reports_free_space_only_if_the_disk_is_full(tmp_path, number, hint):
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/a.txt: {os.strerror(number)}{hint}$") as caught:
         with atomic_path(tmp_path / "a.txt"):
             raise OSError(number, os.strerror(number))
     assert caught.value.errno == number
 
 
-def killed_inside_atomic_path(path):
-    """Let a process write half of a file and be killed; return what it left."""
+def leave_part(path):
+    """Kill a process that has written half of a file, and return the temporary file it leaves."""
     script = ("import os, signal, sys; from guided_diffusion_vae.files import atomic_path\n"
               "with atomic_path(sys.argv[1]) as part:\n"
               "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script, str(path)], env=environ, timeout=240)
-    assert done.returncode == -signal.SIGKILL
-    left, = path.parent.glob(".*.part")
-    return left
+    process = subprocess.run([sys.executable, "-c", script, str(path)], env=environ, timeout=240)
+    assert process.returncode == -signal.SIGKILL
+    part, = path.parent.glob(".*.part")
+    return part
 
 
-def test_parts_of_killed_processes_are_swept_and_no_others(tmp_path):
-    left = killed_inside_atomic_path(tmp_path / "previews" / "a.b.png")
-    host, number = left.name.removeprefix(".a.b.png.").removesuffix(".part").rsplit(".", 1)
-    dead = left.rename(tmp_path / left.name)
-    below = tmp_path / "previews" / left.name
+def test_remove_stale_parts_removes_only_those_of_killed_processes(tmp_path):
+    stale = leave_part(tmp_path / "previews" / "a.b.png")
+    host, number = stale.name.removeprefix(".a.b.png.").removesuffix(".part").rsplit(".", 1)
+    stale = stale.rename(tmp_path / stale.name)
+    below = tmp_path / "previews" / stale.name
     below.write_text("half")
     others = [f".a.png.{host}.{os.getpid()}.part", f".a.png.{host}.1.part", f".a.png.else{host}.{number}.part",
               f".a.png.{host}.part", f"a.png.{host}.{number}.part", ".model000005.pt.99.part", "model000005.pt"]
@@ -83,33 +83,33 @@ def test_parts_of_killed_processes_are_swept_and_no_others(tmp_path):
     with atomic_path(tmp_path / "new.txt") as part:
         part.write_text("content")
         remove_stale_parts(tmp_path)
-    assert not dead.exists() and not below.exists()
+    assert not stale.exists() and not below.exists()
     assert names_in(tmp_path) == sorted([*others, "new.txt", "previews"])
     remove_stale_parts(tmp_path / "nowhere")
 
 
-def test_a_folder_that_is_a_file_is_reported_as_such(tmp_path):
+def test_writing_below_a_file_names_the_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=f"cannot write {tmp_path}/file/a.txt: (File exists|Not a directory)"):
         write_json(tmp_path / "file/a.txt", {})
-    with pytest.raises(OSError, match=f"cannot write into {tmp_path}/file.*give --logdir a folder that can be written"):
+    with pytest.raises(OSError, match=f"cannot write into {tmp_path}/file.*set --logdir to a writable folder"):
         require_writable_folder(tmp_path / "file", "--logdir")
     with pytest.raises(OSError, match=f"cannot write into {tmp_path}/file/below .*--logdir"):
         require_writable_folder(tmp_path / "file/below", "--logdir")
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write into")
-def test_a_folder_that_cannot_be_written_is_refused_by_its_flag():
-    with pytest.raises(OSError, match="cannot write into /proc/nowhere .*give --cache_dir a folder that can be"):
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="requires a folder without write access")
+def test_require_writable_folder_error_names_the_flag():
+    with pytest.raises(OSError, match="cannot write into /proc/nowhere .*set --cache_dir to a writable folder"):
         require_writable_folder("/proc/nowhere", "--cache_dir")
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+def test_require_writable_folder_creates_an_empty_folder(tmp_path):
     assert require_writable_folder(str(tmp_path / "a/b"), "--logdir") == tmp_path / "a/b"
     assert names_in(tmp_path / "a/b") == []
 
 
-def test_ranks_on_several_machines_probe_one_folder_under_different_names(tmp_path, monkeypatch):
+def test_require_writable_folder_probes_differ_between_ranks_and_hosts(tmp_path, monkeypatch):
     probes = []
     monkeypatch.setattr(Path, "write_text", lambda path, text: probes.append(path.name) or path.touch())
     for host in ("one", "one", "two"):
@@ -118,29 +118,30 @@ def test_ranks_on_several_machines_probe_one_folder_under_different_names(tmp_pa
     assert len(set(probes)) == 3 and probes[0].split(".")[2] == "one" and probes[2].split(".")[2] == "two"
 
 
-def test_a_folder_to_read_must_be_there(tmp_path):
+def test_require_folder_rejects_missing_folders_and_files(tmp_path):
     assert require_folder(str(tmp_path), "--data_dir") == tmp_path
     (tmp_path / "file").write_text("")
-    for given, problem in (("", "no folder given; set --data_dir"), (tmp_path / "none", "none is not there; check"),
-                           (tmp_path / "file", "file is a file, not a folder; check --data_dir")):
-        with pytest.raises(FileNotFoundError, match=problem):
-            require_folder(given, "--data_dir")
+    for folder, message in (("", "no folder specified; set --data_dir"),
+                            (tmp_path / "none", "none does not exist; check --data_dir"),
+                            (tmp_path / "file", "file is a file, not a folder; check --data_dir")):
+        with pytest.raises(FileNotFoundError, match=message):
+            require_folder(folder, "--data_dir")
 
 
-def test_json_is_written_so_that_it_reads_back(tmp_path):
+def test_write_json_round_trip(tmp_path):
     content = {"step": 3, "names": ["Füße", None], "nested": {"x": 0.1}}
     write_json(tmp_path / "a.json", content)
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == content and text.endswith("}\n")
 
 
-def test_content_that_is_no_json_leaves_no_file(tmp_path):
+def test_write_json_error_leaves_no_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": {1, 2}})
     assert names_in(tmp_path) == []
 
 
-def test_sha256_is_that_of_all_bytes(tmp_path):
-    content = os.urandom((1 << 20) + 3)  # more than one block
+def test_sha256_of_file_covers_all_bytes(tmp_path):
+    content = os.urandom((1 << 20) + 3)     # more than one block
     (tmp_path / "a").write_bytes(content)
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def untouched(monkeypatch, tmp_path):
+def default_environment(monkeypatch, tmp_path):
     for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -26,12 +26,12 @@ def untouched(monkeypatch, tmp_path):
     logger.reset()
 
 
-def rows_of(path):
+def read_rows(path):
     with open(path, newline="") as stream:
         return list(csv.DictReader(stream))
 
 
-def test_means_and_values_are_kept_until_the_dump():
+def test_dumpkvs_returns_and_clears_means_and_values():
     logger.configure("run", [])
     for value in (1, 2, 6):
         logger.logkv_mean("loss", value)
@@ -42,20 +42,20 @@ def test_means_and_values_are_kept_until_the_dump():
     assert logger.getkvs() == {} and logger.dumpkvs() == {}
 
 
-def test_tensors_are_averaged_in_float32_without_being_read():
+def test_logkv_mean_averages_tensors_without_reading_them():
     logger.configure("run", [])
-    held = torch.tensor(1.0, requires_grad=True)
-    logger.logkv_mean("loss", held * 2)
+    leaf = torch.tensor(1.0, requires_grad=True)
+    logger.logkv_mean("loss", leaf * 2)
     logger.logkv_mean("loss", torch.tensor([4.0], dtype=torch.bfloat16))
     logger.logkv_mean("loss", 6.0)
-    # a tensor on the meta device has no values: reading it would fail
+    # A tensor on the meta device has no values: reading it would fail.
     logger.logkv_mean("unread", torch.ones((), device="meta"))
     logger.logkv_mean("unread", torch.ones((), device="meta"))
     del logger.get_current()._pending_values["unread"]
     assert logger.dumpkvs() == {"loss": 4.0}
 
 
-def test_means_are_weighted_and_a_name_without_weight_is_left_out():
+def test_logkv_mean_is_weighted_and_omits_names_without_weight():
     logger.configure("run", [])
     for value, weight in ((1.0, 3), (9.0, 0), (5.0, 1)):
         logger.logkv_mean("plain", value, weight=weight)
@@ -64,7 +64,7 @@ def test_means_are_weighted_and_a_name_without_weight_is_left_out():
     assert logger.dumpkvs() == {"plain": 2.0, "tensor": 2.0}
 
 
-def test_a_value_that_was_set_starts_no_mean():
+def test_logkv_mean_discards_a_value_that_was_set():
     logger.configure("run", [])
     logger.logkv("loss", 100.0)
     logger.logkv_mean("loss", 1.0)
@@ -72,23 +72,23 @@ def test_a_value_that_was_set_starts_no_mean():
     assert logger.getkvs() == {"loss": 1.5}
 
 
-def test_logging_tensors_asks_nothing_of_the_device_before_the_dump():
+def test_logging_tensors_launches_no_kernel_before_the_dump():
     logger.configure("run", [])
     loss, weight = torch.tensor([2.0]), torch.tensor(3)
     with Launches() as launches:
         logger.logkv("a", loss)
         logger.logkv_mean("b", loss, weight)
         logger.logkv_mean("b", loss * 2, 1)
-    assert launches.total == 1  # the product
+    assert launches.total == 1      # the product
     assert logger.getkvs() == {"a": 2.0, "b": 2.5}
 
 
-def test_tensors_of_several_elements_are_refused():
-    with pytest.raises(ValueError, match=r"'loss' was logged as a tensor of shape \[2\].*mean\(\)"):
+def test_logkv_mean_rejects_tensors_of_several_elements():
+    with pytest.raises(ValueError, match=r"'loss': expected a tensor of one element, got shape \(2,\); log .*mean\(\)"):
         logger.logkv_mean("loss", torch.zeros(2))
 
 
-def test_columns_may_turn_up_later(tmp_path):
+def test_csv_adds_columns_for_new_names(tmp_path):
     out = CSVOutputFormat(tmp_path / "progress.csv")
     out.writekvs({"step": 1, "loss": 0.5})
     out.writekvs({"step": 2, "loss": np.float32(0.25), "grad, norm": 3.0})
@@ -99,7 +99,7 @@ def test_columns_may_turn_up_later(tmp_path):
 
 
 @pytest.mark.parametrize("kind, name", [(CSVOutputFormat, "p.csv"), (JSONOutputFormat, "p.json")])
-def test_rows_are_on_disk_at_once(tmp_path, kind, name):
+def test_rows_are_written_to_disk_immediately(tmp_path, kind, name):
     out = kind(tmp_path / name)
     for step in range(3):
         out.writekvs({"step": step})
@@ -107,9 +107,9 @@ def test_rows_are_on_disk_at_once(tmp_path, kind, name):
     out.close()
 
 
-def test_a_resumed_table_has_every_step_once(tmp_path):
+def test_resumed_table_has_every_step_once(tmp_path):
     path = tmp_path / "progress.csv"
-    path.write_text("step,loss\n10,0.5\n20,0.4\n30,0.3\n40,0.")          # killed while it wrote step 40
+    path.write_text("step,loss\n10,0.5\n20,0.4\n30,0.3\n40,0.")          # killed while writing step 40
     out = CSVOutputFormat(path, resume_step=20)
     out.writekvs({"step": 30, "loss": 0.35, "extra": 1})
     out.close()
@@ -123,7 +123,7 @@ def test_a_resumed_table_has_every_step_once(tmp_path):
         {"step": 10}, {"step": 20}, {"step": 30, "loss": 1.0}]
 
 
-def test_resuming_without_a_table_starts_one_and_a_new_run_starts_anew(tmp_path):
+def test_resuming_without_a_table_creates_one_and_a_new_run_overwrites_it(tmp_path):
     path = tmp_path / "progress.csv"
     for resume_step, step in ((5, 6), (None, 1)):
         out = CSVOutputFormat(path, resume_step=resume_step)
@@ -142,17 +142,17 @@ def test_configure_writes_the_reference_files(capsys):
     text = Path("run/log.txt").read_text()
     assert re.search(r"\| Loss +\| 0\.1235 +\|\n\| step +\| 123456 +\|", text) and "hello 3\n" in text
     assert capsys.readouterr().out == text
-    assert rows_of("run/progress.csv") == [{"Loss": "0.123456", "step": "123456"}]
+    assert read_rows("run/progress.csv") == [{"Loss": "0.123456", "step": "123456"}]
 
 
-def test_resuming_keeps_the_log(tmp_path):
+def test_configure_resuming_appends_to_the_log(tmp_path):
     for _ in range(2):
         logger.configure("run", ["log"], resume_step=3)
     assert Path("run/log.txt").read_text().count("Logging to run") == 2
 
 
 @pytest.mark.parametrize("resume_step", [None, 1])
-def test_a_command_that_writes_no_row_leaves_the_curves_of_before(resume_step):
+def test_configure_without_rows_leaves_existing_curves_unchanged(resume_step):
     for step in (1, 2):
         logger.configure("run", ["csv", "json"], resume_step=step - 1 or None)
         logger.logkv("step", step)
@@ -163,14 +163,14 @@ def test_a_command_that_writes_no_row_leaves_the_curves_of_before(resume_step):
     assert [Path(f"run/progress.{kind}").read_text() for kind in ("csv", "json")] == before
 
 
-def test_environment_names_folder_and_formats(monkeypatch):
+def test_configure_reads_folder_and_formats_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", "from_env")
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "json")
     logger.configure()
     assert logger.get_dir() == "from_env" and os.listdir("from_env") == ["progress.json"]
 
 
-def test_default_folder_is_visible_and_never_shared(monkeypatch, capsys):
+def test_configure_default_folder_is_named_by_script_and_unique(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scripts/image_train.py"])
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout")
     folders = []
@@ -182,16 +182,16 @@ def test_default_folder_is_visible_and_never_shared(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Logging to runs/image_train-")
 
 
-def test_before_configure_nothing_is_written_to_disk(capsys):
+def test_logger_before_configure_writes_nothing_to_disk(capsys):
     logger.reset()
     logger.log("hello")
     logger.logkv("loss", 1.0)
     logger.dumpkvs()
-    assert "hello" in (shown := capsys.readouterr().out) and "loss" in shown
+    assert "hello" in (printed := capsys.readouterr().out) and "loss" in printed
     assert logger.get_dir() is None and os.listdir() == []
 
 
-def test_levels_hide_messages(capsys):
+def test_set_level_suppresses_messages(capsys):
     logger.configure("run", ["stdout"])
     logger.debug("no")
     logger.set_level(logger.WARN)
@@ -205,7 +205,7 @@ def test_levels_hide_messages(capsys):
     assert capsys.readouterr().out == "Logging to run\nyes\nyes\n"
 
 
-def test_scoped_configure_gives_the_outer_logger_back():
+def test_scoped_configure_restores_the_outer_logger():
     logger.configure("outer", ["csv"])
     logger.logkv("loss", 1)
     with logger.scoped_configure("inner", ["csv"]):
@@ -213,10 +213,10 @@ def test_scoped_configure_gives_the_outer_logger_back():
         logger.dumpkvs()
     assert logger.get_dir() == "outer" and logger.getkvs() == {"loss": 1}
     logger.dumpkvs()
-    assert rows_of("inner/progress.csv") == [{"loss": "2"}] and rows_of("outer/progress.csv") == [{"loss": "1"}]
+    assert read_rows("inner/progress.csv") == [{"loss": "2"}] and read_rows("outer/progress.csv") == [{"loss": "1"}]
 
 
-def test_profiled_seconds_add_up():
+def test_profile_sums_seconds():
     logger.configure("run", [])
 
     @logger.profile("work")
@@ -230,12 +230,12 @@ def test_profiled_seconds_add_up():
     assert logger.getkvs()["wait_work"] > once > 0
 
 
-def test_unknown_formats_are_refused():
-    with pytest.raises(ValueError, match="'cvs' is none of stdout, log, json, csv, tensorboard"):
+def test_configure_rejects_unknown_formats():
+    with pytest.raises(ValueError, match="unknown log format 'cvs': expected one of: stdout, log, json, csv, tensorboard"):
         logger.configure("run", ["cvs"])
 
 
-def test_tensorboard_shows_numbers_at_their_step(tmp_path):
+def test_tensorboard_writes_numbers_at_their_step(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = TensorBoardOutputFormat(str(tmp_path))
     out.writekvs({"step": 40, "loss": 0.5, "name": "x"})
@@ -243,40 +243,40 @@ def test_tensorboard_shows_numbers_at_their_step(tmp_path):
     out = TensorBoardOutputFormat(str(tmp_path), resume_step=30)        # step 40 is written again
     out.writekvs({"step": 40, "loss": 0.25})
     out.close()
-    read = events.EventAccumulator(str(tmp_path)).Reload()
-    assert sorted(read.Tags()["scalars"]) == ["loss", "step"]
-    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(40, 0.25)]
+    content = events.EventAccumulator(str(tmp_path)).Reload()
+    assert sorted(content.Tags()["scalars"]) == ["loss", "step"]
+    assert [(event.step, event.value) for event in content.Scalars("loss")] == [(40, 0.25)]
 
 
-def test_other_ranks_write_a_log_of_their_own(monkeypatch):
+def test_configure_other_ranks_write_their_own_log(monkeypatch):
     monkeypatch.setattr(logger.dist_util, "rank", lambda: 2)
     logger.configure("run", ["stdout", "log", "csv"], log_suffix="-a")
     assert os.listdir("run") == ["log-a-rank002.txt"]
 
 
-def test_ranks_that_have_not_met_need_a_folder(monkeypatch):
+def test_configure_unconnected_ranks_require_a_folder(monkeypatch):
     monkeypatch.setattr(logger.dist_util, "world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="setup_dist"):
         logger.configure()
 
 
-def test_values_of_ranks_are_weighted_too(monkeypatch):
-    theirs = {"loss": (6.0, 1), "only": (5.0, 2), "step": (7, 1), "name": ("y", 1)}
+def test_dumpkvs_weights_means_of_ranks(monkeypatch):
+    other_rank = {"loss": (6.0, 1), "only": (5.0, 2), "step": (7, 1), "name": ("y", 1)}
     monkeypatch.setattr(logger.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(logger.dist_util, "gather_objects", lambda item: [item, theirs])
+    monkeypatch.setattr(logger.dist_util, "gather_objects", lambda item: [item, other_rank])
     for comm, loss in ((None, 3.0), (False, 2.0)):
-        mine = Logger("run", [], comm)
+        local = Logger("run", [], comm)
         for value in (1.0, 2.0, 3.0):
-            mine.logkv_mean("loss", value)
-        mine.logkv("step", 7)
-        mine.logkv("name", "x")
-        assert mine.dumpkvs() == {"loss": loss, "step": 7, "name": "x"} | ({"only": 5.0} if comm is None else {})
+            local.logkv_mean("loss", value)
+        local.logkv("step", 7)
+        local.logkv("name", "x")
+        assert local.dumpkvs() == {"loss": loss, "step": 7, "name": "x"} | ({"only": 5.0} if comm is None else {})
 
 
 def test_two_ranks_share_folder_and_means(tmp_path):
     mpiexec = Path(sys.executable).with_name("mpiexec")
     if not mpiexec.exists():
-        pytest.skip("no mpiexec beside the interpreter")
+        pytest.skip("no mpiexec next to the interpreter")
     script = """
 import torch
 from guided_diffusion_vae import dist_util, logger
@@ -289,9 +289,9 @@ def main():
 dist_util.launch(main)
 """
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "log,csv"}
-    done = subprocess.run([mpiexec, "-n", "2", sys.executable, "-c", script], env=environ, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([mpiexec, "-n", "2", sys.executable, "-c", script], env=environ, cwd=tmp_path,
+                             capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr
     folder, = (tmp_path / "runs").iterdir()
     assert sorted(os.listdir(folder)) == ["log-rank001.txt", "log.txt", "progress.csv"]
-    assert rows_of(folder / "progress.csv") == [{"loss": "1.5", "step": "4"}]
+    assert read_rows(folder / "progress.csv") == [{"loss": "1.5", "step": "4"}]

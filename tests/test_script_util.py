@@ -335,7 +335,7 @@ def open_run(logdir, *configs):
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write into .*file/run .*; give --logdir a folder that can be written"):
+    with pytest.raises(OSError, match="cannot write into .*file/run .*; set --logdir to a writable folder"):
         open_run(tmp_path / "file" / "run")
 
 
