@@ -17,7 +17,6 @@ import zlib
 from pathlib import Path
 
 import torch
-
 from PIL import Image, UnidentifiedImageError
 
 # Errors of Pillow, NumPy, zipfile and zlib on reading a corrupt file.
@@ -72,18 +71,23 @@ def write_json(path, content):
 
 
 def load_tensors(path, map_location="cpu", flag="the path"):
-    """Read a file of tensors and plain values; ValueError where it is truncated or holds anything else."""
+    """Return the content of a local or cloud file of tensors and plain values.
+
+    :param flag: flag of the path, for the message.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: if it is corrupt or contains other objects, whose code is not run.
+    """
     if not bf.exists(str(path)) or bf.isdir(str(path)):
-        raise FileNotFoundError(f"{path} is not there; check {flag}")
+        raise FileNotFoundError(f"{path} does not exist; check {flag}")
     try:
         with bf.BlobFile(str(path), "rb") as stream:
             return torch.load(stream, map_location=map_location, weights_only=True)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # not a fault of the file
         raise
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or cut short, or holds more than tensors and plain values, which "
-                         f"weights_only=True refuses ({reason}); check {flag}") from error
+        raise ValueError(f"{path} is corrupt or truncated, or contains more than tensors and plain values, which "
+                         f"weights_only=True rejects ({reason}); check {flag}") from error
 
 
 def sha256_of_file(path):

@@ -102,7 +102,7 @@ def test_differences_to_the_model_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, problem", [
-    (b"", "damaged or cut short"), (b"not a checkpoint", "damaged or cut short"), (None, "damaged or cut short"),
+    (b"", "corrupt or truncated"), (b"not a checkpoint", "corrupt or truncated"), (None, "corrupt or truncated"),
     (pickle.dumps(print), "weights_only"), (pickle.dumps({"w": 1}, protocol=0), "weights_only"),
 ])
 def test_a_damaged_or_foreign_file_is_refused(tmp_path, content, problem):
@@ -125,7 +125,7 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path):
 
 def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{path} is not there; check --model_path"):
+        with pytest.raises(FileNotFoundError, match=f"{path} does not exist; check --model_path"):
             cu.load(path, flag="--model_path")
 
 

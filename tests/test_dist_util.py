@@ -284,13 +284,13 @@ def test_stop_signal_is_recorded_and_the_handler_restored():
 def test_load_state_dict_reads_only_tensors(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
     assert torch.equal(dist_util.load_state_dict(tmp_path / "w.pt", map_location="cpu")["w"], torch.ones(2))
-    with pytest.raises(FileNotFoundError, match="not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         dist_util.load_state_dict(tmp_path / "none.pt")
     (tmp_path / "short.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:400])
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match="corrupt or truncated"):
         dist_util.load_state_dict(tmp_path / "short.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match="corrupt or truncated"):
         dist_util.load_state_dict(tmp_path / "empty.pt")
     torch.save({"w": Path("x")}, tmp_path / "path.pt")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(print, protocol=2))

@@ -409,7 +409,7 @@ def test_a_missing_or_damaged_model_is_named(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.pt.*check --model_path"):
         load(tmp_path / "gone.pt")
     run.write_bytes(run.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="ema_0.9_000001.pt is damaged .*check --model_path"):
+    with pytest.raises(ValueError, match="ema_0.9_000001.pt is corrupt .*check --model_path"):
         load(run)
 
 

@@ -951,7 +951,7 @@ def test_a_checkpoint_without_marker_and_header_needs_all_its_files(tmp_path):
     resume = lambda: line(tmp_path / "new", 4, resume_checkpoint=str(tmp_path / "model000002.pt"))
     assert find_checkpoint(tmp_path, str(tmp_path / "model000002.pt")) == ({"step": 2}, tmp_path)
     spoil(tmp_path / "opt000002.pt", "missing")
-    with pytest.raises(FileNotFoundError, match="opt000002.pt is not there; check --resume_checkpoint"):
+    with pytest.raises(FileNotFoundError, match="opt000002.pt does not exist; check --resume_checkpoint"):
         resume()
     shutil.copy(tmp_path / "own/opt000002.pt", tmp_path)
     assert resume().resume_step == 2

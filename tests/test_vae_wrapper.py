@@ -288,7 +288,7 @@ def test_paths_without_an_autoencoder_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="kind 'diffusion', --vae_path wants one of kind 'autoencoder'"):
         vae(tmp_path / "d.pt")
     (tmp_path / "broken.pt").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="broken.pt is damaged .*--vae_path"):
+    with pytest.raises(ValueError, match="broken.pt is corrupt .*--vae_path"):
         vae(tmp_path / "broken.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="broken.safetensors is damaged .*--vae_path"):
