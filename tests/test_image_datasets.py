@@ -35,10 +35,10 @@ def folder_of(path, **fields):
     return ImageFolder(data_dir=str(path), **{"image_size": 8, **fields})
 
 
-# The reference's interface
+# guided-diffusion's interface
 
 
-def test_listing_goes_folder_by_folder_and_leaves_other_endings_out(tmp_path):
+def test_listing_is_sorted_per_folder_and_ignores_other_extensions(tmp_path):
     for name in ("b.PNG", "a/z.jpg", "a/notes.txt", "c.tif", "d.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -48,17 +48,17 @@ def test_listing_goes_folder_by_folder_and_leaves_other_endings_out(tmp_path):
 
 def test_dataset_yields_rgb_between_minus_one_and_one_with_labels(tmp_path):
     paths = [save(tmp_path, f"{v}.png", np.full((8, 8), v, np.uint8)) for v in (0, 255, 51)]
-    pictures = image_datasets.ImageDataset(8, paths, classes=[4, 5, 6], shard=0, num_shards=2)
-    (black, first), (other, second) = pictures[0], pictures[1]
-    assert len(pictures) == 2 and black.shape == (3, 8, 8) and black.dtype == np.float32
+    dataset = image_datasets.ImageDataset(8, paths, classes=[4, 5, 6], shard=0, num_shards=2)
+    (black, first), (other, second) = dataset[0], dataset[1]
+    assert len(dataset) == 2 and black.shape == (3, 8, 8) and black.dtype == np.float32
     assert (black == -1).all() and np.allclose(other, 51 / 127.5 - 1)
     assert first["y"].dtype == np.int64 and (first["y"], second["y"]) == (4, 6)
 
 
-def test_random_crop_draws_side_then_top_then_left():
-    picture = Image.fromarray(ramp(40, 60))
+def test_random_crop_samples_side_then_top_then_left():
+    image = Image.fromarray(ramp(40, 60))
     random.seed(3)
-    cut = image_datasets.random_crop_arr(picture, 16)
+    cut = image_datasets.random_crop_arr(image, 16)
     after = random.random()
     random.seed(3)
     side = random.randrange(16, 21)
@@ -66,7 +66,7 @@ def test_random_crop_draws_side_then_top_then_left():
     assert cut.shape == (16, 16) and random.random() == after
 
 
-def test_load_data_yields_batches_without_end_and_labels_by_prefix(tmp_path):
+def test_load_data_yields_endless_batches_with_labels_by_prefix(tmp_path):
     for name in ("b_1.png", "a_1.png", "b_2.png"):
         save(tmp_path, name, np.full((8, 8), 255 * name.startswith("b"), np.uint8))
     stream = image_datasets.load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, class_cond=True, deterministic=True)
@@ -77,7 +77,7 @@ def test_load_data_yields_batches_without_end_and_labels_by_prefix(tmp_path):
     stream.close()
 
 
-def test_load_data_refuses_a_shard_smaller_than_a_batch(tmp_path):
+def test_load_data_rejects_a_shard_smaller_than_a_batch(tmp_path):
     for i in range(3):
         save(tmp_path, f"a_{i}.png", ramp(8, 8))
     with pytest.raises(ValueError, match="rank 1 of 2 has 1 of the 3 images.*--batch_size 2"):
@@ -85,7 +85,7 @@ def test_load_data_refuses_a_shard_smaller_than_a_batch(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda d: image_datasets.load_data(data_dir=d, batch_size=1, image_size=8), folder_of])
-def test_a_missing_or_empty_folder_is_named_with_its_flag(tmp_path, make):
+def test_missing_or_empty_folder_error_names_the_flag(tmp_path, make):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; check --data_dir"):
         make(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="contains no image.*--data_dir"):
@@ -98,12 +98,12 @@ def test_a_missing_or_empty_folder_is_named_with_its_flag(tmp_path, make):
 
 
 @pytest.mark.parametrize("name, array", [
-    ("grey.png", ramp(8, 8)), ("colour.png", ramp(8, 8, channels=3)), ("grey.tif", ramp(8, 8)),
+    ("gray.png", ramp(8, 8)), ("rgb.png", ramp(8, 8, channels=3)), ("gray.tif", ramp(8, 8)),
     ("deep.png", ramp(8, 8, np.uint16) * 1000), ("deep.tiff", ramp(8, 8, np.uint16) * 1000),
-    ("deep.npy", ramp(8, 8, np.uint16) * 1000), ("colour.npy", ramp(8, 8, np.uint16, 3) * 300),
+    ("deep.npy", ramp(8, 8, np.uint16) * 1000), ("rgb.npy", ramp(8, 8, np.uint16, 3) * 300),
     ("big_endian.npy", (ramp(8, 8, np.uint16) * 1000).astype(">u2")),
 ])
-def test_integers_keep_every_level_at_their_own_size(tmp_path, name, array):
+def test_integers_keep_every_value_at_their_own_size(tmp_path, name, array):
     save(tmp_path, name, array)
     folder = folder_of(tmp_path)
     top = np.iinfo(array.dtype).max
@@ -119,7 +119,7 @@ def test_signed_integers_span_their_own_range(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.tif"])
-def test_float_files_need_a_range_and_keep_to_it(tmp_path, name):
+def test_float_files_require_a_range_and_stay_inside(tmp_path, name):
     save(tmp_path, name, np.linspace(-60, 10, 64, dtype=np.float32).reshape(8, 8))
     with pytest.raises(ValueError, match=f"{name}: float32 values require --value_range"):
         folder_of(tmp_path)
@@ -129,14 +129,14 @@ def test_float_files_need_a_range_and_keep_to_it(tmp_path, name):
         folder_of(tmp_path, value_range="-60,0").read(0)
 
 
-def test_a_stated_range_holds_for_integers_too(tmp_path):
+def test_value_range_applies_to_integers_too(tmp_path):
     save(tmp_path, "a.png", np.full((8, 8), 1000, np.uint16))
     assert np.allclose(folder_of(tmp_path, value_range="0,4000").read(0), 0.25)
     with pytest.raises(ValueError, match="values from 1000 to 1000 are outside"):
         folder_of(tmp_path, value_range="0,999").read(0)
 
 
-def test_values_that_are_not_finite_are_refused(tmp_path):
+def test_values_that_are_not_finite_are_rejected(tmp_path):
     save(tmp_path, "a.npy", np.array([[0, np.nan], [np.inf, 1]]).repeat(4, 0).repeat(4, 1))
     with pytest.raises(ValueError, match="a.npy: 32 of 64 values are not finite"):
         folder_of(tmp_path, value_range="0,1").read(0)
@@ -149,7 +149,7 @@ def test_complex_arrays_become_decibels_below_their_maximum(tmp_path):
     assert np.allclose(unit, [[[1, 0.75, 0.5, 0, 0, 0]]], atol=1e-6) and unit.dtype == np.float32
 
 
-def test_a_fixed_reference_keeps_levels_comparable_and_refuses_what_is_above(tmp_path):
+def test_reference_db_keeps_levels_comparable_and_rejects_higher_ones(tmp_path):
     path = save(tmp_path, "a.npy", np.array([[1, 0.1j]]))
     assert np.allclose(read_array(path, dynamic_range_db=40, reference_db=20), [[[0.5, 0]]])
     with pytest.raises(ValueError, match=r"a.npy: the maximum, 0.00 dB, is above --reference_db -3"):
@@ -158,7 +158,7 @@ def test_a_fixed_reference_keeps_levels_comparable_and_refuses_what_is_above(tmp
     assert not read_array(silent, dynamic_range_db=40, reference_db=20).any()
 
 
-def test_complex_files_need_a_dynamic_range_and_some_signal(tmp_path):
+def test_complex_files_require_a_dynamic_range_and_a_signal(tmp_path):
     path = save(tmp_path, "a.npy", np.zeros((8, 8), np.complex64))
     with pytest.raises(ValueError, match="a.npy: complex values require --dynamic_range_db"):
         folder_of(tmp_path)
@@ -166,7 +166,7 @@ def test_complex_files_need_a_dynamic_range_and_some_signal(tmp_path):
         read_array(path, dynamic_range_db=40)
 
 
-def test_channels_may_stand_first_or_last_in_an_array(tmp_path):
+def test_channels_are_the_first_or_last_axis_of_an_array(tmp_path):
     array = ramp(8, 8, channels=3)
     save(tmp_path, "a.npy", array)
     save(tmp_path, "b.npy", np.moveaxis(array, -1, 0))
@@ -177,22 +177,22 @@ def test_channels_may_stand_first_or_last_in_an_array(tmp_path):
         folder_of(tmp_path)
 
 
-def test_palettes_become_colours_and_opaque_alpha_is_dropped(tmp_path):
-    colours = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8).repeat(8, 0).repeat(4, 1)
-    Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.gif")
-    save(tmp_path, "b.png", np.dstack([colours, np.full((8, 8), 255, np.uint8)]))
+def test_palettes_become_rgb_and_opaque_alpha_is_dropped(tmp_path):
+    rgb = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8).repeat(8, 0).repeat(4, 1)
+    Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.gif")
+    save(tmp_path, "b.png", np.dstack([rgb, np.full((8, 8), 255, np.uint8)]))
     first, second = folder_of(tmp_path).batch([0, 1])
     assert torch.equal(first, second) and torch.equal(first[:, 0, 0], torch.tensor([1.0, 0, 0]))
 
 
-def test_transparency_is_refused_by_name(tmp_path):
+def test_transparent_images_are_rejected(tmp_path):
     save(tmp_path, "a.png", np.full((8, 8, 4), 128, np.uint8))
     with pytest.raises(ValueError, match="a.png: cannot be read .*transparent pixels .alpha down to 128.*flatten"):
         folder_of(tmp_path).read(0)
 
 
-def test_sixteen_bit_colour_is_refused_rather_than_reduced(tmp_path):
-    # Pillow cannot write such a file, so it is put together here: 16 bits, colour type 2.
+def test_16_bit_color_is_rejected_rather_than_reduced(tmp_path):
+    # Pillow cannot write such a file, so it is put together here: 16 bits, color type 2.
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -203,14 +203,14 @@ def test_sixteen_bit_colour_is_refused_rather_than_reduced(tmp_path):
         folder_of(tmp_path)
 
 
-def test_several_pages_are_refused(tmp_path):
+def test_images_of_several_pages_are_rejected(tmp_path):
     page = Image.fromarray(ramp(8, 8))
     page.save(tmp_path / "a.tif", save_all=True, append_images=[page, page])
     with pytest.raises(ValueError, match="a.tif: cannot be read .3 pages"):
         folder_of(tmp_path)
 
 
-def test_mixed_channels_are_refused_naming_one_of_each_and_converted_when_asked(tmp_path):
+def test_mixed_channels_are_rejected_or_converted_by_image_channels(tmp_path):
     save(tmp_path, "a.png", np.full((8, 8), 100, np.uint8))
     save(tmp_path, "b.png", np.full((8, 8, 3), (0, 255, 0), np.uint8))
     with pytest.raises(ValueError, match="a.png is grayscale and .*b.png is RGB; set --image_channels 1 or"):
@@ -224,7 +224,7 @@ def test_mixed_channels_are_refused_naming_one_of_each_and_converted_when_asked(
 # Sizes
 
 
-def test_a_picture_of_the_size_is_not_touched_and_a_larger_one_is_cropped_as_in_the_reference(tmp_path):
+def test_exact_size_is_unchanged_and_larger_is_cropped_as_in_reference(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (37, 50), np.uint8)
     save(tmp_path, "a.png", pixels)
     assert (folder_of(tmp_path, image_size="37x50").read(0)[0] == pixels / np.float32(255)).all()
@@ -232,7 +232,7 @@ def test_a_picture_of_the_size_is_not_touched_and_a_larger_one_is_cropped_as_in_
     assert (folder_of(tmp_path).read(0)[0] == expected / np.float32(255)).all()
 
 
-def test_float_and_16_bit_pictures_shrink_like_8_bit_ones_without_rounding(tmp_path):
+def test_float_and_16_bit_images_are_resized_without_rounding(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (37, 50), np.uint8)
     save(tmp_path, "a.png", pixels)
     save(tmp_path, "b.npy", pixels.astype(np.uint16) * 257)
@@ -241,27 +241,27 @@ def test_float_and_16_bit_pictures_shrink_like_8_bit_ones_without_rounding(tmp_p
     assert folder.shape == (1, 8, 12) and not torch.equal(eight, deep) and (eight - deep).abs().max() < 3 / 255
 
 
-def test_squeezing_keeps_the_whole_picture(tmp_path):
+def test_crop_none_resizes_the_full_image(tmp_path):
     save(tmp_path, "a.png", np.repeat(np.array([[0, 255]], np.uint8), 32, 1).repeat(8, 0))
     pixels = folder_of(tmp_path, crop="none").read(0)[0]
     assert (pixels[:, 0] < 0.01).all() and (pixels[:, -1] > 0.99).all()
 
 
-def test_random_crops_come_from_the_generator_and_never_enlarge(tmp_path):
+def test_random_crops_come_from_the_generator_and_never_upsample(tmp_path):
     save(tmp_path, "a.png", ramp(9, 40))
     folder = folder_of(tmp_path, crop="random")
     cuts = [folder.read(0, np.random.default_rng(i)) for i in (0, 0, 1)]
     assert (cuts[0] == cuts[1]).all() and not (cuts[0] == cuts[2]).all() and cuts[0].shape == (1, 8, 8)
 
 
-def test_a_picture_smaller_than_asked_is_refused_with_its_size(tmp_path):
+def test_images_smaller_than_the_size_are_rejected(tmp_path):
     save(tmp_path, "a.png", ramp(8, 16))
     save(tmp_path, "b.png", ramp(8, 7))
     with pytest.raises(ValueError, match="b.png: size 8x7 is smaller than --image_size 8x8 .1 of 2 files"):
         folder_of(tmp_path)
 
 
-def test_padding_reaches_the_next_multiple_and_is_undone(tmp_path):
+def test_padding_reaches_the_next_multiple_and_unpad_inverts_it(tmp_path):
     save(tmp_path, "a.png", ramp(9, 10))
     folder = folder_of(tmp_path, image_size="9x10", pad=True, multiple=(4, 8))
     images = folder.batch([0])
@@ -272,7 +272,7 @@ def test_padding_reaches_the_next_multiple_and_is_undone(tmp_path):
     assert folder_of(tmp_path, image_size="9x10", multiple=4).shape == (1, 9, 10)
 
 
-def test_what_is_padded_stays_on_its_side_where_a_picture_is_mirrored(tmp_path):
+def test_flips_keep_the_padding_on_its_side(tmp_path):
     save(tmp_path, "a.png", ramp(8, 10))
     folder = folder_of(tmp_path, image_size="8x10", pad=True, multiple=(4, 8))
     plain, flipped = (folder.batch([0], [flip]) for flip in (False, True))
@@ -303,7 +303,7 @@ def test_invalid_ranges_are_rejected(flag, text):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.npy", "a.tif", "a.gif"])
-def test_a_truncated_file_is_named(tmp_path, name):
+def test_truncated_file_error_names_the_file(tmp_path, name):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     path = tmp_path / name
     save(tmp_path, name, pixels)
@@ -315,7 +315,7 @@ def test_a_truncated_file_is_named(tmp_path, name):
         folder_of(tmp_path)
 
 
-def test_pickled_arrays_are_refused(tmp_path):
+def test_pickled_arrays_are_rejected(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[{}] * 8] * 8))
     with pytest.raises(ValueError, match="a.npy"):
         folder_of(tmp_path, value_range="0,1").read(0)
@@ -336,7 +336,7 @@ def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
         ImageStream(none, BatchPlan(2, 1), with_labels=True)
 
 
-def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
+def test_dataset_splits_are_not_classes(tmp_path):
     for name in ("train/a_1.png", "val/a_2.png"):
         save(tmp_path, name, ramp(8, 8))
     with pytest.raises(ValueError, match="contains dataset splits, not classes: train, val"):
@@ -359,7 +359,7 @@ def test_the_fingerprint_changes_with_the_files(tmp_path):
     assert folder_of(tmp_path).fingerprint != before
 
 
-def test_an_archive_gives_pictures_and_labels(tmp_path):
+def test_npz_archive_is_read_as_images_and_labels(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8)
     path = str(tmp_path / "set.npz")
     np.savez(path, images=images, labels=np.array([0, 2, 2, 1, 0], np.int32))
@@ -375,7 +375,7 @@ def test_an_archive_gives_pictures_and_labels(tmp_path):
     ({"images": np.zeros((2, 8, 8), np.uint8), "labels": np.zeros(3, int)}, "'labels' must be 2 integers"),
     ({"images": np.zeros((2, 8, 8), np.uint8), "labels": -np.ones(2, int)}, "'labels' must be 2 integers"),
 ])
-def test_a_foreign_archive_is_refused(tmp_path, arrays, match):
+def test_npz_with_other_arrays_is_rejected(tmp_path, arrays, match):
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(ValueError, match=match):
         ImageFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
@@ -390,20 +390,20 @@ def test_a_foreign_archive_is_refused(tmp_path, arrays, match):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 64, 1000])
-def test_the_permutation_is_one(count):
+def test_permute_indices_is_a_permutation(count):
     images = [permute_indices(np.arange(count), count, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(image.tolist()) == list(range(count)) for image in images)
     if count > 16:
         assert all((a != b).any() for a, b in zip(images, images[1:]))
 
 
-def test_the_permutation_spreads_like_chance():
+def test_permute_indices_is_uncorrelated():
     # Mean and lag-one correlation of a permutation of 4096 stay within 5 standard errors of chance.
     image = permute_indices(np.arange(4096), 4096, 7, 3) / 4095 - 0.5
     assert abs(image[:1024].mean()) < 5 * 0.289 / 32 and abs(np.corrcoef(image[1:], image[:-1])[0, 1]) < 5 / 64
 
 
-def test_a_plan_needs_no_table():
+def test_batch_plan_needs_no_table():
     tracemalloc.start()
     plan = BatchPlan(10**9, 8, seed=1)
     drawn = [plan.indices(step) for step in (0, 10**7, 10**8)]
@@ -412,14 +412,14 @@ def test_a_plan_needs_no_table():
     assert max(map(max, drawn)) < 10**9 and peak < 2**23
 
 
-def test_every_epoch_meets_every_item_once_and_orders_differ():
+def test_every_epoch_has_every_item_once_in_another_order():
     plan = BatchPlan(10, 4, seed=2)
     stream = np.concatenate([plan.indices(step) for step in range(5)])
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and (stream[:10] != stream[10:]).any()
     assert stream.dtype == np.int64
 
 
-def test_two_ranks_share_what_one_rank_would_see():
+def test_two_ranks_share_the_batches_of_one_rank():
     whole = BatchPlan(11, 6, seed=5)
     parts = [BatchPlan(11, 3, rank, 2, seed=5) for rank in range(2)]
     for step in range(7):
@@ -432,17 +432,17 @@ def test_a_plan_without_shuffle_counts_up():
     assert BatchPlan(5, 3, shuffle=False).indices(1).tolist() == [3, 4, 0]
 
 
-def test_coins_are_fair():
+def test_flip_mask_has_probability_one_half():
     heads = np.mean([BatchPlan(64, 64).flip_mask(step) for step in range(50)])
     assert abs(heads - 0.5) < 5 * 0.5 / np.sqrt(3200)
 
 
-def test_too_few_items_for_a_step_are_refused_with_numbers():
+def test_fewer_items_than_a_step_are_rejected():
     with pytest.raises(ValueError, match="7 items are fewer than one step requires: --batch_size 4 on 2 ranks is 8"):
         BatchPlan(7, 4, num_ranks=2)
 
 
-def test_the_prefetcher_hands_out_steps_in_order_and_waits_for_room():
+def test_prefetcher_returns_steps_in_order_and_respects_depth():
     made = []
     ahead = Prefetcher(lambda step: made.append(step) or step, start_step=3, depth=2)
     assert [ahead.next() for _ in range(4)] == [3, 4, 5, 6]
@@ -453,7 +453,7 @@ def test_the_prefetcher_hands_out_steps_in_order_and_waits_for_room():
         ahead.next()
 
 
-def test_an_error_in_the_background_is_raised_in_front():
+def test_prefetcher_raises_errors_of_its_thread():
     def make(step):
         if step == 1:
             raise ValueError("broken.png: cannot be read")
@@ -467,7 +467,7 @@ def test_an_error_in_the_background_is_raised_in_front():
     ahead.close()
 
 
-def test_a_picture_stream_seeks_to_the_bits_of_an_unbroken_run(tmp_path):
+def test_image_stream_seek_is_bit_exact(tmp_path):
     for i in range(5):
         save(tmp_path, f"{'ab'[i % 2]}_{i}.png", np.random.default_rng(i).integers(0, 256, (20, 24), np.uint8))
     folder = folder_of(tmp_path, crop="random", random_flip=True)
@@ -482,7 +482,7 @@ def test_a_picture_stream_seeks_to_the_bits_of_an_unbroken_run(tmp_path):
     stream.close()
 
 
-def test_flips_mirror_the_last_axis(tmp_path):
+def test_flips_reverse_the_last_axis(tmp_path):
     save(tmp_path, "a.png", ramp(8, 8))
     plain, mirrored = folder_of(tmp_path).batch([0, 0], flips=[False, True])
     assert torch.equal(plain.flip(-1), mirrored)

@@ -1,5 +1,7 @@
 import functools
+import gc
 import json
+import runpy
 import threading
 import time
 from pathlib import Path
@@ -10,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from guided_diffusion_vae import latent_datasets
-from guided_diffusion_vae.data import BatchPlan, DownsampledImages, ImageFolder, LatentStream, batching, cache_writer
+from guided_diffusion_vae import checkpoint_util, data, dist_util, latent_datasets
+from guided_diffusion_vae.data import (
+    BatchPlan, DataConfig, DownsampledImages, ImageFolder, LatentStream, VolumeFolder, batching, cache_writer, open_folder,
+)
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.interfaces import Codec, ImageSource, LatentSource
 from guided_diffusion_vae.latent_datasets import (
     EncodedImages, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
 )
@@ -43,8 +48,8 @@ class HalvingCodec(PixelCodec):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def dataset(tmp_path):
+    folder = tmp_path / "dataset"
     folder.mkdir()
     for i in range(COUNT):
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
@@ -53,28 +58,28 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def cached(tmp_path, pictures):
+def cached(tmp_path, dataset):
     def write(name="cache", codec=None, **fields):
         options = {"cache_dir": str(tmp_path / name), "shard_size": 4, "latent_dtype": "float32", **fields}
-        read = ImageFolder(pictures.config, random_flip=options.pop("random_flip", False))
+        read = ImageFolder(dataset.config, random_flip=options.pop("random_flip", False))
         run = {key: options.pop(key) for key in list(options) if key not in LatentCacheConfig.__dataclass_fields__}
         return write_cache(read, codec or HalvingCodec(), LatentCacheConfig(**options), **{"batch_size": 3, **run})
     return write
 
 
-def test_a_cache_of_more_shards_than_files_may_be_open_is_refused(cached, monkeypatch):
+def test_more_shards_than_files_may_be_open_are_rejected(cached, monkeypatch):
     folder = cached().folder
-    asked = []
-    monkeypatch.setattr(latent_datasets.resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    limits = []
+    monkeypatch.setattr(latent_datasets.resource, "setrlimit", lambda kind, new: limits.append(new))
     monkeypatch.setattr(latent_datasets.resource, "getrlimit", lambda kind: (100, 1000))
     LatentCache(folder)
-    assert asked == [(259, 1000)]  # three shards, and what else is open
+    assert limits == [(259, 1000)]  # three shards, and what else is open
     monkeypatch.setattr(latent_datasets.resource, "getrlimit", lambda kind: (100, 200))
     with pytest.raises(ValueError, match="has 3 shards and this process may open 200 files; raise .*ulimit -n 259"):
         LatentCache(folder)
 
 
-def test_few_steps_are_read_together_where_latents_are_large(cached, monkeypatch):
+def test_large_latents_are_read_fewer_steps_at_once(cached, monkeypatch):
     cache = cached()
     whiten = LatentNormalizer.fit("auto", cache.statistics, cache.scale_factor)
     for numbers, together in ((2**23, 512), (6 * 16, 3), (1, 1)):
@@ -92,20 +97,20 @@ def everything(source):
 # Writing and reading
 
 
-def test_a_cache_gives_back_what_the_codec_encodes(cached, pictures):
+def test_cache_returns_what_the_codec_encodes(cached, dataset):
     cache, codec = cached(), HalvingCodec()
-    images, order = pictures.batch(range(COUNT)), [7, 0, 3, 10, 3]
+    images, order = dataset.batch(range(COUNT)), [7, 0, 3, 10, 3]
     eps = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     mode, labels = cache.batch(order)
     drawn, _ = cache.batch(order, eps)
     assert torch.equal(mode, codec.encode_batch(images)[order])
     assert torch.equal(drawn, codec.encode_batch(images[order], eps))
-    assert labels.tolist() == pictures.labels[order].tolist() and cache.filenames == pictures.names
+    assert labels.tolist() == dataset.labels[order].tolist() and cache.filenames == dataset.names
     assert (cache.count, cache.latent_shape, cache.image_shape) == (COUNT, (1, 4, 4), (1, 8, 8))
     assert cache.class_names == ["a", "b"] and cache.scale_factor == 0.5 and cache.draws_posterior
 
 
-def test_the_folder_holds_what_the_design_lists_and_no_more(cached):
+def test_cache_folder_contains_the_documented_files_only(cached):
     cache = cached()
     shards = [f"latents-0000{i}-of-00003.npy" for i in range(3)]
     found = sorted(path.name for path in cache.folder.iterdir())
@@ -116,23 +121,23 @@ def test_the_folder_holds_what_the_design_lists_and_no_more(cached):
     cache.verify()
 
 
-def test_mode_and_half_precision_take_less_and_differ_by_rounding_alone(cached):
+def test_mode_and_float16_are_smaller_and_differ_by_rounding_only(cached):
     exact = everything(cached("exact"))
     mode = cached("mode", store="mode", latent_dtype="float16")
     assert not mode.draws_posterior and np.load(mode.folder / mode.manifest["shards"][0]["file"]).shape == (4, 1, 4, 4)
     assert everything(mode).dtype == torch.float32 and (everything(mode) - exact).abs().max() < 1e-3
 
 
-def test_statistics_are_those_of_posterior_samples(cached, pictures):
+def test_statistics_are_those_of_posterior_samples(cached, dataset):
     statistics = cached().statistics
-    moments = HalvingCodec().encode_moments(pictures.batch(range(COUNT))).double()
+    moments = HalvingCodec().encode_moments(dataset.batch(range(COUNT))).double()
     mean, variance = moments[:, 0], moments[:, 1].exp()
     assert statistics["mean"] == pytest.approx(mean.mean().item(), rel=1e-6)
     assert statistics["std"] == pytest.approx((mean.var(correction=0) + variance.mean()).sqrt().item(), rel=1e-6)
     assert statistics["channel_std"] == [pytest.approx(statistics["std"])]
 
 
-def test_statistics_over_all_include_the_spread_between_channels(tmp_path):
+def test_statistics_over_all_include_the_variance_between_channels(tmp_path):
     latents = np.random.default_rng(0).normal([[[2.0]], [[-3.0]]], [[[1.0]], [[0.1]]], (9, 2, 3, 3))
     for i, latent in enumerate(latents):
         np.save(tmp_path / f"{i}.npy", latent)
@@ -142,13 +147,13 @@ def test_statistics_over_all_include_the_spread_between_channels(tmp_path):
     assert statistics["channel_std"] == pytest.approx(latents.std((0, 2, 3)), rel=1e-5)
 
 
-def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, pictures, cached):
+def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, dataset, cached):
     alone = cached("alone")
     wait, caches = threading.Barrier(2, timeout=20), {}
     config = LatentCacheConfig(str(tmp_path / "both"), latent_dtype="float32", shard_size=4)
 
     def encode(rank):
-        caches[rank] = write_cache(pictures, HalvingCodec(), config, (rank, 2), barrier=wait.wait, batch_size=3)
+        caches[rank] = write_cache(dataset, HalvingCodec(), config, (rank, 2), barrier=wait.wait, batch_size=3)
 
     second = threading.Thread(target=encode, args=(1,))
     second.start()
@@ -158,20 +163,20 @@ def test_statistics_and_shards_do_not_depend_on_the_number_of_ranks(tmp_path, pi
     second.join()
     assert caches[0].manifest == caches[1].manifest == alone.manifest
     with pytest.raises(ValueError, match="2 ranks encode together and require a barrier"):
-        write_cache(pictures, HalvingCodec(), config, (0, 2))
+        write_cache(dataset, HalvingCodec(), config, (0, 2))
 
 
-def test_flips_are_stored_as_entries_and_drawn_per_visit(cached, pictures):
+def test_flips_are_stored_as_separate_entries(cached, dataset):
     cache = cached(random_flip=True)
     flips = np.arange(COUNT) % 3 == 0
     latents, labels = cache.batch(np.arange(COUNT), flips=flips)
-    mirrored = HalvingCodec().encode_batch(pictures.batch(range(COUNT), flips))
-    assert torch.equal(latents, mirrored) and labels.tolist() == pictures.labels.tolist()
+    flipped = HalvingCodec().encode_batch(dataset.batch(range(COUNT), flips))
+    assert torch.equal(latents, flipped) and labels.tolist() == dataset.labels.tolist()
     with pytest.raises(ValueError, match="no flipped images; re-encode with --random_flip True"):
         cached("plain").batch([0], flips=[True])
 
 
-def test_a_cache_on_the_device_gives_the_same_and_keeps_to_its_limit(cached):
+def test_cache_on_a_device_is_equal_and_respects_its_limit(cached):
     cache, plain = cached(latent_dtype="float16"), cached(latent_dtype="float16")
     assert not cache.on_device("cpu", limit_bytes=10) and cache.on_device("cpu")
     eps = torch.ones(3, 1, 4, 4)
@@ -192,7 +197,7 @@ def interrupted(cached, **fields):
         cached(codec=HalvingCodec(fail_after=6), **fields)
 
 
-def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, cached):
+def test_interrupted_encoding_resumes(tmp_path, cached):
     interrupted(cached)
     folder = tmp_path / "cache"
     kept = (folder / "latents-00000-of-00003.npy").stat().st_mtime_ns
@@ -211,7 +216,7 @@ def first_report(cached, **fields):
     return seen[0]
 
 
-def test_shards_of_another_making_are_not_taken(tmp_path, cached, pictures):
+def test_shards_with_other_settings_are_not_reused(tmp_path, cached, dataset):
     interrupted(cached)
     other = HalvingCodec()
     other.fingerprint = "b" * 64
@@ -220,8 +225,8 @@ def test_shards_of_another_making_are_not_taken(tmp_path, cached, pictures):
         interrupted(cached, name=str(change))
         assert first_report(cached, name=str(change), **change) == 0
     interrupted(cached, name="data")
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(pictures.paths[0])
-    pictures.__init__(pictures.config)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(dataset.paths[0])
+    dataset.__init__(dataset.config)
     assert first_report(cached, name="data") == 0
 
 
@@ -232,23 +237,23 @@ def less_exact(dtype="float32", tile=0, **options):
     return codec
 
 
-def test_shards_of_another_precision_are_not_taken(tmp_path, cached):
+def test_shards_of_another_precision_are_not_reused(tmp_path, cached):
     for name, change in {"dtype": {"dtype": "bfloat16"}, "tile": {"tile": 4}}.items():
         interrupted(cached, name=name)
         assert first_report(cached, name=name, codec=less_exact(**change)) == 0
     interrupted(cached)
-    assert first_report(cached, codec=less_exact(tile=8)) == 4  # a tile that holds a whole picture
+    assert first_report(cached, codec=less_exact(tile=8)) == 4  # a tile that covers the full image
     assert cached().manifest["made_from"] == cached("other").manifest["made_from"]
 
 
-def test_a_finished_cache_of_another_precision_is_refused_by_its_flags(cached):
+def test_complete_cache_of_another_precision_is_rejected(cached):
     cached(codec=less_exact("bfloat16", 4))
     assert cached(codec=less_exact("bfloat16", 4, fail_after=0)).manifest["vae_dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="other images or settings .*--vae_dtype bfloat16, --vae_tile 4.; choose"):
         cached()
 
 
-def test_parts_of_a_killed_encoding_are_swept(tmp_path, cached, monkeypatch):
+def test_parts_of_a_killed_encoding_are_removed(tmp_path, cached, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     (tmp_path / "cache").mkdir()
     for host in ("here", "there"):  # no process has a number this high
@@ -261,11 +266,11 @@ def test_parts_of_a_killed_encoding_are_swept(tmp_path, cached, monkeypatch):
 @pytest.mark.parametrize("entries, size", [
     (1, 256), (256 * 64, 256), (256 * 64 + 1, 257), (100_000, 1563), (4096 * 64, 4096), (10**9, 4096),
 ])
-def test_shards_are_a_64th_of_all_but_neither_tiny_nor_huge(entries, size):
+def test_default_shard_is_one_64th_within_bounds(entries, size):
     assert cache_writer._usual_shard_size(entries) == size
 
 
-def test_shard_size_0_has_it_chosen_and_less_is_refused(tmp_path, cached):
+def test_shard_size_0_is_the_default_and_less_is_rejected(tmp_path, cached):
     many = tmp_path / "many.npz"
     np.savez(many, images=np.zeros((300, 4, 4), np.uint8))
     cache = write_cache(ImageFolder(data_dir=str(many), image_size=4), HalvingCodec(),
@@ -275,7 +280,7 @@ def test_shard_size_0_has_it_chosen_and_less_is_refused(tmp_path, cached):
         cached(shard_size=-1)
 
 
-def test_a_damaged_shard_is_made_again(tmp_path, cached):
+def test_corrupt_shard_is_encoded_again(tmp_path, cached):
     interrupted(cached)
     shard = tmp_path / "cache" / "latents-00000-of-00003.npy"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
@@ -283,13 +288,13 @@ def test_a_damaged_shard_is_made_again(tmp_path, cached):
     LatentCache(tmp_path / "cache").verify()
 
 
-def test_leftovers_of_another_division_are_removed(tmp_path, cached):
+def test_leftover_shards_of_another_size_are_removed(tmp_path, cached):
     interrupted(cached)
     cached(shard_size=100)
     assert [path.name for path in (tmp_path / "cache").glob("latents-*")] == ["latents-00000-of-00001.npy"]
 
 
-def test_a_finished_cache_is_left_alone_if_the_same_and_refused_otherwise(cached):
+def test_complete_cache_is_reused_if_equal_else_rejected(cached):
     cached()
     assert cached(codec=HalvingCodec(fail_after=0)).count == COUNT
     with pytest.raises(ValueError, match="cache of other images or settings .*--store moments.*choose another"):
@@ -301,7 +306,7 @@ def test_a_finished_cache_is_left_alone_if_the_same_and_refused_otherwise(cached
 
 
 @pytest.mark.parametrize("name", ["latents-00001-of-00003.npy", "labels.npy"])
-def test_a_finished_cache_that_is_damaged_is_not_taken_for_done(cached, name):
+def test_complete_cache_that_is_corrupt_is_rejected(cached, name):
     path = cached().folder / name
     content = bytearray(path.read_bytes())
     content[-8] ^= 1
@@ -310,30 +315,30 @@ def test_a_finished_cache_that_is_damaged_is_not_taken_for_done(cached, name):
         cached()
 
 
-def test_latents_that_do_not_fit_or_are_not_finite_are_refused(cached):
+def test_latents_out_of_range_or_not_finite_are_rejected(cached):
     with pytest.raises(ValueError, match="a_00.png .*do not fit into float16; set --latent_dtype float32"):
         cached(codec=HalvingCodec(gain=1e6), latent_dtype="float16")
     with pytest.raises(ValueError, match="a_00.png .*not finite; check it with scripts/check_roundtrip.py"):
         cached("other", codec=HalvingCodec(gain=float("nan")))
 
 
-def test_an_unreadable_picture_ends_the_encoding_by_name(cached, pictures):
-    assert pictures.names[9] == "b_07.png"
-    with open(pictures.paths[9], "wb") as stream:
+def test_unreadable_image_error_names_the_file(cached, dataset):
+    assert dataset.names[9] == "b_07.png"
+    with open(dataset.paths[9], "wb") as stream:
         stream.write(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match="b_07.png: cannot be read .not an image format"):
         cached()
 
 
-def test_no_space_left_is_told_before_encoding(cached, monkeypatch):
+def test_missing_disk_space_is_reported_before_encoding(cached, monkeypatch):
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr("guided_diffusion_vae.data.cache_writer.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match="require 0 MiB, 0 MiB are free; free some space"):
         cached()
 
 
-def test_random_crops_are_not_cached(tmp_path, pictures):
-    random_crops = ImageFolder(pictures.config, crop="random")
+def test_random_crops_are_not_cached(tmp_path, dataset):
+    random_crops = ImageFolder(dataset.config, crop="random")
     with pytest.raises(ValueError, match="--crop random cannot be cached"):
         write_cache(random_crops, HalvingCodec(), LatentCacheConfig(str(tmp_path / "cache")))
 
@@ -350,27 +355,28 @@ def change_manifest(cache, **changes):
     ({"version": 2}, "expected format .*, version 1, got .*, version 2"), ({"format": "other"}, "got format 'other'"),
     ({"count": 12}, "expected 12 consecutive latents, the shards contain 11"), ({"count": "11"}, "corrupt: count"),
     ({"dtype": "float64"}, "corrupt: dtype"),
+    ({"store": "both"}, "corrupt: store"), ({"autoencoder": {}}, "corrupt: autoencoder"),
     ({"latent_shape": [2, 4, 4]}, r"expected float32 \(4, 4, 4, 4\) as in the manifest"),
     ({"shards": [{"file": "x"}]}, "corrupt: shards"), ({"statistics": {}}, "corrupt: statistics"),
     ({"class_names": ["a"]}, "labels.npy: expected 11 int64 labels of 1 classes, got int64"),
     ({"shards": [{"file": "../x.npy", "first": 0, "count": 11, "sha256": ""}]}, "'../x.npy' outside of its folder"),
     ({"files": {"/etc/hosts": ""}}, "'/etc/hosts' outside of its folder"),
 ])
-def test_a_manifest_that_does_not_fit_is_refused(cached, changes, match):
+def test_invalid_manifest_is_rejected(cached, changes, match):
     cache = cached()
     change_manifest(cache, **changes)
     with pytest.raises(ValueError, match=match):
         open_latents(cache.folder)
 
 
-def test_a_manifest_cut_short_is_refused(cached):
+def test_truncated_manifest_is_rejected(cached):
     path = cached().folder / "manifest.json"
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match="manifest.json: invalid JSON"):
         open_latents(path.parent)
 
 
-def test_a_missing_truncated_or_changed_shard_is_named(cached):
+def test_missing_truncated_or_changed_shard_error_names_it(cached):
     cache = cached()
     shard = cache.folder / "latents-00001-of-00003.npy"
     whole = shard.read_bytes()
@@ -397,7 +403,7 @@ def test_latents_that_are_not_finite_are_found_on_reading(cached):
         LatentCache(cache.folder).on_device("cpu")
 
 
-def test_folders_without_latents_are_refused(tmp_path):
+def test_folders_without_latents_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="--cache_dir"):
         open_latents(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="neither manifest.json nor .npy files"):
@@ -421,23 +427,21 @@ def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
         open_latents(tmp_path)
 
 
-def test_all_sources_have_what_training_asks_of_them(cached, pictures, tmp_path):
+def test_only_a_cache_is_kept_on_a_device(cached, dataset, tmp_path):
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((1, 4, 4), np.float32))
-    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedImages(pictures, HalvingCodec())
-    names = ("folder", "count", "latent_shape", "image_shape", "unpadded_shape", "labels", "class_names", "statistics",
-             "scale_factor", "autoencoder", "draws_posterior", "random_flip", "random_crop", "read", "latents", "batch")
+    sources = cached(), LatentFolder(tmp_path / "plain"), EncodedImages(dataset, HalvingCodec())
     for source in sources:
-        assert [name for name in names if not hasattr(source, name)] == []
         assert len(source) == source.count and source.batch([0])[0].shape == (1, *source.latent_shape)
-    assert sources[0].on_device("cpu") and not sources[1].on_device("cpu")  # single files stay where they are
+    assert [source.on_device("cpu") for source in sources] == [True, False, False]
+    assert sources[0].nbytes == COUNT * 2 * 16 * 4 and sources[1].nbytes == 0
 
 
 @pytest.mark.parametrize("array, match", [
     (np.zeros((3, 2, 2), np.uint8), "expected floating-point latents, got uint8"), (np.full((3, 2, 2), np.inf), "not finite"),
     (np.zeros(3), r"expected a latent \[Z x ...\] .*, got shape \(3,\)"),
 ])
-def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
+def test_files_other_than_latents_are_rejected(tmp_path, array, match):
     np.save(tmp_path / "a_1.npy", array)
     with pytest.raises(ValueError, match=f"a_1.npy.*{match}"):
         open_latents(tmp_path)
@@ -446,8 +450,8 @@ def test_files_that_are_no_latents_are_refused(tmp_path, array, match):
 # On the fly, and the stream
 
 
-def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
-    cache, live = cached(), EncodedImages(pictures, HalvingCodec(), batch_size=4)
+def test_encoding_on_the_fly_equals_the_cache(cached, dataset):
+    cache, live = cached(), EncodedImages(dataset, HalvingCodec(), batch_size=4)
     eps = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for noise in (None, eps):
         (a, y), (b, z) = cache.batch([3, 0, 8], noise), live.batch([3, 0, 8], noise)
@@ -457,10 +461,10 @@ def test_encoding_on_the_fly_gives_what_the_cache_gives(cached, pictures):
     assert live.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-9)
 
 
-def test_statistics_come_from_a_sample_that_the_seed_fixes(pictures):
-    first, again, other = (EncodedImages(pictures, HalvingCodec(), stats_samples=4, seed=s) for s in (1, 1, 2))
+def test_statistics_are_measured_on_a_seeded_sample(dataset):
+    first, again, other = (EncodedImages(dataset, HalvingCodec(), stats_samples=4, seed=s) for s in (1, 1, 2))
     assert first.statistics == again.statistics != other.statistics
-    known = EncodedImages(pictures, HalvingCodec(fail_after=0), statistics=first.statistics)
+    known = EncodedImages(dataset, HalvingCodec(fail_after=0), statistics=first.statistics)
     assert known.statistics == first.statistics
 
 
@@ -471,10 +475,10 @@ def stream_of(source, rank=0, num_ranks=1, batch=4, **options):
 
 
 @pytest.mark.parametrize("kind", ["cache", "flips", "resident", "live", "live crops"])
-def test_ranks_and_restarts_see_the_bits_of_one_unbroken_run(cached, pictures, kind):
+def test_ranks_and_restarts_are_bit_exact(cached, dataset, kind):
     if kind.startswith("live"):
         fields = {"crop": "random", "random_flip": True} if "crops" in kind else {}
-        source = EncodedImages(ImageFolder(pictures.config, image_size="6", **fields), HalvingCodec())
+        source = EncodedImages(ImageFolder(dataset.config, image_size="6", **fields), HalvingCodec())
     else:
         source = cached(random_flip=kind == "flips")
         assert kind != "resident" or source.on_device("cpu")
@@ -492,7 +496,7 @@ def test_ranks_and_restarts_see_the_bits_of_one_unbroken_run(cached, pictures, k
     [half.close() for half in halves]
 
 
-def test_the_stream_is_normalised_and_its_noise_keyed_by_seed_step_and_slot(cached):
+def test_stream_is_normalized_with_noise_keyed_by_seed_step_and_slot(cached):
     cache = cached()
     stream = stream_of(cache, start_step=1)
     x0, extra = next(stream)
@@ -504,39 +508,55 @@ def test_the_stream_is_normalised_and_its_noise_keyed_by_seed_step_and_slot(cach
 
 
 @pytest.mark.parametrize("mode", ["auto", "channel"])
-def test_a_batch_is_sent_to_the_device_without_waiting(cached, mode):
+def test_batch_is_sent_to_the_device_without_synchronizing(cached, mode):
     """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
     cache = cached()
     normalizer = LatentNormalizer.fit(mode, cache.statistics, cache.scale_factor)
     with Launches() as launches:
         stream = LatentStream(cache, normalizer, BatchPlan(COUNT, 4, seed=3), "meta", with_labels=True)
-        x0, told = next(stream)
+        x0, conditioning = next(stream)
     stream.close()
-    assert x0.device.type == told["y"].device.type == "meta" and launches.synchronizations == 0
+    assert x0.device.type == conditioning["y"].device.type == "meta" and launches.synchronizations == 0
 
 
-def test_a_cache_is_not_written_among_other_files(pictures, cached):
+def test_cache_is_not_written_among_other_files(dataset, cached):
     with pytest.raises(FileExistsError, match=r"files of no cache \(.*, \d+ in total\); set --cache_dir to a separate folder"):
-        write_cache(pictures, HalvingCodec(), LatentCacheConfig(pictures.folder))
-    assert not list(Path(pictures.config.data_dir).glob("latents-*"))
+        write_cache(dataset, HalvingCodec(), LatentCacheConfig(dataset.folder))
+    assert not list(Path(dataset.config.data_dir).glob("latents-*"))
 
 
-def test_what_lies_beside_a_finished_cache_is_let_be(cached):
+def test_other_files_in_a_complete_cache_are_kept(cached):
     (cached().folder / "README.md").write_text("mine")
     assert cached().count == COUNT
 
 
-def test_pictures_are_not_taken_for_latents(tmp_path):
+def test_images_are_not_latents(tmp_path):
     for sides in ((64, 64), (32, 128), (16, 16)):
         np.save(tmp_path / "a.npy", np.zeros(sides, np.float32))
         with pytest.raises(ValueError, match="expected a latent .* with at most 16 channels, .*images are read by --data_dir"):
             LatentFolder(tmp_path)
 
 
-def test_small_pictures_are_made_of_what_is_not_padding(pictures):
-    padded = ImageFolder(pictures.config, image_size=6, pad=True, multiple=4)
-    small = DownsampledImages(padded, (3, 3)).batch([0])
-    assert padded.shape == (1, 8, 8) and torch.equal(small, F.avg_pool2d(padded.batch([0])[..., :6, :6], 2))
+def test_downsampled_images_exclude_the_padding(dataset):
+    padded = ImageFolder(dataset.config, image_size=6, pad=True, multiple=4)
+    low_res = DownsampledImages(padded, (3, 3)).batch([0])
+    assert padded.shape == (1, 8, 8) and torch.equal(low_res, F.avg_pool2d(padded.batch([0])[..., :6, :6], 2))
+    flipped_and_cropped = ImageFolder(dataset.config, image_size=6, random_flip=True, crop="random")
+    low_res = EncodedImages(DownsampledImages(flipped_and_cropped, (3, 3)), PixelCodec(1))
+    assert low_res.random_flip and low_res.random_crop and low_res.filenames == dataset.names
+
+
+def test_dropped_stream_ends_its_thread(cached):
+    before = threading.active_count()
+    stream = stream_of(cached())
+    next(stream)
+    assert threading.active_count() == before + 1
+    del stream      # it is collected after the batch in progress
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_x0_has_a_standard_deviation_of_one(cached):
@@ -545,7 +565,7 @@ def test_x0_has_a_standard_deviation_of_one(cached):
     stream.close()
 
 
-def test_labels_that_are_not_there_and_foreign_plans_are_refused(tmp_path, cached):
+def test_missing_labels_and_other_plans_are_rejected(tmp_path, cached):
     np.save(tmp_path / "latent.npy", np.arange(8.0).reshape(2, 2, 2))
     with pytest.raises(ValueError, match="has no classes, required by --class_cond True"):
         stream_of(LatentFolder(tmp_path), batch=1)
@@ -554,7 +574,7 @@ def test_labels_that_are_not_there_and_foreign_plans_are_refused(tmp_path, cache
         LatentStream(cache, LatentNormalizer([0], [1], "none"), BatchPlan(12, 4), "cpu")
 
 
-def test_another_autoencoder_or_scale_is_refused_with_both_sides(cached):
+def test_another_autoencoder_or_scale_is_rejected(cached):
     cache, other = cached(), HalvingCodec()
     require_same_autoencoder(cache, other)
     other.scale_factor = 0.25
@@ -564,6 +584,88 @@ def test_another_autoencoder_or_scale_is_refused_with_both_sides(cached):
         require_same_autoencoder(cache, PixelCodec(1))
 
 
-def test_pixels_without_an_autoencoder_go_the_same_way(cached, pictures):
+def test_pixel_codec_is_cached_in_the_same_way(cached, dataset):
     cache = cached(codec=PixelCodec(1))
-    assert torch.allclose(everything(cache), 2 * pictures.batch(range(COUNT)) - 1) and cache.scale_factor == 1
+    assert torch.allclose(everything(cache), 2 * dataset.batch(range(COUNT)) - 1) and cache.scale_factor == 1
+
+
+# Interfaces
+
+
+def members(interface):
+    """Return the names that an interface declares."""
+    return {name for name in (*interface.__annotations__, *vars(interface)) if not name.startswith("_")}
+
+
+def test_sources_and_codecs_have_every_member_of_their_interface(tmp_path, cached, dataset):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "volumes").mkdir()
+    np.save(tmp_path / "plain" / "latent.npy", np.ones((1, 4, 4), np.float32))
+    np.save(tmp_path / "volumes" / "volume.npy", np.ones((8, 8, 8), np.uint8))
+    volumes = VolumeFolder(data_dir=str(tmp_path / "volumes"), image_size="8x8x8")
+    implementations = {
+        ImageSource: [dataset, volumes, DownsampledImages(dataset, (4, 4)), Ramps(DataConfig(image_size=8))],
+        LatentSource: [cached(), LatentFolder(tmp_path / "plain"), EncodedImages(dataset, HalvingCodec())],
+        Codec: [PixelCodec(1), HalvingCodec()],
+    }
+    for interface, objects in implementations.items():
+        for implementation in objects:
+            assert isinstance(implementation, interface)
+            assert [name for name in members(interface) if not hasattr(implementation, name)] == []
+    for source in implementations[ImageSource]:
+        images = source.batch([0], flips=[True], rngs=[np.random.default_rng(0)])
+        assert images.dtype == torch.float32 and images.shape == (1, *source.shape) and 0 <= images.min() <= images.max() <= 1
+        assert len(source) == len(source.names) and source.summary() and json.dumps(source.describe())
+
+
+def test_source_without_an_abstract_method_cannot_be_constructed():
+    class Incomplete(LatentSource):
+        def read(self, indices, flips=None, rngs=None):
+            return indices
+
+    with pytest.raises(TypeError, match="abstract method '?latents"):
+        Incomplete()
+
+
+class Ramps:
+    """A new image source, in memory and without a base class: gray ramps in two classes."""
+
+    folder, class_names, preprocessing, fingerprint = "memory:ramps", ["falling", "rising"], {}, "ramps"
+    random_flip = random_crop = False
+
+    def __init__(self, config, multiple=None, flag="--data_dir"):
+        self.shape = self.unpadded_shape = (1, *config.sides)
+        self.names = [f"ramp_{i}" for i in range(8)]
+        self.labels = np.arange(8) % 2
+
+    def __len__(self):
+        return len(self.names)
+
+    def batch(self, indices, flips=None, rngs=None):
+        ramp = torch.linspace(0, 1, self.shape[-1]).expand(self.shape)
+        return torch.stack([ramp if i % 2 else ramp.flip(-1) for i in indices])
+
+    def describe(self):
+        return {"fingerprint": self.fingerprint}
+
+    def summary(self):
+        return f"{len(self)} ramps"
+
+
+def test_new_image_source_is_one_entry_of_the_table(tmp_path, monkeypatch):
+    entry = (lambda config: config.data_dir.startswith("memory:"), Ramps)
+    monkeypatch.setattr(data, "SOURCES", [entry, *data.SOURCES])
+    source = open_folder(DataConfig(data_dir="memory:ramps", image_size=8))
+    cache = write_cache(source, HalvingCodec(), LatentCacheConfig(str(tmp_path / "cache"), "mode", "float32"))
+    assert cache.filenames == source.names and cache.labels.tolist() == [0, 1] * 4
+    assert torch.equal(cache.batch([3])[0], HalvingCodec().encode_batch(source.batch([3])))
+
+    script = Path(__file__).parents[1] / "scripts" / "image_train.py"
+    flags = dict(data_dir="memory:ramps", image_size=8, class_cond=True, batch_size=4, max_steps=2, num_channels=32,
+                 num_res_blocks=1, attention_resolutions="", channel_mult="1", diffusion_steps=20, predict_xstart=True, ema_rate="0.9",
+                 logdir=tmp_path / "run")
+    monkeypatch.setattr("sys.argv", [str(script), *(str(word) for flag in flags.items() for word in (f"--{flag[0]}", flag[1]))])
+    monkeypatch.setattr(dist_util, "_active_rank_info", None)
+    runpy.run_path(str(script), run_name="__main__")
+    header = checkpoint_util.load_weights(tmp_path / "run" / "model000002.pt")[1]
+    assert header["classes"] == ["falling", "rising"] and header["image_shape"] == [1, 8, 8]

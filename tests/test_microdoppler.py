@@ -36,7 +36,7 @@ def away(motion, config=CONFIG, seed=0):
     return microdoppler.MOTIONS[motion][0](seconds(config), span(config), np.random.default_rng(seed), config)
 
 
-def pictures(motion, count, config=CONFIG):
+def images(motion, count, config=CONFIG):
     return np.stack([microdoppler.simulate(motion, "train", i, config) for i in range(count)]) / 255
 
 
@@ -50,18 +50,18 @@ def contents(folder):
 @pytest.mark.parametrize("waveform", ["cw", "fmcw"])
 @pytest.mark.parametrize("image_size", ["64", "128", "81x40"])
 @pytest.mark.parametrize("speed", [-0.9, -0.1, 0.0, 0.35, 1.1])
-def test_a_constant_speed_stands_in_the_row_of_twice_the_speed_over_the_wavelength(waveform, image_size, speed):
+def test_constant_speed_is_in_the_row_of_its_doppler_frequency(waveform, image_size, speed):
     config = with_(waveform=waveform, image_size=image_size, fast_samples=128, gate_max_m=4.7)
     rows = int(image_size.split("x")[0])
     ranges = (2.2 + speed * seconds(config))[None]                          # away from the sensor where speed > 0
-    picture = microdoppler.spectrogram_db(microdoppler.receive(ranges, np.ones(1), config), config)
+    image = microdoppler.spectrogram_db(microdoppler.receive(ranges, np.ones(1), config), config)
     expected = (rows - 1) // 2 - 2 * speed / microdoppler.wavelength_m(config) * rows / config.prf_hz
-    assert picture.shape == (rows, int(image_size.split("x")[-1]))
-    assert np.abs(picture.argmax(axis=0) - expected).max() <= 0.6
+    assert image.shape == (rows, int(image_size.split("x")[-1]))
+    assert np.abs(image.argmax(axis=0) - expected).max() <= 0.6
 
 
 @pytest.mark.parametrize("waveform", ["cw", "fmcw"])
-def test_noise_alone_lies_at_zero_db_and_a_tone_at_its_level(waveform):
+def test_noise_has_zero_db_and_a_tone_its_level(waveform):
     config = with_(waveform=waveform)
     window, _, samples = microdoppler.sampling(config)
     bins = 1 if waveform == "cw" else len(microdoppler.range_gate(config))
@@ -73,7 +73,7 @@ def test_noise_alone_lies_at_zero_db_and_a_tone_at_its_level(waveform):
     assert microdoppler.spectrogram_db(tone, config)[31] == pytest.approx(25, abs=0.1)
 
 
-def test_an_fmcw_echo_stands_in_the_bin_of_its_range_and_outside_the_gate_nowhere():
+def test_fmcw_echo_is_in_the_bin_of_its_range_and_gated_elsewhere():
     config = with_(gate_min_m=0.0, gate_max_m=1.2)
     bin_m = microdoppler.SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
     profile = np.abs(microdoppler.receive(np.full((1, 3), 10 * bin_m), np.ones(1), config))
@@ -83,18 +83,18 @@ def test_an_fmcw_echo_stands_in_the_bin_of_its_range_and_outside_the_gate_nowher
 
 
 @pytest.mark.parametrize("motion", microdoppler.MOTIONS)
-def test_no_motion_is_faster_than_the_highest_speed(motion):
+def test_no_motion_exceeds_the_maximum_speed(motion):
     fastest = max(np.abs(np.diff(away(motion, seed=seed))).max() * CONFIG.prf_hz for seed in range(50))
     assert fastest <= CONFIG.speed_max_mps * (1 + 1e-6)
     assert motion == "still" or fastest > CONFIG.speed_min_mps
 
 
 @pytest.mark.parametrize("motion, first, then", [("push", -1, 0), ("pull", 1, 0), ("tapin", -1, 1), ("tapout", 1, -1)])
-def test_the_signature_of_a_stroke_lies_on_its_side_of_zero_doppler(motion, first, then):
+def test_stroke_signature_is_on_its_side_of_zero_doppler(motion, first, then):
     speed = np.diff(away(motion))
     moving = np.sign(speed[np.abs(speed) > np.abs(speed).max() / 10])
     assert moving[0] == first and moving[-1] == (then or first)
-    mean = pictures(motion, 12).mean(axis=0)
+    mean = images(motion, 12).mean(axis=0)
     above, below = mean[8:28].sum(), mean[35:55].sum()
     low, high = {"pull": (1.3, 99), "push": (0.01, 0.75)}.get(motion, (0.8, 1.25))
     assert low < above / below < high
@@ -117,7 +117,7 @@ def test_tapout_has_the_velocity_of_tapin_in_reversed_time(seed):
 
 
 @pytest.mark.parametrize("config", [CW, with_(fast_samples=64, gate_max_m=1.2)], ids=["cw", "fmcw"])
-def test_the_same_scatterers_give_tapin_and_the_time_flipped_picture_as_tapout(config):
+def test_equal_scatterers_give_tapout_as_tapin_flipped_in_time(config):
     rest, depth = 0.4, np.array([[-0.011], [0.004], [0.02]])
     if config.waveform == "fmcw":                       # the middle of the range bins: turned round, bins stay bins
         rest = 11 * microdoppler.SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
@@ -126,31 +126,31 @@ def test_the_same_scatterers_give_tapin_and_the_time_flipped_picture_as_tapout(c
     tapin = rest + depth + lever * away("tapin", config)
     tapout = rest - depth + lever * away("tapout", config)      # the hand turned round: front scatterers go to the back
     echoes = [microdoppler.receive(ranges, amplitudes, config) for ranges in (tapin, tapout)]
-    towards, outwards = (10 ** (microdoppler.spectrogram_db(e, config) / 10) for e in echoes)
-    np.testing.assert_allclose(outwards, towards[:, ::-1], atol=1e-3 * towards.max())
-    assert np.abs(outwards - towards).max() > 0.5 * towards.max()
+    toward, outward = (10 ** (microdoppler.spectrogram_db(e, config) / 10) for e in echoes)
+    np.testing.assert_allclose(outward, toward[:, ::-1], atol=1e-3 * toward.max())
+    assert np.abs(outward - toward).max() > 0.5 * toward.max()
 
 
-def test_tapin_and_tapout_are_mirror_images_on_average():
-    towards, outwards = (pictures(motion, 150, CW) for motion in ("tapin", "tapout"))
+def test_tapin_and_tapout_are_flips_in_time_on_average():
+    toward, outward = (images(motion, 150, CW) for motion in ("tapin", "tapout"))
 
     def lag(stack):
-        """Where the upper half's energy lies in time, minus the lower half's; in columns, one a picture."""
+        """Where the upper half's energy lies in time, minus the lower half's; in columns, one per image."""
         columns = np.arange(stack.shape[2])
         energy = np.clip(stack - 0.3, 0, None)
         upper, lower = energy[:, 5:29].sum(axis=1) + 1e-9, energy[:, 34:58].sum(axis=1) + 1e-9
         return (upper @ columns) / upper.sum(axis=1) - (lower @ columns) / lower.sum(axis=1)
 
-    assert np.mean(lag(towards) > 0) > 0.95 and np.mean(lag(outwards) < 0) > 0.95
-    assert np.median(lag(towards)) == pytest.approx(np.median(lag(outwards[:, :, ::-1])), abs=1)
-    rows = [stack.mean(axis=(0, 2)) for stack in (towards, outwards)]
+    assert np.mean(lag(toward) > 0) > 0.95 and np.mean(lag(outward) < 0) > 0.95
+    assert np.median(lag(toward)) == pytest.approx(np.median(lag(outward[:, :, ::-1])), abs=1)
+    rows = [stack.mean(axis=(0, 2)) for stack in (toward, outward)]
     assert np.abs(rows[0] - rows[1]).max() < 0.03
 
 
 # ---- a seed fixes every byte ----
 
 
-def test_the_same_parameters_give_the_same_bytes_and_another_seed_other_ones(tmp_path):
+def test_parameters_and_seed_determine_every_byte(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path / name), seed=seed)) == 6
     a, b, c = (contents(tmp_path / name) for name in "abc")
@@ -159,12 +159,12 @@ def test_the_same_parameters_give_the_same_bytes_and_another_seed_other_ones(tmp
                                    "train/tapin_00000.png", "train/tapin_00001.png",
                                    "val/still_00000.png", "val/tapin_00000.png"]
     assert len({*a.values(), *c.values()}) == 14
-    with Image.open(tmp_path / "a" / "train" / "tapin_00000.png") as picture:
-        assert picture.mode == "L" and picture.size == (32, 32)
-        assert (np.asarray(picture) == microdoppler.simulate("tapin", "train", 0, TINY)).all()
+    with Image.open(tmp_path / "a" / "train" / "tapin_00000.png") as image:
+        assert image.mode == "L" and image.size == (32, 32)
+        assert (np.asarray(image) == microdoppler.simulate("tapin", "train", 0, TINY)).all()
 
 
-def test_a_picture_depends_neither_on_the_other_classes_nor_on_their_number():
+def test_image_does_not_depend_on_other_classes_or_counts():
     expected = microdoppler.simulate("wave", "val", 3, TINY)
     other = with_(TINY, classes="wave,circle", num_train=9, num_val=7)
     assert (microdoppler.simulate("wave", "val", 3, other) == expected).all()
@@ -174,7 +174,7 @@ def test_a_picture_depends_neither_on_the_other_classes_nor_on_their_number():
 # ---- the folder ----
 
 
-def test_a_finished_folder_is_left_as_it_is(tmp_path):
+def test_complete_folder_is_unchanged(tmp_path):
     config = with_(TINY, out_dir=str(tmp_path / "set"))
     assert microdoppler.write_dataset(config) == 6
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")}
@@ -182,7 +182,7 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")} == before
 
 
-def test_an_interrupted_folder_is_finished_and_shows_no_half_split(tmp_path, monkeypatch):
+def test_interrupted_folder_is_completed_without_partial_splits(tmp_path, monkeypatch):
     config = with_(TINY, out_dir=str(tmp_path / "set"))
     simulate = microdoppler.simulate
 
@@ -201,27 +201,27 @@ def test_an_interrupted_folder_is_finished_and_shows_no_half_split(tmp_path, mon
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
-def test_a_folder_with_other_data_is_refused(tmp_path):
+def test_folder_with_other_data_is_rejected(tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(ValueError, match=r"contains other data \(holiday.jpg\).*--out_dir"):
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-def test_a_folder_with_another_data_set_is_refused_with_the_difference(tmp_path):
+def test_folder_with_another_dataset_is_rejected_with_the_difference(tmp_path):
     microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path), num_train=1))
     with pytest.raises(ValueError, match=r"num_train is 1 there, 2 here.*--out_dir"):
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"simulation": 1, "parameters": 3}'])
-def test_a_foreign_record_is_refused(tmp_path, text):
+def test_invalid_metadata_is_rejected(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match="does not describe a simulated dataset"):
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path)))
 
 
-def test_a_split_with_a_missing_picture_is_refused(tmp_path):
+def test_split_with_a_missing_image_is_rejected(tmp_path):
     config = with_(TINY, out_dir=str(tmp_path))
     microdoppler.write_dataset(config)
     (tmp_path / "train" / "tapin_00001.png").unlink()
@@ -229,7 +229,7 @@ def test_a_split_with_a_missing_picture_is_refused(tmp_path):
         microdoppler.write_dataset(config)
 
 
-def test_the_record_tells_all_parameters_and_the_axes(tmp_path):
+def test_metadata_contains_all_parameters_and_the_axes(tmp_path):
     microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path), num_val=0))
     record = json.loads((tmp_path / "dataset.json").read_text())
     assert set(record["parameters"]) == {f.name for f in dataclasses.fields(TINY)} - {"out_dir"}
@@ -244,7 +244,7 @@ def run_script(monkeypatch, *flags):
     runpy.run_path(str(script), run_name="__main__")
 
 
-def test_the_script_writes_the_folder_once_and_ends_with_one_line_where_it_cannot(tmp_path, monkeypatch, capfd):
+def test_script_writes_once_and_prints_one_line_on_errors(tmp_path, monkeypatch, capfd):
     flags = ["--out_dir", str(tmp_path / "set"), "--classes", "tapout", "--num_train", "2", "--num_val", "1"]
     run_script(monkeypatch, *flags)
     assert capfd.readouterr().out.endswith("3 images written\n")
@@ -256,7 +256,7 @@ def test_the_script_writes_the_folder_once_and_ends_with_one_line_where_it_canno
     assert capfd.readouterr().err.startswith("error: motions of up to")
 
 
-def test_of_several_ranks_one_writes_the_folder(tmp_path):
+def test_one_of_several_ranks_writes_the_folder(tmp_path):
     mpiexec = Path(sys.executable).with_name("mpiexec")
     if not mpiexec.exists():
         pytest.skip(f"no mpiexec beside {sys.executable}")
@@ -297,13 +297,13 @@ def test_of_several_ranks_one_writes_the_folder(tmp_path):
     (dict(seed=-1), "--seed must be >= 0, got -1"),
     (dict(waveform="pulse"), "--waveform must be one of cw, fmcw, got 'pulse'"),
 ])
-def test_parameters_that_do_not_go_together_are_refused_before_anything_is_written(tmp_path, changes, message):
+def test_conflicting_parameters_are_rejected_before_writing(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         microdoppler.write_dataset(with_(out_dir=str(tmp_path / "set"), **changes))
     assert not (tmp_path / "set").exists()
 
 
-def test_no_folder_and_a_file_in_its_place_are_refused_naming_the_flag(tmp_path):
+def test_missing_folder_or_file_instead_error_names_the_flag(tmp_path):
     with pytest.raises(ValueError, match="set --out_dir"):
         microdoppler.write_dataset(TINY)
     (tmp_path / "file").write_text("")
@@ -311,7 +311,7 @@ def test_no_folder_and_a_file_in_its_place_are_refused_naming_the_flag(tmp_path)
         microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path / "file")))
 
 
-def test_a_scene_is_as_drawn_and_finite_for_every_motion_and_waveform():
+def test_scene_is_finite_for_every_motion_and_waveform():
     for motion in microdoppler.MOTIONS:
         for waveform in ("cw", "fmcw"):
             config = with_(waveform=waveform)

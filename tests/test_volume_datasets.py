@@ -31,7 +31,7 @@ def opened(folder, size="8x8x8", **fields):
     return VolumeFolder(DataConfig(str(folder), size, **fields))
 
 
-def test_volumes_of_all_formats_are_read_with_their_classes_and_spacing(folder):
+def test_volumes_of_all_formats_have_classes_and_spacing(folder):
     volumes = opened(folder)
     assert len(volumes) == 3 and volumes.shape == (1, 8, 8, 8) and volumes.ignored == 1
     assert volumes.names == ["ct_0.npy", "mr_1.npz", "mr_2.nii.gz"] and volumes.class_names == ["ct", "mr"]
@@ -43,7 +43,7 @@ def test_volumes_of_all_formats_are_read_with_their_classes_and_spacing(folder):
     np.testing.assert_allclose(batch[1, 0] * 65535, ramp(9, 8, 10)[0:8, :, 1:9], atol=0.01)  # the middle
 
 
-def test_three_sizes_mean_volumes_and_two_mean_pictures(folder, tmp_path):
+def test_three_sizes_open_volumes_and_two_open_images(folder, tmp_path):
     assert isinstance(open_folder(DataConfig(str(folder), "8x8x8")), VolumeFolder)
     assert DataConfig(voxel_size=(8, 4, 2)).image_size == "8x4x2" == DataConfig(image_size="8x4x2").image_size
     with pytest.raises(ValueError, match="expected two sizes and no grid for images"):
@@ -80,18 +80,18 @@ def test_cropping_undoes_padding(folder, size, strides):
     assert torch.equal(unpad(padded.batch([0, 1, 2]), padded.unpadded_shape), plain.batch([0, 1, 2]))
 
 
-def test_random_patches_are_measured_at_places_that_stay(folder):
+def test_random_patches_without_rngs_have_fixed_positions(folder):
     volumes = opened(folder, "4x4x4", crop="random", patches_per_volume=3)
     first = volumes.batch(range(9))
     assert torch.equal(first, volumes.batch(range(9)))
     assert len({tuple(patch.flatten().tolist()) for patch in first}) == 9
 
 
-def test_whole_volumes_keep_their_own_size(folder):
+def test_full_volumes_keep_their_own_size(folder):
     assert opened(folder).read_volume(2).shape == (1, 9, 8, 10)
 
 
-def test_volumes_are_mirrored_along_their_last_axis(folder):
+def test_volumes_are_flipped_along_their_last_axis(folder):
     volumes = opened(folder)
     plain, flipped = volumes.batch([0, 0], flips=[False, True])
     assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
@@ -104,7 +104,7 @@ def test_padding_repeats_the_far_end(folder):
     assert np.array_equal(item[:, 7], item[:, 6])
 
 
-def test_a_window_cuts_values_off_and_a_range_refuses_them(tmp_path):
+def test_value_window_clips_values_and_value_range_rejects_them(tmp_path):
     np.save(tmp_path / "ct.npy", np.linspace(-2000, 2000, 64).reshape(4, 4, 4).astype(np.float32))
     windowed = opened(tmp_path, "4x4x4", value_window="-1000,1000").read(0)
     assert windowed.min() == 0 and windowed.max() == 1 and (windowed == 0).sum() == 16
@@ -126,7 +126,7 @@ def test_complex_cubes_share_one_reference_level(tmp_path):
         opened(tmp_path, "4x4x4", dynamic_range_db=40.0)
 
 
-def test_pictures_have_windows_too(tmp_path):
+def test_value_window_applies_to_images_too(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[-5.0, 0], [5, 10]], np.float32))
     assert ImageFolder(DataConfig(str(tmp_path), 2, value_window="0,5")).read(0).flatten().tolist() == [0, 0, 1, 1]
 
@@ -149,7 +149,7 @@ def test_written_volumes_are_read_back(tmp_path, channels):
     assert volumes.spacing == (3.0, 2.0, 1.0) and np.array_equal(np.rint(volumes.read(0) * 255), values)
 
 
-def test_a_stated_spacing_wins_over_the_files(folder):
+def test_spacing_flag_overrides_the_files(folder):
     assert opened(folder, spacing="3").spacing == (3.0, 3.0, 3.0)
     assert opened(folder, spacing="3,2,1").preprocessing["spacing"] == "3,2,1"
     with pytest.raises(ValueError, match="--spacing must be one or three distances above 0 in mm, .* got .1,2"):
@@ -172,12 +172,12 @@ def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
     (lambda f: None, {"crop": "none"}, "ct_0.npy: size 8x10x12 is not 8x8x8, and --crop none reads full volumes"),
     (lambda f: None, {"image_channels": 3}, "--image_channels 3: volumes are not converted"),
 ])
-def test_what_cannot_be_is_refused_by_name(folder, make, fields, match):
+def test_invalid_volumes_and_flags_are_rejected(folder, make, fields, match):
     make(folder)
     with pytest.raises(ValueError, match=match):
         opened(folder, **fields)
 
 
-def test_a_folder_without_volumes_is_named(tmp_path):
+def test_folder_without_volumes_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="contains no volume .*, or set --image_size to two sizes for images"):
         opened(tmp_path)

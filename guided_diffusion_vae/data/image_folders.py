@@ -60,7 +60,7 @@ class ImageFolder(FileSource):
         path, (_, height, width) = self.paths[index], self.unpadded_shape
         pixels = read_values(path) if self._archive is None else self._archive[index]
         # 8-bit images are resized as 8-bit values, like guided-diffusion's; other types as float32 without rounding.
-        as_stored = pixels.dtype == np.uint8 and not self.config.value_limits
+        as_stored = pixels.dtype == np.uint8 and not self.value_limits
         pixels = match_channels(pixels if as_stored else self._to_unit(pixels, path), self.shape[0])
         pixels = fit(pixels, height, width, self.config.crop, rng)
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels

@@ -29,6 +29,7 @@ class FileSource(ImageSource):
 
     def __init__(self, config, flag):
         self.config, self.folder, self._flag = config, config.data_dir, flag
+        self.value_limits = config.value_limits
         self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         require_data_dir(config.data_dir, flag)
 
@@ -62,7 +63,7 @@ class FileSource(ImageSource):
                  f"of {len(headers)} files are); files are never upsampled, set a smaller size or remove them"),
                 (not is_complex or config.dynamic_range_db > 0,
                  f"{path}: complex values require --dynamic_range_db (e.g. 40) to map their magnitude to [0, 1]"),
-                (is_complex or config.value_limits or header.dtype in full_range,
+                (is_complex or self.value_limits or header.dtype in full_range,
                  f"{path}: {header.dtype} values require --value_range lo,hi, which become 0 and 1, or --value_window "
                  "lo,hi, which also clips values outside"),
             )
