@@ -20,7 +20,7 @@ from guided_diffusion_vae.config import as_dict, option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_classifier, create_model_and_diffusion_vae, create_diffusion
 from guided_diffusion_vae.sampling.guidance import classifier_cond_fn
-from guided_diffusion_vae.sampling.solvers import SAMPLE_LOOPS
+from guided_diffusion_vae.sampling import multistep_sample_loop
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
@@ -81,8 +81,8 @@ def whole_runs(sides, x, device):
 
     @torch.no_grad()
     def few(network, spaced, _):
-        return SAMPLE_LOOPS["dpmpp_sde"](spaced("logsnr15"), network, tuple(x.shape), noise=x.clone(), clip_denoised=False,
-                                  device=device)
+        return multistep_sample_loop(spaced("logsnr15"), network, tuple(x.shape), "dpmpp_sde", noise=x.clone(),
+                                     clip_denoised=False, device=device)
 
     first = next(iter(sides))
     own = {name: side for name, side in sides.items() if name != "guided-diffusion"}

@@ -13,14 +13,12 @@ import common
 import torch
 
 from guided_diffusion_vae.config import option
-from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.runs.factories import create_diffusion
-from guided_diffusion_vae.runs.loading import load_diffusion_model, resolve_weights
-from guided_diffusion_vae.sampling.solvers import SAMPLE_LOOPS, STOCHASTIC
-from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.runs.loading import load_diffusion_model, open_weights
+from guided_diffusion_vae.sampling import SAMPLERS, STOCHASTIC
 
-DETERMINISTIC = [name for name in SAMPLE_LOOPS if name not in ("ddpm", *STOCHASTIC)]
+DETERMINISTIC = [name for name in SAMPLERS if name not in ("ddpm", *STOCHASTIC)]
 
 
 @dataclasses.dataclass
@@ -35,18 +33,18 @@ class SolversConfig:
 
 def main():
     (bench, config), device = common.configure(__doc__, SolversConfig, without=("repetitions",))
-    network, _, header = load_diffusion_model(resolve_weights(config.model_path, "--model_path"), {}, ModelConfig(),
-                                              DiffusionConfig())
-    network.to(device)
+    weights = open_weights(config.model_path)
+    network, header = load_diffusion_model(weights)[0].to(device), weights.header
     shape = (config.bench_batch_size, *header["latent_shape"])
     noise = keyed_randn(shape[1:], [(0, i) for i in range(shape[0])]).to(device)
     classes = len(header["classes"] or ())
-    told = {"y": torch.arange(shape[0], device=device) % classes} if classes else {}
+    conditioning = {"y": torch.arange(shape[0], device=device) % classes} if classes else {}
 
     def sampled(name, spacing):
-        process = create_diffusion({**header["diffusion"], "timestep_respacing": spacing})
+        diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": spacing})
         begun = time.process_time()
-        x0 = SAMPLE_LOOPS[name](process, network, shape, noise=noise, clip_denoised=False, model_kwargs=told, device=device)
+        x0 = SAMPLERS[name][1](diffusion, network, shape, noise=noise, clip_denoised=False, model_kwargs=conditioning,
+                               device=device)
         return x0, time.process_time() - begun
 
     converged, _ = sampled("unipc", f"logsnr{config.converged_steps}")

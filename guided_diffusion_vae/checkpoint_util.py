@@ -1,26 +1,36 @@
-"""Self-describing checkpoints: weights that carry their header, and steps that exist only when they are whole.
+"""Self-describing checkpoints: weights with a header, and steps that exist only once they are complete.
 
-A weights file is a bare state dict, as guided-diffusion writes it. What rebuilds the network (kind, step,
-configuration, normalizer, autoencoder) rides along as a JSON string in the state dict's `_metadata`, which plain
-`load_state_dict` passes over and `torch.load(weights_only=True)` keeps.
+A weights file is a bare state dict, as guided-diffusion writes it. The header (kind, step, configuration, normalizer,
+autoencoder), from which the network is rebuilt, is a JSON string in the state dict's `_metadata`, which plain
+`load_state_dict` ignores and `torch.load(weights_only=True)` keeps.
 
-A step of a run is a set of files and, written last, a marker `stateNNNNNN.json` with their sizes and SHA-256.
+A step of a run is a set of files and a marker `stateNNNNNN.json`, written last, with their sizes and SHA-256.
 """
 
-import collections
 import contextlib
 import json
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from .config import require
 from .files import atomic_path, load_tensors as load, sha256_of_file, write_json
 
 FORMAT = 1
 HEADER_KEY = "guided_diffusion_vae"
 VERSIONS_KEY = "module_versions"
+
+
+class Weights(NamedTuple):
+    """Contents of a weights file: the state dict, its header (None if bare), the path and SHA-256 of the file."""
+
+    state_dict: dict
+    header: dict | None
+    path: Path
+    sha256: str | None
 
 
 def save_weights(path, state_dict, header):
@@ -32,18 +42,18 @@ def save_weights(path, state_dict, header):
 
 
 def save(path, content):
-    """Write what `torch.save` can write, atomically."""
+    """Write any content that `torch.save` supports, atomically."""
     with atomic_path(path) as part, open(part, "wb") as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:
-            # Given a name in place of a stream, torch says of a full disk only that a position is unexpected; given a
-            # stream, it may still raise that on top of the stream's own error.
+            # On a full disk torch raises an error about the position, on top of that of the stream, which has the
+            # reason.
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def save_safetensors(path, state_dict, header):
-    """Write a state dict as .safetensors with `header` among the file's metadata, atomically."""
+    """Write a state dict as .safetensors with `header` in the metadata of the file, atomically."""
     from safetensors.torch import save_file
 
     versions = {k: v for k, v in (getattr(state_dict, "_metadata", None) or {}).items() if isinstance(v, dict)}
@@ -59,12 +69,12 @@ def load_weights(path, map_location="cpu", flag="--model_path"):
         state_dict, text = _load_safetensors(path, map_location, flag)
     else:
         state_dict = load(path, map_location, flag)
-        if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
-            raise ValueError(f"{path} holds no state dict (names with tensors); {flag} wants a model or ema file")
+        valid = isinstance(state_dict, dict) and all(isinstance(v, torch.Tensor) for v in state_dict.values())
+        require((valid, f"{path} is not a state dict (names with tensors); {flag} expects a model or ema file"))
         text = (getattr(state_dict, "_metadata", None) or {}).get(HEADER_KEY)
     header = json.loads(text) if isinstance(text, str) else None
-    if header is not None and header.get("format") != FORMAT:
-        raise ValueError(f"{path} has header format {header.get('format')}, this version reads format {FORMAT}")
+    require((header is None or header.get("format") == FORMAT,
+             f"{path}: expected header format {FORMAT}, got {header and header.get('format')}"))
     return state_dict, header
 
 
@@ -72,40 +82,43 @@ def _load_safetensors(path, map_location, flag):
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there; check {flag}")
+        raise FileNotFoundError(f"{path} does not exist; check {flag}")
     try:
         with safe_open(path, "pt") as content:
-            tensors = collections.OrderedDict((name, content.get_tensor(name).to(map_location))
-                                              for name in content.keys())
+            tensors = OrderedDict((name, content.get_tensor(name).to(map_location)) for name in content.keys())
             metadata = content.metadata() or {}
             if VERSIONS_KEY in metadata:
-                tensors._metadata = json.loads(metadata[VERSIONS_KEY])  # modules ask for the version of their weights
+                tensors._metadata = json.loads(metadata[VERSIONS_KEY])  # read by `load_state_dict` of the modules
             return tensors, metadata.get(HEADER_KEY)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); check {flag}") from error
+        raise ValueError(f"{path} is corrupt or not a safetensors file ({error}); check {flag}") from error
 
 
 def require_kind(header, kind, path, flag):
-    """Refuse weights of another kind of model, naming both kinds."""
-    if header["kind"] != kind:
-        raise ValueError(f"{path} holds a model of kind {header['kind']!r}, {flag} wants one of kind {kind!r}")
+    """Reject weights of another kind of model.
+
+    :raises ValueError: with both kinds.
+    """
+    require((header["kind"] == kind, f"{path}: {flag} expects a model of kind {kind!r}, got {header['kind']!r}"))
 
 
 def load_strict(model, state_dict, path, flag="--model_path"):
-    """Load weights strictly; ValueError with the first differences where keys or shapes disagree."""
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    """Load weights strictly.
+
+    :raises ValueError: with the first differences, if keys or shapes do not match.
+    """
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         found = {k: tuple(v.shape) for k, v in state_dict.items()}
-        lines = [f"{k}: {found.get(k, 'missing')} in the file, {wanted.get(k, 'nothing')} in the model"
-                 for k in sorted(wanted.keys() | found.keys()) if found.get(k) != wanted.get(k)]
-        raise ValueError(f"{path} does not fit the model ({len(lines)} of {len(wanted)} entries differ; "
+        lines = [f"{k}: expected {expected.get(k, 'nothing')}, got {found.get(k, 'nothing')}"
+                 for k in sorted(expected.keys() | found.keys()) if found.get(k) != expected.get(k)]
+        raise ValueError(f"{path} does not match the model ({len(lines)} of {len(expected)} entries differ; "
                          f"{'; '.join(lines[:3])}); check {flag} and the flags of the model") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the files of a step
+# --- Files of a step ---
 
 
 def model_name(step):
@@ -133,78 +146,106 @@ def marker_name(step):
 
 
 def commit(folder, step, names, state):
-    """Write the marker of a step: `state` and the size and SHA-256 of every file in `names`."""
+    """Write the marker of a step: `state`, and the size and SHA-256 of every file in `names`."""
     folder = Path(folder)
     files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names}
     write_json(folder / marker_name(step), {"format": FORMAT, "step": step, "files": files, **state})
 
 
 def committed_steps(folder):
-    """Return the committed steps of a run folder, oldest first; their files are not looked at yet."""
+    """Return the committed steps of a run folder in ascending order; their files are not read."""
     found = [re.fullmatch(r"state(\d{6,})\.json", p.name) for p in Path(folder).glob("state*.json")]
     return sorted(int(m.group(1)) for m in found if m)
 
 
-def read_marker(folder, step):
-    """Return the marker of a step after comparing its files with it; ValueError where one is damaged."""
-    folder = Path(folder)
+def read_marker(folder, step, select=None):
+    """Return the marker of a step, after comparing its files with it.
+
+    :param select: function of the marker that returns the name of the only file to compare; None: compare all.
+    :raises ValueError: if the marker or one of these files is corrupt.
+    """
+    path = Path(folder) / marker_name(step)
     try:
-        marker = json.loads((folder / marker_name(step)).read_text())
+        marker = json.loads(path.read_text())
         found = marker["format"], marker["step"]
-        files = [(folder / Path(name).name, want["bytes"], want["sha256"]) for name, want in marker["files"].items()]
+        files = [(path.parent / Path(name).name, entry["bytes"], entry["sha256"])
+                 for name, entry in marker["files"].items() if select is None or name == select(marker)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / marker_name(step)} is damaged ({type(error).__name__}: {error})") from error
-    if found != (FORMAT, step):
-        raise ValueError(f"{folder / marker_name(step)} is of format {found[0]} and step {found[1]}, needed are format "
-                         f"{FORMAT} and step {step}: was it renamed?")
-    for path, size, sha256 in files:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, {size} were written")
-        if sha256_of_file(path) != sha256:
-            raise ValueError(f"{path} does not hold what was written (its SHA-256 differs)")
+        raise ValueError(f"{path} is corrupt ({type(error).__name__}: {error})") from error
+    require((found == (FORMAT, step), f"{path}: expected format {FORMAT} and step {step}, got format {found[0]} and "
+             f"step {found[1]}: was it renamed?"))
+    for file, size, sha256 in files:
+        require((file.is_file(), f"{file} is missing"))
+        require((file.stat().st_size == size, f"{file}: expected {size} bytes, got {file.stat().st_size}"))
+        require((sha256_of_file(file) == sha256, f"{file} is corrupt: its SHA-256 is not that of {path.name}"))
     return marker
 
 
 def latest_marker(folder, warn=print):
-    """Return the marker of the newest undamaged step, or None where no step was ever committed.
+    """Return the marker of the latest intact step, None if no step was ever committed.
 
-    Damaged steps are reported through `warn` and passed over; where all are damaged, ValueError.
+    Corrupt steps are skipped and reported through `warn`.
+
+    :raises ValueError: if all steps are corrupt.
     """
-    committed = committed_steps(folder)
-    for step in reversed(committed):
+    return _first_intact(folder, committed_steps(folder)[::-1], warn)
+
+
+def _first_intact(folder, steps, warn, select=None):
+    for step in steps:
         try:
-            return read_marker(folder, step)
+            return read_marker(folder, step, select)
         except ValueError as error:
-            warn(f"checkpoint {step} of {folder} cannot be used: {error}; trying the one before it")
-    if committed:
-        raise ValueError(f"every checkpoint of {folder} is damaged; choose another --logdir or restore the files")
+            warn(f"checkpoint {step} of {folder} cannot be used: {error}; trying the next one")
+    require((not steps, f"every checkpoint of {folder} is corrupt; use another --logdir or restore the files"))
     return None
 
 
-def latest_weights(folder, flag="--model_path"):
-    """Return the weights file of a run to use: the slowest moving average of its best step, else of its newest one.
+def find_weights(path, flag="--model_path", warn=print):
+    """Return (path, SHA-256) of the weights file to use: `path` itself, or of a run folder the best one.
 
-    Which step was best a run knows that measured itself (see `TrainLoop`); damaged steps are passed over.
+    The best one is the EMA with the largest decay of the best step (see `TrainLoop`) or of the latest one; corrupt
+    steps are skipped. The file is read once, and compared with the marker of its step if there is one; no other file
+    of the step is read.
+
+    :raises ValueError: if the file does not match its marker.
     """
-    marker = latest_marker(folder)
-    if marker is None:
-        raise FileNotFoundError(f"{folder} holds no finished checkpoint (stateNNNNNN.json); check {flag}")
-    best = (marker.get("best") or {}).get("step", marker["step"])
-    if best != marker["step"] and best in committed_steps(folder):
+    file = Path(path)
+    if not file.is_dir():
+        step = re.search(r"(\d{6,})\.pt$", file.name)
+        if step and file.is_file() and int(step[1]) in committed_steps(file.parent):
+            entry = read_marker(file.parent, int(step[1]), lambda marker: file.name)["files"].get(file.name)
+            if entry:
+                return path, entry["sha256"]
+        return path, sha256_of_file(file) if file.is_file() else None     # `load` reports a missing file
+    steps, best = committed_steps(file)[::-1], None
+    for step in steps:
         with contextlib.suppress(ValueError):
-            marker = read_marker(folder, best)
-    averages = {float(m.group(1)): name for name in marker["files"] if (m := re.match(r"ema_([\d.]+)_\d+\.pt", name))}
-    return Path(folder) / (averages[max(averages)] if averages else model_name(marker["step"]))
+            best = (read_marker(file, step, lambda marker: None).get("best") or {}).get("step")
+            break
+    marker = _first_intact(file, sorted(steps, key=lambda step: step != best), warn, _weights_name)
+    require((marker is not None, f"{file} contains no complete checkpoint (stateNNNNNN.json); check {flag}"),
+            error=FileNotFoundError)
+    name = _weights_name(marker)
+    return file / name, marker["files"].get(name, {}).get("sha256")
+
+
+def _weights_name(marker):
+    emas = {float(m.group(1)): name for name in marker["files"] if (m := re.fullmatch(r"ema_([\d.]+)_\d+\.pt", name))}
+    return emas[max(emas)] if emas else model_name(marker["step"])
+
+
+def latest_weights(folder, flag="--model_path"):
+    """Return the path of the weights file of a run to use; see `find_weights`."""
+    return find_weights(folder, flag)[0]
 
 
 def prune_checkpoints(folder, count, kept=()):
-    """Delete the files of all but the newest `count` steps and those `kept`, each step's marker first."""
+    """Delete the files of all steps except the latest `count` and those in `kept`, each step's marker first."""
     folder = Path(folder)
     for step in set(committed_steps(folder)[:-count]) - set(kept):
         (folder / marker_name(step)).unlink()
-        # By name and not by what the marker lists: it may be damaged.
+        # By name and not by the marker, which may be corrupt.
         named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
         for path in [*(folder / name(step) for name in named), *folder.glob(ema_name("*", step))]:
             path.unlink(missing_ok=True)

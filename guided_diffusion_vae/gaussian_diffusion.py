@@ -258,8 +258,8 @@ class GaussianDiffusion:
         first = self.alphas_cumprod[-1]
         if self.model_mean_type is not ModelMeanType.EPSILON or first >= MIN_UNCLIPPED_ALPHA_BAR:
             return None
-        return (f"x0 is not clipped and {math.sqrt(first):.1g} of the signal is left at the first sampling step: x0 may "
-                "diverge and samples stay noisy; --timestep_respacing ddim100 starts at lower noise")
+        return (f"x0 is not clipped and {math.sqrt(first):.1g} of the signal is left at the first sampling step: x0 "
+                "may diverge and samples stay noisy; --timestep_respacing ddim100 starts at lower noise")
 
     # --- Forward process q ---
 

@@ -7,7 +7,7 @@ Writes metrics.json and roundtrip.png to the run folder. The exit status is 1 if
 import sys
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.evaluation.roundtrip import failed_thresholds, roundtrip
+from guided_diffusion_vae.evaluation import failed_thresholds, roundtrip
 from guided_diffusion_vae.logger import log_rank0
 from guided_diffusion_vae.runs import spaces
 from guided_diffusion_vae.runs.configs import DataConfig, RoundtripConfig, RunConfig, VAEConfig

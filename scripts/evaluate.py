@@ -10,7 +10,7 @@ Features come from one of three sources: the Inception network of FID (a local w
 metrics.json, confusion matrices and the nearest training images to the run folder."""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.evaluation import comparison
+from guided_diffusion_vae.evaluation import evaluate
 from guided_diffusion_vae.runs import loading, tstr
 from guided_diffusion_vae.runs.configs import (
     ClassifierConfig, ClassifierTrainConfig, DataConfig, EvaluateConfig, RunConfig, VAEConfig,
@@ -24,22 +24,17 @@ from guided_diffusion_vae.runs.run import drop_fields, script
     RunConfig,
 )
 def main(run):
-    config = run[EvaluateConfig]
-    for flag in ("reference", "samples", "train_dir"):
-        if flag != "train_dir" or config.train_dir:
-            comparison.require_dataset(vars(config)[flag], f"--{flag}")
+    loading.require_sets(run[EvaluateConfig])
     if run.dry_run:
         return
 
-    extract, classifier, header, data = loading.open_extractors(run)
+    extract, classifier, data = loading.open_extractors(run)
     run = run.override(data)
-    datasets = {name: comparison.open_images(path, data, flag) for name, path, flag in (
-        ("real", config.reference, "--reference"), ("samples", config.samples, "--samples"),
-        ("training", config.train_dir, "--train_dir")) if path}
-    tstr_datasets = tstr.open_tstr_datasets(run, datasets) if config.tstr_iterations else {}
-    report = comparison.evaluate(config, data, extract, run.folder, classifier, header["classes"], header["image_shape"])
-    if tstr_datasets:
-        report.update(tstr.run_tstr(run, tstr_datasets))
+    sets = loading.open_sets(run)
+    tstr_sets = tstr.open_tstr_datasets(run, sets) if run[EvaluateConfig].tstr_iterations else {}
+    report = evaluate(run[EvaluateConfig], sets, extract, run.folder, classifier)
+    if tstr_sets:
+        report.update(tstr.run_tstr(run, tstr_sets))
     run.write_report(report)
 
 

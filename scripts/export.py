@@ -17,9 +17,9 @@ from guided_diffusion_vae.runs.run import script, select_fields
 @script(__doc__, ExportConfig, select_fields(VAEConfig, "vae_path", "scale_factor"))
 def main(run):
     config = run[ExportConfig]
-    config.model_path = loading.resolve_weights(config.model_path, "--model_path")  # a collective call
+    weights = loading.open_weights(config.model_path)   # a collective call
     if dist_util.rank() == 0:
-        summary = export.export_model(config, run[VAEConfig])
+        summary = export.export_model(config, weights, run[VAEConfig])
         log_rank0(f"wrote {config.out}: {summary}")
 
 

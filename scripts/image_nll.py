@@ -6,8 +6,10 @@
 For pixels the unit is bits per dimension, as in guided-diffusion. For latents the bound is a density in nats per latent
 dimension. It does not bound the likelihood of images, so the two values cannot be compared."""
 
+import dataclasses
+
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.evaluation.likelihood import likelihood
+from guided_diffusion_vae.evaluation import likelihood
 from guided_diffusion_vae.runs import loading, spaces
 from guided_diffusion_vae.runs.configs import (
     DataConfig, DiffusionConfig, LatentConfig, LikelihoodConfig, ModelConfig, RunConfig, VAEConfig,
@@ -20,14 +22,15 @@ from guided_diffusion_vae.runs.run import script, select_fields
     DiffusionConfig, RunConfig,
 )
 def main(run):
-    network, diffusion, source, space, labels = loading.load_model_and_data(run)
-    spaces.log_source(source)
+    network, diffusion, data = loading.load_model_and_data(run)
+    spaces.log_source(data.source)
     if run.dry_run:
         return
     config = run[LikelihoodConfig]
     # Clipping is the default of guided-diffusion; latents are clipped only on request.
-    clip = config.clip_denoised and (space.is_pixels or "clip_denoised" in run.explicit)
-    run.write_report(likelihood(network, diffusion, source, space, labels, clip, config, run.folder))
+    clip = config.clip_denoised and (data.space.is_pixels or "clip_denoised" in run.explicit)
+    config = dataclasses.replace(config, clip_denoised=clip)
+    run.write_report(likelihood(network, diffusion, data, config, run.folder))
 
 
 create_argparser = main.argparser

@@ -12,7 +12,7 @@ HEADER = {"kind": "diffusion", "step": 3, "model": {"channel_mult": [1, 2], "rat
 
 
 class Network(torch.nn.Sequential):
-    """Holds a parameter, a buffer and, by the norm, a version in the metadata of its state dict."""
+    """Network with a parameter, a buffer and, by the norm, a version in the metadata of its state dict."""
 
     def __init__(self, width=2):
         super().__init__(torch.nn.Linear(3, width), torch.nn.BatchNorm1d(width))
@@ -20,7 +20,7 @@ class Network(torch.nn.Sequential):
 
 @pytest.fixture
 def run(tmp_path):
-    """Write steps 2, 4 and 6, each with a model, two averages and an optimizer."""
+    """Write steps 2, 4 and 6, each with a model, two EMAs and an optimizer."""
     for step in (2, 4, 6):
         names = [cu.model_name(step), cu.ema_name(0.9, step), cu.ema_name(0.9999, step), cu.optimizer_name(step)]
         for name in names:
@@ -33,10 +33,10 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# Weights that describe themselves
+# --- Weights with a header ---
 
 
-def test_a_weights_file_is_a_bare_state_dict_to_everyone_else(tmp_path):
+def test_weights_file_loads_as_a_bare_state_dict(tmp_path):
     network = Network()
     cu.save_weights(tmp_path / "model.pt", network.state_dict(), HEADER)
     plain = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -44,10 +44,10 @@ def test_a_weights_file_is_a_bare_state_dict_to_everyone_else(tmp_path):
     twin = Network()
     twin.load_state_dict(plain)
     assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), network.state_dict().values()))
-    assert plain._metadata["1"] == {"version": 2}  # what torch itself keeps there survives
+    assert plain._metadata["1"] == {"version": 2}  # torch's own entries are kept
 
 
-def test_the_header_survives_and_comes_back_as_it_was(tmp_path):
+def test_header_survives_saving_and_loading(tmp_path):
     cu.save_weights(tmp_path / "model.pt", Network().state_dict(), HEADER)
     weights, header = cu.load_weights(tmp_path / "model.pt")
     assert header == {"format": 1, **HEADER}
@@ -64,55 +64,54 @@ def test_a_released_checkpoint_has_no_header(tmp_path):
     assert header is None and set(weights) == set(Network().state_dict())
 
 
-def test_a_header_of_another_version_is_refused(tmp_path, monkeypatch):
+def test_header_of_another_format_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(cu, "FORMAT", 2)
     cu.save_weights(tmp_path / "model.pt", Network().state_dict(), HEADER)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="model.pt has header format 2, this version reads format 1"):
+    with pytest.raises(ValueError, match="model.pt: expected header format 1, got 2"):
         cu.load_weights(tmp_path / "model.pt")
 
 
-def test_weights_of_another_kind_are_refused():
+def test_weights_of_another_kind_raise():
     cu.require_kind(HEADER, "diffusion", "model.pt", "--model_path")
-    with pytest.raises(ValueError, match="model.pt holds a model of kind 'diffusion', --vae_path wants one of"):
+    with pytest.raises(ValueError, match="model.pt: --vae_path expects a model of kind 'autoencoder', got 'diffusion'"):
         cu.require_kind(HEADER, "autoencoder", "model.pt", "--vae_path")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"state": {"w": torch.zeros(2)}}, {"step": 3}])
-def test_what_is_no_state_dict_is_refused(tmp_path, content):
+def test_other_content_than_a_state_dict_raises(tmp_path, content):
     torch.save(content, tmp_path / "opt.pt")
-    with pytest.raises(ValueError, match="opt.pt holds no state dict .*--classifier_path wants a model or ema file"):
+    with pytest.raises(ValueError, match="opt.pt is not a state dict .*--classifier_path expects a model or ema file"):
         cu.load_weights(tmp_path / "opt.pt", flag="--classifier_path")
 
 
-def test_differences_to_the_model_are_named(tmp_path):
+def test_load_strict_lists_differences(tmp_path):
     weights = Network(2).state_dict()
     cu.load_strict(Network(2), weights, "model.pt")
-    with pytest.raises(ValueError, match=r"model.pt does not fit the model \(6 of 7 entries differ; 0.bias: \(2,\) in "
-                                         r"the file, \(4,\) in the model; .*check --model_path and the flags of"):
+    with pytest.raises(ValueError, match=r"model.pt does not match the model \(6 of 7 entries differ; 0.bias: expected "
+                                         r"\(4,\), got \(2,\); .*check --model_path and the flags of"):
         cu.load_strict(Network(4), weights, "model.pt")
     del weights["0.bias"]
     weights["0.gain"] = torch.zeros(())
-    with pytest.raises(ValueError, match=r"0.bias: missing in the file, \(2,\) in the model; 0.gain: \(\) in the file, "
-                                         "nothing in the model"):
+    with pytest.raises(ValueError, match=r"0.bias: expected \(2,\), got nothing; 0.gain: expected nothing, got \(\)"):
         cu.load_strict(Network(2), weights, "model.pt")
 
 
-# Reading and writing files
+# --- Reading and writing files ---
 
 
 @pytest.mark.parametrize("content, problem", [
     (b"", "corrupt or truncated"), (b"not a checkpoint", "corrupt or truncated"), (None, "corrupt or truncated"),
     (pickle.dumps(print), "weights_only"), (pickle.dumps({"w": 1}, protocol=0), "weights_only"),
 ])
-def test_a_damaged_or_foreign_file_is_refused(tmp_path, content, problem):
-    cu.save(tmp_path / "whole.pt", {"w": torch.zeros(100)})
-    (tmp_path / "a.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:500] if content is None else content)
+def test_corrupt_or_foreign_file_raises(tmp_path, content, problem):
+    cu.save(tmp_path / "complete.pt", {"w": torch.zeros(100)})
+    (tmp_path / "a.pt").write_bytes((tmp_path / "complete.pt").read_bytes()[:500] if content is None else content)
     with pytest.raises(ValueError, match=f"a.pt is .*{problem}.*check --model_path"):
         cu.load(tmp_path / "a.pt", flag="--model_path")
 
 
-def test_a_file_that_would_run_code_is_not_run(tmp_path):
+def test_pickled_code_is_not_executed(tmp_path):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "was_here",)
@@ -123,13 +122,13 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path):
     assert not (tmp_path / "was_here").exists()
 
 
-def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path):
+def test_missing_file_raises_with_its_flag(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{path} does not exist; check --model_path"):
             cu.load(path, flag="--model_path")
 
 
-def test_running_out_of_space_is_reported_and_leaves_the_old_file(tmp_path):
+def test_full_disk_raises_and_keeps_the_old_file(tmp_path):
     cu.save(tmp_path / "a.pt", {"w": torch.ones(3)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # files end there, as they do on a full disk
@@ -141,10 +140,10 @@ def test_running_out_of_space_is_reported_and_leaves_the_old_file(tmp_path):
     assert torch.equal(cu.load(tmp_path / "a.pt")["w"], torch.ones(3)) and names_in(tmp_path) == ["a.pt"]
 
 
-# The steps of a run
+# --- Steps of a run ---
 
 
-def test_a_marker_names_every_file_of_its_step(run):
+def test_marker_lists_every_file_of_its_step(run):
     marker = cu.read_marker(run, 4)
     assert (marker["step"], marker["seed"], marker["format"]) == (4, 7, 1)
     assert list(marker["files"]) == ["model000004.pt", "ema_0.9_000004.pt", "ema_0.9999_000004.pt", "opt000004.pt"]
@@ -160,13 +159,13 @@ def test_only_steps_with_a_marker_count(run):
     assert cu.committed_steps(run / "nowhere") == []
 
 
-@pytest.mark.parametrize("spoil, problem", [
+@pytest.mark.parametrize("corrupt, problem", [
     (lambda path: path.unlink(), "opt000006.pt is missing"),
-    (lambda path: path.write_bytes(b"short"), "opt000006.pt has 5 bytes, [0-9]+ were written"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "opt000006.pt does not hold what was written"),
+    (lambda path: path.write_bytes(b"short"), "opt000006.pt: expected [0-9]+ bytes, got 5"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"), "opt000006.pt is corrupt: its SHA-256 is not that"),
 ])
-def test_a_damaged_file_is_found_by_size_and_digest(run, spoil, problem):
-    spoil(run / "opt000006.pt")
+def test_corrupt_file_is_found_by_size_and_sha256(run, corrupt, problem):
+    corrupt(run / "opt000006.pt")
     with pytest.raises(ValueError, match=problem):
         cu.read_marker(run, 6)
 
@@ -176,52 +175,90 @@ def test_a_damaged_file_is_found_by_size_and_digest(run, spoil, problem):
     '{"format": 1, "step": 6, "files": {"model000006.pt": 3}}',
     '{"format": 1, "step": 6, "files": {"model000006.pt": {"bytes": 3}}}',
 ])
-def test_a_damaged_marker_is_a_damaged_step(run, text):
+def test_corrupt_marker_is_a_corrupt_step(run, text):
     (run / "state000006.json").write_text(text)
-    with pytest.raises(ValueError, match="state000006.json is damaged"):
+    with pytest.raises(ValueError, match="state000006.json is corrupt"):
         cu.read_marker(run, 6)
     assert cu.latest_marker(run, warn=lambda text: None)["step"] == 4
 
 
-def test_a_renamed_marker_is_no_step(run):
+def test_renamed_marker_raises(run):
     (run / "state000004.json").rename(run / "state000008.json")
-    with pytest.raises(ValueError, match="state000008.json is of format 1 and step 4, needed are format 1 and step 8"):
+    with pytest.raises(ValueError, match="state000008.json: expected format 1 and step 8, got format 1 and step 4"):
         cu.read_marker(run, 8)
 
 
-def test_the_newest_undamaged_step_is_taken_and_others_are_reported(run):
-    told = []
-    assert cu.latest_marker(run, told.append)["step"] == 6 and told == []
+def test_latest_intact_step_is_used_and_others_are_reported(run):
+    warnings = []
+    assert cu.latest_marker(run, warnings.append)["step"] == 6 and warnings == []
     (run / "model000006.pt").unlink()
-    assert cu.latest_marker(run, told.append)["step"] == 4
-    assert len(told) == 1 and "checkpoint 6 of" in told[0] and "model000006.pt is missing" in told[0]
+    assert cu.latest_marker(run, warnings.append)["step"] == 4
+    assert len(warnings) == 1 and "checkpoint 6 of" in warnings[0] and "model000006.pt is missing" in warnings[0]
     for step in (2, 4):
         (run / cu.ema_name(0.9, step)).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"every checkpoint of {run} is damaged"):
-        cu.latest_marker(run, told.append)
+    with pytest.raises(ValueError, match=f"every checkpoint of {run} is corrupt"):
+        cu.latest_marker(run, warnings.append)
 
 
-def test_a_folder_without_steps_has_no_newest(tmp_path):
+def test_folder_without_steps_has_no_weights(tmp_path):
     assert cu.latest_marker(tmp_path) is None
-    with pytest.raises(FileNotFoundError, match=r"holds no finished checkpoint \(stateNNNNNN.json\); check --vae_path"):
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint \(stateNNNNNN.json\); check --vae_path"):
         cu.latest_weights(tmp_path, "--vae_path")
 
 
-def test_the_slowest_average_of_the_newest_step_is_used(run):
+def test_ema_with_the_largest_decay_of_the_latest_step_is_used(run):
     assert cu.latest_weights(run) == run / "ema_0.9999_000006.pt"
     cu.commit(run, 8, [], {})
     assert cu.latest_weights(run).name == "model000008.pt"
 
 
-def test_all_but_the_newest_steps_are_forgotten(run):
+@pytest.fixture
+def hashed(monkeypatch):
+    """Record the names of the files that are hashed."""
+    names, original = [], cu.sha256_of_file
+    monkeypatch.setattr(cu, "sha256_of_file", lambda path: names.append(path.name) or original(path))
+    return names
+
+
+def test_find_weights_hashes_the_file_it_returns_only(run, hashed):
+    (run / "opt000006.pt").write_bytes(b"corrupt")     # of no interest
+    expected = json.loads((run / "state000006.json").read_text())["files"]["ema_0.9999_000006.pt"]["sha256"]
+    for path in (run, run / "ema_0.9999_000006.pt"):
+        assert cu.find_weights(path) == (run / "ema_0.9999_000006.pt", expected)
+        assert hashed == ["ema_0.9999_000006.pt"]
+        hashed.clear()
+    (run / "copy.pt").write_bytes((run / "ema_0.9999_000006.pt").read_bytes())
+    assert cu.find_weights(run / "copy.pt") == (run / "copy.pt", expected) and hashed == ["copy.pt"]
+    assert cu.find_weights("gs://bucket/model.pt") == ("gs://bucket/model.pt", None)
+
+
+def test_find_weights_of_the_best_step_hashes_no_other_step(run, hashed):
+    marker = json.loads((run / "state000006.json").read_text())
+    (run / "state000006.json").write_text(json.dumps({**marker, "best": {"step": 2}}))
+    assert cu.find_weights(run)[0].name == "ema_0.9999_000002.pt" and hashed == ["ema_0.9999_000002.pt"]
+    (run / "ema_0.9999_000002.pt").write_bytes(b"corrupt")
+    assert cu.find_weights(run, warn=lambda text: None)[0].name == "ema_0.9999_000006.pt"
+
+
+def test_weights_file_that_differs_from_its_marker_raises(run):
+    path = run / "ema_0.9_000004.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="ema_0.9_000004.pt is corrupt: its SHA-256 is not that of state000004.json"):
+        cu.find_weights(path)
+    assert cu.find_weights(run / "model000004.pt")[1]
+
+
+def test_prune_keeps_the_latest_steps(run):
     kept = [name for name in names_in(run) if "000006" in name]
-    (run / "state000004.json").write_text("damaged")
+    (run / "state000004.json").write_text("corrupt")
     (run / "config.json").write_text("{}")
     cu.prune_checkpoints(run, 1)
     assert names_in(run) == sorted([*kept, "config.json"])
 
 
-def test_forgetting_touches_nothing_that_a_marker_names_elsewhere(run):
+def test_prune_deletes_no_file_outside_the_folder(run):
     victim = run.parent / "victim.pt"
     victim.write_text("precious")
     marker = json.loads((run / "state000002.json").read_text())

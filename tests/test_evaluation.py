@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from guided_diffusion_vae.data import DataConfig, ImageFolder, open_npz, to_uint8, write_npz
-from guided_diffusion_vae.evaluation import comparison, image_metrics
-from guided_diffusion_vae.evaluation.comparison import EvaluateConfig, evaluate
-from guided_diffusion_vae.evaluation.features import Features
-from guided_diffusion_vae.evaluation.image_metrics import bicubic_baseline
-from guided_diffusion_vae.evaluation.roundtrip import RoundtripConfig, failed_thresholds, roundtrip
-from guided_diffusion_vae.evaluation.set_metrics import FeatureStatistics, frechet_distance, inception_score
+from guided_diffusion_vae.evaluation import (
+    PAIRED_METRICS, EvaluateConfig, EvaluationClassifier, Features, FeatureStatistics, RoundtripConfig,
+    bicubic_baseline, evaluate, failed_thresholds, frechet_distance, inception_score, open_sample_file, roundtrip,
+)
+from guided_diffusion_vae.runs import loading
+from guided_diffusion_vae.runs.run import Run
 from guided_diffusion_vae.vae_wrapper import PixelCodec
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ DATA = DataConfig(image_size=16)
 
 
 class HalvingCodec(PixelCodec):
-    """A codec that keeps the averages of 2 x 2 pixels, and a second channel of nothing."""
+    """Codec of the averages of 2 x 2 pixels, with a second channel of zeros."""
 
     factors, latent_channels, scale_factor = (2, 2), 2, 0.5
 
@@ -36,22 +36,22 @@ class HalvingCodec(PixelCodec):
         return F.interpolate(2 * latents[:, :1], scale_factor=2)
 
 
-def levels(count, seed, size=(16, 16)):
-    """Return pictures [N x 1 x H x W] uint8, dark and light ones in turn, and their labels."""
+def images_and_labels(count, seed, size=(16, 16)):
+    """Return images [N x 1 x H x W] uint8, alternating dark and light, and their labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 2
     return (rng.integers(0, 60, (count, 1, *size)) + 150 * labels[:, None, None, None]).astype(np.uint8), labels
 
 
-def folder_of(path, count=12, seed=0, size=(16, 16)):
+def write_folder(path, count=12, seed=0, size=(16, 16)):
     path.mkdir()
-    for i, (pixels, label) in enumerate(zip(*levels(count, seed, size))):
+    for i, (pixels, label) in enumerate(zip(*images_and_labels(count, seed, size))):
         Image.fromarray(pixels[0]).save(path / f"{NAMES[label]}_{i:02d}.png")
     return str(path)
 
 
 def samples_file(folder, images, labels, names=NAMES):
-    """Write pictures [N x 1 x H x W] as a file of samples; return its path."""
+    """Write images [N x 1 x H x W] as a file of samples; return its path."""
     last = np.moveaxis(images, 1, -1)
     path = folder / f"samples_{len(last)}.npz"
     write_npz(path, last.shape, [last], labels, names)
@@ -59,178 +59,203 @@ def samples_file(folder, images, labels, names=NAMES):
 
 
 def extract(images):
-    """Return features [n x 2] and the logits of a classifier that looks at the mean level."""
+    """Return features [n x 2] and the logits of a classifier of the mean intensity."""
     mean = images.mean((1, 2, 3))
     return Features(torch.stack([mean, images.std((1, 2, 3))], 1), torch.stack([0.4 - mean, mean - 0.4], 1))
 
 
-# the round trip
+# --- Round trip ---
 
 
-def test_the_report_holds_the_means_over_all_pictures(tmp_path):
-    pictures = ImageFolder(DATA, data_dir=folder_of(tmp_path / "data"))
+def test_roundtrip_reports_means_over_all_images(tmp_path):
+    source = ImageFolder(DATA, data_dir=write_folder(tmp_path / "data"))
     codec = HalvingCodec()
-    report = roundtrip(codec, pictures, RoundtripConfig(batch_size=5), tmp_path / "run", CPU)
-    images = pictures.batch(range(12))
+    report = roundtrip(codec, source, RoundtripConfig(batch_size=5), tmp_path / "run", CPU)
+    images = source.batch(range(12))
     latents = codec.encode_batch(images)
     decoded, baseline = codec.decode_batch(latents), bicubic_baseline(images, 2)
-    for name in ("psnr", "ssim", "l1"):
+    for name, metric in PAIRED_METRICS.items():
         for prefix, candidate in (("", decoded), ("bicubic_", baseline)):
-            expected = getattr(image_metrics, name)(images, candidate).mean().item()
+            expected = metric(images, candidate).mean().item()
             assert report[prefix + name] == pytest.approx(expected, rel=1e-5)
     assert report["max_error"] == pytest.approx((images - decoded).abs().max().item())
     assert report["latent_mean"] == pytest.approx(latents.mean().item(), rel=1e-5)
     assert report["channel_std"] == pytest.approx([latents[:, 0].std(correction=0).item(), 0], rel=1e-5)
-    assert report["dead_channels"] == [1] and report["pictures"] == 12 and report["latent_shape"] == [2, 8, 8]
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == report
+    assert report["dead_channels"] == [1] and report["num_images"] == 12 and report["latent_shape"] == [2, 8, 8]
+    assert written(tmp_path / "run", report) == {**report, "pictures": 12}  # alias
     assert (tmp_path / "run" / "roundtrip.png").is_file()
 
 
+def test_a_new_paired_metric_is_one_function_and_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(PAIRED_METRICS, "bias", lambda a, b: (b - a).flatten(1).mean(1).double())
+    images, labels = images_and_labels(12, seed=1)
+    itself = samples_file(tmp_path, images, labels)
+    assert run(samples=itself, reference=itself, paired=True)["bias"] == 0
+    source = ImageFolder(DATA, data_dir=str(tmp_path / "val"))
+    report = roundtrip(HalvingCodec(), source, RoundtripConfig(), tmp_path / "run", CPU)
+    assert {"bias", "bicubic_bias"} <= set(report)
+
+
 def test_reconstructions_are_samples_that_can_be_evaluated(tmp_path):
-    pictures = ImageFolder(DATA, data_dir=folder_of(tmp_path / "data"))
-    roundtrip(HalvingCodec(), pictures, RoundtripConfig(batch_size=5, save_npz=True), tmp_path / "run", CPU)
-    made = open_npz(tmp_path / "run" / "reconstructions_12x16x16x1.npz")
-    decoded = HalvingCodec().decode_batch(HalvingCodec().encode_batch(pictures.batch(range(12))))
-    assert np.array_equal(np.moveaxis(made.images, -1, 1), to_uint8(decoded))
-    assert made.labels.tolist() == pictures.labels.tolist() and made.class_names == pictures.class_names
+    source = ImageFolder(DATA, data_dir=write_folder(tmp_path / "data"))
+    roundtrip(HalvingCodec(), source, RoundtripConfig(batch_size=5, save_npz=True), tmp_path / "run", CPU)
+    reconstructions = open_npz(tmp_path / "run" / "reconstructions_12x16x16x1.npz")
+    decoded = HalvingCodec().decode_batch(HalvingCodec().encode_batch(source.batch(range(12))))
+    assert np.array_equal(np.moveaxis(reconstructions.images, -1, 1), to_uint8(decoded))
+    assert reconstructions.labels.tolist() == source.labels.tolist()
+    assert reconstructions.class_names == source.class_names
 
 
-def test_a_part_of_the_pictures_is_spread_over_the_folder(tmp_path):
-    pictures = ImageFolder(DATA, data_dir=folder_of(tmp_path / "data"))
-    report = roundtrip(HalvingCodec(), pictures, RoundtripConfig(num_pictures=3), tmp_path, CPU)
-    assert report["pictures"] == 3
+def test_roundtrip_of_a_subset_is_evenly_spaced(tmp_path):
+    source = ImageFolder(DATA, data_dir=write_folder(tmp_path / "data"))
+    report = roundtrip(HalvingCodec(), source, RoundtripConfig(num_pictures=3), tmp_path, CPU)
+    assert report["num_images"] == 3
     half = [(image - HalvingCodec().decode_batch(HalvingCodec().encode_batch(image))).abs().mean().item()
-            for image in pictures.batch([0, 6, 11])[:, None]]
+            for image in source.batch([0, 6, 11])[:, None]]
     assert report["l1"] == pytest.approx(np.mean(half), rel=1e-5)
 
 
-def test_padding_is_cropped_back_before_anything_is_measured(tmp_path):
-    folder = folder_of(tmp_path / "data", size=(15, 16))
-    pictures = ImageFolder(DATA, multiple=(2, 2), data_dir=folder, image_size="15x16", pad=True)
-    assert pictures.shape == (1, 16, 16)
-    report = roundtrip(HalvingCodec(), pictures, RoundtripConfig(), tmp_path, CPU)
-    images = pictures.batch(range(12))
+def test_roundtrip_crops_the_padding(tmp_path):
+    folder = write_folder(tmp_path / "data", size=(15, 16))
+    source = ImageFolder(DATA, multiple=(2, 2), data_dir=folder, image_size="15x16", pad=True)
+    assert source.shape == (1, 16, 16)
+    report = roundtrip(HalvingCodec(), source, RoundtripConfig(), tmp_path, CPU)
+    images = source.batch(range(12))
     decoded = HalvingCodec().decode_batch(HalvingCodec().encode_batch(images))
     assert report["l1"] == pytest.approx((images - decoded)[:, :, :15].abs().mean().item(), rel=1e-5)
 
 
-def test_a_run_stands_for_the_samples_that_it_has_drawn(tmp_path):
+def test_a_run_folder_means_its_samples(tmp_path):
     images = np.zeros((2, 4, 4, 1), np.uint8)
     for count in (2, 1):
         write_npz(tmp_path / f"samples_{count}x4x4x1.npz", (count, 4, 4, 1), [images[:count]])
         Image.fromarray(images[0, ..., 0]).save(tmp_path / "contact_sheet.png")
         if count == 2:
-            assert len(comparison.open_images(tmp_path, DATA, "--samples")) == 2
-    with pytest.raises(ValueError, match="samples_1x4x4x1.npz, samples_2x4x4x1.npz; give one of them as --samples"):
-        comparison.open_images(tmp_path, DATA, "--samples")
+            assert len(loading.open_set(tmp_path, DATA, "--samples")) == 2
+    with pytest.raises(ValueError, match="samples_1x4x4x1.npz, samples_2x4x4x1.npz; use one of them as --samples"):
+        loading.open_set(tmp_path, DATA, "--samples")
 
 
-def test_every_missed_threshold_is_named():
+def test_failed_thresholds_are_listed():
     report = {"psnr": 20.0, "ssim": 0.5, "l1": 0.1, "dead_channels": []}
     assert failed_thresholds(report, RoundtripConfig(min_psnr=20, min_ssim=0.5, max_l1=0.1)) == []
     assert failed_thresholds(report, RoundtripConfig(min_psnr=20.5, min_ssim=0.6, max_l1=0.05)) == [
-        "psnr is 20.0000, --min_psnr asks for at least 20.5", "ssim is 0.5000, --min_ssim asks for at least 0.6",
-        "l1 is 0.1000, --max_l1 asks for at most 0.05",
+        "psnr 20.0000 must be >= 20.5 (--min_psnr)", "ssim 0.5000 must be >= 0.6 (--min_ssim)",
+        "l1 0.1000 must be <= 0.05 (--max_l1)",
     ]
     nothing = failed_thresholds({"psnr": np.nan, "ssim": np.nan, "l1": np.nan, "dead_channels": []}, RoundtripConfig())
-    assert [line.split(",")[0] for line in nothing] == ["psnr is nan", "ssim is nan", "l1 is nan"]
+    assert [line.split(" must")[0] for line in nothing] == ["psnr nan", "ssim nan", "l1 nan"]
     dead, = failed_thresholds({**report, "dead_channels": [2]}, RoundtripConfig())
     assert dead.startswith("latent channels [2] are dead")
 
 
-# samples against pictures
+# --- Samples and real images ---
+
+
+def written(folder, report):
+    """Return metrics.json of a run with a report."""
+    Run("evaluate", [], {}, folder).write_report(report)
+    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture
 def samples(tmp_path):
-    images, labels = levels(10, seed=5)
+    images, labels = images_and_labels(10, seed=5)
     return samples_file(tmp_path, images, labels)
 
 
 @pytest.fixture
 def run(tmp_path, samples):
-    def run(data=DATA, **fields):
-        config = {"samples": samples, "reference": str(tmp_path / "val"), "batch_size": 4, **fields}
-        return evaluate(EvaluateConfig(**config), data, extract, tmp_path / "run", extract, NAMES)
-    folder_of(tmp_path / "val", seed=1)
+    def run(data=DATA, extract_features=extract, image_shape=None, **fields):
+        config = EvaluateConfig(**{"samples": samples, "reference": str(tmp_path / "val"), "batch_size": 4, **fields})
+        loading.require_sets(config)
+        sets = loading.open_sets(Run("evaluate", [config, data], {}))
+        classifier = EvaluationClassifier(extract, NAMES, image_shape)
+        return evaluate(config, sets, extract_features, tmp_path / "run", classifier)
+    write_folder(tmp_path / "val", seed=1)
     return run
 
 
-def test_samples_are_held_against_pictures_classes_and_training_set(run, tmp_path):
-    report = run(train_dir=folder_of(tmp_path / "train", seed=2))
+def test_evaluate_compares_images_classes_and_training_set(run, tmp_path):
+    report = run(train_dir=write_folder(tmp_path / "train", seed=2))
     assert report["num_samples"] == 10 and report["num_reference"] == 12
     assert report["frechet"] < 0.01 and report["classifier_accuracy"]["accuracy"] == 1
     assert report["class_agreement"]["confusion"] == [[5, 0], [0, 5]]
     assert report["training_to_reference"]["num_training"] == 12
-    assert report["neighbours"]["median_distance_of_samples"] > 0 and len(report["neighbours"]["shown_samples"]) == 10
-    names = {"metrics.json", "confusion_samples.png", "confusion_reference.png", "neighbours.png"}
+    nearest = report["nearest_neighbors"]
+    assert nearest["median_distance_samples"] > 0 and len(nearest["example_indices"]) == 10
+    names = {"confusion_samples.png", "confusion_reference.png", "nearest_neighbors.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == report
+    old = {"median_distance_of_samples": "median_distance_samples", "shown_samples": "example_indices",  # alias
+           "median_distance_of_reference": "median_distance_reference", "shown_pixel_l1": "example_pixel_l1",  # alias
+           "share_suspiciously_near": "memorized_fraction"}  # alias
+    assert written(tmp_path / "run", report) == {
+        **report, "neighbours": {name: nearest[key] for name, key in old.items()},  # alias
+    }
 
 
-def test_copies_of_training_pictures_are_at_distance_nothing(run, tmp_path):
-    images, labels = levels(12, seed=2)
+def test_copies_of_training_images_are_at_distance_zero(run, tmp_path):
+    images, labels = images_and_labels(12, seed=2)
     copies = samples_file(tmp_path, images, labels)
-    report = run(samples=copies, train_dir=folder_of(tmp_path / "train", seed=2))
-    assert report["neighbours"]["median_distance_of_samples"] == 0
-    assert report["neighbours"]["shown_pixel_l1"] == [0] * 12
-    assert report["neighbours"]["median_distance_of_reference"] > 0
+    report = run(samples=copies, train_dir=write_folder(tmp_path / "train", seed=2))
+    assert report["nearest_neighbors"]["median_distance_samples"] == 0
+    assert report["nearest_neighbors"]["example_pixel_l1"] == [0] * 12
+    assert report["nearest_neighbors"]["median_distance_reference"] > 0
 
 
 def test_samples_of_the_wrong_class_lower_the_agreement(run, tmp_path):
-    images, labels = levels(10, seed=5)
+    images, labels = images_and_labels(10, seed=5)
     report = run(samples=samples_file(tmp_path, images, 1 - labels))
     assert report["class_agreement"]["accuracy"] == 0 and report["classifier_accuracy"]["accuracy"] == 1
 
 
-def test_classes_are_matched_by_name_and_not_by_number(run, tmp_path):
-    images, labels = levels(10, seed=5)
+def test_classes_are_matched_by_name(run, tmp_path):
+    images, labels = images_and_labels(10, seed=5)
     report = run(samples=samples_file(tmp_path, images, 1 - labels, NAMES[::-1]))
     assert report["class_agreement"]["accuracy"] == 1
 
 
-def test_paired_samples_get_the_round_trips_scores(run, tmp_path):
-    images, labels = levels(12, seed=1)
+def test_paired_samples_have_scores_of_the_round_trip(run, tmp_path):
+    images, labels = images_and_labels(12, seed=1)
     itself = samples_file(tmp_path, images, labels)
     report = run(samples=itself, reference=itself, paired=True)
     assert report["l1"] == 0 and report["ssim"] == pytest.approx(1) and report["frechet"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="--paired True wants as many .*, found 10 and 12"):
+    with pytest.raises(ValueError, match="--paired True: expected 12 samples, .*, got 10"):
         run(paired=True)
 
 
-def test_a_folder_of_pictures_is_judged_like_an_npz(run, tmp_path):
-    from_folder, from_npz = run(samples=folder_of(tmp_path / "made", count=10, seed=5)), run()
+def test_a_folder_is_evaluated_like_an_npz(run, tmp_path):
+    from_folder, from_npz = run(samples=write_folder(tmp_path / "made", count=10, seed=5)), run()
     assert from_folder["class_agreement"] == from_npz["class_agreement"]
-    assert from_folder["kernel"] == pytest.approx(from_npz["kernel"])  # but for the order
+    assert from_folder["kernel"] == pytest.approx(from_npz["kernel"])  # up to the order
 
 
 @pytest.mark.parametrize("fields, error, match", [
-    ({"samples": ""}, FileNotFoundError, "--samples is not given; it wants a folder of pictures or an .npz"),
-    ({"reference": ""}, FileNotFoundError, "--reference is not given"),
+    ({"samples": ""}, FileNotFoundError, "--samples is not set: expected a folder of images or an .npz"),
+    ({"reference": ""}, FileNotFoundError, "--reference is not set"),
     ({"reference": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
     ({"samples": "nowhere.npz"}, FileNotFoundError, "nowhere.npz does not exist; check --samples"),
 ])
-def test_what_is_missing_is_named(run, fields, error, match):
+def test_missing_paths_raise_with_their_flag(run, fields, error, match):
     with pytest.raises(error, match=match):
         run(**fields)
 
 
-def test_pictures_of_another_shape_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match=r"holds pictures of shape \(1, 16, 16\), .*val of \(1, 8, 8\)"):
+def test_images_of_another_shape_raise(run, tmp_path):
+    with pytest.raises(ValueError, match=r"contains images of shape \(1, 16, 16\), but .*val requires \(1, 8, 8\)"):
         run(data=DataConfig(image_size=8))
-    config = EvaluateConfig(samples=str(tmp_path / "val"), reference=str(tmp_path / "val"), classifier_path="model.pt")
-    with pytest.raises(ValueError, match=r"val holds .* \(1, 16, 16\), model.pt was trained on \(1, 32, 32\)"):
-        evaluate(config, DATA, extract, tmp_path, extract, NAMES, (1, 32, 32))
+    with pytest.raises(ValueError, match=r"val contains .* \(1, 16, 16\), but model.pt requires \(1, 32, 32\)"):
+        run(samples=str(tmp_path / "val"), classifier_path="model.pt", image_shape=(1, 32, 32))
 
 
 def blurred(images, width):
-    """Return pictures [N x 1 x H x W] averaged over squares of `width` (odd) pixels."""
+    """Return images [N x 1 x H x W] averaged over squares of `width` (odd) pixels."""
     padded = F.pad(images, (width // 2,) * 4, mode="replicate")
     return F.avg_pool2d(padded, width, stride=1)
 
 
 def bars(count, seed):
-    """Return pictures [N x 1 x 16 x 16] in [0, 1] of bars at random angles, distances and places."""
+    """Return images [N x 1 x 16 x 16] in [0, 1] of bars at random angles, distances and offsets."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:16, :16]
     angle, period, shift = (rng.uniform(low, high, (count, 1, 1)) for low, high in ((0, np.pi), (3, 8), (0, 6)))
@@ -238,76 +263,76 @@ def bars(count, seed):
     return torch.from_numpy(0.5 + 0.4 * np.sin(2 * np.pi * along / period + shift))[:, None]
 
 
-def levels_and_edges(images):
-    """Return features [n x 12]: levels and slopes in every quarter of the picture."""
+def intensities_and_edges(images):
+    """Return features [n x 12]: intensities and slopes in every quarter of the image."""
     maps = [images[..., 1:, 1:], images.diff(dim=2)[..., 1:].abs(), images.diff(dim=3)[..., 1:, :].abs()]
     return Features(F.adaptive_avg_pool2d(torch.cat(maps, 1), 2).flatten(1))
 
 
-@pytest.mark.parametrize("spoil, amounts", [
+@pytest.mark.parametrize("degrade, amounts", [
     (blurred, [1, 3, 5, 9]),
     (lambda x, s: (x + s * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)).clamp(0, 1),
      [0, 0.1, 0.3, 0.9]),
 ])
-def test_every_distance_grows_with_blur_and_with_noise(tmp_path, spoil, amounts):
+def test_distances_increase_with_blur_and_noise(tmp_path, degrade, amounts):
     reference, clean = bars(300, 0), bars(300, 1)
     reports = []
-    for name, images in [("reference", reference), *((f"{a}", spoil(clean, a)) for a in amounts)]:
-        levels = (images * 255).round().numpy().astype(np.uint8)
-        write_npz(tmp_path / f"{name}.npz", (300, 16, 16, 1), [np.moveaxis(levels, 1, -1)])
+    for name, images in [("reference", reference), *((f"{a}", degrade(clean, a)) for a in amounts)]:
+        values = (images * 255).round().numpy().astype(np.uint8)
+        write_npz(tmp_path / f"{name}.npz", (300, 16, 16, 1), [np.moveaxis(values, 1, -1)])
     for amount in amounts:
-        config = EvaluateConfig(samples=str(tmp_path / f"{amount}.npz"), reference=str(tmp_path / "reference.npz"))
-        reports.append(evaluate(config, DATA, levels_and_edges, tmp_path))
+        sets = {name: open_sample_file(str(tmp_path / f"{file}.npz"))
+                for name, file in (("samples", amount), ("reference", "reference"))}
+        reports.append(evaluate(EvaluateConfig(), sets, intensities_and_edges, tmp_path))
     for name in ("frechet", "kernel"):
         values = [report[name] for report in reports]
         assert values == sorted(values) and values[-1] > 10 * abs(values[0])
     assert reports[0]["precision"] > 0.5 > reports[-1]["precision"]
 
 
-def as_inception(images):
-    """Return features [n x 2], logits [n x 3] and spatial features [n x 4] as the Inception network would."""
+def inception(images):
+    """Return features [n x 2], logits [n x 3] and spatial features [n x 4] like those of the Inception network."""
     corners = images[:, 0, ::8, ::8].flatten(1)
     return Features(extract(images).pooled, images[:, 0, 0, :3], corners)
 
 
-def test_features_of_inception_go_by_the_names_of_fid(run, samples, tmp_path):
-    config = EvaluateConfig(samples=samples, reference=str(tmp_path / "val"), batch_size=4)
-    report = evaluate(config, DATA, as_inception, tmp_path / "run", extract, NAMES)
+def test_inception_features_are_reported_as_fid(run, tmp_path):
+    report = run(extract_features=inception)
     assert {"fid", "sfid", "kid", "inception_score", "precision", "recall", "class_agreement"} <= set(report)
     images = (ImageFolder(DATA, data_dir=str(tmp_path / "val")).batch(range(12)),
-              torch.from_numpy(levels(10, 5)[0] / 255))
-    spatial = [FeatureStatistics().update(as_inception(x.float()).spatial) for x in images]
+              torch.from_numpy(images_and_labels(10, 5)[0] / 255))
+    spatial = [FeatureStatistics().update(inception(x.float()).spatial) for x in images]
     assert report["sfid"] == pytest.approx(frechet_distance(*spatial), rel=1e-4)
-    logits = as_inception(images[1].float()).logits
+    logits = inception(images[1].float()).logits
     assert report["inception_score"] == pytest.approx(inception_score(logits), rel=1e-5)
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_statistics_of_a_reference_file_are_taken_as_they_are(samples, tmp_path, with_images):
-    images = torch.from_numpy(levels(10, 5)[0] / 255).float()
-    read = as_inception(images)
+def test_statistics_of_a_reference_file_are_used_unchanged(samples, tmp_path, with_images):
+    images = torch.from_numpy(images_and_labels(10, 5)[0] / 255).float()
+    read = inception(images)
     pooled, spatial = (FeatureStatistics().update(x) for x in (read.pooled, read.spatial))
     arrays = {"mu": pooled.mean + 3, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
     if with_images:
-        arrays["arr_0"] = np.moveaxis(levels(10, 5)[0], 1, -1)
+        arrays["arr_0"] = np.moveaxis(images_and_labels(10, 5)[0], 1, -1)
     np.savez(tmp_path / "reference.npz", **arrays)
-    config = EvaluateConfig(samples=samples, reference=str(tmp_path / "reference.npz"), inception_path="weights")
-    report = evaluate(config, DATA, as_inception, tmp_path)
+    sets = {"samples": open_sample_file(samples), "reference": open_sample_file(tmp_path / "reference.npz")}
+    report = evaluate(EvaluateConfig(inception_path="weights"), sets, inception, tmp_path)
     assert report["fid"] == pytest.approx(2 * 9, rel=1e-6) and report["sfid"] == pytest.approx(0, abs=1e-6)
     assert ("precision" in report) == ("kid" in report) == with_images
 
 
-def test_statistics_alone_cannot_be_judged(run, tmp_path):
+def test_statistics_without_images_are_rejected_as_samples(run, tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
-    with pytest.raises(ValueError, match="statistics.npz holds statistics and no pictures; --samples wants"):
+    with pytest.raises(ValueError, match="statistics.npz contains statistics and no images, which --samples and"):
         run(samples=str(tmp_path / "statistics.npz"))
 
 
-def test_classes_that_the_classifier_does_not_know_are_refused(run, tmp_path):
-    images, labels = levels(10, seed=5)
-    samples = samples_file(tmp_path, images, labels, ["dark", "grey"])
-    with pytest.raises(ValueError, match=f"{samples} has classes grey that the model does not have; expected some of: dark, "
-                                         "light"):
+def test_unknown_classes_raise(run, tmp_path):
+    images, labels = images_and_labels(10, seed=5)
+    samples = samples_file(tmp_path, images, labels, ["dark", "gray"])
+    with pytest.raises(ValueError, match=f"{samples} has classes gray that the model does not have; expected some of: "
+                                         "dark, light"):
         run(samples=str(samples))
     (tmp_path / "val" / "dark_00.png").rename(tmp_path / "val" / "black_00.png")
     with pytest.raises(ValueError, match=f"{tmp_path}/val has classes black that"):

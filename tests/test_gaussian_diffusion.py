@@ -169,7 +169,8 @@ def test_exact_predictions_of_all_kinds_agree(shape, var):
 @pytest.mark.parametrize("v, limit", [(-1.0, "FIXED_SMALL"), (1.0, "FIXED_LARGE")])
 def test_learned_range_ends_at_the_fixed_variances(v, limit):
     x, t = normal((3, 1, 4)), random_timesteps(3, low=1)
-    ranged = process(var="LEARNED_RANGE").p_mean_variance(constant_model(torch.cat([x, torch.full_like(x, v)], 1)), x, t)
+    model = constant_model(torch.cat([x, torch.full_like(x, v)], 1))
+    ranged = process(var="LEARNED_RANGE").p_mean_variance(model, x, t)
     fixed = process(var=limit).p_mean_variance(constant_model(x), x, t)
     torch.testing.assert_close(ranged["log_variance"], fixed["log_variance"])
 
@@ -184,13 +185,14 @@ def test_xstart_is_denoised_and_then_clipped():
 @pytest.mark.parametrize("var, channels, heads", [("LEARNED_RANGE", 2, 4), ("FIXED_LARGE", 4, 2)])
 def test_channels_that_do_not_match_the_variance_raise(var, channels, heads):
     x = torch.zeros(1, 2, 3)
-    with pytest.raises(ValueError, match=rf"output for {var}: expected shape \(1, {heads}, 3\), got \(1, {channels}, 3\); --learn_sigma"):
+    message = rf"output for {var}: expected shape \(1, {heads}, 3\), got \(1, {channels}, 3\); --learn_sigma"
+    with pytest.raises(ValueError, match=message):
         process(var=var).p_mean_variance(constant_model(torch.zeros(1, channels, 3)), x, torch.tensor([0]))
 
 
 def test_rescaled_timesteps_are_below_1000():
     seen = []
-    model = lambda x, t: seen.append(t.tolist()) or x     # noqa: E731
+    model = lambda x, t: seen.append(t.tolist()) or x
     process(rescale_timesteps=True).p_mean_variance(model, torch.zeros(2, 1, 1), torch.tensor([0, 12]))
     assert seen == [[0.0, 500.0]]
 
@@ -246,7 +248,7 @@ def test_exact_model_samples_the_data(loop, shape):
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_loops_return_last_sample_of_progressive_forms(loop):
     p, model, start = process(), torch.nn.Conv1d(1, 1, 3, padding=1), normal((2, 1, 4))
-    call = lambda x, t: model(x)      # noqa: E731
+    call = lambda x, t: model(x)
     torch.manual_seed(0)
     steps = list(getattr(p, loop + "_progressive")(call, start.shape, noise=start, device="cpu"))
     torch.manual_seed(0)
@@ -379,7 +381,8 @@ def test_noise_x0_and_velocity_give_the_same_reverse_step(clip):
     t, x_0, eps = random_timesteps(3), normal((3, 1, 5)), normal((3, 1, 5), 1)
     x_t = process().q_sample(x_0, t, eps)
     predictions = {"EPSILON": eps, "START_X": x_0, "VELOCITY": process()._velocity(x_0, t, eps)}
-    steps = [process(mean).p_mean_variance(constant_model(value), x_t, t, clip_denoised=clip) for mean, value in predictions.items()]
+    steps = [process(mean).p_mean_variance(constant_model(value), x_t, t, clip_denoised=clip)
+             for mean, value in predictions.items()]
     for step in steps[1:]:
         for name in ("mean", "variance", "pred_xstart"):
             torch.testing.assert_close(step[name], steps[0][name], rtol=1e-4, atol=1e-4)

@@ -3,44 +3,46 @@ import torch
 import torch.nn.functional as F
 
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
-from guided_diffusion_vae.sampling.guidance import ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval
+from guided_diffusion_vae.sampling import (
+    ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval,
+)
 
 LABELS = torch.tensor([2, 0, 1])
 
 
-def drawn(*shape, seed=0):
+def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_gradient_is_that_of_the_log_probability_of_the_class():
-    weight = drawn(3, 4)
+def test_cond_fn_is_gradient_of_log_probability():
+    weight = normal(3, 4)
     classifier = lambda x, t: F.linear(x.flatten(1), weight) * (1 + t[:, None])
-    x, t = drawn(3, 1, 4, seed=1), torch.tensor([0, 1, 5])
+    x, t = normal(3, 1, 4, seed=1), torch.tensor([0, 1, 5])
     with torch.no_grad():  # as in a sampling loop
-        gradient = classifier_cond_fn(classifier, 2.5)(x, t, y=LABELS, low_res="whatever else the model is told")
+        gradient = classifier_cond_fn(classifier, 2.5)(x, t, y=LABELS, low_res="other conditioning")
     point = x.clone().requires_grad_()
     log_p = classifier(point, t).log_softmax(1)[range(3), LABELS].sum()
     torch.testing.assert_close(gradient, 2.5 * torch.autograd.grad(log_p, point)[0])
     assert not x.requires_grad
 
 
-class Told:
-    """A model that says its label, in `heads` heads of one channel, and remembers what it was asked."""
+class LabelModel:
+    """Model that returns its label in `heads` heads of one channel, and records its calls."""
 
     def __init__(self, heads=1):
-        self.heads, self.asked = heads, []
+        self.heads, self.calls = heads, []
 
     def __call__(self, x, t, y, low_res=None):
-        self.asked.append((len(x), t.tolist(), y.tolist(), low_res))
+        self.calls.append((len(x), t.tolist(), y.tolist(), low_res))
         level = y.view(-1, 1, 1).to(x).expand_as(x)
         return torch.cat([level, *(-level for _ in range(self.heads - 1))], 1)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_the_prediction_is_pushed_away_from_the_one_without_a_class(scale, heads):
-    model = Told(heads)
-    x, t = drawn(3, 1, 4), torch.full((3,), 9)
+def test_guidance_extrapolates_from_unconditional_prediction(scale, heads):
+    model = LabelModel(heads)
+    x, t = normal(3, 1, 4), torch.full((3,), 9)
     out = ClassifierFreeGuidance(model, 7, scale)(x, t, y=LABELS)
     expected = 7 + scale * (LABELS - 7.0)
     torch.testing.assert_close(out[:, 0], expected.view(3, 1).expand(3, 4))
@@ -49,23 +51,23 @@ def test_the_prediction_is_pushed_away_from_the_one_without_a_class(scale, heads
 
 
 def test_both_predictions_come_from_one_batch():
-    model, low_res = Told(), drawn(3, 1, 2)
-    ClassifierFreeGuidance(model, 7, 2.0)(drawn(3, 1, 4), torch.full((3,), 9), y=LABELS, low_res=low_res)
-    (count, times, labels, small), = model.asked
+    model, low_res = LabelModel(), normal(3, 1, 2)
+    ClassifierFreeGuidance(model, 7, 2.0)(normal(3, 1, 4), torch.full((3,), 9), y=LABELS, low_res=low_res)
+    (count, times, labels, small), = model.calls
     assert count == 6 and times == [9] * 6 and labels == [2, 0, 1, 7, 7, 7]
     assert torch.equal(small, torch.cat([low_res, low_res]))
 
 
-def test_outside_its_interval_the_model_is_asked_once():
-    model = Told()
-    guided = ClassifierFreeGuidance(model, 7, 2.0, times=(5, 9))
+def test_model_is_evaluated_once_outside_the_interval():
+    model = LabelModel()
+    guided = ClassifierFreeGuidance(model, 7, 2.0, timesteps=(5, 9))
     for t in (4, 5, 9, 10):
-        guided(drawn(3, 1, 4), torch.full((3,), t), y=LABELS)
-    assert [count for count, *_ in model.asked] == [3, 6, 6, 3]
+        guided(normal(3, 1, 4), torch.full((3,), t), y=LABELS)
+    assert [count for count, *_ in model.calls] == [3, 6, 6, 3]
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_intervals_are_levels_of_noise_per_signal(rescale):
+def test_intervals_are_noise_to_signal_ratios(rescale):
     process = create_gaussian_diffusion(steps=100, timestep_respacing="10", rescale_timesteps=rescale)
     sigma = ((1 - process.alphas_cumprod) / process.alphas_cumprod) ** 0.5
     low, high = timesteps_in_interval(process, (sigma[3] - 1e-6, sigma[6] + 1e-6))
@@ -75,11 +77,11 @@ def test_intervals_are_levels_of_noise_per_signal(rescale):
     assert timesteps_in_interval(process, (0, 1e9))[1] == factor * 99
 
 
-def test_an_interval_is_read_from_two_numbers():
+def test_parse_interval_reads_two_numbers():
     assert parse_interval("") is None and parse_interval("0.3,3") == (0.3, 3.0)
 
 
 @pytest.mark.parametrize("text", ["3,0.3", "1", "a,b", "-1,2", "1,2,3"])
-def test_what_is_no_interval_is_refused(text):
-    with pytest.raises(ValueError, match="needed are two noise levels, the lower first, such as 0.3,3"):
+def test_parse_interval_rejects_other_text(text):
+    with pytest.raises(ValueError, match="--cfg_interval .*: expected two noise levels, the lower first, e.g. 0.3,3"):
         parse_interval(text)

@@ -8,21 +8,21 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 # From the bottom up; a module imports only what stands before it, so there is no circle either.
 LAYERS = """
-    config data.resizing data.statistics evaluation.image_metrics files interfaces losses nn
-    vae.tiling
-    checkpoint_util data.augmentation data.config data.listing data.manifest evaluation.figures evaluation.label_metrics
-    evaluation.set_metrics gaussian_diffusion resample runs.memory sampling.guidance unet vae.blocks
-    vae.discriminator vae.posterior
-    autoencoder data.batching data.decoding data.microdoppler data.npz dist_util evaluation.features
-    image_datasets respace sampling.solvers vae.perceptual vae.streaming
-    data.image_folders data.volume_folders data latent_datasets logger runs.factories vae
-    runs.diffusers_export vae.foreign
-    data.cache_writer fp16_util objectives vae_wrapper
-    runs.flags sampling.generate sampling.sampler train_util vae.objective
-    evaluation.comparison evaluation.previews runs.planning runs.run runs.spaces
-    evaluation.likelihood evaluation.roundtrip runs.loading
-    runs.configs script_util runs.export runs.training
-    runs.tstr
+    config data.resizing data.statistics files interfaces losses nn vae.tiling
+    checkpoint_util data.augmentation data.config data.decoding data.listing data.manifest data.npz dist_util
+    evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
+    vae.discriminator vae.perceptual vae.posterior
+    autoencoder data.batching data.image_folders data.microdoppler data.volume_folders evaluation.figures
+    evaluation.label_metrics evaluation.set_metrics image_datasets logger respace runs.flags sampling.solvers vae
+    vae.streaming
+    data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
+    runs.factories sampling.sampler vae.foreign
+    data.cache_writer evaluation.comparison evaluation.previews sampling.generate script_util train_util vae.objective
+    vae_wrapper
+    evaluation.roundtrip runs.planning runs.run runs.spaces sampling
+    evaluation
+    runs.configs runs.loading runs.training
+    runs.export runs.tstr
 """.split()
 # A package counts as a module where its __init__.py imports something: it is then the public face of its room.
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

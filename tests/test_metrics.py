@@ -9,19 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae.evaluation.features import (
-    classifier_features, collect_features, inception_features, latent_features,
-)
-from guided_diffusion_vae.evaluation.image_metrics import bicubic_baseline, l1, max_error, psnr, ssim
-from guided_diffusion_vae.evaluation.label_metrics import class_agreement, classification_report, confusion_matrix
-from guided_diffusion_vae.evaluation.set_metrics import (
-    FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbors, precision_recall,
+from guided_diffusion_vae.evaluation import (
+    FeatureStatistics, bicubic_baseline, class_agreement, classification_report, classifier_features,
+    collect_features, confusion_matrix, frechet_distance, inception_features, inception_score, kernel_distance, l1,
+    latent_features, max_error, nearest_neighbors, precision_recall, psnr, ssim,
 )
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "spectrograms"
 
 
-def pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return np.random.default_rng(seed).random(shape, dtype=np.float32)
 
 
@@ -33,19 +30,19 @@ def statistics(features):
     return FeatureStatistics().update(features)
 
 
-# ---- picture against picture ----
+# --- Image pairs ---
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16), (2, 3, 16, 16), (2, 1, 12, 8, 9)])
-def test_errors_of_a_known_offset_are_known_in_one_two_and_three_dimensions(shape):
-    a = pictures(*shape) * 0.5
+def test_errors_of_a_known_offset_in_1d_2d_and_3d(shape):
+    a = random_images(*shape) * 0.5
     b = a + np.float32(0.1)
     assert psnr(a, b).tolist() == pytest.approx([20, 20], abs=1e-4)
     assert l1(a, b).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
     assert max_error(a, b).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
 
 
-def test_errors_are_taken_per_sample():
+def test_errors_are_computed_per_sample():
     a = np.zeros((2, 1, 4, 4))
     b = a.copy()
     b[1, 0, 0, 0] = 1.0
@@ -55,19 +52,19 @@ def test_errors_are_taken_per_sample():
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16), (2, 3, 16, 12), (2, 1, 12, 8, 9)])
-def test_ssim_of_identical_pictures_is_one(shape):
-    a = pictures(*shape)
+def test_ssim_of_identical_images_is_one(shape):
+    a = random_images(*shape)
     assert ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-12)
 
 
-def test_ssim_of_flat_pictures_is_the_luminance_term():
+def test_ssim_of_constant_images_is_the_luminance_term():
     a = np.full((1, 1, 16, 16), 0.4)
     expected = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
     assert ssim(a, a + 0.2).tolist() == pytest.approx([expected], abs=1e-10)
 
 
 def test_ssim_equals_the_formula_evaluated_window_by_window():
-    a, b = pictures(1, 1, 13, 14), pictures(1, 1, 13, 14, seed=1)
+    a, b = random_images(1, 1, 13, 14), random_images(1, 1, 13, 14, seed=1)
     offsets = np.arange(11) - 5
     weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
@@ -81,37 +78,37 @@ def test_ssim_equals_the_formula_evaluated_window_by_window():
     assert ssim(a, b).tolist() == pytest.approx([np.mean(values)], abs=1e-10)
 
 
-def test_ssim_falls_as_noise_grows():
-    a = pictures(1, 1, 24, 24)
+def test_ssim_decreases_with_noise():
+    a = random_images(1, 1, 24, 24)
     noise = gaussian(24, 24).reshape(1, 1, 24, 24)
     values = [ssim(a, a + s * noise).item() for s in (0, 0.05, 0.1, 0.3)]
     assert values == sorted(values, reverse=True) and values[-1] < 0.8
 
 
-def test_ssim_window_shrinks_on_a_short_axis_and_is_refused_on_a_tiny_picture():
-    a = pictures(1, 1, 1, 8, 20)
+def test_ssim_window_fits_short_axes_and_rejects_tiny_images():
+    a = random_images(1, 1, 1, 8, 20)
     assert ssim(a, a).tolist() == pytest.approx([1])
-    with pytest.raises(ValueError, match="2x2 are too small for SSIM"):
+    with pytest.raises(ValueError, match="SSIM of size 2x2: at least one axis must have 3 points"):
         ssim(a[:, 0, :, :2, :2], a[:, 0, :, :2, :2])
 
 
-def test_pictures_of_different_shape_are_refused():
-    with pytest.raises(ValueError, match=r"\[1, 1, 4, 4\] against \[1, 1, 4, 5\]"):
+def test_images_of_different_shapes_raise():
+    with pytest.raises(ValueError, match=r"expected equal shapes .*, got \[1, 1, 4, 4\] and \[1, 1, 4, 5\]"):
         psnr(np.zeros((1, 1, 4, 4)), np.zeros((1, 1, 4, 5)))
 
 
 def test_tensors_arrays_and_read_only_arrays_give_the_same_numbers():
-    a, b = pictures(2, 1, 12, 12), pictures(2, 1, 12, 12, seed=1)
+    a, b = random_images(2, 1, 12, 12), random_images(2, 1, 12, 12, seed=1)
     expected = ssim(a, b)
     assert torch.equal(ssim(torch.from_numpy(a).requires_grad_(), torch.from_numpy(b)), expected)
     a.flags.writeable = False
     assert torch.equal(ssim(a, b), expected)
 
 
-# ---- bicubic baseline ----
+# --- Bicubic baseline ---
 
 
-def test_bicubic_baseline_equals_pillow_on_eight_bit_pictures():
+def test_bicubic_baseline_equals_pillow_on_eight_bit_random_images():
     levels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     small = Image.fromarray(levels).resize((6, 4), Image.Resampling.BICUBIC)
     expected = np.asarray(small.resize((24, 16), Image.Resampling.BICUBIC))
@@ -120,23 +117,23 @@ def test_bicubic_baseline_equals_pillow_on_eight_bit_pictures():
 
 
 def test_bicubic_baseline_of_a_volume_that_varies_in_a_plane_equals_the_plane():
-    plane = pictures(1, 1, 8, 12)
+    plane = random_images(1, 1, 8, 12)
     volume = np.repeat(plane[:, :, None], 4, axis=2)
     assert np.array_equal(bicubic_baseline(volume, (2, 2, 2))[:, :, 1], bicubic_baseline(plane, 2))
 
 
 def test_bicubic_baseline_with_factor_one_only_rounds_to_eight_bits():
-    a = pictures(1, 3, 8, 8)
+    a = random_images(1, 3, 8, 8)
     assert np.abs(bicubic_baseline(a, 1) - a).max() <= 0.5 / 255 + 1e-6
 
 
-def test_bicubic_baseline_refuses_a_factor_that_does_not_divide():
-    with pytest.raises(ValueError, match="factor of 4x4 does not divide pictures of 10x8"):
-        bicubic_baseline(pictures(1, 1, 10, 8), 4)
+def test_bicubic_baseline_rejects_factors_that_do_not_divide():
+    with pytest.raises(ValueError, match="factor 4x4 does not divide size 10x8"):
+        bicubic_baseline(random_images(1, 1, 10, 8), 4)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared recordings are not here")
-def test_bicubic_baseline_of_the_radar_recordings_has_the_stated_figures():
+def test_bicubic_baseline_of_radar_recordings_has_recorded_values():
     files = sorted((SHARED / "radar_gesture_64" / "val").glob("*.png"))
     images = np.stack([np.asarray(Image.open(f)) for f in files]).transpose(0, 3, 1, 2) / 255
     blurred = bicubic_baseline(images, 4)
@@ -182,17 +179,17 @@ def test_frechet_distance_equals_the_closed_form_of_general_covariances():
     assert frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_frechet_distance_warns_of_too_few_samples_and_still_answers():
+def test_frechet_distance_of_too_few_samples_warns():
     few = gaussian(8, 16)
     with pytest.warns(UserWarning, match="8 samples of 16 features"):
         assert frechet_distance(statistics(few), statistics(few)) == pytest.approx(0, abs=1e-10)
 
 
-def test_statistics_refuse_nan_another_dimension_and_a_single_sample():
+def test_statistics_reject_nan_other_lengths_and_single_samples():
     gathered = FeatureStatistics().update(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="needs 2 samples or more, found 1"):
+    with pytest.raises(ValueError, match="covariance: expected at least 2 samples, got 1"):
         frechet_distance(gathered, gathered)
-    with pytest.raises(ValueError, match="features of 4 numbers among features of 3"):
+    with pytest.raises(ValueError, match="features: expected equal lengths, got 3 and 4"):
         gathered.update(np.zeros((2, 4)))
     with pytest.raises(ValueError, match="NaN"):
         gathered.update(np.full((2, 3), np.nan))
@@ -233,7 +230,7 @@ def test_precision_and_recall_of_a_set_with_itself_are_one():
     assert precision_recall(a, a) == (1, 1)
 
 
-def test_precision_and_recall_tell_missing_modes_from_invented_ones():
+def test_precision_and_recall_separate_missing_and_extra_modes():
     two = clusters((0, 0), (100, 0))
     one = two[:30]
     assert precision_recall(two, one) == (1, 0.5)
@@ -248,34 +245,34 @@ def test_precision_and_recall_do_not_depend_on_the_block():
     assert precision_recall(a, b, block=16) == whole
 
 
-def test_exact_copies_are_covered_even_where_every_ball_has_radius_zero():
+def test_exact_copies_are_covered_by_balls_of_radius_zero():
     a = np.full((10, 50), 1e3 / 3)
     assert precision_recall(a, a) == (1, 1)
 
 
-def test_precision_refuses_sets_without_k_neighbours():
-    with pytest.raises(ValueError, match="3 references and 9 samples; 3 neighbours need 4"):
+def test_precision_rejects_sets_without_k_neighbors():
+    with pytest.raises(ValueError, match="expected more than 3 references and samples, got 3 and 9"):
         precision_recall(gaussian(3, 2), gaussian(9, 2))
 
 
 @pytest.mark.parametrize("block", [7, 4096])
-def test_nearest_neighbours_equal_a_full_sort(block):
-    queries, bank = pictures(9, 1, 4, 4), pictures(40, 1, 4, 4, seed=1)
+def test_nearest_neighbors_equal_a_full_sort(block):
+    queries, bank = random_images(9, 1, 4, 4), random_images(40, 1, 4, 4, seed=1)
     full = np.linalg.norm(queries.reshape(9, 1, -1).astype(float) - bank.reshape(1, 40, -1), axis=2)
     distances, indices = nearest_neighbors(queries, bank, k=5, block=block)
     assert np.array_equal(indices, np.argsort(full, 1)[:, :5])
     assert np.allclose(distances, np.sort(full, 1)[:, :5])
 
 
-def test_a_copy_is_its_own_nearest_neighbour_at_distance_zero():
-    bank = pictures(20, 3, 8, 8) + 100
+def test_nearest_neighbor_of_a_copy_is_at_distance_zero():
+    bank = random_images(20, 3, 8, 8) + 100
     distances, indices = nearest_neighbors(bank[4:9], bank)
     assert indices[:, 0].tolist() == [4, 5, 6, 7, 8]
     assert not distances.any()
 
 
-def test_nearest_neighbours_refuse_a_bank_that_is_too_small():
-    with pytest.raises(ValueError, match="4 neighbours were asked of a bank of 3"):
+def test_nearest_neighbors_reject_a_small_bank():
+    with pytest.raises(ValueError, match="expected a bank of at least 4 entries, got 3"):
         nearest_neighbors(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
 
 
@@ -302,17 +299,17 @@ def test_merged_statistics_are_those_of_all_features():
     assert merged.count == 50 and np.allclose(merged.mean, whole.mean, rtol=1e-12)
     assert np.allclose(merged.covariance, whole.covariance, rtol=1e-7)
     assert merged.merge(FeatureStatistics()).count == 50
-    with pytest.raises(ValueError, match="features of 3 numbers among features of 4"):
+    with pytest.raises(ValueError, match="features: expected equal lengths, got 4 and 3"):
         merged.merge(FeatureStatistics().update(gaussian(5, 3)))
 
 
-def test_given_statistics_are_measured_against_as_they_are():
+def test_precomputed_statistics_are_compared_unchanged():
     mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
     given = FeatureStatistics.from_moments(mean, covariance)
     assert np.allclose(given.covariance, covariance)
     moved = FeatureStatistics.from_moments(mean + 2, covariance)
     assert frechet_distance(given, moved) == pytest.approx(12)
-    with pytest.raises(ValueError, match=r"a mean of shape \[3\] and a covariance of \[2, 2\]; needed are"):
+    with pytest.raises(ValueError, match=r"expected shapes \[D\] and \[D x D\], got \[3\] and \[2, 2\]"):
         FeatureStatistics.from_moments(mean, np.eye(2))
 
 
@@ -332,8 +329,8 @@ def classifier(pool, channels=1):
     return model
 
 
-def test_a_classifier_of_latents_sees_what_the_pictures_become():
-    model, images = classifier("adaptive", channels=2), pictures(3, 1, 16, 16)
+def test_classifier_of_latents_receives_prepared_images():
+    model, images = classifier("adaptive", channels=2), random_images(3, 1, 16, 16)
     to_x0 = lambda x: torch.cat([x, -x], 1)
     read = classifier_features(model, to_x0)(images)
     expected = model.eval()(to_x0(torch.from_numpy(images)), torch.zeros(3, dtype=torch.long))
@@ -341,32 +338,32 @@ def test_a_classifier_of_latents_sees_what_the_pictures_become():
 
 
 @pytest.mark.parametrize("pool", ["adaptive", "spatial", "spatial_v2"])
-def test_classifier_features_are_what_the_last_layer_turns_into_logits(pool):
+def test_classifier_features_are_inputs_of_the_last_layer(pool):
     model = classifier(pool)
-    features, logits, _ = classifier_features(model)(pictures(3, 1, 16, 16))
+    features, logits, _ = classifier_features(model)(random_images(3, 1, 16, 16))
     assert len(features) == 3 and logits.shape == (3, 5)
-    expected = model(torch.from_numpy(pictures(3, 1, 16, 16)) * 2 - 1, torch.zeros(3, dtype=torch.long))
+    expected = model(torch.from_numpy(random_images(3, 1, 16, 16)) * 2 - 1, torch.zeros(3, dtype=torch.long))
     assert torch.equal(logits, expected)
     last = [layer for layer in model.out if any(True for _ in layer.parameters())][-1]
     assert torch.allclose(last(features[:, :, None, None] if pool == "adaptive" else features).flatten(1), logits)
 
 
-def test_classifier_features_before_an_attention_pool_are_the_average_of_what_it_reads():
+def test_classifier_features_average_the_input_of_an_attention_pool():
     model = classifier("attention")
     read = []
     model.out[1].register_forward_hook(lambda *call: read.append(call[2]))
-    features, logits, _ = classifier_features(model)(pictures(3, 1, 16, 16))
+    features, logits, _ = classifier_features(model)(random_images(3, 1, 16, 16))
     assert features.shape == (3, 32) and logits.shape == (3, 5)
     assert torch.allclose(features, read[0].mean((2, 3)))
 
 
-def test_classifier_features_refuse_pictures_of_other_channels():
-    with pytest.raises(ValueError, match="reads 1 channels, the pictures have 3"):
-        classifier_features(classifier("adaptive"))(pictures(1, 3, 16, 16))
+def test_classifier_features_reject_other_channels():
+    with pytest.raises(ValueError, match="the classifier requires 1 channels, got 3"):
+        classifier_features(classifier("adaptive"))(random_images(1, 3, 16, 16))
 
 
 class Identity:
-    """A codec whose latents are the pictures."""
+    """Codec whose latents are the images."""
 
     def encode_batch(self, images, eps=None):
         return images
@@ -377,37 +374,37 @@ class Identity:
 @pytest.mark.parametrize(
     "shape, dimension", [((5, 4, 8), 12), ((5, 4, 8, 8), 20), ((5, 1, 4, 6, 5), 9), ((5, 2, 1, 8), 6)]
 )
-def test_latent_features_have_the_stated_dimension(shape, dimension):
-    features, logits, _ = latent_features(Identity())(pictures(*shape))
+def test_latent_features_have_documented_length(shape, dimension):
+    features, logits, _ = latent_features(Identity())(random_images(*shape))
     assert features.shape == (5, dimension) and logits is None
 
 
-def test_latent_features_hold_the_mean_of_every_cell_and_the_spread():
+def test_latent_features_are_cell_means_and_standard_deviation():
     images = np.zeros((1, 1, 4, 4), np.float32)
     images[0, 0, :2, 2:] = 1.0
     features, _, _ = latent_features(Identity())(images)
     assert features[0].tolist() == [0, 1, 0, 0, pytest.approx(math.sqrt(3 / 16))]
 
 
-def test_latent_features_of_many_pictures_have_a_covariance_of_full_rank():
-    features, _, _ = latent_features(Identity())(pictures(200, 2, 8, 8))
+def test_latent_features_of_many_images_have_full_rank():
+    features, _, _ = latent_features(Identity())(random_images(200, 2, 8, 8))
     assert torch.linalg.matrix_rank(statistics(features).covariance) == features.shape[1]
 
 
 def test_features_in_batches_equal_features_at_once():
-    images, extract = pictures(7, 2, 8, 8), latent_features(Identity())
+    images, extract = random_images(7, 2, 8, 8), latent_features(Identity())
     features, logits, _ = collect_features(extract, [images[:3], images[3:6], images[6:]])
     assert np.allclose(features, extract(images)[0], atol=1e-6) and logits is None
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="expected at least one image, got an empty set"):
         collect_features(extract, [])
 
 
-def test_the_weights_of_inception_must_be_there_and_be_those(tmp_path):
-    named = "w.pth is not there; --inception_path wants weights-inception-2015-12-05-6726825d.pth .SHA-256 6726825d"
+def test_inception_rejects_missing_and_other_weights(tmp_path):
+    named = "w.pth does not exist; --inception_path expects weights-inception-2015-12-05-6726825d.pth .SHA-256 6726825d"
     with pytest.raises(FileNotFoundError, match=f"{named}.*, from https://"):
         inception_features(tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="w.pth has SHA-256 .*; --inception_path wants weights-inception-2015-12-05"):
+    with pytest.raises(ValueError, match="w.pth has SHA-256 .*; --inception_path expects weights-inception-2015-12-05"):
         inception_features(tmp_path / "w.pth")
 
 
@@ -416,7 +413,7 @@ def inception(tmp_path, monkeypatch):
     """The extractor with random weights, and the network behind it; skipped where torch-fidelity cannot be had."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as module
-    except Exception as error:  # a torchvision that does not fit torch raises a RuntimeError
+    except Exception as error:  # RuntimeError if the versions of torchvision and torch do not match
         pytest.skip(f"no torch-fidelity that works here: {error}")
     torch.manual_seed(0)
     with monkeypatch.context() as patched:
@@ -428,36 +425,36 @@ def inception(tmp_path, monkeypatch):
     return inception_features(tmp_path / "w.pth", sha256=sha256), network
 
 
-def test_inception_reads_levels_grey_ones_too_and_the_layer_of_sfid(inception):
+def test_inception_reads_8_bit_and_single_channel_images(inception):
     extract, network = inception
-    grey = pictures(2, 1, 32, 32)
-    read = extract(grey)
-    levels = torch.from_numpy(np.rint(grey * 255).astype(np.uint8)).expand(-1, 3, -1, -1)
+    gray = random_images(2, 1, 32, 32)
+    read = extract(gray)
+    levels = torch.from_numpy(np.rint(gray * 255).astype(np.uint8)).expand(-1, 3, -1, -1)
     pooled, logits = network(levels)
     torch.testing.assert_close(read.pooled, pooled)
     torch.testing.assert_close(read.logits, logits)
     assert read.spatial.shape == (2, 7 * 17 * 17) and (read.spatial >= 0).all() and read.spatial.std() > 0
-    again = extract(np.repeat(grey, 3, 1))
+    again = extract(np.repeat(gray, 3, 1))
     torch.testing.assert_close(again.spatial, read.spatial)
 
 
 # ---- labels against labels ----
 
 
-def test_confusion_matrix_counts_asked_by_predicted():
+def test_confusion_matrix_counts_target_by_predicted():
     matrix = confusion_matrix(predicted=[0, 1, 1, 2], target=[0, 0, 1, 2], num_classes=3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
-def test_classification_report_gives_shares_by_name():
+def test_classification_report_has_accuracy_per_class():
     report = classification_report([0, 1, 1], [0, 0, 1], ["tapin", "tapout", "wiggle"])
     assert report["accuracy"] == pytest.approx(2 / 3) and report["count"] == 3
     assert report["per_class"] == {"tapin": 0.5, "tapout": 1.0, "wiggle": None}
     assert json.loads(json.dumps(report)) == report
 
 
-def test_labels_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="labels 0 to 3 among 3 classes"):
+def test_labels_out_of_range_or_of_other_length_raise():
+    with pytest.raises(ValueError, match="labels: expected 0 to 2, got 0 to 3"):
         confusion_matrix([0, 3], [0, 1], 3)
-    with pytest.raises(ValueError, match="1 predictions for 2 labels"):
+    with pytest.raises(ValueError, match="expected equal counts, got 1 predictions for 2 labels"):
         class_agreement([0], [0, 1])

@@ -6,15 +6,17 @@ from PIL import Image
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.data import DataConfig, ImageFolder, VolumeFolder
-from guided_diffusion_vae.evaluation import figures, image_metrics
-from guided_diffusion_vae.evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
+from guided_diffusion_vae.evaluation import (
+    PAIRED_METRICS, ClassifierValidation, ReconstructionValidation, SamplePreview, previews,
+)
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import EncodedImages
 from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
-from guided_diffusion_vae.sampling.sampler import Sampler
+from guided_diffusion_vae.sampling import Sampler
+from guided_diffusion_vae.train_util import ClassifierTrainConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ def quiet_logger(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def source(tmp_path):
     (tmp_path / "data").mkdir()
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (15, 16), np.uint8)
@@ -36,24 +38,24 @@ def pictures(tmp_path):
     return ImageFolder(DataConfig(str(tmp_path / "data"), "15x16", pad=True), multiple=(2, 2))
 
 
-def test_reconstructions_are_drawn_and_measured_without_the_padding(pictures, tmp_path):
+def test_reconstructions_are_shown_and_measured_without_padding(source, tmp_path):
     torch.manual_seed(0)
     config = AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2)
     network = create_autoencoder(config).eval()
-    preview = ReconstructionValidation(network, config.image_range, pictures, 3, tmp_path, CPU, batch_size=2)
+    preview = ReconstructionValidation(network, config.image_range, source, 3, tmp_path, CPU, batch_size=2)
     preview(7)
-    images = pictures.batch([0, 2, 4])
+    images = source.batch([0, 2, 4])
     with torch.no_grad():
         decoded = ((network.reconstruct(2 * images - 1) + 1) / 2).clamp(0, 1)
     logged = logger.getkvs()
-    for name in ("psnr", "ssim", "l1"):
-        expected = getattr(image_metrics, name)(images[:, :, :15], decoded[:, :, :15]).mean().item()
+    for name, metric in PAIRED_METRICS.items():
+        expected = metric(images[:, :, :15], decoded[:, :, :15]).mean().item()
         assert logged[f"val_{name}"] == pytest.approx(expected, rel=1e-5)
     assert (tmp_path / "previews" / "000007.png").is_file()
 
 
-class Exact(torch.nn.Module):
-    """An autoencoder that gives back what it sees, and counts its windows."""
+class Identity(torch.nn.Module):
+    """Autoencoder that is the identity, and counts its windows."""
 
     windows = 0
 
@@ -65,23 +67,23 @@ class Exact(torch.nn.Module):
         return z
 
 
-def test_whole_volumes_are_judged_in_windows_that_leave_no_seams(tmp_path):
+def test_full_volumes_are_measured_in_windows_without_seams(tmp_path):
     (tmp_path / "data").mkdir()
     for i, shape in enumerate([(9, 17, 23), (8, 8, 8)]):
         np.save(tmp_path / f"data/{i}.npy", np.random.default_rng(i).integers(0, 256, shape, np.uint8))
     volumes = VolumeFolder(DataConfig(str(tmp_path / "data"), "8x8x8", crop="random", patches_per_volume=3))
-    network = Exact()
+    network = Identity()
     measured = ReconstructionValidation(network, (-1.0, 1.0), volumes, 9, tmp_path, CPU, batch_size=2)(1)
     assert measured["val_l1"] < 1e-6 and measured["val_ssim"] > 0.9999 and network.windows > 1 + 2 * 3 * 3
 
 
-def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(tmp_path, monkeypatch):
+def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monkeypatch):
     diffusion = create_gaussian_diffusion(steps=4, noise_schedule="cosine", predict_xstart=True)
     level_of_class = lambda x, t, y: torch.full_like(x, -0.9) + 0.9 * y.view(-1, 1, 1, 1) + 0.01 * x
     sampler = Sampler(level_of_class, diffusion, (1, 8, 8), PixelCodec(1), LatentNormalizer([0], [1], "auto"),
                       (1, 8, 8), 3, ["a", "b", "c"])
     shown = []
-    monkeypatch.setattr(figures, "contact_sheet", lambda images, columns, row_labels: shown.append(
+    monkeypatch.setattr(previews, "contact_sheet", lambda images, columns, row_labels: shown.append(
         (images, columns, row_labels)) or Image.new("L", (1, 1)))
     preview = SamplePreview(sampler, tmp_path, CPU, columns=2)
     preview(1)
@@ -90,12 +92,12 @@ def test_previews_of_samples_show_one_row_a_class_and_the_same_noise_each_time(t
     assert columns == 2 and labels == ["a", "b", "c"] and np.array_equal(images, again)
     assert images.reshape(3, 2, -1).mean(2) == pytest.approx(np.array([[0.05] * 2, [0.5] * 2, [0.95] * 2]), abs=0.02)
     expected = sampler.decode(sampler.sample_x0(range(6), [0, 1, 2], CPU)).numpy()
-    assert np.array_equal(images[1], expected[3])  # the second picture of the first class
+    assert np.array_equal(images[1], expected[3])  # the second image of the first class
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
 
 
 @pytest.mark.parametrize("steps, taken, first", [(4, 4, 3), (50, 50, 49), (60, 30, 58), (1000, 50, 980)])
-def test_previews_take_evenly_spaced_steps_of_any_process(steps, taken, first):
+def test_previews_use_evenly_spaced_steps_of_any_length(steps, taken, first):
     header = {"latent_shape": [1, 8, 8], "image_shape": [1, 8, 8], "classes": None, "model": {"num_classes": 0},
               "normalizer": LatentNormalizer([0], [1], "auto").to_dict(),
               "diffusion": vars(DiffusionConfig(diffusion_steps=steps, noise_schedule="cosine"))}
@@ -103,8 +105,8 @@ def test_previews_take_evenly_spaced_steps_of_any_process(steps, taken, first):
     assert sampler.diffusion.num_timesteps == taken and max(sampler.diffusion.timestep_map) == first
 
 
-class OddOnes(torch.nn.Module):
-    """Give everything the model's first class, 'b', and remember what it saw."""
+class FirstClass(torch.nn.Module):
+    """Classify every image as the first class, 'b', and record the inputs."""
 
     def __init__(self):
         super().__init__()
@@ -115,40 +117,41 @@ class OddOnes(torch.nn.Module):
         return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
 
-def validation(pictures, count, noised, batch_size=2):
+def validation(source, count, noised, batch_size=2):
     diffusion = create_gaussian_diffusion(steps=40)
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
-    source = EncodedImages(pictures, PixelCodec(1))
-    model = OddOnes()
-    return model, ClassifierValidation(model, objective, source, LatentNormalizer([0], [1], "none"), ["b", "a"], count,
-                                       batch_size, 5, 0, CPU)
+    source = EncodedImages(source, PixelCodec(1))
+    model = FirstClass()
+    train = ClassifierTrainConfig(val_pictures=count, batch_size=batch_size, eval_interval=5)
+    normalizer = LatentNormalizer([0], [1], "none")
+    return model, ClassifierValidation(model, objective, source, normalizer, ["b", "a"], train, CPU)
 
 
-def test_a_classifier_is_measured_on_all_held_out_pictures_in_its_own_numbering(pictures):
-    model, measure = validation(pictures, 99, noised=False)
+def test_classifier_validation_uses_the_classes_of_the_model(source):
+    model, measure = validation(source, 99, noised=False)
     measure(5)
     logged = logger.getkvs()
     assert logged["val_acc@1"] == pytest.approx(3 / 5) and logged["val_acc@5"] == 1
     loss = (3 * np.log(1 + np.exp(-1)) + 2 * np.log(1 + np.exp(1))) / 5
     assert logged["val_loss"] == pytest.approx(loss, rel=1e-5)
     seen = torch.cat([x for x, _ in model.seen])
-    assert torch.equal(seen, 2 * pictures.batch(range(5)) - 1) and all((t == 0).all() for _, t in model.seen)
+    assert torch.equal(seen, 2 * source.batch(range(5)) - 1) and all((t == 0).all() for _, t in model.seen)
 
 
-def test_without_a_count_the_next_batch_is_measured_each_time(pictures):
-    model, measure = validation(pictures, 0, noised=False)
+def test_classifier_validation_without_count_uses_the_next_batch(source):
+    model, measure = validation(source, 0, noised=False)
     measure(5)
     measure(10)
-    expected = 2 * pictures.batch([2, 3, 4, 0]) - 1
+    expected = 2 * source.batch([2, 3, 4, 0]) - 1
     assert torch.equal(torch.cat([x for x, _ in model.seen]), expected)
 
 
-def test_noised_held_out_pictures_meet_the_same_noise_each_time(pictures):
-    model, measure = validation(pictures, 99, noised=True)
+def test_classifier_validation_uses_the_same_noise_each_time(source):
+    model, measure = validation(source, 99, noised=True)
     measure(5)
     measure(10)
     first, second = model.seen[:3], model.seen[3:]
     assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(first, second, strict=True))
     times = torch.cat([t for _, t in first])
-    noise = torch.cat([x for x, _ in first]) - 2 * pictures.batch(range(5)) + 1
+    noise = torch.cat([x for x, _ in first]) - 2 * source.batch(range(5)) + 1
     assert len(set(times.tolist())) > 1 and noise.std() > 0.1

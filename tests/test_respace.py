@@ -75,7 +75,7 @@ def test_log_snr_spacing_can_keep_every_timestep():
 
 @pytest.mark.parametrize("count", [1, 47])
 def test_impossible_log_snr_counts_raise(count):
-    with pytest.raises(ValueError, match=rf"--timestep_respacing logsnr{count}: N must be in \[2, 46\], the number of the 50"):
+    with pytest.raises(ValueError, match=rf"logsnr{count}: N must be in \[2, 46\], the number of the 50"):
         space_by_log_snr(alpha_bar_by_name("linear", 50), count)
 
 

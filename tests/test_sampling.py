@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,8 @@ from PIL import Image
 from guided_diffusion_vae.data import open_npz, to_uint8, write_npz
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_diffusion
-from guided_diffusion_vae.sampling.generate import generate_samples
-from guided_diffusion_vae.sampling.sampler import (
-    KeyedNoise, Sampler, SamplingConfig, LowResConditioning, parse_classes, resolve_sampler,
+from guided_diffusion_vae.sampling import (
+    KeyedNoise, LowResConditioning, Sampler, SamplingConfig, generate_samples, parse_classes, resolve_sampler,
 )
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
@@ -23,7 +23,7 @@ PROCESS = DiffusionConfig(diffusion_steps=4, noise_schedule="cosine", predict_xs
 
 @pytest.fixture(scope="module")
 def sampler():
-    """A tiny conditional UNet whose every weight counts, on pictures themselves."""
+    """Tiny class-conditional UNet on pixels, without zero-initialized weights."""
     model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8", in_channels=1,
                         class_cond=True, num_classes=3)
     network, diffusion = create_model_and_diffusion_vae((1, 8, 8), model, PROCESS)
@@ -35,15 +35,15 @@ def sampler():
 
 
 def pixels_of(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
-# what a sample depends on
+# --- Determinism ---
 
 
 @pytest.mark.parametrize("solver, steps", [("ddpm", ""), ("ddim", ""), ("dpmpp", "logsnr3"), ("unipc", "logsnr3")])
-def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
+def test_sample_depends_on_seed_and_index_only(sampler, solver, steps):
     diffusion = create_diffusion(dataclasses.replace(PROCESS, timestep_respacing=steps))
     sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
     together = sampler.sample_x0(range(5), [2, 0], CPU)
@@ -53,26 +53,26 @@ def test_a_sample_depends_on_seed_and_number_alone(sampler, solver, steps):
     torch.testing.assert_close(sampler.sample_x0([4, 1], [2, 0], CPU), together[[4, 1]], atol=1e-5, rtol=0)
 
 
-def drawn(sampler, folder, classes=(0, 1, 2), **config):
-    """Draw into a folder; return the Samples that were written."""
+def generate(sampler, folder, classes=(0, 1, 2), **config):
+    """Generate samples into a folder; return those that were written."""
     path = generate_samples(sampler, classes and list(classes), SamplingConfig(**config), folder, CPU)
     return open_npz(path)
 
 
-def test_batches_of_one_and_of_four_draw_the_same_pictures(sampler, tmp_path):
-    one = drawn(sampler, tmp_path / "one", num_samples=6, batch_size=1)
-    four = drawn(sampler, tmp_path / "four", num_samples=6, batch_size=4)
+def test_batch_size_does_not_change_samples(sampler, tmp_path):
+    one = generate(sampler, tmp_path / "one", num_samples=6, batch_size=1)
+    four = generate(sampler, tmp_path / "four", num_samples=6, batch_size=4)
     assert one.images.shape == (6, 7, 8, 1) and one.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert np.abs(one.images.astype(int) - four.images).max() <= 1  # a rounding at the edge of two grey levels
+    assert np.abs(one.images.astype(int) - four.images).max() <= 1  # rounding to 8 bits
 
 
-def test_another_seed_and_another_class_draw_another_picture(sampler):
+def test_other_seeds_and_classes_give_other_samples(sampler):
     first = sampler.sample_x0([0], [0], CPU)
     assert (first - dataclasses.replace(sampler, seed=1).sample_x0([0], [0], CPU)).abs().max() > 0.1
     assert (first - sampler.sample_x0([0], [1], CPU)).abs().max() > 1e-3
 
 
-def test_noise_is_standard_normal_and_fresh_at_every_call():
+def test_keyed_noise_is_standard_normal_and_new_at_every_call():
     noise = KeyedNoise(0, range(64))
     first, second = noise(torch.empty(64, 2, 8, 8)), noise(torch.empty(64, 2, 8, 8))
     assert abs(first.mean()) < 0.03 and abs(first.std() - 1) < 0.03
@@ -80,89 +80,96 @@ def test_noise_is_standard_normal_and_fresh_at_every_call():
     assert noise(torch.empty(64, 1, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_pixels_are_clipped_and_latents_are_not_unless_it_is_said(sampler):
+def test_x0_is_clipped_by_default_for_pixels_only(sampler):
     assert sampler.clip_denoised
-    assert not dataclasses.replace(sampler, codec=None, clip_denoised=None).clip_denoised
+    latents = SimpleNamespace(is_pixels=False)
+    assert not dataclasses.replace(sampler, codec=latents, clip_denoised=None).clip_denoised
     assert not dataclasses.replace(sampler, clip_denoised=False).clip_denoised
 
 
-def test_a_model_that_has_diverged_is_no_black_picture(sampler, tmp_path):
+def test_diverged_model_raises(sampler, tmp_path):
     broken = dataclasses.replace(sampler, model=lambda x, t, **kwargs: x * float("nan"), num_classes=0)
     with pytest.raises(FloatingPointError, match="samples 0 to 1 are not finite: the model has diverged"):
-        drawn(broken, tmp_path, None, num_samples=2)
+        generate(broken, tmp_path, None, num_samples=2)
 
 
-def test_nothing_to_draw_is_refused(sampler, tmp_path):
-    with pytest.raises(ValueError, match="--num_samples 0 --batch_size 16: both are at least 1"):
-        drawn(sampler, tmp_path, num_samples=0)
+def test_zero_samples_raise(sampler, tmp_path):
+    with pytest.raises(ValueError, match="--num_samples and --batch_size must be >= 1, got 0 and 16"):
+        generate(sampler, tmp_path, num_samples=0)
 
 
 @pytest.mark.parametrize("flags, solver", [({}, "ddpm"), ({"use_ddim": True}, "ddim"), ({"sampler": "unipc"}, "unipc"),
                                            ({"sampler": "ddim", "use_ddim": True}, "ddim")])
-def test_the_way_of_taking_steps_is_said_by_either_flag(flags, solver):
-    assert resolve_sampler(SamplingConfig(**flags)) == solver
+def test_sampler_is_specified_by_either_flag(flags, solver):
+    assert resolve_sampler(SamplingConfig(**flags), create_diffusion(PROCESS)) == solver
 
 
-def test_two_ways_of_taking_steps_are_refused():
+def test_conflicting_samplers_raise():
     with pytest.raises(ValueError, match="--sampler dpmpp and --use_ddim True are mutually exclusive; set only one"):
-        resolve_sampler(SamplingConfig(use_ddim=True, sampler="dpmpp"))
+        resolve_sampler(SamplingConfig(use_ddim=True, sampler="dpmpp"), create_diffusion(PROCESS))
 
 
-# samples that are written as they come
+def test_sampler_is_complete_when_constructed(sampler):
+    assert sampler.solver == "ddpm" and sampler.clip_denoised is True
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sampler.seed = 1
+
+
+# --- Interrupted runs ---
 
 
 FIVE = {"num_samples": 5, "batch_size": 2}
 
 
 def interrupted(sampler, folder, after, **config):
-    """Draw until so many batches are written, as if the process was killed then."""
-    def model(x, t, **told):
+    """Generate until `after` batches are written, as if the process was killed then."""
+    def model(x, t, **conditioning):
         model.calls += 1
         if model.calls > after * sampler.diffusion.num_timesteps:
             raise KeyboardInterrupt
-        return sampler.model(x, t, **told)
+        return sampler.model(x, t, **conditioning)
 
     model.calls = 0
     with pytest.raises(KeyboardInterrupt):
-        drawn(dataclasses.replace(sampler, model=model), folder, **config)
+        generate(dataclasses.replace(sampler, model=model), folder, **config)
     return model
 
 
-def test_an_interrupted_sampling_leaves_whole_shards_and_ends_in_the_same_bytes(sampler, tmp_path):
-    drawn(sampler, tmp_path / "whole", **FIVE)
+def test_interrupted_run_resumes_from_shards_bitwise_identically(sampler, tmp_path):
+    generate(sampler, tmp_path / "whole", **FIVE)
     interrupted(sampler, tmp_path / "parts", 2, **FIVE)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts/shards").glob("*.npy")}
     assert [path.name for path in sorted(kept)] == ["00000000-00000002.npy", "00000002-00000004.npy"]
     assert sum(len(np.load(path)) for path in kept) == 4 and not list((tmp_path / "parts").glob("*.npz"))
     calls = []
-    counting = lambda x, t, **told: calls.append(len(x)) or sampler.model(x, t, **told)
-    drawn(dataclasses.replace(sampler, model=counting), tmp_path / "parts", **FIVE)
-    assert calls == [1] * sampler.diffusion.num_timesteps  # the last batch alone
+    counting = lambda x, t, **conditioning: calls.append(len(x)) or sampler.model(x, t, **conditioning)
+    generate(dataclasses.replace(sampler, model=counting), tmp_path / "parts", **FIVE)
+    assert calls == [1] * sampler.diffusion.num_timesteps  # the last batch only
     files = {name: {path.relative_to(tmp_path / name).as_posix(): path.read_bytes()
                     for path in (tmp_path / name).rglob("*") if path.is_file()} for name in ("whole", "parts")}
     assert files["whole"] == files["parts"] and "samples_5x7x8x1.npz" in files["whole"]
     assert not (tmp_path / "parts/shards").exists()
 
 
-def test_more_samples_may_be_asked_for_when_going_on(sampler, tmp_path):
+def test_resumed_run_may_have_more_samples(sampler, tmp_path):
     interrupted(sampler, tmp_path / "more", 1, **FIVE)
-    more = drawn(sampler, tmp_path / "more", num_samples=7, batch_size=2)
-    assert np.array_equal(more.images, drawn(sampler, tmp_path / "seven", num_samples=7, batch_size=2).images)
+    more = generate(sampler, tmp_path / "more", num_samples=7, batch_size=2)
+    assert np.array_equal(more.images, generate(sampler, tmp_path / "seven", num_samples=7, batch_size=2).images)
 
 
-@pytest.mark.parametrize("change, config, named", [
+@pytest.mark.parametrize("change, config, name", [
     ({"seed": 1}, {}, "seed"), ({"solver": "ddim"}, {}, "sampler"), ({}, {"batch_size": 1}, "batch_size"),
     ({"settings": {"model": "another"}}, {}, "model"), ({}, {"classes": (0,)}, "classes"),
 ])
-def test_shards_of_another_sampling_are_refused_by_name(sampler, tmp_path, change, config, named):
+def test_shards_with_other_settings_raise(sampler, tmp_path, change, config, name):
     interrupted(sampler, tmp_path, 1, **FIVE)
-    with pytest.raises(ValueError, match=f"shards holds an unfinished sampling with another {named}; give the same"):
-        drawn(dataclasses.replace(sampler, **change), tmp_path, **{**FIVE, **config})
+    with pytest.raises(ValueError, match=f"shards contains an unfinished run with another {name}; use the same"):
+        generate(dataclasses.replace(sampler, **change), tmp_path, **{**FIVE, **config})
     assert len(list((tmp_path / "shards").glob("*.npy"))) == 1
 
 
 def test_ranks_share_the_batches(sampler, tmp_path, monkeypatch):
-    whole = drawn(sampler, tmp_path / "whole", **FIVE)
+    whole = generate(sampler, tmp_path / "whole", **FIVE)
     monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 2)
     for name in ("barrier", "broadcast_object"):
         monkeypatch.setattr(f"guided_diffusion_vae.dist_util.{name}", lambda *item: item[0] if item else None)
@@ -170,15 +177,15 @@ def test_ranks_share_the_batches(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 1)
     generate_samples(sampler, [0, 1, 2], SamplingConfig(**FIVE), tmp_path / "ranks", CPU)
     assert [path.name for path in (tmp_path / "ranks/shards").glob("*")] == ["00000002-00000004.npy"]
-    # Rank 0 comes last here, and finds a folder that it has not begun: the record stands in for its earlier self.
+    # Rank 0 comes last here and must not start the folder again.
     monkeypatch.setattr("guided_diffusion_vae.sampling.generate._check_settings", lambda *args: None)
     monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 0)
     monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 1)
-    assert np.array_equal(drawn(sampler, tmp_path / "ranks", **FIVE).images, whole.images)
+    assert np.array_equal(generate(sampler, tmp_path / "ranks", **FIVE).images, whole.images)
 
 
-def test_pictures_and_sheet_stand_beside_the_npz(sampler, tmp_path):
-    samples = drawn(sampler, tmp_path, (2, 0), num_samples=7, batch_size=3)
+def test_images_and_contact_sheet_are_next_to_the_npz(sampler, tmp_path):
+    samples = generate(sampler, tmp_path, (2, 0), num_samples=7, batch_size=3)
     names = sorted(path.name for path in (tmp_path / "png").glob("*.png"))
     assert names == ["push_000001.png", "push_000003.png", "push_000005.png",
                      *(f"tapout_00000{i}.png" for i in (0, 2, 4, 6))]
@@ -187,134 +194,135 @@ def test_pictures_and_sheet_stand_beside_the_npz(sampler, tmp_path):
     assert wide > 3 * 8 and tall >= 2 * 7 and samples.class_names == NAMES
 
 
-def test_new_samples_replace_the_pictures_of_older_ones(sampler, tmp_path):
-    drawn(sampler, tmp_path, num_samples=4)
-    drawn(sampler, tmp_path, (2,), num_samples=2)
+def test_new_samples_replace_images_of_earlier_ones(sampler, tmp_path):
+    generate(sampler, tmp_path, num_samples=4)
+    generate(sampler, tmp_path, (2,), num_samples=2)
     assert sorted(p.name for p in (tmp_path / "png").glob("*.png")) == ["tapout_000000.png", "tapout_000001.png"]
-    drawn(sampler, tmp_path, num_samples=2, png=False)
+    generate(sampler, tmp_path, num_samples=2, png=False)
     assert not (tmp_path / "png").exists()
 
 
-def test_pictures_of_others_are_never_removed(sampler, tmp_path):
+def test_images_of_other_origin_are_never_removed(sampler, tmp_path):
     mine = tmp_path / "png" / "mine.png"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="png is there and not from a sampling.* --logdir, or --png False"):
-        drawn(sampler, tmp_path, num_samples=2)
-    drawn(sampler, tmp_path, num_samples=2, png=False)
+    with pytest.raises(FileExistsError, match="png already exists .*; use another --logdir, or --png False"):
+        generate(sampler, tmp_path, num_samples=2)
+    generate(sampler, tmp_path, num_samples=2, png=False)
     assert mine.read_bytes() == b"precious"
 
 
-def test_a_folder_that_only_has_the_name_of_ours_is_left_alone(sampler, tmp_path):
+def test_shards_folder_of_other_origin_is_unchanged(sampler, tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "mine").write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="shards is there and not from a sampling.*; give another --logdir$"):
-        drawn(sampler, tmp_path, num_samples=2)
+    with pytest.raises(FileExistsError, match="shards already exists and was not created by sampling.*--logdir$"):
+        generate(sampler, tmp_path, num_samples=2)
     assert (tmp_path / "shards" / "mine").read_bytes() == b"precious"
-    (tmp_path / "shards" / "mine").rename(tmp_path / "shards" / "00000000-00000002.npy")  # left by a killed clean-up
-    assert len(drawn(sampler, tmp_path, num_samples=2).images) == 2
+    (tmp_path / "shards" / "mine").rename(tmp_path / "shards" / "00000000-00000002.npy")  # interrupted removal
+    assert len(generate(sampler, tmp_path, num_samples=2).images) == 2
 
 
-def test_fewer_samples_leave_no_pictures_of_more(sampler, tmp_path):
+def test_fewer_samples_remove_surplus_images(sampler, tmp_path):
     interrupted(sampler, tmp_path, 2, **FIVE)
-    drawn(sampler, tmp_path, num_samples=3, batch_size=2)
+    generate(sampler, tmp_path, num_samples=3, batch_size=2)
     assert sorted(path.name[-10:-4] for path in (tmp_path / "png").glob("*.png")) == ["000000", "000001", "000002"]
 
 
-def test_names_of_classes_lead_to_no_other_folder(sampler, tmp_path):
+def test_class_names_cannot_form_paths(sampler, tmp_path):
     named = dataclasses.replace(sampler, class_names=["../../evil/a", "tap_in", "plain"])
-    drawn(named, tmp_path / "run", num_samples=3)
+    generate(named, tmp_path / "run", num_samples=3)
     found = {path.name.split("_")[0] for path in (tmp_path / "run/png").glob("*.png")}
     assert found == {"-..-evil-a", "tap-in", "plain"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("classes, count", [(None, 1), ((1, 2), 1)])
-def test_few_samples_and_no_classes_make_a_plain_sheet(sampler, tmp_path, classes, count):
+def test_contact_sheet_of_few_samples_or_no_classes(sampler, tmp_path, classes, count):
     plain = dataclasses.replace(sampler, model=lambda x, t, y=None: 0 * x, num_classes=3 if classes else 0)
-    drawn(plain, tmp_path, classes, num_samples=count)
+    generate(plain, tmp_path, classes, num_samples=count)
     assert min(pixels_of(tmp_path / "contact_sheet.png").shape[:2]) >= 7
 
 
-# upsamplers
+# --- Upsamplers ---
 
 
-def test_sample_i_is_told_small_picture_i_and_its_class():
+def test_sample_i_is_conditioned_on_image_i_and_its_class():
     images, labels = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([2, 0, 1])
     identity = LatentNormalizer([0], [1], "none")
     process = create_diffusion(PROCESS)
-    small = LowResConditioning(images, labels, PixelCodec(1), identity, process)
-    told = []
-    model = lambda x, t, y, low_res: told.append((y, low_res)) or 0 * x
-    sampler = Sampler(model, process, (1, 4, 4), PixelCodec(1), identity, (1, 4, 4), 3, NAMES, small=small)
+    low_res = LowResConditioning(images, labels, PixelCodec(1), identity, process)
+    calls = []
+    model = lambda x, t, y, low_res: calls.append((y, low_res)) or 0 * x
+    sampler = Sampler(model, process, (1, 4, 4), PixelCodec(1), identity, (1, 4, 4), 3, NAMES, low_res=low_res)
     sampler.sample_x0([1, 5], None, CPU)
-    assert told[0][0].tolist() == [0, 1]
-    torch.testing.assert_close(told[0][1], torch.from_numpy(images[[1, 2]]) / 127.5 - 1)
+    assert calls[0][0].tolist() == [0, 1]
+    torch.testing.assert_close(calls[0][1], torch.from_numpy(images[[1, 2]]) / 127.5 - 1)
 
 
-def test_noise_on_small_pictures_depends_on_the_sample_alone_and_is_told():
+def test_conditioning_noise_depends_on_the_sample_only():
     images = np.zeros((2, 1, 8, 8), np.uint8)
     process = create_diffusion(PROCESS)
-    small = LowResConditioning(images, None, PixelCodec(1), LatentNormalizer([0], [1], "none"), process, noise_level=2)
-    both, one = small.condition([0, 3], CPU), small.condition([3], CPU)
+    normalizer = LatentNormalizer([0], [1], "none")
+    low_res = LowResConditioning(images, None, PixelCodec(1), normalizer, process, noise_level=2)
+    both, one = low_res.condition([0, 3], CPU), low_res.condition([3], CPU)
     assert both["low_res_times"].tolist() == [2, 2]
     torch.testing.assert_close(both["low_res"][1:], one["low_res"])
-    spread = float(np.sqrt(1 - process.alphas_cumprod[2]))
-    assert both["low_res"].std() == pytest.approx(spread, rel=0.2)
+    std = float(np.sqrt(1 - process.alphas_cumprod[2]))
+    assert both["low_res"].std() == pytest.approx(std, rel=0.2)
     assert (both["low_res"][0] - both["low_res"][1]).abs().max() > 0.1
 
 
-def test_small_pictures_are_padded_as_those_of_the_training_were():
+def test_low_res_images_are_padded_as_in_training():
     codec = PixelCodec(1)
     codec.factors, codec.preprocessing = (2, 2), {"pad": True}
     images = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
     process = create_diffusion(PROCESS)
-    small = LowResConditioning(images, None, codec, LatentNormalizer([0], [1], "none"), process)
-    told = small.condition([0], CPU)["low_res"]
-    assert told.shape == (1, 1, 4, 4) and torch.equal(told[..., 3, :3], told[..., 2, :3])
+    low_res = LowResConditioning(images, None, codec, LatentNormalizer([0], [1], "none"), process)
+    padded = low_res.condition([0], CPU)["low_res"]
+    assert padded.shape == (1, 1, 4, 4) and torch.equal(padded[..., 3, :3], padded[..., 2, :3])
 
 
-def test_decode_undoes_the_normalisation_and_the_padding(sampler):
+def test_decode_inverts_normalization_and_crops_padding(sampler):
     images = torch.rand(2, 1, 8, 8)
     x0 = sampler.normalizer.normalize(sampler.codec.encode_batch(images))
     torch.testing.assert_close(sampler.decode(x0), images[:, :, :7])
 
 
-# classes
+# --- Classes ---
 
 
 @pytest.mark.parametrize("text, numbers", [
     ("", [0, 1, 2]), ("tapin", [1]), ("2, push", [2, 0]), ("tapin,tapin,0", [1, 1, 0]),
 ])
-def test_classes_are_asked_for_by_name_or_number(text, numbers):
+def test_classes_are_parsed_by_name_or_index(text, numbers):
     assert parse_classes(text, 3, NAMES) == numbers
 
 
-def test_a_name_that_is_a_number_means_the_class_of_that_name():
+def test_class_names_take_precedence_over_indices():
     assert parse_classes("7,0", 2, ["7", "9"]) == [0, 0]
 
 
 @pytest.mark.parametrize("text, names, match", [
-    ("tapon", NAMES, "--classes: the model has no class 'tapon'; it has push, tapin, tapout"),
+    ("tapon", NAMES, "--classes: there is no class 'tapon': expected one of: push, tapin, tapout"),
     ("3", NAMES, "no class '3'"),
-    ("-1", None, "no class '-1'; it has 0 to 2"),
+    ("-1", None, "no class '-1': expected one of: 0 to 2"),
 ])
-def test_a_class_that_the_model_lacks_is_refused(text, names, match):
+def test_unknown_class_raises(text, names, match):
     with pytest.raises(ValueError, match=match):
         parse_classes(text, 3, names)
 
 
-def test_classes_of_a_model_without_any_are_refused():
+def test_classes_of_an_unconditional_model_raise():
     assert parse_classes("", 0) is None
-    with pytest.raises(ValueError, match="--classes 1: this model was trained without classes; leave the flag away"):
+    with pytest.raises(ValueError, match="--classes 1: the model was trained without classes; omit the flag"):
         parse_classes("1", 0)
 
 
-# files
+# --- Files ---
 
 
 def write(folder, images, labels=None, names=None, parts=1):
-    """Write images [N x C x ...] in so many parts; return the path."""
+    """Write images [N x C x ...] in `parts` parts; return the path."""
     last = np.moveaxis(images, 1, -1)
     path = folder / f"samples_{'x'.join(map(str, last.shape))}.npz"
     write_npz(path, last.shape, np.array_split(last, parts), labels, names)
@@ -322,7 +330,7 @@ def write(folder, images, labels=None, names=None, parts=1):
 
 
 @pytest.mark.parametrize("sides", [(4, 6), (3, 4, 5)])
-def test_the_npz_has_the_layout_of_the_reference(tmp_path, sides):
+def test_npz_has_the_layout_of_guided_diffusion(tmp_path, sides):
     images = np.random.default_rng(0).integers(0, 256, (5, 3, *sides), np.uint8)
     path = write(tmp_path, images, np.array([0, 1, 0, 1, 0]), parts=2)
     with np.load(path) as content:
@@ -335,25 +343,25 @@ def test_the_npz_has_the_layout_of_the_reference(tmp_path, sides):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_same_pictures_give_the_same_bytes_in_however_many_parts(tmp_path):
+def test_npz_bytes_are_independent_of_parts(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 1, 4, 4), np.uint8)
     first = write(tmp_path, images, np.arange(5), NAMES).read_bytes()
     assert write(tmp_path, images, np.arange(5), NAMES, parts=4).read_bytes() == first
 
 
-def test_without_classes_the_npz_has_no_labels(tmp_path):
+def test_npz_without_classes_has_no_labels(tmp_path):
     path = write(tmp_path, np.zeros((2, 1, 4, 4), np.uint8))
     with np.load(path) as content:
         assert content.files == ["arr_0"]
     assert open_npz(path).labels is None and open_npz(path).class_names is None
 
 
-def test_class_names_travel_with_the_labels(tmp_path):
+def test_npz_stores_class_names(tmp_path):
     assert open_npz(write(tmp_path, np.zeros((2, 1, 4, 4), np.uint8), np.array([2, 0]), NAMES)).class_names == NAMES
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_files_of_others_are_read_compressed_or_not(tmp_path, save):
+def test_open_npz_reads_other_archives(tmp_path, save):
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
     save(tmp_path / "theirs.npz", images, np.array([1, 2, 3]))
     found = open_npz(tmp_path / "theirs.npz")
@@ -362,7 +370,7 @@ def test_files_of_others_are_read_compressed_or_not(tmp_path, save):
     assert np.array_equal(open_npz(tmp_path / "fortran.npz").images, images)
 
 
-def test_a_batch_of_samples_that_is_none_is_named(tmp_path):
+def test_open_npz_rejects_other_files(tmp_path):
     (tmp_path / "cut.npz").write_bytes(b"PK\3\4 and no more")
     np.savez(tmp_path / "other.npz", images=np.zeros((1, 4, 4)))
     np.savez(tmp_path / "float.npz", np.zeros((1, 4, 4, 1)))
@@ -378,5 +386,5 @@ def test_a_batch_of_samples_that_is_none_is_named(tmp_path):
         open_npz(tmp_path / "few.npz")
 
 
-def test_levels_are_rounded_to_the_nearest_of_256():
+def test_to_uint8_rounds_to_nearest():
     assert to_uint8(torch.tensor([0, 0.4 / 255, 0.6 / 255, 1])).tolist() == [0, 0, 1, 255]

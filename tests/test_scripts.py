@@ -284,7 +284,7 @@ def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, c
     status, out, err = call("evaluate", vae_path=chain.autoencoder, **flags)
     assert status == 0, err
     report = json.loads((tmp_path / "metrics.json").read_text())
-    assert "class_agreement" not in report and report["neighbours"]["median_distance_of_samples"] == 0
+    assert "class_agreement" not in report and report["nearest_neighbors"]["median_distance_samples"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
@@ -296,7 +296,7 @@ def test_two_ranks_evaluate_as_one_does(chain, classifier, call, tmp_path):
     assert status == 0, err
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one.keys() == two.keys() and one["class_agreement"] == two["class_agreement"]
-    assert one["neighbours"]["shown_samples"] == two["neighbours"]["shown_samples"]
+    assert one["nearest_neighbors"]["example_indices"] == two["nearest_neighbors"]["example_indices"]
     assert all(one[name] == pytest.approx(two[name], abs=1e-6) for name in ("frechet", "kernel", "precision", "recall"))
 
 
@@ -343,7 +343,7 @@ def test_a_noised_classifier_is_the_default(chain, call, tmp_path):
 @pytest.mark.parametrize("script, flags, said", [
     ("train_autoencoder", ["train_autoencoder"], "initial=1, layers=(2, 2), total downsampling: 4x: images (1, 64"),
     ("image_train_vae", ["train"], "12 latents 3x16x16"),
-    ("image_sample_vae", [], "latents 3x16x16 -> pictures 1x64x64, 2 classes, 8 steps"),
+    ("image_sample_vae", [], "latents 3x16x16 -> images 1x64x64, 2 classes, 8 steps"),
     ("check_roundtrip", [], "images (1, 64, 64) -> latents (3, 16, 16)"),
     ("classifier_train", [], "12 images 1x64x64 in "),
 ])
@@ -455,7 +455,7 @@ def test_pictures_are_trained_on_and_gone_on_with(pixels, chain, tmp_path):
 def test_pictures_are_sampled_by_one_rank_as_by_two(pixels, call, tmp_path):
     flags = {"model_path": pixels["logdir"], "num_samples": 5, "batch_size": 2}
     status, out, err = call("image_sample", **flags, logdir=tmp_path / "one")
-    assert status == 0 and "latents 1x16x16 -> pictures 1x16x16, 2 classes, 8 steps of ddpm" in out, err
+    assert status == 0 and "latents 1x16x16 -> images 1x16x16, 2 classes, 8 steps of ddpm" in out, err
     done("image_sample", ranks=2, **flags, logdir=tmp_path / "two")
     one, two = ((tmp_path / name / "samples_5x16x16x1.npz").read_bytes() for name in ("one", "two"))
     assert one == two and "created 2 samples" in out
@@ -600,7 +600,8 @@ def test_small_pictures_bring_classes_that_the_upsampler_knows(upsampler, call, 
     assert status == 0, err
     assert open_npz(tmp_path / "run" / "samples_3x16x16x1.npz").labels.tolist() == [0, 1, 0]  # by name
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 2]))
-    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "has labels (arr_1) from 0 to 2, the upsampler")
+    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"),
+            "labels (arr_1) must be in [0, 1], the classes of the upsampler, got 0 to 2")
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "c"]))
     refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "has classes c that the model does not have")
 
@@ -634,7 +635,7 @@ def test_an_upsampler_works_between_two_latent_grids(chain, call, tmp_path, cach
     np.savez(tmp_path / "base.npz", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8))
     status, out, err = call("super_res_sample", model_path=tmp_path / "run", base_samples=tmp_path / "base.npz",
                             num_samples=2, clip_denoised=True, logdir=tmp_path / "samples")
-    assert status == 0 and "latents 3x16x16 -> pictures 1x64x64" in out, err
+    assert status == 0 and "latents 3x16x16 -> images 1x64x64" in out, err
     assert open_npz(tmp_path / "samples" / "samples_2x64x64x1.npz").images.std() > 0
 
 
@@ -923,22 +924,24 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
 
 
 @pytest.mark.parametrize("script, flags, message", [
-    ("image_sample_vae", {"model_path": "{autoencoder}/model000002.pt"}, "kind 'autoencoder', --model_path wants"),
-    ("image_sample_vae", {"model_path": "{diffusion}/opt000002.pt"}, "opt000002.pt holds no state dict"),
+    ("image_sample_vae", {"model_path": "{autoencoder}/model000002.pt"}, "kind 'diffusion', got 'autoencoder'"),
+    ("image_sample_vae", {"model_path": "{diffusion}/opt000002.pt"}, "opt000002.pt is not a state dict"),
     ("image_sample_vae", {"model_path": "{tmp}/cut.pt"}, "cut.pt is corrupt"),
-    ("image_sample_vae", {}, "no model given; --model_path wants"),
+    ("image_sample_vae", {}, "--model_path is not set: expected"),
     ("image_sample_vae", {"model_path": "{diffusion}/model000002.pt", "num_channels": 64},
-     "--num_channels 64 contradicts"),
-    ("image_sample_vae", {"model_path": "{diffusion}/model000002.pt", "classes": "c"}, "no class 'c'; it has a, b"),
-    ("check_roundtrip", {"vae_path": "{diffusion}", "data_dir": "{data}"}, "kind 'diffusion', --vae_path wants"),
+     "--num_channels 64 conflicts with"),
+    ("image_sample_vae", {"model_path": "{diffusion}/model000002.pt", "classes": "c"},
+     "no class 'c': expected one of: a, b"),
+    ("check_roundtrip", {"vae_path": "{diffusion}", "data_dir": "{data}"},
+     "--vae_path expects a model of kind 'autoencoder', got 'diffusion'"),
     ("check_roundtrip", {"vae_path": "{tmp}/cut.pt", "data_dir": "{data}"}, "cut.pt is corrupt"),
     ("check_roundtrip", {"vae_path": "{data}", "data_dir": "{data}"}, "data is neither a run of train_autoencoder.py"),
     ("check_roundtrip", {"vae_path": "{autoencoder}", "data_dir": "{data}", "image_channels": 3}, "3 channels"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "classifier_path": "{diffusion}/model000002.pt"},
-     "kind 'diffusion', --classifier_path wants one of kind 'classifier'"),
+     "--classifier_path expects a model of kind 'classifier', got 'diffusion'"),
     ("evaluate", {"samples": "{tmp}/cut.npz", "reference": "{data}", "vae_path": "{autoencoder}"},
      "cut.npz: cannot be read as an .npz archive"),
-    ("evaluate", {"samples": "{data}", "vae_path": "{autoencoder}"}, "--reference is not given"),
+    ("evaluate", {"samples": "{data}", "vae_path": "{autoencoder}"}, "--reference is not set"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": "64x62"},
      "axis 1 has size 62, which the autoencoder's total downsampling factor 4"),
     ("train_autoencoder", {"data_dir": "{data}", "config": "{tmp}/typo.yaml"},
@@ -963,17 +966,17 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("image_train", {"data_dir": "{data}", "class_dropout": 0.1}, "--class_dropout 0.1 requires --class_cond True"),
     ("image_train", {"data_dir": "{data}", "predict_v": True, "predict_xstart": True}, "mutually exclusive"),
     ("image_train", {"data_dir": "{data}", "noise_schedule": "linear_zero_snr"}, "ends in pure noise"),
-    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "cfg_scale": 2}, "with --class_dropout above 0"),
-    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "cfg_interval": "1,2"}, "--cfg_scale 1 does not do"),
-    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "sampler": "unipc", "use_ddim": True}, "contradicts"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "cfg_scale": 2}, "--class_dropout > 0"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "cfg_interval": "1,2"}, "has no effect with"),
+    ("image_sample", {"model_path": "{diffusion}/model000002.pt", "sampler": "unipc", "use_ddim": True}, "exclusive"),
     ("image_sample", {"model_path": "{diffusion}/model000002.pt", "timestep_respacing": "logsnr99"},
      "logsnr99: N must be in [2, "),
-    ("classifier_sample", {"model_path": "{diffusion}/model000002.pt"}, "no classifier given; --classifier_path wants"),
-    ("classifier_sample", {"model_path": "{diffusion}", "classifier_path": "{diffusion}"}, "one of kind 'classifier'"),
+    ("classifier_sample", {"model_path": "{diffusion}/model000002.pt"}, "--classifier_path is not set: expected"),
+    ("classifier_sample", {"model_path": "{diffusion}", "classifier_path": "{diffusion}"}, "of kind 'classifier'"),
     ("super_res_train", {"cache_dir": "{cache}"}, "set --low_res_cache_dir to a cache of its low-resolution"),
     ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{cache}"}, "set --small_size below"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "set --small_size below"),
-    ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'diffusion', --model_path wants"),
+    ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'super_res', got 'diffusion'"),
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder given for the cache"),
     ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{colour}", "batch_size": 4},
      "(--val_data_dir): expected 1 channels"),
@@ -988,7 +991,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "train_dir": "{tmp}/none"},
      "{tmp}/none is not there"),
     ("evaluate", {"samples": "{data}", "reference": "{tmp}/statistics.npz", "vae_path": "{autoencoder}"},
-     "holds statistics of Inception features; give --inception_path"),
+     "contains statistics of Inception features; set --inception_path"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 16, "small_size": 8, "channel_mult": "1",
                          "diffusion_steps": 100, "cond_noise_steps": 250}, "--cond_noise_steps must be <= 100, the steps of the process, got 250"),
     ("image_train_vae", {"cache_dir": "{cache}", "num_channels": 32, "channel_mult": "1,1,1,1,1,1"},
@@ -996,7 +999,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{mirrored}"},
      "was encoded with --random_flip True"),
     ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{cache}", "data_dir": "{data}"},
-     "is measured on one of them"),
+     "conflicts with --data_dir"),
     ("export", {"model_path": "{diffusion}"}, "no output path is specified; set --out"),
     ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "expected a file name that ends in .safetensors"),
     ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is corrupt"),

@@ -266,7 +266,7 @@ def run(tmp_path, cache):
 def load(path, *flags):
     configs, explicit = parse_explicit("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
     run = Run("it", configs, explicit)
-    return loading.load_sampler(run, scale=run[NormalizerConfig])
+    return loading.load_sampler(run)
 
 
 def test_a_weights_file_is_enough_to_sample(run, cache):
@@ -287,19 +287,19 @@ def test_samples_in_bfloat16_are_those_in_float32_but_for_rounding(run):
     one, other = (sampler.sample_x0(range(4), (0, 1), "cpu") for sampler in (plain, short))
     assert one.dtype == other.dtype == torch.float32
     assert 0 < (one - other).abs().max() and (one - other).std() < 0.05 * one.std()
-    with pytest.raises(ValueError, match="--sample_dtype bfloat16 and --use_fp16 True are two ways to one end"):
+    with pytest.raises(ValueError, match="--sample_dtype bfloat16 and --use_fp16 are mutually exclusive"):
         load(run, "--sample_dtype", "bfloat16", "--use_fp16", True)
 
 
 @pytest.mark.parametrize("flags, match", [
-    (["--num_channels", 64], "--num_channels 64 contradicts .*ema_0.9_000001.pt, .* with num_channels 32; leave"),
-    (["--diffusion_steps", 100], "--diffusion_steps 100 contradicts .* with diffusion_steps 20"),
-    (["--noise_schedule", "linear"], "--noise_schedule linear contradicts .* with noise_schedule cosine"),
-    (["--num_classes", 3], "--num_classes 3 contradicts .* with num_classes 2"),
-    (["--class_cond", False], "--class_cond False contradicts .* with class_cond True"),
-    (["--normalizer", "none"], "--normalizer none contradicts .* with normalizer auto"),
-    (["--image_size", 16], "--image_size 16 contradicts .* with image_size 8"),
-    (["--image_channels", 3], "--image_channels 3 contradicts .* with image_channels 1"),
+    (["--num_channels", 64], "--num_channels 64 conflicts with .*ema_0.9_000001.pt, trained with num_channels 32"),
+    (["--diffusion_steps", 100], "--diffusion_steps 100 conflicts with .* with diffusion_steps 20"),
+    (["--noise_schedule", "linear"], "--noise_schedule linear conflicts with .* with noise_schedule cosine"),
+    (["--num_classes", 3], "--num_classes 3 conflicts with .* with num_classes 2"),
+    (["--class_cond", False], "--class_cond False conflicts with .* with class_cond True"),
+    (["--normalizer", "none"], "--normalizer none conflicts with .* with normalizer auto"),
+    (["--image_size", 16], "--image_size 16 conflicts with .* with image_size 8"),
+    (["--image_channels", 3], "--image_channels 3 conflicts with .* with image_channels 1"),
     (["--scale_factor", 0.5], "expected scale_factor 0.18215 .*, got 0.5"),
 ])
 def test_a_flag_that_contradicts_the_header_is_refused_with_both_values(run, flags, match):
@@ -331,8 +331,8 @@ def test_a_bare_state_dict_works_with_flags(run, tmp_path):
 
 @pytest.mark.parametrize("left_out, error, match", [
     ("--vae_path", FileNotFoundError, "no autoencoder is specified; --vae_path expects one of"),
-    ("--normalizer", ValueError, "bare.pt is a bare state dict and brings no statistics for --normalizer auto; give"),
-    ("--num_channels", ValueError, r"bare.pt does not fit the model \(.* entries differ; .*\); check --model_path and"),
+    ("--normalizer", ValueError, "bare.pt is a bare state dict without the statistics of --normalizer auto; set it to"),
+    ("--num_channels", ValueError, r"bare.pt does not match the model \(.* differ; .*\); check --model_path and"),
     ("--channel_mult", ValueError, "no default width multipliers for a grid of 4: .*; set --channel_mult"),
 ])
 def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, match):
@@ -355,12 +355,12 @@ def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp
             checkpoint_util.save_weights(folder / name, weights, {**header, "step": step, "classes": [name, "b"]})
         checkpoint_util.commit(folder, step, names, {})
     assert load(folder).class_names == ["ema_0.99_000002.pt", "b"]
-    assert f"--model_path {folder}: taking ema_0.99_000002.pt" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--num_heads 7 contradicts .*training/ema_0.99_000002.pt, which was trained"):
+    assert f"--model_path {folder}: using ema_0.99_000002.pt" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--num_heads 7 conflicts with .*training/ema_0.99_000002.pt, trained"):
         load(folder, "--num_heads", 7)
-    with pytest.raises(ValueError, match="ema_0.99_000002.pt holds .* 'diffusion', --classifier_path wants"):
-        loading.load_classifier(str(folder), CPU)
-    with pytest.raises(FileNotFoundError, match="pictures holds no finished checkpoint .*check --model_path"):
+    with pytest.raises(ValueError, match="ema_0.99_000002.pt: --classifier_path expects .*, got 'diffusion'"):
+        loading.load_classifier(loading.open_weights(folder))
+    with pytest.raises(FileNotFoundError, match="pictures contains no complete checkpoint .*check --model_path"):
         load(tmp_path / "pictures")
 
 
@@ -386,25 +386,26 @@ def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
     checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)
     checkpoint_util.commit(tmp_path, 1, ["model000001.pt"], {})
     for path in (tmp_path, tmp_path / "model000001.pt"):
-        again, found = loading.load_classifier(str(path), CPU)
-        assert found["classes"] == ["a", "b", "c"] and not again.training
+        weights = loading.open_weights(path, "--classifier_path")
+        again = loading.load_classifier(weights)
+        assert weights.header["classes"] == ["a", "b", "c"] and not again.training
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_weights_of_another_kind_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="vae.pt holds .* of kind 'autoencoder', --model_path wants .* 'diffusion'"):
+    with pytest.raises(ValueError, match="vae.pt: --model_path expects .* 'diffusion', got 'autoencoder'"):
         load(tmp_path / "vae.pt")
-    with pytest.raises(ValueError, match="ema_0.9_000001.pt holds a model of kind 'diffusion', --vae_path wants"):
+    with pytest.raises(ValueError, match="ema_0.9_000001.pt: --vae_path expects .* 'autoencoder', got 'diffusion'"):
         load(run, "--vae_path", run)
-    with pytest.raises(ValueError, match="ema_0.9_000001.pt .*'diffusion', --classifier_path wants .*'classifier'"):
-        loading.load_classifier(run, CPU)
+    with pytest.raises(ValueError, match="000001.pt: --classifier_path expects .*'classifier', got 'diffusion'"):
+        loading.load_classifier(loading.open_weights(run))
     torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="bare.pt does not say how it is built; --classifier_path wants a checkpoint"):
-        loading.load_classifier(tmp_path / "bare.pt", CPU)
+    with pytest.raises(ValueError, match="bare.pt has no header; --classifier_path expects a checkpoint"):
+        loading.load_classifier(loading.open_weights(tmp_path / "bare.pt"))
 
 
 def test_a_missing_or_damaged_model_is_named(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model given; --model_path wants"):
+    with pytest.raises(FileNotFoundError, match="--model_path is not set: expected a run folder"):
         load("")
     with pytest.raises(FileNotFoundError, match="gone.pt.*check --model_path"):
         load(tmp_path / "gone.pt")

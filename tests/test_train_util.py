@@ -821,7 +821,7 @@ def test_where_all_steps_are_damaged_nothing_starts_anew(tmp_path):
     line(tmp_path, 4)
     for step in (2, 4):
         spoil(tmp_path / f"opt00000{step}.pt", "missing")
-    with pytest.raises(ValueError, match=f"every checkpoint of {tmp_path} is damaged; choose another --logdir"):
+    with pytest.raises(ValueError, match=f"every checkpoint of {tmp_path} is corrupt; use another --logdir"):
         line(tmp_path, 6)
 
 
@@ -842,7 +842,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
         line(tmp_path, 4, header={"kind": "line", "model": {"width": 4}})
     with pytest.raises(ValueError, match="kind is 'curve' now, 'line' in the checkpoint"):
         line(tmp_path, 4, header={"kind": "curve"})
-    with pytest.raises(ValueError, match=r"does not fit the model .*bias: missing in the file, \(1,\) in the model"):
+    with pytest.raises(ValueError, match=r"does not match the model .*bias: expected \(1,\), got nothing"):
         line(tmp_path, 4, bias=True)
     with pytest.raises(FileNotFoundError, match="ema_0.5_000002.pt is not there; --ema_rate must name"):
         line(tmp_path, 4, ema_rate="0.5")

@@ -282,16 +282,16 @@ def test_paths_without_an_autoencoder_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="neither a run .* nor a diffusers folder .*--vae_path"):
         vae(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="no finished checkpoint.*--vae_path"):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint.*--vae_path"):
         vae(tmp_path)
     write_weights(tmp_path / "d.pt", kind="diffusion")
-    with pytest.raises(ValueError, match="kind 'diffusion', --vae_path wants one of kind 'autoencoder'"):
+    with pytest.raises(ValueError, match="--vae_path expects a model of kind 'autoencoder', got 'diffusion'"):
         vae(tmp_path / "d.pt")
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="broken.pt is corrupt .*--vae_path"):
         vae(tmp_path / "broken.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="broken.safetensors is damaged .*--vae_path"):
+    with pytest.raises(ValueError, match="broken.safetensors is corrupt .*--vae_path"):
         vae(tmp_path / "broken.safetensors")
 
 
@@ -345,7 +345,7 @@ def test_monai_weights_without_matching_arguments_are_rejected(tmp_path):
         vae(path, vae_config={**MONAI, "num_chanels": 3})
     with pytest.raises(ValueError, match="contains no spatial_dims"):
         vae(path, vae_config={"num_channels": [4]})
-    with pytest.raises(ValueError, match="does not fit the model .*--vae_path"):
+    with pytest.raises(ValueError, match="does not match the model .*--vae_path"):
         vae(path, vae_config={**MONAI, "num_channels": [4, 4]})
     for text, reason in (("- 1", "expected keys with values, got list"), ("{a", "while parsing")):
         path.with_suffix(".yaml").write_text(text)

@@ -1,0 +1,23 @@
+"""The evaluation room: metrics, features, reports, previews and figures. Other rooms import from here."""
+
+from .comparison import EvaluateConfig, EvaluationClassifier, ImageSet, SampleFile, evaluate, open_sample_file
+from .features import (
+    Features, classifier_features, collect_features, inception_features, latent_features,
+)
+from .image_metrics import PAIRED_METRICS, bicubic_baseline, l1, max_error, paired_metrics, psnr, ssim
+from .label_metrics import class_agreement, classification_report, confusion_matrix
+from .likelihood import HeldOutData, LikelihoodConfig, likelihood
+from .previews import ClassifierValidation, ReconstructionValidation, SamplePreview
+from .roundtrip import RoundtripConfig, failed_thresholds, roundtrip
+from .set_metrics import (
+    FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbors, precision_recall,
+)
+
+__all__ = [
+    "PAIRED_METRICS", "ClassifierValidation", "EvaluateConfig", "EvaluationClassifier", "FeatureStatistics", "Features",
+    "HeldOutData", "ImageSet", "LikelihoodConfig", "ReconstructionValidation", "RoundtripConfig", "SampleFile",
+    "SamplePreview", "bicubic_baseline", "class_agreement", "classification_report", "classifier_features",
+    "collect_features", "confusion_matrix", "evaluate", "failed_thresholds", "frechet_distance", "inception_features",
+    "inception_score", "kernel_distance", "l1", "latent_features", "likelihood", "max_error", "nearest_neighbors",
+    "open_sample_file", "paired_metrics", "precision_recall", "psnr", "roundtrip", "ssim",
+]

@@ -1,20 +1,19 @@
 """Compare samples with real images."""
 
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .. import dist_util
-from ..config import option
-from ..data import map_labels, open_archive, open_folder, open_npz, require_data_dir
-from ..files import write_json
-from ..sampling.generate import OWNED_MARKER
-from . import features, figures, image_metrics, label_metrics, set_metrics
-
-_SAMPLES_FILE = re.compile(r"samples_(\d+x)+\d+\.npz")
+from ..config import option, require
+from ..data.listing import map_labels
+from ..data.npz import open_archive, open_npz
+from . import features, figures, label_metrics, set_metrics
+from .image_metrics import average_metrics, paired_metrics
 
 
 @dataclass
@@ -36,151 +35,150 @@ class EvaluateConfig:
     batch_size: int = option(64, "pictures at a time on each rank", minimum=1)
 
 
-def evaluate(config, data, extract, folder, judge=None, class_names=None, image_shape=None, seed=0):
-    """Hold samples against real pictures; return the report, after writing it and its figures to `folder`.
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images to evaluate.
 
-    The ranks share the work of reading features; all of them call this, and rank 0 writes.
-
-    :param extract: images [N x C x ...] in [0, 1] -> `metrics.Features`, between which distances are taken; where they
-        hold spatial features too, these are Inception's and the distances go by the names of FID and its kin.
-    :param judge: the same of a classifier whose logits mean `class_names`; may be `extract` itself.
-    :param image_shape: the only shape (C, ...) that the classifier takes; None: any.
-    :raises ValueError: before any is read, where the pictures differ in shape or have classes that `class_names` lacks.
+    `images` has a length and `shape`, `labels`, `class_names` and `batch` of an `interfaces.ImageSource`; None if only
+    the `statistics` of Inception features are known, {"pooled": FeatureStatistics, "spatial": FeatureStatistics}.
     """
-    reference = open_images(config.reference, data, "--reference")
-    samples = open_images(config.samples, data, "--samples")
-    training = open_images(config.train_dir, data, "--train_dir") if config.train_dir else None
-    for flag, path, pictures in (("--samples", config.samples, samples), ("--train_dir", config.train_dir, training)):
-        if pictures is not None and len(pictures) == 0:
-            raise ValueError(f"{path} holds statistics and no pictures; {flag} wants the pictures themselves")
-    if not len(reference) and not config.inception_path:
-        raise ValueError(f"{config.reference} holds statistics of Inception features; give --inception_path to compare "
-                         "with them, or pictures as --reference")
-    for path, pictures in ((config.reference, reference), (config.train_dir, training)):
-        if pictures is not None and len(pictures) and pictures.shape != samples.shape:
-            raise ValueError(f"{config.samples} holds pictures of shape {samples.shape}, {path} of {pictures.shape} "
-                             "(channels, height, width); set --image_size or --image_channels")
-    if image_shape and samples.shape != tuple(image_shape):
-        raise ValueError(f"{config.samples} holds pictures of shape {samples.shape}, {config.classifier_path} was "
-                         f"trained on {tuple(image_shape)} (channels, height, width); set --image_size or "
-                         "--image_channels, or take another --classifier_path")
-    if config.paired and len(reference) != len(samples):
-        raise ValueError("--paired True wants as many samples as reference pictures, "
-                         f"found {len(samples)} and {len(reference)}")
-    judged_sets = [(name, pictures, map_labels(pictures, class_names))
-                   for name, pictures in (("reference", reference), ("samples", samples))
-                   if judge is not None and len(pictures) and pictures.labels is not None]
-    real = _measure(extract, reference, config.batch_size, "reference")
-    made = _measure(extract, samples, config.batch_size, "samples")
-    report = {"num_reference": len(reference), "num_samples": len(samples), **_distances(real, made, seed)}
+
+    path: str
+    images: object
+    statistics: dict = field(default_factory=dict)
+
+    def __len__(self):
+        return 0 if self.images is None else len(self.images)
+
+
+class EvaluationClassifier(NamedTuple):
+    """A classifier: images [N x C x ...] in [0, 1] -> `Features` with logits of `class_names`.
+
+    `image_shape` is the only shape (C, ...) that it accepts, None: any.
+    """
+
+    extract: Callable
+    class_names: list | None
+    image_shape: tuple | None = None
+
+
+def evaluate(config, sets, extract, folder, classifier=None, seed=0):
+    """Compare samples with real images; return the report, after writing its figures to `folder`.
+
+    The ranks share the extraction of features; all of them call this, and rank 0 writes.
+
+    :param sets: {"reference": ImageSet, "samples": ImageSet} and optionally "training".
+    :param extract: images [N x C x ...] in [0, 1] -> `Features`, between which distances are computed. With spatial
+        features these are Inception's, and the distances are reported as FID, sFID and KID.
+    :param classifier: an `EvaluationClassifier`, whose `extract` may be the same function.
+    :raises ValueError: before any image is read, if shapes do not match or there are labels of unknown classes.
+    """
+    reference, samples, training = (sets.get(name) for name in ("reference", "samples", "training"))
+    _check_sets(config, sets, classifier)
+    labeled = [(name, sets[name], map_labels(sets[name].images, classifier.class_names))
+               for name in ("reference", "samples")
+               if classifier and len(sets[name]) and sets[name].images.labels is not None]
+    measured = {name: _measure(extract, images, config.batch_size, name) for name, images in sets.items()}
+    real, generated = measured["reference"], measured["samples"]
+    report = {"num_reference": len(reference), "num_samples": len(samples), **_distances(real, generated, seed)}
     if config.paired:
-        report.update(_paired_scores(reference, samples, config.batch_size))
-    for name, pictures, labels in judged_sets:
-        known = real.features if name == "reference" else made.features
-        features = known if judge is extract else _read(judge, pictures, config.batch_size, "classes")
-        judged = label_metrics.classification_report(features.logits.argmax(1), labels, class_names)
-        report["classifier_accuracy" if name == "reference" else "class_agreement"] = judged
-        if dist_util.rank() == 0 and len(class_names) <= figures.MAX_CLASSES:
-            sheet = figures.confusion_plot(np.array(judged["confusion"]), class_names)
-            figures.save_image(Path(folder) / f"confusion_{name}.png", sheet)
+        starts = range(0, len(samples), config.batch_size)
+        batches = [range(start, min(start + config.batch_size, len(samples))) for start in starts]
+        report.update(average_metrics([paired_metrics(reference.images.batch(rows), samples.images.batch(rows))
+                                       for rows in batches]))
+    for name, images, labels in labeled:
+        same = classifier.extract is extract
+        read = measured[name].features if same else _extract(classifier.extract, images, config.batch_size, "classes")
+        result = label_metrics.classification_report(read.logits.argmax(1), labels, classifier.class_names)
+        report["classifier_accuracy" if name == "reference" else "class_agreement"] = result
+        if dist_util.rank() == 0 and len(classifier.class_names) <= figures.MAX_CLASSES:
+            plot = figures.confusion_plot(np.array(result["confusion"]), classifier.class_names)
+            figures.save_image(Path(folder) / f"confusion_{name}.png", plot)
     if training is not None:
-        bank = _measure(extract, training, config.batch_size, "training")
-        between = _distances(real, bank, seed)
-        report["training_to_reference"] = {"num_training": len(training), **between}
+        report["training_to_reference"] = {"num_training": len(training),
+                                           **_distances(real, measured["training"], seed)}
         if dist_util.rank() == 0:
-            report["neighbours"] = _nearest_neighbor_report(samples, made, real, training, bank, folder)
-    write_report(report, folder)
+            report["nearest_neighbors"] = _nearest_neighbor_report(sets, measured, folder)
     return report
 
 
-def write_report(report, folder):
-    """Write metrics.json (on rank 0)."""
-    if dist_util.rank() == 0:
-        write_json(Path(folder) / "metrics.json", report)
+def _check_sets(config, sets, classifier):
+    reference, samples = sets["reference"], sets["samples"]
+    for name, images in sets.items():
+        require((len(images) or name == "reference", f"{images.path} contains statistics and no images, which "
+                 "--samples and --train_dir require"))
+    require((len(reference) or config.inception_path, f"{reference.path} contains statistics of Inception features; "
+             "set --inception_path, or use images as --reference"))
+    shape = tuple(samples.images.shape)
+    shapes = {images.path: tuple(images.images.shape) for images in sets.values() if len(images)}
+    if classifier and classifier.image_shape:
+        shapes[config.classifier_path] = tuple(classifier.image_shape)
+    for path, other in shapes.items():
+        require((other == shape, f"{samples.path} contains images of shape {shape}, but {path} requires {other} "
+                 "(channels, height, width); set --image_size or --image_channels, or use another path"))
+    require((not config.paired or len(reference) == len(samples),
+             f"--paired True: expected {len(reference)} samples, one per reference image, got {len(samples)}"))
 
 
 @dataclass
 class _SetFeatures:
-    """What is known of a set: features (None where only statistics were given) and their statistics."""
+    """Features of a set (None if only statistics are known) and their statistics."""
 
     features: features.Features | None
     statistics: set_metrics.FeatureStatistics
     spatial: set_metrics.FeatureStatistics | None
 
 
-def _measure(extract, pictures, batch_size, what):
-    """Return the `_SetFeatures` of a set; statistics that came with it are taken for Inception's, as they were made."""
-    known = pictures.statistics if isinstance(pictures, SampleFile) else {}
-    features = _read(extract, pictures, batch_size, what) if len(pictures) else None
-    inception = features is None or features.spatial is not None
-    if known and inception:
-        return _SetFeatures(features, known["pooled"], known.get("spatial", features and features.spatial))
-    return _SetFeatures(features, set_metrics.FeatureStatistics().update(features.pooled), features.spatial)
+def _measure(extract, images, batch_size, label):
+    """Return the `_SetFeatures` of an ImageSet; the statistics that it comes with are used for Inception features."""
+    read = _extract(extract, images, batch_size, label) if len(images) else None
+    if images.statistics and (read is None or read.spatial is not None):
+        return _SetFeatures(read, images.statistics["pooled"], images.statistics.get("spatial", read and read.spatial))
+    return _SetFeatures(read, set_metrics.FeatureStatistics().update(read.pooled), read.spatial)
 
 
-def _distances(real, made, seed):
+def _distances(real, generated, seed):
     """Return the distances of two measured sets by name, as far as both sets allow."""
-    inception = made.spatial is not None
+    inception = generated.spatial is not None
     names = ("fid", "kid") if inception else ("frechet", "kernel")
-    report = {names[0]: set_metrics.frechet_distance(real.statistics, made.statistics)}
+    report = {names[0]: set_metrics.frechet_distance(real.statistics, generated.statistics)}
     if real.spatial is not None and inception:
-        report["sfid"] = set_metrics.frechet_distance(real.spatial, made.spatial)
+        report["sfid"] = set_metrics.frechet_distance(real.spatial, generated.spatial)
     if inception:
-        report["inception_score"] = set_metrics.inception_score(made.features.logits)
+        report["inception_score"] = set_metrics.inception_score(generated.features.logits)
     if real.features is not None:
-        pair = real.features.pooled, made.features.pooled
+        pair = real.features.pooled, generated.features.pooled
         report[names[1]] = set_metrics.kernel_distance(*pair, seed=seed)
         report["precision"], report["recall"] = set_metrics.precision_recall(*pair)
     return report
 
 
-def _nearest_neighbor_report(samples, made, real, training, bank, folder, shown=12):
-    """Compare distances to the nearest training picture: of samples, and of held-out pictures (which are no copies)."""
-    bank = bank.features.pooled
-    distances, nearest = set_metrics.nearest_neighbors(made.features.pooled, bank, k=1)
-    rows = np.linspace(0, len(samples) - 1, min(shown, len(samples))).round().astype(int)
-    sheet = figures.neighbor_grid(
+def _nearest_neighbor_report(sets, measured, folder, examples=12):
+    """Return distances to the nearest training image: of samples, and of held-out images as the baseline."""
+    samples, training = sets["samples"].images, sets["training"].images
+    bank = measured["training"].features.pooled
+    distances, nearest = set_metrics.nearest_neighbors(measured["samples"].features.pooled, bank, k=1)
+    rows = np.linspace(0, len(samples) - 1, min(examples, len(samples))).round().astype(int)
+    grid = figures.neighbor_grid(
         samples.batch(rows).numpy(), training.batch(nearest[rows, 0]).numpy()[:, None], distances[rows]
     )
-    figures.save_image(Path(folder) / "neighbours.png", sheet)
+    figures.save_image(Path(folder) / "nearest_neighbors.png", grid)
     pixels = [float((samples.batch([r]) - training.batch([nearest[r, 0]])).abs().mean()) for r in rows]
-    report = {"median_distance_of_samples": float(np.median(distances)), "shown_samples": rows.tolist(),
-              "shown_pixel_l1": pixels}
-    if real.features is not None:
-        held_out, _ = set_metrics.nearest_neighbors(real.features.pooled, bank, k=1)
-        report["median_distance_of_reference"] = float(np.median(held_out))
-        # Samples that stand nearer to a training picture than all but one in a hundred held-out pictures do.
-        report["share_suspiciously_near"] = float((distances[:, 0] < np.quantile(held_out, 0.01)).mean())
+    report = {"median_distance_samples": float(np.median(distances)), "example_indices": rows.tolist(),
+              "example_pixel_l1": pixels}
+    if measured["reference"].features is not None:
+        held_out, _ = set_metrics.nearest_neighbors(measured["reference"].features.pooled, bank, k=1)
+        report["median_distance_reference"] = float(np.median(held_out))
+        # Samples closer to a training image than 99% of the held-out images are, which cannot be copies.
+        report["memorized_fraction"] = float((distances[:, 0] < np.quantile(held_out, 0.01)).mean())
     return report
 
 
-def _paired_scores(reference, samples, batch_size):
-    scores = {"psnr": [], "ssim": [], "l1": []}
-    for start in range(0, len(samples), batch_size):
-        rows = range(start, min(start + batch_size, len(samples)))
-        a, b = reference.batch(rows), samples.batch(rows)
-        for name, values in scores.items():
-            values.append(getattr(image_metrics, name)(a, b))
-    return {name: torch.cat(values).mean().item() for name, values in scores.items()}
-
-
 class SampleFile:
-    """The pictures of an .npz of samples, with the interface of PictureFolder that is needed here; read as needed.
-
-    Statistics of Inception features that stand beside them, or alone, are in `statistics`: {"pooled", "spatial"}.
-    """
+    """Images of an .npz archive of samples, read on demand."""
 
     def __init__(self, path):
-        self.folder = path  # named so as that of PictureFolder, which may be an .npz too
-        content = open_archive(path)
-        self.statistics = {}
-        for name, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-            if mean in content and covariance in content:
-                self.statistics[name] = set_metrics.FeatureStatistics.from_moments(content[mean], content[covariance])
-        if self.statistics and "arr_0" not in content:
-            self.images, self.labels, self.class_names, self.shape = (), None, None, None
-            return
-        samples = open_npz(path)
+        self.folder, samples = path, open_npz(path)
         self.images, self.labels, self.class_names = samples.images, samples.labels, samples.class_names
         self.shape = self.images.shape[-1], *self.images.shape[1:-1]
 
@@ -188,60 +186,45 @@ class SampleFile:
         return len(self.images)
 
     def batch(self, indices):
-        """Return pictures as float32 [n x C x ...] in [0, 1]."""
+        """Return images as float32 [n x C x ...] in [0, 1]."""
         return torch.from_numpy(np.moveaxis(self.images[np.asarray(indices)], -1, 1).astype(np.float32) / 255)
 
 
-def require_dataset(path, flag):
-    """Raise FileNotFoundError where there is no such set of pictures."""
-    if not path:
-        raise FileNotFoundError(f"{flag} is not given; it wants a folder of pictures or an .npz of samples")
-    require_data_dir(str(path), flag)
+def open_sample_file(path):
+    """Return the `ImageSet` of an .npz archive with samples, statistics of Inception features, or both.
+
+    None if it has neither.
+    """
+    content, statistics = open_archive(path), {}
+    for name, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if mean in content and covariance in content:
+            statistics[name] = set_metrics.FeatureStatistics.from_moments(content[mean], content[covariance])
+    if "arr_0" not in content and not statistics:
+        return None
+    return ImageSet(path, SampleFile(path) if "arr_0" in content else None, statistics)
 
 
-def open_images(path, data, flag):
-    """Return the pictures of an .npz of samples, given itself or by its run, or of a folder, read as `data` says."""
-    require_dataset(path, flag)
-    if str(path).endswith(".npz") and {"arr_0", "mu"} & set(open_archive(path)):
-        return SampleFile(path)
-    found = sorted(Path(path).glob("samples_*.npz")) if flag == "--samples" else []
-    drawn = [file for file in found if _SAMPLES_FILE.fullmatch(file.name)]
-    if len(drawn) > 1:
-        raise ValueError(f"{path} holds {', '.join(p.name for p in drawn)}; give one of them as {flag}")
-    return SampleFile(drawn[0]) if drawn else open_folder(sample_data_config(path, data), flag=flag, data_dir=str(path))
-
-
-def sample_data_config(path, data):
-    """Return a DataConfig for a folder: what sampling has written has 8 bits, whatever the range of the real values."""
-    if not (Path(path) / OWNED_MARKER).exists():
-        return data
-    return replace(data, value_range="", value_window="", dynamic_range_db=0.0, reference_db="", crop="center",
-                   patches_per_volume=1)
-
-
-def _read(extract, pictures, batch_size, what):
-    """Return the `Features` of all pictures, on every rank; each rank reads every so many batches."""
-    starts = range(0, len(pictures), batch_size)[dist_util.rank()::dist_util.world_size()]
-    mine = []
-    for start in _progress(starts, what):
-        batch = pictures.batch(range(start, min(start + batch_size, len(pictures))))
-        mine.append((start, features.collect_features(extract, [batch])))
-    spatial = None
-    if any(read.spatial for _, read in mine):
-        spatial = set_metrics.FeatureStatistics()
-        for _, read in mine:
-            spatial.merge(read.spatial)
-    rows = [(start, read.pooled, read.logits) for start, read in mine]
+def _extract(extract, images, batch_size, label):
+    """Return the `Features` of an ImageSet on every rank; each rank extracts every n-th batch."""
+    starts = range(0, len(images), batch_size)[dist_util.rank()::dist_util.world_size()]
+    rows, spatial = [], None
+    for start in progress(starts, label):
+        batch = images.images.batch(range(start, min(start + batch_size, len(images))))
+        read = features.collect_features(extract, [batch])
+        rows.append((start, read.pooled, read.logits))
+        if read.spatial is not None:
+            spatial = read.spatial if spatial is None else spatial.merge(read.spatial)
     gathered = dist_util.gather_objects((rows, spatial))
-    rows = sorted((row for of_rank, _ in gathered for row in of_rank), key=lambda row: row[0])
-    spatial = [of_rank for _, of_rank in gathered if of_rank is not None]
-    for other in spatial[1:]:
-        spatial[0].merge(other)
+    rows = sorted((row for rank_rows, _ in gathered for row in rank_rows), key=lambda row: row[0])
+    spatial, *others = [part for _, part in gathered if part is not None] or [None]
+    for part in others:
+        spatial.merge(part)
     logits = None if rows[0][2] is None else np.concatenate([row[2] for row in rows])
-    return features.Features(np.concatenate([row[1] for row in rows]), logits, spatial[0] if spatial else None)
+    return features.Features(np.concatenate([row[1] for row in rows]), logits, spatial)
 
 
-def _progress(starts, what):
+def progress(items, label):
+    """Return an iterator over items that shows a progress bar on rank 0."""
     from tqdm import tqdm
 
-    return tqdm(starts, desc=what, leave=False, mininterval=1, disable=dist_util.rank() != 0)
+    return tqdm(items, desc=label, leave=False, mininterval=1, disable=dist_util.rank() != 0)

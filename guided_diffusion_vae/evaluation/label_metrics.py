@@ -2,48 +2,52 @@
 
 import numpy as np
 
-from .image_metrics import _tensor
+from ..config import require
+from .image_metrics import to_tensor
 
 
 def confusion_matrix(predicted, target, num_classes):
-    """Return counts [C x C] int64: row = the class that was target for (or true), column = the predicted one.
+    """Return counts int64 [K x K]: row = the target (or true) class, column = the predicted one.
 
-    Raises ValueError where the lengths differ or a label is outside 0 ... num_classes - 1.
+    :raises ValueError: if the lengths differ or a label is not in [0, num_classes).
     """
-    predicted, target = _labels(predicted), _labels(target)
-    if len(predicted) != len(target):
-        raise ValueError(f"{len(predicted)} predictions for {len(target)} labels")
+    predicted, target = _labels(predicted, target)
     both = np.concatenate([predicted, target])
-    if both.size and not 0 <= both.min() <= both.max() < num_classes:
-        found = f"labels {both.min()} to {both.max()}"
-        raise ValueError(f"{found} among {num_classes} classes; check that both come from the same class names")
+    low, high = (both.min(), both.max()) if both.size else (0, 0)
+    require((0 <= low <= high < num_classes or not both.size, f"labels: expected 0 to {num_classes - 1}, got {low} to "
+             f"{high}; check that both have the same class names"))
     pairs = np.bincount(target * num_classes + predicted, minlength=num_classes**2)
     return pairs.reshape(num_classes, num_classes).astype(np.int64)
 
 
 def class_agreement(predicted, target):
-    """Return the share, 0 to 1, of samples whose predicted class is the target one; ValueError where there are none."""
-    predicted, target = _labels(predicted), _labels(target)
-    if len(predicted) != len(target) or not len(target):
-        raise ValueError(f"{len(predicted)} predictions for {len(target)} labels; need as many, and one at least")
+    """Return the fraction of samples, 0 to 1, that are classified as their target class.
+
+    :raises ValueError: if the lengths differ or there are no samples.
+    """
+    predicted, target = _labels(predicted, target)
+    require((len(target) > 0, "class agreement: expected at least one sample"))
     return float((predicted == target).mean())
 
 
 def classification_report(predicted, labels, class_names):
-    """Return {"accuracy", "count", "per_class", "confusion"}, plain numbers that JSON can hold.
+    """Return {"accuracy", "count", "per_class", "confusion"}, JSON-able.
 
-    `per_class` maps every name to its share of right answers, None for a class without samples; `confusion` is
-    `confusion_matrix` as lists, in the order of `class_names`.
+    `per_class` maps every name to its accuracy, None for a class without samples. `confusion` is `confusion_matrix` as
+    lists, in the order of `class_names`.
     """
     matrix = confusion_matrix(predicted, labels, len(class_names))
-    right_and_all = zip(class_names, matrix.diagonal().tolist(), matrix.sum(1).tolist())
+    rows = zip(class_names, matrix.diagonal().tolist(), matrix.sum(1).tolist())
     return {
         "accuracy": class_agreement(predicted, labels),
         "count": int(matrix.sum()),
-        "per_class": {name: right / total if total else None for name, right, total in right_and_all},
+        "per_class": {name: correct / total if total else None for name, correct, total in rows},
         "confusion": matrix.tolist(),
     }
 
 
-def _labels(values):
-    return np.asarray(_tensor(values).cpu()).astype(np.int64)
+def _labels(predicted, target):
+    pair = [np.asarray(to_tensor(values).cpu()).astype(np.int64) for values in (predicted, target)]
+    require((len(pair[0]) == len(pair[1]), f"labels: expected equal counts, got {len(pair[0])} predictions for "
+             f"{len(pair[1])} labels"))
+    return pair

@@ -1,8 +1,9 @@
-"""Measure the variational bound of data."""
+"""Likelihood of data under a diffusion model: its variational lower bound."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from .. import dist_util, logger
 from ..config import option
 from ..files import atomic_path
 from ..nn import keyed_seed
-from .comparison import write_report
 
-LIKELIHOOD = 11  # second number of the keys of noise, apart from those of training and sampling
+LIKELIHOOD = 11  # second number of the keys of noise; training and sampling use others
 
 
 @dataclass
@@ -28,38 +28,44 @@ class LikelihoodConfig:
     seed: int = option(0, "seed of the noise")
 
 
-def likelihood(model, diffusion, source, space, labels, clip_denoised, config, folder):
-    """Return the report of the variational bound over a source, after writing it and its terms to `folder`.
+class HeldOutData(NamedTuple):
+    """Data to measure a model on: a latent source, the `Space` of its x0, and labels int64 [N] or None."""
 
-    `bits_per_dim` of pictures, `nats_per_latent_dim` of latents (their x0, the posterior's mean). vb_terms.npz,
-    mse_terms.npz and xstart_mse_terms.npz hold, as arr_0 [T] from the last time to the first, means over the items.
+    source: object
+    space: object
+    labels: np.ndarray | None
+
+
+def likelihood(model, diffusion, data, config, folder):
+    """Return the report of the variational lower bound of `HeldOutData`, after writing its terms to `folder`.
+
+    The report has `bits_per_dim` of images, or `nats_per_latent_dim` of latents (x0 of the posterior mode).
+    vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz contain means over the items, arr_0 [T] from the last timestep
+    to the first.
     """
-    bits = space.is_pixels
-    name, unit = ("bits_per_dim", 1.0) if bits else ("nats_per_latent_dim", math.log(2.0))
+    source, space, labels = data
+    name, unit = ("bits_per_dim", 1.0) if space.is_pixels else ("nats_per_latent_dim", math.log(2.0))
     chosen = np.linspace(0, len(source) - 1, min(config.num_samples, len(source))).round().astype(int)
     if len(chosen) < config.num_samples:
         logger.log(f"{source.folder} has {len(source)} items, fewer than --num_samples {config.num_samples}")
-    starts = list(range(0, len(chosen), config.batch_size))[dist_util.rank()::dist_util.world_size()]
     totals, terms = [], {"vb": [], "mse": [], "xstart_mse": []}
-    for start in starts:
+    for start in range(0, len(chosen), config.batch_size)[dist_util.rank()::dist_util.world_size()]:
         items = chosen[start:start + config.batch_size]
         torch.manual_seed(keyed_seed(config.seed, LIKELIHOOD, start))
         with torch.no_grad():
             x0 = space.normalizer.normalize(source.latents(source.read(items), device=dist_util.dev()))
-        told = {} if labels is None else {"y": torch.from_numpy(labels[items]).to(x0.device)}
-        measured = diffusion.calc_bpd_loop(model, x0, clip_denoised, told)
-        totals += (measured["total_bpd"] * unit).tolist()
+        conditioning = {} if labels is None else {"y": torch.from_numpy(labels[items]).to(x0.device)}
+        bound = diffusion.calc_bpd_loop(model, x0, config.clip_denoised, conditioning)
+        totals += (bound["total_bpd"] * unit).tolist()
         for key, rows in terms.items():
-            rows.append((measured[key] * (unit if key == "vb" else 1.0)).double().cpu().numpy())
-        logger.log(f"done {len(totals)} samples on this rank: {'bpd' if bits else name}={np.mean(totals):.5f}")
+            rows.append((bound[key] * (unit if key == "vb" else 1.0)).double().cpu().numpy())
+        logger.log(f"done {len(totals)} samples on this rank: {'bpd' if unit == 1 else name}={np.mean(totals):.5f}")
     totals = np.concatenate(dist_util.gather_objects(totals))
     gathered = {key: dist_util.gather_objects(rows) for key, rows in terms.items()}
-    report = {name: float(totals.mean()), "standard_error": float(totals.std() / math.sqrt(len(totals))),
-              "count": len(totals)}
     if dist_util.rank() == 0:
         for key, ranks in gathered.items():
-            mean = np.concatenate([rows for of_rank in ranks for rows in of_rank]).mean(0)
+            mean = np.concatenate([rows for rank_rows in ranks for rows in rank_rows]).mean(0)
             with atomic_path(Path(folder) / f"{key}_terms.npz") as part, open(part, "wb") as stream:
                 np.savez(stream, mean)
-    write_report(report, folder)
-    return report
+    return {name: float(totals.mean()), "standard_error": float(totals.std() / math.sqrt(len(totals))),
+            "count": len(totals)}

@@ -1,37 +1,38 @@
-"""Draw the pictures that a run leaves while it trains, and measure it on held-out pictures."""
+"""Previews and validation during training: image grids in the run folder, and metrics of held-out images in its log."""
 
 import numpy as np
 import torch
 
 from .. import logger
+from ..config import require
 from ..data import VolumeFolder, map_labels, require_labels, unpad
 from ..objectives import StepRNG
-from ..sampling.generate import SHEET_ROWS
+from ..sampling.sheets import MAX_ROWS, contact_sheet
 from ..vae import blend_tiles, from_image_range, kl_divergence, to_image_range
-from . import figures, image_metrics
+from .figures import reconstruction_grid, save_image
+from .image_metrics import average_metrics, paired_metrics
 
-PREVIEW_IMAGES = 16  # pictures in a preview
+PREVIEW_IMAGES = 16  # images in a preview
 
 
 class ReconstructionValidation:
-    """Write input, reconstruction and difference of held-out pictures; log PSNR, SSIM, L1 and KL over all of them.
+    """Write input, reconstruction and difference of held-out images; log PSNR, SSIM, L1 and KL over all of them.
 
-    :param count: how many pictures, evenly spread; `batch_size` of them at a time.
+    :param count: number of images, evenly spaced over the source; `batch_size` of them at a time.
     """
 
-    def __init__(self, model, image_range, pictures, count, folder, device, batch_size):
-        if count < 1:
-            raise ValueError(f"--val_pictures {count}: at least one picture is needed to measure")
-        self.model, self.image_range, self.pictures = model, image_range, pictures
+    def __init__(self, model, image_range, source, count, folder, device, batch_size):
+        require((count >= 1, f"--val_pictures must be >= 1, got {count}"))
+        self.model, self.image_range, self.source = model, image_range, source
         self.folder, self.device, self.batch_size = folder, device, batch_size
-        # Volumes of which patches are trained on are judged whole.
-        self.whole = isinstance(pictures, VolumeFolder) and pictures.config.crop != "none" and not pictures.config.pad
-        items = len(pictures.paths) if self.whole else len(pictures)
+        # Autoencoders trained on patches of volumes are measured on full volumes.
+        self.full_volumes = isinstance(source, VolumeFolder) and source.config.crop != "none" and not source.config.pad
+        items = len(source.paths) if self.full_volumes else len(source)
         self.chosen = np.linspace(0, items - 1, min(count, items)).round().astype(int)
 
     @torch.no_grad()
     def __call__(self, step):
-        scores, sheet = {"psnr": [], "ssim": [], "l1": [], "kl": []}, None
+        scores, grid = [], None
         for images in self._batches():
             divergences = []
 
@@ -42,38 +43,36 @@ class ReconstructionValidation:
 
             decoded = self._sliding_window(reconstruct, images)
             images = images.to(decoded.device)
-            scores["kl"].append(torch.stack(divergences).mean(0))
             images, decoded = (unpad(x, self._unpadded(images)) for x in (images, decoded))
-            if sheet is None:
-                sheet = figures.reconstruction_grid(images[:PREVIEW_IMAGES].cpu().numpy(), decoded[:PREVIEW_IMAGES].cpu().numpy())
-                figures.save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
-            for name in ("psnr", "ssim", "l1"):
-                scores[name].append(getattr(image_metrics, name)(images, decoded).cpu())
-        measured = {f"val_{name}": torch.cat(values).mean().item() for name, values in scores.items()}
+            if grid is None:
+                grid = reconstruction_grid(*(x[:PREVIEW_IMAGES].cpu().numpy() for x in (images, decoded)))
+                save_image(self.folder / "previews" / f"{step:06d}.png", grid)
+            scores.append({**paired_metrics(images, decoded, "val_"), "val_kl": torch.stack(divergences).mean(0)})
+        measured = average_metrics(scores)
         logger.logkvs(measured)
         return measured
 
     def _batches(self):
-        """Yield batches of pictures, or one whole volume after the other."""
-        if self.whole:
-            yield from (torch.from_numpy(self.pictures.read_volume(file))[None] for file in self.chosen)
+        """Yield batches of images, or one full volume at a time."""
+        if self.full_volumes:
+            yield from (torch.from_numpy(self.source.read_volume(file))[None] for file in self.chosen)
         else:
             for start in range(0, len(self.chosen), self.batch_size):
-                yield self.pictures.batch(self.chosen[start:start + self.batch_size])
+                yield self.source.batch(self.chosen[start:start + self.batch_size])
 
     def _sliding_window(self, reconstruct, images):
-        """Reconstruct pictures at once, and whole volumes in overlapping windows of the size that is trained on."""
+        """Return reconstructions; of full volumes in overlapping windows of the size of training."""
         grid, ones = images.shape[2:], (1,) * (images.dim() - 2)
-        if tuple(grid) == tuple(self.pictures.shape[1:]):
+        if tuple(grid) == tuple(self.source.shape[1:]):
             return reconstruct(images)
-        return blend_tiles(reconstruct, images, grid, self.pictures.sides, ones, ones)
+        return blend_tiles(reconstruct, images, grid, self.source.sides, ones, ones)
 
     def _unpadded(self, images):
-        return images.shape[1:] if self.whole else self.pictures.unpadded_shape
+        return images.shape[1:] if self.full_volumes else self.source.unpadded_shape
 
 
 class SamplePreview:
-    """Write a contact sheet of samples, one row a class, each time from the same noise."""
+    """Write a contact sheet of samples, one row per class, always from the same noise."""
 
     def __init__(self, sampler, folder, device, decode_batch=PREVIEW_IMAGES, columns=6):
         self.sampler, self.folder, self.device, self.columns = sampler, folder, device, columns
@@ -81,7 +80,7 @@ class SamplePreview:
 
     def __call__(self, step):
         classes = list(range(self.sampler.num_classes)) or None
-        rows = min(len(classes), SHEET_ROWS) if classes else 2
+        rows = min(len(classes), MAX_ROWS) if classes else 2
         images = []
         for start in range(0, rows * self.columns, PREVIEW_IMAGES):
             indices = range(start, min(start + PREVIEW_IMAGES, rows * self.columns))
@@ -91,26 +90,27 @@ class SamplePreview:
         # Classes change fastest along the samples; on the sheet they are rows.
         images = images.reshape(self.columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
         names = self.sampler.class_names or [str(c) for c in classes or ()]
-        sheet = figures.contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None)
-        figures.save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
+        sheet = contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None)
+        save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
 
 
 class ClassifierValidation:
-    """Log what a classifier's objective measures on held-out data, noised like that of training.
+    """Log the metrics of a classifier's objective on held-out data, noised as in training.
 
-    :param source: a source of x0 before `normalizer`; `class_names` are the model's.
-    :param count: items that are measured each time, evenly spread; 0: `batch_size` of them, the next ones each time.
-    :param interval: steps from one visit to the next.
-    :raises ValueError: where the source has no classes, or others than the model.
+    :param source: a source of x0 before `normalizer`; `class_names` are those of the model.
+    :param train: a ClassifierTrainConfig: `val_pictures` evenly spaced items are measured each time; 0: `batch_size`
+        of them, the next ones each time.
+    :raises ValueError: if the source has no classes, or others than the model.
     """
 
-    def __init__(self, model, objective, source, normalizer, class_names, count, batch_size, interval, seed, device):
+    def __init__(self, model, objective, source, normalizer, class_names, train, device):
         require_labels(source, True)
         self.model, self.objective, self.source, self.normalizer = model, objective, source, normalizer
-        self.batch_size, self.interval, self.seed, self.device = batch_size, interval, seed, device
+        self.batch_size, self.seed, self.device = train.batch_size, train.seed, device
+        self.interval = train.eval_interval or train.save_interval
         self.labels = map_labels(source, class_names)
-        spread = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-        self.chosen = spread if count else None
+        spaced = np.linspace(0, len(source) - 1, min(train.val_pictures, len(source))).round().astype(int)
+        self.chosen = spaced if train.val_pictures else None
 
     @torch.no_grad()
     def __call__(self, step):
@@ -121,7 +121,7 @@ class ClassifierValidation:
         measured = []
         for start in range(0, len(chosen), self.batch_size):
             items = chosen[start:start + self.batch_size]
-            # Every visit meets the same noise, so that the curve shows the classifier and not the draw.
+            # The same noise each time, so that the curve shows changes of the classifier only.
             draws = StepRNG(self.seed, 0, range(start, start + len(items)), len(chosen))
             x0 = self.normalizer.normalize(self.source.latents(self.source.read(items), device=self.device))
             labels = torch.from_numpy(self.labels[items]).to(self.device)

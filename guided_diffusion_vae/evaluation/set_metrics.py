@@ -1,4 +1,4 @@
-"""Compare sets of images by their features."""
+"""Compare sets of images by their features: Fréchet and kernel distance, precision and recall, nearest neighbors."""
 
 import itertools
 import warnings
@@ -6,8 +6,9 @@ import warnings
 import numpy as np
 import torch
 
+from ..config import require
 from ..data.statistics import RunningMoments
-from .image_metrics import _tensor
+from .image_metrics import to_tensor
 
 
 class FeatureStatistics(RunningMoments):
@@ -27,18 +28,15 @@ class FeatureStatistics(RunningMoments):
 
     def merge(self, other):
         """Add the features of other statistics and return self."""
-        if self.count and other.count and self.mean.shape != other.mean.shape:
-            raise ValueError(f"features of {len(other.mean)} numbers among features of {len(self.mean)}; use one "
-                             "extractor")
+        _require_same_length(self, other)
         return super().merge(other)
 
     @classmethod
     def from_moments(cls, mean, covariance, count=10**6):
-        """Return statistics that were computed elsewhere, over many features unless their `count` is known."""
-        mean, covariance = (_tensor(np.asarray(values, np.float64)) for values in (mean, covariance))
-        if mean.ndim != 1 or covariance.shape != (len(mean),) * 2:
-            raise ValueError(f"a mean of shape {list(mean.shape)} and a covariance of {list(covariance.shape)}; "
-                             "needed are [D] and [D x D]")
+        """Return statistics that were computed elsewhere, from `count` features."""
+        mean, covariance = (to_tensor(np.asarray(values, np.float64)) for values in (mean, covariance))
+        require((mean.ndim == 1 and covariance.shape == (len(mean),) * 2, "mean and covariance: expected shapes [D] "
+                 f"and [D x D], got {list(mean.shape)} and {list(covariance.shape)}"))
         return cls(count, mean, covariance * (count - 1))
 
     @property
@@ -47,28 +45,31 @@ class FeatureStatistics(RunningMoments):
 
         :raises ValueError: with fewer than two samples.
         """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs 2 samples or more, found {self.count}")
+        require((self.count >= 2, f"covariance: expected at least 2 samples, got {self.count}"))
         return self.squares / (self.count - 1)
+
+
+def _require_same_length(a, b):
+    require((not a.count or not b.count or len(a.mean) == len(b.mean),
+             f"features: expected equal lengths, got {a.count and len(a.mean)} and {b.count and len(b.mean)}; use the "
+             "same extractor for all"))
 
 
 def frechet_distance(a, b):
     """Return the squared Fréchet distance of two Gaussians with the statistics `a` and `b` (FeatureStatistics).
 
     |m_a - m_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 (Dowson and Landau 1982; on features: Heusel et al. 2017).
-    With A = F F^T and B = G G^T from eigen-decompositions the last trace is the sum of the singular values of F^T G:
-    real, the same for (a, b) and (b, a), and sound for singular covariances. Nothing is added to the diagonals.
-    With no more samples than features the estimate is far too high; a warning says so and the number stands.
+    With A = F F^T and B = G G^T from eigendecompositions the last trace is the sum of the singular values of F^T G:
+    real, symmetric in a and b, and correct for singular covariances. Nothing is added to the diagonals. With at most
+    as many samples as features the estimate is strongly biased; a warning reports it.
     """
-    if a.count and b.count and len(a.mean) != len(b.mean):
-        raise ValueError(f"features of {len(a.mean)} and of {len(b.mean)} numbers; use one extractor for both sets")
+    _require_same_length(a, b)
     covariance_a, covariance_b = a.covariance, b.covariance
-    fewest = min(a.count, b.count)
-    if fewest <= len(a.mean):
+    count = min(a.count, b.count)
+    if count <= len(a.mean):
         warnings.warn(
-            f"Fréchet distance from {fewest} samples of {len(a.mean)} features: the covariance is singular and the "
-            "distance biased upwards; compare it only with sets of the same size, or use more samples",
-            stacklevel=2,
+            f"Fréchet distance from {count} samples of {len(a.mean)} features: the covariance is singular and the "
+            "distance biased upward; compare it only with sets of the same size, or use more samples", stacklevel=2,
         )
     cross = torch.linalg.svdvals(_factor(covariance_a).T @ _factor(covariance_b)).sum()
     shift = ((a.mean - b.mean) ** 2).sum()
@@ -77,7 +78,7 @@ def frechet_distance(a, b):
 
 
 def _factor(covariance):
-    """Return F with F F^T = covariance; eigenvalues that rounding made negative count as 0."""
+    """Return F with F F^T = covariance; eigenvalues that are negative by rounding count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt()
 
@@ -85,20 +86,19 @@ def _factor(covariance):
 def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=0):
     """Return the kernel distance (KID on Inception features): the unbiased MMD^2, averaged over random subsets.
 
-    Kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4). Subsets are drawn without replacement, of
-    `subset_size` or the smaller set's size; where both sets are no larger than that, one pass over all is exact and
-    replaces the subsets. Unbiased, so around 0 and also negative for equal distributions, at any number of samples.
+    Kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Sec. 4). Subsets are sampled without replacement, of `subset_size` or
+    the size of the smaller set. If neither set is larger, one exact pass over all samples replaces the subsets.
+    Unbiased for any number of samples: near 0, and possibly negative, for equal distributions.
     """
     reference, samples = _feature_pair(reference, samples)
     size = min(subset_size, len(reference), len(samples))
-    if size < 2:
-        raise ValueError(f"kernel distance of {len(reference)} and {len(samples)} samples; both need 2 or more")
+    require((size >= 2, f"kernel distance: expected at least 2 samples, got {len(reference)} and {len(samples)}"))
     if max(len(reference), len(samples)) <= subset_size:
         return _mmd_squared(reference, samples)
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def subset(features):
-        return features[torch.from_numpy(draw.permutation(len(features))[:size]).to(features.device)]
+        return features[torch.from_numpy(rng.permutation(len(features))[:size]).to(features.device)]
 
     return float(np.mean([_mmd_squared(subset(reference), subset(samples)) for _ in range(subsets)]))
 
@@ -118,18 +118,20 @@ def _cubic_kernel(x, y):
 def precision_recall(reference, samples, k=3, block=2048):
     """Return (precision, recall) in [0, 1] of a set of samples (Kynkäänniemi et al. 2019, equations 1 and 2).
 
-    Precision is the share of samples inside a ball of the reference set, recall the share of references inside a
-    ball of the samples; a ball reaches from a point to its k-th nearest neighbour in its own set. Distances are
-    formed `block` by `block`. Raises ValueError where a set has no k neighbours.
+    Precision is the fraction of samples inside a ball of the reference set, recall the fraction of references inside a
+    ball of the samples. The radius of a ball is the distance of its center to the k-th nearest neighbor in its own set.
+    Distances are computed `block` by `block`.
+
+    :raises ValueError: if a set has at most k entries.
     """
     reference, samples = _feature_pair(reference, samples)
-    if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"{len(reference)} references and {len(samples)} samples; {k} neighbours need {k + 1} or more")
+    require((min(len(reference), len(samples)) > k, f"precision and recall: expected more than {k} references and "
+             f"samples, got {len(reference)} and {len(samples)}"))
     return (_fraction_covered(samples, reference, k, block), _fraction_covered(reference, samples, k, block))
 
 
 def _fraction_covered(points, centers, k, block):
-    # Every point is its own nearest at distance 0, so column k holds the k-th neighbour among the others.
+    # Every point is its own nearest at distance 0, so that column k is the k-th neighbor among the others.
     radii = _nearest(centers, centers, k + 1, block)[0][:, k]
     covered = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     for rows, columns, squared in _distance_blocks(points, centers, block):
@@ -140,14 +142,15 @@ def _fraction_covered(points, centers, k, block):
 def nearest_neighbors(queries, bank, k=1, block=2048):
     """Return (distances [Q x k] float64, indices [Q x k] int64) of the k nearest entries of `bank`, nearest first.
 
-    Euclidean, over everything after the first axis, so pictures and features will do. Memory grows with `block`
-    squared, not with the bank. Raises ValueError where the bank has fewer than k entries.
+    Euclidean, over all axes after the first one, for images and features. Memory grows with `block` squared, not with
+    the bank.
+
+    :raises ValueError: if the bank has fewer than k entries, or the lengths differ.
     """
-    queries, bank = _tensor(queries).flatten(1), _tensor(bank).flatten(1)
-    if len(bank) < k:
-        raise ValueError(f"{k} neighbours were asked of a bank of {len(bank)}")
-    if queries.shape[1] != bank.shape[1]:
-        raise ValueError(f"queries of {queries.shape[1]} numbers and a bank of {bank.shape[1]} cannot be compared")
+    queries, bank = to_tensor(queries).flatten(1), to_tensor(bank).flatten(1)
+    require((len(bank) >= k, f"nearest neighbors: expected a bank of at least {k} entries, got {len(bank)}"),
+            (queries.shape[1] == bank.shape[1], f"nearest neighbors: expected equal lengths of queries and bank, got "
+             f"{queries.shape[1]} and {bank.shape[1]}"))
     squared, indices = _nearest(queries, bank, k, block)
     return squared.sqrt().cpu().numpy(), indices.cpu().numpy()
 
@@ -170,15 +173,15 @@ def _distance_blocks(a, b, block):
         p, q = a[rows].double(), b[columns].double()
         norms = (p * p).sum(1)[:, None] + (q * q).sum(1)
         squared = norms - 2 * p @ q.T
-        # Below rounding nothing can be told apart: a copy must be at distance 0, not at the square root of noise.
+        # Differences below rounding are 0: otherwise copies had the square root of the rounding error as distance.
         yield rows, columns, torch.where(squared < 1e-13 * norms, 0, squared)
 
 
 def inception_score(logits, split_size=5000):
     """Return the Inception Score of logits [N x K] (Salimans et al. 2016, equation 1), from 1 to K; higher is better.
 
-    exp of the mean divergence of a picture's classes from the set's, averaged over parts of `split_size` pictures as
-    guided-diffusion's evaluator does.
+    exp of the mean divergence of the class distribution of an image from that of the set, averaged over splits of
+    `split_size` images, as in guided-diffusion's evaluator.
     """
     log_p = torch.log_softmax(_features(logits), dim=1)
     scores = []
@@ -189,17 +192,14 @@ def inception_score(logits, split_size=5000):
 
 
 def _features(values):
-    values = _tensor(values).double()
-    if values.ndim != 2 or not len(values):
-        raise ValueError(f"features must be [N x D] with N >= 1, found {list(values.shape)}")
-    if not torch.isfinite(values).all():
-        raise ValueError("features hold NaN or infinite numbers; look at the samples, or take them in float32")
+    values = to_tensor(values).double()
+    require((values.ndim == 2 and len(values) > 0, f"features: expected shape [N x D], got {list(values.shape)}"),
+            (torch.isfinite(values).all(), "features contain NaN or infinity; check the samples, or use float32"))
     return values
 
 
 def _feature_pair(reference, samples):
     reference, samples = _features(reference), _features(samples)
-    lengths = [reference.shape[1], samples.shape[1]]
-    if lengths[0] != lengths[1]:
-        raise ValueError(f"features of {lengths[0]} and of {lengths[1]} numbers; use one extractor for both sets")
+    require((reference.shape[1] == samples.shape[1], f"features: expected equal lengths, got {reference.shape[1]} and "
+             f"{samples.shape[1]}; use the same extractor for both sets"))
     return reference, samples.to(reference.device)

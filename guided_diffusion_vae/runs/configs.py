@@ -4,13 +4,10 @@ from ..autoencoder import AutoencoderConfig
 from ..data.cache_writer import LatentCacheConfig
 from ..data import DataConfig, SmallCacheConfig
 from ..data.microdoppler import MicrodopplerConfig
-from ..evaluation.comparison import EvaluateConfig
-from ..evaluation.likelihood import LikelihoodConfig
-from ..evaluation.roundtrip import RoundtripConfig
+from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
-from ..sampling.guidance import GuidanceConfig
-from ..sampling.sampler import BaseConfig, PixelSamplingConfig, SamplingConfig
+from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig
 from ..train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
 from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig

@@ -10,25 +10,24 @@ from .loading import load_diffusion_model
 from .spaces import open_space
 
 
-def export_model(config: ExportConfig, vae: VAEConfig) -> str:
-    """Write a model as an ExportConfig describes; return a summary for the log.
+def export_model(config: ExportConfig, weights: checkpoint_util.Weights, vae: VAEConfig) -> str:
+    """Write the model of opened weights as an ExportConfig describes; return a summary for the log.
 
     :raises ValueError: for a kind of model, or an architecture, that the format does not support.
     """
-    path, out = config.model_path, config.out
+    path, header, out = weights.path, weights.header, config.out
     require((out, "no output path is specified; set --out"), error=FileNotFoundError)
-    weights, header = checkpoint_util.load_weights(path, "cpu")
     require((header is not None, f"{path} has no header: --model_path expects a run or a weights file of this project"))
     if config.format == "safetensors":
         require((out.endswith(".safetensors"), f"--out {out}: expected a file name that ends in .safetensors"))
-        checkpoint_util.save_safetensors(out, weights, header)
+        checkpoint_util.save_safetensors(out, weights.state_dict, header)
         return f"{header['kind']} of {path} with its header"
     if header["kind"] == "autoencoder":
         codec = create_vae(dataclasses.replace(vae, vae_path=str(path)), "cpu")
         save_folder(codec_to_diffusers(codec), out)
         return f"AutoencoderKL of {path}, scaling_factor {codec.scale_factor}"
     checkpoint_util.require_kind(header, "diffusion", path, "--format diffusers")
-    network, _, header = load_diffusion_model(path, {}, None, None)
+    network, _ = load_diffusion_model(weights)
     space = open_space(header, vae, "cpu")
     pipeline = pipeline_to_diffusers(network.cpu(), header, space.codec, space.normalizer)
     save_folder(pipeline, out)

@@ -190,8 +190,8 @@ def create_gaussian_diffusion(
     """
     require(
         (not (predict_xstart and predict_v), "--predict_xstart and --predict_v are mutually exclusive; set only one"),
-        (not min_snr_gamma or not (use_kl or rescale_learned_sigmas), "--min_snr_gamma weights the squared error and is "
-         "mutually exclusive with --use_kl and --rescale_learned_sigmas; set only one"),
+        (not min_snr_gamma or not (use_kl or rescale_learned_sigmas), "--min_snr_gamma weights the squared error and "
+         "is mutually exclusive with --use_kl and --rescale_learned_sigmas; set only one"),
     )
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL

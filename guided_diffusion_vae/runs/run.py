@@ -84,9 +84,9 @@ class Run:
             write_json(self.folder / "config.json", content)
 
     def write_report(self, report):
-        """Write metrics.json (rank 0) and print the numbers by name."""
+        """Write metrics.json (rank 0), renamed keys under their old names too, and print the numbers by name."""
         if dist_util.rank() == 0:
-            write_json(self.folder / "metrics.json", report)
+            write_json(self.folder / "metrics.json", {**report, **_renamed(report)})
         _print_nested(report)
 
     def finish(self):
@@ -132,6 +132,23 @@ class Run:
             values = {k: v for k, v in as_dict(config).items() if self.flags is None or k in self.flags}
             flags.setdefault(section_name(type(config)), {}).update(values)
         return flags
+
+
+# Keys of metrics.json before version 0.2, which are written until 1.0.
+OLD_KEYS = {
+    "num_images": "pictures",  # alias
+    "nearest_neighbors": "neighbours",  # alias
+    "memorized_fraction": "share_suspiciously_near",  # alias
+    "example_indices": "shown_samples",  # alias
+    "example_pixel_l1": "shown_pixel_l1",  # alias
+    "median_distance_samples": "median_distance_of_samples",  # alias
+    "median_distance_reference": "median_distance_of_reference",  # alias
+}
+
+
+def _renamed(report):
+    return {OLD_KEYS[key]: _renamed(value) if isinstance(value, dict) else value
+            for key, value in report.items() if key in OLD_KEYS}
 
 
 def _print_nested(report, indent=""):

@@ -8,11 +8,12 @@ from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
 from ..config import as_dict, resolve
 from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
-from ..evaluation.previews import ClassifierValidation, ReconstructionValidation, SamplePreview
+from ..evaluation import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..gaussian_diffusion import DiffusionConfig
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
+from ..sampling import Sampler
 from ..train_util import (
     ClassifierTrainConfig, TrainConfig, TrainLoop, TrainTask, resolve_train_config, seed_initialization,
 )
@@ -21,7 +22,6 @@ from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, 
 from ..vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from ..vae_wrapper import LatentNormalizer
 from .factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
-from .loading import create_sampler
 from .memory import estimate_training
 from .planning import AutoencoderPlan, DiffusionPlan, advice
 from .spaces import Space, log_source, open_validation, space_header
@@ -95,7 +95,8 @@ def preview_sampler(model, codec, header):
     steps = header["diffusion"]["diffusion_steps"]
     spaced = len(range(0, steps, -(-steps // PREVIEW_STEPS)))
     diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": f"ddim{spaced}"})
-    return create_sampler(model, diffusion, Space(codec, LatentNormalizer.from_dict(header["normalizer"])), header)
+    space = Space(codec, LatentNormalizer.from_dict(header["normalizer"]))
+    return Sampler.from_header(model, diffusion, space, header)
 
 
 # --- Autoencoders ---
@@ -189,8 +190,7 @@ def train_classifier(run, source, space):
         validation = ClassifierValidation(
             model, ClassifierObjective(diffusion, timesteps, train.noised, "val"),
             open_validation(run, space), space.normalizer,
-            source.class_names, train.val_pictures, train.batch_size, train.eval_interval or train.save_interval,
-            train.seed, device,
+            source.class_names, train, device,
         )
     data = LatentStream(source, space.normalizer, plan, device, with_labels=True)
     objective = ClassifierObjective(diffusion, timesteps, train.noised)

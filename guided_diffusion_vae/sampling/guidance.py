@@ -1,4 +1,4 @@
-"""Bend sampling towards classes: by a classifier's gradient, or by what a model says with and without the class."""
+"""Guide sampling toward classes: classifier guidance and classifier-free guidance."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import option
+from ..config import option, require
 
 
 @dataclass
@@ -16,51 +16,52 @@ class GuidanceConfig:
 
 
 def classifier_cond_fn(classifier, scale=1.0):
-    """Return a `cond_fn`: scale times the gradient of log p(y | x_t) by x_t (ADM, arXiv 2105.05233, section 4.1).
+    """Return a `cond_fn`: scale times the gradient of log p(y | x_t) by x_t (ADM, arXiv:2105.05233, Sec. 4.1).
 
-    `classifier(x, times)` gives logits [N x K]; the function is called as cond_fn(x, times, y) and passes over whatever
-    else a model is told. It returns [N x C x ...].
+    `classifier(x, timesteps)` returns logits [N x K]. The function is called as cond_fn(x, timesteps, y), ignores other
+    conditioning and returns [N x C x ...].
     """
 
-    def cond_fn(x, times, y, **told):
+    def cond_fn(x, timesteps, y, **conditioning):
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            loss = F.cross_entropy(classifier(point, times).float(), y, reduction="sum")
+            loss = F.cross_entropy(classifier(point, timesteps).float(), y, reduction="sum")
             return torch.autograd.grad(loss, point)[0].mul(-scale)
 
     return cond_fn
 
 
 class ClassifierFreeGuidance:
-    """A model whose prediction is pushed away from what it says of no class: u + scale (c - u).
+    """A model guided by its unconditional prediction: u + scale (c - u).
 
-    Ho and Salimans 2022 (arXiv 2207.12598), equation 6 with scale = w + 1; 1 is no guidance. Both predictions come from
-    one batch of twice the size. A variance head is taken from the one with the class. Noise, x_0 and velocity depend on
-    each other linearly, so it does not matter which of them the model predicts.
+    Ho and Salimans 2022 (arXiv:2207.12598), Eq. 6 with scale = w + 1; a scale of 1 disables it. Both predictions come
+    from one batch of twice the size; a variance head is that of the conditional one. Noise, x_0 and velocity are
+    linear in each other, so that the rule holds for each of them.
 
-    :param null_label: the label that stands for no class.
-    :param times: (lowest, highest) times, as models are told them, between which guidance acts; outside of it the model
-        is asked once (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: always.
+    :param null_label: the null class, which replaces dropped labels in training.
+    :param timesteps: (lowest, highest) timesteps, as passed to the model, between which guidance applies; outside the
+        model is evaluated once (Kynkäänniemi et al. 2024, arXiv:2404.07724). None: all.
     """
 
-    def __init__(self, model, null_label, scale, times=None):
-        self.model, self.null_label, self.scale, self.times = model, null_label, scale, times
+    def __init__(self, model, null_label, scale, timesteps=None):
+        self.model, self.null_label, self.scale, self.timesteps = model, null_label, scale, timesteps
 
-    def __call__(self, x, times, y, **told):
-        if self.times is not None and not self.times[0] <= float(times[0]) <= self.times[1]:
-            return self.model(x, times, y=y, **told)
+    def __call__(self, x, timesteps, y, **conditioning):
+        if self.timesteps is not None and not self.timesteps[0] <= float(timesteps[0]) <= self.timesteps[1]:
+            return self.model(x, timesteps, y=y, **conditioning)
         labels = torch.cat([y, torch.full_like(y, self.null_label)])
-        twice = {name: torch.cat([value, value]) for name, value in told.items()}
-        with_class, without = self.model(torch.cat([x, x]), torch.cat([times, times]), y=labels, **twice).chunk(2)
+        doubled = {name: torch.cat([value, value]) for name, value in conditioning.items()}
+        output = self.model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=labels, **doubled)
+        conditional, unconditional = output.chunk(2)
         channels = x.shape[1]
-        prediction = without[:, :channels].lerp(with_class[:, :channels], self.scale)
-        return torch.cat([prediction, with_class[:, channels:]], dim=1)
+        prediction = unconditional[:, :channels].lerp(conditional[:, :channels], self.scale)
+        return torch.cat([prediction, conditional[:, channels:]], dim=1)
 
 
 def parse_interval(text):
-    """Return (lo, hi) from "lo,hi", None from an empty text.
+    """Return (low, high) from "low,high", None from an empty text.
 
-    :raises ValueError: where it is not two numbers from 0 up, the lower first.
+    :raises ValueError: if these are not two numbers with 0 <= low < high.
     """
     if not text:
         return None
@@ -68,21 +69,15 @@ def parse_interval(text):
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         low, high = 1.0, 0.0
-    if not 0 <= low < high:
-        raise ValueError(f"--cfg_interval is {text!r}; needed are two noise levels, the lower first, such as 0.3,3")
+    require((0 <= low < high, f"--cfg_interval {text!r}: expected two noise levels, the lower first, e.g. 0.3,3"))
     return low, high
 
 
 def timesteps_in_interval(diffusion, interval):
-    """Return the lowest and highest times told to models whose noise level is inside; None: no time is.
-
-    The level is sigma = sqrt(1 - alpha-bar) / sqrt(alpha-bar), noise per signal.
-    """
-    low, high = interval
-    with np.errstate(divide="ignore"):
-        sigma = np.sqrt((1.0 - diffusion.alphas_cumprod) / diffusion.alphas_cumprod)
-    inside = np.flatnonzero((low <= sigma) & (sigma <= high))
+    """Return the lowest and highest timestep, as passed to models, with a noise level sigma in `interval`; None:
+    none."""
+    sigma = diffusion.noise_levels()
+    inside = np.flatnonzero((interval[0] <= sigma) & (sigma <= interval[1]))
     if not len(inside):
         return None
-    ends = torch.from_numpy(inside[[0, -1]])
-    return tuple(diffusion.model_timesteps(ends).tolist())
+    return tuple(diffusion.model_timesteps(torch.from_numpy(inside[[0, -1]])).tolist())

@@ -1,17 +1,15 @@
-"""Sample a diffusion model: sample i depends on (seed, i) alone."""
+"""Sample a diffusion model: sample i depends on (seed, i) only."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ..config import option, resolve
-from ..gaussian_diffusion import noised_condition
+from ..config import option, require, resolve
 from ..nn import keyed_randn, keyed_rng
-from ..vae_wrapper import PixelCodec
-from .solvers import SAMPLE_LOOPS
+from .solvers import SAMPLERS, applicable_samplers
 
-START, CONDITION = 5, 8  # second number of the keys of sampling noise, apart from those of training
+START, CONDITION = 5, 8  # second number of the keys of sampling noise; training uses others
 
 
 @dataclass
@@ -22,7 +20,7 @@ class SamplingConfig:
     sampler: str = option("", "how steps are taken: ddpm (random), ddim (deterministic), or a multi-step solver, which 10 "
                            "to 25 steps are enough for: dpmpp_sde (random, forgives a model's errors), dpmpp, unipc; "
                            "empty: ddpm, or ddim with --use_ddim",
-                       choices=("", *SAMPLE_LOOPS))
+                       choices=("", *SAMPLERS))
     use_ddim: bool = option(False, "the same as --sampler ddim, usually with --timestep_respacing ddim50")
     clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, where it is the default, and "
                                      "wrong for latents, a third of which it would cut")
@@ -60,7 +58,7 @@ class BaseConfig:
 
 
 class KeyedNoise:
-    """Standard normal noise for the samples `indices`, each from a stream of its own.
+    """Standard normal noise for the samples `indices`, each from a separate stream.
 
     Called with x [N x C x ...], it returns the next draw of every stream, on the device of x.
     """
@@ -74,69 +72,79 @@ class KeyedNoise:
 
 
 def parse_classes(text, num_classes, names=None):
-    """Return the class numbers that `--classes` asks for: names or numbers with commas between; empty: all.
+    """Return the class indices of comma-separated names or indices; empty: all; None if there are no classes.
 
-    :raises ValueError: for a class that the model does not have.
+    :raises ValueError: for a class that does not exist.
     """
-    if not num_classes:
-        if text:
-            raise ValueError(f"--classes {text}: this model was trained without classes; leave the flag away")
-        return None
-    wanted = []
+    require((num_classes or not text, f"--classes {text}: the model was trained without classes; omit the flag"))
+    known = ", ".join(names) if names else f"0 to {num_classes - 1}"
+    classes = []
     for word in [w.strip() for w in text.split(",") if w.strip()]:
-        if names and word in names:
-            wanted.append(names.index(word))
-        elif word.isdigit() and int(word) < num_classes:
-            wanted.append(int(word))
-        else:
-            known = ", ".join(names) if names else f"0 to {num_classes - 1}"
-            raise ValueError(f"--classes: the model has no class {word!r}; it has {known}")
-    return wanted or list(range(num_classes))
+        named = names and word in names
+        require((named or word.isdigit() and int(word) < num_classes,
+                 f"--classes: there is no class {word!r}: expected one of: {known}"))
+        classes.append(names.index(word) if named else int(word))
+    return classes or list(range(num_classes)) or None
 
 
-def resolve_sampler(config):
-    """Return the key of `SAMPLE_LOOPS` of a SamplingConfig.
+def resolve_sampler(config, diffusion):
+    """Return the key of SAMPLERS that a SamplingConfig requests for a process.
 
-    :raises ValueError: if --use_ddim contradicts --sampler.
+    :raises ValueError: if --use_ddim conflicts with --sampler, or the sampler does not apply to the process.
     """
-    config, = resolve(config)
-    return config.sampler or "ddpm"
+    samplers, name = applicable_samplers(diffusion), resolve(config)[0].sampler
+    require((name in ("", *samplers), f"--sampler {name} does not apply to the process of the model: expected one of: "
+             f"{', '.join(samplers)}"))
+    return name or samplers[0]
 
 
+def decoded_shape(header, codec):
+    """Return the shape (C, ...) of decoded images: that of the header, else as the codec upsamples its latents."""
+    grid = zip(header["latent_shape"][1:], codec.factors)
+    return tuple(header["image_shape"] or (codec.in_channels, *(n * factor for n, factor in grid)))
+
+
+@dataclass(frozen=True)
 class LowResConditioning:
-    """What an upsampler starts from: sample i is made from small picture i, over and over.
+    """Low-resolution images that an upsampler is conditioned on; sample i uses image i modulo their number.
 
     :param images: uint8 [N x C x ...], possibly memory-mapped; `labels`: int64 [N] or None.
-    :param noise_level: time to which the encoded pictures are noised first; 0: not at all.
+    :param diffusion: the unspaced process of the upsampler.
+    :param noise_level: timestep to which the encoded images are diffused; 0: none.
     """
 
-    def __init__(self, images, labels, codec, normalizer, diffusion, noise_level=0, seed=0):
-        self.images, self.labels, self.codec, self.normalizer = images, labels, codec, normalizer
-        self.diffusion, self.noise_level, self.seed = diffusion, noise_level, seed
+    images: np.ndarray
+    labels: np.ndarray | None
+    codec: object
+    normalizer: object
+    diffusion: object
+    noise_level: int = 0
+    seed: int = 0
 
     def condition(self, indices, device):
-        """Return what the network is told of the samples `indices`: {low_res [n x C x ...], low_res_times [n]}."""
+        """Return the conditioning of the samples `indices`: {low_res [n x C x ...], low_res_times [n]}."""
         rows = [i % len(self.images) for i in indices]
         images = self.codec.pad_to_factors(torch.from_numpy(self.images[rows].astype(np.float32) / 255))
         low_res = self.normalizer.normalize(self.codec.encode_batch(images).to(device))
         if not self.noise_level:
             return {"low_res": low_res}
         noise = keyed_randn(low_res.shape[1:], [(self.seed, CONDITION, i) for i in indices]).to(device)
-        times = torch.full((len(rows),), self.noise_level, device=device)
-        return {"low_res": noised_condition(self.diffusion, low_res, times, noise), "low_res_times": times}
+        t = torch.full((len(rows),), self.noise_level, device=device)
+        return {"low_res": self.diffusion.noise_condition(low_res, t, noise), "low_res_times": t}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampler:
-    """A diffusion model with what turns its x0 into pictures, and the way in which it is sampled.
+    """A diffusion model with all that its samples depend on, and the codec that decodes them.
 
-    :param shape: of x0, [C x ...]; `image_shape`: of the pictures, which the decoder's padding is cropped to.
-    :param solver: a key of `solvers.SAMPLE_LOOPS`.
-    :param clip_denoised: clip predicted x0 to [-1, 1]; None: where x0 are pixels.
-    :param cond_fn: a gradient of guidance towards one of `guided_classes`, which the model need not know itself.
-    :param small: `LowResConditioning`, for an upsampler.
-    :param spacing: distance of neighbouring voxels of a volume in mm.
-    :param settings: what else than these settings makes the samples what they are, a dictionary for JSON.
+    :param shape: of x0, [C x ...]; `image_shape`: of the decoded images, to which the padding of the codec is cropped.
+    :param num_classes: classes of the model, 0 if it is unconditional.
+    :param solver: a key of `solvers.SAMPLERS`; empty: the default of the process.
+    :param clip_denoised: clip the predicted x0 to [-1, 1]; None: if x0 are pixels.
+    :param cond_fn: gradient of classifier guidance, toward one of `guided_classes`; the model may be unconditional.
+    :param low_res: `LowResConditioning` of an upsampler.
+    :param spacing: voxel spacing of volumes in mm.
+    :param settings: JSON-able dictionary of the other settings that the samples depend on.
     """
 
     model: callable
@@ -147,51 +155,74 @@ class Sampler:
     image_shape: tuple
     num_classes: int = 0
     class_names: list | None = None
-    solver: str = "ddpm"
+    solver: str = ""
     clip_denoised: bool | None = None
     seed: int = 0
     cond_fn: callable = None
     guided_classes: int = 0
-    small: LowResConditioning | None = None
+    low_res: LowResConditioning | None = None
     settings: dict = field(default_factory=dict)
     spacing: tuple = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
+        # Defaults that depend on other fields; a frozen dataclass sets them this way only.
+        object.__setattr__(self, "solver", self.solver or applicable_samplers(self.diffusion)[0])
         if self.clip_denoised is None:
-            self.clip_denoised = isinstance(self.codec, PixelCodec)
+            object.__setattr__(self, "clip_denoised", self.codec.is_pixels)
+
+    @classmethod
+    def from_header(cls, model, diffusion, space, header, **fields):
+        """Return the Sampler of a model described by the header of its checkpoint.
+
+        :param space: the `Space` of its x0.
+        :param fields: further fields.
+        """
+        image_shape, spacing = decoded_shape(header, space.codec), (header.get("data") or {}).get("spacing")
+        if len(image_shape) == 4 and spacing:
+            fields["spacing"] = tuple(float(s) for s in spacing.split(","))
+        return cls(model, diffusion, tuple(header["latent_shape"]), space.codec, space.normalizer, image_shape,
+                   header["model"]["num_classes"], **{"class_names": header["classes"], **fields})
+
+    def parse_classes(self, text):
+        """Return the class indices that `--classes` requests; None without classes, or if `low_res` has the labels."""
+        if self.low_res is not None and self.low_res.labels is not None:
+            require((not text, f"--classes {text} conflicts with --base_samples, which specify the classes; omit it"))
+            return None
+        return parse_classes(text, self.num_classes or self.guided_classes, self.class_names)
 
     def labels(self, indices, classes):
-        """Return the classes of the samples `indices`, int64 [N], or None where there are none."""
-        if self.small is not None and self.small.labels is not None:
-            return np.array([self.small.labels[i % len(self.small.labels)] for i in indices], np.int64)
+        """Return the classes of the samples `indices`, int64 [N], None without classes."""
+        if self.low_res is not None and self.low_res.labels is not None:
+            classes = self.low_res.labels
         return None if classes is None else np.array([classes[i % len(classes)] for i in indices], np.int64)
 
     @torch.no_grad()
     def sample_x0(self, indices, classes, device, progress=False):
-        """Draw the samples `indices`; return x0 [N x *shape]."""
+        """Sample x0 for `indices`; return [N x *shape]."""
         labels = self.labels(indices, classes)
-        told = {} if labels is None else {"y": torch.from_numpy(labels).to(device)}
-        if self.small is not None:
-            told.update(self.small.condition(indices, device))
+        conditioning = {} if labels is None else {"y": torch.from_numpy(labels).to(device)}
+        if self.low_res is not None:
+            conditioning.update(self.low_res.condition(indices, device))
         noise = KeyedNoise(self.seed, indices)
         x = noise(torch.empty(len(indices), *self.shape, device=device))
-        return SAMPLE_LOOPS[self.solver](
-            self.diffusion, self._model_fn, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised, cond_fn=self.cond_fn,
-            model_kwargs=told, device=device, noise_fn=noise, progress=progress,
+        _, sample_loop = SAMPLERS[self.solver]
+        return sample_loop(
+            self.diffusion, self._model_fn, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised,
+            cond_fn=self.cond_fn, model_kwargs=conditioning, device=device, noise_fn=noise, progress=progress,
         )
 
-    def _model_fn(self, x, times, y=None, **told):
-        """Call the network, which is told the class only if it has classes."""
-        return self.model(x, times, **({"y": y} if self.num_classes else {}), **told)
+    def _model_fn(self, x, timesteps, y=None, **conditioning):
+        """Call the network; the class is passed only if it has classes."""
+        return self.model(x, timesteps, **({"y": y} if self.num_classes else {}), **conditioning)
 
     def decode(self, x0):
-        """Turn x0 [N x *shape] into pictures [N x *image_shape] in [0, 1]."""
+        """Return images in [0, 1].  [N x *shape] -> [N x *image_shape]"""
         images = self.codec.decode_batch(self.normalizer.denormalize(x0), channels=self.image_shape[0])
         return images[(..., *(slice(n) for n in self.image_shape[1:]))]
 
     def summary(self):
         """Return one line for the log."""
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
-        latents, pictures = ("x".join(map(str, shape)) for shape in (self.shape, self.image_shape))
+        latents, images = ("x".join(map(str, shape)) for shape in (self.shape, self.image_shape))
         steps = f"{self.diffusion.num_timesteps} steps of {self.solver}"
-        return f"latents {latents} -> pictures {pictures}, {classes}, {steps}"
+        return f"latents {latents} -> images {images}, {classes}, {steps}"
