@@ -1,7 +1,7 @@
 """Load image files as batches of 8-bit RGB in [-1, 1], as guided-diffusion does.
 
-The scripts of this project read images with `data.ImageFolder` instead, which keeps grayscale, 16-bit, float and complex
-values.
+The scripts of this project read images with `data.ImageFolder` instead, which keeps grayscale, 16-bit, float and
+complex values.
 """
 
 import math
@@ -44,9 +44,9 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
         labels = [number[name] for name in prefixes]
     dataset = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,
                            random_crop=random_crop, random_flip=random_flip)
-    require((len(dataset) >= batch_size, f"rank {shard} of {num_shards} has {len(dataset)} of the {len(files)} images in "
-                                         f"{data_dir}, fewer than --batch_size {batch_size}; use a smaller batch or more "
-                                         "images"))
+    require((len(dataset) >= batch_size,
+             f"rank {shard} of {num_shards} has {len(dataset)} of the {len(files)} images in {data_dir}, fewer than "
+             f"--batch_size {batch_size}; use a smaller batch or more images"))
     return _endless(DataLoader(dataset, batch_size, shuffle=not deterministic, num_workers=1, drop_last=True))
 
 

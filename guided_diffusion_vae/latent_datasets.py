@@ -1,8 +1,8 @@
 """Sources of latents for diffusion training: a cache on disk, a folder of single files, or images encoded on the fly.
 
 All three return scaled latents (z * scale_factor; see the README on the latent scale) and implement `LatentSource`:
-`read` gathers values on any thread, `latents` turns them into latents on the device. `data.LatentStream` normalizes them
-and selects the items of each step.
+`read` gathers values on any thread, `latents` turns them into latents on the device. `data.LatentStream` normalizes
+them and selects the items of each step.
 """
 
 import re
@@ -69,8 +69,8 @@ class LatentCache(LatentSource):
         self._entries = self.count * (2 if self.random_flip else 1)     # the second half are the flipped images
         starts = np.cumsum([0] + [len(shard) for shard in self._shards])
         require((starts[-1] == self._entries and (starts[:-1] == self._firsts).all(),
-                 f"{self.folder / MANIFEST}: expected {self._entries} consecutive latents, the shards contain {starts[-1]}; "
-                 f"{REENCODE_HINT}"))
+                 f"{self.folder / MANIFEST}: expected {self._entries} consecutive latents, the shards contain "
+                 f"{starts[-1]}; {REENCODE_HINT}"))
         self.labels = None if self.class_names is None else self._open_labels()
         self.nbytes = sum(shard.nbytes for shard in self._shards)
         self._resident = None
@@ -81,7 +81,7 @@ class LatentCache(LatentSource):
         return (self.folder / FILENAMES).read_text().splitlines()
 
     def read(self, indices, flips=None, rngs=None):
-        """Return what `latents` needs of some items: stored values, float32 on the CPU, or rows of the copy on a device.
+        """Return the stored values of some items, float32 on the CPU; rows if the latents are kept on a device.
 
         :param flips: booleans; True selects the latent of the flipped image.
         """
@@ -177,11 +177,10 @@ class LatentFolder(LatentSource):
     """
 
     image_shape = unpadded_shape = autoencoder = None
-    preprocessing = {}
 
     def __init__(self, folder, scale_factor=0.18215, max_measured=4096):
         self.folder = require_folder(folder, CACHE_FLAG)
-        self.scale_factor = scale_factor
+        self.scale_factor, self.preprocessing = scale_factor, {}
         self.paths = sorted(path for path in self.folder.rglob("*.npy") if not path.name.startswith("."))
         require((self.paths, f"{self.folder} contains neither {MANIFEST} nor .npy files; check {CACHE_FLAG}"),
                 error=FileNotFoundError)
@@ -201,7 +200,7 @@ class LatentFolder(LatentSource):
 
     def read(self, indices, flips=None, rngs=None):
         """Return the latents of some items, float32 [n x Z x ...] on the CPU."""
-        require((flips is None, f"{self.folder} contains no flipped images; encode them with scripts/encode_dataset.py"))
+        require((flips is None, f"{self.folder} contains no flipped images; encode with scripts/encode_dataset.py"))
         values = np.empty((len(indices), *self.latent_shape), np.float32)
         for row, index in enumerate(indices):
             path = self.paths[index]
@@ -332,8 +331,9 @@ def require_same_autoencoder(cache, codec):
         return
     path, sha256 = cache.autoencoder["path"], cache.autoencoder["sha256"]
     require(
-        (sha256 == codec.fingerprint, f"{cache.folder}: latents come from autoencoder {sha256[:16]} ({path}), --vae_path is "
-                                      f"{codec.fingerprint[:16]} ({codec.path}); re-encode or use the first"),
+        (sha256 == codec.fingerprint,
+         f"{cache.folder}: latents come from autoencoder {sha256[:16]} ({path}), --vae_path is "
+         f"{codec.fingerprint[:16]} ({codec.path}); re-encode or use the first"),
         (cache.scale_factor == codec.scale_factor,
          f"{cache.folder}: latents are scaled by {cache.scale_factor}, the autoencoder {codec.path} scales by "
          f"{codec.scale_factor}; re-encode or set --scale_factor {cache.scale_factor}"),

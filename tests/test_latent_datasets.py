@@ -14,7 +14,8 @@ from PIL import Image
 
 from guided_diffusion_vae import checkpoint_util, data, dist_util, latent_datasets
 from guided_diffusion_vae.data import (
-    BatchPlan, DataConfig, DownsampledImages, ImageFolder, LatentStream, VolumeFolder, batching, cache_writer, open_folder,
+    BatchPlan, DataConfig, DownsampledImages, ImageFolder, LatentStream, VolumeFolder, batching, cache_writer,
+    open_folder,
 )
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.interfaces import Codec, ImageSource, LatentSource
@@ -438,7 +439,8 @@ def test_only_a_cache_is_kept_on_a_device(cached, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("array, match", [
-    (np.zeros((3, 2, 2), np.uint8), "expected floating-point latents, got uint8"), (np.full((3, 2, 2), np.inf), "not finite"),
+    (np.zeros((3, 2, 2), np.uint8), "expected floating-point latents, got uint8"),
+    (np.full((3, 2, 2), np.inf), "not finite"),
     (np.zeros(3), r"expected a latent \[Z x ...\] .*, got shape \(3,\)"),
 ])
 def test_files_other_than_latents_are_rejected(tmp_path, array, match):
@@ -520,7 +522,7 @@ def test_batch_is_sent_to_the_device_without_synchronizing(cached, mode):
 
 
 def test_cache_is_not_written_among_other_files(dataset, cached):
-    with pytest.raises(FileExistsError, match=r"files of no cache \(.*, \d+ in total\); set --cache_dir to a separate folder"):
+    with pytest.raises(FileExistsError, match=r"files of no cache \(.*, \d+ in total\); set --cache_dir to a sep"):
         write_cache(dataset, HalvingCodec(), LatentCacheConfig(dataset.folder))
     assert not list(Path(dataset.config.data_dir).glob("latents-*"))
 
@@ -533,7 +535,7 @@ def test_other_files_in_a_complete_cache_are_kept(cached):
 def test_images_are_not_latents(tmp_path):
     for sides in ((64, 64), (32, 128), (16, 16)):
         np.save(tmp_path / "a.npy", np.zeros(sides, np.float32))
-        with pytest.raises(ValueError, match="expected a latent .* with at most 16 channels, .*images are read by --data_dir"):
+        with pytest.raises(ValueError, match="expected a latent .* at most 16 channels, .*images are read by --data"):
             LatentFolder(tmp_path)
 
 
@@ -614,7 +616,8 @@ def test_sources_and_codecs_have_every_member_of_their_interface(tmp_path, cache
             assert [name for name in members(interface) if not hasattr(implementation, name)] == []
     for source in implementations[ImageSource]:
         images = source.batch([0], flips=[True], rngs=[np.random.default_rng(0)])
-        assert images.dtype == torch.float32 and images.shape == (1, *source.shape) and 0 <= images.min() <= images.max() <= 1
+        assert images.dtype == torch.float32 and images.shape == (1, *source.shape)
+        assert 0 <= images.min() <= images.max() <= 1
         assert len(source) == len(source.names) and source.summary() and json.dumps(source.describe())
 
 
@@ -662,9 +665,10 @@ def test_new_image_source_is_one_entry_of_the_table(tmp_path, monkeypatch):
 
     script = Path(__file__).parents[1] / "scripts" / "image_train.py"
     flags = dict(data_dir="memory:ramps", image_size=8, class_cond=True, batch_size=4, max_steps=2, num_channels=32,
-                 num_res_blocks=1, attention_resolutions="", channel_mult="1", diffusion_steps=20, predict_xstart=True, ema_rate="0.9",
-                 logdir=tmp_path / "run")
-    monkeypatch.setattr("sys.argv", [str(script), *(str(word) for flag in flags.items() for word in (f"--{flag[0]}", flag[1]))])
+                 num_res_blocks=1, attention_resolutions="", channel_mult="1", diffusion_steps=20, predict_xstart=True,
+                 ema_rate="0.9", logdir=tmp_path / "run")
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr("sys.argv", [str(script), *words])
     monkeypatch.setattr(dist_util, "_active_rank_info", None)
     runpy.run_path(str(script), run_name="__main__")
     header = checkpoint_util.load_weights(tmp_path / "run" / "model000002.pt")[1]

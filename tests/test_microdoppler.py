@@ -53,7 +53,7 @@ def contents(folder):
 def test_constant_speed_is_in_the_row_of_its_doppler_frequency(waveform, image_size, speed):
     config = with_(waveform=waveform, image_size=image_size, fast_samples=128, gate_max_m=4.7)
     rows = int(image_size.split("x")[0])
-    ranges = (2.2 + speed * seconds(config))[None]                          # away from the sensor where speed > 0
+    ranges = (2.2 + speed * seconds(config))[None]                          # away from the sensor if speed > 0
     image = microdoppler.spectrogram_db(microdoppler.receive(ranges, np.ones(1), config), config)
     expected = (rows - 1) // 2 - 2 * speed / microdoppler.wavelength_m(config) * rows / config.prf_hz
     assert image.shape == (rows, int(image_size.split("x")[-1]))
@@ -106,7 +106,7 @@ def test_taps_come_back_and_push_does_not():
     assert away("push")[-1] < -0.02
 
 
-# ---- the mirror pair ----
+# ---- the pair of flips in time ----
 
 
 @pytest.mark.parametrize("seed", range(3))

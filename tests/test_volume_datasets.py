@@ -12,7 +12,7 @@ nibabel = pytest.importorskip("nibabel")
 
 
 def ramp(*shape):
-    """Return a volume whose values tell where they stand."""
+    """Return a volume in which every value is different."""
     return np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
 
 
@@ -108,7 +108,7 @@ def test_value_window_clips_values_and_value_range_rejects_them(tmp_path):
     np.save(tmp_path / "ct.npy", np.linspace(-2000, 2000, 64).reshape(4, 4, 4).astype(np.float32))
     windowed = opened(tmp_path, "4x4x4", value_window="-1000,1000").read(0)
     assert windowed.min() == 0 and windowed.max() == 1 and (windowed == 0).sum() == 16
-    with pytest.raises(ValueError, match="ct.npy: values from -2000 to 2000 are outside --value_range .*--value_window"):
+    with pytest.raises(ValueError, match="ct.npy: values from -2000 to 2000 are outside --value_range.*--value_w"):
         opened(tmp_path, "4x4x4", value_range="-1000,1000").read(0)
     with pytest.raises(ValueError, match="--value_range and --value_window are mutually exclusive"):
         opened(tmp_path, "4x4x4", value_range="0,1", value_window="0,1")
@@ -168,7 +168,8 @@ def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
     (lambda f: np.save(f / "ct_0.npy", ramp(8, 8)), {}, "ct_0.npy: cannot be read .shape .8, 8.: expected"),
     (lambda f: np.save(f / "ct_0.npy", ramp(2, 8, 8, 8)), {}, "mr_1.npz: expected 2 channels as in .*ct_0.npy, got 1"),
     (lambda f: (f / "mr_2.nii.gz").write_bytes(b"no volume"), {}, "mr_2.nii.gz: cannot be read"),
-    (lambda f: np.savez(f / "mr_1.npz", a=ramp(8, 8, 8), b=ramp(8, 8, 8)), {}, "expected one array of three or four axes, got 2"),
+    (lambda f: np.savez(f / "mr_1.npz", a=ramp(8, 8, 8), b=ramp(8, 8, 8)), {},
+     "expected one array of three or four axes, got 2"),
     (lambda f: None, {"crop": "none"}, "ct_0.npy: size 8x10x12 is not 8x8x8, and --crop none reads full volumes"),
     (lambda f: None, {"image_channels": 3}, "--image_channels 3: volumes are not converted"),
 ])

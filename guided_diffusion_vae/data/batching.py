@@ -22,8 +22,9 @@ _POSTERIOR = 1                              # random stream of posterior noise, 
 def permute_indices(positions, count, seed, epoch):
     """Return the images of `positions` (uint64 array) under a permutation of range(count) keyed by (seed, epoch).
 
-    A Feistel network (Luby and Rackoff 1988) permutes the next power of four; values >= `count` are permuted again until
-    they are below it (cycle walking, Black and Rogaway 2002). No table is stored, so memory does not grow with `count`.
+    A Feistel network (Luby and Rackoff 1988) permutes the next power of four; values >= `count` are permuted again
+    until they are below it (cycle walking, Black and Rogaway 2002). No table is stored, so memory does not grow with
+    `count`.
     """
     half = np.uint64(max(2, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -49,9 +50,9 @@ def _mix(values):
 class BatchPlan:
     """The items of batch `step` on this rank, computed from (seed, step) alone.
 
-    The items of all epochs form one stream, with another permutation per epoch; slot k of step s is position
-    s * batch_size * num_ranks + k of the stream, and rank r has the slots from r * batch_size on. Two ranks with batch B
-    therefore see the same items as one rank with batch 2B. A batch may extend over the end of an epoch.
+    The items of all epochs form one stream, with another permutation per epoch. Slot k of step s is position
+    s * batch_size * num_ranks + k of the stream; rank r has the slots from r * batch_size on, so two ranks with batch B
+    see the same items as one rank with batch 2B. A batch may extend over the end of an epoch.
 
     :raises ValueError: if there are fewer items than slots of a step.
     """
@@ -243,8 +244,8 @@ class LatentStream(BatchStream):
     The conditioning is {"y": int64 [n]} `with_labels`, and {"low_res": [n x Z x smaller ...]} with a second source
     `low_res` that has the same items at a lower resolution.
 
-    Items, flips and posterior noise depend on (plan.seed, step, slot) alone. Reading and sampling run in the background,
-    encoding and normalizing on the thread of the caller.
+    Items, flips and posterior noise depend on (plan.seed, step, slot) alone. Reading and sampling run in the
+    background, encoding and normalizing on the thread of the caller.
 
     :raises ValueError: if labels are required and missing, or the plan is for another number of items.
     """

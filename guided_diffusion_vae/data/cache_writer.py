@@ -38,8 +38,8 @@ def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None
 
     Shard k is encoded by rank k modulo num_ranks and renamed to its final name when complete, next to a record of its
     settings. A shard whose record and SHA-256 match is kept, so that an interrupted encoding resumes; one of another
-    autoencoder, other data or other settings is encoded again. Rank 0 writes the manifest last. A complete cache with the
-    same settings is returned as it is.
+    autoencoder, other data or other settings is encoded again. Rank 0 writes the manifest last. A complete cache with
+    the same settings is returned as it is.
 
     :param dataset: an `ImageSource`.
     :param config: a `LatentCacheConfig`.
@@ -54,8 +54,8 @@ def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None
     require(
         (num_ranks == 1 or barrier, f"{num_ranks} ranks encode together and require a barrier"),
         (config.shard_size >= 0, f"--shard_size must be >= 1, or 0 for a default, got {config.shard_size}"),
-        (not dataset.random_crop, "--crop random cannot be cached, as a cache would contain one crop per image; use --crop "
-                                  "center, --crop grid (volumes), or encode on the fly"),
+        (not dataset.random_crop, "--crop random cannot be cached, as a cache would contain one crop per image; use "
+                                  "--crop center, --crop grid (volumes), or encode on the fly"),
     )
     require((config.cache_dir, f"no folder specified for the cache; set {CACHE_FLAG}"), error=FileNotFoundError)
     folder = require_writable_folder(config.cache_dir, CACHE_FLAG)
@@ -136,9 +136,9 @@ def _record(folder, shard, key):
 def _require_space(folder, missing, fields):
     size = np.dtype(fields["dtype"]).itemsize * int(np.prod(stored_shape(fields))) * sum(s["count"] for s in missing)
     free = shutil.disk_usage(folder).free
-    require((size <= free, f"{folder}: the remaining latents require {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are "
-                           f"free; free some space, choose another {CACHE_FLAG}, or use --store mode or --latent_dtype "
-                           "float16"), error=OSError)
+    require((size <= free, f"{folder}: the remaining latents require {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB "
+                           f"are free; free some space, choose another {CACHE_FLAG}, or use --store mode or "
+                           "--latent_dtype float16"), error=OSError)
 
 
 def _encode_shard(folder, shard, key, fields, dataset, codec, batch_size):
@@ -149,7 +149,8 @@ def _encode_shard(folder, shard, key, fields, dataset, codec, batch_size):
     count, dtype = shard["count"], np.dtype(fields["dtype"])
     entries = np.arange(shard["first"], shard["first"] + count)
     groups = [entries[start:start + batch_size] for start in range(0, count, batch_size)]
-    ahead = Prefetcher(lambda k: dataset.batch(groups[k] % len(dataset), groups[k] >= len(dataset)), end_step=len(groups))
+    read = lambda k: dataset.batch(groups[k] % len(dataset), groups[k] >= len(dataset))
+    ahead = Prefetcher(read, end_step=len(groups))
     moments = RunningMoments()
 
     def write(stored, group, stream):
@@ -183,8 +184,8 @@ def _cast_and_write(stored, dtype, name, stream):
     with np.errstate(over="ignore"):
         narrow = stored.astype(dtype)
     if not np.isfinite(narrow).all():
-        raise ValueError(f"{name}: latents up to {np.abs(stored).max():.6g} do not fit into {dtype}; set --latent_dtype "
-                         "float32")
+        raise ValueError(f"{name}: latents up to {np.abs(stored).max():.6g} do not fit into {dtype}; set "
+                         "--latent_dtype float32")
     stream.write(narrow.tobytes())
     return narrow
 

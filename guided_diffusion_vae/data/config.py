@@ -52,8 +52,9 @@ class DataConfig:
     @property
     def value_limits(self):
         """(lo, hi), the values that become 0 and 1; None if the type of the files defines them."""
-        require((not (self.value_range and self.value_window), "--value_range and --value_window are mutually exclusive: "
-                                                               "the first rejects the values that the second clips"))
+        require((not (self.value_range and self.value_window),
+                 "--value_range and --value_window are mutually exclusive: the first rejects values outside, the "
+                 "second clips them"))
         limits = interval.parse(self.value_window, "value_window") or interval.parse(self.value_range, "value_range")
         return limits or None
 

@@ -18,7 +18,7 @@ _MODE_DTYPES = {"I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "I": "in
 FULL_RANGE = {"bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's conversion to grayscale
 
-# What a file contains, read without decoding it: channels, sizes per spatial axis, NumPy type name, voxel spacing in mm.
+# Read without decoding a file: channels, sizes per spatial axis, NumPy type name, voxel spacing in mm.
 FileHeader = collections.namedtuple("FileHeader", "channels sides dtype spacing", defaults=[None])
 
 
@@ -26,8 +26,8 @@ def read_array(path, value_range=None, dynamic_range_db=0.0, reference_db=None):
     """Return one image file as float32 [C x H x W] in [0, 1], at its own size.
 
     Real values: `value_range` (lo, hi) is mapped to (0, 1); by default the full range of an 8- or 16-bit type. Complex
-    values: 20 log10 |x| from reference - `dynamic_range_db` to the reference is mapped to [0, 1], lower values become 0;
-    the reference is `reference_db`, by default the array's own maximum.
+    values: 20 log10 |x| from reference - `dynamic_range_db` to the reference is mapped to [0, 1], lower values become
+    0; the reference is `reference_db`, by default the array's own maximum.
 
     :raises ValueError: if values are not finite or outside the range, or a required range is missing.
     """
@@ -101,8 +101,8 @@ def _channels_last(shape):
     if len(shape) == 3 and shape[2] in (1, 3):
         return (0, 1, 2), tuple(shape)
     require((len(shape) == 3 and shape[0] in (1, 3),
-             f"shape {tuple(shape)}: expected [H x W], [H x W x C] or [C x H x W] with 1 or 3 channels; volumes require "
-             "--image_size DxHxW"))
+             f"shape {tuple(shape)}: expected [H x W], [H x W x C] or [C x H x W] with 1 or 3 channels; volumes "
+             "require --image_size DxHxW"))
     return (1, 2, 0), (*shape[1:], shape[0])
 
 
@@ -125,8 +125,8 @@ def to_unit(values, path, value_range=None, dynamic_range_db=0.0, reference_db=N
         values = values.clip(lo, hi)
     low, high = values.min(), values.max()
     require((lo <= low and high <= hi,
-             f"{path}: values from {low:.6g} to {high:.6g} are outside --value_range {lo:g},{hi:g}; set a wider range, or "
-             "--value_window to clip values"))
+             f"{path}: values from {low:.6g} to {high:.6g} are outside --value_range {lo:g},{hi:g}; set a wider range, "
+             "or --value_window to clip values"))
     # float32 represents 16-bit integers exactly; wider types need float64 for the subtraction.
     wide = np.float32 if values.dtype.itemsize <= 2 else np.float64
     return ((values.astype(wide) - wide(lo)) / wide(hi - lo)).astype(np.float32)
@@ -146,7 +146,7 @@ def _decibels_to_unit(values, path, dynamic_range_db, reference_db):
     )
     floor_db = reference - dynamic_range_db
     level_db = 20 * np.log10(np.maximum(magnitude, 10 ** (floor_db / 20)))
-    return np.clip((level_db - floor_db) / dynamic_range_db, 0, 1).astype(np.float32)  # the clip removes rounding errors
+    return np.clip((level_db - floor_db) / dynamic_range_db, 0, 1).astype(np.float32)   # clips rounding errors
 
 
 def match_channels(pixels, channels):

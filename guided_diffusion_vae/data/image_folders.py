@@ -49,7 +49,7 @@ class ImageFolder(FileSource):
         self._check_files(headers, FULL_RANGE)
         gray, color = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
         require((config.image_channels or not (gray and color),
-                 f"{gray} is grayscale and {color} is RGB; set --image_channels 1 or --image_channels 3 to convert all"))
+                 f"{gray} is grayscale and {color} is RGB; set --image_channels 1 or --image_channels 3"))
         self._set_shape(config.image_channels or headers[0].channels, headers, multiple)
 
     def read(self, index, rng=None):

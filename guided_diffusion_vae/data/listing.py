@@ -42,8 +42,8 @@ class FileSource(ImageSource):
         files = list(walk_files(self.folder, extensions))
         self.paths = [path for path in files if not bf.basename(path).startswith(".") and accepts(path)]
         self.ignored = len(files) - len(self.paths)
-        require((self.paths, f"{self.folder} contains no {self.kind} ({', '.join(extensions)}) among {len(files)} files; "
-                             f"check {self._flag}{hint}"), error=FileNotFoundError)
+        require((self.paths, f"{self.folder} contains no {self.kind} ({', '.join(extensions)}) among {len(files)} "
+                             f"files; check {self._flag}{hint}"), error=FileNotFoundError)
         self.names = relative_names(self.folder, self.paths)
         self.class_names, self.labels = infer_classes(self.names, self.folder)
         with ThreadPoolExecutor(self.header_threads) as pool:
@@ -59,8 +59,8 @@ class FileSource(ImageSource):
             is_complex = header.dtype.startswith("complex")
             require(
                 (all(n >= m for n, m in zip(header.sides, sides)),
-                 f"{path}: size {format_shape(header.sides)} is smaller than --image_size {format_shape(sides)} ({small} "
-                 f"of {len(headers)} files are); files are never upsampled, set a smaller size or remove them"),
+                 f"{path}: size {format_shape(header.sides)} is smaller than --image_size {format_shape(sides)} "
+                 f"({small} of {len(headers)} files are); nothing is upsampled, set a smaller size or remove them"),
                 (not is_complex or config.dynamic_range_db > 0,
                  f"{path}: complex values require --dynamic_range_db (e.g. 40) to map their magnitude to [0, 1]"),
                 (is_complex or self.value_limits or header.dtype in full_range,
@@ -78,7 +78,7 @@ class FileSource(ImageSource):
             self.shape = (channels, *(-(-n // factor) * factor for n, factor in zip(sides, factors)))
 
     def _stack(self, items, flips):
-        """Return a list of items as a tensor; horizontal flips leave the padding at its side, repeating the new edge."""
+        """Return a list of items as a tensor; flips keep the padding at its side, where it repeats the new edge."""
         images, width = np.stack(items), self.unpadded_shape[-1]
         if flips is not None and any(flips):
             chosen = np.asarray(flips, bool)
@@ -206,6 +206,6 @@ def map_labels(source, class_names):
     if source.class_names is None:
         return source.labels
     unknown = sorted(set(source.class_names) - set(class_names))
-    require((not unknown, f"{source.folder} has classes {', '.join(unknown)} that the model does not have; expected some of: "
-                          f"{', '.join(class_names)}"))
+    require((not unknown, f"{source.folder} has classes {', '.join(unknown)} that the model does not have; expected "
+                          f"some of: {', '.join(class_names)}"))
     return np.array([class_names.index(name) for name in source.class_names])[source.labels]

@@ -31,13 +31,13 @@ def read_manifest(folder):
         folder.
     """
     path = folder / MANIFEST
-    require((path.exists(), f"{folder} is not a latent cache: it contains no {MANIFEST}; if encoding was interrupted, run "
-                            f"scripts/encode_dataset.py again, else check {CACHE_FLAG}"), error=FileNotFoundError)
+    require((path.exists(), f"{folder} is not a latent cache: it contains no {MANIFEST}; if encoding was interrupted, "
+                            f"run scripts/encode_dataset.py again, else check {CACHE_FLAG}"), error=FileNotFoundError)
     with file_errors(path, "invalid JSON", REENCODE_HINT):
         manifest = json.loads(path.read_text())
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-    require((found == (FORMAT, VERSION), f"{path}: expected format {FORMAT!r}, version {VERSION}, got format {found[0]!r}, "
-                                         f"version {found[1]!r}; {REENCODE_HINT}"))
+    require((found == (FORMAT, VERSION), f"{path}: expected format {FORMAT!r}, version {VERSION}, got format "
+                                         f"{found[0]!r}, version {found[1]!r}; {REENCODE_HINT}"))
     wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name, ()), kind)]
     wrong = wrong or [name for name, valid in {
         "dtype": manifest["dtype"] in ("float16", "float32"),

@@ -1,20 +1,20 @@
 """Simulate radar micro-Doppler spectrograms of hand motions, and write them as a labeled folder of grayscale PNG files.
 
-A hand is a cloud of point scatterers. The range history R_i(t) of scatterer i determines the phase of its echo; the echoes
-are summed, receiver noise is added, and a short-time Fourier transform over slow time gives the image:
+A hand is a cloud of point scatterers. The range history R_i(t) of scatterer i determines the phase of its echo; the
+echoes are summed, receiver noise is added, and a short-time Fourier transform over slow time gives the image:
 
     s(t) = sum_i a_i exp(+j 4 pi R_i(t) / wavelength) + noise,        Doppler frequency f_i = (2 / wavelength) dR_i/dt
 
-so motion away from the sensor appears at positive frequencies (upper half: row 0 is the highest) and motion toward it at
-negative ones, as in recordings of common pulsed coherent sensors. (V. C. Chen, The Micro-Doppler Effect in Radar, 2nd ed.
-2019, ch. 1 and 2, derives the phase history; its sign of f is the opposite one.)
+so motion away from the sensor appears at positive frequencies (upper half: row 0 is the highest) and motion toward it
+at negative ones, as in recordings of common pulsed coherent sensors. (V. C. Chen, The Micro-Doppler Effect in Radar,
+2nd ed. 2019, ch. 1 and 2, derives the phase history; its sign of f is the opposite one.)
 
 Two simplifications: the lines of sight are those of the hand at rest (first order in displacement over range), and the
 amplitude of a scatterer does not change along its path. With them `tapin` and `tapout` differ only in the direction of
 time. Reversing a recording, t -> T - t, would also flip Doppler, because a hand that returns along its path has the
-opposite velocity. Only the image is flipped by v'(t) = v(T - t), that is by the displacement d'(t) = -d(T - t): the echo is
-then the complex conjugate of the reversed one. A tap toward the sensor becomes a tap away from it, so the class with the
-flipped images is a motion that a hand can make.
+opposite velocity. Only the image is flipped by v'(t) = v(T - t), that is by the displacement d'(t) = -d(T - t): the
+echo is then the complex conjugate of the reversed one. A tap toward the sensor becomes a tap away from it, so the
+class with the flipped images is a motion that a hand can make.
 """
 
 import json
@@ -57,7 +57,7 @@ def _tap_times(rng, config, pace=1.0):
     speed = rng.uniform(config.speed_min_mps, config.speed_max_mps)
     slower = rng.uniform(SLOWER_STROKE, 1)
     strokes = [(length, speed), (length / slower, speed * slower)]      # equal distances back and forth
-    if rng.random() < 0.5:                  # either order is equally likely, so the set of all taps is its own flip in time
+    if rng.random() < 0.5:      # either order is equally likely, so the distribution of taps is its own flip in time
         strokes.reverse()
     return (*strokes[0], rng.uniform(0, MAX_PAUSE_S), *strokes[1])
 
@@ -126,7 +126,7 @@ def _swinging(u):
 
 
 def _rocking(u):
-    return np.sign(u) * np.sqrt(np.abs(u))          # two sides of the palm, in opposite directions about its center line
+    return np.sign(u) * np.sqrt(np.abs(u))          # the two sides of the palm move in opposite directions
 
 
 MOTIONS = {
@@ -161,25 +161,25 @@ class MicrodopplerConfig:
     seed: int = option(0, "random seed; image i of a class and split depends on it and the parameters alone",
                        essential=True, minimum=0)
     image_size: size = option(64, "Doppler rows x time columns, as HxW or one number for both", essential=True)
-    waveform: str = option("fmcw", "cw: one complex sample per pulse; fmcw: one sweep per pulse, a Fourier transform to "
-                           "range, and the sum of the power of the gated range bins", choices=WAVEFORMS)
+    waveform: str = option("fmcw", "cw: one complex sample per pulse; fmcw: one sweep per pulse, a Fourier transform "
+                           "to range, and the sum of the power of the gated range bins", choices=WAVEFORMS)
     carrier_ghz: float = option(60.5, "carrier frequency in GHz; for fmcw the center of the sweep", above=0)
     prf_hz: float = option(1000.0, "pulses or sweeps per second; images span Doppler -prf/2 to prf/2", above=0)
     duration_s: float = option(2.048, "time across an image in s (columns x hop)", above=0)
-    window_ms: float = option(64.0, "length of the periodic Hann window of the short-time Fourier transform in ms", above=0)
+    window_ms: float = option(64.0, "length of the Hann window of the short-time Fourier transform in ms", above=0)
     dynamic_range_db: float = option(40.0, "dB above the mean noise power that become white; the noise power is black",
                                      above=0)
-    snr_db: float = option(29.0, "level of the full hand above the noise in a spectrogram bin in dB, at the mean range; it "
-                           "decreases with range^4")
-    clutter_db: float = option(28.0, "level of static echoes (leakage, arm, room) above the noise in a bin in dB, +-3 dB")
+    snr_db: float = option(29.0, "level of the full hand above the noise in a spectrogram bin in dB, at the mean range; "
+                           "it decreases with range^4")
+    clutter_db: float = option(28.0, "level of static echoes (leakage, arm, room) above the noise in dB, +-3 dB")
     range_min_m: float = option(0.25, "minimum range of the hand at rest in m", above=0)
     range_max_m: float = option(0.45, "maximum range of the hand at rest in m")
     speed_min_mps: float = option(0.4, "minimum peak speed of a motion in m/s", above=0)
     speed_max_mps: float = option(1.0, "maximum peak speed of a motion in m/s")
     stroke_min_s: float = option(0.14, "minimum duration of one stroke of a tap in s", above=0)
     stroke_max_s: float = option(0.26, "maximum duration of one stroke of a tap at full speed in s")
-    aspect_max_deg: float = option(40.0, "maximum angle between the direction of motion and the line of sight in degrees; at "
-                                   "90 nothing moves along the line of sight", minimum=0, maximum=80)
+    aspect_max_deg: float = option(40.0, "maximum angle between the direction of motion and the line of sight in degrees; "
+                                   "at 90 nothing moves along it", minimum=0, maximum=80)
     hand_size_m: float = option(0.09, "width of the hand in m; its depth is half of it", above=0)
     drift_mm: float = option(4.0, "amplitude of a slow drift (0.2 to 0.5 Hz) under every motion in mm", minimum=0)
     scatterers_min: int = option(8, "minimum number of point scatterers on the hand", minimum=1)
@@ -221,7 +221,8 @@ def check_parameters(config):
     """
     validate(config)
     pairs = [(f"{name}_min_{unit}", f"{name}_max_{unit}") for name, unit in
-             (("range", "m"), ("speed", "mps"), ("stroke", "s"), ("gate", "m"))] + [("scatterers_min", "scatterers_max")]
+             (("range", "m"), ("speed", "mps"), ("stroke", "s"), ("gate", "m"))]
+    pairs.append(("scatterers_min", "scatterers_max"))
     values = vars(config)
     require(*((values[low] <= values[high], f"--{low} must be <= --{high}, got {values[low]} and {values[high]}")
               for low, high in pairs))
@@ -240,8 +241,8 @@ def check_parameters(config):
          f"--window_ms {config.window_ms} is {window} pulses at --prf_hz {config.prf_hz:g}: {rows} Doppler rows "
          f"(--image_size) require 4 to {rows} pulses, {4e3 / config.prf_hz:g} to {rows * 1e3 / config.prf_hz:g} ms"),
         (1 <= hop <= window,
-         f"--duration_s {config.duration_s} over {columns} columns is a hop of {hop} pulses: expected 1 to {window} (the "
-         f"window), which is {columns / config.prf_hz:g} to {columns * window / config.prf_hz:g} s"),
+         f"--duration_s {config.duration_s} over {columns} columns is a hop of {hop} pulses: expected 1 to {window} "
+         f"(the window), which is {columns / config.prf_hz:g} to {columns * window / config.prf_hz:g} s"),
         (doppler < config.prf_hz / 2,
          f"motions of up to {speed:.3g} m/s (drift included) have a Doppler frequency of up to {doppler:.0f} Hz at "
          f"{config.carrier_ghz:g} GHz, beyond half of --prf_hz {config.prf_hz:g}, and would alias; set --prf_hz above "
@@ -250,8 +251,8 @@ def check_parameters(config):
          f"a {longest} takes up to {longest_s:.2f} s, a recording {samples / config.prf_hz:.2f} s; use a larger "
          "--duration_s or a smaller --stroke_max_s"),
         (reach < config.range_min_m,
-         f"the hand moves up to {reach:.3f} m toward the sensor, --range_min_m is {config.range_min_m}; use a larger one, "
-         "or a smaller --speed_max_mps or --stroke_max_s"),
+         f"the hand moves up to {reach:.3f} m toward the sensor, --range_min_m is {config.range_min_m}; use a larger "
+         "one, or a smaller --speed_max_mps or --stroke_max_s"),
     )
     if config.waveform == "fmcw":
         max_range = config.fast_samples * SPEED_OF_LIGHT / (2e9 * config.bandwidth_ghz)
@@ -268,7 +269,8 @@ def check_parameters(config):
 def draw_hand(motion, config, rng):
     """Sample a hand and its motion; return (ranges [S x T] in m, amplitudes [S]) of the scatterers.
 
-    The last scatterer is the static clutter. Amplitudes are in units of the standard deviation of the noise in a sample.
+    The last scatterer is the static clutter. Amplitudes are in units of the standard deviation of the noise in a
+    sample.
     """
     path, lever, _ = MOTIONS[motion]
     window, _, samples = sampling(config)
@@ -280,12 +282,12 @@ def draw_hand(motion, config, rng):
     count = rng.integers(config.scatterers_min, config.scatterers_max, endpoint=True)
     u = rng.uniform(-1, 1, count)                                                       # across the hand
     depth = rng.uniform(-1, 1, count) * config.hand_size_m / 4
-    angle = aspect + np.arctan2(u * config.hand_size_m / 2, rest)                       # motion to line of sight, per scatterer
+    angle = aspect + np.arctan2(u * config.hand_size_m / 2, rest)                       # motion to line of sight
     drift = 1e-3 * config.drift_mm * np.sin(2 * np.pi * rng.uniform(*DRIFT_HZ) * t + rng.uniform(0, 2 * np.pi))
     along = np.outer(np.cos(angle), away.real) + np.outer(np.sin(angle), away.imag)
     ranges = rest + depth[:, None] + lever(u)[:, None] * along + drift
 
-    # A tone of amplitude a has power a^2 in its bin, noise sum(w^2) / sum(w)^2, which is 1.5 / window for a Hann window w.
+    # A tone of amplitude a has power a^2 in its bin, noise sum(w^2) / sum(w)^2: 1.5 / window for a Hann window w.
     bin_noise = 1.5 / window * (len(range_gate(config)) if config.waveform == "fmcw" else 1)
     amplitudes = rng.rayleigh(size=count)
     mean_range = math.sqrt(config.range_min_m * config.range_max_m)
@@ -320,7 +322,7 @@ def receive(ranges, amplitudes, config, rng=None):
     if rng is not None:
         sweeps += _noise(sweeps.shape, rng) * math.sqrt(count)
     taper = np.hanning(count + 2)[1:-1]
-    taper /= np.linalg.norm(taper) * math.sqrt(count)       # the power of a scatterer over all bins is a^2, noise has 1 per bin
+    taper /= np.linalg.norm(taper) * math.sqrt(count)       # a scatterer has power a^2 over all bins, noise 1 per bin
     return np.fft.fft(sweeps * taper[:, None], axis=0)[range_gate(config)]
 
 
@@ -331,8 +333,8 @@ def _noise(shape, rng):
 def spectrogram_db(received, config):
     """Return dB above the mean noise power [rows x columns] of slow-time samples [G x T], summed over all G bins.
 
-    Row r is the Doppler frequency ((rows - 1) // 2 - r) prf / rows, the highest first; column k is the window that starts
-    at pulse k * hop.
+    Row r is the Doppler frequency ((rows - 1) // 2 - r) prf / rows, the highest first; column k is the window that
+    starts at pulse k * hop.
     """
     from scipy.signal import stft
 
@@ -356,8 +358,8 @@ def simulate(motion, split, index, config):
 def write_dataset(config):
     """Write `config.out_dir`: train/ and val/ with <class>_<index>.png, and dataset.json; return the number of images.
 
-    A complete folder with this dataset is unchanged (0 is returned), an interrupted one is completed. Each of train/ and
-    val/ is renamed to its name when complete.
+    A complete folder with this dataset is unchanged (0 is returned), an interrupted one is completed. Each of train/
+    and val/ is renamed to its name when complete.
 
     :raises ValueError: if the folder contains anything else, or parameters conflict.
     :raises OSError: if the folder is not writable.
@@ -392,8 +394,9 @@ def _claim(folder, config):
     path, record = folder / METADATA_FILE, _record(config)
     if not path.exists():
         others = sorted(other.name for other in folder.iterdir() if other.name != STAGING)
-        require((not others, f"{folder} contains other data ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}) "
-                             f"and no {METADATA_FILE}; set --out_dir to a new or empty folder"))
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        require((not others, f"{folder} contains other data ({names}) and no {METADATA_FILE}; set --out_dir to a new "
+                             "or empty folder"))
         return files.write_json(path, record)
     try:
         stored = json.loads(path.read_text())
@@ -403,7 +406,8 @@ def _claim(folder, config):
     requested = {"simulation": SIMULATION, **record["parameters"]}
     differing = [f"{key} is {stored.get(key)} there, {requested.get(key)} here" for key in {**requested, **stored}
                  if stored.get(key) != requested.get(key)]
-    require((not differing, f"{folder} contains another dataset ({'; '.join(differing)}); set --out_dir to another folder"))
+    require((not differing, f"{folder} contains another dataset ({'; '.join(differing)}); set --out_dir to another "
+                            "folder"))
 
 
 def _record(config):

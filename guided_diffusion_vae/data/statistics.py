@@ -14,7 +14,7 @@ class RunningMoments:
         self.count, self.mean, self.squares = count, mean, squares
 
     def add(self, values, variances=None):
-        """Add values [n x C x ...] and return self; `variances` [n x C x ...] of posteriors around them count as well."""
+        """Add values [n x C x ...], means of posteriors with `variances` [n x C x ...] if given; return self."""
         flat = np.moveaxis(np.asarray(values, np.float64), 1, 0).reshape(values.shape[1], -1)
         mean = flat.mean(1)
         squares = ((flat - mean[:, None]) ** 2).sum(1)
@@ -43,7 +43,7 @@ class RunningMoments:
     @classmethod
     def from_dict(cls, moments):
         """Return the moments of a dictionary from `to_dict`."""
-        return cls(moments["count"], np.asarray(moments["mean"], np.float64), np.asarray(moments["squares"], np.float64))
+        return cls(moments["count"], *(np.asarray(moments[name], np.float64) for name in ("mean", "squares")))
 
     def statistics(self):
         """Return mean and standard deviation over all values and per channel."""

@@ -23,9 +23,10 @@ class VolumeFolder(FileSource):
     """Patches of one size from volumes as float32 [C x D x H x W] in [0, 1].
 
     Files are `.npy` [D x H x W] or [C x D x H x W], `.npz` with one such array, `.nii` and `.nii.gz` (axes as stored).
-    `config.crop` defines an item: the center of a volume (center), a patch at a random position of each access (random),
-    each of the evenly spaced patches that cover a volume (grid), or the full volume, which then must have the size
-    (none). Uncompressed files on disk are read patch by patch. Classes are inferred from names as in `ImageFolder`.
+    `config.crop` defines an item: the center of a volume (center), a patch at a random position of each access
+    (random), each of the evenly spaced patches that cover a volume (grid), or the full volume, which then must have
+    the size (none). Uncompressed files on disk are read patch by patch. Classes are inferred from names as in
+    `ImageFolder`.
 
     :param config: a `DataConfig`; `fields` replace single fields of it.
     :param multiple: factors per axis that must divide the size, used if `config.pad` is True.
@@ -44,7 +45,8 @@ class VolumeFolder(FileSource):
         self._to_unit = unit_scale(config)
         super().__init__(config, flag)
         self.sides = config.sides
-        headers = self._list_files(EXTENSIONS, _is_volume, _read_header, ", or set --image_size to two sizes for images")
+        headers = self._list_files(EXTENSIONS, _is_volume, _read_header,
+                                   ", or set --image_size to two sizes for images")
         self._check_files(headers, FULL_RANGE)
         self._check_volumes(headers)
         self.spacings = [parse_spacing(config.spacing) if config.spacing else header.spacing for header in headers]
@@ -108,8 +110,8 @@ class VolumeFolder(FileSource):
                 (header.channels == channels, f"{path}: expected {channels} channels as in {self.paths[0]}, got "
                                               f"{header.channels}; remove one of them"),
                 (config.crop != "none" or header.sides == self.sides,
-                 f"{path}: size {format_shape(header.sides)} is not {format_shape(self.sides)}, and --crop none reads full "
-                 "volumes; use --crop center, grid or random"),
+                 f"{path}: size {format_shape(header.sides)} is not {format_shape(self.sides)}, and --crop none reads "
+                 "full volumes; use --crop center, grid or random"),
                 (not header.dtype.startswith("complex") or config.reference_level is not None,
                  f"{path}: complex values require --reference_db, the level in dB that becomes 1 in all patches"),
             )
