@@ -24,7 +24,7 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencod
 from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data import parse_size
 from guided_diffusion_vae.evaluation import figures
-from guided_diffusion_vae.runs import memory, planning
+from guided_diffusion_vae.runs import memory, training
 from guided_diffusion_vae.runs.flags import read_yaml
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
@@ -109,7 +109,7 @@ def draw(reference):
 def planned(changes, size):
     shape = (1, *parse_size(size))
     train = AutoencoderTrainConfig(batch_size=1, mixed_precision=True)
-    return planning.AutoencoderPlan(shape, configured(changes), train, LOSS, DiscriminatorConfig())
+    return training.AutoencoderPlan(shape, configured(changes), train, LOSS, DiscriminatorConfig())
 
 
 def configured(changes):
@@ -138,7 +138,7 @@ class Monai(nn.Module):
     @classmethod
     def planned(cls, folder, size):
         plan = planned(variants()["[2,2]"][0], size)
-        return memory.estimate_training([cls(folder)], plan.step, amp=plan.amp)
+        return memory.estimate_training([cls(folder)], plan.step, amp=plan.train.autocast_dtype)
 
     def forward(self, x, eps):
         mean, sigma = self.network.encode(x)

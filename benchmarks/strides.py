@@ -20,7 +20,7 @@ from guided_diffusion_vae.config import option
 from guided_diffusion_vae.data import BatchPlan, DataConfig, ImageStream, open_folder
 from guided_diffusion_vae.evaluation import figures
 from guided_diffusion_vae.evaluation.image_metrics import l1, psnr, ssim
-from guided_diffusion_vae.runs import planning
+from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.train_util import (
     AutoencoderTrainConfig, TrainConfig, TrainLoop, TrainTask, seed_initialization,
 )
@@ -90,7 +90,7 @@ class Variant:
         seed_initialization(0)
         self.network = create_autoencoder(network).to(device)
         self.latent = self.network.latent_shape(shape[1:])
-        plan = planning.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
+        plan = training.AutoencoderPlan(shape, network, dataclasses.replace(train, batch_size=batch_size), loss,
                                       DiscriminatorConfig())
         self.activations = plan.training().activations
         self.data = ImageStream(pictures, BatchPlan(len(pictures), batch_size))

@@ -86,6 +86,16 @@ class TrainConfig:
     fast_dev_run_batches: int = option(2, "steps of --fast_dev_run", minimum=1)
     seed: int = option(0, "seed of everything random in training")
 
+    @property
+    def autocast_dtype(self):
+        """The dtype of autocast, None without mixed precision."""
+        return AMP_DTYPES[self.amp_dtype] if self.mixed_precision else None
+
+    @property
+    def ema_rates(self):
+        """The decays of the EMA weights."""
+        return decays.parse(self.ema_rate, "ema_rate")
+
 
 @dataclass
 class DiffusionTrainConfig(TrainConfig):
@@ -243,7 +253,7 @@ class TrainLoop:
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval, self.preview = config.preview_interval or save_interval, task.preview
         self.keep_checkpoints = config.keep_checkpoints
-        self.autocast_dtype = AMP_DTYPES[config.amp_dtype] if config.mixed_precision else None
+        self.autocast_dtype = config.autocast_dtype
         self.seed, self.monitor, self.early_stop = config.seed, task.monitor, task.early_stop
         self.header = task.header
         self.folder = Path(logger.get_dir())

@@ -8,7 +8,7 @@ The report covers training, encoding and decoding. Nothing is allocated and no d
 the channels if no flag does. For a diffusion model, use `image_train_vae.py --dry_run True`."""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.runs import planning
+from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.configs import (
     AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, DataConfig, DiscriminatorConfig, PerceptualConfig,
     PlanConfig,
@@ -21,7 +21,7 @@ from guided_diffusion_vae.runs.run import script
     AutoencoderTrainConfig, PlanConfig,
 )
 def main(run):
-    for line in planning.report_autoencoder(run):
+    for line in training.report_autoencoder_memory(run):
         print(line, flush=True)
 
 

@@ -6,12 +6,16 @@ import torch
 
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
+from guided_diffusion_vae.config import validate
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.memory import GIB, Estimate
-from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan, advice, estimated, memory_savings
-from guided_diffusion_vae.train_util import AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask, resolve_train_config
+from guided_diffusion_vae.runs.planning import PlanConfig, advice, estimated, memory_savings
+from guided_diffusion_vae.runs.training import AutoencoderPlan, DiffusionPlan
+from guided_diffusion_vae.train_util import (
+    AutoencoderTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask, resolve_train_config,
+)
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
@@ -30,39 +34,39 @@ def diffusion_plan(train=None, super_res=None, low_res_shape=None, **model):
                          DiffusionConfig(), super_res, low_res_shape)
 
 
-def saved_in_truth(network, forward):
-    """Return the bytes of distinct storages that autograd keeps in a real run, and of the result."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+def actually_saved(network, forward):
+    """Return the bytes of distinct storages that autograd saves in a real run, and of the result."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         result = forward(network)
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*kept, *result]}
-    return sum(size for place, size in storages.items() if place not in weights)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*saved, *result]}
+    return sum(size for address, size in storages.items() if address not in weights)
 
 
 @pytest.mark.parametrize("flags", [
     {}, {"recompute_norms": True}, {"initial_downsample_factor": 2}, {"space_to_channel": True},
     {"initial_downsample_factor": 2, "final_upsample": "shuffle"}, {"spatial_dims": 3, "downsample_factors": (2,)},
 ])
-def test_activations_of_an_autoencoder_are_what_autograd_saves(flags):
+def test_activations_of_an_autoencoder_equal_saved_tensors(flags):
     config = dataclasses.replace(NETWORK, in_channels=1, **flags)
     shape = (2, 1, 16, 16, 16) if config.spatial_dims == 3 else (2, 1, 64, 64)
     forward = lambda network: network(torch.zeros(shape), torch.zeros(2, *network.latent_shape(shape[2:])))
-    expected = saved_in_truth(create_autoencoder(config), forward)
+    expected = actually_saved(create_autoencoder(config), forward)
     layers = memory.saved_activations(create_autoencoder(config), forward)
     assert sum(layers.values()) == pytest.approx(expected, rel=0.02)
     assert layers["encoder.blocks.0.conv"] > 0
 
 
 @pytest.mark.parametrize("class_cond", [False, True])
-def test_activations_of_a_unet_are_what_autograd_saves(class_cond):
+def test_activations_of_a_unet_equal_saved_tensors(class_cond):
     classes = {"class_cond": True, "num_classes": 3} if class_cond else {}
     model = ModelConfig(num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="8", **classes)
     build = lambda: create_model_and_diffusion_vae((3, 16, 16), model, DiffusionConfig())[0]
     labels = {"y": torch.zeros(2, dtype=torch.long)} if class_cond else {}
     forward = lambda network: [network(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long), **labels)]
     assert sum(memory.saved_activations(build(), forward).values()) == pytest.approx(
-        saved_in_truth(build(), forward), rel=0.02
+        actually_saved(build(), forward), rel=0.02
     )
 
 
@@ -78,7 +82,7 @@ def test_activations_of_a_unet_are_what_autograd_saves(class_cond):
         (autoencoder_plan, {"network": {"use_checkpointing": True}}), (diffusion_plan, {"recompute_norms": True}),
     ]),
 ], ids=str)
-def test_a_plan_is_the_peak_of_a_real_step(plan, monkeypatch):
+def test_plan_equals_the_peak_of_a_real_step(plan, monkeypatch):
     planned = plan.training()
     monkeypatch.setattr(memory, "_fake", memory._like_cuda)
     monkeypatch.setattr(memory, "_with_fake_parameters", lambda network: network.to_empty(device="cpu"))
@@ -89,10 +93,11 @@ def test_a_plan_is_the_peak_of_a_real_step(plan, monkeypatch):
 
 
 @pytest.mark.parametrize("discriminator_config", [{}, {"discriminator_weight": 0.5}])
-def test_accumulation_keeps_one_forward_pass_at_a_time(discriminator_config, tmp_path):
+def test_accumulation_holds_one_forward_pass_at_a_time(discriminator_config, tmp_path):
     def peak(parts):
-        plan = autoencoder_plan((1, 64, 64), train={"batch_size": 1, "gradient_accumulation_steps": parts}, **discriminator_config,
-                                discriminator_start=0, discriminator_channels=8, discriminator_layers=1)
+        plan = autoencoder_plan((1, 64, 64), train={"batch_size": 1, "gradient_accumulation_steps": parts},
+                                **discriminator_config, discriminator_start=0, discriminator_channels=8,
+                                discriminator_layers=1)
         network, *networks = plan.build()
         train = resolve_train_config(plan.train)
         trainer = DiscriminatorTrainer(*networks, plan.discriminator_config, train) if networks else None
@@ -103,23 +108,24 @@ def test_accumulation_keeps_one_forward_pass_at_a_time(discriminator_config, tmp
                 task=TrainTask(AutoencoderObjective(plan.loss, network, (-1, 1), train, discriminator=trainer)),
             )
             batch = torch.rand(parts, 1, 64, 64)
-            with memory._StorageTracker(network, *networks) as living:
+            with memory._StorageTracker(network, *networks) as tracker:
                 loop.run_step(batch, {})
-        return living.peak, plan.training()
+        return tracker.peak, plan.training()
 
     for parts in (1, 8):
-        found, planned = peak(parts)
-        # What was there before is not counted; from the second pass on there are gradients beside the activations.
-        assert found <= 1.02 * (planned.peak - planned.parameters - planned.averages), parts
+        actual, planned = peak(parts)
+        # Earlier storages are not counted; from the second pass on there are gradients in addition to activations.
+        assert actual <= 1.02 * (planned.peak - planned.parameters - planned.averages), parts
 
 
-def test_half_precision_keeps_weights_beside_their_masters():
-    whole, half = (diffusion_plan(use_fp16=use_fp16).training() for use_fp16 in (False, True))
-    assert half.parameters == whole.parameters and 0.5 < half.copies / half.parameters < 0.6
-    assert half.gradients == half.copies and half.activations < 0.7 * whole.activations
+def test_half_precision_has_weights_and_master_weights():
+    full, half = (diffusion_plan(use_fp16=use_fp16).training() for use_fp16 in (False, True))
+    assert half.parameters == full.parameters and 0.5 < half.copies / half.parameters < 0.6
+    assert half.gradients == half.copies and half.activations < 0.7 * full.activations
     small = diffusion_plan(use_fp16=True, train={"batch_size": 1})
     small = dataclasses.replace(small, shape=(4, 4, 4)).training()
-    assert small.activations + small.workspace == pytest.approx(small.parameters, rel=1e-3)     # the masters' gradients
+    # The workspace holds the gradients of the master weights.
+    assert small.activations + small.workspace == pytest.approx(small.parameters, rel=1e-3)
 
 
 def test_parts_follow_from_the_parameters():
@@ -132,7 +138,7 @@ def test_parts_follow_from_the_parameters():
     assert sum(estimate.layers.values()) == estimate.activations
 
 
-def test_autocast_keeps_norms_in_float32_and_halves_convolutions():
+def test_autocast_halves_convolutions_but_not_norms():
     plain, half = autoencoder_plan(), autoencoder_plan(train={"mixed_precision": True})
     a, b = plain.training().layers, half.training().layers
     assert b["decoder.blocks.0.conv"] < 0.6 * a["decoder.blocks.0.conv"]
@@ -140,7 +146,7 @@ def test_autocast_keeps_norms_in_float32_and_halves_convolutions():
     assert norms and all(b[name] >= a[name] for name in norms)
 
 
-def test_savings_go_from_harmless_to_another_network():
+def test_savings_are_ordered_from_harmless_to_another_network():
     steps = list(memory_savings(autoencoder_plan(train={"batch_size": 4})))
     assert [list(step.latest) for step in steps] == [
         [], ["mixed_precision"], ["recompute_norms"], ["batch_size", "gradient_accumulation_steps"],
@@ -156,54 +162,54 @@ def test_savings_go_from_harmless_to_another_network():
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_a_compiled_network_is_not_advised_to_recompute_norms():
+def test_compiled_networks_are_not_advised_to_recompute_norms():
     steps = memory_savings(autoencoder_plan(train={"batch_size": 1, "compile": True}))
     assert not any("recompute_norms" in step.latest for step in steps)
 
 
 @pytest.mark.parametrize("batch_size, parts", [(6, [(3, 2), (1, 6)]), (7, [(1, 7)])])
-def test_a_step_stays_of_as_many_samples(batch_size, parts):
+def test_savings_keep_the_samples_per_step(batch_size, parts):
     steps = memory_savings(autoencoder_plan(train={"batch_size": batch_size}))
     assert [tuple(step.latest.values()) for step in steps if "batch_size" in step.latest] == parts
 
 
-def test_what_a_microbatch_saves_already_is_heeded():
+def test_savings_start_from_the_configured_microbatch():
     plan = diffusion_plan(train={"batch_size": 8, "microbatch": 2, "mixed_precision": True})
     assert plan.forward_size == 2
     assert [step.latest for step in memory_savings(plan) if "microbatch" in step.latest] == [{"microbatch": 1}]
 
 
-def test_the_least_lossy_choice_is_taken():
+def test_advice_is_the_least_lossy_saving_that_fits():
     plan = autoencoder_plan((1, 128, 128), train={"batch_size": 4})
-    needed = [estimate.required for _, estimate in estimated(plan)]
-    assert "--mixed_precision True would take" in advice(plan, needed[1])
-    assert "--mixed_precision True --recompute_norms True would take" in advice(plan, needed[2])
-    assert "no saving brings" in advice(plan, 0.1 * GIB)
+    required = [estimate.required for _, estimate in estimated(plan)]
+    assert "--mixed_precision True would take" in advice(plan, required[1])
+    assert "--mixed_precision True --recompute_norms True would take" in advice(plan, required[2])
+    assert "no flag brings" in advice(plan, 0.1 * GIB)
 
 
-def test_a_budget_counts_what_lies_beside_tensors():
+def test_estimate_includes_the_overhead_of_a_gpu():
     estimate = Estimate(parameters=GIB)
     assert estimate.required > 1.5 * GIB and estimate.fits(2 * GIB) and not estimate.fits(1.2 * GIB)
 
 
-def test_strides_that_do_not_divide_the_size_are_passed_over():
+def test_strides_that_do_not_divide_the_size_are_skipped():
     assert [saving.latest for saving, _ in estimated(autoencoder_plan((1, 36, 36)))][-1] != {}
     assert len(list(estimated(autoencoder_plan((1, 36, 36))))) == len(list(memory_savings(autoencoder_plan()))) - 1
 
 
-def test_a_report_names_parts_layers_and_budgets():
+def test_report_lists_parts_layers_and_budgets():
     lines = list(planning.report(autoencoder_plan(), [1, 3], [12.0, 0.61]))
     text = "\n".join(lines)
     assert lines[0].startswith("initial=1, layers=(4,), total downsampling: 4x: 1x32x32 (0.00 MiB) -> 4x8x8")
     assert "MiB  decoder.blocks." in text and "as configured" in text
-    alone = text.split("one thing changed:")[1].split("\n\n")[0]
+    alone = text.split("with one change:")[1].split("\n\n")[0]
     assert "--gradient_accumulation_steps 2" in alone and "--initial_downsample_factor 2" in alone
     assert "least lossy within 12 GiB: as configured" in text and "least lossy within 0.61 GiB" in text
     for changes in ("--mixed_precision True", "--recompute_norms True", "--use_checkpointing True"):
-        assert sum(line.endswith(changes) for line in lines) == 2  # for itself, and with all before it
+        assert sum(line.endswith(changes) for line in lines) == 2  # alone, and with all before it
 
 
-def test_a_report_is_exact_for_every_batch_size():
+def test_report_is_exact_for_every_batch_size():
     """Large inputs are recomputed in slices, so that memory does not grow in proportion."""
     plan = autoencoder_plan((1, 256, 256), {"recompute_norms": True}, train={"batch_size": 2})
     row = next(line for line in planning.report(plan, [1, 16], [12.0]) if line.endswith("  as configured"))
@@ -211,26 +217,26 @@ def test_a_report_is_exact_for_every_batch_size():
     assert [float(n) for n in re.findall(r"[\d.]+", row)] == pytest.approx(exact, abs=0.01)
 
 
-def test_encoding_is_planned_in_the_precision_that_it_runs_in():
+def test_encoding_is_planned_in_its_own_precision():
     plan = autoencoder_plan((1, 128, 128), train={"mixed_precision": True})
     lines = list(planning.report(plan, [1, 8], [12.0]))
-    assert plan.decoding().workspace > 1.1 * plan.decoding(torch.bfloat16).workspace
+    assert plan.inference("decoding").workspace > 1.1 * plan.inference("decoding", torch.bfloat16).workspace
     for name in ("encoding", "decoding"):
         for dtype in (torch.float32, torch.bfloat16):
             row = next(line for line in lines if line.endswith(f"{name}, --vae_dtype {str(dtype)[6:]}"))
-            exact = [getattr(plan.with_flags(batch_size=n), name)(dtype).required / GIB for n in (1, 8)]
+            exact = [plan.with_flags(batch_size=n).inference(name, dtype).required / GIB for n in (1, 8)]
             assert [float(n) for n in row.split()[:2]] == pytest.approx(exact, abs=0.01)
 
 
 @pytest.mark.parametrize("levels", [16, (16,)])
-def test_a_single_level_can_be_planned(levels):
+def test_single_level_autoencoders_can_be_planned(levels):
     plan = autoencoder_plan(network={"num_channels": levels, "downsample_factors": (), "attention_levels": ()})
     assert "--initial_downsample_factor 2 --final_upsample shuffle" in "\n".join(planning.report(plan, [1], [12.0]))
 
 
 @pytest.mark.parametrize("fail", [lambda: torch.empty(2**60), lambda: (_ for _ in ()).throw(
     torch.OutOfMemoryError("CUDA out of memory"))])
-def test_exhausted_memory_brings_advice(fail):
+def test_out_of_memory_errors_carry_advice(fail):
     def run():
         result = fail()
         next(result)
@@ -240,7 +246,14 @@ def test_exhausted_memory_brings_advice(fail):
             run()
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_unchanged():
     with pytest.raises(RuntimeError, match="^shapes differ$"):
         with dist_util.oom_advice(lambda budget: "advice"):
             raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize("flags", [{"budget_gb": "12,none"}, {"budget_gb": "0"}, {"plan_batch_sizes": ""},
+                                   {"plan_batch_sizes": "1.5"}])
+def test_plan_config_rejects_other_than_positive_numbers(flags):
+    with pytest.raises(ValueError, match=f"--{next(iter(flags))} must be .* > 0, such as .*, got"):
+        validate(PlanConfig(**flags))

@@ -17,7 +17,7 @@ from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, 
 from guided_diffusion_vae.runs.flags import (
     add_dict_to_argparser, args_to_dict, drop_fields, parse, parse_explicit, select_fields, str2bool,
 )
-from guided_diffusion_vae.runs.planning import AutoencoderPlan, DiffusionPlan
+from guided_diffusion_vae.runs.training import AutoencoderPlan, DiffusionPlan
 from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
 from guided_diffusion_vae.train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig
@@ -83,8 +83,9 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
     assert f"-> {'x'.join(map(str, shape))} latents" in path.read_text().splitlines()[0]
     number = r"(\d+\.\d)"
     said = re.search(rf"training takes {number} GiB.*encoding {number},\W+decoding\W+{number}", path.read_text(), re.S)
-    for text, needed in zip(said.groups() if said else (), (plan.training, plan.encoding, plan.decoding)):
-        assert float(text) == pytest.approx(needed().required / 2**30, abs=0.08), needed
+    for text, needed in zip(said.groups() if said else (), (plan.training(), plan.inference("encoding"),
+                                                                 plan.inference("decoding"))):
+        assert float(text) == pytest.approx(needed.required / 2**30, abs=0.08), needed
     model, process, train = parse("doc", *DIFFUSION, argv=["--config", str(path)])[4:7]
     if "model:" in path.read_text():
         model = dataclasses.replace(model, in_channels=shape[0], dims=len(shape) - 1, num_classes=2 * model.class_cond)

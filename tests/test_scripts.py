@@ -867,7 +867,7 @@ def test_a_shipped_configuration_trains(call, tmp_path, path, size):
 
 @pytest.mark.parametrize("flags, said", [
     ({"out_channels": 3}, "--out_channels 3 conflicts with"),
-    ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth is given for the backbone"),
+    ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth: expected a file with"),
     ({"discriminator_weight": 1, "discriminator_layers": 5}, "lower --discriminator_layers"),
 ])
 def test_what_cannot_be_trained_is_refused_by_a_dry_run(chain, call, tmp_path, flags, said):
@@ -885,7 +885,7 @@ def test_memory_is_planned_from_a_configuration_alone(call):
     status, out, err = call("plan_memory", config=ROOT / "configs/volumes/low.yaml", budget_gb="1.5,12",
                             plan_batch_sizes="1,4")
     assert status == 0, err
-    for said in ("initial=1, layers=(2, 2), total downsampling: 4x: 1x64x64x32", "kept for the backward pass",
+    for said in ("initial=1, layers=(2, 2), total downsampling: 4x: 1x64x64x32", "saved for backward",
                  "least lossy within 1.5 GiB: --", "least lossy within 12 GiB: as configured"):
         assert said in out, out
 

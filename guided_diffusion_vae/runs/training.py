@@ -1,6 +1,7 @@
-"""Train a diffusion model, an autoencoder or a classifier as the configs of a run describe."""
+"""Train a diffusion model, an autoencoder or a classifier as the configs of a run describe, and plan its memory."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -17,13 +18,16 @@ from ..sampling import Sampler
 from ..train_util import (
     ClassifierTrainConfig, TrainConfig, TrainLoop, TrainTask, resolve_train_config, seed_initialization,
 )
-from ..unet import ClassifierConfig, ModelConfig
-from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, PerceptualLoss, create_discriminator
+from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
+from ..vae import (
+    AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, PerceptualLoss, autoencoder_losses,
+    create_discriminator, discriminator_losses, generator_losses,
+)
 from ..vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from ..vae_wrapper import LatentNormalizer
 from .factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
-from .memory import estimate_training
-from .planning import AutoencoderPlan, DiffusionPlan, advice
+from .memory import estimate_inference, estimate_training
+from .planning import Plan, PlanConfig, advice, counts, report, sizes
 from .spaces import Space, log_source, open_validation, space_header
 
 PREVIEW_STEPS = 50      # about this many sampling steps per preview
@@ -261,3 +265,127 @@ def _apply_facts(config, facts, folder):
         if vars(config)[name] not in (0, value):
             raise ValueError(f"--{name} {vars(config)[name]} conflicts with {folder}, which has {value}; omit the flag")
     return dataclasses.replace(config, **facts)
+
+
+# --- Plans of their memory ---
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionPlan(Plan):
+    """The training of a UNet on x0 of `shape`; `super_res` and `low_res_shape` are set for an upsampler."""
+
+    diffusion_config: DiffusionConfig = None
+    super_res: SuperResConfig | None = None
+    low_res_shape: tuple | None = None
+
+    CHECKPOINTING = "use_checkpoint"
+
+    @property
+    def half_precision(self):
+        return self.network.use_fp16
+
+    def build(self):
+        model, _ = create_model_and_diffusion_vae(self.shape, self.network, self.diffusion_config, self.super_res)
+        if self.network.use_fp16:
+            model.convert_to_fp16()
+        return [model]
+
+    def step(self, model):
+        n = self.forward_size
+        t = torch.zeros(n, dtype=torch.long)
+        model_kwargs = {"y": t} if self.network.class_cond else {}
+        if self.super_res:
+            model_kwargs["low_res"] = torch.empty(n, *self.low_res_shape)
+        x0, noise = torch.empty(n, *self.shape), torch.empty(n, *self.shape)
+        terms = create_diffusion(self.diffusion_config).training_losses(model, x0, t, model_kwargs, noise)
+        terms["loss"].mean().backward()
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderPlan(Plan):
+    """The training of an autoencoder of images or volumes of `shape`, with its discriminator if there is one."""
+
+    loss: AutoencoderLossConfig = None
+    discriminator_config: DiscriminatorConfig = None
+
+    CHECKPOINTING = "use_checkpointing"
+
+    def __post_init__(self):
+        network, _ = resolve(self.network, self.train)
+        network = dataclasses.replace(network, in_channels=self.shape[0], spatial_dims=len(self.shape) - 1)
+        object.__setattr__(self, "network", network)
+        object.__setattr__(self, "train", dataclasses.replace(self.train, use_gradient_checkpointing=False))
+
+    def build(self):
+        networks = [create_autoencoder(self.network)]
+        if self.discriminator_config.discriminator_weight:
+            networks.append(create_discriminator(self.discriminator_config, self.network.spatial_dims, self.shape[0]))
+        return networks
+
+    def step(self, network, discriminator=None):
+        """Compute what `AutoencoderObjective` and an active `DiscriminatorTrainer` compute."""
+        kind = self.discriminator_config.discriminator_loss
+        x = torch.empty(self.forward_size, *self.shape)
+        reconstruction, mean, sigma = network(x, torch.empty(len(x), *network.latent_shape(x.shape[2:])))
+        losses = autoencoder_losses(self.loss, x, reconstruction, mean, 2 * sigma.float().log())["loss"]
+        if discriminator is not None:
+            discriminator.requires_grad_(False)
+            losses = losses + generator_losses(kind, discriminator(reconstruction).float())
+            discriminator.requires_grad_(True)
+        fake = reconstruction.detach()
+        del reconstruction, mean, sigma
+        losses.mean().backward()
+        if discriminator is not None:
+            logits = discriminator(torch.cat([x, fake])).float().chunk(2)
+            discriminator_losses(kind, *logits).mean().backward()
+
+    def inference(self, name, dtype=torch.float32):
+        """Return the `Estimate` of "encoding" or "decoding" a batch untiled, as with `--vae_dtype` of that name."""
+        with torch.device("meta"):
+            network = create_autoencoder(self.network).eval()
+        shape = self.shape if name == "encoding" else network.latent_shape(self.shape[1:])
+        forward = {"encoding": network.moments, "decoding": network.decode}[name]
+        return estimate_inference(network, lambda _: forward(torch.empty(self.forward_size, *shape)),
+                                  None if dtype is torch.float32 else dtype)
+
+    def summary(self):
+        """Return the strides, and the sizes of image and latent, as text."""
+        with torch.device("meta"):
+            network = create_autoencoder(self.network)
+        latent = network.latent_shape(self.shape[1:])
+        format_size = lambda shape: f"{'x'.join(map(str, shape))} ({4 * math.prod(shape) / 2**20:.2f} MiB)"
+        return (f"{format_strides(network)}: {format_size(self.shape)} -> {format_size(latent)}, one latent element "
+                f"per {math.prod(self.shape) / math.prod(latent):.1f} values")
+
+    def smaller_networks(self):
+        """Yield the same latent with a first level of half the size, then a smaller latent."""
+        with torch.device("meta"):
+            network = create_autoencoder(self.network)
+        first = {"initial_downsample_factor": tuple(2 * factor for factor in network.initial_strides)}
+        last = {"final_upsample": "shuffle"}
+        for i, strides in enumerate(network.strides):
+            if all(stride % 2 == 0 for stride in strides):
+                halved = tuple(stride // 2 for stride in strides)
+                factors = (*network.strides[:i], halved, *network.strides[i + 1:])
+                yield "a latent of the same size", {**first, "downsample_factors": factors, **last}
+                break
+        factors = {"downsample_factors": network.strides} if network.strides else {}
+        yield "a latent half as large along every axis", {**first, **factors, **last}
+
+
+def report_autoencoder_memory(run):
+    """Yield the lines of a memory report for the autoencoder that the configs of a run describe.
+
+    The channels follow from flags, else from the data, else there is one.
+    """
+    data, config, plan_config = run[DataConfig], run[AutoencoderConfig], run[PlanConfig]
+    channels = config.in_channels or data.image_channels or (open_folder(data).shape[0] if data.data_dir else 1)
+    sides = data.sides
+    if data.pad:
+        sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(config, len(sides)))]
+    plan = AutoencoderPlan((channels, *sides), config, run[TrainConfig], run[AutoencoderLossConfig],
+                           run[DiscriminatorConfig])
+    if run[PerceptualConfig].use_perceptual_loss:
+        yield "the perceptual loss is not counted: its backbone takes additional memory"
+    yield from report(plan, counts.parse(plan_config.plan_batch_sizes, "plan_batch_sizes"),
+                      sizes.parse(plan_config.budget_gb, "budget_gb"))
