@@ -7,11 +7,3 @@ from .runs.factories import (
     sr_create_model_and_diffusion, sr_model_and_diffusion_defaults,
 )
 from .runs.flags import add_dict_to_argparser, args_to_dict, str2bool
-
-__all__ = [
-    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults", "classifier_defaults",
-    "create_classifier", "create_classifier_and_diffusion", "create_gaussian_diffusion", "create_model",
-    "create_model_and_diffusion", "create_model_and_diffusion_vae", "diffusion_defaults",
-    "model_and_diffusion_defaults", "sr_create_model", "sr_create_model_and_diffusion",
-    "sr_model_and_diffusion_defaults", "str2bool",
-]

@@ -16,14 +16,6 @@ from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
 from .statistics import RunningMoments
 from .volume_folders import VolumeFolder, write_nifti
 
-__all__ = [
-    "MANIFEST", "SOURCES", "BatchPlan", "BatchStream", "DataConfig", "DownsampledImages", "ImageFolder", "ImageStream",
-    "LatentStream", "Prefetcher", "RunningMoments", "Samples", "SmallCacheConfig", "VolumeFolder", "format_classes",
-    "hash_lines", "map_labels", "open_archive", "open_folder", "open_npz", "parse_size", "parse_spacing",
-    "permute_indices", "read_array", "require_data_dir", "require_labels", "to_uint8", "unpad", "write_nifti",
-    "write_npz",
-]
-
 # Image sources: (whether a DataConfig describes one, class(config, multiple, flag)); the first that applies is opened.
 SOURCES = [
     (lambda config: len(config.sides) == 3, VolumeFolder),

@@ -12,12 +12,3 @@ from .roundtrip import RoundtripConfig, failed_thresholds, roundtrip
 from .set_metrics import (
     FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbors, precision_recall,
 )
-
-__all__ = [
-    "PAIRED_METRICS", "ClassifierValidation", "EvaluateConfig", "EvaluationClassifier", "FeatureStatistics", "Features",
-    "HeldOutData", "ImageSet", "LikelihoodConfig", "ReconstructionValidation", "RoundtripConfig", "SampleFile",
-    "SamplePreview", "bicubic_baseline", "class_agreement", "classification_report", "classifier_features",
-    "collect_features", "confusion_matrix", "evaluate", "failed_thresholds", "frechet_distance", "inception_features",
-    "inception_score", "kernel_distance", "l1", "latent_features", "likelihood", "max_error", "nearest_neighbors",
-    "open_sample_file", "paired_metrics", "precision_recall", "psnr", "roundtrip", "ssim",
-]

@@ -14,9 +14,3 @@ from .posterior import (
     to_image_range,
 )
 from .tiling import blend_tiles
-
-__all__ = [
-    "LOGVAR_RANGE", "AutoencoderLossConfig", "DiscriminatorConfig", "PatchDiscriminator", "PerceptualConfig",
-    "PerceptualLoss", "adaptive_weight", "autoencoder_losses", "blend_tiles", "create_discriminator",
-    "discriminator_losses", "from_image_range", "generator_losses", "kl_divergence", "sample_moments", "to_image_range",
-]
