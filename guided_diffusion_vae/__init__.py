@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 import gc
+import importlib.util
 import os
 import sys
 
@@ -16,3 +17,31 @@ if "torch" not in sys.modules and gc.isenabled():
 
     gc.freeze()
     gc.enable()
+
+
+class _DeprecatedModules:
+    """Finder of the modules of version 0.1 that have moved; asked after all others."""
+
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        package, _, name = fullname.rpartition(".")
+        if package == __name__:
+            from .runs import deprecated
+
+            if name in deprecated.MODULES:
+                return importlib.util.spec_from_loader(fullname, deprecated.ModuleLoader(name))
+
+
+def deprecated_names(module):
+    """Return a `__getattr__` for a module that lost names since version 0.1: they are found with a warning."""
+    def lookup(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        from .runs import deprecated
+
+        return deprecated.find(module, name)
+
+    return lookup
+
+
+sys.meta_path.append(_DeprecatedModules)

@@ -1,0 +1,48 @@
+"""Import paths and names of version 0.1 work for one release, each with a warning that names its successor."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion_vae.runs import deprecated
+
+# Public names of the commit before the reorganization, by module.
+OLD_NAMES = json.loads((Path(__file__).parent / "data/names_0_1.json").read_text())
+# Gone without a successor: internals of the command line, whose place `runs.run.Run` takes, and constants.
+REMOVED = {
+    "checkpoint_util": [], "dist_util": ["MEMORY_FLAGS", "memory_flags"], "latent_datasets": ["BULK", "BULK_NUMBERS"],
+    "script_util": ["begin_run", "end_run", "write_config", "print_configuration", "print_report"],
+    "spaces": ["open_latent_source", "verify", "begun_with"], "training": ["loop_arguments"],  # alias
+    "volume_datasets": ["RECENT_BYTES"],
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("module", sorted(OLD_NAMES))
+def test_names_of_version_0_1_are_found_in_their_module(module):
+    found = importlib.import_module(f"guided_diffusion_vae.{module}")
+    missing = [name for name in OLD_NAMES[module] if not hasattr(found, name)]
+    assert sorted(missing) == sorted(REMOVED.get(module, []))
+
+
+def test_a_moved_name_warns_and_is_its_successor():
+    with pytest.warns(DeprecationWarning, match=r"metrics\.psnr is deprecated, use .*evaluation\.image_metrics\.psnr"):
+        from guided_diffusion_vae.metrics import psnr
+    from guided_diffusion_vae.evaluation.image_metrics import psnr as successor
+    assert psnr is successor
+
+
+def test_a_renamed_name_warns_in_a_module_that_still_exists():
+    with pytest.warns(DeprecationWarning, match=r"use guided_diffusion_vae\.data\.ImageFolder"):
+        from guided_diffusion_vae.image_datasets import PictureFolder  # alias
+    from guided_diffusion_vae.data import ImageFolder
+    assert PictureFolder is ImageFolder  # alias
+
+
+def test_an_unknown_name_or_module_is_an_error():
+    with pytest.raises(AttributeError, match="metrics' has no attribute 'nothing'"):
+        deprecated.find("metrics", "nothing")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("guided_diffusion_vae.nothing")
