@@ -372,7 +372,8 @@ def _fail(error):
     """Print an error, with its traceback if it is a bug, and end this rank and the others."""
     text = str(error) or type(error).__name__
     # The package raises these for flags and files, with a message that states what to change.
-    expected = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, LaunchError))
+    kinds = ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, LaunchError
+    expected = isinstance(error, kinds)
     if is_out_of_memory(error):
         text, expected = f"out of memory; {MEMORY_ADVICE} ({text})", True
     elif "gloo/transport" in text:  # Gloo's message if a connection is closed

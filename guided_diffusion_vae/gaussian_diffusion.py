@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from .config import option
+from .interfaces import Process
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
 from .nn import mean_flat
 
@@ -149,7 +150,7 @@ _FIXED_VARIANCES = {
 }
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     """Forward process q, reverse process p of a network, their sampling loops and losses; see `interfaces.Process`.
 
     Schedules are NumPy float64 attributes [T]. Steps gather from float32 copies, which are uploaded once per device.
@@ -236,7 +237,7 @@ class GaussianDiffusion:
         """Return schedule `name` at timesteps t, broadcastable to x.  [N] -> [N x 1 x ...]"""
         return self._schedule_on(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
 
-    # --- Interface to sampling and guidance, beyond the methods of guided-diffusion; see `interfaces.Process` ---
+    # --- Interface to sampling and guidance, beyond the methods of guided-diffusion ---
 
     def model_timesteps(self, t):
         """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
@@ -247,11 +248,6 @@ class GaussianDiffusion:
         """Return sigma_t = sqrt((1 - alpha-bar) / alpha-bar), the noise-to-signal ratio, float64 [T]."""
         with np.errstate(divide="ignore"):      # infinite if no signal is left
             return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
-
-    def noise_condition(self, low_res, t, noise):
-        """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
-        clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))
-        return torch.where(clean, low_res, self.q_sample(low_res, t, noise))
 
     def unclipped_warning(self):
         """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
@@ -630,8 +626,3 @@ def initial_noise(shape, noise, device, noise_fn):
 def _last_sample(steps):
     """Return the last sample of a sampling loop, without storing the others."""
     return collections.deque(steps, maxlen=1).pop()["sample"]
-
-
-def noised_condition(diffusion, low_res, times, noise):
-    """Return `diffusion.noise_condition(low_res, times, noise)`."""
-    return diffusion.noise_condition(low_res, times, noise)

@@ -178,45 +178,54 @@ class Codec(Protocol):
 
 @runtime_checkable
 class Process(Protocol):
-    """A diffusion process over x0 [N x C x ...]: what training, sampling, guidance and evaluation need of it.
+    """A diffusion process over x0 [N x C x ...]: its interface to training, sampling, guidance and evaluation.
 
     Timesteps t are int64 [N] in [0, num_timesteps), 0 is the least noisy. `timestep_map` lists the timesteps of the
-    original, unspaced process. A network is any callable `model(x, timesteps, **model_kwargs)`. The processes are listed
-    in `runs.factories.PROCESSES`, the sampling loops, each with the processes that it applies to, in
+    original, unspaced process. A network is any callable `model(x, timesteps, **model_kwargs)`. The processes are
+    listed in `runs.factories.PROCESSES`, the sampling loops, each with the processes that it applies to, in
     `sampling.solvers.SAMPLERS`.
     """
 
     num_timesteps: int
     timestep_map: Sequence[int]
 
+    @abstractmethod
     def q_sample(self, x_start, t, noise=None) -> torch.Tensor:
-        """Return x_t: x_start diffused to timesteps t."""
+        """Return x_t: x_start diffused to timesteps t, with standard normal `noise` (None: sample it)."""
 
+    @abstractmethod
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None) -> dict[str, torch.Tensor]:
         """Return losses per sample, each [N]; "loss" is the one to minimize."""
 
-    def noise_condition(self, low_res, t, noise) -> torch.Tensor:
-        """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
-
-    def noise_levels(self) -> np.ndarray:
-        """Return sigma_t, the noise-to-signal ratio at each timestep, float64 [T]."""
-
-    def model_timesteps(self, t) -> torch.Tensor:
-        """Return the timesteps that are passed to the network for t."""
-
-    def unclipped_warning(self) -> str | None:
-        """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
-
+    @abstractmethod
     def predict_xstart(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None
     ) -> torch.Tensor:
-        """Return x0 as the network predicts it at x_t, guided by `cond_fn`."""
+        """Return x0 as the network predicts it at x_t, guided by `cond_fn`.  [N x C x ...] -> same"""
+
+    @abstractmethod
+    def noise_levels(self) -> np.ndarray:
+        """Return sigma_t, the noise-to-signal ratio at each timestep, float64 [T]."""
+
+    @abstractmethod
+    def model_timesteps(self, t) -> torch.Tensor:
+        """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
+
+    def noise_condition(self, low_res, t, noise) -> torch.Tensor:
+        """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
+        clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))
+        return torch.where(clean, low_res, self.q_sample(low_res, t, noise))
+
+    def unclipped_warning(self) -> str | None:
+        """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
+        return None
 
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None) -> dict[str, torch.Tensor]:
-        """Return the variational bound in bits per dimension and its terms.
+        """Return a bound of the negative log-likelihood in bits per dimension, and its terms.
 
         :raises NotImplementedError: if the process defines no bound.
         """
+        raise NotImplementedError(f"{type(self).__name__} defines no likelihood")
 
 
 @runtime_checkable

@@ -222,7 +222,7 @@ def test_kernel_distance_over_subsets_agrees_with_the_whole_and_keeps_to_its_see
 
 def clusters(*centers, count=30, seed=0):
     draw = np.random.default_rng(seed)
-    return np.concatenate([np.array(centre) + draw.uniform(-1, 1, (count, 2)) for centre in centers])
+    return np.concatenate([np.array(center) + draw.uniform(-1, 1, (count, 2)) for center in centers])
 
 
 def test_precision_and_recall_of_a_set_with_itself_are_one():
@@ -410,7 +410,7 @@ def test_inception_rejects_missing_and_other_weights(tmp_path):
 
 @pytest.fixture
 def inception(tmp_path, monkeypatch):
-    """The extractor with random weights, and the network behind it; skipped where torch-fidelity cannot be had."""
+    """The extractor with random weights, and the network behind it; skipped without torch-fidelity."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as module
     except Exception as error:  # RuntimeError if the versions of torchvision and torch do not match

@@ -16,9 +16,10 @@ from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 
 GRID_SIZE = 64  # samples on a contact sheet without classes
 # Files in folders that sampling has created, and may therefore replace.
-SETTINGS_FILE, OWNED_MARKER = "making.json", ".sampling"
+SETTINGS_FILE = "making.json"  # alias
+OWNED_MARKER = ".sampling"
 SAMPLE_FILES = re.compile(r"samples_(\d+x)+\d+\.npz")
-_SHARD_FILES = re.compile(r"\d{8}-\d{8}\.npy|making\.json|\..*\.part")
+_SHARD_FILES = re.compile(rf"\d{{8}}-\d{{8}}\.npy|{re.escape(SETTINGS_FILE)}|\..*\.part")
 
 
 def generate_samples(sampler, classes, config, folder, device):

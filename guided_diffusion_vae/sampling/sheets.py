@@ -17,7 +17,7 @@ from ..files import atomic_path
 MAX_ROWS = 16  # classes on a contact sheet
 GAP = 2  # pixels between tiles
 MARGIN = 6  # pixels around text
-FONT_SIZE = 14  # the smallest legible size on a screen
+FONT_SIZE = 14  # minimum legible size on a screen
 BACKGROUND, FOREGROUND = "white", "black"
 
 
