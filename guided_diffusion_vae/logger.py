@@ -530,6 +530,13 @@ def log_rank0(text):
         log(text)
 
 
+def progress(items, description):
+    """Return an iterator over items that shows a progress bar on rank 0."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, leave=False, mininterval=1, disable=dist_util.rank() != 0)
+
+
 def progress_bar(total, initial, description):
     """Return a tqdm bar with the remaining time, shown on rank 0 only.
 

@@ -12,6 +12,7 @@ from .. import dist_util
 from ..config import option, require
 from ..data.listing import map_labels
 from ..data.npz import open_archive, open_npz
+from ..logger import progress
 from . import features, figures, label_metrics, set_metrics
 from .image_metrics import average_metrics, paired_metrics
 
@@ -221,10 +222,3 @@ def _extract(extract, images, batch_size, label):
         spatial.merge(part)
     logits = None if rows[0][2] is None else np.concatenate([row[2] for row in rows])
     return features.Features(np.concatenate([row[1] for row in rows]), logits, spatial)
-
-
-def progress(items, label):
-    """Return an iterator over items that shows a progress bar on rank 0."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=label, leave=False, mininterval=1, disable=dist_util.rank() != 0)

@@ -8,8 +8,8 @@ import torch
 
 from ..config import option
 from ..data import RunningMoments, to_uint8, unpad, write_npz
+from ..logger import progress
 from . import figures
-from .comparison import progress
 from .image_metrics import average_metrics, bicubic_baseline, max_error, paired_metrics
 
 

@@ -9,7 +9,7 @@ from .. import gaussian_diffusion as gd
 from ..config import as_dict, from_dict, require
 from ..gaussian_diffusion import DiffusionConfig
 from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps
-from ..unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResModel, UNetModel
+from ..unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResConfig as SuperResConfig, SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
 

@@ -24,10 +24,10 @@ from ..sampling import (
     SamplingConfig, classifier_cond_fn, decoded_shape, generate_samples, parse_interval, resolve_sampler,
     timesteps_in_interval,
 )
-from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
 from ..vae_wrapper import LatentNormalizer, NormalizerConfig, PixelCodec, VAEConfig, create_vae
 from .factories import (
-    NUM_CLASSES, DiffusionConfig, build_classifier, create_diffusion, create_model_and_diffusion_vae,
+    NUM_CLASSES, ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig, build_classifier, create_diffusion,
+    create_model_and_diffusion_vae,
 )
 from .spaces import (
     Space, apply_trained_preprocessing, open_cache, open_pixels, open_space, require_same_space, space_header,

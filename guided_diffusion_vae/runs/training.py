@@ -10,7 +10,6 @@ from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides,
 from ..config import as_dict, resolve
 from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
 from ..evaluation import ClassifierValidation, ReconstructionValidation, SamplePreview
-from ..gaussian_diffusion import DiffusionConfig
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
@@ -18,14 +17,16 @@ from ..sampling import Sampler
 from ..train_util import (
     ClassifierTrainConfig, TrainConfig, TrainLoop, TrainTask, resolve_train_config, seed_initialization,
 )
-from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
 from ..vae import (
     AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig, PerceptualLoss, autoencoder_losses,
     create_discriminator, discriminator_losses, generator_losses,
 )
 from ..vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from ..vae_wrapper import LatentNormalizer
-from .factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
+from .factories import (
+    ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig, build_classifier, create_diffusion,
+    create_model_and_diffusion_vae,
+)
 from .memory import estimate_inference, estimate_training
 from .planning import Plan, PlanConfig, advice, counts, report, sizes
 from .spaces import Space, log_source, open_validation, space_header

@@ -5,10 +5,8 @@ import dataclasses
 from .. import dist_util, logger
 from ..data import DataConfig, hash_lines, map_labels, open_folder
 from ..evaluation import EvaluateConfig, classification_report, classifier_features, collect_features
-from ..gaussian_diffusion import DiffusionConfig
 from ..train_util import ClassifierTrainConfig
-from ..unet import ClassifierConfig
-from .factories import build_classifier
+from .factories import ClassifierConfig, DiffusionConfig, build_classifier
 from .loading import load_classifier, open_weights
 from .spaces import open_pixels
 from .training import infer_classifier_config, train_classifier
