@@ -8,7 +8,7 @@ import torch
 _MIN_PROBABILITY = 1e-12
 
 
-def normal_kl(mean1, logvar1, mean2, logvar2):
+def normal_kl(mean1, logvar1, mean2, logvar2) -> torch.Tensor:
     """Return the elementwise KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats.
 
     The arguments broadcast, and may be numbers except for one.
@@ -24,7 +24,7 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
     return 0.5 * (variance_ratio + distance - 1.0 - (logvar1 - logvar2))
 
 
-def approx_standard_normal_cdf(x):
+def approx_standard_normal_cdf(x) -> torch.Tensor:
     """Return the standard normal CDF at `x` to within 5e-4, by the tanh approximation of GELU.
 
     Source: Hendrycks and Gimpel, arXiv:1606.08415, Sec. 2.
@@ -32,7 +32,7 @@ def approx_standard_normal_cdf(x):
     return 0.5 + 0.5 * torch.tanh(math.sqrt(2.0 / math.pi) * x * (1.0 + 0.044715 * x * x))
 
 
-def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+def discretized_gaussian_log_likelihood(x, *, means, log_scales) -> torch.Tensor:
     """Return log P(x) in nats for N(means, exp(log_scales)^2) discretized to 8-bit values.
 
     x: 8-bit values mapped to [-1, 1], so that a bin is 2/255 wide; the outermost bins extend to infinity. The three
@@ -55,7 +55,7 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     return probability.clamp(min=_MIN_PROBABILITY).log()
 
 
-def gaussian_log_density(x, *, means, log_scales):
+def gaussian_log_density(x, *, means, log_scales) -> torch.Tensor:
     """Return log N(x; means, exp(log_scales)^2) in nats, for latents, which are not discrete.
 
     A log-density can be above 0. The three tensors and the result have one shape.

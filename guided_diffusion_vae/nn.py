@@ -77,7 +77,7 @@ _LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # --- Random numbers that depend on a key, not on a history ---
 
 
-def keyed_rng(*key):
+def keyed_rng(*key: int) -> np.random.Generator:
     """Return a new NumPy generator that depends only on the integers of `key` and their order.
 
     The key is hashed by SHA-256 to the 128-bit key of Philox, so that streams do not collide. PyTorch's CPU generator
@@ -86,12 +86,12 @@ def keyed_rng(*key):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key)[:16], "little")))
 
 
-def keyed_seed(*key):
+def keyed_seed(*key: int) -> int:
     """Return a seed below 2^63 for `torch.manual_seed` that depends only on the integers of `key` and their order."""
     return int.from_bytes(_digest(key)[:8], "little") >> 1
 
 
-def keyed_randn(shape, keys):
+def keyed_randn(shape, keys) -> torch.Tensor:
     """Sample one standard normal tensor per key; [len(keys) x *shape], float32 on the CPU.
 
     Row i is a sample from `keyed_rng(*keys[i])`, independent of the other rows: it does not change with the size of a
@@ -115,7 +115,7 @@ def _digest(key):
 # --- Layers by rank ---
 
 
-def per_axis(value, dims):
+def per_axis(value, dims: int) -> tuple:
     """Return `value` as a tuple of `dims` integers: a scalar means every axis, a sequence one value per axis."""
     values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * dims
     if len(values) != dims:
@@ -125,32 +125,32 @@ def per_axis(value, dims):
     return values
 
 
-def conv_nd(dims, *args, **kwargs):
+def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
     """Build a convolution over `dims` axes (1 to 3); kernel_size, stride and padding are scalars or one per axis."""
     return _layer("convolution", dims)(*args, **kwargs)
 
 
-def conv_transpose_nd(dims, *args, **kwargs):
+def conv_transpose_nd(dims: int, *args, **kwargs) -> nn.Module:
     """Build a transposed convolution over `dims` axes (1 to 3) from the arguments of PyTorch's class."""
     return _layer("transposed convolution", dims)(*args, **kwargs)
 
 
-def avg_pool_nd(dims, *args, **kwargs):
+def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
     """Build an average pooling over `dims` axes (1 to 3); kernel_size and stride are scalars or one per axis."""
     return _layer("average pooling", dims)(*args, **kwargs)
 
 
-def adaptive_avg_pool_nd(dims, output_size):
+def adaptive_avg_pool_nd(dims: int, output_size) -> nn.Module:
     """Build an average pooling over `dims` axes (1 to 3) to `output_size` along each."""
     return _layer("adaptive average pooling", dims)(output_size)
 
 
-def linear(*args, **kwargs):
+def linear(*args, **kwargs) -> nn.Linear:
     """Build a fully connected layer."""
     return nn.Linear(*args, **kwargs)
 
 
-def resampling_factors(dims, resample_depth=False):
+def resampling_factors(dims: int, resample_depth: bool = False) -> tuple[int, ...]:
     """Return the factor by which a level of the UNet downsamples or upsamples each axis.
 
     As in guided-diffusion, volumes keep the size of their first axis unless `resample_depth`.
@@ -158,14 +158,14 @@ def resampling_factors(dims, resample_depth=False):
     return (2 if resample_depth or dims != 3 else 1,) + (2,) * (dims - 1)
 
 
-def upsample_nearest(x, factors):
+def upsample_nearest(x: torch.Tensor, factors) -> torch.Tensor:
     """Upsample by nearest neighbor, by a scalar or one factor per axis.  [N x C x ...] -> [N x C x ... * factors]."""
     grid = x.shape[2:]
     size = [n * factor for n, factor in zip(grid, per_axis(factors, len(grid)))]
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def upsample_conv(conv, x, factors):
+def upsample_conv(conv: nn.Module, x: torch.Tensor, factors) -> torch.Tensor:
     """Return conv(upsample_nearest(x, factors)) without materializing the upsampled input.
 
     Equal inputs can share one multiplication by the sum of their weights, which gives a transposed convolution of
@@ -199,7 +199,7 @@ def upsample_conv(conv, x, factors):
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def resize_linear(x, size):
+def resize_linear(x: torch.Tensor, size) -> torch.Tensor:
     """Interpolate linearly along every axis, with aligned outer edges.  [N x C x ...] -> [N x C x *size]."""
     size = tuple(size)
     return F.interpolate(x, size=size, mode=_LINEAR_MODES[len(size)], align_corners=False)
@@ -211,7 +211,7 @@ def _layer(name, dims):
     return _LAYERS[name][dims - 1]
 
 
-def to_device(tensor, device):
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     """Copy a tensor to a device without synchronizing it; CUDA requires pinned memory for that.
 
     A copy to the host does synchronize: it would be read there before it is complete.
@@ -245,7 +245,7 @@ class GroupNorm32(nn.GroupNorm):
         return F.group_norm(wide, groups, weight.float(), bias.float(), self.eps).to(x.dtype)
 
 
-def normalization(channels):
+def normalization(channels: int) -> GroupNorm32:
     """Build the norm of all UNets: 32 groups, eps 1e-5.
 
     :raises ValueError: if `channels` is not a multiple of 32.
@@ -261,7 +261,7 @@ def normalization(channels):
 # --- Memory ---
 
 
-def recomputed_conv(cheap, conv, inputs, params, groups, random=False, whole=False):
+def recomputed_conv(cheap, conv, inputs, params, groups: int, random=False, whole=False) -> torch.Tensor:
     """Return conv(cheap(groups, *inputs, *params)), without saving the result of `cheap` for backward.
 
     A convolution saves its input for the gradient of its weights. If that input is a norm and an activation of a tensor
@@ -369,7 +369,7 @@ def _restored_rng_state(state):
 
 
 @torch.no_grad()
-def update_ema(target_params, source_params, rate=0.99):
+def update_ema(target_params, source_params, rate: float = 0.99) -> None:
     """Update EMA weights in place: target <- rate * target + (1 - rate) * source."""
     targets = list(target_params)
     sources = [source.to(target.dtype) for source, target in zip(source_params, targets, strict=True)]
@@ -377,7 +377,7 @@ def update_ema(target_params, source_params, rate=0.99):
 
 
 @torch.no_grad()
-def zero_module(module):
+def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters of a module to zero and return it."""
     for parameter in module.parameters():
         parameter.zero_()
@@ -385,14 +385,14 @@ def zero_module(module):
 
 
 @torch.no_grad()
-def scale_module(module, scale):
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
     """Multiply all parameters of a module by `scale` and return it."""
     for parameter in module.parameters():
         parameter.mul_(scale)
     return module
 
 
-def cast_convolutions(module, dtype):
+def cast_convolutions(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of all convolutions inside `module` to `dtype`; norms and linear layers are unchanged."""
     for layer in module.modules():
         if isinstance(layer, _LAYERS["convolution"]):
@@ -402,12 +402,12 @@ def cast_convolutions(module, dtype):
 # --- Functions of tensors ---
 
 
-def mean_flat(tensor):
+def mean_flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return the mean over all axes except the first.  [N x ...] -> [N]."""
     return tensor.flatten(1).mean(dim=1)
 
 
-def timestep_embedding(timesteps, dim, max_period=10000):
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000) -> torch.Tensor:
     """Encode timesteps as cosines, then sines, of geometrically spaced frequencies.  [N] -> [N x dim], float32.
 
     Vaswani et al. 2017 (arXiv:1706.03762), Sec. 3.5, with w_k = max_period^(-k / (dim // 2)). Timesteps may be
@@ -420,7 +420,7 @@ def timestep_embedding(timesteps, dim, max_period=10000):
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
-def checkpoint(func, inputs, params, flag):
+def checkpoint(func: Callable, inputs, params, flag: bool):
     """Return func(*inputs); if `flag`, recompute its activations in the backward pass instead of saving them.
 
     Autocast and the random state (dropout) are as in the first pass. `params` is kept for callers of guided-diffusion:

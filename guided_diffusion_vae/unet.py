@@ -14,21 +14,8 @@ import torch.nn.functional as F
 
 from .config import option, require, size
 from .nn import (
-    SiLU,
-    adaptive_avg_pool_nd,
-    avg_pool_nd,
-    cast_convolutions,
-    checkpoint,
-    conv_nd,
-    recomputed_conv,
-    upsample_conv,
-    linear,
-    normalization,
-    per_axis,
-    resampling_factors,
-    resize_linear,
-    timestep_embedding,
-    upsample_nearest,
+    SiLU, adaptive_avg_pool_nd, avg_pool_nd, cast_convolutions, checkpoint, conv_nd, linear, normalization, per_axis,
+    recomputed_conv, resampling_factors, resize_linear, timestep_embedding, upsample_conv, upsample_nearest,
     zero_module,
 )
 
@@ -107,7 +94,7 @@ class ClassifierConfig:
 # --- Attention ---
 
 
-def attend(q, k, v):
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, Eq. 1); all [N x H x T x C]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= MATMUL_TOKENS:
         # The fused kernel of PyTorch 2.13 takes 2 to 5 times as long here, backward pass included.
@@ -317,19 +304,8 @@ class ResBlock(TimestepBlock):
     """
 
     def __init__(
-        self,
-        channels,
-        emb_channels,
-        dropout,
-        out_channels=None,
-        use_conv=False,
-        use_scale_shift_norm=False,
-        dims=2,
-        use_checkpoint=False,
-        up=False,
-        down=False,
-        resample_depth=False,
-        recompute_norms=False,
+        self, channels, emb_channels, dropout, out_channels=None, use_conv=False, use_scale_shift_norm=False, dims=2,
+        use_checkpoint=False, up=False, down=False, resample_depth=False, recompute_norms=False,
         emb_is_activated=False,
     ):
         super().__init__()
@@ -411,17 +387,9 @@ class _Blocks:
 
     def residual(self, channels, out_channels, **resampling):
         return ResBlock(
-            channels,
-            self.emb_channels,
-            self.dropout,
-            out_channels=out_channels,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-            dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
-            resample_depth=self.resample_depth,
-            recompute_norms=self.recompute_norms,
-            emb_is_activated=True,
-            **resampling,
+            channels, self.emb_channels, self.dropout, out_channels, use_scale_shift_norm=self.use_scale_shift_norm,
+            dims=self.dims, use_checkpoint=self.use_checkpoint, resample_depth=self.resample_depth,
+            recompute_norms=self.recompute_norms, emb_is_activated=True, **resampling,
         )
 
     def attention(self, channels, num_heads):
@@ -546,42 +514,15 @@ class UNetModel(_TimeConditionedNetwork):
     """
 
     def __init__(
-        self,
-        image_size,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout=0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        dims=2,
-        num_classes=None,
-        use_checkpoint=False,
-        use_fp16=False,
-        num_heads=1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        resample_depth=False,
-        recompute_norms=False,
+        self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
+        channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None, use_checkpoint=False, use_fp16=False,
+        num_heads=1, num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
+        use_new_attention_order=False, resample_depth=False, recompute_norms=False,
     ):
         super().__init__()
         blocks = _Blocks(
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            conv_resample=conv_resample,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            recompute_norms=recompute_norms,
-            num_head_channels=num_head_channels,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            resample_depth=resample_depth,
+            4 * model_channels, dropout, conv_resample, dims, use_checkpoint, recompute_norms, num_head_channels,
+            use_scale_shift_norm, resblock_updown, use_new_attention_order, resample_depth,
         )
         widths = [int(mult * model_channels) for mult in channel_mult]
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -700,42 +641,15 @@ class EncoderUNetModel(_TimeConditionedNetwork):
     """
 
     def __init__(
-        self,
-        image_size,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout=0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        dims=2,
-        use_checkpoint=False,
-        use_fp16=False,
-        num_heads=1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        pool="adaptive",
-        resample_depth=False,
-        recompute_norms=False,
+        self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
+        channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, use_checkpoint=False, use_fp16=False, num_heads=1,
+        num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
+        use_new_attention_order=False, pool="adaptive", resample_depth=False, recompute_norms=False,
     ):
         super().__init__()
         blocks = _Blocks(
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            conv_resample=conv_resample,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            recompute_norms=recompute_norms,
-            num_head_channels=num_head_channels,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            resample_depth=resample_depth,
+            4 * model_channels, dropout, conv_resample, dims, use_checkpoint, recompute_norms, num_head_channels,
+            use_scale_shift_norm, resblock_updown, use_new_attention_order, resample_depth,
         )
         widths = [int(mult * model_channels) for mult in channel_mult]
         self.image_size, self.use_fp16, self.pool = image_size, use_fp16, pool

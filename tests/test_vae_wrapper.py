@@ -443,7 +443,7 @@ def open_patch_means(source):
     """The one function of a new kind."""
     network = PatchMeans()
     return foreign.OpenedAutoencoder(
-        network, lambda x: foreign._deterministic_moments(network.compress(x)), network.expand, {"class": "PatchMeans"},
+        network, lambda x: foreign.deterministic_moments(network.compress(x)), network.expand, {"class": "PatchMeans"},
         in_channels=1, latent_channels=1, factors=(2, 2), image_range=(-4.0, 4.0), path=str(source.path),
         scale_factor=3.0,
     )

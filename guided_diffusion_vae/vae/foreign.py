@@ -209,23 +209,16 @@ def _kl_moments(network, x):
     return posterior.mean, posterior.logvar
 
 
-def _tiny_moments(network, x):
-    return _deterministic_moments(network.encode(x).latents)
-
-
-def _dc_moments(network, x):
-    return _deterministic_moments(network.encode(x).latent)
-
-
-def _deterministic_moments(z):
+def deterministic_moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (mean, log-variance) of latents without a posterior."""
     return z, torch.full_like(z, LOGVAR_RANGE[0])
 
 
 # Class of diffusers: (its encoder, the entry of its configuration with one width per level, each half the size).
 _DIFFUSERS = {
     "AutoencoderKL": (_kl_moments, "block_out_channels"),
-    "AutoencoderTiny": (_tiny_moments, "encoder_block_out_channels"),
-    "AutoencoderDC": (_dc_moments, "encoder_block_out_channels"),
+    "AutoencoderTiny": (lambda net, x: deterministic_moments(net.encode(x).latents), "encoder_block_out_channels"),
+    "AutoencoderDC": (lambda net, x: deterministic_moments(net.encode(x).latent), "encoder_block_out_channels"),
 }
 
 # Kind: (whether a Source is of it, the function that opens it); the first match counts. Only hub: uses the network.

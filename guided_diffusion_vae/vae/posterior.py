@@ -18,19 +18,19 @@ class AutoencoderLossConfig:
     recon_loss: str = option("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
 
 
-def to_image_range(images, image_range):
+def to_image_range(images, image_range: tuple[float, float]):
     """Map images in [0, 1] to the value range of a network; inverts `from_image_range`."""
     low, high = image_range
     return images * (high - low) + low
 
 
-def from_image_range(values, image_range):
+def from_image_range(values, image_range: tuple[float, float]):
     """Map a network's values to [0, 1]; inverts `to_image_range`."""
     low, high = image_range
     return (values - low) / (high - low)
 
 
-def autoencoder_losses(config, x, reconstruction, mean, logvar):
+def autoencoder_losses(config: AutoencoderLossConfig, x, reconstruction, mean, logvar) -> dict[str, torch.Tensor]:
     """Return the loss per sample and its two terms, {loss, recon_loss, kl_loss}, each [N], float32.
 
     The KL divergence of N(mean, exp(logvar)) from N(0, 1) (arXiv:1312.6114, App. B) is averaged over the elements of
@@ -46,13 +46,13 @@ def autoencoder_losses(config, x, reconstruction, mean, logvar):
 _RECON_LOSSES = {"l1": torch.abs, "l2": torch.square}
 
 
-def kl_divergence(mean, logvar):
+def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, averaged over latent elements.  [N x Z x ...] -> [N]."""
     mean, logvar = mean.float(), logvar.float()
     return mean_flat(0.5 * (mean**2 + logvar.exp() - 1 - logvar))
 
 
-def sample_moments(moments, eps=None):
+def sample_moments(moments: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
     """Return posterior samples of latents, mean + std * eps, or with eps None the mode.
 
     [N x 2Z x ...], mean and log-variance -> [N x Z x ...].

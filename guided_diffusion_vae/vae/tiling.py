@@ -5,7 +5,7 @@ import itertools
 import torch
 
 
-def blend_tiles(function, x, grid, window, gain_in, gain_out):
+def blend_tiles(function, x: torch.Tensor, grid, window, gain_in, gain_out) -> torch.Tensor:
     """Apply `function` to tiles that overlap by a quarter, and blend the results linearly.
 
     Sizes are counted in cells of `grid`: along each axis a cell has `gain_in` elements of the input and `gain_out` of
