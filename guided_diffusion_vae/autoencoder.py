@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn as nn
 
+from . import deprecated_names
 from .config import as_dict, option, require
 from .nn import checkpoint, per_axis
 from .vae.blocks import (
@@ -322,3 +323,6 @@ def _strides(factor, dims, name):
 def per_level(value, count: int) -> tuple:
     """Return one entry per level: a single number or boolean applies to every level."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+
+
+__getattr__ = deprecated_names("autoencoder")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import deprecated_names
 from .config import require
 from .files import atomic_path, load_tensors as load, sha256_of_file, write_json
 
@@ -249,3 +250,6 @@ def prune_checkpoints(folder, count, kept=()):
         named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
         for path in [*(folder / name(step) for name in named), *folder.glob(ema_name("*", step))]:
             path.unlink(missing_ok=True)
+
+
+__getattr__ = deprecated_names("checkpoint_util")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from . import deprecated_names
 from .files import load_tensors
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks are connected
@@ -594,3 +595,6 @@ class StopSignal:
 
     def _record(self, number, frame):
         self.received = True
+
+
+__getattr__ = deprecated_names("dist_util")

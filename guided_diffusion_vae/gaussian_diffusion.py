@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import deprecated_names
 from .config import option
 from .interfaces import Process
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
@@ -626,3 +627,6 @@ def initial_noise(shape, noise, device, noise_fn):
 def _last_sample(steps):
     """Return the last sample of a sampling loop, without storing the others."""
     return collections.deque(steps, maxlen=1).pop()["sample"]
+
+
+__getattr__ = deprecated_names("gaussian_diffusion")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from . import deprecated_names
 from .config import require
 from .data.listing import REFERENCE_EXTENSIONS, name_prefix, require_data_dir, walk_files
 from .data.resizing import center_window, downsample_to_cover
@@ -107,3 +108,6 @@ def _list_image_files_recursively(data_dir):
 def _endless(loader):
     while True:
         yield from loader
+
+
+__getattr__ = deprecated_names("image_datasets")

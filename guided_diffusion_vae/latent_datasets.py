@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import deprecated_names
 from .config import option, require
 from .data.batching import Prefetcher, permute_indices
 from .data.listing import infer_classes
@@ -357,3 +358,6 @@ def _allow_open_files(count):
                  f"the cache has {count} shards and this process may open {hard} files; raise the limit (ulimit -n "
                  f"{required}), or encode with a larger --shard_size"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (required, hard))
+
+
+__getattr__ = deprecated_names("latent_datasets")

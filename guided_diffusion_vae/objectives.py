@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import logger
+from . import deprecated_names, logger
 from .interfaces import Objective
 from .nn import keyed_randn, keyed_seed, to_device
 from .resample import LossAwareSampler, UniformSampler
@@ -161,3 +161,6 @@ def log_loss_dict(diffusion, ts, losses):
         means = torch.zeros(4, device=ts.device).index_add_(0, quarter, value) / counts.clamp(min=1)
         for q in range(4):
             logger.logkv_mean(f"{name}_q{q}", means[q], weight=counts[q])
+
+
+__getattr__ = deprecated_names("objectives")

@@ -1,5 +1,6 @@
 """Re-exports: guided-diffusion's script_util under its name; models are built in `runs.factories`, flags in `runs.flags`."""
 
+from . import deprecated_names
 from .runs.factories import (
     NUM_CLASSES, classifier_and_diffusion_defaults, classifier_defaults, create_classifier,
     create_classifier_and_diffusion, create_gaussian_diffusion, create_model, create_model_and_diffusion,
@@ -7,3 +8,6 @@ from .runs.factories import (
     sr_create_model_and_diffusion, sr_model_and_diffusion_defaults,
 )
 from .runs.flags import add_dict_to_argparser, args_to_dict, str2bool
+
+
+__getattr__ = deprecated_names("script_util")

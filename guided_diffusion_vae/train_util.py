@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import torch
 
-from . import checkpoint_util, dist_util, logger
+from . import checkpoint_util, deprecated_names, dist_util, logger
 from .config import CommaSeparated, from_dict, option, require, resolve
 from .fp16_util import MixedPrecisionTrainer
 from .interfaces import BatchSource
@@ -644,3 +644,6 @@ def parse_resume_step_from_filename(filename):
 def get_blob_logdir():
     """Return the folder that checkpoints go to."""
     return logger.get_dir()
+
+
+__getattr__ = deprecated_names("train_util")

@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from . import deprecated_names
 from .autoencoder import latent_grid
 from .config import option, require
 from .interfaces import Codec
@@ -329,3 +330,6 @@ def check_latent_std(measured_std_of_x0: float, normalizer: LatentNormalizer, al
         f"x0 has a measured standard deviation of {measured_std_of_x0:.4g} with --normalizer {normalizer.mode}: "
         f"expected {low} to {high}; set --normalizer auto{fitting}, or continue with --allow_latent_std True",
     ))
+
+
+__getattr__ = deprecated_names("vae_wrapper")

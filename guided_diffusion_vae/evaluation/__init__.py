@@ -1,5 +1,6 @@
 """The evaluation room: metrics, features, reports, previews and figures. Other rooms import from here."""
 
+from .. import deprecated_names
 from .comparison import EvaluateConfig, EvaluationClassifier, ImageSet, SampleFile, evaluate, open_sample_file
 from .features import (
     Features, classifier_features, collect_features, inception_features, latent_features,
@@ -12,3 +13,5 @@ from .roundtrip import RoundtripConfig, failed_thresholds, roundtrip
 from .set_metrics import (
     FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbors, precision_recall,
 )
+
+__getattr__ = deprecated_names("evaluation")

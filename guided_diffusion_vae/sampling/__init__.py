@@ -1,5 +1,6 @@
 """The sampling room: solvers, guidance, the sampler, sample files and contact sheets. Other rooms import from here."""
 
+from .. import deprecated_names
 from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples
 from .guidance import (
     ClassifierFreeGuidance, GuidanceConfig, classifier_cond_fn, parse_interval, timesteps_in_interval,
@@ -10,3 +11,5 @@ from .sampler import (
 )
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, multistep_sample_loop
+
+__getattr__ = deprecated_names("sampling")
