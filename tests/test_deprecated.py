@@ -18,8 +18,8 @@ REMOVED = {
     "loading": ["described_by", "open_base", "sampler_from", "load_with_data", "weights_file",  # alias
                 "is_described"],  # alias
     "script_util": ["section_of", "begin_run", "end_run", "write_config", "print_configuration", "print_report"],
-    "spaces": ["open_latent_source", "open_held_out", "open_pictures", "open_small", "with_sizes", "as_trained",  # alias
-               "require_same_pictures", "verify", "say_source", "begun_with", "codec_of", "space_of"],  # alias
+    "spaces": ["open_latent_source", "open_held_out", "open_pictures", "open_small", "with_sizes",  # alias
+               "as_trained", "require_same_pictures", "verify", "say_source", "begun_with", "codec_of", "space_of"],  # alias
     "training": ["sets_to_train_on", "train_on_samples", "loop_arguments", "with_classes", "classifier_for"],
 }
 
