@@ -1,8 +1,8 @@
-"""What the benchmarks share: interleaved measurements, paired ratios, and reports that name machine and versions.
+"""Interleaved measurements, paired ratios, and reports with machine and versions, shared by all benchmarks.
 
-On a CPU the clock is the process's own CPU time, which a busy neighbour disturbs little; on a GPU it is that of CUDA
-events. All variants of a comparison run in one process in turn, one repetition of each after the other, and ratios are
-taken pair by pair. Set OMP_NUM_THREADS=1: threads that wait burn CPU time, too.
+On a CPU the clock is the CPU time of the process, which concurrent load affects little. On a GPU it is that of CUDA
+events. All variants of a comparison run interleaved in one process, and ratios are computed pair by pair. Set
+OMP_NUM_THREADS=1: waiting threads consume CPU time, too.
 """
 
 import contextlib
@@ -20,52 +20,54 @@ from pathlib import Path
 
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.config import option
-from guided_diffusion_vae.runs.flags import parse, drop_fields
+from guided_diffusion_vae.runs.flags import drop_fields, parse
 
 import torch  # isort: skip
-
 
 
 @dataclasses.dataclass
 class BenchConfig:
     SECTION = "benchmark"
 
-    repetitions: int = option(7, "how often every variant is measured, in turn with the others")
-    out: str = option("runs/benchmarks", "folder for the JSON files")
-    device: str = option("", "cpu or cuda; empty: cuda where there is one")
+    repetitions: int = option(7, "measurements per variant, interleaved with the other variants")
+    out: str = option("runs/benchmarks", "output folder of the JSON files")
+    device: str = option("", "cpu or cuda; empty: cuda if available")
 
 
 @dataclasses.dataclass
 class ComparisonConfig:
     SECTION = "benchmark"
 
-    reference: str = option("", "checkout of openai/guided-diffusion to measure against, or (train_step.py) diffusers for "
-                             "the same network in diffusers; empty: this project's plain float32 form is the baseline")
-    profile: bool = option(False, "print the operators that each side spends its time in")
+    reference: str = option("", "baseline: a checkout of openai/guided-diffusion, or (train_step.py) diffusers for the "
+                                "same network in diffusers; empty: this project's plain float32 form")
+    profile: bool = option(False, "print the most expensive operators of each variant")
 
 
 def configure(doc, *classes, without=()):
-    """Return (config instances, device) and print what is measured on what; flags `without` use are left away."""
+    """Return (config instances, device), and print the benchmark's title and machine.
+
+    :param without: names of the common flags that the benchmark does not use.
+    """
     bench, *configs = parse(doc, drop_fields(BenchConfig, *without), *classes)
     device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    said = " ".join(f"{name}={value}" for name, value in environment()["environment"].items())
-    print(f"{doc.splitlines()[0]}\n{machine(device)}\n{said}\n", flush=True)
+    variables = " ".join(f"{name}={value}" for name, value in environment()["environment"].items())
+    print(f"{doc.splitlines()[0]}\n{machine(device)}\n{variables}\n", flush=True)
     return (bench, *configs), device
 
 
 def machine(device):
-    """Return the hardware and versions in one line."""
+    """Return a line with the hardware and the versions."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (f"{chip}; {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}; "
             f"Python {platform.python_version()}, torch {torch.__version__}")
 
 
 def environment():
-    """Return the packages and the environment that speed depends on."""
+    """Return the package versions and environment variables that affect speed."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "diffusers")}
-    said = {name: value for name, value in sorted(os.environ.items())
-            if name.startswith(("OMP_", "MKL_", "MALLOC_", "CUDA_", "LD_PRELOAD"))}
-    return {"versions": {"python": platform.python_version(), **versions}, "environment": said}
+    variables = {name: value for name, value in sorted(os.environ.items())
+                 if name.startswith(("OMP_", "MKL_", "MALLOC_", "CUDA_", "LD_PRELOAD"))}
+    return {"versions": {"python": platform.python_version(), **versions}, "environment": variables}
 
 
 def _processor():
@@ -77,64 +79,64 @@ def _processor():
 
 
 def seconds(function, device):
-    """Return how long a call takes, on the clock of the device."""
+    """Return the seconds of a call, on the clock of the device."""
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         function()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    begin = time.process_time()
+        return start.elapsed_time(end) / 1e3
+    start = time.process_time()
     function()
-    return time.process_time() - begin
+    return time.process_time() - start
 
 
 def time_interleaved(variants, repetitions, device, warmup=1):
-    """Return {name: [seconds, ...]} of functions by name, each called once before it counts."""
-    times = {name: [] for name in variants}
+    """Return {name: [seconds, ...]} of functions by name, after `warmup` unmeasured calls of each."""
+    measured = {name: [] for name in variants}
     gc.collect()
     gc.disable()
     try:
         for repetition in range(-warmup, repetitions):
             for name, function in variants.items():
-                taken = seconds(function, device)
+                elapsed = seconds(function, device)
                 if repetition >= 0:
-                    times[name].append(taken)
+                    measured[name].append(elapsed)
     finally:
         gc.enable()
-    return times
+    return measured
 
 
-def speedup_table(times, baseline, per=1):
-    """Return rows of a table: median milliseconds (a `per`-th of a call), and how much faster than the baseline.
+def speedup_table(measured, baseline, per=1):
+    """Return table rows: median milliseconds of a call divided by `per`, and the speed relative to the baseline.
 
-    The ratio is the median over pairs measured next to each other; its spread is that of the middle half.
+    The ratio is the median over pairs measured directly after each other, with its interquartile range.
     """
     rows = []
-    for name, taken in times.items():
-        ratios = sorted(base / own for base, own in zip(times[baseline], taken))
+    for name, elapsed in measured.items():
+        ratios = sorted(base / own for base, own in zip(measured[baseline], elapsed))
         quarter = len(ratios) // 4
-        rows.append({"variant": name, "ms": 1e3 * statistics.median(taken) / per,
+        rows.append({"variant": name, "ms": 1e3 * statistics.median(elapsed) / per,
                      "speedup": statistics.median(ratios), "from": ratios[quarter], "to": ratios[-1 - quarter]})
     return rows
 
 
 def matrix_product(device):
-    """Return a function that multiplies large bfloat16 matrices, with the operations that it takes as `flops`."""
-    side, times = (8192, 20) if device.type == "cuda" else (1024, 20)
+    """Return a function that multiplies large bfloat16 matrices; its attribute `flops` is the operation count."""
+    side, count = (8192, 20) if device.type == "cuda" else (1024, 20)
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def product():
-        for _ in range(times):
+        for _ in range(count):
             torch.mm(a, b)
 
-    product.flops = 2 * side**3 * times
+    product.flops = 2 * side**3 * count
     return product
 
 
-def peak_of(function):
-    """Return the bytes that a call takes on a GPU beyond what is allocated before it."""
+def peak_memory(function):
+    """Return the peak GPU memory of a call in bytes, beyond the memory allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -144,34 +146,35 @@ def peak_of(function):
 
 
 def print_operators(variants, device, rows=10):
-    """Print, for functions by name, the operators that a call spends most of its own time in."""
+    """Print the operators with the most self time in a call, for functions by name."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    own = lambda event: (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e3
+    self_ms = lambda event: (event.self_device_time_total if device.type == "cuda"
+                             else event.self_cpu_time_total) / 1e3
     for name, function in variants.items():
         with profile(activities=activities) as profiler:
             function()
-        events = sorted(profiler.key_averages(), key=own, reverse=True)
-        total = sum(map(own, events))
+        events = sorted(profiler.key_averages(), key=self_ms, reverse=True)
+        total = sum(map(self_ms, events))
         print(f"{name}: {total:,.0f} ms, {sum(event.count for event in events):,} calls\n")
-        print(table([{"operator": event.key, "ms": own(event), "share": f"{own(event) / total:.0%}",
+        print(table([{"operator": event.key, "ms": self_ms(event), "fraction": f"{self_ms(event) / total:.0%}",
                       "calls": event.count} for event in events[:rows]]) + "\n", flush=True)
 
 
 def report(name, rows, bench, device, **settings):
-    """Print rows (dictionaries with the same keys) as a Markdown table and write them, with settings, as JSON."""
+    """Print rows (dictionaries with the same keys) as a Markdown table, and write them with settings as JSON."""
     print(table(rows), flush=True)
     folder = Path(bench.out)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), **environment(),
                "settings": settings, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(f"\nwritten to {folder / name}.json\n", flush=True)
+    print(f"\nwrote {folder / name}.json\n", flush=True)
 
 
 def table(rows):
-    """Return rows as a Markdown table, numbers to three digits."""
+    """Return rows as a Markdown table, with numbers to three digits."""
     text = lambda value: f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else (
         f"{value:,.0f}" if isinstance(value, float) else str(value))
     lines = [list(rows[0]), ["---"] * len(rows[0])] + [[text(v) for v in row.values()] for row in rows]
@@ -180,30 +183,31 @@ def table(rows):
 
 @contextlib.contextmanager
 def silent():
-    """Let training loops log into a folder that vanishes, and not to the terminal."""
+    """Log to a temporary folder instead of the terminal, and yield the folder."""
     with tempfile.TemporaryDirectory() as folder, logger.scoped_configure(folder, ["csv"]):
         yield folder
 
 
 def randomize_zero_parameters(model, seed=0):
-    """Give parameters that are zero small random values: networks begin with zeros, which no gradient passes."""
-    draw = torch.Generator().manual_seed(seed)
+    """Initialize all-zero parameters with small random values, as no gradient passes them; return the model."""
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():
-                p.copy_(0.02 * torch.randn(p.shape, generator=draw))
+                p.copy_(0.02 * torch.randn(p.shape, generator=rng))
     return model
 
 
 def open_reference(folder):
-    """Import guided_diffusion from a checkout, with one process as its world; return the package."""
+    """Return the package guided_diffusion of a checkout, in a process group of this process only."""
     import torch.distributed as dist
 
     if not (Path(folder) / "guided_diffusion").is_dir():
-        raise FileNotFoundError(f"{folder} is no checkout of openai/guided-diffusion; check --reference")
+        raise FileNotFoundError(f"{folder} is not a checkout of openai/guided-diffusion; check --reference")
     sys.path.insert(0, str(folder))
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # it reduces gradients even when alone
+        # guided-diffusion reduces gradients even in a single process.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     names = "gaussian_diffusion resample respace script_util train_util unet logger fp16_util".split()
     package = importlib.import_module("guided_diffusion")

@@ -1,12 +1,12 @@
-"""Time how fast an autoencoder encodes: one by one, in batches, in bfloat16 with channels last (of pictures).
+"""Time the encoding of images or volumes: one by one and in batches, in float32 and in bfloat16.
 
     OMP_NUM_THREADS=1 python benchmarks/encode.py
     OMP_NUM_THREADS=1 python benchmarks/encode.py --bench_image_size 32x32x32 --bench_batch_sizes 1,4      # volumes
-    OMP_NUM_THREADS=1 python benchmarks/encode.py --vae_path FOLDER                # one that diffusers saved, or a run
+    OMP_NUM_THREADS=1 python benchmarks/encode.py --vae_path FOLDER                # of diffusers, or a run folder
     python benchmarks/encode.py --bench_image_size 256 --bench_batch_sizes 1,16,64                 # on a GPU
 
-The plain loop is what one would write: model.encode(x) in float32, for as many pictures at a time. Ratios are to the
-plain loop one by one.
+The plain loop is model.encode(x) in float32 with the same batch size. Speeds are relative to the plain loop one by one.
+In bfloat16, images use the channels-last memory format.
 """
 
 import dataclasses
@@ -32,11 +32,10 @@ NETWORKS = {
 class EncodeConfig:
     SECTION = "benchmark"
 
-    vae_path: str = option("", "autoencoder to measure, as in the other scripts; empty: random weights, for pictures with "
-                            "channels 128, 256, 512 and two blocks a level, for volumes with 32, 64, 64")
-    bench_image_size: str = option("64", "pictures are size x size, volumes such as 32x32x32")
-    bench_batch_sizes: str = option("1,4,16", "numbers of samples at a time, with commas between; the last one is encoded "
-                                           "by every variant")
+    vae_path: str = option("", "autoencoder to measure, as in the other scripts; empty: random weights, with channels "
+                               "128, 256, 512 and two blocks per level for images, 32, 64, 64 for volumes")
+    bench_image_size: str = option("64", "size of square images, or of volumes, e.g. 32x32x32")
+    bench_batch_sizes: str = option("1,4,16", "comma-separated batch sizes; the last is the number of encoded items")
 
 
 def main():
@@ -49,12 +48,14 @@ def main():
     exact = codecs["float32"]
     x = torch.rand(batches[-1], exact.in_channels, *sides).to(device)
     plain = torch.no_grad()(lambda x: exact.network.encode(2 * x - 1))
-    ways = {"plain loop": plain, **{f"VAEInterface, {dtype}": codec.encode_batch for dtype, codec in codecs.items()}}
-    ways = {f"{name}, {n} at a time": lambda encode=encode, n=n: [encode(part) for part in x.split(n)]
-            for name, encode in ways.items() for n in batches}
-    found, wanted = (codec.encode_batch(x) for codec in (codecs["bfloat16"], exact))
-    print(f"bfloat16 differs by {((found - wanted).norm() / wanted.norm()):.1e} (relative)\n", flush=True)
-    rows = common.speedup_table(common.time_interleaved(ways, bench.repetitions, device), next(iter(ways)), len(x))
+    encoders = {"plain loop": plain,
+                **{f"VAEInterface, {dtype}": codec.encode_batch for dtype, codec in codecs.items()}}
+    variants = {f"{name}, batch of {n}": lambda encode=encode, n=n: [encode(part) for part in x.split(n)]
+                for name, encode in encoders.items() for n in batches}
+    half, full = (codec.encode_batch(x) for codec in (codecs["bfloat16"], exact))
+    print(f"bfloat16 differs by {((half - full).norm() / full.norm()):.1e} (relative)\n", flush=True)
+    measured = common.time_interleaved(variants, bench.repetitions, device)
+    rows = common.speedup_table(measured, next(iter(variants)), len(x))
     for row in rows:
         row["samples/s"] = 1e3 / row["ms"]
     common.report(f"encode_{len(sides)}d", rows, bench, device, **dataclasses.asdict(config))

@@ -1,9 +1,9 @@
-"""Time training steps on 1, 2, 4 ranks of this machine: the same batch on each (weak), or the same in all (strong).
+"""Time training steps on several ranks of this machine: weak scaling (batch per rank) and strong scaling (in total).
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --ranks 1,2
-    python benchmarks/scaling.py --ranks 1,2,4,8 --bench_batch_size 64              # on a machine with GPUs
+    python benchmarks/scaling.py --ranks 1,2,4,8 --bench_batch_size 64              # with GPUs
 
-Ranks are started by mpiexec. Times are those of the clock on the wall, since waiting for each other counts here.
+Ranks are started by mpiexec. Times are wall-clock times, because they include the time ranks wait for each other.
 """
 
 import dataclasses
@@ -34,37 +34,37 @@ RESULT = "seconds per step: "
 class ScalingConfig:
     SECTION = "benchmark"
 
-    ranks: str = option("1,2,4", "numbers of ranks with commas between, beginning with 1")
+    ranks: str = option("1,2,4", "comma-separated numbers of ranks; the first must be 1")
     size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
-    bench_batch_size: int = option(8, "latents on each rank (weak), and in all (strong)")
-    fsdp: bool = option(False, "split the model over the ranks")
-    mixed_precision: bool = option(True, "bfloat16")
-    worker: int = option(0, "used by this script itself: time steps of so many latents on this rank")
+    bench_batch_size: int = option(8, "batch size per rank (weak scaling) and in total (strong scaling)")
+    fsdp: bool = option(False, "shard the model over the ranks")
+    mixed_precision: bool = option(True, "train in bfloat16")
+    worker: int = option(0, "internal: batch size of a worker process; 0: start the workers")
 
 
 def main():
     bench, config = parse(__doc__, common.BenchConfig, ScalingConfig)
     if config.worker:
-        return work(bench, config)
+        return run_worker(bench, config)
     device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"{__doc__.splitlines()[0]}\n{common.machine(device)}\n", flush=True)
     counts = [int(n) for n in config.ranks.split(",")]
-    rows, alone = [], {}
+    rows, single_rank_rates = [], {}
     for kind in ("weak", "strong"):
         for n in counts:
             each = config.bench_batch_size if kind == "weak" else config.bench_batch_size // n
             if not each:
                 continue
-            taken = started(n, each, bench, config)
-            rate = n * each / taken
-            alone.setdefault(kind, rate)
-            rows.append({"scaling": kind, "ranks": n, "latents a rank": each, "ms a step": 1e3 * taken,
-                         "latents/s": rate, "efficiency": f"{rate / alone[kind] / n:.0%}"})
+            step_s = start_workers(n, each, bench, config)
+            rate = n * each / step_s
+            single_rank_rates.setdefault(kind, rate)
+            rows.append({"scaling": kind, "ranks": n, "latents per rank": each, "ms per step": 1e3 * step_s,
+                         "latents/s": rate, "efficiency": f"{rate / single_rank_rates[kind] / n:.0%}"})
     common.report("scaling", rows, bench, device, **dataclasses.asdict(config))
 
 
-def started(ranks, batch_size, bench, config):
-    """Run this script as a worker on so many ranks; return the seconds of a step."""
+def start_workers(ranks, batch_size, bench, config):
+    """Return the seconds per step of this script as a worker on a number of ranks."""
     launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
     command = [launcher, "-n", str(ranks)] if ranks > 1 else []
     command += [sys.executable, __file__, "--worker", str(batch_size), "--size", config.size,
@@ -74,10 +74,11 @@ def started(ranks, batch_size, bench, config):
     for line in out.stdout.splitlines():
         if line.startswith(RESULT):
             return json.loads(line.removeprefix(RESULT))
-    raise RuntimeError(f"{' '.join(command)} ended with {out.returncode}:\n{out.stdout}{out.stderr}")
+    raise RuntimeError(f"{' '.join(command)} exited with status {out.returncode}:\n{out.stdout}{out.stderr}")
 
 
-def work(bench, config):
+def run_worker(bench, config):
+    """Time training steps on this rank; rank 0 prints the median."""
     dist_util.setup_dist()
     device = dist_util.dev()
     shape, flags = SIZES[config.size]
@@ -90,12 +91,12 @@ def work(bench, config):
         times = []
         for _ in range(bench.repetitions + 2):
             dist_util.barrier()
-            begun = time.perf_counter()
+            start = time.perf_counter()
             loop.run_step(batch, {})
             if device.type == "cuda":
                 torch.cuda.synchronize()
             dist_util.barrier()
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - start)
     if dist_util.rank() == 0:
         print(f"{RESULT}{statistics.median(times[2:])}", flush=True)
 

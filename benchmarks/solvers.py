@@ -1,9 +1,9 @@
-"""Measure how far the deterministic samplers are from the converged path of a trained model, over the steps they take.
+"""Measure the discretization error of deterministic samplers on a trained model, over the number of steps.
 
     OMP_NUM_THREADS=1 python benchmarks/solvers.py --model_path runs/diffusion64
 
-All begin with the same noise. What they err by is the root mean square distance of their x0 from that of many steps, in
-standard deviations of x0. How well a converged path draws is another question, for `scripts/evaluate.py`.
+All samplers start from the same noise. The error is the root mean square distance of x0 from the x0 of many steps (the
+converged path), in standard deviations of x0. For the quality of the samples, use `scripts/evaluate.py`.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ DETERMINISTIC = [name for name in SAMPLERS if name not in ("ddpm", *STOCHASTIC)]
 class SolversConfig:
     SECTION = "benchmark"
 
-    model_path: str = option("", "run of image_train_vae.py, or one weights file of it")
-    bench_batch_size: int = option(16, "samples, over all classes in turn")
-    steps: str = option("10,15,20,25,50", "how many steps are tried")
-    converged_steps: int = option(200, "log-SNR steps of unipc that stand for the converged path")
+    model_path: str = option("", "run folder of image_train_vae.py, or a weights file")
+    bench_batch_size: int = option(16, "number of samples, classes assigned cyclically")
+    steps: str = option("10,15,20,25,50", "comma-separated numbers of steps")
+    converged_steps: int = option(200, "log-SNR steps of unipc for the converged path")
 
 
 def main():
@@ -38,26 +38,27 @@ def main():
     shape = (config.bench_batch_size, *header["latent_shape"])
     noise = keyed_randn(shape[1:], [(0, i) for i in range(shape[0])]).to(device)
     classes = len(header["classes"] or ())
-    conditioning = {"y": torch.arange(shape[0], device=device) % classes} if classes else {}
+    model_kwargs = {"y": torch.arange(shape[0], device=device) % classes} if classes else {}
 
-    def sampled(name, spacing):
+    def sample(name, spacing):
+        """Return (x0, CPU seconds)."""
         diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": spacing})
-        begun = time.process_time()
-        x0 = SAMPLERS[name][1](diffusion, network, shape, noise=noise, clip_denoised=False, model_kwargs=conditioning,
+        start = time.process_time()
+        x0 = SAMPLERS[name][1](diffusion, network, shape, noise=noise, clip_denoised=False, model_kwargs=model_kwargs,
                                device=device)
-        return x0, time.process_time() - begun
+        return x0, time.process_time() - start
 
-    converged, _ = sampled("unipc", f"logsnr{config.converged_steps}")
-    spread = converged.std()
-    far = lambda x0: ((x0 - converged).square().mean().sqrt() / spread).item()
+    converged, _ = sample("unipc", f"logsnr{config.converged_steps}")
+    std = converged.std()
+    error = lambda x0: ((x0 - converged).square().mean().sqrt() / std).item()
     rows = [{"sampler": "dpmpp", "steps": config.converged_steps,
-             "error": far(sampled("dpmpp", f"logsnr{config.converged_steps}")[0]), "CPU s": ""}]
+             "error": error(sample("dpmpp", f"logsnr{config.converged_steps}")[0]), "CPU s": ""}]
     for steps in map(int, config.steps.split(",")):
         for name in DETERMINISTIC:
-            x0, taken = sampled(name, f"ddim{steps}" if name == "ddim" else f"logsnr{steps}")
-            rows.append({"sampler": name, "steps": steps, "error": far(x0), "CPU s": taken})
-    x0, taken = sampled("ddim", "ddim250")
-    rows.append({"sampler": "ddim", "steps": 250, "error": far(x0), "CPU s": taken})
+            x0, cpu_s = sample(name, f"ddim{steps}" if name == "ddim" else f"logsnr{steps}")
+            rows.append({"sampler": name, "steps": steps, "error": error(x0), "CPU s": cpu_s})
+    x0, cpu_s = sample("ddim", "ddim250")
+    rows.append({"sampler": "ddim", "steps": 250, "error": error(x0), "CPU s": cpu_s})
     common.report("solvers", rows, bench, device, **dataclasses.asdict(config))
 
 

@@ -1,9 +1,9 @@
-"""Time from typing a command to its help, and to the first step of training from a cache.
+"""Time the startup of the scripts: to the output of --help, and to the first training step from a cache.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --cache_dir latents_cache/mine --train_flags "--config configs/microdoppler_small.yaml"
 
-`import torch` alone is the baseline. The package does that with garbage collection off, which is faster.
+The baseline is `import torch`. The package imports torch with garbage collection disabled, which is faster.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 class StartupConfig:
     SECTION = "benchmark"
 
-    cache_dir: str = option("", "a latent cache, for a training run; empty: leave that out")
-    train_flags: str = option("", "further flags of image_train_vae.py")
+    cache_dir: str = option("", "latent cache of a training run; empty: time --help only")
+    train_flags: str = option("", "additional flags of image_train_vae.py")
 
 
 def main():
@@ -40,33 +40,33 @@ def main():
         train = SCRIPTS[0].with_name("image_train_vae.py")
         commands[FIRST_STEP] = [sys.executable, str(train), "--cache_dir", config.cache_dir, "--log_interval", "1",
                                 *shlex.split(config.train_flags)]
-    taken = {name: [] for name in commands}
+    times = {name: [] for name in commands}
     for _ in range(bench.repetitions):
         for name, command in commands.items():
-            taken[name].append(elapsed(command, until="| step " if name == FIRST_STEP else None))
-    rows = [{"command": name, "wall s": statistics.median(w for w, _ in times),
-             "CPU s": statistics.median(c for _, c in times)} for name, times in taken.items()]
+            times[name].append(elapsed(command, until="| step " if name == FIRST_STEP else None))
+    rows = [{"command": name, "wall s": statistics.median(w for w, _ in pairs),
+             "CPU s": statistics.median(c for _, c in pairs)} for name, pairs in times.items()]
     common.report("startup", rows, bench, device)
 
 
 def elapsed(command, until=None):
-    """Return (seconds on the wall, seconds of CPU time) of a command to its end, or until it prints a line."""
+    """Return (wall-clock seconds, CPU seconds) of a command until it exits, or prints a line with `until`."""
     with tempfile.TemporaryDirectory() as folder:
-        # Users have the byte code of earlier runs; an environment that forbids to keep it compiles everything anew.
+        # Cache byte code as on a user's machine: without the cache, every run compiles all modules again.
         environ = {**os.environ, "OPENAI_LOGDIR": folder, "PYTHONDONTWRITEBYTECODE": ""}
-        before, begun = os.times(), time.perf_counter()
+        before, start = os.times(), time.perf_counter()
         if until is None:
             subprocess.run(command, check=True, capture_output=True, env=environ)
         else:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                   env=environ) as process:
-                found = any(until in line for line in process.stdout)
+                reached = any(until in line for line in process.stdout)
                 process.kill()
-            if not found:
-                raise RuntimeError(f"{' '.join(command)} ended without {until!r}")
-        taken, after = time.perf_counter() - begun, os.times()
+            if not reached:
+                raise RuntimeError(f"{' '.join(command)} exited without printing {until!r}")
+        wall, after = time.perf_counter() - start, os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return taken, cpu
+    return wall, cpu
 
 
 if __name__ == "__main__":

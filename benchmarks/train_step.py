@@ -1,12 +1,12 @@
-"""Time one training step of the diffusion model: forward, backward, AdamW, moving averages, logging.
+"""Time one training step of the diffusion model: forward, backward, AdamW, EMA, logging.
 
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --reference ../guided-diffusion
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --reference diffusers
     python benchmarks/train_step.py --size 32m1224 --bench_batch_size 256 --compile_too True        # on a GPU
 
-All sides take the same step on the same weights and batches. The loss and the gradients of all variants are compared
-with the baseline's first. The share of the machine's matrix rate is that of a large product of bfloat16 matrices, in
-the same run. diffusers knows one size for the heads of a network: beside it all have 64 channels.
+All sides take the same step on the same weights and batches. First the losses and gradients are compared. "matrix rate"
+is the rate of a step relative to that of a large product of bfloat16 matrices, measured in the same run. diffusers
+supports one head size per network, so in that comparison all heads have 64 channels.
 """
 
 import copy
@@ -40,52 +40,51 @@ class StepConfig:
     SECTION = "benchmark"
 
     size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
-    bench_batch_size: int = option(16, "latents in a step")
-    compile_too: bool = option(False, "measure compiled networks as well")
+    bench_batch_size: int = option(16, "batch size")
+    compile_too: bool = option(False, "also measure compiled networks")
 
 
 @dataclasses.dataclass
 class Side:
-    """One of the things compared: how it takes a step, and what its loss is made of."""
+    """One side of the comparison: its training step, and the parts of its loss."""
 
     run_step: callable              # (batch [N x C x ...], {}) -> None
     model: torch.nn.Module
-    diffusion: object               # what has training_losses
+    diffusion: object               # has training_losses
     autocast: torch.dtype | None = None
-    in_its_order: callable = lambda network: network.parameters()   # weights of our network, as `model` lists its own
+    in_model_order: callable = lambda network: network.parameters()   # this project's weights, in the order of `model`
 
 
 def main():
-    (bench, against, config), device = common.configure(__doc__, common.ComparisonConfig, StepConfig)
+    (bench, comparison, config), device = common.configure(__doc__, common.ComparisonConfig, StepConfig)
     shape, flags = SIZES[config.size]
-    if against.reference == DIFFUSERS:
+    if comparison.reference == DIFFUSERS:
         flags = {**flags, "num_head_channels": 64}
     model, _ = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     weights = common.randomize_zero_parameters(model).state_dict()
-    draw = torch.Generator().manual_seed(1)
-    batch = torch.randn(config.bench_batch_size, *shape, generator=draw)
+    batch = torch.randn(config.bench_batch_size, *shape, generator=torch.Generator().manual_seed(1))
 
     with common.silent():
         def own(recompute_norms=False, **options):
-            changed = {**flags, "recompute_norms": recompute_norms}
-            return own_side(shape, changed, weights, len(batch), device, **options)
+            variant = {**flags, "recompute_norms": recompute_norms}
+            return own_side(shape, variant, weights, len(batch), device, **options)
 
-        sides = references(against.reference, shape, flags, model, len(batch), device)
+        sides = references(comparison.reference, shape, flags, model, len(batch), device)
         half = {"mixed_precision": True}
         sides |= {"float32": own(), "bfloat16": own(**half), "float32, recompute_norms": own(recompute_norms=True),
                   "bfloat16, recompute_norms": own(recompute_norms=True, **half)}
         if config.compile_too:
             sides[COMPILED] = own(compile=True, **half)
-            begun = time.perf_counter()  # the compiler works in processes of its own
+            start = time.perf_counter()  # the compiler uses separate processes, which CPU time omits
             sides[COMPILED].run_step(batch, {})
-            first_step = time.perf_counter() - begun
-        apart = compared_gradients(sides, batch, device)
+            first_step = time.perf_counter() - start
+        differences = compare_gradients(sides, batch, device)
         work = flops(sides["float32"], batch, device)
         steps = {name: lambda side=side: side.run_step(batch, {}) for name, side in sides.items()}
         product = common.matrix_product(device)
         times = common.time_interleaved({**steps, "product": product}, bench.repetitions, device)
         rate = product.flops / statistics.median(times.pop("product"))
-        if against.profile:
+        if comparison.profile:
             common.print_operators(steps, device)
     rows = common.speedup_table(times, next(iter(sides)))
     settings = {"size": config.size, "batch_size": config.bench_batch_size, "baseline": next(iter(sides)),
@@ -94,13 +93,13 @@ def main():
         eager, compiled = (statistics.median(times[name]) for name in ("bfloat16", COMPILED))
         settings["compile_seconds"], gain = first_step, eager - compiled
         settings["steps_that_pay_it_back"] = first_step / gain if gain > 0 else None
-        paid = f"{first_step / gain:,.0f} steps pay that back" if gain > 0 else "nothing pays that back"
-        print(f"the first compiled step took {first_step:.0f} s; {paid}\n")
+        recovered = f"recovered after {first_step / gain:,.0f} steps" if gain > 0 else "never recovered"
+        print(f"first compiled step: {first_step:.0f} s, {recovered}\n")
     for row in rows:
-        row["gradients apart"] = f"{apart[row['variant']]:.1e}"
-        row["of the matrix rate"] = f"{work / (row['ms'] / 1e3) / rate:.0%}"
+        row["difference of gradients"] = f"{differences[row['variant']]:.1e}"
+        row["matrix rate"] = f"{work / (row['ms'] / 1e3) / rate:.0%}"
         if device.type == "cuda":
-            row["MiB beyond what stays"] = common.peak_of(steps[row["variant"]]) / 2**20
+            row["peak above resident (MiB)"] = common.peak_memory(steps[row["variant"]]) / 2**20
     common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, **settings)
 
 
@@ -113,7 +112,7 @@ def own_side(shape, flags, weights, batch_size, device, **options):
 
 
 def references(reference, shape, flags, model, batch_size, device):
-    """Return {name: Side} of what --reference names, on the weights of `model`."""
+    """Return {name: Side} of the reference implementation, with the weights of `model`."""
     if not reference:
         return {}
     if reference == DIFFUSERS:
@@ -123,20 +122,20 @@ def references(reference, shape, flags, model, batch_size, device):
 
 
 def reference_side(folder, shape, flags, model, batch_size, device):
-    """Return the TrainLoop of guided-diffusion as a Side."""
-    theirs = common.open_reference(folder)
-    theirs.dist_util.dev = lambda: device
-    known = theirs.script_util.model_and_diffusion_defaults()
-    _, diffusion = theirs.script_util.create_model_and_diffusion(**{**known, "image_size": 64})
+    """Return a Side with the TrainLoop of guided-diffusion."""
+    reference = common.open_reference(folder)
+    reference.dist_util.dev = lambda: device
+    defaults = reference.script_util.model_and_diffusion_defaults()
+    _, diffusion = reference.script_util.create_model_and_diffusion(**{**defaults, "image_size": 64})
     widths = tuple(int(m) for m in flags["channel_mult"].split(","))
-    at = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
-    network = theirs.unet.UNetModel(
+    attention = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
+    network = reference.unet.UNetModel(
         image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], out_channels=shape[0],
-        num_res_blocks=2, attention_resolutions=at, channel_mult=widths, num_heads=4, use_scale_shift_norm=True,
+        num_res_blocks=2, attention_resolutions=attention, channel_mult=widths, num_heads=4, use_scale_shift_norm=True,
     ).to(device)
     network.load_state_dict(model.state_dict())
-    theirs.logger.configure(dir=common.logger.get_dir(), format_strs=["csv"])
-    loop = theirs.train_util.TrainLoop(
+    reference.logger.configure(dir=common.logger.get_dir(), format_strs=["csv"])
+    loop = reference.train_util.TrainLoop(
         model=network, diffusion=diffusion, data=iter(()), batch_size=batch_size, microbatch=-1, lr=LR,
         ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, resume_checkpoint="",
     )
@@ -144,25 +143,25 @@ def reference_side(folder, shape, flags, model, batch_size, device):
 
 
 class EpsilonLoss:
-    """The loss of diffusers' training examples: its scheduler's noise, its network's answer, their mean square."""
+    """Loss of diffusers' training examples: mean square error of the predicted noise, noised by its scheduler."""
 
     def __init__(self, flags):
         self.scheduler = diffusers_export.create_scheduler(flags, pixels=False)
 
     def training_losses(self, network, x_start, t, noise):
-        answer = network(self.scheduler.add_noise(x_start, noise, t), t).sample
-        return {"loss": F.mse_loss(answer.float(), noise, reduction="none").mean(dim=(1, 2, 3))}
+        prediction = network(self.scheduler.add_noise(x_start, noise, t), t).sample
+        return {"loss": F.mse_loss(prediction.float(), noise, reduction="none").mean(dim=(1, 2, 3))}
 
 
 def diffusers_side(flags, model, device, autocast=None):
-    """Return our network as a UNet2DModel that is trained the way of diffusers' examples: AdamW and its EMAModel."""
+    """Return a Side with the UNet2DModel of `model`, trained as in diffusers' examples with AdamW and EMAModel."""
     from diffusers.training_utils import EMAModel
 
     flags = as_dict(ModelConfig(**flags))
     network = diffusers_export.unet_to_diffusers(model, flags).to(device).train()
     loss = EpsilonLoss(as_dict(DiffusionConfig()))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR)
-    average = EMAModel(network.parameters(), decay=float(EMA_RATE))
+    ema = EMAModel(network.parameters(), decay=float(EMA_RATE))
 
     def run_step(batch, _):
         x = batch.to(device)
@@ -171,46 +170,47 @@ def diffusers_side(flags, model, device, autocast=None):
             loss.training_losses(network, x, t, torch.randn_like(x))["loss"].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        average.step(network.parameters())
+        ema.step(network.parameters())
 
     names = [name for name, _ in network.named_parameters()]
     return Side(run_step, network, loss, autocast,
-                lambda ours: map(diffusers_export.unet_state(ours, flags["num_res_blocks"]).get, names))
+                lambda unet: map(diffusers_export.unet_state(unet, flags["num_res_blocks"]).get, names))
 
 
-def compared_gradients(sides, batch, device):
-    """Return {name: how far the gradients are from our float32's, relative, over all weights}; print the losses.
+def compare_gradients(sides, batch, device):
+    """Return {name: relative difference of all gradients from this project's in float32}, after printing the losses.
 
-    All sides see the same times and noise.
+    All sides use the same timesteps and noise.
     """
-    times = torch.arange(len(batch), device=device) * 1000 // len(batch)
+    timesteps = torch.arange(len(batch), device=device) * 1000 // len(batch)
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(2)).to(device)
     losses, gradients = {}, {}
     for name, side in sides.items():
         with torch.autocast(device.type, side.autocast, enabled=side.autocast is not None):
-            loss = side.diffusion.training_losses(side.model, batch.to(device), times, noise=noise)["loss"].mean()
+            loss = side.diffusion.training_losses(side.model, batch.to(device), timesteps, noise=noise)["loss"].mean()
         loss.backward()
         losses[name], gradients[name] = loss.item(), [p.grad for p in side.model.parameters()]
         side.model.zero_grad(set_to_none=True)
     print("; ".join(f"{name}: loss {loss:.6f}" for name, loss in losses.items()) + "\n", flush=True)
-    wanted = copy.deepcopy(sides["float32"].model)  # with its gradients for weights, which each side lists in its order
+    expected = copy.deepcopy(sides["float32"].model)  # holds the gradients as weights, so that every side can sort them
     with torch.no_grad():
-        for p, gradient in zip(wanted.parameters(), gradients["float32"]):
+        for p, gradient in zip(expected.parameters(), gradients["float32"]):
             p.copy_(gradient)
-    norm = sum(p.double().square().sum() for p in wanted.parameters()).sqrt()
-    far = lambda found, wanted: sum((a.flatten().double() - b.flatten().double()).square().sum()
-                                    for a, b in zip(found, wanted, strict=True)).sqrt() / norm
-    return {name: far(found, sides[name].in_its_order(wanted)).item() for name, found in gradients.items()}
+    norm = sum(p.double().square().sum() for p in expected.parameters()).sqrt()
+    difference = lambda actual, expected: sum((a.flatten().double() - b.flatten().double()).square().sum()
+                                              for a, b in zip(actual, expected, strict=True)).sqrt() / norm
+    return {name: difference(actual, sides[name].in_model_order(expected)).item() for name, actual in gradients.items()}
 
 
 def flops(side, batch, device):
-    """Return the floating-point operations of convolutions and products in a forward and a backward pass.
+    """Return the floating-point operations of convolutions and matrix products in a forward and a backward pass.
 
-    Of this project's network: the others' do more, nine products an output where grids are enlarged for four.
+    This is the count of this project's network. The references take more: in upsampling, nine products per output
+    instead of four.
     """
     with FlopCounterMode(display=False) as counter:
-        times = torch.zeros(len(batch), dtype=torch.long, device=device)
-        side.diffusion.training_losses(side.model, batch.to(device), times)["loss"].mean().backward()
+        timesteps = torch.zeros(len(batch), dtype=torch.long, device=device)
+        side.diffusion.training_losses(side.model, batch.to(device), timesteps)["loss"].mean().backward()
     side.model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
 

@@ -12,13 +12,13 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Return a function that imports a benchmark by its name."""
+    """Return a function that imports a benchmark by name."""
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_every_benchmark_fits_the_package_and_says_how_to_call_it(benchmark, path):
+def test_benchmark_imports_and_documents_its_command(benchmark, path):
     module = benchmark(path.stem)
     assert path.stem == "common" or callable(module.main) and f"benchmarks/{path.name}" in module.__doc__
 
@@ -29,8 +29,8 @@ def test_every_benchmark_fits_the_package_and_says_how_to_call_it(benchmark, pat
     ("encode", ["--bench_batch_sizes", "1,2", "--bench_image_size", "16"]),
     ("encode", ["--bench_batch_sizes", "1", "--bench_image_size", "16x16x16"]),
 ])
-def test_a_benchmark_measures_and_writes_what_it_found(benchmark, monkeypatch, tmp_path, capsys, name, argv):
-    if name in ("sample", "train_step"):  # networks of a size for tests
+def test_benchmark_prints_a_table_and_writes_json(benchmark, monkeypatch, tmp_path, capsys, name, argv):
+    if name in ("sample", "train_step"):  # small networks for tests
         sizes = benchmark("train_step").SIZES
         tiny = (4, 8, 8), {"num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "4"}
         monkeypatch.setitem(sizes, "16m122", tiny)
@@ -41,12 +41,12 @@ def test_a_benchmark_measures_and_writes_what_it_found(benchmark, monkeypatch, t
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_every_kind_of_strides_can_be_built_and_is_drawn(benchmark, dims):
+def test_every_variant_of_strides_builds_and_has_a_curve(benchmark, dims):
     strides = benchmark("strides")
-    for name, changes in strides.variants(dims).items():
+    for changes in strides.variants(dims).values():
         with torch.device("meta"):
             network = create_autoencoder(AutoencoderConfig(spatial_dims=dims, in_channels=1, **changes))
         assert network.latent_shape((64,) * dims)
     curves = {name: strides.curve_name(name) for name in strides.variants(dims)}
     assert curves["8x: [4,2], space_to_channel"] == "between levels, space_to_channel"
-    assert curves["8x: 2 + [2,2], shuffle"] == "first stride" != curves["8x: [4,2], 16 channels"]
+    assert curves["8x: 2 + [2,2], shuffle"] == "initial factor" != curves["8x: [4,2], 16 channels"]
