@@ -226,7 +226,7 @@ def latent_grid(spatial, factors) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
-    """Yield the blocks of the encoder or the decoder, from the options that both share.
+    """Yield the blocks of the encoder or the decoder, from their common options.
 
     `levels` lists (channels, residual blocks, whether to attend), `strides` the stride per axis of each transition.
     """

@@ -261,20 +261,20 @@ def normalization(channels: int) -> GroupNorm32:
 # --- Memory ---
 
 
-def recomputed_conv(cheap, conv, inputs, params, groups: int, random=False, whole=False) -> torch.Tensor:
+def recomputed_conv(cheap, conv, inputs, params, groups: int, random=False, at_once=False) -> torch.Tensor:
     """Return conv(cheap(groups, *inputs, *params)), without saving the result of `cheap` for backward.
 
     A convolution saves its input for the gradient of its weights. If that input is a norm and an activation of a tensor
     that is saved anyway, it costs the memory of two tensors and is cheap to recompute. Results and gradients are equal.
 
     :param cheap: a function that processes each group of channels independently, so that large tensors are recomputed
-        a few groups at a time, unless `whole`.
+        a few groups at a time, unless `at_once`.
     :param inputs: tensors [N x C x ...]; `params`: [C].
     :param random: whether `cheap` uses random numbers; the backward pass then reproduces them.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():    # a compiler chooses what to recompute itself
         return conv(cheap(groups, *inputs, *params))
-    max_elements = math.inf if random or whole else MAX_RECOMPUTED_ELEMENTS
+    max_elements = math.inf if random or at_once else MAX_RECOMPUTED_ELEMENTS
     options = _Recomputation(cheap, conv, groups, max_elements, random, len(inputs))
     return _RecomputedConv.apply(options, conv.weight, conv.bias, *inputs, *params)
 

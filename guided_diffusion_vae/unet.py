@@ -342,7 +342,7 @@ class ResBlock(TimestepBlock):
         norm, activation, convolve = self.in_layers
         prepare = lambda groups, x, *weights: self.resample(activation(norm.over(groups, x, *weights)))
         # Resampling layers check their number of channels, so they cannot be recomputed a few groups at a time.
-        h = self._convolve(prepare, norm, convolve, (x,), whole=not isinstance(self.resample, nn.Identity))
+        h = self._convolve(prepare, norm, convolve, (x,), at_once=not isinstance(self.resample, nn.Identity))
 
         modulation = (self.emb_layers[-1] if self.emb_is_activated else self.emb_layers)(emb).to(h.dtype)
         modulation = modulation.view(*modulation.shape, *(1,) * (h.dim() - 2))      # [N x C x 1 ...]
@@ -371,7 +371,7 @@ class ResBlock(TimestepBlock):
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Build the blocks of one network from the options that all of them share."""
+    """Build the blocks of one network from their common options."""
 
     emb_channels: int
     dropout: float
@@ -442,7 +442,7 @@ class _Blocks:
 
 
 class _TimeConditionedNetwork(nn.Module):
-    """The parts that UNet and classifier share: the time embedding, and the dtype of the inner layers."""
+    """The common parts of UNet and classifier: the time embedding, and the dtype of the inner layers."""
 
     def _init_time_embedding(self, model_channels):
         self.model_channels = model_channels

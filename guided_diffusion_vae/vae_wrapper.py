@@ -63,7 +63,7 @@ def create_vae(config: VAEConfig, device=None) -> "VAEInterface":
 
 
 class BaseCodec(Codec):
-    """The members that all codecs share, computed from `in_channels`, `latent_channels`, `factors`, `preprocessing`."""
+    """The members common to all codecs, computed from `in_channels`, `latent_channels`, `factors`, `preprocessing`."""
 
     def encode_batch(self, images, eps=None) -> torch.Tensor:
         return sample_moments(self.encode_moments(images), eps)
@@ -137,7 +137,7 @@ class VAEInterface(BaseCodec):
         images slab by slab, with the same result (see `vae.streaming`). Networks of diffusers process tiles, which
         overlap by a quarter and are blended linearly: an approximation, since norms and attention see one tile only.
     :raises FileNotFoundError: if the path, or a part of what belongs there, does not exist.
-    :raises ValueError: if something else is found there, or an argument is out of range.
+    :raises ValueError: if the path contains something else, or an argument is out of range.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class VAEInterface(BaseCodec):
 
     def approximations(self, sides) -> dict:
         flags = {"vae_dtype": str(self.dtype).removeprefix("torch.")} if self.dtype is not torch.float32 else {}
-        # A tile that covers the whole image is the image; slabs give the exact result.
+        # A tile that covers the image changes nothing; slabs give the exact result.
         return {**flags, "vae_tile": self.tile} if 0 < self.tile < max(sides) else flags
 
     def _accepted_channels(self):
@@ -271,7 +271,7 @@ class LatentNormalizer:
 
     @classmethod
     def fit(cls, mode, statistics: dict, scale_factor: float) -> "LatentNormalizer":
-        """Choose shift and std for latents with the given statistics (mean, std, channel_mean, channel_std).
+        """Choose shift and std for latents with these statistics (mean, std, channel_mean, channel_std).
 
         auto: the std over all channels, shift 0. channel: mean and std of each channel. A number: that std, shift 0;
         with `scale_factor` itself the diffusion model sees z. none: the latents as they are.
@@ -324,11 +324,11 @@ def check_latent_std(measured_std_of_x0: float, normalizer: LatentNormalizer, al
     """
     low, high = LATENT_STD_LIMITS
     number = measured_std_of_x0 * normalizer.std[0]
-    fitting = f" or {number:.5g}" if len(normalizer.std) == 1 and math.isfinite(number) else ""
+    suggested = f" or {number:.5g}" if len(normalizer.std) == 1 and math.isfinite(number) else ""
     require((
         allow or low <= measured_std_of_x0 <= high,
         f"x0 has a measured standard deviation of {measured_std_of_x0:.4g} with --normalizer {normalizer.mode}: "
-        f"expected {low} to {high}; set --normalizer auto{fitting}, or continue with --allow_latent_std True",
+        f"expected {low} to {high}; set --normalizer auto{suggested}, or continue with --allow_latent_std True",
     ))
 
 

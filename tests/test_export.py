@@ -143,7 +143,8 @@ def test_scheduler_steps_equal_ours(flags):
         generator = torch.Generator().manual_seed(5)
         actual = scheduler.step(output, t, x, generator=generator)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-        expected = diffusion.p_sample(lambda x, t: output, x, torch.full((2,), t), noise_fn=lambda x, noise=noise: noise)
+        t = torch.full((2,), t)
+        expected = diffusion.p_sample(lambda x, t: output, x, t, noise_fn=lambda x, noise=noise: noise)
         torch.testing.assert_close(actual.pred_original_sample, expected["pred_xstart"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(actual.prev_sample, expected["sample"], atol=1e-4, rtol=1e-3)
 

@@ -36,9 +36,9 @@ def test_keys_in_another_order_give_other_samples():
 
 
 def test_keyed_randn_is_standard_normal_across_adjacent_keys():
-    draws = nn.keyed_randn((16,), [(0, step) for step in range(1000)])
-    assert abs(draws.mean()) < 0.03 and abs(draws.std() - 1) < 0.03
-    assert torch.corrcoef(draws.t())[0, 1:].abs().max() < 0.15
+    samples = nn.keyed_randn((16,), [(0, step) for step in range(1000)])
+    assert abs(samples.mean()) < 0.03 and abs(samples.std() - 1) < 0.03
+    assert torch.corrcoef(samples.t())[0, 1:].abs().max() < 0.15
 
 
 def test_numpy_integers_give_the_same_key():

@@ -103,11 +103,11 @@ def test_round_trip_is_unchanged_by_the_normalizer(own, mode):
 
 
 def test_batches_and_full_tiles_do_not_change_the_result(own):
-    x, whole = images(5, 1, 8, 8), vae(own[0])
+    x, untiled = images(5, 1, 8, 8), vae(own[0])
     parts = vae(own[0], batch_size=2, tile=8)
-    latents = whole.encode_batch(x)
+    latents = untiled.encode_batch(x)
     torch.testing.assert_close(parts.encode_batch(x), latents)
-    torch.testing.assert_close(parts.decode_batch(latents), whole.decode_batch(latents))
+    torch.testing.assert_close(parts.decode_batch(latents), untiled.decode_batch(latents))
 
 
 @pytest.mark.parametrize("tile", [2, 16])
@@ -275,7 +275,7 @@ def test_volumes_are_encoded_and_decoded(tmp_path):
 
 
 def test_paths_without_an_autoencoder_are_rejected(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; --vae_path expects one of: hub:owner/name, a d"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; --vae_path expects one of: hub:owner/name"):
         vae(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no autoencoder is specified; --vae_path"):
         vae("")

@@ -1,7 +1,7 @@
 """Parts around an autoencoder for other packages: posterior, losses, discriminator, perceptual loss, tiles.
 
 `autoencoder` imports `blocks` and `posterior` from here, so this page must not import `foreign`, which needs
-`autoencoder`, nor `adversarial`, which needs the trainer's modules: import these two, and `streaming`, by name.
+`autoencoder`, nor `objective`, which needs the trainer's modules: import these two, and `streaming`, by name.
 """
 
 from .discriminator import (

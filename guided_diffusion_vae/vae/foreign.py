@@ -73,7 +73,7 @@ def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedA
 
     :param vae_config: arguments of MONAI weights, a dictionary or the path of a YAML file; None: the file next to them.
     :raises FileNotFoundError: if the path, or a part of what belongs there, does not exist.
-    :raises ValueError: if something else is found there.
+    :raises ValueError: if the path contains something else.
     """
     source = Source(name, vae_config)
     for recognizes, opens in KINDS.values() if name else ():
@@ -136,7 +136,7 @@ def _opened_kl(source, network, config, architecture, scale_factor, preprocessin
     )
 
 
-# Arguments of MONAI that do not change the function of given weights (`include_fc` shows in the weights' names).
+# Arguments of MONAI that do not change the function of the weights (`include_fc` shows in the weights' names).
 _NO_EFFECT = ("_target_", "use_flash_attention", "include_fc", "use_combined_linear", "training")
 
 
@@ -160,8 +160,8 @@ def _read_yaml(source):
     """Return (contents of the YAML file with a MONAI network's arguments, its path)."""
     import yaml
 
-    beside = [source.path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
-    path = Path(source.vae_config) if source.vae_config else next((p for p in beside if p.is_file()), beside[0])
+    candidates = [source.path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
+    path = Path(source.vae_config) if source.vae_config else next((p for p in candidates if p.is_file()), candidates[0])
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; check --vae_config" if source.vae_config else

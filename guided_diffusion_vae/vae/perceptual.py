@@ -95,7 +95,7 @@ def _load_backbone(net, path):
     for name, value in net.state_dict().items():
         _, number, kind = name.split(".", 2)        # slice1.0.weight, slice2.3.squeeze.weight
         source = f"features.{number}.{kind}"
-        shape = tuple(weights[source].shape) if source in weights else "nothing"
+        shape = tuple(weights[source].shape) if source in weights else "no weights"
         require((shape == tuple(value.shape), f"{path} has {shape} for {source}: expected {tuple(value.shape)}; set "
                  "--perceptual_path to torchvision's weights of --perceptual_net"))
         state[name] = weights[source]
