@@ -195,7 +195,7 @@ def test_the_round_trip_is_reported_and_judged(chain, call, tmp_path):
     assert status == 0 and f"psnr: {report['psnr']:.5g}" in out and (tmp_path / "roundtrip.png").exists(), err
     status, out, err = call("check_roundtrip", **flags, min_psnr=90, max_l1=0.001)
     assert status == 1
-    assert "round trip failed: psnr is" in err and "--min_psnr asks for at least 90.0; l1 is" in err
+    assert "round trip failed: psnr " in err and "must be >= 90.0 (--min_psnr); l1 " in err
 
 
 def test_two_ranks_write_one_cache_and_keep_it(chain, call):
@@ -473,7 +473,7 @@ def test_a_killed_sampling_goes_on_to_the_same_bytes(pixels, tmp_path):
     assert list(shards.glob("0*.npy")) and not list((tmp_path / "killed").glob("*.npz"))
     time.sleep(1)  # for the ranks, which mpiexec leaves behind when it is killed itself
     out = done("image_sample", ranks=2, **flags, logdir=tmp_path / "killed")
-    assert "of 40 batches are there already" in out
+    assert "of 40 batches, which already exist" in out
     done("image_sample", **flags, logdir=tmp_path / "whole")
     one, other = ((tmp_path / name / "samples_40x16x16x1.npz").read_bytes() for name in ("killed", "whole"))
     assert one == other and not shards.exists()
@@ -989,7 +989,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "image_size": 32,
                   "tstr_iterations": 3}, "for a grid of 32"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "train_dir": "{tmp}/none"},
-     "{tmp}/none is not there"),
+     "{tmp}/none does not exist"),
     ("evaluate", {"samples": "{data}", "reference": "{tmp}/statistics.npz", "vae_path": "{autoencoder}"},
      "contains statistics of Inception features; set --inception_path"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 16, "small_size": 8, "channel_mult": "1",

@@ -6,12 +6,12 @@ from .features import (
     Features, classifier_features, collect_features, inception_features, latent_features,
 )
 from .image_metrics import PAIRED_METRICS, bicubic_baseline, l1, max_error, paired_metrics, psnr, ssim
-from .label_metrics import class_agreement, classification_report, confusion_matrix
 from .likelihood import HeldOutData, LikelihoodConfig, likelihood
 from .previews import ClassifierValidation, ReconstructionValidation, SamplePreview
 from .roundtrip import RoundtripConfig, failed_thresholds, roundtrip
 from .set_metrics import (
-    FeatureStatistics, frechet_distance, inception_score, kernel_distance, nearest_neighbors, precision_recall,
+    FeatureStatistics, class_agreement, classification_report, confusion_matrix, frechet_distance, inception_score,
+    kernel_distance, nearest_neighbors, precision_recall,
 )
 
 __getattr__ = deprecated_names("evaluation")

@@ -10,10 +10,9 @@ import torch
 
 from .. import dist_util
 from ..config import option, require
-from ..data.listing import map_labels
-from ..data.npz import open_archive, open_npz
+from ..data import map_labels, open_archive, open_npz
 from ..logger import progress
-from . import features, figures, label_metrics, set_metrics
+from . import features, figures, set_metrics
 from .image_metrics import average_metrics, paired_metrics
 
 
@@ -90,7 +89,7 @@ def evaluate(config, sets, extract, folder, classifier=None, seed=0):
     for name, images, labels in labeled:
         same = classifier.extract is extract
         read = measured[name].features if same else _extract(classifier.extract, images, config.batch_size, "classes")
-        result = label_metrics.classification_report(read.logits.argmax(1), labels, classifier.class_names)
+        result = set_metrics.classification_report(read.logits.argmax(1), labels, classifier.class_names)
         report["classifier_accuracy" if name == "reference" else "class_agreement"] = result
         if dist_util.rank() == 0 and len(classifier.class_names) <= figures.MAX_CLASSES:
             plot = figures.confusion_plot(np.array(result["confusion"]), classifier.class_names)

@@ -34,20 +34,13 @@ class ReconstructionValidation:
     def __call__(self, step):
         scores, grid = [], None
         for images in self._batches():
-            divergences = []
-
-            def reconstruct(part):
-                mean, logvar = self.model.moments(to_image_range(part.to(self.device), self.image_range))
-                divergences.append(kl_divergence(mean, logvar).cpu())
-                return from_image_range(self.model.decode(mean), self.image_range).clamp(0, 1)
-
-            decoded = self._sliding_window(reconstruct, images)
+            decoded, kl = self._reconstruct(images)
             images = images.to(decoded.device)
             images, decoded = (unpad(x, self._unpadded(images)) for x in (images, decoded))
             if grid is None:
                 grid = reconstruction_grid(*(x[:PREVIEW_IMAGES].cpu().numpy() for x in (images, decoded)))
                 save_image(self.folder / "previews" / f"{step:06d}.png", grid)
-            scores.append({**paired_metrics(images, decoded, "val_"), "val_kl": torch.stack(divergences).mean(0)})
+            scores.append({**paired_metrics(images, decoded, "val_"), "val_kl": kl})
         measured = average_metrics(scores)
         logger.logkvs(measured)
         return measured
@@ -60,12 +53,20 @@ class ReconstructionValidation:
             for start in range(0, len(self.chosen), self.batch_size):
                 yield self.source.batch(self.chosen[start:start + self.batch_size])
 
-    def _sliding_window(self, reconstruct, images):
-        """Return reconstructions; of full volumes in overlapping windows of the size of training."""
-        grid, ones = images.shape[2:], (1,) * (images.dim() - 2)
+    def _reconstruct(self, images):
+        """Return (reconstructions, KL [n]); full volumes in overlapping windows of the size of training."""
+        grid, ones, divergences = images.shape[2:], (1,) * (images.dim() - 2), []
+
+        def reconstruct(part):
+            mean, logvar = self.model.moments(to_image_range(part.to(self.device), self.image_range))
+            divergences.append(kl_divergence(mean, logvar).cpu())
+            return from_image_range(self.model.decode(mean), self.image_range).clamp(0, 1)
+
         if tuple(grid) == tuple(self.source.shape[1:]):
-            return reconstruct(images)
-        return blend_tiles(reconstruct, images, grid, self.source.sides, ones, ones)
+            decoded = reconstruct(images)
+        else:
+            decoded = blend_tiles(reconstruct, images, grid, self.source.sides, ones, ones)
+        return decoded, torch.stack(divergences).mean(0)
 
     def _unpadded(self, images):
         return images.shape[1:] if self.full_volumes else self.source.unpadded_shape

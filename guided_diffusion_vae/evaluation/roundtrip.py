@@ -59,7 +59,7 @@ def roundtrip(codec, source, config, folder, device):
         path = Path(folder) / f"reconstructions_{'x'.join(map(str, shape))}.npz"
         write_npz(path, shape, reconstructions, labels, source.class_names)
     return {
-        **average_metrics(scores), "max_error": max(errors), "num_images": len(chosen),
+        **average_metrics(scores), "max_error": float(np.max(errors)), "num_images": len(chosen),
         "latent_shape": list(codec.latent_shape(source.shape)), "scale_factor": codec.scale_factor,
         "latent_mean": statistics["mean"], "latent_std": statistics["std"],
         "channel_mean": statistics["channel_mean"], "channel_std": std,

@@ -15,7 +15,7 @@ MODULES = {
     "image_datasets": "data data.listing data.image_folders data.resizing data.batching data.decoding files",
     "latent_datasets": "data data.manifest data.cache_writer latent_datasets",
     "loading": "runs.loading runs.factories runs.export", "memory": "runs.memory runs.planning runs.training",
-    "metrics": "evaluation.image_metrics evaluation.set_metrics evaluation.features evaluation.label_metrics",
+    "metrics": "evaluation.image_metrics evaluation.set_metrics evaluation.features",
     "microdoppler": "data.microdoppler", "objectives": "objectives data.augmentation vae.objective",
     "perceptual": "vae.perceptual", "previews": "evaluation.previews",
     "sampling": "sampling sampling.sampler sampling.generate data",

@@ -1,4 +1,4 @@
-"""Create models and diffusion processes from configs."""
+"""Create models and diffusion processes from their configs, which other modules of the room import from here."""
 
 import dataclasses
 import inspect
@@ -9,7 +9,9 @@ from .. import gaussian_diffusion as gd
 from ..config import as_dict, from_dict, require
 from ..gaussian_diffusion import DiffusionConfig
 from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps
-from ..unet import ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResConfig as SuperResConfig, SuperResModel, UNetModel
+from ..unet import (
+    ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResConfig as SuperResConfig, SuperResModel, UNetModel,
+)
 
 NUM_CLASSES = 1000
 

@@ -17,20 +17,19 @@ from ..evaluation import (
     inception_features, latent_features, open_sample_file,
 )
 from ..files import sha256_of_file
-from ..latent_datasets import EncodedImages, LatentConfig
 from ..logger import log_rank0
 from ..sampling import (
     OWNED_MARKER, SAMPLE_FILES, BaseConfig, ClassifierFreeGuidance, GuidanceConfig, LowResConditioning, Sampler,
     SamplingConfig, classifier_cond_fn, decoded_shape, generate_samples, parse_interval, resolve_sampler,
     timesteps_in_interval,
 )
-from ..vae_wrapper import LatentNormalizer, NormalizerConfig, PixelCodec, VAEConfig, create_vae
 from .factories import (
     NUM_CLASSES, ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig, build_classifier, create_diffusion,
     create_model_and_diffusion_vae,
 )
 from .spaces import (
-    Space, apply_trained_preprocessing, open_cache, open_pixels, open_space, require_same_space, space_header,
+    EncodedImages, LatentConfig, LatentNormalizer, NormalizerConfig, PixelCodec, Space, VAEConfig,
+    apply_trained_preprocessing, create_vae, open_cache, open_pixels, open_space, require_same_space, space_header,
     works_on_pixels,
 )
 
