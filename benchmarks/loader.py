@@ -106,7 +106,7 @@ def main():
 
 def reader(source, n, device):
     """Return a function that loads BATCHES batches as in training."""
-    normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
+    normalizer = LatentNormalizer.fit("auto", source.statistics)
     stream = LatentStream(source, normalizer, BatchPlan(source.count, n), device)
     return lambda: [next(stream) for _ in range(BATCHES)]
 

@@ -22,37 +22,36 @@ from .vae.posterior import LOGVAR_RANGE
 
 @dataclasses.dataclass
 class AutoencoderConfig:
-    spatial_dims: int = option(2, "spatial axes: 2 for pictures, 3 for volumes; --image_size says it too")
-    in_channels: int = option(0, "channels of the pictures; 0: as the data has", minimum=0)
-    out_channels: int = option(0, "channels of the reconstruction; 0: as in_channels", minimum=0)
-    num_channels: tuple = option((32, 64, 64), "width of every level, each a multiple of norm_num_groups")
-    num_res_blocks: tuple = option(1, "residual blocks of a level: one number, or one per level")
-    attention_levels: tuple = option((), "which levels attend: one true or false per level; empty: none")
-    latent_channels: int = option(4, "channels of the latent; the encoder predicts mean and log-variance of each", minimum=1)
+    spatial_dims: int = option(2, "spatial axes: 2 for images, 3 for volumes; --image_size implies it")
+    in_channels: int = option(0, "channels of the images; 0: those of the data", minimum=0)
+    out_channels: int = option(0, "channels of the reconstruction; 0: same as in_channels", minimum=0)
+    num_channels: tuple = option(
+        (32, 64, 64), "width of every level, a multiple of norm_num_groups each", essential=True)
+    num_res_blocks: tuple = option(1, "residual blocks per level: one number, or one per level")
+    attention_levels: tuple = option((), "whether each level has attention: one true or false per level; empty: none")
+    latent_channels: int = option(
+        4, "channels of the latent; the encoder predicts mean and log-variance of each", minimum=1, essential=True)
     norm_num_groups: int = option(16, "groups of every norm", minimum=1)
     norm_eps: float = option(1e-6, "added to the variance in every norm", minimum=0)
-    with_encoder_nonlocal_attn: bool = option(False, "attend once at the end of the encoder")
-    with_decoder_nonlocal_attn: bool = option(False, "attend once at the start of the decoder")
-    use_convtranspose: bool = option(False, "upsample by transposed convolution, not by repeating and convolving")
-    use_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, more time")
-    downsample_factors: tuple = option(
-        (), "stride from level to level, one entry less than num_channels, each a number or one per axis; empty: all 2"
-    )
-    initial_downsample_factor: tuple = option(1, "stride of the first convolution: a number, or one per axis")
-    final_upsample: str = option(
-        "nearest", "how initial_downsample_factor is undone: nearest repeats elements and convolves them; shuffle has "
-                   "a kernel of its own for each of the new elements", choices=("nearest", "shuffle")
-    )
-    space_to_channel: bool = option(
-        False, "shortcuts around every change of size that move elements between space and channels (DC-AE), which "
-               "keep detail where strides are large"
-    )
-    recompute_norms: bool = option(False, "recompute norms and activations in the backward pass: less memory, little time")
-    downsample_kernel_size: int = option(
-        0, "kernel of strided convolutions; 0: wide enough to see every input; 3 for checkpoints made with a fixed 3",
-        minimum=0
-    )
-    image_range: tuple = option((-1.0, 1.0), "values that black and white have inside the network (0,1 for MONAI's)")
+    with_encoder_nonlocal_attn: bool = option(False, "add attention at the end of the encoder")
+    with_decoder_nonlocal_attn: bool = option(False, "add attention at the start of the decoder")
+    use_convtranspose: bool = option(
+        False, "upsample by transposed convolution instead of nearest-neighbor upsampling followed by a convolution")
+    use_checkpointing: bool = option(False, "recompute whole blocks in the backward pass: less memory, more time")
+    downsample_factors: tuple = option((), "downsampling factor between levels, one fewer than num_channels, each a "
+                                           "number or one per axis; empty: all 2", essential=True)
+    initial_downsample_factor: tuple = option(
+        1, "downsampling factor of the first convolution: a number, or one per axis", essential=True)
+    final_upsample: str = option("nearest", "how initial_downsample_factor is inverted: nearest (nearest-neighbor "
+                                            "upsampling followed by a convolution) or shuffle (pixel shuffle, with a "
+                                            "kernel for each new element)", choices=("nearest", "shuffle"))
+    space_to_channel: bool = option(False, "add shortcuts around every change of size that move elements between space "
+                                           "and channels (DC-AE), which preserve detail at large factors")
+    recompute_norms: bool = option(
+        False, "recompute norms and activations in the backward pass: less memory, little time")
+    downsample_kernel_size: int = option(0, "kernel size of strided convolutions; 0: large enough to see every input; "
+                                            "3: for checkpoints with a fixed 3", minimum=0)
+    image_range: tuple = option((-1.0, 1.0), "minimum and maximum intensity inside the network (0,1 for MONAI's)")
 
 
 def total_factors(config: AutoencoderConfig, dims: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def _number(text):
 
 integers = CommaSeparated("integers", "comma-separated integers such as 16,8", int)
 numbers = CommaSeparated("numbers", "comma-separated numbers such as 1,2,2", _number)
-names = CommaSeparated("names", "comma-separated names", str)
+words = CommaSeparated("names", "comma-separated names", str)
 
 
 class _Size(ParsedText):

@@ -19,13 +19,14 @@ import collections
 import enum
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from . import deprecated_names
-from .config import option
+from .config import ParsedText, option
 from .interfaces import Process
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
 from .nn import mean_flat
@@ -80,30 +81,34 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
     return NOISE_SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 
+respacing = ParsedText("steps", "a count (250), counts per section (10,15,20), ddimN (ddim25) or logsnrN (logsnr20)",
+                       re.compile(r"((ddim|logsnr)?\d+|\d+( *, *\d+)*|) *").fullmatch, bool)
+
+
 @dataclass
 class DiffusionConfig:
     """The noise schedule, what the network predicts, and how it is trained and sampled."""
 
     process: str = option("gaussian", "diffusion process")
-    learn_sigma: bool = option(False, "predict the variance of each reverse step too (twice the output channels); needed "
-                                   "for good samples in few steps and for likelihoods")
-    diffusion_steps: int = option(1000, "steps of the process that the network is trained on", minimum=1)
-    noise_schedule: str = option("linear", "how fast noise is added: linear (DDPM) or cosine (gentler at both ends); with "
-                                        "_zero_snr down to pure noise, which --predict_v or --predict_xstart can take",
-                              choices=tuple(NOISE_SCHEDULES))
-    timestep_respacing: str = option("", "steps to visit: a count (250), counts per equal section (10,15,20), ddimN "
-                                      "(ddim25: N steps at one stride, for DDIM), logsnrN (logsnr20: N steps evenly "
-                                      "spread over the log of the signal-to-noise ratio, for the multi-step solvers); "
-                                      "empty is every step")
-    use_kl: bool = option(False, "train on the variational bound alone, the loss of best likelihood, in place of the mean "
-                              "squared error")
-    predict_xstart: bool = option(False, "let the network predict the clean x_0 in place of the noise")
-    predict_v: bool = option(False, "let the network predict the velocity, noise and x_0 in turn as the noise falls")
-    min_snr_gamma: float = option(0.0, "weigh the squared error by min(SNR, this), which keeps easy times from drowning "
-                                    "the others; 5 is usual, 0 is off", minimum=0)
-    rescale_timesteps: bool = option(False, "show the network times that run to 1000 whatever the number of steps")
-    rescale_learned_sigmas: bool = option(False, "weigh the variance term of the loss by steps / 1000, so that it never "
-                                              "outweighs the squared error (with learn_sigma)")
+    learn_sigma: bool = option(False, "predict the variance of each reverse step too (twice the output channels), as "
+                                      "good samples in few steps and likelihoods require")
+    diffusion_steps: int = option(1000, "timesteps of the process that the network is trained on", minimum=1)
+    noise_schedule: str = option(
+        "linear", "noise schedule: linear (DDPM) or cosine (slower at both ends); _zero_snr: ends in pure noise, which "
+                  "requires --predict_v or --predict_xstart", choices=tuple(NOISE_SCHEDULES))
+    timestep_respacing: respacing = option(
+        "", "steps to sample: a count (250), counts per equal section (10,15,20), ddimN (N steps at an integer stride, "
+            "for DDIM) or logsnrN (N steps evenly spaced in log-SNR, for multi-step solvers); empty: all",
+        essential="num_samples")
+    use_kl: bool = option(False, "train on the variational lower bound only, the loss of the best likelihood, instead "
+                                 "of the squared error")
+    predict_xstart: bool = option(False, "predict the denoised x_0 instead of the noise")
+    predict_v: bool = option(False, "predict the velocity, a mixture of noise and x_0 (v-prediction)")
+    min_snr_gamma: float = option(0.0, "weight the squared error by min(SNR, gamma), so that low noise levels do not "
+                                       "dominate; usually 5; 0: disabled", minimum=0)
+    rescale_timesteps: bool = option(False, "scale the timesteps passed to the network to [0, 1000]")
+    rescale_learned_sigmas: bool = option(False, "weight the variance term of the loss by steps / 1000, so that it "
+                                                 "never exceeds the squared error (with learn_sigma)")
 
 
 class ModelMeanType(enum.Enum):

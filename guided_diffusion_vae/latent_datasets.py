@@ -36,9 +36,10 @@ class LatentConfig:
 
     SECTION = "latents"
 
-    cache_dir: str = option("", "cache of encode_dataset.py, or a folder with one .npy per picture, to train from")
-    stats_samples: int = option(2048, "pictures over which latents are measured where they are encoded on the fly",
-                             minimum=1)
+    cache_dir: str = option(
+        "", "latent cache of encode_dataset.py, or folder with one .npy per image, to train on", essential=True)
+    stats_samples: int = option(
+        2048, "images whose latents are measured for the normalizer if images are encoded on the fly", minimum=1)
 
 
 class LatentCache(LatentSource):

@@ -54,37 +54,39 @@ class TrainConfig:
     SECTION = "training"
     fsdp, fp16_scale_growth = False, 1e-3   # flags of diffusion models alone
 
-    lr: float = option(1e-4, "learning rate of AdamW", minimum=0)
+    lr: float = option(1e-4, "learning rate of AdamW", minimum=0, essential="logdir")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", minimum=0)
-    lr_warmup_steps: int = option(0, "let the learning rate rise linearly from zero over so many steps", minimum=0)
-    lr_anneal_steps: int = option(0, "let the learning rate fall linearly to zero over so many steps, then end; 0: never",
-                               minimum=0)
-    optimizer: str = option("adamw", "adamw, or adamw8bit, whose state takes a quarter of the memory (extra: gpu)",
-                         choices=tuple(OPTIMIZERS))
-    max_steps: int = option(0, "end after that many steps; 0: at lr_anneal_steps, or never", minimum=0)
-    batch_size: int = option(1, "samples in a step on each rank", minimum=1)
-    microbatch: int = option(-1, "samples in a forward pass, to save memory; gradients are averaged; -1: batch_size",
-                          minimum=-1)
-    gradient_accumulation_steps: int = option(1, "forward passes of batch_size each in a step: the same saving, counted "
-                                              "the other way round", minimum=1)
-    ema_rate: decays = option("0.9999", "decay of the weights' moving average, several with commas between; empty: none")
+    lr_warmup_steps: int = option(0, "steps of linear learning rate warmup from 0", minimum=0)
+    lr_anneal_steps: int = option(
+        0, "steps of linear learning rate decay to 0, after which training ends; 0: constant", minimum=0)
+    optimizer: str = option(
+        "adamw", "adamw, or adamw8bit with a quarter of the state in memory (extra: gpu)", choices=tuple(OPTIMIZERS))
+    max_steps: int = option(
+        0, "step at which training ends; 0: at lr_anneal_steps, or never", minimum=0, essential="logdir")
+    batch_size: int = option(1, "samples per step on each rank", minimum=1, essential=True)
+    microbatch: int = option(
+        -1, "samples per forward pass, to save memory; gradients are averaged; -1: same as batch_size", minimum=-1)
+    gradient_accumulation_steps: int = option(
+        1, "forward passes of batch_size each per step, the inverse way to set --microbatch", minimum=1)
+    ema_rate: decays = option("0.9999", "comma-separated decays of the EMA weights; empty: none")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = option(0, "delete all but the newest so many checkpoints; 0: keep all", minimum=0)
-    preview_interval: int = option(0, "steps between preview pictures and validation; 0: with every checkpoint", minimum=0)
-    resume_checkpoint: str = option("", "model file to go on from; empty or auto: the newest of the run folder")
-    grad_clip: float = option(0.0, "scale gradients down to this norm; 0: leave them", minimum=0)
+    keep_checkpoints: int = option(0, "number of latest checkpoints to keep; 0: all", minimum=0)
+    preview_interval: int = option(0, "steps between previews and validation; 0: at every checkpoint", minimum=0)
+    resume_checkpoint: str = option(
+        "", "model file (modelNNNNNN.pt) to resume from; empty or auto: the latest of the run folder")
+    grad_clip: float = option(0.0, "maximum gradient norm; 0: no clipping", minimum=0)
     mixed_precision: bool = option(False, "run the forward pass in half-precision autocast; weights stay float32")
-    amp_dtype: str = option("bfloat16", "what --mixed_precision computes in; float16 comes with a loss scale",
-                         choices=tuple(AMP_DTYPES))
-    compile: bool = option(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, and "
-                               "pays in runs of some thousand steps (without --recompute_norms: the compiler decides)")
-    init_from: str = option("", "run or weights file whose weights a new run begins with, where names and shapes agree; "
-                             "what is not taken over is listed")
-    fast_dev_run: bool = option(False, "try everything out in a few steps (train, measure, save, end), in the folder "
-                                      "fast_dev_run of the run's, which is emptied first")
+    amp_dtype: str = option(
+        "bfloat16", "data type of --mixed_precision; float16 uses a loss scale", choices=tuple(AMP_DTYPES))
+    compile: bool = option(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, "
+                                  "which pays off after thousands of steps; excludes --recompute_norms")
+    init_from: str = option(
+        "", "run or weights file to initialize a new run from, where names and shapes agree; other weights are listed")
+    fast_dev_run: bool = option(False, "smoke test: train, validate, save and exit within a few steps, in the "
+                                       "subfolder fast_dev_run, which is emptied first")
     fast_dev_run_batches: int = option(2, "steps of --fast_dev_run", minimum=1)
-    seed: int = option(0, "seed of everything random in training")
+    seed: int = option(0, "seed of all random numbers in training")
 
     @property
     def autocast_dtype(self):
@@ -99,53 +101,58 @@ class TrainConfig:
 
 @dataclass
 class DiffusionTrainConfig(TrainConfig):
-    schedule_sampler: str = option("uniform", "how times are drawn", choices=tuple(SCHEDULE_SAMPLERS))
-    fp16_scale_growth: float = option(1e-3, "growth of the loss scale's logarithm per step, with --use_fp16")
-    fsdp: bool = option(False, "split weights, gradients, averages and optimizer over the ranks (FSDP2), for models that "
-                            "do not fit; checkpoints stay the same files, and there are no previews")
+    schedule_sampler: str = option("uniform", "distribution of training timesteps", choices=tuple(SCHEDULE_SAMPLERS))
+    fp16_scale_growth: float = option(1e-3, "growth of the log2 loss scale per step with --use_fp16")
+    fsdp: bool = option(False, "shard weights, gradients, EMA weights and optimizer over the ranks (FSDP2), for models "
+                               "larger than memory; checkpoints are the same files, but there are no previews")
 
 
 @dataclass
 class AutoencoderTrainConfig(TrainConfig):
     SECTION = "autoencoder.training"
 
-    batch_size: int = option(16, "pictures in a step on each rank", minimum=1)
-    ema_rate: decays = option("0.999", "decay of the moving average of the weights, or several with commas between")
+    batch_size: int = option(16, "images per step on each rank", minimum=1, essential=True)
+    ema_rate: decays = option("0.999", "comma-separated decays of the EMA weights; empty: none")
     save_interval: int = option(1000, "steps between checkpoints", minimum=1)
-    mirror: bool = option(False, "mirror pictures along every axis, each by a coin of its own: the autoencoder then sees "
-                              "more kinds of detail than the data have, which helps where they are few")
-    augment: float = option(0.0, "share of pictures that are turned, scaled and shifted a little while training",
-                         minimum=0, maximum=1)
-    augment_rotation: float = option(5.0, "largest angle of --augment in degrees, either way, in every plane")
-    augment_scale: float = option(0.05, "largest share by which --augment makes larger or smaller", minimum=0, maximum=1)
-    augment_translation: float = option(1.0, "largest shift of --augment in pixels, along every axis")
-    val_data_dir: str = option("", "held-out pictures, for PSNR, SSIM, L1 beside every preview; empty: training pictures")
-    val_pictures: int = option(256, "how many held-out pictures are measured", minimum=1)
-    use_gradient_checkpointing: bool = option(False, "the same as --use_checkpointing True of the autoencoder")
-    stop_at_psnr: float = option(0.0, "end when the held-out PSNR reaches so many dB; 0: do not look", minimum=0)
-    stop_at_l1: float = option(0.0, "end when the held-out mean absolute error falls below this; 0: do not look", minimum=0)
+    augment_flip: bool = option(
+        False, "flip images along every axis with probability 0.5, independently: more kinds of detail from few images")
+    augment: float = option(0.0, "probability of a random affine augmentation (rotation, scale, translation) per "
+                                 "training image", minimum=0, maximum=1)
+    augment_rotation: float = option(5.0, "maximum angle of --augment in degrees, in both directions and every plane")
+    augment_scale: float = option(0.05, "maximum relative change of scale of --augment", minimum=0, maximum=1)
+    augment_translation: float = option(1.0, "maximum translation of --augment in pixels along every axis")
+    val_data_dir: str = option("", "validation images, whose PSNR, SSIM and L1 are measured at every preview; empty: "
+                                   "training images", essential="logdir")
+    max_val_samples: int = option(256, "maximum number of validation images", minimum=1)
+    use_gradient_checkpointing: bool = option(False, "same as --use_checkpointing True")
+    stop_at_psnr: float = option(0.0, "validation PSNR in dB at which training ends; 0: disabled", minimum=0)
+    stop_at_l1: float = option(0.0, "validation mean absolute error at which training ends; 0: disabled", minimum=0)
 
 
 @dataclass
 class ClassifierTrainConfig:
     SECTION = "classifier.training"
 
-    val_data_dir: str = option("", "held-out pictures, or a cache of them; measured every --eval_interval steps")
-    val_pictures: int = option(0, "how many held-out pictures are measured each time, evenly spread; 0: one batch, the "
-                               "next one each time", minimum=0)
-    noised: bool = option(True, "train on data noised to random times, for guidance; False: on clean data")
-    iterations: int = option(150000, "steps to train", minimum=1)
-    lr: float = option(3e-4, "learning rate of AdamW", minimum=0)
+    val_data_dir: str = option(
+        "", "validation images or a cache of them, measured every --eval_interval steps", essential="iterations")
+    max_val_samples: int = option(
+        0, "maximum number of validation samples, evenly spaced; 0: one batch, the next one each time", minimum=0)
+    noised: bool = option(
+        True, "train on data noised to random timesteps, for guidance; False: on clean data", essential="iterations")
+    iterations: int = option(150000, "training steps", minimum=1, essential=True)
+    lr: float = option(3e-4, "learning rate of AdamW", minimum=0, essential="iterations")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", minimum=0)
-    anneal_lr: bool = option(False, "let the learning rate fall linearly to zero over --iterations")
-    batch_size: int = option(4, "pictures in a step on each rank", minimum=1)
-    microbatch: int = option(-1, "pictures in a forward pass, to save memory; -1: batch_size", minimum=-1)
-    schedule_sampler: str = option("uniform", "how times are drawn with --noised", choices=tuple(SCHEDULE_SAMPLERS))
-    resume_checkpoint: str = option("", "model file to go on from; empty: the newest of the run folder, if it holds one")
+    anneal_lr: bool = option(False, "linear learning rate decay to 0 over --iterations")
+    batch_size: int = option(4, "samples per step on each rank", minimum=1, essential=True)
+    microbatch: int = option(-1, "samples per forward pass, to save memory; -1: same as batch_size", minimum=-1)
+    schedule_sampler: str = option(
+        "uniform", "distribution of training timesteps with --noised", choices=tuple(SCHEDULE_SAMPLERS))
+    resume_checkpoint: str = option(
+        "", "model file (modelNNNNNN.pt) to resume from; empty: the latest of the run folder, if any")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
-    eval_interval: int = option(5, "steps between measurements on --val_data_dir; 0: with every checkpoint", minimum=0)
+    eval_interval: int = option(5, "steps between measurements on --val_data_dir; 0: at every checkpoint", minimum=0)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
-    seed: int = option(0, "seed of everything random in training")
+    seed: int = option(0, "seed of all random numbers in training")
 
     def to_train_config(self):
         """Return the TrainConfig of this training: the flags of guided-diffusion's classifiers have names of their own."""
@@ -164,7 +171,7 @@ def resolve_train_config(train):
     require((train.resume_checkpoint in ("", "auto"), f"--fast_dev_run True and --resume_checkpoint "
              f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one of them"))
     steps = train.fast_dev_run_batches
-    changes = {"val_pictures": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
+    changes = {"max_val_samples": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
     return replace(train, max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1, **changes)
 
 

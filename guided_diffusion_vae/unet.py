@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import option, require, size
+from .config import integers, numbers, option, require, size
 from .nn import (
     SiLU, adaptive_avg_pool_nd, avg_pool_nd, cast_convolutions, checkpoint, conv_nd, linear, normalization, per_axis,
     recomputed_conv, resampling_factors, resize_linear, timestep_embedding, upsample_conv, upsample_nearest,
@@ -29,32 +29,35 @@ MATMUL_TOKENS = 1024        # up to here, bfloat16 attention on CPUs is computed
 class ModelConfig:
     """Options of the diffusion network, a `UNetModel` or `SuperResModel`."""
 
-    num_channels: int = option(128, "width of the first level; this times each entry of channel_mult is a multiple of 32",
-                            minimum=1)
-    num_res_blocks: int = option(2, "residual blocks per level going down; one more per level going up", minimum=1)
-    num_heads: int = option(4, "attention heads, where num_head_channels is -1", minimum=1)
-    num_heads_upsample: int = option(-1, "attention heads going up, where num_head_channels is -1; -1: as num_heads",
-                                  minimum=-1)
-    num_head_channels: int = option(-1, "channels per attention head, which sets the number of heads; -1: use num_heads",
-                                 minimum=-1)
-    attention_resolutions: str = option("16,8", "grid sizes that get attention, comma separated")
-    channel_mult: str = option("", "width of each level in units of num_channels, comma separated; empty: by image size")
-    dropout: float = option(0.0, "probability of dropping a feature inside residual blocks while training",
-                         minimum=0, maximum=1)
-    class_cond: bool = option(False, "condition on class labels")
-    use_checkpoint: bool = option(False, "recompute blocks in the backward pass: less memory, about a third more time")
-    recompute_norms: bool = option(False, "recompute norms and activations in the backward pass: less memory, little time")
-    use_scale_shift_norm: bool = option(True, "let the time embedding scale and shift the norms, not only add to features")
-    resblock_updown: bool = option(False, "resample inside residual blocks, not by strided convolutions between them")
-    use_fp16: bool = option(False, "run the convolutions and attention in float16, with loss scaling")
+    num_channels: int = option(128, "width of the first level; times each entry of channel_mult it must be a multiple "
+                                    "of 32", minimum=1, essential="lr")
+    num_res_blocks: int = option(
+        2, "residual blocks per level of the downsampling path; the upsampling path has one more", minimum=1)
+    num_heads: int = option(4, "attention heads if num_head_channels is -1", minimum=1)
+    num_heads_upsample: int = option(
+        -1, "attention heads of the upsampling path if num_head_channels is -1; -1: same as num_heads", minimum=-1)
+    num_head_channels: int = option(
+        -1, "channels per attention head, which determine the number of heads; -1: use num_heads", minimum=-1)
+    attention_resolutions: integers = option("16,8", "comma-separated grid sizes that have attention")
+    channel_mult: numbers = option(
+        "", "comma-separated width of each level in units of num_channels; empty: by image size", essential="lr")
+    dropout: float = option(0.0, "dropout probability inside residual blocks in training", minimum=0, maximum=1)
+    class_cond: bool = option(False, "condition on class labels", essential="lr")
+    use_checkpoint: bool = option(False, "recompute whole blocks in the backward pass: less memory, a third more time")
+    recompute_norms: bool = option(
+        False, "recompute norms and activations in the backward pass: less memory, little time")
+    use_scale_shift_norm: bool = option(True, "scale and shift norms by the timestep embedding instead of adding it")
+    resblock_updown: bool = option(
+        False, "resample inside residual blocks instead of by strided convolutions between them")
+    use_fp16: bool = option(False, "run convolutions and attention in float16, with loss scaling")
     use_new_attention_order: bool = option(False, "split qkv before heads; must match the checkpoint")
-    in_channels: int = option(0, "channels of what the network denoises; 0: those of the data (3 without data)", minimum=0)
-    num_classes: int = option(0, "classes to condition on; 0: as many as the data or the checkpoint names", minimum=0)
-    class_dropout: float = option(0.0, "share of training samples whose class is hidden, so that the model knows the data "
-                                    "without classes too, which --cfg_scale needs; 0.1 is usual", minimum=0, maximum=1)
-    dims: int = option(0, "spatial axes: 2 for pictures, 3 for volumes; 0: as the data has (2 without data)",
-                    choices=(0, 1, 2, 3))
-    resample_depth: bool = option(False, "volumes: also halve the first spatial axis (guided-diffusion keeps it whole)")
+    in_channels: int = option(0, "channels of x0; 0: those of the data (3 without data)", minimum=0)
+    num_classes: int = option(0, "classes to condition on; 0: those of the data or the checkpoint", minimum=0)
+    class_dropout: float = option(0.0, "probability of dropping the class of a training sample, which --cfg_scale "
+                                       "requires; usually 0.1", minimum=0, below=1)
+    dims: int = option(
+        0, "spatial axes: 2 for images, 3 for volumes; 0: those of the data (2 without data)", choices=(0, 1, 2, 3))
+    resample_depth: bool = option(False, "also halve the first spatial axis of volumes (guided-diffusion does not)")
 
 
 @dataclass
@@ -63,32 +66,35 @@ class SuperResConfig:
 
     SECTION = "super_res"
 
-    large_size: size = option(256, "size of the pictures that the upsampler makes: 256, or height x width as 64x128")
-    small_size: size = option(64, "size of the pictures that it starts from")
-    cond_noise_steps: int = option(0, "noise the small pictures to a random time below this while training, and tell the "
-                                   "network which (cascaded diffusion, arXiv 2106.15282, section 4.2); 0: never",
-                               minimum=0)
+    large_size: size = option(256, "size of the high-resolution images, N or HxW", essential="lr")
+    small_size: size = option(64, "size of the low-resolution images", essential="lr")
+    cond_noise_steps: int = option(
+        0, "noise the low-resolution images in training to a random timestep below this, which is passed to the "
+           "network (cascaded diffusion, arXiv:2106.15282, Sec. 4.2); 0: disabled", minimum=0)
 
 
 @dataclass
 class ClassifierConfig:
     """Options of the noise-aware classifier that guides sampling, an `EncoderUNetModel`."""
 
-    classifier_use_fp16: bool = option(False, "run the classifier's convolutions and attention in float16")
-    classifier_width: int = option(128, "width of the classifier's first level; a multiple of 32", minimum=1)
+    classifier_use_fp16: bool = option(False, "run convolutions and attention of the classifier in float16")
+    classifier_width: int = option(
+        128, "width of the classifier's first level, a multiple of 32", minimum=1, essential="iterations")
     classifier_depth: int = option(2, "residual blocks per level of the classifier", minimum=1)
-    classifier_attention_resolutions: str = option("32,16,8", "grid sizes that get attention, comma separated")
-    classifier_use_scale_shift_norm: bool = option(True, "let the time embedding scale and shift the classifier's norms")
-    classifier_resblock_updown: bool = option(True, "resample inside the classifier's residual blocks")
-    classifier_pool: str = option("attention", "how the classifier turns its last grid into logits", choices=POOLS)
-    classifier_in_channels: int = option(0, "channels of what is classified; 0: those of the data (3 without data)",
-                                      minimum=0)
-    classifier_num_classes: int = option(0, "classes to tell apart; 0: as many as the data or the checkpoint names",
-                                      minimum=0)
-    classifier_channel_mult: str = option("", "width of each level in units of classifier_width, comma separated; empty: "
-                                           "by image size, which grids below 64 have no default for")
-    classifier_dims: int = option(0, "spatial axes; 0: as the data has (2 without data)", choices=(0, 1, 2, 3))
-    classifier_resample_depth: bool = option(False, "volumes: also halve the first spatial axis")
+    classifier_attention_resolutions: integers = option(
+        "32,16,8", "comma-separated grid sizes of the classifier that have attention")
+    classifier_use_scale_shift_norm: bool = option(
+        True, "scale and shift norms of the classifier by the timestep embedding instead of adding it")
+    classifier_resblock_updown: bool = option(True, "resample inside the residual blocks of the classifier")
+    classifier_pool: str = option("attention", "pooling of the last grid of the classifier to logits", choices=POOLS)
+    classifier_in_channels: int = option(
+        0, "channels of the classifier's input; 0: those of the data (3 without data)", minimum=0)
+    classifier_num_classes: int = option(
+        0, "classes to discriminate; 0: those of the data or the checkpoint", minimum=0)
+    classifier_channel_mult: numbers = option("", "comma-separated width of each level in units of classifier_width; "
+                                                  "empty: by image size, from 64 up", essential="iterations")
+    classifier_dims: int = option(0, "spatial axes; 0: those of the data (2 without data)", choices=(0, 1, 2, 3))
+    classifier_resample_depth: bool = option(False, "also halve the first spatial axis of volumes")
 
 
 # --- Attention ---

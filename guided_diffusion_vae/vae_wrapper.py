@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from . import deprecated_names
 from .autoencoder import latent_grid
-from .config import option, require
+from .config import ParsedText, option, require
 from .interfaces import Codec
 from .nn import to_device
 from .vae import LOGVAR_RANGE, blend_tiles, from_image_range, sample_moments, to_image_range
@@ -33,25 +33,33 @@ LATENT_STD_LIMITS = (0.9, 1.1)
 
 @dataclasses.dataclass
 class VAEConfig:
-    vae_path: str = option("", "autoencoder: a run of train_autoencoder.py or a weights file of one, a diffusers folder "
-                            "(or hub:owner/name to download one), or MONAI weights with a YAML file beside them")
-    scale_factor: float = option(0.0, "what latents are multiplied by; 0: what the autoencoder states, else 0.18215",
-                              minimum=0)
-    vae_config: str = option("", "YAML file with the arguments of MONAI weights; empty: the one beside them")
-    vae_dtype: str = option("float32", "precision inside the autoencoder", choices=tuple(DTYPES))
-    vae_batch_size: int = option(0, "pictures that the autoencoder takes at a time; 0: all it is given", minimum=0)
-    vae_tile: int = option(0, "have no more than this many pixels of the longest side on the device at a time, for "
-                           "pictures and volumes larger than its memory; exact for autoencoders of this project and of "
-                           "MONAI, overlapping tiles for those of diffusers; 0: the whole", minimum=0)
+    vae_path: str = option(
+        "", "autoencoder: run of train_autoencoder.py or a weights file of one, a diffusers folder (or hub:owner/name "
+            "to download one), or MONAI weights next to a YAML file", essential=True)
+    scale_factor: float = option(0.0, "factor that latents are multiplied by; 0: that of the autoencoder, else 0.18215",
+                                 minimum=0, essential="out")
+    vae_config: str = option("", "YAML file with the arguments of MONAI weights; empty: the one next to them")
+    vae_dtype: str = option("float32", "precision of the autoencoder", choices=tuple(DTYPES))
+    vae_batch_size: int = option(
+        0, "images per forward pass of the autoencoder; 0: whole batches", minimum=0, essential="store")
+    vae_tile: int = option(0, "maximum number of pixels on the longest axis per forward pass, for inputs larger than "
+                              "memory: exact for autoencoders of this project and MONAI, overlapping tiles for "
+                              "diffusers; 0: untiled", minimum=0, essential="store")
+
+
+normalization = ParsedText("mode", "auto, channel, none, or a number > 0 such as 0.18215, which inverts that scale factor",
+                           lambda text: text if text in ("auto", "channel", "none") else float(text),
+                           lambda mode: isinstance(mode, str) or 0 < mode < math.inf)
 
 
 @dataclasses.dataclass
 class NormalizerConfig:
     SECTION = "latents"
 
-    normalizer: str = option("auto", "what latents are divided by before diffusion: auto (their measured standard "
-                                  "deviation), channel (mean and standard deviation per channel), a number, or none")
-    allow_latent_std: bool = option(False, "train although the standard deviation of x0 is outside 0.9 to 1.1")
+    normalizer: normalization = option(
+        "auto", "what latents are divided by before diffusion: auto (their measured standard deviation), channel (mean "
+                "and standard deviation per channel), a number, or none")
+    allow_latent_std: bool = option(False, "train even if the standard deviation of x0 is outside [0.9, 1.1]")
 
 
 def create_vae(config: VAEConfig, device=None) -> "VAEInterface":
@@ -270,15 +278,15 @@ class LatentNormalizer:
                  f"latents have shift {self.shift} and std {self.std}: expected finite numbers and std above 0"))
 
     @classmethod
-    def fit(cls, mode, statistics: dict, scale_factor: float) -> "LatentNormalizer":
+    def fit(cls, mode, statistics: dict) -> "LatentNormalizer":
         """Choose shift and std for latents with these statistics (mean, std, channel_mean, channel_std).
 
         auto: the std over all channels, shift 0. channel: mean and std of each channel. A number: that std, shift 0;
-        with `scale_factor` itself the diffusion model sees z. none: the latents as they are.
+        with the scale factor itself the diffusion model sees z. none: the latents as they are.
 
         :raises ValueError: for another mode, and for mode channel if a channel is constant.
         """
-        mode = str(mode)
+        mode, std = str(mode), normalization.parse(mode, "normalizer")
         if mode == "channel":
             dead = [i for i, std in enumerate(statistics["channel_std"]) if not std > 1e-4 * statistics["std"]]
             require((not dead, f"latent channels {dead} are constant: they cannot be divided by their standard "
@@ -286,13 +294,7 @@ class LatentNormalizer:
             return cls(statistics["channel_mean"], statistics["channel_std"], mode)
         if mode in ("none", "auto"):
             return cls([0], [1 if mode == "none" else statistics["std"]], mode)
-        try:
-            number = float(mode)
-        except ValueError:
-            number = math.nan
-        require((0 < number < math.inf, f"--normalizer must be auto, channel, none, or a number > 0 such as "
-                                        f"{scale_factor}, which inverts the scale factor; got {mode!r}"))
-        return cls([0], [number], mode)
+        return cls([0], [std], mode)
 
     def normalize(self, latents) -> torch.Tensor:
         """Return x0 of scaled latents; inverts `denormalize`.  [N x C x ...] -> same."""

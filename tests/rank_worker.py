@@ -97,7 +97,7 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform", con
         if kind == "adversarial":
             discriminator = DiscriminatorTrainer(create_discriminator(DISCRIMINATOR, 2, 1), DISCRIMINATOR, config)
         objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
-                                         AutoencoderTrainConfig(mirror=True), discriminator=discriminator)
+                                         AutoencoderTrainConfig(augment_flip=True), discriminator=discriminator)
         return network, {"objective": objective, "data": ImageStream(pictures, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),

@@ -108,7 +108,7 @@ def test_reconstructions_are_samples_that_can_be_evaluated(tmp_path):
 
 def test_roundtrip_of_a_subset_is_evenly_spaced(tmp_path):
     source = ImageFolder(DATA, data_dir=write_folder(tmp_path / "data"))
-    report = roundtrip(HalvingCodec(), source, RoundtripConfig(num_pictures=3), tmp_path, CPU)
+    report = roundtrip(HalvingCodec(), source, RoundtripConfig(max_samples=3), tmp_path, CPU)
     assert report["num_images"] == 3
     half = [(image - HalvingCodec().decode_batch(HalvingCodec().encode_batch(image))).abs().mean().item()
             for image in source.batch([0, 6, 11])[:, None]]

@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from guided_diffusion_vae.config import validate
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
 from guided_diffusion_vae.sampling import (
-    ClassifierFreeGuidance, classifier_cond_fn, parse_interval, timesteps_in_interval,
+    ClassifierFreeGuidance, SamplingConfig, classifier_cond_fn, noise_levels, timesteps_in_interval,
 )
 
 LABELS = torch.tensor([2, 0, 1])
@@ -77,11 +78,12 @@ def test_intervals_are_noise_to_signal_ratios(rescale):
     assert timesteps_in_interval(process, (0, 1e9))[1] == factor * 99
 
 
-def test_parse_interval_reads_two_numbers():
-    assert parse_interval("") is None and parse_interval("0.3,3") == (0.3, 3.0)
+def test_an_interval_is_parsed_from_two_numbers():
+    assert noise_levels.parse("", "x") == () and noise_levels.parse("0.3,3", "x") == (0.3, 3.0)
+    assert noise_levels.parse("1,inf", "x") == (1.0, float("inf"))
 
 
 @pytest.mark.parametrize("text", ["3,0.3", "1", "a,b", "-1,2", "1,2,3"])
-def test_parse_interval_rejects_other_text(text):
-    with pytest.raises(ValueError, match="--cfg_interval .*: expected two noise levels, the lower first, e.g. 0.3,3"):
-        parse_interval(text)
+def test_invalid_intervals_are_rejected(text):
+    with pytest.raises(ValueError, match=f"--cfg_interval must be two noise levels, the lower first, .* got '{text}'"):
+        validate(SamplingConfig(cfg_interval=text))

@@ -82,7 +82,7 @@ def test_more_shards_than_files_may_be_open_are_rejected(cached, monkeypatch):
 
 def test_large_latents_are_read_fewer_steps_at_once(cached, monkeypatch):
     cache = cached()
-    whiten = LatentNormalizer.fit("auto", cache.statistics, cache.scale_factor)
+    whiten = LatentNormalizer.fit("auto", cache.statistics)
     for numbers, together in ((2**23, 512), (6 * 16, 3), (1, 1)):
         monkeypatch.setattr(batching, "BULK_ELEMENTS", numbers)
         stream = LatentStream(cache, whiten, BatchPlan(COUNT, 2), "cpu")
@@ -472,7 +472,7 @@ def test_statistics_are_measured_on_a_seeded_sample(dataset):
 
 def stream_of(source, rank=0, num_ranks=1, batch=4, **options):
     plan = BatchPlan(source.count, batch // num_ranks, rank, num_ranks, seed=3)
-    normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
+    normalizer = LatentNormalizer.fit("auto", source.statistics)
     return LatentStream(source, normalizer, plan, "cpu", with_labels=True, **options)
 
 
@@ -513,7 +513,7 @@ def test_stream_is_normalized_with_noise_keyed_by_seed_step_and_slot(cached):
 def test_batch_is_sent_to_the_device_without_synchronizing(cached, mode):
     """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
     cache = cached()
-    normalizer = LatentNormalizer.fit(mode, cache.statistics, cache.scale_factor)
+    normalizer = LatentNormalizer.fit(mode, cache.statistics)
     with Launches() as launches:
         stream = LatentStream(cache, normalizer, BatchPlan(COUNT, 4, seed=3), "meta", with_labels=True)
         x0, conditioning = next(stream)

@@ -122,7 +122,7 @@ def validation(source, count, noised, batch_size=2):
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
     source = EncodedImages(source, PixelCodec(1))
     model = FirstClass()
-    train = ClassifierTrainConfig(val_pictures=count, batch_size=batch_size, eval_interval=5)
+    train = ClassifierTrainConfig(max_val_samples=count, batch_size=batch_size, eval_interval=5)
     normalizer = LatentNormalizer([0], [1], "none")
     return model, ClassifierValidation(model, objective, source, normalizer, ["b", "a"], train, CPU)
 

@@ -198,7 +198,7 @@ def test_new_samples_replace_images_of_earlier_ones(sampler, tmp_path):
     generate(sampler, tmp_path, num_samples=4)
     generate(sampler, tmp_path, (2,), num_samples=2)
     assert sorted(p.name for p in (tmp_path / "png").glob("*.png")) == ["tapout_000000.png", "tapout_000001.png"]
-    generate(sampler, tmp_path, num_samples=2, png=False)
+    generate(sampler, tmp_path, num_samples=2, save_individual=False)
     assert not (tmp_path / "png").exists()
 
 
@@ -206,9 +206,9 @@ def test_images_of_other_origin_are_never_removed(sampler, tmp_path):
     mine = tmp_path / "png" / "mine.png"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="png already exists .*; use another --logdir, or --png False"):
+    with pytest.raises(FileExistsError, match="png already exists .*; use another --logdir, or --save_individual False"):
         generate(sampler, tmp_path, num_samples=2)
-    generate(sampler, tmp_path, num_samples=2, png=False)
+    generate(sampler, tmp_path, num_samples=2, save_individual=False)
     assert mine.read_bytes() == b"precious"
 
 

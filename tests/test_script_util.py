@@ -1,21 +1,25 @@
 import dataclasses
+import importlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+import guided_diffusion_vae
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import check, option
+from guided_diffusion_vae.config import check, option, read, section_name, validate
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig
 from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.evaluation.comparison import EvaluateConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import LatentConfig
+from guided_diffusion_vae.runs.configs import CONFIGS as ALL_CONFIGS
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, model_and_diffusion_defaults
 from guided_diffusion_vae.runs.flags import (
-    add_dict_to_argparser, args_to_dict, drop_fields, parse, parse_explicit, select_fields, str2bool,
+    add_dict_to_argparser, args_to_dict, argparser, drop_fields, flag_names, parse, parse_explicit, select_fields, str2bool,
 )
 from guided_diffusion_vae.runs.training import AutoencoderPlan, DiffusionPlan
 from guided_diffusion_vae.runs.run import Run, RunConfig
@@ -276,6 +280,124 @@ def test_help_all_shows_sections_choices_and_defaults_as_they_are_typed(capsys, 
     assert "--recon_loss {l1,l2}" in text and "(default: 0.0001)" in text and "--dry_run BOOL" in text
 
 
+def configs_of(script):
+    """The config classes and selections of a script."""
+    return runpy.run_path(str(script))["main"].argparser.args[1:]
+
+
+@pytest.mark.parametrize("script", sorted((CONFIGS.parent / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_help_is_one_screen_of_essential_flags(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    classes = configs_of(script)
+    names = flag_names(*classes)
+    pages = []
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            parse("doc", *classes, argv=[flag])
+        pages.append(capsys.readouterr().out)
+        assert stop.value.code == 0
+    shown, all_shown = (set(re.findall(r"^  --(\w+)", page, re.M)) for page in pages)
+    assert 3 < len(shown) <= 15 and len(pages[0].splitlines()) <= 34 and all_shown == {"config", "help_all", *names}
+    assert shown <= {"config", *names} and pages[0].endswith(f"\n--help_all lists all {len(names) + 1} flags\n")
+    assert not shown & {"in_channels", "out_channels", "num_classes", "dims", "spatial_dims", "classifier_dims",
+                        "classifier_in_channels", "classifier_num_classes"}
+
+
+def test_a_flag_may_be_essential_only_beside_another():
+    @dataclasses.dataclass
+    class Here:
+        first: int = option(1, "a", essential=True)
+        second: int = option(2, "b", essential="third")
+
+    @dataclasses.dataclass
+    class There:
+        third: int = option(3, "c")
+
+    essential = lambda *classes: [action.dest for action in argparser("doc", *classes).essential]
+    assert essential(Here) == ["config", "first"] and essential(Here, There) == ["config", "first", "second"]
+
+
+def test_the_table_of_configs_is_complete():
+    package = Path(guided_diffusion_vae.__file__).parent
+    declared = set()
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        if "= option(" in path.read_text() and path.name != "config.py" or module.endswith("data.config"):
+            members = vars(importlib.import_module(module)).values()
+            declared |= {cls for cls in members if dataclasses.is_dataclass(cls) and isinstance(cls, type)
+                         and cls.__module__ == module and all("help" in f.metadata for f in dataclasses.fields(cls))}
+    assert declared == set(ALL_CONFIGS) and len(declared) > 25
+
+
+def test_fields_of_one_name_in_one_section_agree_in_type():
+    kinds = {}
+    for cls in ALL_CONFIGS:
+        for field in dataclasses.fields(cls):
+            assert kinds.setdefault((section_name(cls), field.name), field.type) is field.type
+
+
+@pytest.mark.parametrize("cls", ALL_CONFIGS, ids=lambda cls: cls.__name__)
+def test_defaults_are_valid_and_survive_the_command_line(cls):
+    validate(cls())
+    for field in dataclasses.fields(cls):
+        shown = json.dumps(field.default) if isinstance(field.default, tuple) else str(field.default)
+        assert read(field, shown) == field.default and type(read(field, shown)) is type(field.default)
+
+
+@pytest.mark.parametrize("argv", [["--mirror", "True"], ["--mirror=True"]])
+def test_a_deprecated_flag_works_and_is_reported_once(capsys, argv):
+    with pytest.warns(DeprecationWarning, match="^--mirror is deprecated, use --augment_flip$") as caught:
+        configs, given = parse_explicit("doc", *AUTOENCODER, argv=[*argv, "--lr", "0.5"])
+    assert configs[3].augment_flip and given == {"augment_flip": True, "lr": 0.5} and len(caught) == 1
+    assert capsys.readouterr().err == "--mirror is deprecated, use --augment_flip\n"
+
+
+def test_a_deprecated_yaml_key_works_and_is_reported(yaml_file, capsys):
+    path = yaml_file("autoencoder: {training: {val_pictures: 7}}\nclassifier.training: {val_pictures: 3}\nmirror: true")
+    with pytest.warns(DeprecationWarning, match="autoencoder.training.val_pictures is deprecated, use autoencoder.training.max_val_samples"):
+        train = parse("doc", *AUTOENCODER, argv=["--config", path, "--max_val_samples", "9"])[3]
+    assert train.augment_flip and train.max_val_samples == 9      # the command line wins over either name
+    shown = capsys.readouterr().err
+    assert f"{path}: mirror is deprecated, use augment_flip\n" in shown
+
+
+@pytest.mark.parametrize("argv, text, match", [
+    (["--mirror", "True", "--augment_flip", "True"], "lr: 1.0", "--mirror is the deprecated name of --augment_flip"),
+    ([], "autoencoder.training: {val_pictures: 7, max_val_samples: 8}", "training.val_pictures is the deprecated name"),
+])
+def test_both_names_of_a_flag_are_rejected(yaml_file, argv, text, match):
+    with pytest.raises(ValueError, match=match):
+        parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *argv])
+
+
+def test_a_deprecated_name_is_no_flag_of_scripts_without_the_present_one(capsys):
+    with pytest.raises(SystemExit):
+        parse("doc", ModelConfig, argv=["--mirror", "True"])
+    assert "unrecognized arguments: --mirror" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, value, problem", [
+    ("value_range", "1", "two finite numbers, the lower first"), ("spacing", "1,2", "one or three distances"),
+    ("image_size", "64x", "a size such as 64"), ("reference_db", "loud", "a finite number, or empty"),
+    ("channel_mult", "1;2", "comma-separated numbers"), ("attention_resolutions", "a", "comma-separated integers"),
+    ("timestep_respacing", "dim25", "a count"), ("ema_rate", "1.5", "comma-separated numbers in"),
+    ("normalizer", "atuo", "auto, channel, none, or a number"), ("class_dropout", "1", "< 1"),
+])
+def test_malformed_text_is_rejected_while_flags_are_parsed(capsys, yaml_file, flag, value, problem):
+    with pytest.raises(SystemExit):
+        parse("doc", *DIFFUSION, argv=[f"--{flag}", value])
+    assert capsys.readouterr().err.startswith(f"error: --{flag} must be {problem}")
+    with pytest.raises(ValueError, match=f"file.yaml: --{flag} must be {problem}"):
+        parse("doc", *DIFFUSION, argv=["--config", yaml_file(f"{flag}: {value}")])
+
+
+def test_lists_may_be_lists_in_yaml(yaml_file):
+    text = "model: {channel_mult: [1, 2], attention_resolutions: [8]}\ndata: {value_range: [-80, 0]}\nema_rate: [0.9, 0.99]"
+    _, _, _, data, model, _, train, _ = parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
+    assert (model.channel_mult, model.attention_resolutions) == ("1,2", "8")
+    assert (data.value_range, train.ema_rate) == ("-80,0", "0.9,0.99")
+
+
 def test_defaults_printed_by_help_are_read_back_as_themselves():
     default = AutoencoderConfig().num_channels
     shown = json.dumps(default, separators=(",", ":"))
@@ -313,9 +435,10 @@ def test_a_flag_of_another_class_does_not_set_a_field_that_is_not_selected():
 
 
 @pytest.mark.parametrize("flags, match", [
-    ({"channel_mult": "1,two"}, "--channel_mult '1,two': expected comma-separated numbers, e.g. 1,2,2"),
-    ({"channel_mult": "1;2"}, "--channel_mult '1;2'"),
-    ({"attention_resolutions": "16,small"}, "'16,small': expected .*16,8; check --attention_resolutions and --class"),
+    ({"channel_mult": "1,two"}, "--channel_mult must be comma-separated numbers such as 1,2,2, got '1,two'"),
+    ({"channel_mult": "1;2"}, "--channel_mult must be .* got '1;2'"),
+    ({"attention_resolutions": "16,small"},
+     "--attention_resolutions must be comma-separated integers such as 16,8, got '16,small'"),
 ])
 def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
     with pytest.raises(ValueError, match=match):

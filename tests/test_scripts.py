@@ -625,7 +625,7 @@ def test_an_upsampler_works_between_two_latent_grids(chain, call, tmp_path, cach
         status, _, err = call("encode_dataset", vae_path=chain.autoencoder, data_dir=chain.data, image_size=32,
                               cache_dir=tmp_path / "small")
         assert status == 0, err
-        flags.update(cache_dir=chain.cache, small_cache_dir=tmp_path / "small")
+        flags.update(cache_dir=chain.cache, low_res_cache_dir=tmp_path / "small")
     else:
         flags.update(vae_path=chain.autoencoder, data_dir=chain.data, large_size=64, small_size=32)
     status, out, err = call("super_res_train", **flags)
@@ -974,13 +974,13 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("classifier_sample", {"model_path": "{diffusion}/model000002.pt"}, "--classifier_path is not set: expected"),
     ("classifier_sample", {"model_path": "{diffusion}", "classifier_path": "{diffusion}"}, "of kind 'classifier'"),
     ("super_res_train", {"cache_dir": "{cache}"}, "set --low_res_cache_dir to a cache of its low-resolution"),
-    ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{cache}"}, "set --small_size below"),
+    ("super_res_train", {"cache_dir": "{cache}", "low_res_cache_dir": "{cache}"}, "set --small_size below"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "set --small_size below"),
     ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'super_res', got 'diffusion'"),
     ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder given for the cache"),
     ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{colour}", "batch_size": 4},
      "(--val_data_dir): expected 1 channels"),
-    ("train_autoencoder", {"data_dir": "{data}", "val_pictures": 0, "batch_size": 4}, "--val_pictures is 0; it is at least 1"),
+    ("train_autoencoder", {"data_dir": "{data}", "max_val_samples": 0, "batch_size": 4}, "--max_val_samples must be >= 1, got 0"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": 16, "discriminator_weight": 0.5, "batch_size": 4},
      "too small for the discriminator: expected at least 24"),
     ("classifier_train", {"data_dir": "{data}", "val_data_dir": "{plain}", "iterations": 1}, "has no classes"),
@@ -996,7 +996,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
                          "diffusion_steps": 100, "cond_noise_steps": 250}, "--cond_noise_steps must be <= 100, the steps of the process, got 250"),
     ("image_train_vae", {"cache_dir": "{cache}", "num_channels": 32, "channel_mult": "1,1,1,1,1,1"},
      "fewer levels (--channel_mult), or data of size 32"),
-    ("super_res_train", {"cache_dir": "{cache}", "small_cache_dir": "{mirrored}"},
+    ("super_res_train", {"cache_dir": "{cache}", "low_res_cache_dir": "{mirrored}"},
      "was encoded with --random_flip True"),
     ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{cache}", "data_dir": "{data}"},
      "conflicts with --data_dir"),

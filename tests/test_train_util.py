@@ -479,7 +479,7 @@ def test_the_learning_rate_rises_first_and_then_falls(tmp_path):
 @pytest.mark.parametrize("given, settled_to", [
     ({"batch_size": 2, "gradient_accumulation_steps": 3}, {"batch_size": 6, "microbatch": 2}),
     ({"batch_size": 2, "microbatch": 1}, {"batch_size": 2, "microbatch": 1}),
-    ({"batch_size": 5, "fast_dev_run": True}, {"max_steps": 2, "save_interval": 2, "val_pictures": 5}),
+    ({"batch_size": 5, "fast_dev_run": True}, {"max_steps": 2, "save_interval": 2, "max_val_samples": 5}),
     ({"fast_dev_run": True, "fast_dev_run_batches": 7}, {"max_steps": 7, "preview_interval": 7}),
 ])
 def test_accumulation_and_trial_runs_become_flags_of_the_loop(given, settled_to):

@@ -96,7 +96,7 @@ def test_round_trip_is_unchanged_by_the_normalizer(own, mode):
     columns = latents.double().transpose(0, 1).flatten(1)
     statistics = {"mean": columns.mean().item(), "std": columns.std().item(), "channel_mean": columns.mean(1).tolist(),
                   "channel_std": columns.std(1).tolist()}
-    fitted = LatentNormalizer.fit(mode, statistics, codec.scale_factor)
+    fitted = LatentNormalizer.fit(mode, statistics)
     normalizer = LatentNormalizer.from_dict(json.loads(json.dumps(fitted.to_dict())))
     again = codec.decode_batch(normalizer.denormalize(normalizer.normalize(latents)))
     torch.testing.assert_close(again, codec.decode_batch(latents), atol=1e-5, rtol=0)
@@ -483,7 +483,7 @@ STATISTICS = {"mean": 0.5, "std": 2.0, "channel_mean": [1.0, -2.0], "channel_std
 ])
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_normalizer_divides_by_the_statistics_of_its_mode(mode, shift, std, axes):
-    normalizer = LatentNormalizer.fit(mode, STATISTICS, 0.18215)
+    normalizer = LatentNormalizer.fit(mode, STATISTICS)
     latents = torch.randn(2, 2, *(3,) * axes)
     column = (1, -1, *(1,) * axes)
     x0 = normalizer.normalize(latents)
@@ -496,7 +496,7 @@ def test_channel_mode_gives_every_channel_mean_zero_and_std_one():
     latents = torch.randn(64, 2, 8) * torch.tensor([[0.5], [4.0]]) + torch.tensor([[1.0], [-2.0]])
     columns = latents.double().transpose(0, 1).flatten(1)
     statistics = {"std": 3.0, "channel_mean": columns.mean(1).tolist(), "channel_std": columns.std(1).tolist()}
-    x0 = LatentNormalizer.fit("channel", statistics, 1.0).normalize(latents).transpose(0, 1).flatten(1)
+    x0 = LatentNormalizer.fit("channel", statistics).normalize(latents).transpose(0, 1).flatten(1)
     torch.testing.assert_close(x0.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(x0.std(1), torch.ones(2))
 
@@ -504,26 +504,26 @@ def test_channel_mode_gives_every_channel_mean_zero_and_std_one():
 @pytest.mark.parametrize("mode", ["atuo", "0", "-1", "nan", "inf", ""])
 def test_unknown_normalizer_modes_are_rejected(mode):
     with pytest.raises(ValueError, match="--normalizer must be auto, channel, none, or a number > 0 .*0.18215"):
-        LatentNormalizer.fit(mode, STATISTICS, 0.18215)
+        LatentNormalizer.fit(mode, STATISTICS)
 
 
 def test_constant_channels_are_rejected_in_channel_mode():
     statistics = {**STATISTICS, "channel_std": [0.0, 4.0]}
     with pytest.raises(ValueError, match=r"channels \[0\] are constant.*--normalizer auto"):
-        LatentNormalizer.fit("channel", statistics, 0.18215)
+        LatentNormalizer.fit("channel", statistics)
     with pytest.raises(ValueError, match="std above 0"):
-        LatentNormalizer.fit("auto", {**STATISTICS, "std": 0.0}, 0.18215)
+        LatentNormalizer.fit("auto", {**STATISTICS, "std": 0.0})
 
 
 def test_normalizer_of_another_latent_is_rejected():
     with pytest.raises(ValueError, match=r"latents of shape \(1, 3, 2, 2\) do not match a normalizer of 2 channels"):
-        LatentNormalizer.fit("channel", STATISTICS, 1.0).normalize(torch.zeros(1, 3, 2, 2))
+        LatentNormalizer.fit("channel", STATISTICS).normalize(torch.zeros(1, 3, 2, 2))
 
 
 @pytest.mark.parametrize("std, rejected", [(0.89, True), (0.9, False), (1.0, False), (1.1, False), (1.2, True),
                                           (float("nan"), True)])
 def test_latent_std_outside_its_limits_is_rejected_unless_allowed(std, rejected):
-    normalizer = LatentNormalizer.fit("0.5", STATISTICS, 0.18215)
+    normalizer = LatentNormalizer.fit("0.5", STATISTICS)
     check_latent_std(std, normalizer, allow=True)
     if rejected:
         text = f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto.*--allow_latent_std"

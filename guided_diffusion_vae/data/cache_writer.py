@@ -26,11 +26,11 @@ class LatentCacheConfig:
 
     SECTION = "latents"
 
-    cache_dir: str = option("", "folder of the cache, such as latents_cache/NAME")
-    store: str = option("moments", "moments: mean and log-variance, so that every visit draws a fresh posterior sample; "
-                                "mode: the mean alone, half the size", choices=("moments", "mode"))
-    latent_dtype: str = option("float16", "type of the numbers on disk", choices=("float16", "float32"))
-    shard_size: int = option(0, "latents per file; 0: a 64th of them, at least 256 and at most 4096", minimum=0)
+    cache_dir: str = option("", "folder of the cache, such as latents_cache/NAME", essential=True)
+    store: str = option("moments", "moments: mean and log-variance, so that every epoch draws new posterior samples; "
+                                   "mode: mean only, half the size", choices=("moments", "mode"), essential=True)
+    latent_dtype: str = option("float16", "data type on disk", choices=("float16", "float32"), essential=True)
+    shard_size: int = option(0, "latents per file; 0: 1/64 of them, in [256, 4096]", minimum=0)
 
 
 def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None, batch_size=32):

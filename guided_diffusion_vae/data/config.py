@@ -17,29 +17,32 @@ decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text
 class DataConfig:
     """What to read, and how file values become numbers in [0, 1]."""
 
-    data_dir: str = option("", "folder of pictures (jpg, png, gif, tiff, npy; sub-folders are classes), or one .npz "
-                            "with images [N x H x W (x C)] and labels")
-    image_size: size = option(64, "size of the pictures: 64, or height x width as 64x128; larger ones are shrunk. Three "
-                               "sizes, such as 128x128x64, are those of volumes, or of patches cut out of them")
-    voxel_size: tuple = option((), "the same for volumes as a list: [128,128,64]")
-    image_channels: int = option(0, "1 or 3: convert every picture to grey or colour; 0: as the files are, all alike",
-                              choices=(0, 1, 3))
-    value_range: interval = option("", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0); needed for float "
-                               "and 32-bit files, else the integer type's full range; values outside are refused")
-    value_window: interval = option("", "the same, and what lies outside is cut off, as in a window of a CT in Hounsfield "
-                                "units (--value_window=-1000,400)")
-    dynamic_range_db: float = option(0.0, "complex .npy: [reference - D, reference] dB of the magnitude become [0, 1], "
-                                       "what lies below is 0; needed for complex files", minimum=0)
-    reference_db: decibels = option("", "complex .npy: the level in dB that becomes 1; empty: each array's own maximum")
-    crop: str = option("center", "what happens to a picture of another shape; center or random: cut to the shape asked "
-                              "for; none: squeezed into it whole, while volumes must have that shape; grid (volumes): "
-                              "cut into as many patches as cover it", choices=("center", "random", "none", "grid"))
-    random_flip: bool = option(False, "mirror every other picture left to right (a spectrogram then runs back in time)")
-    pad: bool = option(False, "repeat the last row and column until the autoencoder's strides divide the size; results "
-                           "are cropped back")
-    patches_per_volume: int = option(1, "volumes with --crop random: patches that each gives in an epoch", minimum=1)
-    spacing: distances = option("", "volumes: distance of neighbouring voxels in mm, one number or one an axis; empty: what the "
-                           "file says (.nii), else 1")
+    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, npy, npz, nii; subfolders are "
+                               "classes), or an .npz archive with images [N x H x W (x C)] and labels", essential=True)
+    image_size: size = option(64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
+                                  "downsampled", essential=True)
+    voxel_size: tuple = option((), "size of volumes as a list such as [128,128,64]; another name of --image_size")
+    image_channels: int = option(0, "convert all images to 1 (grayscale) or 3 (RGB) channels; 0: keep the channels of "
+                                    "the files, which must agree", choices=(0, 1, 3), essential="budget_gb")
+    value_range: interval = option(
+        "", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0), required for float and 32-bit files; "
+            "values outside are an error; empty: full range of the integer type")
+    value_window: interval = option("", "lo,hi: as --value_range, but values outside are clipped "
+                                        "(--value_window=-1000,400 for CT in Hounsfield units)")
+    dynamic_range_db: float = option(0.0, "D for complex .npy files, which require it: magnitudes in [reference - D, "
+                                          "reference] dB become [0, 1], lower ones 0", minimum=0)
+    reference_db: decibels = option(
+        "", "level in dB that becomes 1 in complex .npy files; empty: maximum of each array")
+    crop: str = option("center", "how inputs of another size are fitted: center or random crop; none: resize, ignoring "
+                                 "the aspect ratio (volumes must match); grid: cover volumes with patches",
+                       choices=("center", "random", "none", "grid"))
+    random_flip: bool = option(
+        False, "flip images horizontally with probability 0.5 (a spectrogram is then reversed in time)")
+    pad: bool = option(False, "repeat the last row and column until the autoencoder's downsampling factors divide the "
+                              "size; results are cropped back")
+    patches_per_volume: int = option(1, "patches per volume and epoch with --crop random", minimum=1)
+    spacing: distances = option(
+        "", "voxel spacing of volumes in mm, one number or one per axis; empty: that of the file (.nii), else 1")
 
     def __post_init__(self):
         vars(self).update(translate_pairs(vars(self)))     # voxel_size is another name of image_size
@@ -70,7 +73,8 @@ class SmallCacheConfig:
 
     SECTION = "latents"
 
-    small_cache_dir: str = option("", "cache of the same pictures as --cache_dir, encoded at a smaller --image_size")
+    low_res_cache_dir: str = option(
+        "", "cache of the same images as --cache_dir, encoded at a smaller --image_size", essential=True)
 
 
 def unpad(images, unpadded_shape):

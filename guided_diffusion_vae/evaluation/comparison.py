@@ -20,19 +20,23 @@ from .image_metrics import average_metrics, paired_metrics
 class EvaluateConfig:
     SECTION = "evaluation"
 
-    samples: str = option("", "what is judged: the run of a sampling script, an .npz of it, or a folder of pictures")
-    reference: str = option("", "what it is held against: a folder of real pictures, an .npz of them, or with "
-                             "--inception_path an .npz of guided-diffusion with statistics (mu, sigma, mu_s, sigma_s)")
-    train_dir: str = option("", "the training pictures, to look for copies and to measure them against the reference")
-    inception_path: str = option("", "weights file of the Inception network (its name and SHA-256 are said where it is "
-                                  "missing): distances are then FID, sFID, KID, and the Inception Score is given")
-    classifier_path: str = option("", "run of classifier_train.py, or one weights file of it: its classes are compared "
-                                   "with those asked for, and without --inception_path its features are measured")
-    paired: bool = option(False, "sample i is a version of reference picture i: report PSNR, SSIM and L1 too")
-    tstr_iterations: int = option(0, "train a new classifier for so many steps on the samples (and one on --train_dir), "
-                                  "and report its accuracy on the reference; 0: do not", minimum=0)
-    tstr_batch_size: int = option(32, "pictures in a step of that training, on each rank", minimum=1)
-    batch_size: int = option(64, "pictures at a time on each rank", minimum=1)
+    samples: str = option(
+        "", "samples to evaluate: run of a sampling script, its .npz, or a folder of images", essential=True)
+    reference: str = option("", "reference set: a folder or .npz of real images; with --inception_path also a "
+                                "guided-diffusion .npz of statistics (mu, sigma, mu_s, sigma_s)", essential=True)
+    train_dir: str = option("", "training images: find memorized ones among the samples, and compare them with the "
+                                "reference", essential=True)
+    inception_path: str = option("", "weights file of the Inception network (if it is missing, the error gives its "
+                                     "name and SHA-256): report FID, sFID, KID and the Inception Score", essential=True)
+    classifier_path: str = option(
+        "", "run of classifier_train.py or a weights file of one: compare its classes with the requested ones, and "
+            "without --inception_path use its features", essential=True)
+    paired: bool = option(
+        False, "sample i is a version of reference image i: also report PSNR, SSIM and L1", essential=True)
+    tstr_iterations: int = option(0, "steps to train a new classifier on the samples (and one on --train_dir) whose "
+                                     "accuracy on the reference is reported; 0: disabled", minimum=0, essential=True)
+    tstr_batch_size: int = option(32, "images per step of that training on each rank", minimum=1)
+    batch_size: int = option(64, "images in a batch per rank", minimum=1, essential=True)
 
 
 @dataclass(frozen=True)

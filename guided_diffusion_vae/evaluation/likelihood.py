@@ -20,11 +20,11 @@ LIKELIHOOD = 11  # second number of the keys of noise; training and sampling use
 class LikelihoodConfig:
     SECTION = "evaluation"
 
-    model_path: str = option("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
-                              "guided-diffusion, which the flags of the model describe")
-    num_samples: int = option(1000, "how many items of the data to measure, evenly spread", minimum=1)
-    batch_size: int = option(1, "items at a time on each rank", minimum=1)
-    clip_denoised: bool = option(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
+    model_path: str = option("", "run of image_train.py or image_train_vae.py, a weights file of one, or one of "
+                                 "guided-diffusion described by the model flags", essential=True)
+    num_samples: int = option(1000, "number of evenly spaced items of the data to measure", minimum=1, essential=True)
+    batch_size: int = option(1, "items in a batch per rank", minimum=1, essential=True)
+    clip_denoised: bool = option(True, "clip the predicted x0 to [-1, 1]; for latents only if set explicitly")
     seed: int = option(0, "seed of the noise")
 
 

@@ -22,7 +22,7 @@ class ReconstructionValidation:
     """
 
     def __init__(self, model, image_range, source, count, folder, device, batch_size):
-        require((count >= 1, f"--val_pictures must be >= 1, got {count}"))
+        require((count >= 1, f"--max_val_samples must be >= 1, got {count}"))
         self.model, self.image_range, self.source = model, image_range, source
         self.folder, self.device, self.batch_size = folder, device, batch_size
         # Autoencoders trained on patches of volumes are measured on full volumes.
@@ -99,7 +99,7 @@ class ClassifierValidation:
     """Log the metrics of a classifier's objective on held-out data, noised as in training.
 
     :param source: a source of x0 before `normalizer`; `class_names` are those of the model.
-    :param train: a ClassifierTrainConfig: `val_pictures` evenly spaced items are measured each time; 0: `batch_size`
+    :param train: a ClassifierTrainConfig: `max_val_samples` evenly spaced items are measured each time; 0: `batch_size`
         of them, the next ones each time.
     :raises ValueError: if the source has no classes, or others than the model.
     """
@@ -110,8 +110,8 @@ class ClassifierValidation:
         self.batch_size, self.seed, self.device = train.batch_size, train.seed, device
         self.interval = train.eval_interval or train.save_interval
         self.labels = map_labels(source, class_names)
-        spaced = np.linspace(0, len(source) - 1, min(train.val_pictures, len(source))).round().astype(int)
-        self.chosen = spaced if train.val_pictures else None
+        spaced = np.linspace(0, len(source) - 1, min(train.max_val_samples, len(source))).round().astype(int)
+        self.chosen = spaced if train.max_val_samples else None
 
     @torch.no_grad()
     def __call__(self, step):

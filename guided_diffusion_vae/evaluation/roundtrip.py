@@ -15,13 +15,14 @@ from .image_metrics import average_metrics, bicubic_baseline, max_error, paired_
 
 @dataclass
 class RoundtripConfig:
-    num_pictures: int = option(0, "how many pictures to check, evenly spread over the folder; 0: all", minimum=0)
-    batch_size: int = option(32, "pictures at a time", minimum=1)
-    min_psnr: float = option(0.0, "exit with status 1 where the mean PSNR is below this many dB")
-    min_ssim: float = option(-1.0, "exit with status 1 where the mean SSIM is below this")
-    max_l1: float = option(1.0, "exit with status 1 where the mean absolute error is above this")
-    save_npz: bool = option(False, "write the reconstructions to reconstructions_NxHxWxC.npz, which evaluate.py takes as "
-                                "--samples; with --inception_path its FID is what papers call rFID")
+    max_samples: int = option(
+        0, "number of evenly spaced images of the folder to check; 0: all", minimum=0, essential=True)
+    batch_size: int = option(32, "images in a batch", minimum=1, essential=True)
+    min_psnr: float = option(0.0, "exit with status 1 if the mean PSNR in dB is lower", essential=True)
+    min_ssim: float = option(-1.0, "exit with status 1 if the mean SSIM is lower", essential=True)
+    max_l1: float = option(1.0, "exit with status 1 if the mean absolute error is higher", essential=True)
+    save_npz: bool = option(False, "write reconstructions_NxHxWxC.npz, which evaluate.py reads as --samples: with "
+                                   "--inception_path its FID is the rFID of papers", essential=True)
 
 
 def roundtrip(codec, source, config, folder, device):
@@ -33,7 +34,7 @@ def roundtrip(codec, source, config, folder, device):
 
     :param source: an `ImageSource`.
     """
-    count = config.num_pictures or len(source)
+    count = config.max_samples or len(source)
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
     scores, errors, moments, grid, reconstructions = [], [], RunningMoments(), None, []
     for start in progress(range(0, len(chosen), config.batch_size), "round trip"):

@@ -22,12 +22,12 @@ MAX_RELATIVE_DIFFERENCE = 1e-4   # between the outputs of export and original, r
 
 @dataclass
 class ExportConfig:
-    model_path: str = option("", "a run folder of this project (its slowest average is taken) or one weights file of it")
-    format: str = option("safetensors", "safetensors: the weights with their header in one file; diffusers: a folder "
-                                     "for from_pretrained, with an autoencoder, or a pipeline of UNet, scheduler and "
-                                     "autoencoder",
-                      choices=FORMATS)
-    out: str = option("", "the file or folder to write")
+    model_path: str = option(
+        "", "run folder (its EMA weights of the largest decay) or weights file of this project", essential=True)
+    format: str = option("safetensors", "safetensors: one file with weights and header; diffusers: a folder for "
+                                        "from_pretrained, with an autoencoder, or a pipeline of UNet, scheduler and "
+                                        "autoencoder", choices=FORMATS, essential=True)
+    out: str = option("", "file or folder to write", essential=True)
 
 
 def _check_supported(*rules):

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 
 from .. import gaussian_diffusion as gd
-from ..config import as_dict, from_dict, require
+from ..config import as_dict, from_dict, integers, numbers, require
 from ..gaussian_diffusion import DiffusionConfig
 from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps
 from ..unet import (
@@ -173,7 +173,7 @@ def create_classifier(
     return EncoderUNetModel(
         image_size=image_size, in_channels=classifier_in_channels or 3, model_channels=classifier_width,
         out_channels=classifier_num_classes or NUM_CLASSES, num_res_blocks=classifier_depth,
-        attention_resolutions=_strides(image_size, classifier_attention_resolutions),
+        attention_resolutions=_strides(image_size, classifier_attention_resolutions, "classifier_attention_resolutions"),
         channel_mult=_multipliers(image_size, classifier_channel_mult, CLASSIFIER_CHANNEL_MULT),
         use_fp16=classifier_use_fp16, num_head_channels=64, use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown, pool=classifier_pool, dims=classifier_dims or 2,
@@ -244,14 +244,9 @@ def choose_timesteps(betas, timestep_respacing):
     return space_timesteps(len(betas), timestep_respacing or [len(betas)])
 
 
-def _strides(size, resolutions):
+def _strides(size, resolutions, flag="attention_resolutions"):
     """Return the downsampling factors at which the longest side of the grid has the given sizes ("16,8")."""
-    try:
-        sides = [int(r) for r in str(resolutions).split(",") if r]
-    except ValueError:
-        raise ValueError(f"attention resolutions {resolutions!r}: expected comma-separated integers, e.g. 16,8; check "
-                         "--attention_resolutions and --classifier_attention_resolutions") from None
-    return tuple(_longest(size) // r for r in sides if r)
+    return tuple(_longest(size) // side for side in integers.parse(resolutions, flag) if side)
 
 
 def _longest(size):
@@ -260,14 +255,11 @@ def _longest(size):
 
 def _multipliers(size, text, table):
     """Return the width multipliers of a flag, by default those of the longest side of the grid."""
-    flag = "--classifier_channel_mult" if table is CLASSIFIER_CHANNEL_MULT else "--channel_mult"
+    flag = "classifier_channel_mult" if table is CLASSIFIER_CHANNEL_MULT else "channel_mult"
     if text:
-        try:
-            return tuple(float(m) if "." in m else int(m) for m in str(text).split(","))
-        except ValueError:
-            raise ValueError(f"{flag} {text!r}: expected comma-separated numbers, e.g. 1,2,2") from None
+        return numbers.parse(text, flag)
     require((_longest(size) in table, f"no default width multipliers for a grid of {size}: expected one of: "
-             f"{', '.join(map(str, sorted(table)))}; set {flag}, e.g. 1,2,2"))
+             f"{', '.join(map(str, sorted(table)))}; set --{flag}, e.g. 1,2,2"))
     return table[_longest(size)]
 
 

@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import dist_util
-from ..config import PAIRS, ParsedText, check_pairs, convert, from_dict, read, section_name, size
+from ..config import PAIRS, check_pairs, convert, from_dict, read, section_name, size
 
 # Former names of flags and YAML keys, until the next minor release; each use is reported.
-FLAG_ALIASES = {}
+FLAG_ALIASES = {
+    "val_pictures": "max_val_samples",          # alias
+    "num_pictures": "max_samples",              # alias
+    "mirror": "augment_flip",                   # alias
+    "small_cache_dir": "low_res_cache_dir",     # alias
+    "png": "save_individual",                   # alias
+}
 
 
 class Selection(NamedTuple):
@@ -153,13 +159,13 @@ def _rename_flags(argv, known):
     return [re.sub(r"^--(\w+)", lambda flag: f"--{renamed.get(flag[1], flag[1])}", word) for word in argv]
 
 
-def _rename(names, known, prefix="--"):
-    """Return {deprecated name: present one} of the flags or YAML keys among `names`, and report each."""
+def _rename(names, known, prefix="--", source=""):
+    """Return {deprecated name: present one} of the flags, or keys of the YAML file `source`, and report each."""
     renamed = {old: new for old, new in FLAG_ALIASES.items() if old in names and new in known}
     for old, new in renamed.items():
         if new in names:
-            raise ValueError(f"{prefix}{old} is the deprecated name of {prefix}{new}: set only {prefix}{new}")
-        message = f"{prefix}{old} is deprecated, use {prefix}{new}"
+            raise ValueError(f"{source}{prefix}{old} is the deprecated name of {prefix}{new}; set only the latter")
+        message = f"{source}{prefix}{old} is deprecated, use {prefix}{new}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         if dist_util.rank() == 0:  # Python hides such warnings outside of __main__
             print(message, file=sys.stderr)
@@ -248,7 +254,7 @@ def read_yaml(path, classes):
     def take(section, entries):
         here = {f.name for s in selections if section in ("", "device", s.section) for f in s.fields}
         known = sections.get(section, set()) | here
-        renamed = _rename(entries, known, f"{path}: {section and section + '.'}")
+        renamed = _rename(entries, known, section and f"{section}.", f"{path}: ")
         for key, value in entries.items():
             nested, key = f"{section}.{key}" if section else key, renamed.get(key, key)
             if nested in sections and (value is None or isinstance(value, dict)):

@@ -20,7 +20,7 @@ from ..files import sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
     OWNED_MARKER, SAMPLE_FILES, BaseConfig, ClassifierFreeGuidance, GuidanceConfig, LowResConditioning, Sampler,
-    SamplingConfig, classifier_cond_fn, decoded_shape, generate_samples, parse_interval, resolve_sampler,
+    SamplingConfig, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
     timesteps_in_interval,
 )
 from .factories import (
@@ -179,7 +179,7 @@ def _classifier_free_guidance(config, network, diffusion, weights, fields):
              f"--cfg_interval {config.cfg_interval} has no effect with --cfg_scale 1; set --cfg_scale"))
     if config.cfg_scale == 1:
         return network
-    interval = parse_interval(config.cfg_interval)
+    interval = noise_levels.parse(config.cfg_interval, "cfg_interval")
     timesteps = timesteps_in_interval(diffusion, interval) if interval else None
     require((trained.get("class_dropout"), f"--cfg_scale {config.cfg_scale} requires a model trained with "
              f"--class_dropout > 0; {weights.path} was not and has no unconditional prediction"),

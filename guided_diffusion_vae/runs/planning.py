@@ -16,8 +16,9 @@ counts = CommaSeparated("counts", "comma-separated integers > 0, such as 1,2,4",
 
 @dataclass
 class PlanConfig:
-    budget_gb: sizes = option("12,24,32,40", "memory of the devices to plan for, in GiB, comma-separated")
-    plan_batch_sizes: counts = option("1,2,4,8", "samples per forward pass to plan for, comma-separated")
+    budget_gb: sizes = option("12,24,32,40", "comma-separated device memory sizes to plan for, in GiB", essential=True)
+    plan_batch_sizes: counts = option(
+        "1,2,4,8", "comma-separated numbers of samples per forward pass to plan for", essential=True)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from .flags import drop_fields as drop_fields, select_fields as select_fields  #
 
 @dataclasses.dataclass
 class RunConfig:
-    logdir: str = option("", "folder of the run; default $OPENAI_LOGDIR, else runs/<script>-<date>")
-    dry_run: bool = option(False, "print the resolved configuration, the data and the model's size, then stop")
+    logdir: str = option("", "run folder; empty: $OPENAI_LOGDIR, else runs/<script>-<date>", essential=True)
+    dry_run: bool = option(
+        False, "print the resolved configuration, the data and the size of the model, then exit", essential=True)
 
 
 class Run:

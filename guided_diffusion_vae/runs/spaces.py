@@ -142,7 +142,7 @@ def open_low_res(run, source, space):
 
     :raises ValueError: if they are not smaller, or their cache has other items or settings than `source`.
     """
-    cache_dir = run[SmallCacheConfig].small_cache_dir
+    cache_dir = run[SmallCacheConfig].low_res_cache_dir
     if cache_dir:
         low_res = open_cache(cache_dir, run.explicit)
         _check_same_items(low_res, source)
@@ -270,7 +270,7 @@ def open_space(header, vae, device=None):
 
 def fit_normalizer(config, source):
     """Return the LatentNormalizer of a latent source after checking the standard deviation of its x0."""
-    normalizer = LatentNormalizer.fit(config.normalizer, source.statistics, source.scale_factor)
+    normalizer = LatentNormalizer.fit(config.normalizer, source.statistics)
     std = source.statistics["std"] / normalizer.std[0] if len(normalizer.std) == 1 else 1.0
     check_latent_std(std, normalizer, config.allow_latent_std)
     return normalizer

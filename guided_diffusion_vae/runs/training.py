@@ -160,7 +160,7 @@ def train_autoencoder(run):
         objective = AutoencoderObjective(loss, network, config.image_range, train,
                                          distance and (perceptual.perceptual_weight, distance), trainer)
         # Validation must not take more memory than was planned for training.
-        preview = ReconstructionValidation(network, config.image_range, validation, train.val_pictures, run.folder,
+        preview = ReconstructionValidation(network, config.image_range, validation, train.max_val_samples, run.folder,
                                            device, min(VALIDATION_BATCH, memory.forward_size))
         bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
         task = TrainTask(objective, header, preview, monitor="val_psnr", checkpoint=run.checkpoint,

@@ -53,7 +53,10 @@ def run_tstr(run, datasets):
     for name, images in datasets.items():
         if name == "reference":
             continue
-        settings = hash_lines([images.fingerprint, *map(repr, (*configs, dist_util.world_size()))])
+        # With the names that these fields had at first, so that evaluations begun then are resumed.
+        texts = (repr(part).replace("max_val_samples=", "val_pictures=").replace("process='gaussian', ", "")    # alias
+                 for part in (*configs, dist_util.world_size()))
+        settings = hash_lines([images.fingerprint, *texts])
         folder = run.folder / f"trained_on_{name}_{settings[:8]}"
         inner = run.derive("classifier_train", configs, folder)
         marker = inner.checkpoint[0]

@@ -25,7 +25,7 @@ _SHARD_FILES = re.compile(rf"\d{{8}}-\d{{8}}\.npy|{re.escape(SETTINGS_FILE)}|\..
 def generate_samples(sampler, classes, config, folder, device):
     """Generate all samples on all ranks and write them; return the path of samples_NxHxWxC.npz.
 
-    contact_sheet.png is written next to it and, with `config.png`, png/ and for volumes volumes/. Until the end shards/
+    contact_sheet.png is written next to it, with `config.save_individual` also png/ and volumes/. Until the end shards/
     contains one file per batch; the same call again generates the missing ones.
 
     :raises ValueError: if shards/ contains samples with other settings.
@@ -49,7 +49,7 @@ def generate_samples(sampler, classes, config, folder, device):
                  "has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train with more "
                  "--diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
         images = to_uint8(sampler.decode(x0))
-        if config.png:  # before the shard, whose existence marks the batch as complete
+        if config.save_individual:  # before the shard, whose existence marks the batch as complete
             labels = sampler.labels(indices, classes)
             for row, i in enumerate(indices):
                 prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
@@ -100,12 +100,14 @@ def _check_settings(shards, png, sampler, classes, config):
     if dist_util.rank() == 0:
         settings = {**sampler.settings, "seed": sampler.seed, "sampler": sampler.solver, "classes": classes,
                     "steps": [int(t) for t in sampler.diffusion.timestep_map], "clip_denoised": sampler.clip_denoised,
-                    "batch_size": config.batch_size, "image_shape": list(sampler.image_shape), "png": config.png}
+                    "batch_size": config.batch_size, "image_shape": list(sampler.image_shape),
+                    "png": config.save_individual}
         record = shards / SETTINGS_FILE
         try:
             found = json.loads(record.read_text())
         except (OSError, ValueError):   # missing, or truncated by a kill before any shard was written
-            _start_folders(shards, (png, png.with_name("volumes")), len(sampler.image_shape) - 2 if config.png else 0)
+            owned = len(sampler.image_shape) - 2 if config.save_individual else 0
+            _start_folders(shards, (png, png.with_name("volumes")), owned)
             write_json(record, settings)
         else:
             other = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
@@ -123,7 +125,7 @@ def _start_folders(shards, image_folders, count):
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         owned = all(map(_SHARD_FILES.fullmatch, names)) if folder == shards else not names or OWNED_MARKER in names
         require((owned, f"{folder} already exists and was not created by sampling; use another --logdir"
-                 f"{'' if folder == shards else ', or --png False'}"), error=FileExistsError)
+                 f"{'' if folder == shards else ', or --save_individual False'}"), error=FileExistsError)
     for older in (shards, *(folder for folder in image_folders if (folder / OWNED_MARKER).exists())):
         shutil.rmtree(older, ignore_errors=True)
     for folder in image_folders[:count]:

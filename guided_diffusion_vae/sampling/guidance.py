@@ -6,13 +6,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import option, require
+from ..config import option
 
 
 @dataclass
 class GuidanceConfig:
-    classifier_path: str = option("", "run of classifier_train.py on noised data, or one weights file of it")
-    classifier_scale: float = option(1.0, "how strongly the classifier's gradient pulls")
+    classifier_path: str = option(
+        "", "run of classifier_train.py on noised data, or a weights file of one", essential=True)
+    classifier_scale: float = option(1.0, "scale of the classifier's gradient", essential=True)
 
 
 def classifier_cond_fn(classifier, scale=1.0):
@@ -56,21 +57,6 @@ class ClassifierFreeGuidance:
         channels = x.shape[1]
         prediction = unconditional[:, :channels].lerp(conditional[:, :channels], self.scale)
         return torch.cat([prediction, conditional[:, channels:]], dim=1)
-
-
-def parse_interval(text):
-    """Return (low, high) from "low,high", None from an empty text.
-
-    :raises ValueError: if these are not two numbers with 0 <= low < high.
-    """
-    if not text:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    require((0 <= low < high, f"--cfg_interval {text!r}: expected two noise levels, the lower first, e.g. 0.3,3"))
-    return low, high
 
 
 def timesteps_in_interval(diffusion, interval):

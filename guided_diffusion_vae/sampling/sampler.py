@@ -5,34 +5,37 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..config import option, require, resolve
+from ..config import CommaSeparated, option, require, resolve, words
 from ..nn import keyed_randn, keyed_rng
 from .solvers import SAMPLERS, applicable_samplers
 
 START, CONDITION = 5, 8  # second number of the keys of sampling noise; training uses others
+noise_levels = CommaSeparated("lo,hi", "two noise levels, the lower first, such as 0.3,3", float,
+                              lambda ends: not ends or len(ends) == 2 and 0 <= ends[0] < ends[1])
 
 
 @dataclass
 class SamplingConfig:
-    model_path: str = option("", "run of image_train_vae.py, or one weights file of it (ema_... or model...)")
-    num_samples: int = option(64, "how many samples to draw", minimum=1)
-    batch_size: int = option(16, "samples at a time on each rank; does not change the samples", minimum=1)
-    sampler: str = option("", "how steps are taken: ddpm (random), ddim (deterministic), or a multi-step solver, which 10 "
-                           "to 25 steps are enough for: dpmpp_sde (random, forgives a model's errors), dpmpp, unipc; "
-                           "empty: ddpm, or ddim with --use_ddim",
-                       choices=("", *SAMPLERS))
-    use_ddim: bool = option(False, "the same as --sampler ddim, usually with --timestep_respacing ddim50")
-    clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, where it is the default, and "
-                                     "wrong for latents, a third of which it would cut")
-    cfg_scale: float = option(1.0, "classifier-free guidance, for a model trained with --class_dropout: 1 is none, 2 to 4 "
-                                "shows classes more clearly and with less variety")
-    cfg_interval: str = option("", "lo,hi: noise levels (noise per signal) between which --cfg_scale acts, such as 0.3,3; "
-                                "empty: all")
-    sample_dtype: str = option("float32", "what the network computes in: bfloat16 is about twice as fast, and its samples "
-                                       "differ a little", choices=("float32", "bfloat16"))
-    classes: str = option("", "names or numbers of the classes to draw, in turn: tapin,tapout; empty: all of them")
-    seed: int = option(0, "seed; sample i depends on (seed, i) alone")
-    png: bool = option(True, "write every sample as a PNG file too, and every volume as .nii.gz")
+    model_path: str = option(
+        "", "run of image_train_vae.py, or a weights file of one (ema_... or model...)", essential=True)
+    num_samples: int = option(64, "number of samples", minimum=1, essential=True)
+    batch_size: int = option(16, "samples in a batch per rank; does not change the samples", minimum=1, essential=True)
+    sampler: str = option("", "ddpm (stochastic), ddim (deterministic), or a multi-step solver for 10 to 25 steps: "
+                              "dpmpp_sde (stochastic, tolerates model errors), dpmpp, unipc; empty: ddpm, or ddim with "
+                              "--use_ddim", choices=("", *SAMPLERS), essential=True)
+    use_ddim: bool = option(False, "same as --sampler ddim, usually with --timestep_respacing ddim50")
+    clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, the default there, but "
+                                        "wrong for latents, a third of which are outside")
+    cfg_scale: float = option(1.0, "scale of classifier-free guidance, for models trained with --class_dropout; 1: "
+                                   "none; 2 to 4: clearer classes with less variety", essential=True)
+    cfg_interval: noise_levels = option(
+        "", "lo,hi: noise levels (sigma) in which --cfg_scale is active, such as 0.3,3; empty: all")
+    sample_dtype: str = option("float32", "precision of the network; bfloat16 is about twice as fast, with slightly "
+                                          "different samples", choices=("float32", "bfloat16"))
+    classes: words = option(
+        "", "comma-separated names or indices of the classes to sample cyclically; empty: all", essential=True)
+    seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
+    save_individual: bool = option(True, "also write every sample as a PNG file, every volume as .nii.gz")
 
 
 @dataclass
@@ -41,20 +44,20 @@ class PixelSamplingConfig(SamplingConfig):
 
     SECTION = "sampling"
 
-    model_path: str = option("", "run of image_train.py or image_train_vae.py, or one weights file of it, or one of "
-                              "guided-diffusion, which the flags of the model describe")
-    num_samples: int = option(10000, "how many samples to draw", minimum=1)
-    clip_denoised: bool = option(True, "clip the predicted x0 to [-1, 1]; never done to latents unless the flag is given")
+    model_path: str = option("", "run of image_train.py or image_train_vae.py, a weights file of one, or one of "
+                                 "guided-diffusion described by the model flags", essential=True)
+    num_samples: int = option(10000, "number of samples", minimum=1, essential=True)
+    clip_denoised: bool = option(True, "clip the predicted x0 to [-1, 1]; for latents only if set explicitly")
 
 
 @dataclass
 class BaseConfig:
     SECTION = "sampling"
 
-    base_samples: str = option("", "the small pictures to start from: an .npz of a sampling script (arr_0, and arr_1 "
-                                "for an upsampler with classes)")
-    cond_noise_level: int = option(0, "noise them to this time first, below the --cond_noise_steps of training; hides the "
-                                   "faults of samples", minimum=0)
+    base_samples: str = option("", "low-resolution images to upsample: .npz of a sampling script (arr_0, and arr_1 for "
+                                   "an upsampler with classes)", essential=True)
+    cond_noise_level: int = option(0, "timestep to which they are noised first, below the --cond_noise_steps of "
+                                      "training; hides artifacts of samples", minimum=0)
 
 
 class KeyedNoise:
@@ -79,7 +82,7 @@ def parse_classes(text, num_classes, names=None):
     require((num_classes or not text, f"--classes {text}: the model was trained without classes; omit the flag"))
     known = ", ".join(names) if names else f"0 to {num_classes - 1}"
     classes = []
-    for word in [w.strip() for w in text.split(",") if w.strip()]:
+    for word in words.parse(text, "classes"):
         named = names and word in names
         require((named or word.isdigit() and int(word) < num_classes,
                  f"--classes: there is no class {word!r}: expected one of: {known}"))

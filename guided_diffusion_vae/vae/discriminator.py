@@ -19,15 +19,18 @@ GROUPS = 8      # of every norm
 class DiscriminatorConfig:
     SECTION = "autoencoder.training"
 
-    discriminator_weight: float = option(0.0, "weight of the adversarial term, such as 0.5; 0: there is no discriminator",
-                                      minimum=0)
-    discriminator_start: int = option(1000, "steps before the discriminator begins to learn and to be heeded", minimum=0)
-    discriminator_loss: str = option("hinge", "what the discriminator descends on", choices=("hinge", "least_squares"))
-    adaptive_weight: bool = option(False, "scale the adversarial term so that its gradient at the last layer is as large "
-                                       "as that of the reconstruction (VQGAN, equation 7), on "
-                                       "each rank and in each forward pass for itself")
+    discriminator_weight: float = option(
+        0.0, "weight of the adversarial term, such as 0.5; 0: no discriminator", minimum=0, essential=True)
+    discriminator_start: int = option(
+        1000, "steps before the discriminator is trained and the adversarial term is used", minimum=0)
+    discriminator_loss: str = option(
+        "hinge", "adversarial loss of discriminator and autoencoder", choices=("hinge", "least_squares"))
+    adaptive_weight: bool = option(
+        False, "scale the adversarial term so that its gradient at the last layer has the norm of the reconstruction's "
+               "(VQGAN, Eq. 7), separately on each rank and in each forward pass")
     discriminator_channels: int = option(64, "width of the discriminator's first layer, a multiple of 8", minimum=8)
-    discriminator_layers: int = option(3, "halvings of the discriminator; more see larger patches", minimum=1)
+    discriminator_layers: int = option(
+        3, "stride-2 layers of the discriminator; with more it sees larger patches", minimum=1)
     discriminator_lr: float = option(0.0, "learning rate of the discriminator; 0: that of the autoencoder", minimum=0)
 
 

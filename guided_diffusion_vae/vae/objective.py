@@ -28,7 +28,7 @@ class AutoencoderObjective(PlainObjective):
         self.perceptual, self.discriminator = perceptual, discriminator
 
     def __call__(self, model, images, cond, rng, loss_scale=1.0):
-        images = random_flips(images, rng) if self.train.mirror else images
+        images = random_flips(images, rng) if self.train.augment_flip else images
         images = random_affine(images, rng, self.train) if self.train.augment else images
         x = to_image_range(images, self.image_range)
         eps = rng.normal(self.network.latent_shape(x.shape[2:]), x.device)

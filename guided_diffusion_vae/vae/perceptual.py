@@ -17,11 +17,11 @@ MIN_SIZE = 32   # pixels per side; the backbones downsample by up to 32
 class PerceptualConfig:
     SECTION = "autoencoder.training"
 
-    use_perceptual_loss: bool = option(False, "add LPIPS to the loss (extra: perceptual)")
+    use_perceptual_loss: bool = option(False, "add LPIPS to the loss (extra: perceptual)", essential="logdir")
     perceptual_weight: float = option(0.1, "weight of the perceptual term", minimum=0)
     perceptual_net: str = option("vgg", "backbone of the perceptual term", choices=BACKBONES)
-    perceptual_path: str = option("", "torchvision's weights file of that backbone, such as vgg16-397923af.pth")
-    perceptual_slices: int = option(4, "volumes: slices compared along each axis, drawn anew at every step", minimum=1)
+    perceptual_path: str = option("", "torchvision weights file of the backbone, such as vgg16-397923af.pth")
+    perceptual_slices: int = option(4, "random slices of volumes that are compared along each axis per step", minimum=1)
 
 
 class PerceptualLoss(nn.Module):

@@ -14,8 +14,8 @@ LOGVAR_RANGE = (-30.0, 20.0)    # keeps exp(logvar) finite in float32; the range
 class AutoencoderLossConfig:
     SECTION = "autoencoder.training"
 
-    kl_weight: float = option(1e-6, "weight of the KL term, which is a mean over latent elements", minimum=0)
-    recon_loss: str = option("l1", "distance of picture and reconstruction, a mean over elements", choices=("l1", "l2"))
+    kl_weight: float = option(1e-6, "weight of the KL term, a mean over latent elements", minimum=0)
+    recon_loss: str = option("l1", "reconstruction error, a mean over elements", choices=("l1", "l2"))
 
 
 def to_image_range(images, image_range: tuple[float, float]):
