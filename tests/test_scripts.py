@@ -1,4 +1,4 @@
-"""Every script from end to end on tiny data: the main job by real processes, mistakes mostly within this one."""
+"""Every script from end to end on tiny data: the main pipeline in processes, most errors within this process."""
 
 import csv
 import importlib.util
@@ -41,15 +41,15 @@ classifier: {classifier_width: 32, classifier_depth: 1, classifier_attention_res
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def words(flags):
+def to_words(flags):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def command(script, ranks, flags):
     if ranks > 1 and not (BIN / "mpiexec").exists():
-        pytest.skip(f"no mpiexec beside {sys.executable}")
+        pytest.skip(f"no mpiexec next to {sys.executable}")
     launcher = [BIN / "mpiexec", "-n", str(ranks)] if ranks > 1 else []
-    return [*launcher, sys.executable, ROOT / "scripts" / f"{script}.py", *words(flags)]
+    return [*launcher, sys.executable, ROOT / "scripts" / f"{script}.py", *to_words(flags)]
 
 
 def environment():
@@ -57,26 +57,26 @@ def environment():
     return {**environ, "OMP_NUM_THREADS": "1"}
 
 
-def started(script, ranks=1, timeout=240, **flags):
-    """Run a script in a process, or several under mpiexec; return the completed process."""
+def launch(script, ranks=1, timeout=240, **flags):
+    """Run a script in one process, or in several under mpiexec; return the completed process."""
     return subprocess.run(command(script, ranks, flags), env=environment(), capture_output=True, text=True,
                           timeout=timeout)
 
 
-def done(script, ranks=1, **flags):
-    """Run a script as `started` does and return what it printed; it must end well."""
-    process = started(script, ranks, **flags)
+def run(script, ranks=1, **flags):
+    """Run a script like `launch`, assert that it succeeds, and return its standard output."""
+    process = launch(script, ranks, **flags)
     assert process.returncode == 0, process.stdout + process.stderr
-    assert not errors_in(process.stderr) and "Traceback" not in process.stderr, process.stderr
+    assert not error_lines(process.stderr) and "Traceback" not in process.stderr, process.stderr
     return process.stdout
 
 
-def called(script, monkeypatch, capsys, **flags):
-    """Run a script's main() here, as its last line does; return (exit status, standard output, standard error)."""
+def call_main(script, monkeypatch, capsys, **flags):
+    """Run main() of a script in this process; return (exit status, standard output, standard error)."""
     spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words(flags)])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *to_words(flags)])
     monkeypatch.setattr(dist_util, "_active_rank_info", None)
     status = 0
     try:
@@ -89,15 +89,15 @@ def called(script, monkeypatch, capsys, **flags):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    return lambda script, **flags: called(script, monkeypatch, capsys, **flags)
+    return lambda script, **flags: call_main(script, monkeypatch, capsys, **flags)
 
 
-def errors_in(stderr):
+def error_lines(stderr):
     return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
 
 
-def picture(path, seed, size=64, mode="L"):
-    """Write bars, upright or lying by the parity of the seed, under noise."""
+def write_image(path, seed, size=64, mode="L"):
+    """Write noisy bars, vertical if the seed is odd, else horizontal."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     bars = 120 + 90 * np.sin((x if seed % 2 else y) / 5 + seed) + rng.normal(0, 8, (size, size))
@@ -106,99 +106,99 @@ def picture(path, seed, size=64, mode="L"):
     return path
 
 
-def pictures(folder, count=COUNT, size=64):
+def write_images(folder, count=COUNT, size=64):
     for i in range(count):
-        picture(folder / f"{'ab'[i % 2]}_{i:02d}.png", i, size)
+        write_image(folder / f"{'ab'[i % 2]}_{i:02d}.png", i, size)
     return folder
 
 
 def listing(folder):
-    """Return the time of last change of every file below a folder, by its path there."""
+    """Return {relative path: modification time} of the files below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
 
 
 class Chain:
-    """The folders of the main job, and what its commands printed."""
+    """Folders and flags of the main pipeline, and the output of its commands."""
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """Run the main job once: autoencoder, cache by two ranks, diffusion by two ranks; the rest has tests of its own."""
+    """Run the main pipeline once: autoencoder, cache by two ranks, diffusion model by two ranks."""
     root = tmp_path_factory.mktemp("chain")
-    made = Chain()
-    made.config = root / "pipeline.yaml"
-    made.config.write_text(PIPELINE)
-    made.data = pictures(root / "data")
-    made.autoencoder, made.cache, made.diffusion = root / "autoencoder", root / "cache", root / "diffusion"
-    made.train_autoencoder = {"config": made.config, "data_dir": made.data, "logdir": made.autoencoder}
-    made.encode = {"config": made.config, "vae_path": made.autoencoder, "data_dir": made.data, "cache_dir": made.cache,
-                   "shard_size": 5}
-    made.train = {"config": made.config, "cache_dir": made.cache, "logdir": made.diffusion}
-    made.printed = {
-        "autoencoder": done("train_autoencoder", **made.train_autoencoder, max_steps=2),
-        "cache": done("encode_dataset", ranks=2, **made.encode),
-        "diffusion": done("image_train_vae", ranks=2, **made.train, max_steps=2),
+    chain = Chain()
+    chain.config = root / "pipeline.yaml"
+    chain.config.write_text(PIPELINE)
+    chain.data = write_images(root / "data")
+    chain.autoencoder, chain.cache, chain.diffusion = root / "autoencoder", root / "cache", root / "diffusion"
+    chain.train_autoencoder = {"config": chain.config, "data_dir": chain.data, "logdir": chain.autoencoder}
+    chain.encode = {"config": chain.config, "vae_path": chain.autoencoder, "data_dir": chain.data,
+                    "cache_dir": chain.cache, "shard_size": 5}
+    chain.train = {"config": chain.config, "cache_dir": chain.cache, "logdir": chain.diffusion}
+    chain.printed = {
+        "autoencoder": run("train_autoencoder", **chain.train_autoencoder, max_steps=2),
+        "cache": run("encode_dataset", ranks=2, **chain.encode),
+        "diffusion": run("image_train_vae", ranks=2, **chain.train, max_steps=2),
     }
-    made.model = made.diffusion / "ema_0.9_000002.pt"
-    return made
+    chain.model = chain.diffusion / "ema_0.9_000002.pt"
+    return chain
 
 
-def rows_of(folder):
+def read_rows(folder):
     with open(folder / "progress.csv", newline="") as stream:
         return list(csv.DictReader(stream))
 
 
-# the main job
+# --- The main pipeline ---
 
 
-def test_training_prints_the_run_folder_first_and_last_and_fills_it(chain):
+def test_training_prints_and_fills_the_run_folder(chain):
     for name, folder in (("autoencoder", chain.autoencoder), ("diffusion", chain.diffusion)):
-        said = [line for line in chain.printed[name].splitlines() if line == f"run folder: {folder}"]
-        assert len(said) == 2 and chain.printed[name].rstrip().endswith(said[0])
+        lines = [line for line in chain.printed[name].splitlines() if line == f"run folder: {folder}"]
+        assert len(lines) == 2 and chain.printed[name].rstrip().endswith(lines[0])
         assert {"config.json", "log.txt", "progress.csv", "previews/000002.png", "model000002.pt", "opt000002.pt",
                 "state000002.json"} <= set(listing(folder))
         assert not [name for name in listing(folder) if name.endswith(".part")]
-    assert float(rows_of(chain.autoencoder)[-1]["val_psnr"]) > 0
-    assert {"loss", "grad_norm", "samples", "steps_per_second"} <= set(rows_of(chain.diffusion)[-1])
+    assert float(read_rows(chain.autoencoder)[-1]["val_psnr"]) > 0
+    assert {"loss", "grad_norm", "samples", "steps_per_second"} <= set(read_rows(chain.diffusion)[-1])
     assert "all-reduce of 4 MiB over 2 ranks" in chain.printed["diffusion"]
-    assert rows_of(chain.diffusion)[-1]["samples"] == "8"
+    assert read_rows(chain.diffusion)[-1]["samples"] == "8"
 
 
-def test_the_same_command_goes_on_where_training_stopped(chain, call):
+def test_training_same_command_resumes(chain, call):
     before = listing(chain.autoencoder)
     status, out, err = call("train_autoencoder", **chain.train_autoencoder, max_steps=3)
     assert status == 0, err
     assert f"going on from step 2 of {chain.autoencoder}" in out and "saving step 3" in out
-    assert [row["step"] for row in rows_of(chain.autoencoder)] == ["2", "3"]
+    assert [row["step"] for row in read_rows(chain.autoencoder)] == ["2", "3"]
     assert listing(chain.autoencoder)["model000002.pt"] == before["model000002.pt"]
-    (chain.autoencoder / "state000003.json").unlink()  # so that step 2, which the cache was made with, stays the newest
+    (chain.autoencoder / "state000003.json").unlink()   # step 2, with which the cache was encoded, stays the latest
 
 
-def test_two_ranks_go_on_where_they_stopped(chain, tmp_path):
+def test_training_two_ranks_resume(chain, tmp_path):
     flags = {**chain.train, "logdir": tmp_path / "run"}
     shutil.copytree(chain.diffusion, tmp_path / "run")
-    out = done("image_train_vae", ranks=2, **flags, max_steps=3)
+    out = run("image_train_vae", ranks=2, **flags, max_steps=3)
     assert "going on from step 2" in out and (tmp_path / "run" / "state000003.json").exists()
     assert checkpoint_util.load_weights(tmp_path / "run" / "model000003.pt")[1]["step"] == 3
 
 
-def test_the_finished_run_does_nothing_more(chain, call):
+def test_training_finished_run_does_nothing(chain, call):
     status, out, err = call("image_train_vae", **chain.train, max_steps=2)
     assert status == 0 and "going on from step 2" in out and "saving" not in out, err
 
 
-def test_the_round_trip_is_reported_and_judged(chain, call, tmp_path):
+def test_check_roundtrip_reports_metrics_and_checks_thresholds(chain, call, tmp_path):
     flags = {"vae_path": chain.autoencoder, "data_dir": chain.data, "logdir": tmp_path}
     status, out, err = call("check_roundtrip", **flags)
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert status == 0 and f"psnr: {report['psnr']:.5g}" in out and (tmp_path / "roundtrip.png").exists(), err
     status, out, err = call("check_roundtrip", **flags, min_psnr=90, max_l1=0.001)
     assert status == 1
-    assert "round trip failed: psnr " in err and "must be >= 90.0 (--min_psnr); l1 " in err
+    assert "round trip failed: psnr " in err and " must be >= 90.0 (--min_psnr); l1 " in err
 
 
-def test_two_ranks_write_one_cache_and_keep_it(chain, call):
+def test_encode_dataset_two_ranks_write_and_reuse_one_cache(chain, call):
     cache = LatentCache(chain.cache)
     cache.verify()
     assert len(cache) == COUNT and cache.latent_shape == (3, 16, 16) and cache.class_names == ["a", "b"]
@@ -208,7 +208,7 @@ def test_two_ranks_write_one_cache_and_keep_it(chain, call):
     assert status == 0 and listing(chain.cache) == before, err
 
 
-def test_an_encoding_that_was_killed_goes_on(chain, call, tmp_path):
+def test_encode_dataset_resumes_after_being_killed(chain, call, tmp_path):
     many = tmp_path / "many.npz"
     np.savez(many, images=np.random.default_rng(0).integers(0, 256, (600, 16, 16), np.uint8))
     flags = {"vae_path": chain.autoencoder, "data_dir": many, "image_size": 16, "shard_size": 2}
@@ -219,42 +219,42 @@ def test_an_encoding_that_was_killed_goes_on(chain, call, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {name: age for name, age in listing(cache).items() if name.endswith(".npy") and not name.startswith(".")}
-    assert 5 <= len(kept) < 300 and not (cache / "manifest.json").exists()
-    refused(call("image_train_vae", **{**chain.train, "cache_dir": cache, "logdir": tmp_path / "run"}, max_steps=1),
-            "is not a latent cache: it contains no manifest.json")
+    shards = {name: time for name, time in listing(cache).items() if name.endswith(".npy") and not name.startswith(".")}
+    assert 5 <= len(shards) < 300 and not (cache / "manifest.json").exists()
+    check_error(call("image_train_vae", **{**chain.train, "cache_dir": cache, "logdir": tmp_path / "run"}, max_steps=1),
+                "is not a latent cache: it contains no manifest.json")
     status, out, err = call("encode_dataset", **flags, cache_dir=cache)
     assert status == 0, err
     after = listing(cache)
-    assert not [name for name in after if name.endswith(".part")]  # the killed one may have left one
-    whole = sum(after[name] == age for name, age in kept.items())
-    assert whole >= len(kept) - 1  # the last one may lack its record
+    assert not [name for name in after if name.endswith(".part")]   # those of the killed process are removed
+    reused = sum(after[name] == time for name, time in shards.items())
+    assert reused >= len(shards) - 1    # the last shard may lack its record
     LatentCache(cache).verify()
     assert len(LatentCache(cache)) == 600 and [name for name in after if name.endswith(".json")] == ["manifest.json"]
 
 
-def test_a_model_file_alone_is_enough_and_two_ranks_draw_what_one_draws(chain, call, tmp_path, monkeypatch):
+def test_sampling_needs_only_a_model_file_and_two_ranks_equal_one(chain, call, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "one"))
     status, one, err = call("image_sample_vae", model_path=chain.model)
     assert status == 0, err
-    done("image_sample_vae", ranks=2, config=chain.config, model_path=chain.diffusion, logdir=tmp_path / "two")
+    run("image_sample_vae", ranks=2, config=chain.config, model_path=chain.diffusion, logdir=tmp_path / "two")
     assert f"saved 64 samples to {tmp_path}/one/samples_64x64x64x1.npz" in one
     first, second = (open_npz(tmp_path / path) for path in ("one/samples_64x64x64x1.npz", "two/samples_5x64x64x1.npz"))
     images = first.images[:5].astype(int)
-    # a rounding error may fall on the edge between two of the 256 levels
+    # A rounding error may cross the boundary between two 8-bit values.
     assert np.abs(images - second.images).max() <= 1 and (images != second.images).mean() < 1e-3
     assert first.labels[:5].tolist() == [0, 1, 0, 1, 0] and first.class_names == ["a", "b"] and images.std() > 3
     assert {"contact_sheet.png", "png/a_000000.png", "png/b_000003.png"} <= set(listing(tmp_path / "one"))
 
 
-def test_samples_of_asked_for_classes_by_a_faster_walk(chain, call, tmp_path):
+def test_sampling_requested_classes_with_fewer_steps(chain, call, tmp_path):
     status, out, err = call("image_sample_vae", model_path=chain.model, logdir=tmp_path, num_samples=3, classes="b",
                             timestep_respacing="ddim4", use_ddim=True)
     assert status == 0 and "2 classes, 4 steps" in out, err
     assert open_npz(tmp_path / "samples_3x64x64x1.npz").labels.tolist() == [1, 1, 1]
 
 
-def test_a_weights_file_loads_in_a_plain_load_state_dict(chain):
+def test_weights_file_loads_with_plain_load_state_dict(chain):
     bare = torch.load(chain.model, weights_only=True)
     network = create_model(16, 32, 1, channel_mult="1", class_cond=True, num_classes=2, in_channels=3,
                                        num_heads=4, use_scale_shift_norm=True, attention_resolutions="16")
@@ -264,18 +264,18 @@ def test_a_weights_file_loads_in_a_plain_load_state_dict(chain):
 @pytest.fixture(scope="session")
 def classifier(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
-    done("classifier_train", config=chain.config, data_dir=chain.data, val_data_dir=chain.data, noised=False,
-         iterations=2, eval_interval=2, logdir=folder)
+    run("classifier_train", config=chain.config, data_dir=chain.data, val_data_dir=chain.data, noised=False,
+        iterations=2, eval_interval=2, logdir=folder)
     return folder
 
 
-def test_a_classifier_of_clean_pictures_is_trained_and_measured(classifier):
+def test_classifier_train_clean_images_trains_and_validates(classifier):
     assert checkpoint_util.load_weights(classifier / "model000002.pt")[1]["classes"] == ["a", "b"]
-    assert 0 <= float(rows_of(classifier)[-1]["val_acc@1"]) <= 1
+    assert 0 <= float(read_rows(classifier)[-1]["val_acc@1"]) <= 1
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
-def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, classifier, call, tmp_path):
+def test_evaluate_uses_features_of_classifier_or_autoencoder(chain, classifier, call, tmp_path):
     flags = {"samples": chain.data, "reference": chain.data, "train_dir": chain.data, "logdir": tmp_path}
     status, out, err = call("evaluate", classifier_path=classifier, **flags)
     assert status == 0, err
@@ -288,10 +288,10 @@ def test_samples_are_evaluated_by_the_classifier_and_by_the_autoencoder(chain, c
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
-def test_two_ranks_evaluate_as_one_does(chain, classifier, call, tmp_path):
+def test_evaluate_two_ranks_equal_one(chain, classifier, call, tmp_path):
     flags = {"samples": chain.data, "reference": chain.data, "train_dir": chain.data, "classifier_path": classifier,
              "batch_size": 5}
-    done("evaluate", ranks=2, **flags, logdir=tmp_path / "two")
+    run("evaluate", ranks=2, **flags, logdir=tmp_path / "two")
     status, out, err = call("evaluate", **flags, logdir=tmp_path / "one")
     assert status == 0, err
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
@@ -301,53 +301,54 @@ def test_two_ranks_evaluate_as_one_does(chain, classifier, call, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
-def test_what_a_classifier_learns_of_samples_is_tested_on_real_pictures(chain, call, tmp_path):
-    copies = np.stack([np.asarray(Image.open(path)) for path in sorted(chain.data.iterdir())])[..., None]
-    labels = [path.name[0] == "b" for path in sorted(chain.data.iterdir())]
-    np.savez(tmp_path / "made.npz", copies, np.array(labels, int), class_names=np.array(["a", "b"]))
-    status, out, err = call("evaluate", config=chain.config, vae_path=chain.autoencoder, samples=tmp_path / "made.npz",
+def test_evaluate_tstr_trains_on_samples_and_tests_on_real_images(chain, call, tmp_path):
+    path = tmp_path / "samples.npz"
+    files = sorted(chain.data.iterdir())
+    copies = np.stack([np.asarray(Image.open(file)) for file in files])[..., None]
+    labels = [file.name[0] == "b" for file in files]
+    np.savez(path, copies, np.array(labels, int), class_names=np.array(["a", "b"]))
+    status, out, err = call("evaluate", config=chain.config, vae_path=chain.autoencoder, samples=path,
                             reference=chain.data, train_dir=chain.data, tstr_iterations=3, tstr_batch_size=4,
                             logdir=tmp_path / "run")
     assert status == 0, err
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    made, real = (report[f"train_on_{name}_test_on_real"] for name in ("samples", "training"))
-    assert made == real and made["count"] == COUNT  # the samples are the training pictures here
+    samples, training = (report[f"train_on_{name}_test_on_real"] for name in ("samples", "training"))
+    assert samples == training and samples["count"] == COUNT    # the samples are copies of the training images
     assert len(list((tmp_path / "run").glob("trained_on_samples_*/state000003.json"))) == 1
-    np.savez(tmp_path / "made.npz", copies, 1 - np.array(labels, int), class_names=np.array(["a", "b"]))
-    status, out, err = call("evaluate", config=chain.config, vae_path=chain.autoencoder, samples=tmp_path / "made.npz",
-                            reference=tmp_path / "made.npz", tstr_iterations=3, tstr_batch_size=4,
-                            logdir=tmp_path / "run")
-    assert status == 0, err  # other samples are learned from anew, and never taken for the former ones
+    np.savez(path, copies, 1 - np.array(labels, int), class_names=np.array(["a", "b"]))
+    status, out, err = call("evaluate", config=chain.config, vae_path=chain.autoencoder, samples=path, reference=path,
+                            tstr_iterations=3, tstr_batch_size=4, logdir=tmp_path / "run")
+    assert status == 0, err     # other samples train another classifier instead of resuming the first
     assert len(list((tmp_path / "run").glob("trained_on_samples_*/state000003.json"))) == 2
     assert f"run folder: {tmp_path / 'run'}" in out.strip().splitlines()[-1]
 
 
-def test_training_on_the_fly_is_training_from_the_cache_but_for_half_precision(chain, call, tmp_path):
+def test_training_on_the_fly_equals_the_cache_within_half_precision(chain, call, tmp_path):
     flags = {**chain.train, "logdir": tmp_path, "max_steps": 2, "preview_interval": 2}
     del flags["cache_dir"]
     status, out, err = call("image_train_vae", **flags, data_dir=chain.data, vae_path=chain.autoencoder, batch_size=4)
     assert status == 0, err
     cached, _ = checkpoint_util.load_weights(chain.diffusion / "model000002.pt")
     header = checkpoint_util.load_weights(tmp_path / "model000002.pt")[1]
-    flown = checkpoint_util.load_weights(tmp_path / "model000002.pt")[0]
+    on_the_fly = checkpoint_util.load_weights(tmp_path / "model000002.pt")[0]
     assert header["autoencoder"]["sha256"] == checkpoint_util.load_weights(chain.model)[1]["autoencoder"]["sha256"]
-    # the cache was read by two ranks with half the batch
-    assert max((flown[k].float() - cached[k].float()).abs().max().item() for k in cached) < 1e-3
+    # The model on the cache was trained by two ranks with half the batch each.
+    assert max((on_the_fly[k].float() - cached[k].float()).abs().max().item() for k in cached) < 1e-3
 
 
-def test_a_noised_classifier_is_the_default(chain, call, tmp_path):
+def test_classifier_train_noised_by_default(chain, call, tmp_path):
     status, out, err = call("classifier_train", config=chain.config, data_dir=chain.data, iterations=1, logdir=tmp_path)
     assert status == 0 and (tmp_path / "state000001.json").exists(), err
 
 
-@pytest.mark.parametrize("script, flags, said", [
+@pytest.mark.parametrize("script, flags, expected", [
     ("train_autoencoder", ["train_autoencoder"], "initial=1, layers=(2, 2), total downsampling: 4x: images (1, 64"),
     ("image_train_vae", ["train"], "12 latents 3x16x16"),
     ("image_sample_vae", [], "latents 3x16x16 -> images 1x64x64, 2 classes, 8 steps"),
     ("check_roundtrip", [], "images (1, 64, 64) -> latents (3, 16, 16)"),
     ("classifier_train", [], "12 images 1x64x64 in "),
 ])
-def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chain, call, tmp_path, script, flags, said):
+def test_dry_run_reports_the_plan_and_writes_nothing(chain, call, tmp_path, script, flags, expected):
     options = getattr(chain, flags[0]) if flags else {
         "image_sample_vae": {"model_path": chain.model},
         "check_roundtrip": {"vae_path": chain.autoencoder, "data_dir": chain.data},
@@ -355,15 +356,15 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(chain, call, tmp_pat
     }[script]
     before = listing(tmp_path), listing(chain.diffusion), listing(chain.autoencoder)
     status, out, err = call(script, **{**options, "logdir": tmp_path / "run"}, dry_run=True)
-    assert status == 0 and said in out and '  dry_run: true' in out, err
+    assert status == 0 and expected in out and '  dry_run: true' in out, err
     assert ("M parameters; " in out) == ("train" in script)
     assert (listing(tmp_path), listing(chain.diffusion), listing(chain.autoencoder)) == before
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 4 samples")
-def test_sizes_that_the_strides_do_not_divide_are_padded_and_cropped_back(chain, call, tmp_path):
-    odd = {"data_dir": pictures(tmp_path / "data", 4, size=18), "image_size": 18, "pad": True}
+def test_pad_extends_indivisible_sizes_and_samples_are_cropped_back(chain, call, tmp_path):
+    odd = {"data_dir": write_images(tmp_path / "data", 4, size=18), "image_size": 18, "pad": True}
     flags = {"config": chain.config, "channel_mult": "1", "batch_size": 2, "attention_resolutions": "", "max_steps": 1}
     status, out, err = call("train_autoencoder", config=chain.config, **odd, max_steps=1, logdir=tmp_path / "vae")
     assert status == 0 and "images (1, 20, 20) -> latents (3, 5, 5)" in out, err
@@ -373,16 +374,16 @@ def test_sizes_that_the_strides_do_not_divide_are_padded_and_cropped_back(chain,
     assert status == 0, err
     status, out, err = call("image_sample_vae", model_path=tmp_path / "run" / "model000001.pt", num_samples=4,
                             logdir=tmp_path / "samples")
-    made = tmp_path / "samples" / "samples_4x18x18x1.npz"
-    assert status == 0 and made.exists(), err
-    status, out, err = call("evaluate", samples=made, reference=odd["data_dir"], image_size=18,
+    samples = tmp_path / "samples" / "samples_4x18x18x1.npz"
+    assert status == 0 and samples.exists(), err
+    status, out, err = call("evaluate", samples=samples, reference=odd["data_dir"], image_size=18,
                             vae_path=tmp_path / "vae", logdir=tmp_path / "measured")
     assert status == 0, err
 
 
 @pytest.fixture(scope="session")
 def trained_on_floats(tmp_path_factory):
-    """Pictures of -80 to 0 dB, and the weights of an autoencoder trained on them; return (autoencoder, data)."""
+    """Return (autoencoder, data): images of -80 to 0 dB, and the weights of an autoencoder trained on them."""
     folder = tmp_path_factory.mktemp("floats")
     rng = np.random.default_rng(0)
     for i in range(4):
@@ -395,29 +396,30 @@ def trained_on_floats(tmp_path_factory):
     return folder / "vae.pt", folder
 
 
-@pytest.mark.parametrize("script, place", [("check_roundtrip", "logdir"), ("encode_dataset", "cache_dir")])
-def test_pictures_are_read_as_the_autoencoder_was_trained_to_see_them(trained_on_floats, call, tmp_path, script, place):
+@pytest.mark.parametrize("script, folder_flag", [("check_roundtrip", "logdir"), ("encode_dataset", "cache_dir")])
+def test_images_are_preprocessed_as_in_training_of_the_autoencoder(trained_on_floats, call, tmp_path, script,
+                                                                   folder_flag):
     path, data = trained_on_floats
     flags = {"vae_path": path, "data_dir": data}
-    status, out, err = call(script, **flags, **{place: tmp_path / "as_trained"})
+    status, out, err = call(script, **flags, **{folder_flag: tmp_path / "trained"})
     assert status == 0 and "4 images 1x8x8 (4 float32)" in out, err
-    status, out, err = call(script, **flags, image_size=16, **{place: tmp_path / "given"})
+    status, out, err = call(script, **flags, image_size=16, **{folder_flag: tmp_path / "explicit"})
     assert status == 0 and "4 images 1x16x16 (4 float32)" in out, err
-    refused(call(script, **flags, value_range="0,1", **{place: tmp_path / "wrong"}), "a_0.npy")
+    check_error(call(script, **flags, value_range="0,1", **{folder_flag: tmp_path / "conflicting"}), "a_0.npy")
     if script == "encode_dataset":
-        assert LatentCache(tmp_path / "as_trained").preprocessing["value_range"] == "-80,0"
+        assert LatentCache(tmp_path / "trained").preprocessing["value_range"] == "-80,0"
 
 
-def test_encoding_again_finds_a_finished_cache_damaged(trained_on_floats, call, tmp_path):
+def test_encode_dataset_again_detects_a_corrupt_cache(trained_on_floats, call, tmp_path):
     path, data = trained_on_floats
     flags = {"vae_path": path, "data_dir": data, "cache_dir": tmp_path}
     assert call("encode_dataset", **flags)[0] == 0
     shard = tmp_path / "latents-00000-of-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-2] + b"??")
-    refused(call("encode_dataset", **flags), "latents-00000-of-00001.npy is corrupt")
+    check_error(call("encode_dataset", **flags), "latents-00000-of-00001.npy is corrupt")
 
 
-def test_the_built_in_data_set_is_written_once(call, tmp_path):
+def test_make_microdoppler_writes_once(call, tmp_path):
     flags = {"out_dir": tmp_path / "data", "num_train": 1, "num_val": 0, "classes": "tapin,tapout"}
     status, out, err = call("make_microdoppler", **flags)
     assert status == 0 and "2 images written" in out, err
@@ -425,43 +427,44 @@ def test_the_built_in_data_set_is_written_once(call, tmp_path):
     assert "already exists" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
 
 
-# what guided-diffusion does, in pixels and in latents
+# --- Tasks of guided-diffusion, in pixels and in latents ---
+
 
 SMALL = {"num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "", "channel_mult": "1,1", "batch_size": 2,
          "diffusion_steps": 8, "noise_schedule": "cosine"}
-# Networks of random weights predict x0 in a sensible range; noise or velocity run away from it.
-TAME = {**SMALL, "predict_xstart": True}
+# With random weights, predictions of x0 stay in range, while those of noise or velocity let sampling diverge.
+STABLE = {**SMALL, "predict_xstart": True}
 
 
 @pytest.fixture(scope="session")
 def pixels(chain, tmp_path_factory):
-    """A class-conditional model of 16x16 pictures with learned variances, trained by two ranks."""
+    """Train a class-conditional model of 16x16 images with learned variances on two ranks; return its flags."""
     folder = tmp_path_factory.mktemp("pixels")
     flags = {"data_dir": chain.data, "image_size": 16, "class_cond": True, "learn_sigma": True, "ema_rate": "0.9",
-             "class_dropout": 0.5, **TAME, "logdir": folder}
-    done("image_train", ranks=2, **flags, max_steps=2)
+             "class_dropout": 0.5, **STABLE, "logdir": folder}
+    run("image_train", ranks=2, **flags, max_steps=2)
     return flags
 
 
-def test_pictures_are_trained_on_and_gone_on_with(pixels, chain, tmp_path):
+def test_image_train_trains_and_resumes(pixels, chain, tmp_path):
     folder = shutil.copytree(pixels["logdir"], tmp_path / "run")
-    assert {"loss", "mse", "vb", "loss_q0", "grad_norm", "param_norm", "samples"} <= set(rows_of(folder)[-1])
+    assert {"loss", "mse", "vb", "loss_q0", "grad_norm", "param_norm", "samples"} <= set(read_rows(folder)[-1])
     assert {"previews/000002.png", "model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"} <= set(listing(folder))
-    out = done("image_train", ranks=2, **{**pixels, "logdir": folder}, max_steps=3)
+    out = run("image_train", ranks=2, **{**pixels, "logdir": folder}, max_steps=3)
     assert "going on from step 2" in out and f"{COUNT} images 1x16x16 in {chain.data}; classes: a 6, b 6" in out
     assert checkpoint_util.load_weights(folder / "model000003.pt")[1]["autoencoder"]["config"]["class"] == "PixelCodec"
 
 
-def test_pictures_are_sampled_by_one_rank_as_by_two(pixels, call, tmp_path):
+def test_image_sample_two_ranks_equal_one(pixels, call, tmp_path):
     flags = {"model_path": pixels["logdir"], "num_samples": 5, "batch_size": 2}
     status, out, err = call("image_sample", **flags, logdir=tmp_path / "one")
     assert status == 0 and "latents 1x16x16 -> images 1x16x16, 2 classes, 8 steps of ddpm" in out, err
-    done("image_sample", ranks=2, **flags, logdir=tmp_path / "two")
+    run("image_sample", ranks=2, **flags, logdir=tmp_path / "two")
     one, two = ((tmp_path / name / "samples_5x16x16x1.npz").read_bytes() for name in ("one", "two"))
     assert one == two and "created 2 samples" in out
 
 
-def test_a_killed_sampling_goes_on_to_the_same_bytes(pixels, tmp_path):
+def test_image_sample_killed_run_resumes_to_the_same_bytes(pixels, tmp_path):
     flags = {"model_path": pixels["logdir"], "num_samples": 40, "batch_size": 1, "timestep_respacing": "4"}
     process = subprocess.Popen(command("image_sample", 2, {**flags, "logdir": tmp_path / "killed"}), env=environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -471,11 +474,11 @@ def test_a_killed_sampling_goes_on_to_the_same_bytes(pixels, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(shards.glob("0*.npy")) and not list((tmp_path / "killed").glob("*.npz"))
-    time.sleep(1)  # for the ranks, which mpiexec leaves behind when it is killed itself
-    out = done("image_sample", ranks=2, **flags, logdir=tmp_path / "killed")
+    time.sleep(1)   # until the ranks have ended, which mpiexec does not wait for if it is killed
+    out = run("image_sample", ranks=2, **flags, logdir=tmp_path / "killed")
     assert "of 40 batches, which already exist" in out
-    done("image_sample", **flags, logdir=tmp_path / "whole")
-    one, other = ((tmp_path / name / "samples_40x16x16x1.npz").read_bytes() for name in ("killed", "whole"))
+    run("image_sample", **flags, logdir=tmp_path / "uninterrupted")
+    one, other = ((tmp_path / name / "samples_40x16x16x1.npz").read_bytes() for name in ("killed", "uninterrupted"))
     assert one == other and not shards.exists()
 
 
@@ -483,14 +486,14 @@ def test_a_killed_sampling_goes_on_to_the_same_bytes(pixels, tmp_path):
     {"sampler": "unipc", "timestep_respacing": "logsnr4"}, {"sampler": "dpmpp", "timestep_respacing": "4"},
     {"cfg_scale": 2}, {"cfg_scale": 2, "cfg_interval": "0.2,5", "use_ddim": True},
 ])
-def test_solvers_and_guidance_without_a_classifier_sample_too(pixels, call, tmp_path, flags):
+def test_image_sample_with_solvers_and_classifier_free_guidance(pixels, call, tmp_path, flags):
     status, out, err = call("image_sample", model_path=pixels["logdir"], num_samples=2, logdir=tmp_path, **flags)
     assert status == 0 and (tmp_path / "samples_2x16x16x1.npz").exists(), err
 
 
-def test_a_bare_checkpoint_is_described_by_flags_as_in_the_reference(pixels, call, tmp_path):
+def test_image_sample_bare_checkpoint_is_described_by_flags(pixels, call, tmp_path):
     torch.save(dict(checkpoint_util.load_weights(pixels["logdir"] / "model000002.pt")[0]), tmp_path / "bare.pt")
-    flags = {name: pixels[name] for name in (*TAME, "image_size", "class_cond", "learn_sigma", "class_dropout")}
+    flags = {name: pixels[name] for name in (*STABLE, "image_size", "class_cond", "learn_sigma", "class_dropout")}
     flags.update(image_channels=1, num_classes=2, num_samples=2)
     status, out, err = call("image_sample", model_path=tmp_path / "bare.pt", **flags, logdir=tmp_path / "bare")
     assert status == 0, err
@@ -500,45 +503,45 @@ def test_a_bare_checkpoint_is_described_by_flags_as_in_the_reference(pixels, cal
     assert np.array_equal(bare, own)
 
 
-def test_likelihoods_of_pictures_are_bits_and_those_of_latents_are_not(pixels, chain, call, tmp_path):
-    done("image_nll", ranks=2, model_path=pixels["logdir"], data_dir=chain.data, num_samples=6, batch_size=2,
-         logdir=tmp_path / "pixels")
+def test_image_nll_reports_bits_for_pixels_and_nats_for_latents(pixels, chain, call, tmp_path):
+    run("image_nll", ranks=2, model_path=pixels["logdir"], data_dir=chain.data, num_samples=6, batch_size=2,
+        logdir=tmp_path / "two")
     status, out, err = call("image_nll", model_path=pixels["logdir"], data_dir=chain.data, num_samples=6, batch_size=2,
-                            logdir=tmp_path / "alone")
+                            logdir=tmp_path / "one")
     assert status == 0 and "bpd=" in out, err
-    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("pixels", "alone"))
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
     assert one["bits_per_dim"] == pytest.approx(two["bits_per_dim"], rel=1e-5) and one["count"] == 6
-    with np.load(tmp_path / "alone" / "vb_terms.npz") as terms:
+    with np.load(tmp_path / "one" / "vb_terms.npz") as terms:
         assert terms["arr_0"].shape == (8,) and 0 < terms["arr_0"].sum() < one["bits_per_dim"] + 1e-6
-    for place in ({"cache_dir": chain.cache}, {"data_dir": chain.data}):
+    for data in ({"cache_dir": chain.cache}, {"data_dir": chain.data}):
         flags = {"model_path": chain.model, "num_samples": 3, "logdir": tmp_path / "latents"}
-        status, out, err = call("image_nll", **flags, **place)
+        status, out, err = call("image_nll", **flags, **data)
         report = json.loads((tmp_path / "latents" / "metrics.json").read_text())
         assert status == 0 and "nats_per_latent_dim" in report and "bits_per_dim" not in report, err
 
 
 @pytest.fixture(scope="session")
 def noisy_classifier(chain, tmp_path_factory):
-    """A classifier of noised latents from the chain's cache, trained by two ranks."""
+    """Train a classifier of noised latents of the cache on two ranks; return its folder."""
     folder = tmp_path_factory.mktemp("noisy_classifier")
-    done("classifier_train", ranks=2, cache_dir=chain.cache, val_data_dir=chain.cache, classifier_channel_mult="1,2",
-         classifier_width=32, classifier_depth=1, classifier_attention_resolutions="", diffusion_steps=8, batch_size=2,
-         noise_schedule="cosine", iterations=2, eval_interval=2, logdir=folder)
+    run("classifier_train", ranks=2, cache_dir=chain.cache, val_data_dir=chain.cache, classifier_channel_mult="1,2",
+        classifier_width=32, classifier_depth=1, classifier_attention_resolutions="", diffusion_steps=8, batch_size=2,
+        noise_schedule="cosine", iterations=2, eval_interval=2, logdir=folder)
     return folder
 
 
-def test_a_classifier_of_noisy_latents_logs_as_that_of_the_reference(noisy_classifier):
-    last = rows_of(noisy_classifier)[-1]
+def test_classifier_train_noisy_latents_logs_the_reference_keys(noisy_classifier):
+    last = read_rows(noisy_classifier)[-1]
     assert {"train_loss", "train_acc@1", "train_acc@5", "train_loss_q0", "val_loss", "val_acc@1"} <= set(last)
     header = checkpoint_util.load_weights(noisy_classifier / "model000002.pt")[1]
     assert header["latent_shape"] == [3, 16, 16] and header["noised"] is True and header["classes"] == ["a", "b"]
 
 
-def test_a_classifier_guides_latents_by_one_rank_as_by_two(chain, noisy_classifier, call, tmp_path):
+def test_classifier_sample_latents_two_ranks_equal_one(chain, noisy_classifier, call, tmp_path):
     flags = {"model_path": chain.model, "classifier_path": noisy_classifier, "num_samples": 4, "batch_size": 2}
     status, out, err = call("classifier_sample", **flags, classifier_scale=3, logdir=tmp_path / "one")
     assert status == 0, err
-    done("classifier_sample", ranks=2, **flags, classifier_scale=3, logdir=tmp_path / "two")
+    run("classifier_sample", ranks=2, **flags, classifier_scale=3, logdir=tmp_path / "two")
     status, _, err = call("classifier_sample", **flags, classifier_scale=0, logdir=tmp_path / "none")
     assert status == 0, err
     one, two, none = (open_npz(tmp_path / name / "samples_4x64x64x1.npz").images.astype(int)
@@ -546,7 +549,7 @@ def test_a_classifier_guides_latents_by_one_rank_as_by_two(chain, noisy_classifi
     assert np.array_equal(one, two) and (one != none).any()
 
 
-def test_a_classifier_guides_a_model_that_knows_no_classes(pixels, chain, call, tmp_path):
+def test_classifier_sample_guides_an_unconditional_model(pixels, chain, call, tmp_path):
     flags = {name: value for name, value in pixels.items() if not name.startswith("class_")}
     status, _, err = call("image_train", **{**flags, "logdir": tmp_path / "run", "learn_sigma": False}, max_steps=1)
     assert status == 0, err
@@ -561,27 +564,27 @@ def test_a_classifier_guides_a_model_that_knows_no_classes(pixels, chain, call, 
     assert status == 0 and samples.labels.tolist() == [1, 1] and samples.class_names == ["a", "b"], err
 
 
-def test_a_classifier_of_other_x0_or_other_noise_is_refused_by_name(pixels, chain, noisy_classifier, classifier, call,
+def test_classifier_sample_rejects_another_space_or_noise_schedule(pixels, chain, noisy_classifier, classifier, call,
                                                                     tmp_path):
     flags = {"num_samples": 1, "logdir": tmp_path}
-    refused(call("classifier_sample", model_path=pixels["logdir"], classifier_path=noisy_classifier, **flags),
-            "does not match the diffusion model: expected autoencoder")
-    refused(call("classifier_sample", model_path=pixels["logdir"], classifier_path=classifier, **flags),
-            "was trained on clean data (--noised False)")
+    check_error(call("classifier_sample", model_path=pixels["logdir"], classifier_path=noisy_classifier, **flags),
+                "does not match the diffusion model: expected autoencoder")
+    check_error(call("classifier_sample", model_path=pixels["logdir"], classifier_path=classifier, **flags),
+                "was trained on clean data (--noised False)")
     weights, header = checkpoint_util.load_weights(noisy_classifier / "model000002.pt")
     header["diffusion"]["diffusion_steps"] = 9
     checkpoint_util.save_weights(tmp_path / "model000002.pt", weights, header)
-    refused(call("classifier_sample", model_path=chain.model, classifier_path=tmp_path / "model000002.pt", **flags),
-            "was trained with --diffusion_steps 9, the diffusion model with 8")
+    check_error(call("classifier_sample", model_path=chain.model, classifier_path=tmp_path / "model000002.pt", **flags),
+                "was trained with --diffusion_steps 9, the diffusion model with 8")
 
 
 @pytest.fixture(scope="session")
 def upsampler(chain, tmp_path_factory):
-    """An upsampler of pictures from 8x8 to 16x16 that was told of noise in the small ones, trained by two ranks."""
+    """Train an upsampler from 8x8 to 16x16 with noised low-resolution images on two ranks; return its flags."""
     folder = tmp_path_factory.mktemp("upsampler")
     flags = {"data_dir": chain.data, "large_size": 16, "small_size": 8, "cond_noise_steps": 4, "class_cond": True,
-             "ema_rate": "0.9", **TAME, "logdir": folder}
-    done("super_res_train", ranks=2, **flags, max_steps=2)
+             "ema_rate": "0.9", **STABLE, "logdir": folder}
+    run("super_res_train", ranks=2, **flags, max_steps=2)
     return flags
 
 
@@ -592,40 +595,41 @@ def base_samples(tmp_path):
     return tmp_path / "base.npz"
 
 
-def test_small_pictures_bring_classes_that_the_upsampler_knows(upsampler, call, tmp_path):
+def test_super_res_sample_maps_and_checks_classes_of_base_samples(upsampler, call, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     flags = {"model_path": upsampler["logdir"], "base_samples": tmp_path / "base.npz", "num_samples": 3}
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "a"]))
     status, _, err = call("super_res_sample", **flags, logdir=tmp_path / "run")
     assert status == 0, err
-    assert open_npz(tmp_path / "run" / "samples_3x16x16x1.npz").labels.tolist() == [0, 1, 0]  # by name
+    assert open_npz(tmp_path / "run" / "samples_3x16x16x1.npz").labels.tolist() == [0, 1, 0]     # by name
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 2]))
-    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"),
-            "labels (arr_1) must be in [0, 1], the classes of the upsampler, got 0 to 2")
+    check_error(call("super_res_sample", **flags, logdir=tmp_path / "run"),
+                "labels (arr_1) must be in [0, 1], the classes of the upsampler, got 0 to 2")
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "c"]))
-    refused(call("super_res_sample", **flags, logdir=tmp_path / "run"), "has classes c that the model does not have")
+    check_error(call("super_res_sample", **flags, logdir=tmp_path / "run"),
+                "has classes c that the model does not have")
 
 
-def test_an_upsampler_goes_on_and_makes_large_pictures_of_small_ones(upsampler, base_samples, call, tmp_path):
+def test_super_res_resumes_and_upsamples(upsampler, base_samples, call, tmp_path):
     folder = shutil.copytree(upsampler["logdir"], tmp_path / "run")
     status, out, err = call("super_res_train", **{**upsampler, "logdir": folder, "batch_size": 4}, max_steps=3)
     assert status == 0 and "going on from step 2" in out, err
     flags = {"model_path": folder, "base_samples": base_samples, "num_samples": 4, "batch_size": 2}
     status, out, err = call("super_res_sample", **flags, logdir=tmp_path / "one")
     assert status == 0, err
-    done("super_res_sample", ranks=2, **flags, cond_noise_level=3, logdir=tmp_path / "two")
+    run("super_res_sample", ranks=2, **flags, cond_noise_level=3, logdir=tmp_path / "two")
     one, two = (open_npz(tmp_path / name / "samples_4x16x16x1.npz") for name in ("one", "two"))
     assert one.labels.tolist() == [1, 0, 1, 1] and (one.images != two.images).any()
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_an_upsampler_works_between_two_latent_grids(chain, call, tmp_path, cached):
+def test_super_res_between_two_latent_grids(chain, call, tmp_path, cached):
     flags = {**SMALL, "max_steps": 2, "logdir": tmp_path / "run"}
     if cached:
         status, _, err = call("encode_dataset", vae_path=chain.autoencoder, data_dir=chain.data, image_size=32,
-                              cache_dir=tmp_path / "small")
+                              cache_dir=tmp_path / "low_res")
         assert status == 0, err
-        flags.update(cache_dir=chain.cache, low_res_cache_dir=tmp_path / "small")
+        flags.update(cache_dir=chain.cache, low_res_cache_dir=tmp_path / "low_res")
     else:
         flags.update(vae_path=chain.autoencoder, data_dir=chain.data, large_size=64, small_size=32)
     status, out, err = call("super_res_train", **flags)
@@ -639,16 +643,17 @@ def test_an_upsampler_works_between_two_latent_grids(chain, call, tmp_path, cach
     assert open_npz(tmp_path / "samples" / "samples_2x64x64x1.npz").images.std() > 0
 
 
-# what other programs are handed
+# --- Export ---
 
 
-def test_two_ranks_export_a_run(chain, tmp_path):
-    out = done("export", ranks=2, model_path=chain.diffusion, out=tmp_path / "x.safetensors")
+
+def test_export_on_two_ranks(chain, tmp_path):
+    out = run("export", ranks=2, model_path=chain.diffusion, out=tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").exists() and "wrote" in out
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
-def test_scripts_that_do_not_train_leave_the_curves_of_a_run_alone(chain, call, tmp_path):
+def test_scripts_without_training_do_not_change_curves(chain, call, tmp_path):
     folder = shutil.copytree(chain.diffusion, tmp_path / "run")
     before = (folder / "progress.csv").read_bytes()
     status, _, err = call("image_sample_vae", model_path=folder, num_samples=1, timestep_respacing="2", logdir=folder)
@@ -660,7 +665,7 @@ def test_scripts_that_do_not_train_leave_the_curves_of_a_run_alone(chain, call, 
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 12 samples")
-def test_data_in_one_file_are_a_reference_too(chain, call, tmp_path):
+def test_evaluate_accepts_an_npz_file_as_reference(chain, call, tmp_path):
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(chain.data.iterdir())])
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(len(images)) % 2)
     status, out, err = call("evaluate", samples=chain.data, reference=tmp_path / "data.npz", vae_path=chain.autoencoder,
@@ -668,7 +673,7 @@ def test_data_in_one_file_are_a_reference_too(chain, call, tmp_path):
     assert status == 0 and "frechet: " in out, err
 
 
-def test_an_exported_weights_file_is_as_good_as_the_original(chain, call, tmp_path):
+def test_export_safetensors_samples_the_same_bytes(chain, call, tmp_path):
     for name, path in (("vae", chain.autoencoder), ("diffusion", chain.model)):
         status, out, err = call("export", model_path=path, out=tmp_path / f"{name}.safetensors")
         assert status == 0 and f"wrote {tmp_path}/{name}.safetensors: " in out, err
@@ -681,8 +686,8 @@ def test_an_exported_weights_file_is_as_good_as_the_original(chain, call, tmp_pa
     assert own == exported
 
 
-@pytest.mark.filterwarnings("ignore")  # of diffusers' own
-def test_diffusers_samples_from_an_exported_pipeline(chain, call, tmp_path):
+@pytest.mark.filterwarnings("ignore")   # those of diffusers
+def test_export_diffusers_pipeline_samples(chain, call, tmp_path):
     import diffusers
 
     flags = {"config": chain.config, "cache_dir": chain.cache, "class_cond": False, "logdir": tmp_path / "run"}
@@ -692,11 +697,11 @@ def test_diffusers_samples_from_an_exported_pipeline(chain, call, tmp_path):
     assert status == 0 and "LDMPipeline" in out, err
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(num_inference_steps=4, output_type="np").images
-    assert picture.shape == (1, 64, 64, 1) and 0 <= picture.min() < picture.max() <= 1
+    images = pipeline(num_inference_steps=4, output_type="np").images
+    assert images.shape == (1, 64, 64, 1) and 0 <= images.min() < images.max() <= 1
 
 
-def test_diffusers_loads_a_class_conditional_model_of_pictures(pixels, call, tmp_path):
+def test_export_diffusers_loads_a_class_conditional_pixel_model(pixels, call, tmp_path):
     import diffusers
 
     status, out, err = call("export", model_path=pixels["logdir"], format="diffusers", out=tmp_path / "pipeline")
@@ -705,26 +710,26 @@ def test_diffusers_loads_a_class_conditional_model_of_pictures(pixels, call, tmp
     assert loaded.unet.config.num_class_embeds == 3 and loaded.scheduler.config.variance_type == "learned_range"
 
 
-# mistakes
+# --- Errors ---
 
 
 def bad_data(kind, folder):
-    """Make a folder of pictures with one fault."""
+    """Create a folder of images with one fault."""
     if kind == "missing":
         return folder
     folder.mkdir()
     if kind == "empty":
         return folder
-    pictures(folder, 4)
+    write_images(folder, 4)
     if kind == "truncated":
         last = folder / "a_02.png"
         last.write_bytes(last.read_bytes()[:-300])
     elif kind == "text":
-        (folder / "a_02.png").write_text("no picture at all")
+        (folder / "a_02.png").write_text("not an image")
     elif kind == "small":
-        picture(folder / "b_03.png", 3, size=40)
+        write_image(folder / "b_03.png", 3, size=40)
     elif kind == "mixed":
-        picture(folder / "b_03.png", 3, mode="RGB")
+        write_image(folder / "b_03.png", 3, mode="RGB")
     return folder
 
 
@@ -738,18 +743,18 @@ BAD_DATA = {
 }
 
 
-def refused(result, message):
-    """Assert that a script ended with one clear line."""
+def check_error(result, message):
+    """Assert that a script failed with one line that contains the message."""
     status, out, err = result
     assert status not in (0, None), out
-    lines = errors_in(err)
+    lines = error_lines(err)
     assert len(lines) == 1 and message in lines[0], err
     assert "Traceback" not in err and "Warning" not in err
 
 
 @pytest.mark.parametrize("script", ["train_autoencoder", "encode_dataset", "image_train_vae", "classifier_train"])
 @pytest.mark.parametrize("kind", BAD_DATA)
-def test_bad_pictures_are_named(chain, call, tmp_path, script, kind):
+def test_bad_images_are_named_in_the_error(chain, call, tmp_path, script, kind):
     flags = {"config": chain.config, "data_dir": bad_data(kind, tmp_path / "data")}
     if script != "encode_dataset":
         flags.update(logdir=tmp_path / "run", batch_size=2, **{"iterations" if "class" in script else "max_steps": 4})
@@ -757,27 +762,29 @@ def test_bad_pictures_are_named(chain, call, tmp_path, script, kind):
         flags.update(cache_dir=tmp_path / "cache")
     if script in ("encode_dataset", "image_train_vae"):
         flags.update(vae_path=chain.autoencoder)
-    refused(call(script, **flags), BAD_DATA[kind])
+    check_error(call(script, **flags), BAD_DATA[kind])
     assert not list(tmp_path.rglob("state*.json")) and not list(tmp_path.rglob("manifest.json"))
     assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("damage, message", [
     (lambda cache: (cache / "manifest.json").write_text("{"), "manifest.json: invalid JSON"),
-    (lambda cache: (cache / "manifest.json").write_text('{"format": "other"}'), "manifest.json has format 'other'"),
+    (lambda cache: (cache / "manifest.json").write_text('{"format": "other"}'),
+     "manifest.json: expected format 'guided_diffusion_vae latent cache', version 1, got format 'other'"),
     (lambda cache: (cache / "manifest.json").unlink(), "is not a latent cache: it contains no manifest.json"),
-    (lambda cache: os.truncate(cache / "latents-00001-of-00003.npy", 500), "latents-00001-of-00003.npy: cannot be read"),
+    (lambda cache: os.truncate(cache / "latents-00001-of-00003.npy", 500),
+     "latents-00001-of-00003.npy: cannot be read"),
     (lambda cache: (cache / "labels.npy").unlink(), "labels.npy: cannot be read"),
 ])
-def test_a_damaged_cache_is_named(chain, call, tmp_path, damage, message):
+def test_corrupt_cache_is_named_in_the_error(chain, call, tmp_path, damage, message):
     cache = Path(shutil.copytree(chain.cache, tmp_path / "cache"))
     damage(cache)
     flags = {**chain.train, "cache_dir": cache, "logdir": tmp_path / "run"}
-    refused(call("image_train_vae", **flags, max_steps=1), message)
+    check_error(call("image_train_vae", **flags, max_steps=1), message)
     assert not list(tmp_path.rglob("state*.json"))
 
 
-# volumes, other ways to train an autoencoder, the memory planner
+# --- Volumes, other ways to train an autoencoder, the memory planner ---
 
 
 VOLUMES = """
@@ -791,7 +798,7 @@ training: {batch_size: 2, ema_rate: "0.9"}
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 4 samples")
-def test_the_whole_chain_works_on_volumes(call, tmp_path):
+def test_pipeline_on_volumes(call, tmp_path):
     nibabel = pytest.importorskip("nibabel")
     rng = np.random.default_rng(0)
     for i in range(3):
@@ -800,7 +807,7 @@ def test_the_whole_chain_works_on_volumes(call, tmp_path):
     config = tmp_path / "volumes.yaml"
     config.write_text(VOLUMES)
     common = {"config": config, "data_dir": tmp_path / "data"}
-    for script, ranks, flags, said in (
+    for script, ranks, flags, expected in (
         ("train_autoencoder", 1, {**common, "crop": "random", "patches_per_volume": 2, "max_steps": 2,
                                   "logdir": tmp_path / "ae"}, "total downsampling: 2x: images (1, 8, 16, 12)"),
         ("check_roundtrip", 1, {**common, "crop": "grid", "vae_path": tmp_path / "ae", "logdir": tmp_path / "trip"},
@@ -815,45 +822,45 @@ def test_the_whole_chain_works_on_volumes(call, tmp_path):
                          "vae_path": tmp_path / "ae", "crop": "grid", "logdir": tmp_path / "eval"}, "frechet"),
     ):
         if ranks > 1:
-            printed = done(script, ranks, **flags)
+            printed = run(script, ranks, **flags)
         else:
             status, printed, err = call(script, **flags)
             assert status == 0, err
-        assert said in printed, printed
+        assert expected in printed, printed
     written = nibabel.load(tmp_path / "out/volumes/000003.nii.gz")
     assert written.shape == (8, 16, 12) and np.allclose(written.header.get_zooms(), (2, 1, 1))
     assert (tmp_path / "out/contact_sheet.png").exists() and (tmp_path / "trip/roundtrip.png").exists()
 
 
-def test_an_adversarial_autoencoder_goes_on_and_hands_its_weights_to_another(chain, call, tmp_path):
+def test_adversarial_autoencoder_resumes_and_initializes_another(chain, call, tmp_path):
     flags = {"config": chain.config, "data_dir": chain.data, "discriminator_weight": 0.1, "discriminator_start": 1,
              "discriminator_channels": 8, "discriminator_layers": 1, "adaptive_weight": True, "save_interval": 1}
-    assert call("train_autoencoder", **flags, max_steps=2, logdir=tmp_path / "sharp")[0] == 0
-    status, out, err = call("train_autoencoder", **flags, max_steps=3, logdir=tmp_path / "sharp")
-    assert status == 0 and (tmp_path / "sharp/discriminator000003.pt").exists(), err
-    assert {"adversarial_loss", "discriminator_loss", "logits_fake"} <= set(rows_of(tmp_path / "sharp")[-1])
+    assert call("train_autoencoder", **flags, max_steps=2, logdir=tmp_path / "adversarial")[0] == 0
+    status, out, err = call("train_autoencoder", **flags, max_steps=3, logdir=tmp_path / "adversarial")
+    assert status == 0 and (tmp_path / "adversarial/discriminator000003.pt").exists(), err
+    assert {"adversarial_loss", "discriminator_loss", "logits_fake"} <= set(read_rows(tmp_path / "adversarial")[-1])
 
     larger = {"config": chain.config, "data_dir": chain.data, "max_steps": 1, "logdir": tmp_path / "next",
-              "init_from": tmp_path / "sharp", "downsample_factors": "2,4"}
+              "init_from": tmp_path / "adversarial", "downsample_factors": "2,4"}
     status, out, err = call("train_autoencoder", **larger)
     assert status == 0 and "not taken over" in out, out + err
 
 
-def test_a_trial_run_tries_the_discriminator_too_and_leaves_the_run_alone(chain, call, tmp_path):
+def test_fast_dev_run_reaches_the_discriminator_in_its_own_folder(chain, call, tmp_path):
     flags = {"config": chain.config, "data_dir": chain.data, "discriminator_weight": 0.1, "discriminator_channels": 8,
              "discriminator_layers": 1, "logdir": tmp_path / "run"}
-    trial = tmp_path / "run/fast_dev_run"
+    folder = tmp_path / "run/fast_dev_run"
     for steps in (2, 1):
         status, _, err = call("train_autoencoder", **flags, fast_dev_run=True, fast_dev_run_batches=steps)
         assert status == 0, err
-        assert "discriminator_loss" in rows_of(trial)[-1] and [p.name for p in trial.glob("state*")] == [
+        assert "discriminator_loss" in read_rows(folder)[-1] and [p.name for p in folder.glob("state*")] == [
             f"state{steps:06d}.json"]
     status, out, err = call("train_autoencoder", **flags, max_steps=1)
     assert status == 0 and "going on" not in out and (tmp_path / "run/state000001.json").exists(), out + err
 
 
 @pytest.mark.parametrize("path, size", [("very_high", 32), ("initial_512", 32), ("factors_4x2x2", 16)])
-def test_a_shipped_configuration_trains(call, tmp_path, path, size):
+def test_shipped_configuration_trains(call, tmp_path, path, size):
     (tmp_path / "data").mkdir()
     for i in range(2):
         np.save(tmp_path / "data" / f"{i}.npy", np.random.default_rng(i).random((size,) * 3, np.float32))
@@ -862,37 +869,38 @@ def test_a_shipped_configuration_trains(call, tmp_path, path, size):
                             gradient_accumulation_steps=1, fast_dev_run=True, fast_dev_run_batches=1,
                             logdir=tmp_path / "run")
     assert status == 0, err
-    assert float(rows_of(tmp_path / "run/fast_dev_run")[-1]["loss"]) > 0
+    assert float(read_rows(tmp_path / "run/fast_dev_run")[-1]["loss"]) > 0
 
 
-@pytest.mark.parametrize("flags, said", [
+@pytest.mark.parametrize("flags, expected", [
     ({"out_channels": 3}, "--out_channels 3 conflicts with"),
-    ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"}, "nowhere.pth: expected a file with"),
+    ({"use_perceptual_loss": True, "perceptual_path": "nowhere.pth"},
+     "--perceptual_path nowhere.pth: expected a file with torchvision's weights of vgg"),
     ({"discriminator_weight": 1, "discriminator_layers": 5}, "lower --discriminator_layers"),
 ])
-def test_what_cannot_be_trained_is_refused_by_a_dry_run(chain, call, tmp_path, flags, said):
+def test_dry_run_rejects_configurations_that_cannot_train(chain, call, tmp_path, flags, expected):
     status, _, err = call("train_autoencoder", config=chain.config, data_dir=chain.data, dry_run=True, **flags)
-    assert status != 0 and said in err
+    assert status != 0 and expected in err
 
 
-def test_the_memory_of_padded_volumes_is_planned(call):
+def test_plan_memory_uses_the_padded_size(call):
     status, out, err = call("plan_memory", image_size="31x30x16", pad=True, num_channels="8,8", downsample_factors="4",
                             norm_num_groups=4, plan_batch_sizes="1")
     assert status == 0 and "1x32x32x16" in out, err
 
 
-def test_memory_is_planned_from_a_configuration_alone(call):
+def test_plan_memory_needs_only_a_configuration(call):
     status, out, err = call("plan_memory", config=ROOT / "configs/volumes/low.yaml", budget_gb="1.5,12",
                             plan_batch_sizes="1,4")
     assert status == 0, err
-    for said in ("initial=1, layers=(2, 2), total downsampling: 4x: 1x64x64x32", "saved for backward",
-                 "least lossy within 1.5 GiB: --", "least lossy within 12 GiB: as configured"):
-        assert said in out, out
+    for expected in ("initial=1, layers=(2, 2), total downsampling: 4x: 1x64x64x32", "saved for backward",
+                     "least lossy within 1.5 GiB: --", "least lossy within 12 GiB: as configured"):
+        assert expected in out, out
 
 
 @pytest.fixture(scope="session")
 def other_autoencoder(chain, tmp_path_factory):
-    """A run like the chain's autoencoder with other weights."""
+    """Return a run like the autoencoder of the pipeline, with other weights."""
     folder = tmp_path_factory.mktemp("other")
     weights, header = checkpoint_util.load_weights(chain.autoencoder / "model000002.pt")
     for value in weights.values():
@@ -903,7 +911,7 @@ def other_autoencoder(chain, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", ["image_train_vae", "encode_dataset", "image_sample_vae"])
-def test_latents_of_another_autoencoder_are_refused_by_name(chain, other_autoencoder, call, tmp_path, script):
+def test_another_autoencoder_is_rejected_with_its_fingerprint(chain, other_autoencoder, call, tmp_path, script):
     flags = {
         "image_train_vae": {**chain.train, "logdir": tmp_path / "run", "max_steps": 1},
         "encode_dataset": chain.encode,
@@ -911,14 +919,14 @@ def test_latents_of_another_autoencoder_are_refused_by_name(chain, other_autoenc
     }[script]
     before = listing(chain.cache)
     result = call(script, **{**flags, "vae_path": other_autoencoder})
-    refused(result, LatentCache(chain.cache).autoencoder["sha256"][:16])
+    check_error(result, LatentCache(chain.cache).autoencoder["sha256"][:16])
     assert str(other_autoencoder) in result[2] and listing(chain.cache) == before
 
 
-def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
+def test_training_rejects_resuming_with_another_configuration(chain, call):
     before = listing(chain.diffusion)
-    refused(call("image_train_vae", **chain.train, max_steps=3, num_res_blocks=2, batch_size=4),
-            "model.num_res_blocks is 2 now, 1 in the checkpoint")
+    check_error(call("image_train_vae", **chain.train, max_steps=3, num_res_blocks=2, batch_size=4),
+                "model.num_res_blocks is 2 now, 1 in the checkpoint")
     assert {k: v for k, v in listing(chain.diffusion).items() if k.endswith((".pt", "state000002.json"))} == {
         k: v for k, v in before.items() if k.endswith((".pt", "state000002.json"))}
 
@@ -945,7 +953,7 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("train_autoencoder", {"data_dir": "{data}", "image_size": "64x62"},
      "axis 1 has size 62, which the autoencoder's total downsampling factor 4"),
     ("train_autoencoder", {"data_dir": "{data}", "config": "{tmp}/typo.yaml"},
-     "typo.yaml has an unknown key 'autoencoder.num_chanels'; did you mean 'num_channels'?"),
+     "typo.yaml: unknown key 'autoencoder.num_chanels'; did you mean 'num_channels'?"),
     ("train_autoencoder", {"data_dir": "{data}", "num_chanels": 3}, "did you mean 'num_channels'?"),
     ("train_autoencoder", {"data_dir": "{data}", "batch_size": 13}, "12 items are fewer than one step requires"),
     ("train_autoencoder", {"data_dir": "{data}", "logdir": "{tmp}/cut.pt/run"},
@@ -977,10 +985,11 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("super_res_train", {"cache_dir": "{cache}", "low_res_cache_dir": "{cache}"}, "set --small_size below"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 64, "small_size": 64}, "set --small_size below"),
     ("super_res_sample", {"model_path": "{diffusion}/model000002.pt"}, "kind 'super_res', got 'diffusion'"),
-    ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder given for the cache"),
-    ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{colour}", "batch_size": 4},
+    ("encode_dataset", {"vae_path": "{autoencoder}", "data_dir": "{data}"}, "no folder specified for the cache"),
+    ("train_autoencoder", {"data_dir": "{data}", "val_data_dir": "{color}", "batch_size": 4},
      "(--val_data_dir): expected 1 channels"),
-    ("train_autoencoder", {"data_dir": "{data}", "max_val_samples": 0, "batch_size": 4}, "--max_val_samples must be >= 1, got 0"),
+    ("train_autoencoder", {"data_dir": "{data}", "max_val_samples": 0, "batch_size": 4},
+     "--max_val_samples must be >= 1, got 0"),
     ("train_autoencoder", {"data_dir": "{data}", "image_size": 16, "discriminator_weight": 0.5, "batch_size": 4},
      "too small for the discriminator: expected at least 24"),
     ("classifier_train", {"data_dir": "{data}", "val_data_dir": "{plain}", "iterations": 1}, "has no classes"),
@@ -989,64 +998,67 @@ def test_a_run_goes_on_with_its_own_configuration_only(chain, call):
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "image_size": 32,
                   "tstr_iterations": 3}, "for a grid of 32"),
     ("evaluate", {"samples": "{data}", "reference": "{data}", "vae_path": "{autoencoder}", "train_dir": "{tmp}/none"},
-     "{tmp}/none does not exist"),
+     "{tmp}/none does not exist; check --train_dir"),
     ("evaluate", {"samples": "{data}", "reference": "{tmp}/statistics.npz", "vae_path": "{autoencoder}"},
      "contains statistics of Inception features; set --inception_path"),
     ("super_res_train", {"data_dir": "{data}", "large_size": 16, "small_size": 8, "channel_mult": "1",
-                         "diffusion_steps": 100, "cond_noise_steps": 250}, "--cond_noise_steps must be <= 100, the steps of the process, got 250"),
+                         "diffusion_steps": 100, "cond_noise_steps": 250},
+     "--cond_noise_steps must be <= 100, the steps of the process, got 250"),
     ("image_train_vae", {"cache_dir": "{cache}", "num_channels": 32, "channel_mult": "1,1,1,1,1,1"},
      "fewer levels (--channel_mult), or data of size 32"),
-    ("super_res_train", {"cache_dir": "{cache}", "low_res_cache_dir": "{mirrored}"},
+    ("super_res_train", {"cache_dir": "{cache}", "low_res_cache_dir": "{flipped}"},
      "was encoded with --random_flip True"),
     ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{cache}", "data_dir": "{data}"},
      "conflicts with --data_dir"),
     ("export", {"model_path": "{diffusion}"}, "no output path is specified; set --out"),
     ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "expected a file name that ends in .safetensors"),
     ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is corrupt"),
-    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{data}"}, "contains neither manifest.json"),
-    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "data_dir": "{data}", "image_size": 32}, "expected x0 shape"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{data}"},
+     "contains neither manifest.json"),
+    ("image_nll", {"model_path": "{diffusion}/model000002.pt", "data_dir": "{data}", "image_size": 32},
+     "expected x0 shape"),
 ])
-def test_a_mistake_ends_with_one_line_that_names_it(chain, call, tmp_path, script, flags, message):
+def test_user_error_ends_with_one_line_that_names_it(chain, call, tmp_path, script, flags, message):
     (tmp_path / "cut.pt").write_bytes(chain.model.read_bytes()[:2000])
     (tmp_path / "cut.npz").write_bytes(b"PK\3\4 and no more")
     (tmp_path / "typo.yaml").write_text("autoencoder: {num_chanels: [8, 8]}")
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
-    picture(tmp_path / "colour" / "0.png", 0, mode="RGB")
-    picture(tmp_path / "plain" / "0.png", 0)
-    if "{mirrored}" in str(flags):
+    write_image(tmp_path / "color" / "0.png", 0, mode="RGB")
+    write_image(tmp_path / "plain" / "0.png", 0)
+    if "{flipped}" in str(flags):
         call("encode_dataset", vae_path=chain.autoencoder, data_dir=chain.data, image_size=32, random_flip=True,
-             cache_dir=tmp_path / "mirrored")
-    places = {"tmp": tmp_path, **{name: tmp_path / name for name in ("colour", "plain", "mirrored")}, **vars(chain)}
-    given = {} if script in ("encode_dataset", "export", "make_microdoppler") else {"logdir": tmp_path / "run"}
+             cache_dir=tmp_path / "flipped")
+    folders = {"tmp": tmp_path, **{name: tmp_path / name for name in ("color", "plain", "flipped")}, **vars(chain)}
+    options = {} if script in ("encode_dataset", "export", "make_microdoppler") else {"logdir": tmp_path / "run"}
     trains = ("train_autoencoder", "image_train_vae", "image_train", "super_res_train")
-    given.update({"max_steps": 1} if script in trains else {})
-    given.update({name: value.format(**places) if isinstance(value, str) else value for name, value in flags.items()})
-    result = call(script, **given)
-    refused(result, message.format(**places) if "{tmp}" in message else message)
+    options.update({"max_steps": 1} if script in trains else {})
+    options.update({key: value.format(**folders) if isinstance(value, str) else value for key, value in flags.items()})
+    result = call(script, **options)
+    check_error(result, message.format(**folders) if "{tmp}" in message else message)
     assert not list(tmp_path.rglob("state*.json")) and not list(tmp_path.rglob("*.part"))
 
 
-# mistakes met by real processes
+# --- Errors in separate processes ---
 
 
-def test_a_flag_that_does_not_exist_ends_every_rank_before_they_meet():
-    process = started("image_train_vae", ranks=2, learning_rate=1)
+def test_unknown_flag_ends_all_ranks_before_the_rendezvous():
+    process = launch("image_train_vae", ranks=2, learning_rate=1)
     assert process.returncode != 0 and "Traceback" not in process.stderr
-    assert all("unrecognized arguments: --learning_rate 1" in line for line in errors_in(process.stderr))
-    assert errors_in(process.stderr)
+    assert all("unrecognized arguments: --learning_rate 1" in line for line in error_lines(process.stderr))
+    assert error_lines(process.stderr)
 
 
 @pytest.mark.parametrize("script, kind", [("encode_dataset", "truncated"), ("image_train_vae", "missing")])
-def test_two_ranks_end_together_over_bad_pictures(chain, tmp_path, script, kind):
+def test_bad_images_end_both_ranks(chain, tmp_path, script, kind):
     flags = {"vae_path": chain.autoencoder, "data_dir": bad_data(kind, tmp_path / "data"), "config": chain.config}
-    place = {"cache_dir": tmp_path / "cache", "shard_size": 2} if "encode" in script else {"logdir": tmp_path / "run"}
-    process = started(script, ranks=2, **flags, **place)
+    output = {"cache_dir": tmp_path / "cache", "shard_size": 2} if "encode" in script else {"logdir": tmp_path / "run"}
+    process = launch(script, ranks=2, **flags, **output)
     assert process.returncode != 0 and "Traceback" not in process.stderr
-    assert any(BAD_DATA[kind] in line for line in errors_in(process.stderr)), process.stderr
+    assert any(BAD_DATA[kind] in line for line in error_lines(process.stderr)), process.stderr
     assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("state*.json"))
 
 
-def test_a_process_alone_ends_with_status_1(tmp_path):
-    process = started("train_autoencoder", data_dir=tmp_path / "nowhere", logdir=tmp_path / "run")
+def test_single_process_error_exits_with_status_1(tmp_path):
+    process = launch("train_autoencoder", data_dir=tmp_path / "nowhere", logdir=tmp_path / "run")
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert errors_in(process.stderr) == [f"error: {tmp_path}/nowhere does not exist; check --data_dir"]
+    assert error_lines(process.stderr) == [f"error: {tmp_path}/nowhere does not exist; check --data_dir"]

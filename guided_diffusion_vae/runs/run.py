@@ -24,11 +24,12 @@ class RunConfig:
 
 
 class Run:
-    """The configs of one execution by class (`run[DataConfig]`), and what is known of it besides.
+    """The configs of one execution by class (`run[DataConfig]`), the flags that were set, and the state of its folder.
 
     :param script: name of the script, recorded in config.json.
     :param configs: config instances; a config is found by its class or a base class.
-    :param explicit: {flag: value} of what was set in YAML or on the command line; defaults are not in it.
+    :param explicit: {flag: value} of the flags set in YAML or on the command line. The data, a checkpoint or a cache may
+        replace a default; an explicit value that conflicts with them is an error.
     :param folder: folder of the run, None for scripts and dry runs without one.
     :param checkpoint: (marker, folder) of the verified step to resume from, (None, None) if training starts.
     :param flags: names of the flags of the script, None if all fields of the configs are flags.
@@ -48,11 +49,11 @@ class Run:
         return any(isinstance(config, cls) for config in self.configs)
 
     def setting(self, name):
-        """Return the value of a field, whichever config has it; None if no config has it."""
+        """Return the value of a field of the first config that has it, None if none has."""
         return next((vars(config)[name] for config in self.configs if name in vars(config)), None)
 
     def override(self, config, **explicit):
-        """Return a run in which `config` takes the place of the one of its class; `explicit` flags count as set."""
+        """Return a run in which `config` replaces the config of its class; `explicit` flags count as set."""
         configs = [config if type(old) is type(config) else old for old in self.configs]
         return Run(self.script, configs, {**self.explicit, **explicit}, self.folder, self.checkpoint, self.flags)
 
@@ -72,7 +73,7 @@ class Run:
             try:
                 return json.loads((self.folder / "config.json").read_text())["header"]
             except (OSError, ValueError, KeyError):
-                pass
+                pass    # the checkpoint itself is verified on resuming; this file is an addition to it
         return {}
 
     def save_config(self, header):
@@ -91,12 +92,16 @@ class Run:
         _print_nested(report)
 
     def finish(self):
-        """Print the run folder once more (rank 0)."""
+        """Print the run folder again, as the last line (rank 0)."""
         if dist_util.rank() == 0 and self.folder and self.folder.is_dir():   # a dry run creates none
             print(f"run folder: {self.folder}", flush=True)
 
     def open_folder(self, trains):
-        """Open the folder and its log; a dry run prints the configuration instead."""
+        """Open the folder and its log; a dry run prints the configuration instead.
+
+        :param trains: True if the script resumes the checkpoint in the folder and continues its curves.
+        :raises OSError: if the folder cannot be written.
+        """
         folder = self[RunConfig].logdir or os.environ.get("OPENAI_LOGDIR")
         self.folder = Path(folder) if folder else None
         if self.dry_run:

@@ -1,7 +1,7 @@
-"""The space of x0: pixels, or the normalized latents of an autoencoder; and the data, opened in such a space.
+"""The space of x0, pixels or the normalized latents of an autoencoder, and the data opened in such a space.
 
-Pixels and latents are one code path. A run works in a `Space`: a codec between images and latents, and the normalizer
-between latents and x0. Headers record it, and models are combined only if their spaces agree.
+Pixels and latents are one code path. A run works in a `Space`: a codec between images and latents, and a normalizer
+between latents and x0 (images => latents => x0). Headers record the space; only models of one space are combined.
 """
 
 import dataclasses
@@ -44,9 +44,9 @@ class Space:
 
 
 def open_data(run):
-    """Return (source, Space) of the training data.
+    """Return (latent source, Space) of the training data.
 
-    A cache (`--cache_dir`), images that an autoencoder encodes on the fly (`--vae_path`) or, without either, pixels.
+    A cache (`--cache_dir`), images encoded on the fly by an autoencoder (`--vae_path`) or, without either, pixels.
     """
     if run[LatentConfig].cache_dir or run[VAEConfig].vae_path:
         return open_latent_data(run)
@@ -54,7 +54,7 @@ def open_data(run):
 
 
 def open_pixels(images):
-    """Return (source, Space) of an ImageSource whose images are x0 themselves, in [-1, 1]."""
+    """Return (latent source, Space) of an ImageSource; x0 are its images, mapped to [-1, 1]."""
     codec = PixelCodec(images.shape[0], dims=len(images.shape) - 1)
     return EncodedImages(images, codec), Space(codec, LatentNormalizer([0], [1], "none"))
 
@@ -110,13 +110,17 @@ def open_cache(folder, explicit):
             with progress_bar(None, 0, "verifying the cache") as bar:
                 source.verify(bar.advance_to)
     device = dist_util.dev()
-    if device.type == "cuda":
+    if device.type == "cuda":   # at most a quarter of the free memory; training needs the rest
         source.on_device(device, torch.cuda.mem_get_info()[0] // 4)
     return source
 
 
 def open_validation(run, space):
-    """Return the source of `--val_data_dir` in the `Space` of a run: a cache of the same autoencoder, or images."""
+    """Return the latent source of `--val_data_dir` in a `Space`: a cache of its autoencoder, or images.
+
+    :raises ValueError: if it is a cache of another autoencoder.
+    :raises FileNotFoundError: if images must be encoded and the autoencoder is not available.
+    """
     path = run.setting("val_data_dir")
     if (Path(path) / MANIFEST).exists():
         cache = open_latents(path)
@@ -202,7 +206,10 @@ def apply_trained_preprocessing(data, explicit, preprocessing):
 
 
 def require_same_preprocessing(cache, explicit):
-    """Raise ValueError if explicit flags conflict with the preprocessing of a cache."""
+    """Check explicit flags against the preprocessing of a cache.
+
+    :raises ValueError: if they conflict.
+    """
     recorded, requested = cache.preprocessing, dict(explicit)
     if requested.pop("voxel_size", None):
         requested["image_size"] = DataConfig(voxel_size=explicit["voxel_size"]).image_size
@@ -269,17 +276,23 @@ def open_space(header, vae, device=None):
 
 
 def fit_normalizer(config, source):
-    """Return the LatentNormalizer of a latent source after checking the standard deviation of its x0."""
+    """Return the LatentNormalizer of a latent source.
+
+    :raises ValueError: if the standard deviation of x0 is far from 1, unless `--allow_latent_std` is set.
+    """
     normalizer = LatentNormalizer.fit(config.normalizer, source.statistics)
+    # Per-channel normalizers are fitted to the same statistics: x0 have a standard deviation of 1 by construction.
     std = source.statistics["std"] / normalizer.std[0] if len(normalizer.std) == 1 else 1.0
     check_latent_std(std, normalizer, config.allow_latent_std)
     return normalizer
 
 
 def require_same_space(header, other, path, flag):
-    """Raise ValueError if the model at `path` (`flag`), with the header `other`, works in another space.
+    """Check that the model at `path` (`flag`), with the header `other`, works in the space of `header`.
 
-    Normalizers may differ by 2%: statistics of a subset and of all images are not quite equal.
+    Normalizers may differ by 2%: statistics of a subset differ slightly from those of all images.
+
+    :raises ValueError: if autoencoder, normalizer or shape of x0 differ.
     """
     facts = {"autoencoder": lambda h: h["autoencoder"] and h["autoencoder"]["sha256"],
              "normalizer": lambda h: (h["normalizer"]["shift"], h["normalizer"]["std"]),
@@ -317,5 +330,5 @@ def works_on_pixels(header):
 
 
 def _short(value):
-    """Return the beginning of a SHA-256, other values unchanged."""
+    """Return the first 16 digits of a SHA-256, other values unchanged."""
     return value[:16] if isinstance(value, str) else value

@@ -39,7 +39,7 @@ VALIDATION_BATCH = 32   # images at a time, if training steps are no smaller
 
 
 def train_diffusion(run, source, space, super_res=None, low_res=None):
-    """Train a UNet on the x0 of `source`; with a SuperResConfig and the source of `low_res` images an upsampler.
+    """Train a UNet on the x0 of `source`, or an upsampler if a SuperResConfig and the source `low_res` are passed.
 
     A dry run prints the memory that training takes and ends.
     """

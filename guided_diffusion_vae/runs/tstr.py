@@ -13,7 +13,7 @@ from .training import infer_classifier_config, train_classifier
 
 
 def open_tstr_datasets(run, datasets):
-    """Return {name: images} of `run_tstr` from the opened {"reference", "samples", "training"} sets of an evaluation.
+    """Return {name: ImageSource} for `run_tstr` from the {"reference", "samples", "training"} sets of an evaluation.
 
     :raises ValueError: if images have no classes, are too few, or no classifier can be built for them.
     """
@@ -31,8 +31,8 @@ def open_tstr_datasets(run, datasets):
         build_classifier(infer_classifier_config(run[ClassifierConfig], source), DiffusionConfig(), source.latent_shape)
         step = config.tstr_batch_size * dist_util.world_size()
         if name != "reference" and len(dataset) < step:
-            raise ValueError(f"{dataset.folder} has {len(dataset)} images: expected at least {step}, one training step; "
-                             "lower --tstr_batch_size")
+            raise ValueError(f"{dataset.folder} has {len(dataset)} images: expected at least {step}, one training "
+                             "step; lower --tstr_batch_size")
         images[name] = dataset
     return images
 
