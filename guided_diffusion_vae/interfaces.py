@@ -45,13 +45,14 @@ class ImageSource(Protocol):
         :param rngs: one NumPy Generator per item for random crops. None: deterministic crops.
         """
 
-    @abstractmethod
     def describe(self) -> dict:
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
+        return {**self.preprocessing, "data_dir": self.folder, "files": len(self), "fingerprint": self.fingerprint,
+                "shape": list(self.shape), "unpadded_shape": list(self.unpadded_shape)}
 
-    @abstractmethod
     def summary(self) -> str:
         """Return one line for the log: count, shape, types, classes."""
+        return f"{len(self)} images {'x'.join(map(str, self.shape))} in {self.folder}"
 
 
 @runtime_checkable

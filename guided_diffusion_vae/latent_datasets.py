@@ -8,18 +8,17 @@ them and selects the items of each step.
 import re
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from . import deprecated_names
 from .config import option, require
-from .data.batching import Prefetcher, permute_indices
-from .data.listing import infer_classes
+from .data import Prefetcher, RunningMoments, infer_classes, permute_indices
 from .data.manifest import (
     CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
-from .data.statistics import RunningMoments
 from .files import file_errors, require_folder, sha256_of_file
 from .interfaces import LatentSource
 from .nn import to_device
@@ -321,7 +320,12 @@ def open_latents(folder):
     """
     folder = require_folder(folder, CACHE_FLAG)
     incomplete = any(_SHARD_NAME.fullmatch(path.name) for path in folder.glob("latents-*-of-*.npy"))
-    return LatentCache(folder) if (folder / MANIFEST).exists() or incomplete else LatentFolder(folder)
+    return LatentCache(folder) if is_cache(folder) or incomplete else LatentFolder(folder)
+
+
+def is_cache(folder):
+    """Return whether a folder contains a complete cache."""
+    return (Path(folder) / MANIFEST).exists()
 
 
 def require_same_autoencoder(cache, codec):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +184,14 @@ def test_invalid_volumes_and_flags_are_rejected(folder, make, fields, match):
 def test_folder_without_volumes_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="contains no volume .*, or set --image_size to two sizes for images"):
         opened(tmp_path)
+
+
+def test_described_settings_are_those_of_earlier_caches(folder):
+    """Every entry is hashed: another one would encode all caches again."""
+    fields = {"files", "ignored", "kinds", "shape", "unpadded_shape", "fingerprint", "data_dir", "random_flip"}
+    volumes = opened(folder, random_flip=True, voxel_size=(8, 8, 8), crop="grid")
+    assert set(volumes.describe()) == fields | set(volumes.preprocessing)
+    assert set(volumes.preprocessing) == {f.name for f in dataclasses.fields(DataConfig)} - {"data_dir", "random_flip"}
+    expected = {"image_size": "8x8x8", "voxel_size": [], "spacing": "1,1,1", "files": 3, "random_flip": True}
+    assert {name: volumes.describe()[name] for name in expected} == expected
+    assert len(volumes) > 3 and volumes.describe()["shape"] == [1, 8, 8, 8]

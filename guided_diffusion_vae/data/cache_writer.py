@@ -13,11 +13,10 @@ from ..files import (
     atomic_path, file_errors, remove_stale_parts, require_writable_folder, sha256_of_file, write_json,
 )
 from ..latent_datasets import (
-    LatentCache, add_stored, encode_for_storage, group_name, require_finite, require_same_autoencoder,
+    LatentCache, add_stored, encode_for_storage, group_name, is_cache, require_finite, require_same_autoencoder,
 )
-from .batching import Prefetcher
+from . import Prefetcher, RunningMoments
 from .manifest import CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, stored_shape
-from .statistics import RunningMoments
 
 
 @dataclass
@@ -61,12 +60,12 @@ def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None
     folder = require_writable_folder(config.cache_dir, CACHE_FLAG)
     remove_stale_parts(folder)
     others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    is_cache = any(name == MANIFEST or name.startswith("latents-") for name in others)
-    require((is_cache or not others, f"{folder} contains files of no cache ({', '.join(others[:1])}, {len(others)} in "
+    latents = any(name == MANIFEST or name.startswith("latents-") for name in others)
+    require((latents or not others, f"{folder} contains files of no cache ({', '.join(others[:1])}, {len(others)} in "
                                      f"total); set {CACHE_FLAG} to a separate folder"), error=FileExistsError)
     fields = _manifest_fields(dataset, codec, config)
     key = _digest(fields)
-    if (folder / MANIFEST).exists():
+    if is_cache(folder):
         return _reuse_finished(folder, key, codec)
     entries = len(dataset) * (2 if dataset.random_flip else 1)      # the second half are the flipped images
     shards = _shard_table(entries, config.shard_size or _usual_shard_size(entries))

@@ -12,7 +12,7 @@ from ..files import bf, file_extension
 from ..interfaces import ImageSource
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
-from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, format_shape, hash_lines
+from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, hash_lines
 from .npz import open_archive
 from .resizing import fit
 
@@ -116,11 +116,3 @@ class DownsampledImages(ImageSource):
         """Return images as float32 [n x C x *sides] in [0, 1], computed without the padding of the other source."""
         images = unpad(self.dataset.batch(indices, flips, rngs), self.dataset.unpadded_shape)
         return F.interpolate(images, size=self.sides, mode="area")
-
-    def describe(self):
-        """Return the description of the other source with the shape of this one."""
-        return {**self.dataset.describe(), "shape": list(self.shape), "unpadded_shape": list(self.shape)}
-
-    def summary(self):
-        """Return one line for the log."""
-        return f"{self.dataset.summary()}, downsampled to {format_shape(self.sides)}"

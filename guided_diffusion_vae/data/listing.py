@@ -94,9 +94,8 @@ class FileSource(ImageSource):
 
     def describe(self):
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
-        return {**as_dict(self.config), **self.preprocessing, "files": len(self.paths), "ignored": self.ignored,
-                "kinds": self.kinds, "shape": list(self.shape), "unpadded_shape": list(self.unpadded_shape),
-                "fingerprint": self.fingerprint}
+        return {**super().describe(), "random_flip": self.random_flip, "files": len(self.paths),
+                "ignored": self.ignored, "kinds": self.kinds}
 
     def summary(self):
         """Return one line for the log: count, shape, types and classes."""

@@ -13,8 +13,8 @@ import torch
 
 from .. import dist_util
 from ..config import size, to_tuple
-from ..data import MANIFEST, DataConfig, DownsampledImages, SmallCacheConfig, open_folder, parse_size, parse_spacing
-from ..latent_datasets import EncodedImages, LatentConfig, open_latents
+from ..data import DataConfig, DownsampledImages, SmallCacheConfig, open_folder, parse_size, parse_spacing
+from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
 from ..unet import SuperResConfig
 from ..vae_wrapper import LatentNormalizer, NormalizerConfig, PixelCodec, VAEConfig, check_latent_std, create_vae
@@ -122,7 +122,7 @@ def open_validation(run, space):
     :raises FileNotFoundError: if images must be encoded and the autoencoder is not available.
     """
     path = run.setting("val_data_dir")
-    if (Path(path) / MANIFEST).exists():
+    if is_cache(path):
         cache = open_latents(path)
         same = space.codec is None or cache.autoencoder["sha256"] == space.codec.fingerprint
         if space.is_pixels or not same:
