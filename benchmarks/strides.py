@@ -86,7 +86,8 @@ class Variant:
     def __init__(self, changes, dataset, device, batch_size):
         shape = dataset.shape
         network = AutoencoderConfig(spatial_dims=len(shape) - 1, in_channels=shape[0], **changes)
-        loss, train = AutoencoderLossConfig(recon_loss="l1"), AutoencoderTrainConfig(augment_flip=True, mixed_precision=True)
+        loss = AutoencoderLossConfig(recon_loss="l1")
+        train = AutoencoderTrainConfig(augment_flip=True, mixed_precision=True)
         seed_initialization(0)
         self.network = create_autoencoder(network).to(device)
         self.latent = self.network.latent_shape(shape[1:])

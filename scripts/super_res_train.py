@@ -3,7 +3,8 @@
     mpiexec -n 2 python scripts/super_res_train.py --data_dir DIR --large_size 256 --small_size 64
     mpiexec -n 2 python scripts/super_res_train.py --data_dir DIR --vae_path runs/autoencoder --large_size 256 \\
         --small_size 64 --channel_mult 1,2,3,4 --cond_noise_steps 250
-    mpiexec -n 2 python scripts/super_res_train.py --cache_dir latents_cache/large --low_res_cache_dir latents_cache/small
+    mpiexec -n 2 python scripts/super_res_train.py --cache_dir latents_cache/large \\
+        --low_res_cache_dir latents_cache/small
 
 Low-resolution images are downsampled from the high-resolution ones, or read from a second cache of the same images."""
 
