@@ -39,14 +39,16 @@ class ParsedText:
     :param expected: describes valid texts in errors.
     :param parse: function of the text, raises ValueError for an invalid one.
     :param is_valid: predicate of what was parsed.
+    :param store: function of the text that returns what the field holds.
     """
 
-    def __init__(self, name, expected, parse, is_valid=lambda parsed: True):
+    def __init__(self, name, expected, parse, is_valid=lambda parsed: True, store=str):
         self.__name__, self.expected, self._parse, self._is_valid = name, expected, parse, is_valid
+        self._store = store
 
     def __call__(self, text):
-        """Return what is stored for a text of the command line."""
-        return text
+        """Return what the field holds for a text."""
+        return self._store(str(text))
 
     def parse(self, text, name):
         """Return the parsed value.
@@ -85,12 +87,9 @@ numbers = CommaSeparated("numbers", "comma-separated numbers such as 1,2,2", _nu
 words = CommaSeparated("names", "comma-separated names", str)
 
 
-class _Size(ParsedText):
-    """Type of a spatial size, parsed to (height, width) or (depth, height, width)."""
-
-    def __call__(self, text):
-        sides = str(text).lower().split("x")
-        return int(sides[0]) if sides[0].isdigit() and len(sides) < 3 and len(set(sides)) == 1 else str(text)
+def _size(text):
+    sides = text.lower().split("x")
+    return int(sides[0]) if sides[0].isdigit() and len(sides) < 3 and len(set(sides)) == 1 else text
 
 
 def _sides(text):
@@ -98,8 +97,9 @@ def _sides(text):
     return sides * 2 if len(sides) == 1 else sides
 
 
-size = _Size("size", "a size such as 64, 64x128 (height x width) or 32x64x128 (depth x height x width)", _sides,
-             lambda sides: len(sides) <= 3 and min(sides) > 0)
+# Parsed to (height, width) or (depth, height, width); a square is stored as a number.
+size = ParsedText("size", "a size such as 64, 64x128 (height x width) or 32x64x128 (depth x height x width)", _sides,
+                  lambda sides: len(sides) <= 3 and min(sides) > 0, _size)
 
 
 def _list(text):
@@ -226,11 +226,7 @@ def check_pairs(values):
 
 def translate_pairs(values):
     """Return the entries of {name: value} that change because the other flag of a pair is set."""
-    changes = {}
-    for pair in PAIRS:
-        if pair.is_set(values):
-            changes.update(pair.translate(values))
-    return changes
+    return {name: value for pair in PAIRS if pair.is_set(values) for name, value in pair.translate(values).items()}
 
 
 def resolve(*configs):

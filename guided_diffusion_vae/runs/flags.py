@@ -262,9 +262,12 @@ def read_yaml(path, classes):
             elif key not in known:
                 raise ValueError(f"{path}: unknown key {nested!r}{_nearest(key, known | set(sections))}")
             elif key in here:
-                read_value = _from_yaml(fields[key], value, path)
-                if values.setdefault(key, read_value) != read_value:
-                    raise ValueError(f"{path} sets {key} to {values[key]} and, as {nested}, to {read_value}; keep one")
+                try:
+                    value = read(fields[key], value)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
+                if values.setdefault(key, value) != value:
+                    raise ValueError(f"{path} sets {key} to {values[key]} and, as {nested}, to {value}; keep one")
 
     take("", content)
     return values
@@ -277,13 +280,6 @@ def _known_keys():
     for cls in importlib.import_module(f"{__package__}.configs").CONFIGS:
         sections.setdefault(section_name(cls), set()).update(f.name for f in dataclasses.fields(cls))
     return {**sections, "device": set().union(*sections.values())}
-
-
-def _from_yaml(field, value, path):
-    try:
-        return read(field, value)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _unique_key_loader(yaml):
