@@ -277,7 +277,7 @@ def test_shard_size_0_is_the_default_and_less_is_rejected(tmp_path, cached):
     cache = write_cache(ImageFolder(data_dir=str(many), image_size=4), HalvingCodec(),
                         LatentCacheConfig(str(tmp_path / "chosen")), batch_size=300)
     assert [shard["count"] for shard in cache.manifest["shards"]] == [256, 44]
-    with pytest.raises(ValueError, match="--shard_size must be >= 1, or 0 for a default, got -1"):
+    with pytest.raises(ValueError, match="--shard_size must be >= 0, got -1"):
         cached(shard_size=-1)
 
 

@@ -94,7 +94,7 @@ def test_diverged_model_raises(sampler, tmp_path):
 
 
 def test_zero_samples_raise(sampler, tmp_path):
-    with pytest.raises(ValueError, match="--num_samples and --batch_size must be >= 1, got 0 and 16"):
+    with pytest.raises(ValueError, match="--num_samples must be >= 1, got 0"):
         generate(sampler, tmp_path, num_samples=0)
 
 

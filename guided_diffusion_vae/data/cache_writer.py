@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import option, require
+from ..config import option, require, validate
 from ..files import (
     atomic_path, file_errors, remove_stale_parts, require_writable_folder, sha256_of_file, write_json,
 )
@@ -52,11 +52,10 @@ def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None
     rank, num_ranks = part
     require(
         (num_ranks == 1 or barrier, f"{num_ranks} ranks encode together and require a barrier"),
-        (config.shard_size >= 0, f"--shard_size must be >= 1, or 0 for a default, got {config.shard_size}"),
         (not dataset.random_crop, "--crop random cannot be cached, as a cache would contain one crop per image; use "
                                   "--crop center, --crop grid (volumes), or encode on the fly"),
     )
-    require((config.cache_dir, f"no folder specified for the cache; set {CACHE_FLAG}"), error=FileNotFoundError)
+    require((validate(config).cache_dir, f"no folder specified for the cache; set {CACHE_FLAG}"), error=FileNotFoundError)
     folder = require_writable_folder(config.cache_dir, CACHE_FLAG)
     remove_stale_parts(folder)
     others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from .. import logger
-from ..config import require
 from ..data import VolumeFolder, map_labels, require_labels, unpad
 from ..objectives import StepRNG
 from ..sampling.sheets import MAX_ROWS, contact_sheet
@@ -22,7 +21,6 @@ class ReconstructionValidation:
     """
 
     def __init__(self, model, image_range, source, count, folder, device, batch_size):
-        require((count >= 1, f"--max_val_samples must be >= 1, got {count}"))
         self.model, self.image_range, self.source = model, image_range, source
         self.folder, self.device, self.batch_size = folder, device, batch_size
         # Autoencoders trained on patches of volumes are measured on full volumes.

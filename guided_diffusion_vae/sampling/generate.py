@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import dist_util, logger
-from ..config import require
+from ..config import require, validate
 from ..data import open_npz, to_uint8, write_nifti, write_npz
 from ..files import atomic_path, write_json
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
@@ -31,8 +31,7 @@ def generate_samples(sampler, classes, config, folder, device):
     :raises ValueError: if shards/ contains samples with other settings.
     :raises FloatingPointError: if samples are not finite.
     """
-    require((config.num_samples >= 1 and config.batch_size >= 1,
-             f"--num_samples and --batch_size must be >= 1, got {config.num_samples} and {config.batch_size}"))
+    validate(config)
     warning = sampler.diffusion.unclipped_warning()
     if warning and not sampler.clip_denoised:
         logger.warn(warning)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..config import option, require
+from ..config import option, require, validate
 from ..files import load_tensors
 
 BACKBONES = ("vgg", "alex", "squeeze")
@@ -32,13 +32,12 @@ class PerceptualLoss(nn.Module):
     :param image_range: minimum and maximum intensity of the images.
     :raises ImportError: without lpips (the extra `perceptual`).
     :raises FileNotFoundError: if the weights file does not exist.
-    :raises ValueError: if it contains weights of another network, or for less than one slice.
+    :raises ValueError: if it contains weights of another network, or an option is out of bounds.
     """
 
     def __init__(self, config: PerceptualConfig, image_range: tuple[float, float] = (-1.0, 1.0)):
         super().__init__()
-        path = config.perceptual_path
-        require((config.perceptual_slices >= 1, f"--perceptual_slices must be >= 1, got {config.perceptual_slices}"))
+        path = validate(config).perceptual_path
         require((path and Path(path).is_file(), f"--perceptual_path {path or 'is not set'}: expected a file with "
                  f"torchvision's weights of {config.perceptual_net} (download.pytorch.org/models)"),
                 error=FileNotFoundError)
