@@ -18,6 +18,7 @@ Tensors are [N x C x ...] with any number of spatial axes, t is int64 [N]. Argum
 import collections
 import enum
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from . import deprecated_names
-from .config import ParsedText, option
+from .config import ParsedText, option, require
 from .interfaces import Process
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
 from .nn import mean_flat
@@ -38,7 +39,7 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     :param max_beta: upper bound of beta, which avoids a singularity at the last timesteps (iDDPM, Sec. 3.2).
     """
     grid = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
-    return np.array([min(1 - after / before, max_beta) for before, after in zip(grid, grid[1:])])
+    return np.array([min(1 - after / before, max_beta) for before, after in itertools.pairwise(grid)])
 
 
 def _linear_betas(steps):
@@ -448,7 +449,7 @@ class GaussianDiffusion(Process):
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, noise_fn=None,
     ):
-        """Sample x_0 of `shape` [N, C, ...] by DDPM; arguments as in `p_sample_loop_progressive`."""
+        """Return x_0 of `shape` [N, C, ...], sampled by DDPM; arguments as in `p_sample_loop_progressive`."""
         return _last_sample(self.p_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn
         ))
@@ -474,7 +475,7 @@ class GaussianDiffusion(Process):
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, noise_fn=None,
     ):
-        """Sample x_0 of `shape` [N, C, ...] by DDIM; arguments as in `ddim_sample_loop_progressive`."""
+        """Return x_0 of `shape` [N, C, ...], sampled by DDIM; arguments as in `ddim_sample_loop_progressive`."""
         return _last_sample(self.ddim_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, noise_fn
         ))
@@ -607,12 +608,8 @@ class GaussianDiffusion(Process):
 
 
 def _check_betas(betas):
-    """Return the number of betas.
-
-    :raises ValueError: if they are not a 1D array of numbers in (0, 1].
-    """
-    if betas.ndim != 1 or not len(betas):
-        raise ValueError(f"betas: expected shape [T], got {list(betas.shape)}")
+    """Return the number of betas after checking that they are a 1D array of numbers in (0, 1]."""
+    require((betas.ndim == 1 and len(betas) > 0, f"betas: expected shape [T], got {list(betas.shape)}"))
     wrong = np.flatnonzero(~((betas > 0) & (betas <= 1)))
     if len(wrong):
         raise ValueError(f"beta {wrong[0]} of {len(betas)} must be in (0, 1], got {betas[wrong[0]]}; the linear "

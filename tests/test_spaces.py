@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -362,6 +363,25 @@ def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp
         loading.load_classifier(loading.open_weights(folder))
     with pytest.raises(FileNotFoundError, match="pictures contains no complete checkpoint .*check --model_path"):
         load(tmp_path / "pictures")
+
+
+def test_sampling_from_a_run_hashes_and_opens_one_file_once(run, tmp_path, monkeypatch):
+    folder, calls = tmp_path / "training", []
+    folder.mkdir()
+    weights, header = checkpoint_util.load_weights(run)
+    names = ["model000001.pt", "ema_0.9_000001.pt", "opt000001.pt"]
+    for name in names:
+        checkpoint_util.save_weights(folder / name, weights, header)
+    checkpoint_util.commit(folder, 1, names, {})
+    for function in ("sha256_of_file", "load"):
+        original = getattr(checkpoint_util, function)
+        monkeypatch.setattr(checkpoint_util, function, lambda path, *args, name=function, original=original: (
+            calls.append((name, path)) or original(path, *args)))
+    sampler = load(folder)
+    path = folder / "ema_0.9_000001.pt"
+    assert [call for call in calls if call[1].parent == folder] == [("sha256_of_file", path), ("load", path)]
+    marker = json.loads((folder / "state000001.json").read_text())
+    assert sampler.settings["model"] == marker["files"][path.name]["sha256"]
 
 
 # classifiers

@@ -16,26 +16,13 @@ from ..gaussian_diffusion import GaussianDiffusion, initial_noise
 MAX_NOISE_LEVEL = np.sqrt((1 - 2.0**-24) / 2.0**-24)
 
 
-def _dpmpp(**settings):
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, **settings)
-
-
-def _dpmpp_sde(**settings):
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=2, **settings)
-
-
-def _unipc(**settings):
-    from diffusers import UniPCMultistepScheduler
-
-    return UniPCMultistepScheduler(solver_order=3, **settings)
-
-
-# DPM-Solver++(2M) and SDE-DPM-Solver++(2M), arXiv:2211.01095, Alg. 2 and App. A; UniPC-3, arXiv:2302.04867, Alg. 2.
-SOLVERS = {"dpmpp": _dpmpp, "dpmpp_sde": _dpmpp_sde, "unipc": _unipc}
+# Schedulers of diffusers and their settings: DPM-Solver++(2M) and SDE-DPM-Solver++(2M), arXiv:2211.01095, Alg. 2 and
+# App. A; UniPC-3, arXiv:2302.04867, Alg. 2.
+SOLVERS = {
+    "dpmpp": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 3}),
+}
 STOCHASTIC = ("dpmpp_sde",)  # sample noise at every step
 
 
@@ -48,11 +35,14 @@ def multistep_sample_loop(
     The network is evaluated once per timestep of `diffusion`; spacing them by `logsnrN` suits these solvers. Only x_T
     is random, except for the STOCHASTIC solvers.
     """
+    import diffusers
+
     if device is None:
         device = next(model.parameters()).device
     x = initial_noise(tuple(shape), noise, device, noise_fn)
-    scheduler = SOLVERS[solver](num_train_timesteps=diffusion.num_timesteps, prediction_type="sample",
-                                timestep_spacing="trailing")
+    name, settings = SOLVERS[solver]
+    scheduler = getattr(diffusers, name)(num_train_timesteps=diffusion.num_timesteps, prediction_type="sample",
+                                         timestep_spacing="trailing", **settings)
     scheduler.set_timesteps(diffusion.num_timesteps, device=device)
     # The noise levels of the process replace those of the scheduler: its own are of another schedule, and rounded.
     sigmas = np.append(np.minimum(diffusion.noise_levels(), MAX_NOISE_LEVEL)[::-1], 0.0)
