@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     sha256: str | None
 
 
-def save_weights(path, state_dict, header):
+def save_weights(path, state_dict: dict, header: dict) -> None:
     """Write a state dict with `header` (a JSON-able dictionary) in its metadata, atomically."""
     described = OrderedDict((name, value.detach()) for name, value in state_dict.items())
     described._metadata = OrderedDict(getattr(state_dict, "_metadata", None) or {})
@@ -42,18 +42,17 @@ def save_weights(path, state_dict, header):
     save(path, described)
 
 
-def save(path, content):
+def save(path, content) -> None:
     """Write any content that `torch.save` supports, atomically."""
     with atomic_path(path) as part, open(part, "wb") as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:
-            # On a full disk torch raises an error about the position, on top of that of the stream, which has the
-            # reason.
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            # On a full disk torch hides the error of the stream, which has the reason, behind one about its position.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def save_safetensors(path, state_dict, header):
+def save_safetensors(path, state_dict: dict, header: dict) -> None:
     """Write a state dict as .safetensors with `header` in the metadata of the file, atomically."""
     from safetensors.torch import save_file
 
@@ -64,7 +63,7 @@ def save_safetensors(path, state_dict, header):
         save_file({name: value.detach().contiguous() for name, value in state_dict.items()}, part, metadata)
 
 
-def load_weights(path, map_location="cpu", flag="--model_path"):
+def load_weights(path, map_location="cpu", flag="--model_path") -> tuple[dict, dict | None]:
     """Return (state dict, header) of a .pt or .safetensors file; the header of a bare state dict is None."""
     if str(path).endswith(".safetensors"):
         state_dict, text = _load_safetensors(path, map_location, flag)
@@ -95,7 +94,7 @@ def _load_safetensors(path, map_location, flag):
         raise ValueError(f"{path} is corrupt or not a safetensors file ({error}); check {flag}") from error
 
 
-def require_kind(header, kind, path, flag):
+def require_kind(header: dict, kind: str, path, flag: str) -> None:
     """Reject weights of another kind of model.
 
     :raises ValueError: with both kinds.
@@ -103,7 +102,7 @@ def require_kind(header, kind, path, flag):
     require((header["kind"] == kind, f"{path}: {flag} expects a model of kind {kind!r}, got {header['kind']!r}"))
 
 
-def load_strict(model, state_dict, path, flag="--model_path"):
+def load_strict(model: torch.nn.Module, state_dict: dict, path, flag="--model_path") -> None:
     """Load weights strictly.
 
     :raises ValueError: with the first differences, if keys or shapes do not match.
@@ -146,20 +145,20 @@ def marker_name(step):
     return f"state{step:06d}.json"
 
 
-def commit(folder, step, names, state):
+def commit(folder, step: int, names: list[str], state: dict) -> None:
     """Write the marker of a step: `state`, and the size and SHA-256 of every file in `names`."""
     folder = Path(folder)
     files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names}
     write_json(folder / marker_name(step), {"format": FORMAT, "step": step, "files": files, **state})
 
 
-def committed_steps(folder):
+def committed_steps(folder) -> list[int]:
     """Return the committed steps of a run folder in ascending order; their files are not read."""
     found = [re.fullmatch(r"state(\d{6,})\.json", p.name) for p in Path(folder).glob("state*.json")]
     return sorted(int(m.group(1)) for m in found if m)
 
 
-def read_marker(folder, step, select=None):
+def read_marker(folder, step: int, select=None) -> dict:
     """Return the marker of a step, after comparing its files with it.
 
     :param select: function of the marker that returns the name of the only file to compare; None: compare all.
@@ -182,7 +181,7 @@ def read_marker(folder, step, select=None):
     return marker
 
 
-def latest_marker(folder, warn=print):
+def latest_marker(folder, warn=print) -> dict | None:
     """Return the marker of the latest intact step, None if no step was ever committed.
 
     Corrupt steps are skipped and reported through `warn`.
@@ -202,7 +201,7 @@ def _first_intact(folder, steps, warn, select=None):
     return None
 
 
-def find_weights(path, flag="--model_path", warn=print):
+def find_weights(path, flag="--model_path", warn=print) -> tuple[Path | str, str | None]:
     """Return (path, SHA-256) of the weights file to use: `path` itself, or of a run folder the best one.
 
     The best one is the EMA with the largest decay of the best step (see `TrainLoop`) or of the latest one; corrupt
@@ -236,12 +235,12 @@ def _weights_name(marker):
     return emas[max(emas)] if emas else model_name(marker["step"])
 
 
-def latest_weights(folder, flag="--model_path"):
+def latest_weights(folder, flag="--model_path") -> Path:
     """Return the path of the weights file of a run to use; see `find_weights`."""
     return find_weights(folder, flag)[0]
 
 
-def prune_checkpoints(folder, count, kept=()):
+def prune_checkpoints(folder, count: int, kept=()) -> None:
     """Delete the files of all steps except the latest `count` and those in `kept`, each step's marker first."""
     folder = Path(folder)
     for step in set(committed_steps(folder)[:-count]) - set(kept):

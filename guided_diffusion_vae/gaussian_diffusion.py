@@ -33,7 +33,7 @@ from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, n
 from .nn import mean_flat
 
 
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
+def betas_for_alpha_bar(num_diffusion_timesteps: int, alpha_bar, max_beta=0.999) -> np.ndarray:
     """Return the betas, float64 [T], whose cumulative product of 1 - beta follows `alpha_bar`, a function of [0, 1].
 
     :param max_beta: upper bound of beta, which avoids a singularity at the last timesteps (iDDPM, Sec. 3.2).
@@ -52,7 +52,7 @@ def _cosine_betas(steps):
     return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
-def zero_terminal_snr(betas):
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Return `betas` rescaled to zero signal at the last timestep; float64 [T], the last one is 1.
 
     Zero terminal SNR, Alg. 1: sqrt(alpha-bar) is shifted to end at 0 and scaled to start at its old value. Training at
@@ -72,7 +72,7 @@ NOISE_SCHEDULES = {
 }
 
 
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
     """Return the betas of a key of NOISE_SCHEDULES, float64 [T].
 
     :raises NotImplementedError: if there is no such schedule.

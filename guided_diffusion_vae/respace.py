@@ -10,7 +10,7 @@ from .gaussian_diffusion import GaussianDiffusion
 MIN_LOG_SNR = -10.2
 
 
-def space_timesteps(num_timesteps, section_counts):
+def space_timesteps(num_timesteps: int, section_counts) -> set[int]:
     """Return the timesteps of a shorter process, a set of integers in [0, num_timesteps).
 
     :param section_counts: number of timesteps to keep in each of as many sections of (nearly) equal length, a list of
@@ -38,7 +38,7 @@ def space_timesteps(num_timesteps, section_counts):
     return kept
 
 
-def space_by_log_snr(alphas_cumprod, count):
+def space_by_log_snr(alphas_cumprod, count: int) -> set[int]:
     """Return `count` timesteps evenly spaced in log(alpha-bar / (1 - alpha-bar)), a set of integers.
 
     The spacing of DPM-Solver (arXiv:2206.00927, Sec. 3.4), for solvers with few steps. It ends at the last timestep

@@ -66,7 +66,8 @@ class EvaluationClassifier(NamedTuple):
     image_shape: tuple | None = None
 
 
-def evaluate(config, sets, extract, folder, classifier=None, seed=0):
+def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callable, folder,
+             classifier: EvaluationClassifier | None = None, seed: int = 0) -> dict:
     """Compare samples with real images; return the report, after writing its figures to `folder`.
 
     The ranks share the extraction of features; all of them call this, and rank 0 writes.
@@ -194,7 +195,7 @@ class SampleFile:
         return torch.from_numpy(np.moveaxis(self.images[np.asarray(indices)], -1, 1).astype(np.float32) / 255)
 
 
-def open_sample_file(path):
+def open_sample_file(path) -> ImageSet | None:
     """Return the `ImageSet` of an .npz archive with samples, statistics of Inception features, or both.
 
     None if it has neither.

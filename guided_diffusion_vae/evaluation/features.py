@@ -1,5 +1,6 @@
 """Extract features of images: Inception, classifier, latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 SPATIAL_CHANNELS = 7    # of the layer for sFID, as in guided-diffusion's evaluator
 
 
-def inception_features(path, device=None, sha256=INCEPTION_SHA256):
+def inception_features(path, device=None, sha256: str = INCEPTION_SHA256) -> Callable:
     """Return a function from images [n x C x H x W] in [0, 1] to `Features` of the Inception network of FID.
 
     torch-fidelity's port of the network of Heusel et al. 2017, from a local weights file: 2048 pooled features, logits
@@ -62,7 +63,7 @@ def inception_features(path, device=None, sha256=INCEPTION_SHA256):
     return extract
 
 
-def classifier_features(model, prepare=None):
+def classifier_features(model: torch.nn.Module, prepare: Callable | None = None) -> Callable:
     """Return a function from images [n x C x ...] in [0, 1] to `Features` with logits, float32.
 
     The features are the input of the layer that computes the logits: the average over positions (pool adaptive) or the
@@ -93,7 +94,7 @@ def classifier_features(model, prepare=None):
     return extract
 
 
-def latent_features(codec, grid=2):
+def latent_features(codec, grid: int = 2) -> Callable:
     """Return a function from images [n x C x ...] in [0, 1] to `Features` without logits, float32.
 
     Per channel of the scaled latents (posterior mode): the mean in every cell of a grid of `grid` cells per axis, and
@@ -115,7 +116,7 @@ def latent_features(codec, grid=2):
     return extract
 
 
-def collect_features(extract, batches):
+def collect_features(extract: Callable, batches) -> Features:
     """Return `Features` over an iterable of image batches, as NumPy arrays; spatial ones as FeatureStatistics.
 
     Neither images nor spatial features are kept, so that memory grows with the pooled features only.

@@ -15,7 +15,7 @@ __all__ = ["MAX_CLASSES", "confusion_plot", "contact_sheet", "line_plot", "neigh
 MAX_CLASSES = 64  # in a confusion plot, whose area grows with their square
 
 
-def reconstruction_grid(inputs, reconstructions, gain=5, scale=1):
+def reconstruction_grid(inputs, reconstructions, gain=5, scale=1) -> Image.Image:
     """Return a grid of three rows: inputs, their reconstructions, and the absolute difference times `gain`.
 
     The row label states the gain; differences above 1 / gain are clipped to white.
@@ -29,7 +29,7 @@ def reconstruction_grid(inputs, reconstructions, gain=5, scale=1):
     return contact_sheet(np.concatenate(rows), len(inputs), labels, scale=scale)
 
 
-def neighbor_grid(samples, neighbors, distances=None, scale=1):
+def neighbor_grid(samples, neighbors, distances=None, scale=1) -> Image.Image:
     """Return a grid with one row per sample: the sample, a gap, then its neighbors, nearest first.
 
     :param samples: [Q x C x ...]; `neighbors`: [Q x k x C x ...].
@@ -49,7 +49,7 @@ def neighbor_grid(samples, neighbors, distances=None, scale=1):
     return contact_sheet(np.concatenate(rows), len(rows[0]), labels, header, scale)
 
 
-def line_plot(curves, x, y, log_x=False, log_y=False):
+def line_plot(curves: dict, x: str, y: str, log_x=False, log_y=False) -> Image.Image:
     """Return a plot of curves {name: [(x, y), ...]} with marked points; `x` and `y` label the axes."""
     figure, (panel,) = _figure(1, width=7, height=4)
     for name, points in curves.items():
@@ -66,7 +66,7 @@ def line_plot(curves, x, y, log_x=False, log_y=False):
     return _render(figure)
 
 
-def confusion_plot(matrix, names):
+def confusion_plot(matrix, names: list[str]) -> Image.Image:
     """Return a plot of a confusion matrix [K x K]: rows target, columns predicted, shaded by the fraction of the
     row."""
     matrix = np.asarray(matrix)

@@ -7,18 +7,18 @@ from PIL import Image
 from ..config import require
 
 
-def paired_metrics(a, b, prefix=""):
+def paired_metrics(a, b, prefix="") -> dict[str, torch.Tensor]:
     """Return every metric of PAIRED_METRICS per sample, {prefix + name: float64 [N]} on the CPU."""
     a, b = _paired(a, b)
     return {prefix + name: metric(a, b).cpu() for name, metric in PAIRED_METRICS.items()}
 
 
-def average_metrics(batches):
+def average_metrics(batches: list[dict]) -> dict[str, float]:
     """Return the means over all samples of a list of {name: [n]}, one dictionary per batch; {name: number}."""
     return {name: torch.cat([batch[name] for batch in batches]).mean().item() for name in batches[0]}
 
 
-def psnr(a, b):
+def psnr(a, b) -> torch.Tensor:
     """Return the peak signal-to-noise ratio in dB per sample, float64 [N]; at most 100, for two equal images.
 
     The peak is 1, the squared error is averaged over channels and positions of one sample. The bound keeps the mean
@@ -30,17 +30,17 @@ def psnr(a, b):
     return -10 * torch.log10(mean_square.clamp(min=1e-10))
 
 
-def l1(a, b):
+def l1(a, b) -> torch.Tensor:
     """Return the mean absolute difference per sample, float64 [N]."""
     return _difference(a, b).abs().mean(1)
 
 
-def max_error(a, b):
+def max_error(a, b) -> torch.Tensor:
     """Return the largest absolute difference per sample, float64 [N]."""
     return _difference(a, b).abs().amax(1)
 
 
-def ssim(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03):
+def ssim(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03) -> torch.Tensor:
     """Return the structural similarity per sample, float64 [N] (Wang et al. 2004, Eq. 13, averaged as in Eq. 17).
 
     Local moments are weighted by a Gaussian of `window` points and standard deviation `sigma` along every spatial axis,
@@ -82,7 +82,7 @@ def _smooth(x, kernels):
     return x
 
 
-def bicubic_baseline(images, factor):
+def bicubic_baseline(images, factor) -> np.ndarray:
     """Return `images` downsampled by `factor` and upsampled again with Pillow's bicubic filter, float32 in [0, 1].
 
     The baseline of an autoencoder with the same total downsampling factor. Images are rounded to 8 bits first and after

@@ -36,7 +36,7 @@ class HeldOutData(NamedTuple):
     labels: np.ndarray | None
 
 
-def likelihood(model, diffusion, data, config, folder):
+def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, folder) -> dict:
     """Return the report of the variational lower bound of `HeldOutData`, after writing its terms to `folder`.
 
     The report has `bits_per_dim` of images, or `nats_per_latent_dim` of latents (x0 of the posterior mode).

@@ -25,7 +25,7 @@ class RoundtripConfig:
                                    "--inception_path its FID is the rFID of papers", essential=True)
 
 
-def roundtrip(codec, source, config, folder, device):
+def roundtrip(codec, source, config: RoundtripConfig, folder, device) -> dict:
     """Encode and decode images; return the report, after writing roundtrip.png to `folder`.
 
     The report has the means of PSNR (dB), SSIM and L1, the maximum error of a pixel, the same three for the bicubic
@@ -68,7 +68,7 @@ def roundtrip(codec, source, config, folder, device):
     }
 
 
-def failed_thresholds(report, config):
+def failed_thresholds(report: dict, config: RoundtripConfig) -> list[str]:
     """Return one line for every threshold that the report of a round trip does not meet."""
     lines = []
     limits = ("psnr", config.min_psnr, ">="), ("ssim", config.min_ssim, ">="), ("l1", config.max_l1, "<=")

@@ -55,7 +55,7 @@ def _require_same_length(a, b):
              "same extractor for all"))
 
 
-def frechet_distance(a, b):
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return the squared Fréchet distance of two Gaussians with the statistics `a` and `b` (FeatureStatistics).
 
     |m_a - m_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 (Dowson and Landau 1982; on features: Heusel et al. 2017).
@@ -83,7 +83,7 @@ def _factor(covariance):
     return vectors * values.clamp(min=0).sqrt()
 
 
-def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=0):
+def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=0) -> float:
     """Return the kernel distance (KID on Inception features): the unbiased MMD^2, averaged over random subsets.
 
     Kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Sec. 4). Subsets are sampled without replacement, of `subset_size` or
@@ -115,7 +115,7 @@ def _cubic_kernel(x, y):
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def precision_recall(reference, samples, k=3, block=2048):
+def precision_recall(reference, samples, k=3, block=2048) -> tuple[float, float]:
     """Return (precision, recall) in [0, 1] of a set of samples (Kynkäänniemi et al. 2019, equations 1 and 2).
 
     Precision is the fraction of samples inside a ball of the reference set, recall the fraction of references inside a
@@ -139,7 +139,7 @@ def _fraction_covered(points, centers, k, block):
     return covered.double().mean().item()
 
 
-def nearest_neighbors(queries, bank, k=1, block=2048):
+def nearest_neighbors(queries, bank, k=1, block=2048) -> tuple[np.ndarray, np.ndarray]:
     """Return (distances [Q x k] float64, indices [Q x k] int64) of the k nearest entries of `bank`, nearest first.
 
     Euclidean, over all axes after the first one, for images and features. Memory grows with `block` squared, not with
@@ -177,7 +177,7 @@ def _distance_blocks(a, b, block):
         yield rows, columns, torch.where(squared < 1e-13 * norms, 0, squared)
 
 
-def inception_score(logits, split_size=5000):
+def inception_score(logits, split_size=5000) -> float:
     """Return the Inception Score of logits [N x K] (Salimans et al. 2016, equation 1), from 1 to K; higher is better.
 
     exp of the mean divergence of the class distribution of an image from that of the set, averaged over splits of
@@ -208,7 +208,7 @@ def _feature_pair(reference, samples):
 # --- Labels ---
 
 
-def confusion_matrix(predicted, target, num_classes):
+def confusion_matrix(predicted, target, num_classes: int) -> np.ndarray:
     """Return counts int64 [K x K]: row = the target (or true) class, column = the predicted one.
 
     :raises ValueError: if the lengths differ or a label is not in [0, num_classes).
@@ -222,7 +222,7 @@ def confusion_matrix(predicted, target, num_classes):
     return pairs.reshape(num_classes, num_classes).astype(np.int64)
 
 
-def class_agreement(predicted, target):
+def class_agreement(predicted, target) -> float:
     """Return the fraction of samples, 0 to 1, that are classified as their target class.
 
     :raises ValueError: if the lengths differ or there are no samples.
@@ -232,7 +232,7 @@ def class_agreement(predicted, target):
     return float((predicted == target).mean())
 
 
-def classification_report(predicted, labels, class_names):
+def classification_report(predicted, labels, class_names: list[str]) -> dict:
     """Return {"accuracy", "count", "per_class", "confusion"}, JSON-able.
 
     `per_class` maps every name to its accuracy, None for a class without samples. `confusion` is `confusion_matrix` as

@@ -29,27 +29,27 @@ def _defaults(*classes):
     return {f.name: f.default for cls in classes for f in dataclasses.fields(cls)}
 
 
-def diffusion_defaults():
+def diffusion_defaults() -> dict:
     """Return the default flags of the diffusion process."""
     return _defaults(DiffusionConfig)
 
 
-def classifier_defaults():
+def classifier_defaults() -> dict:
     """Return the default flags of noisy-image classifiers."""
     return {"image_size": 64, **_defaults(ClassifierConfig)}
 
 
-def model_and_diffusion_defaults():
+def model_and_diffusion_defaults() -> dict:
     """Return the default flags of image models and their process."""
     return {"image_size": 64, **_defaults(ModelConfig), **diffusion_defaults()}
 
 
-def classifier_and_diffusion_defaults():
+def classifier_and_diffusion_defaults() -> dict:
     """Return the default flags of classifiers and of the process that noises their input."""
     return {**classifier_defaults(), **diffusion_defaults()}
 
 
-def sr_model_and_diffusion_defaults():
+def sr_model_and_diffusion_defaults() -> dict:
     """Return the default flags of upsamplers and their process."""
     accepted = inspect.signature(sr_create_model).parameters
     kept = {k: v for k, v in model_and_diffusion_defaults().items() if k in accepted}
@@ -173,7 +173,8 @@ def create_classifier(
     return EncoderUNetModel(
         image_size=image_size, in_channels=classifier_in_channels or 3, model_channels=classifier_width,
         out_channels=classifier_num_classes or NUM_CLASSES, num_res_blocks=classifier_depth,
-        attention_resolutions=_strides(image_size, classifier_attention_resolutions, "classifier_attention_resolutions"),
+        attention_resolutions=_strides(
+            image_size, classifier_attention_resolutions, "classifier_attention_resolutions"),
         channel_mult=_multipliers(image_size, classifier_channel_mult, CLASSIFIER_CHANNEL_MULT),
         use_fp16=classifier_use_fp16, num_head_channels=64, use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown, pool=classifier_pool, dims=classifier_dims or 2,
@@ -225,7 +226,7 @@ def _create_gaussian(config, discrete_data):
 PROCESSES = {"gaussian": _create_gaussian}
 
 
-def create_diffusion(config, discrete_data=True):
+def create_diffusion(config: DiffusionConfig | dict, discrete_data=True):
     """Return the process of a DiffusionConfig, or of the "diffusion" flags of a header.
 
     :param discrete_data: x0 are 8-bit images.
@@ -236,7 +237,7 @@ def create_diffusion(config, discrete_data=True):
     return PROCESSES[config.process](config, discrete_data)
 
 
-def choose_timesteps(betas, timestep_respacing):
+def choose_timesteps(betas, timestep_respacing) -> set[int]:
     """Return the timesteps that `--timestep_respacing` keeps of a schedule with these betas; empty: all."""
     text = str(timestep_respacing)
     if text.startswith("logsnr") and text[len("logsnr"):].isdigit():
@@ -263,7 +264,7 @@ def _multipliers(size, text, table):
     return table[_longest(size)]
 
 
-def build_classifier(config, diffusion_config, shape):
+def build_classifier(config: ClassifierConfig, diffusion_config: DiffusionConfig, shape):
     """Return (classifier of x0 [C x ...], process that noises them) of a ClassifierConfig and a DiffusionConfig."""
     sides = shape[1] if len(set(shape[1:])) == 1 else tuple(shape[1:])
     return create_classifier_and_diffusion(image_size=sides, **as_dict(config), **as_dict(diffusion_config))

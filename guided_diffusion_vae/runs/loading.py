@@ -41,7 +41,7 @@ SAMPLING_OVERRIDABLE = ("timestep_respacing", "use_fp16", "use_checkpoint", "rec
 # --- Models ---
 
 
-def open_weights(path, flag="--model_path"):
+def open_weights(path, flag="--model_path") -> checkpoint_util.Weights:
     """Return the `Weights` of a run folder or weights file; rank 0 chooses the file and hashes it once.
 
     All ranks must call this, and all open the same file, although the run may continue meanwhile.
@@ -108,7 +108,7 @@ def _prepare(network, weights, use_fp16, flag):
 # --- Samplers ---
 
 
-def load_sampler(run):
+def load_sampler(run) -> Sampler:
     """Return the Sampler of a sampling script.
 
     With a GuidanceConfig a classifier guides the model, with a BaseConfig it is an upsampler. A bare state dict works
@@ -256,7 +256,7 @@ def _base_labels(path, samples, num_classes, class_names):
     return samples.labels
 
 
-def sample(run, sampler):
+def sample(run, sampler: Sampler) -> None:
     """Generate the samples of a run into its folder; a dry run prints a summary of them."""
     config = run[SamplingConfig]
     classes = sampler.parse_classes(config.classes)
@@ -269,7 +269,7 @@ def sample(run, sampler):
 # --- Evaluations ---
 
 
-def require_sets(config):
+def require_sets(config: EvaluateConfig) -> None:
     """Check that the sets of an EvaluateConfig exist, before anything slow starts."""
     for flag in ("reference", "samples", "train_dir"):
         path = vars(config)[flag]
@@ -279,14 +279,14 @@ def require_sets(config):
             require_data_dir(str(path), f"--{flag}")
 
 
-def open_sets(run):
+def open_sets(run) -> dict[str, ImageSet]:
     """Return the sets of an evaluation, {"reference": ImageSet, "samples": ImageSet} and optionally "training"."""
     config, data = run[EvaluateConfig], run[DataConfig]
     flags = {"reference": "reference", "samples": "samples", "training": "train_dir"}
     return {name: open_set(vars(config)[flag], data, f"--{flag}") for name, flag in flags.items() if vars(config)[flag]}
 
 
-def open_set(path, data, flag):
+def open_set(path, data: DataConfig, flag: str) -> ImageSet:
     """Return the `ImageSet` of an .npz archive, of the samples of a run, or of a folder read as a DataConfig
     specifies."""
     archives = [path] if str(path).endswith(".npz") else []

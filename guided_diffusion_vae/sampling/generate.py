@@ -22,7 +22,7 @@ SAMPLE_FILES = re.compile(r"samples_(\d+x)+\d+\.npz")
 _SHARD_FILES = re.compile(rf"\d{{8}}-\d{{8}}\.npy|{re.escape(SETTINGS_FILE)}|\..*\.part")
 
 
-def generate_samples(sampler, classes, config, folder, device):
+def generate_samples(sampler, classes: list[int] | None, config, folder, device) -> Path:
     """Generate all samples on all ranks and write them; return the path of samples_NxHxWxC.npz.
 
     contact_sheet.png is written next to it, with `config.save_individual` also png/ and volumes/. Until the end shards/

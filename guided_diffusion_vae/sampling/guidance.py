@@ -1,5 +1,6 @@
 """Guide sampling toward classes: classifier guidance and classifier-free guidance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ class GuidanceConfig:
     classifier_scale: float = option(1.0, "scale of the classifier's gradient", essential=True)
 
 
-def classifier_cond_fn(classifier, scale=1.0):
+def classifier_cond_fn(classifier: Callable, scale: float = 1.0) -> Callable:
     """Return a `cond_fn`: scale times the gradient of log p(y | x_t) by x_t (ADM, arXiv:2105.05233, Sec. 4.1).
 
     `classifier(x, timesteps)` returns logits [N x K]. The function is called as cond_fn(x, timesteps, y), ignores other
@@ -44,7 +45,7 @@ class ClassifierFreeGuidance:
         model is evaluated once (Kynkäänniemi et al. 2024, arXiv:2404.07724). None: all.
     """
 
-    def __init__(self, model, null_label, scale, timesteps=None):
+    def __init__(self, model: Callable, null_label: int, scale: float, timesteps: tuple | None = None):
         self.model, self.null_label, self.scale, self.timesteps = model, null_label, scale, timesteps
 
     def __call__(self, x, timesteps, y, **conditioning):
@@ -59,7 +60,7 @@ class ClassifierFreeGuidance:
         return torch.cat([prediction, conditional[:, channels:]], dim=1)
 
 
-def timesteps_in_interval(diffusion, interval):
+def timesteps_in_interval(diffusion, interval: tuple[float, float]) -> tuple | None:
     """Return the lowest and highest timestep, as passed to models, with a noise level sigma in `interval`; None:
     none."""
     sigma = diffusion.noise_levels()

@@ -74,7 +74,7 @@ class KeyedNoise:
         return torch.from_numpy(draws).to(x.device, x.dtype)
 
 
-def parse_classes(text, num_classes, names=None):
+def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -> list[int] | None:
     """Return the class indices of comma-separated names or indices; empty: all; None if there are no classes.
 
     :raises ValueError: for a class that does not exist.
@@ -90,7 +90,7 @@ def parse_classes(text, num_classes, names=None):
     return classes or list(range(num_classes)) or None
 
 
-def resolve_sampler(config, diffusion):
+def resolve_sampler(config: SamplingConfig, diffusion) -> str:
     """Return the key of SAMPLERS that a SamplingConfig requests for a process.
 
     :raises ValueError: if --use_ddim conflicts with --sampler, or the sampler does not apply to the process.
@@ -101,7 +101,7 @@ def resolve_sampler(config, diffusion):
     return name or samplers[0]
 
 
-def decoded_shape(header, codec):
+def decoded_shape(header: dict, codec) -> tuple[int, ...]:
     """Return the shape (C, ...) of decoded images: that of the header, else as the codec upsamples its latents."""
     grid = zip(header["latent_shape"][1:], codec.factors)
     return tuple(header["image_shape"] or (codec.in_channels, *(n * factor for n, factor in grid)))

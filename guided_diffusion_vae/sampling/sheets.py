@@ -21,7 +21,7 @@ FONT_SIZE = 14  # minimum legible size on a screen
 BACKGROUND, FOREGROUND = "white", "black"
 
 
-def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
+def contact_sheet(images, columns: int, row_labels=None, header=None, scale=1) -> Image.Image:
     """Return a PIL image with `columns` tiles per row, labels to the left of the rows and `header` above.
 
     :param images: [N x C x ...], which fill the rows in order; the last row may be shorter. Values are clipped to [0,
@@ -57,12 +57,12 @@ def contact_sheet(images, columns, row_labels=None, header=None, scale=1):
     return sheet
 
 
-def to_pil(image):
+def to_pil(image) -> Image.Image:
     """Return a PIL image of one image [C x H x W] in [0, 1], or of the three middle slices of a volume."""
     return _tile(to_numpy(image[None])[0], scale=1)
 
 
-def save_image(path, image):
+def save_image(path, image: Image.Image) -> None:
     """Write a PIL image atomically; the file extension selects the format.
 
     :raises ValueError: for an unknown extension.
@@ -74,7 +74,7 @@ def save_image(path, image):
         image.save(part, format=kind)
 
 
-def to_numpy(images):
+def to_numpy(images) -> np.ndarray:
     """Return images as float32 arrays with one or three channels.
 
     :raises ValueError: for another number of axes, no images, or NaN.

@@ -29,7 +29,7 @@ STOCHASTIC = ("dpmpp_sde",)  # sample noise at every step
 def multistep_sample_loop(
     diffusion, model, shape, solver, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
     device=None, progress=False, noise_fn=None,
-):
+) -> torch.Tensor:
     """Return x_0 of `shape` [N, C, ...], sampled by a key of SOLVERS; other arguments as in `p_sample_loop`.
 
     The network is evaluated once per timestep of `diffusion`; spacing them by `logsnrN` suits these solvers. Only x_T
@@ -70,6 +70,6 @@ SAMPLERS = {
 }
 
 
-def applicable_samplers(diffusion):
+def applicable_samplers(diffusion) -> list[str]:
     """Return the keys of SAMPLERS that apply to a process, the default first."""
     return [name for name, (process, _) in SAMPLERS.items() if isinstance(diffusion, process)]
