@@ -13,7 +13,9 @@ import torch
 
 from .. import dist_util
 from ..config import size, to_tuple
-from ..data import DataConfig, DownsampledImages, SmallCacheConfig, open_folder, parse_size, parse_spacing
+from ..data import (
+    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, open_folder, parse_size, parse_spacing,
+)
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
 from ..unet import SuperResConfig
@@ -223,17 +225,14 @@ def require_same_preprocessing(cache, explicit):
 
 def log_source(source):
     """Log count, shape and classes of a source, and the statistics of latents."""
-    classes = statistics = ""
-    if source.class_names:
-        counts = np.bincount(source.labels, minlength=len(source.class_names))
-        classes = "; classes: " + ", ".join(f"{name} {n}" for name, n in zip(source.class_names, counts))
+    statistics = ""
     if source.statistics:
         by_channel = ", ".join(f"{std:.4f}" for std in source.statistics["channel_std"])
         statistics = (f"; mean {source.statistics['mean']:.4f}, std {source.statistics['std']:.4f}, "
                       f"std per channel {by_channel}")
     kind = "latents" if source.statistics else "images"
     shape = "x".join(map(str, source.latent_shape))
-    log_rank0(f"{source.count} {kind} {shape} in {source.folder}{classes}{statistics}")
+    log_rank0(f"{source.count} {kind} {shape} in {source.folder}{format_classes(source)}{statistics}")
 
 
 # --- Codecs, normalizers and headers ---
