@@ -85,7 +85,7 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform", con
         codec = VAEInterface(folder / "vae.pt", device="cpu")
         cached = LatentCache(folder / "cache")
         source = cached if kind == "cached" else EncodedImages(images_in(folder), codec, COUNT)
-        normalizer = LatentNormalizer.fit("auto", source.statistics, source.scale_factor)
+        normalizer = LatentNormalizer.fit("auto", source.statistics)
         diffusion = process()
         sampler = LossSecondMomentResampler(diffusion, history_per_term=2) if schedule == "loss" else None
         data = LatentStream(source, normalizer, plan(batch_size), "cpu", with_labels=True)

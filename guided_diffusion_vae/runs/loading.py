@@ -147,7 +147,7 @@ def _space_from_flags(run, path):
     require((mode not in ("auto", "channel"), f"{path} is a bare state dict without the statistics of --normalizer "
              f"{mode}; set it to the number that its latents were divided by, or none"))
     codec = create_vae(run[VAEConfig], dist_util.dev())
-    return Space(codec, LatentNormalizer.fit(mode, None, codec.scale_factor))
+    return Space(codec, LatentNormalizer.fit(mode, None))
 
 
 def _header_from_flags(run, space):
