@@ -7,7 +7,7 @@ LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in nam
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """Stand alone, whoever started the tests, and leave no place among ranks and no log behind."""
+    """Remove variables of launchers and logging from the environment; reset rank information and logger afterwards."""
     for name in (*LAUNCHER_NAMES, "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GDVAE_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     yield

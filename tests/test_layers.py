@@ -1,4 +1,4 @@
-"""Which module may import which; read from the source, so that lazy imports inside functions count too."""
+"""Allowed imports between modules, read from the source: imports inside functions count, too."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
-# From the bottom up; a module imports only what stands before it, so there is no circle either.
+# From the bottom up: a module imports only modules listed before it, so there are no circles.
 LAYERS = """
     config data.resizing data.statistics files interfaces losses nn vae.tiling
     checkpoint_util data.augmentation data.config data.decoding data.listing data.manifest data.npz dist_util
@@ -24,12 +24,12 @@ LAYERS = """
     runs.configs runs.loading runs.training
     runs.export runs.tstr
 """.split()
-# A package counts as a module where its __init__.py imports something: it is then the public face of its room.
+# A package counts as a module if its __init__.py imports something: it is then the public interface of its folder.
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
          for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"}
 MODULES = sorted(name for name, path in FILES.items() if path.read_text())
-# library: (modules that may import it, whether only inside functions)
-KEPT_IN = {
+# {library: (modules that may import it, whether only inside functions)}
+RESTRICTED = {
     "mpi4py": (["dist_util"], True),
     "argparse": (["runs.flags"], False),
     "yaml": (["runs.flags", "vae.foreign"], True),
@@ -39,29 +39,29 @@ KEPT_IN = {
 ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "lpips", "bitsandbytes"]
 
 
-def tree_of(module):
+def parse_module(module):
     return ast.parse(FILES[module].read_text())
 
 
-def imports_of(tree, inside_function=False):
-    """Yield (name of what is imported, whether inside a function); modules of this package begin with a dot."""
+def iter_imports(tree, inside_function=False):
+    """Yield (imported name, whether inside a function); names of this package start with a dot."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, inside_function) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = "." * node.level + (node.module or "")
             yield start, inside_function
-            # What is imported may be a module itself: `from ..data import npz`, `from torch.utils import tensorboard`.
+            # The imported name may be a module: `from ..data import npz`, `from torch.utils import tensorboard`.
             joint = "" if start.endswith(".") else "."
             yield from ((f"{start}{joint}{alias.name}", inside_function) for alias in node.names)
         else:
-            yield from imports_of(node, inside_function or isinstance(node, (ast.FunctionDef, ast.Lambda)))
+            yield from iter_imports(node, inside_function or isinstance(node, (ast.FunctionDef, ast.Lambda)))
 
 
-def imported(module):
+def imported_modules(module):
     """Return the modules of this package that a module imports."""
     names = set()
-    for name, _ in imports_of(tree_of(module)):
+    for name, _ in iter_imports(parse_module(module)):
         dots = len(name) - len(name.lstrip("."))
         parts = (module + ".__init__" * (FILES[module].stem == "__init__")).split(".")
         base = parts[:-dots] if dots else []
@@ -71,7 +71,7 @@ def imported(module):
     return names & set(MODULES)
 
 
-def test_imports_are_found_wherever_they_stand():
+def test_iter_imports_finds_imports_at_any_depth():
     source = """
 import os.path, mpi4py.MPI
 from . import nn
@@ -83,37 +83,37 @@ def f():
 class C:
     import yaml
 """
-    found = set(imports_of(ast.parse(source)))
-    assert found >= {("os.path", False), ("mpi4py.MPI", False), (".nn", False), (".unet", False),
-                     ("guided_diffusion_vae.losses", False), ("torch.utils.tensorboard", True), ("yaml", False)}
+    imports = set(iter_imports(ast.parse(source)))
+    assert imports >= {("os.path", False), ("mpi4py.MPI", False), (".nn", False), (".unet", False),
+                       ("guided_diffusion_vae.losses", False), ("torch.utils.tensorboard", True), ("yaml", False)}
 
 
-def test_every_module_has_its_place():
-    assert MODULES == sorted(LAYERS), "put a new module into LAYERS, above all that it imports"
+def test_layers_list_every_module():
+    assert MODULES == sorted(LAYERS), "insert a new module into LAYERS after the modules that it imports"
 
 
 @pytest.mark.parametrize("module", LAYERS)
-def test_imports_run_downwards_only(module):
+def test_module_imports_only_lower_layers(module):
     below = LAYERS[:LAYERS.index(module)]
-    assert imported(module) <= set(below)
+    assert imported_modules(module) <= set(below)
 
 
 @pytest.mark.parametrize("module", LAYERS)
-def test_a_library_is_known_to_its_own_modules_alone(module):
-    for name, inside_function in imports_of(tree_of(module)):
+def test_restricted_libraries_are_imported_only_by_their_modules(module):
+    for name, inside_function in iter_imports(parse_module(module)):
         parts = set(name.split("."))
-        for library, (modules, lazy_import) in KEPT_IN.items():
+        for library, (modules, lazy_import) in RESTRICTED.items():
             if library in parts:
                 assert module in modules and (inside_function or not lazy_import), f"{module} imports {library}"
         if parts & set(ONLY_INSIDE_FUNCTIONS):
-            assert inside_function, f"{module} imports {name} for everybody"
+            assert inside_function, f"{module} imports {name} at the top"
 
 
 @pytest.mark.parametrize("module", LAYERS)
-def test_nothing_is_loaded_loosely_or_unpickled(module):
-    refused = {"strict": False, "weights_only": False, "allow_pickle": True}
-    for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.keyword) and node.arg in refused and isinstance(node.value, ast.Constant):
-            assert node.value.value is not refused[node.arg], f"{module}, line {node.value.lineno}"
-    loaded = {name for name, _ in imports_of(tree_of(module))}
-    assert not loaded & {"pickle", "cPickle", "dill", "joblib"}
+def test_loading_is_strict_and_without_pickle(module):
+    forbidden = {"strict": False, "weights_only": False, "allow_pickle": True}
+    for node in ast.walk(parse_module(module)):
+        if isinstance(node, ast.keyword) and node.arg in forbidden and isinstance(node.value, ast.Constant):
+            assert node.value.value is not forbidden[node.arg], f"{module}, line {node.value.lineno}"
+    imports = {name for name, _ in iter_imports(parse_module(module))}
+    assert not imports & {"pickle", "cPickle", "dill", "joblib"}

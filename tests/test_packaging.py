@@ -1,4 +1,4 @@
-"""The wheel holds every module, the version and the license; ruff has nothing to say about the code."""
+"""The wheel contains every module, the version and the license; ruff reports nothing."""
 
 import ast
 import importlib.metadata
@@ -15,7 +15,7 @@ import guided_diffusion_vae
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "guided_diffusion_vae"
-# Each module has to say where it comes from: an editable install may offer the checkout's where the wheel lacks them.
+# Check the file of each module: an editable install may provide modules that the wheel lacks.
 IMPORT_ALL = """
 import importlib, sys
 folder, *names = sys.argv[1:]
@@ -25,19 +25,19 @@ for name in names:
 """
 
 
-def module_of(path):
-    """Return the name of the module that a file below ROOT is."""
+def module_name(path):
+    """Return the module name of a file below ROOT."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def run(*command, **kwargs):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, **kwargs)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, **kwargs)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Build a wheel from a copy of what git knows or would add, install it into an empty folder and return that."""
+    """Return an empty folder with the installed wheel of a copy of the files that git tracks or would add."""
     if not (shutil.which("git") and all(map(importlib.util.find_spec, ("pip", "setuptools")))):
         pytest.skip("no git, pip or setuptools")
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
@@ -46,7 +46,7 @@ def installed(tmp_path_factory):
         pytest.skip("no git checkout")
     work = tmp_path_factory.mktemp("wheel")
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():     # not deleted since
+        if (ROOT / name).is_file():     # the index also lists deleted files
             (work / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, work / "copy" / name)
     run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", work,
@@ -56,16 +56,16 @@ def installed(tmp_path_factory):
     return work / "site"
 
 
-def test_every_module_is_in_the_wheel_and_can_be_imported(installed, tmp_path):
-    modules = sorted(map(module_of, PACKAGE.rglob("*.py")))
+def test_wheel_contains_every_module_importable(installed, tmp_path):
+    modules = sorted(map(module_name, PACKAGE.rglob("*.py")))
     run("-c", IMPORT_ALL, installed, *modules, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)})
 
 
-def test_the_wheel_holds_the_package_alone(installed):
+def test_wheel_contains_only_the_package(installed):
     assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == [PACKAGE.name]
 
 
-def test_the_wheel_states_version_and_license(installed):
+def test_wheel_has_version_and_license(installed):
     distribution, = importlib.metadata.distributions(path=[str(installed)])
     assert distribution.metadata["Name"] == "guided-diffusion-vae"
     assert distribution.version == guided_diffusion_vae.__version__
@@ -73,15 +73,15 @@ def test_the_wheel_states_version_and_license(installed):
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
-def test_the_version_can_be_read_without_torch():
+def test_version_is_a_literal_readable_without_torch():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     literals = [ast.literal_eval(node.value) for node in tree.body
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"]
     assert literals == [guided_diffusion_vae.__version__]
 
 
-@pytest.mark.xfail(strict=True, reason="findings of before ruff came are left; the last takes this mark with it")
-def test_ruff_has_nothing_to_say():
+@pytest.mark.xfail(strict=True, reason="findings from before ruff was added; remove this mark with the last one")
+def test_ruff_reports_nothing():
     pytest.importorskip("ruff")
     run("-m", "ruff", "check", "--quiet", "--no-cache", "--output-format", "concise", "guided_diffusion_vae", "scripts",
         "benchmarks", "tests", cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The recorded numbers of the reference implementation, and that no passage was copied; skipped without ../shared."""
+"""Parity with recorded numbers of the reference implementation, and originality; skipped without ../shared."""
 
 import importlib.util
 import os
@@ -22,36 +22,36 @@ def run(*command):
 
 
 @pytest.fixture(scope="module")
-def verdicts():
-    """Replay all groups in one process; return {case: line of its verdict}."""
+def results():
+    """Replay all groups in one process; return {case: line with its result}."""
     if not PARITY.exists():
-        pytest.skip("no recorded numbers here")
-    done = run(str(PARITY), *(word for group in GROUPS for word in ("--only", f"{group}/")))
-    lines = re.findall(r"^(?:PASS|FAIL) .*$", done.stdout, re.MULTILINE)
-    assert lines, done.stdout + done.stderr
+        pytest.skip("no recorded numbers")
+    process = run(str(PARITY), *(word for group in GROUPS for word in ("--only", f"{group}/")))
+    lines = re.findall(r"^(?:PASS|FAIL) .*$", process.stdout, re.MULTILINE)
+    assert lines, process.stdout + process.stderr
     return {re.split("[ :]", line)[1]: line for line in lines}
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_numbers_are_those_of_the_reference(verdicts, group):
+def test_parity_with_the_reference(results, group):
     if group == "diffusers_vae" and importlib.util.find_spec("diffusers") is None:
         pytest.skip("no diffusers")
-    mine = [case for case in verdicts if case.startswith(f"{group}/") and not of_a_script_to_come(case)]
-    assert mine and [verdicts[case] for case in mine if not verdicts[case].startswith("PASS")] == []
+    cases = [case for case in results if case.startswith(f"{group}/") and not needs_missing_script(case)]
+    assert cases and [results[case] for case in cases if not results[case].startswith("PASS")] == []
 
 
-def of_a_script_to_come(case):
+def needs_missing_script(case):
     script = case.partition("factories/script_")[2]
     return bool(script) and not (ROOT / "scripts" / f"{script}.py").exists()
 
 
-def test_no_group_is_forgotten(verdicts):
+def test_parity_covers_every_recorded_group(results):
     manifests = {path.stem for path in PARITY.parent.glob("*.json")}
     assert manifests == set(GROUPS)
 
 
-def test_no_passage_coincides_with_the_reference():
+def test_originality_finds_no_coincidence():
     if not ORIGINALITY.exists():
-        pytest.skip("no digests here")
-    done = run(str(ORIGINALITY), "guided_diffusion_vae", "scripts")
-    assert re.match(r"0 of \d+ runs coincide", done.stdout), done.stdout + done.stderr
+        pytest.skip("no digests")
+    process = run(str(ORIGINALITY), "guided_diffusion_vae", "scripts")
+    assert re.match(r"0 of \d+ runs coincide", process.stdout), process.stdout + process.stderr

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-# latents and autoencoders
+# --- Latents and autoencoders ---
 
 
 def save_autoencoder(path, seed=0, **header):
@@ -47,8 +47,9 @@ def save_autoencoder(path, seed=0, **header):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Write four images of two classes; return their DataConfig."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
@@ -57,23 +58,23 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path, pictures):
+def cache(tmp_path, images):
     codec = create_vae(VAEConfig(vae_path=str(save_autoencoder(tmp_path / "vae.pt"))), CPU)
     config = LatentCacheConfig(str(tmp_path / "cache"), latent_dtype="float32")
-    return write_cache(ImageFolder(pictures), codec, config)
+    return write_cache(ImageFolder(images), codec, config)
 
 
-def run_of(*configs, folder=None, **explicit):
-    """Return a Run with these configs, the others at their defaults but for the normalizer, which accepts any std."""
+def create_run(*configs, folder=None, **explicit):
+    """Return a Run with these configs and default ones of other classes, whose normalizer accepts any std."""
     defaults = LatentConfig(), VAEConfig(), DataConfig(), NormalizerConfig("none", True), DiffusionTrainConfig()
     kinds = {type(config) for config in configs}
     others = [config for config in defaults if type(config) not in kinds]
-    return Run("it", [*configs, *others], explicit, folder)
+    return Run("script", [*configs, *others], explicit, folder)
 
 
 def open_latents(*configs, **settings):
     """Return (source, codec) of the latents that a run trains on."""
-    source, space = spaces.open_latent_data(run_of(*configs, **settings))
+    source, space = spaces.open_latent_data(create_run(*configs, **settings))
     return source, space.codec
 
 
@@ -81,40 +82,41 @@ def open_cache(cache, **vae):
     return open_latents(LatentConfig(str(cache.folder)), VAEConfig(**vae))
 
 
-def test_a_cache_finds_its_autoencoder_where_it_was(cache):
+def test_open_cache_finds_the_autoencoder_at_its_recorded_path(cache):
     source, codec = open_cache(cache)
     assert isinstance(source, LatentCache) and codec.fingerprint == cache.autoencoder["sha256"]
 
 
-def test_statistics_of_a_sample_and_of_all_are_one_space(cache):
+def test_require_same_space_tolerates_statistics_of_a_subset(cache):
     header = {"autoencoder": None, "latent_shape": [3, 4, 4], "normalizer": {"shift": [0.0], "std": [0.1790]}}
-    near, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.181, 0.190))
-    spaces.require_same_space(header, near, "other", "--classifier_path")
+    close, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.181, 0.190))
+    spaces.require_same_space(header, close, "other", "--classifier_path")
     with pytest.raises(ValueError, match="does not match the diffusion model: expected normalizer"):
         spaces.require_same_space(header, far, "other", "--classifier_path")
 
 
-def test_an_autoencoder_that_one_rank_lacks_is_used_by_none(cache, monkeypatch):
+def test_open_cache_autoencoder_missing_on_one_rank_is_used_on_none(cache, monkeypatch):
     monkeypatch.setattr(spaces.dist_util, "any_rank", lambda flag: True)
     assert open_cache(cache)[1] is None
 
 
-def test_a_cache_finds_its_autoencoder_where_it_is_said_to_be_now(cache, tmp_path):
+def test_open_cache_finds_a_moved_autoencoder_at_vae_path(cache, tmp_path):
     (tmp_path / "vae.pt").rename(tmp_path / "moved.pt")
     assert open_cache(cache)[1] is None
-    with pytest.raises(FileNotFoundError, match="vae.pt does not exist .*; set --vae_path to the autoencoder of the latents"):
+    with pytest.raises(FileNotFoundError,
+                       match="vae.pt does not exist .*; set --vae_path to the autoencoder of the latents"):
         spaces.open_codec(cache.autoencoder, VAEConfig())
     assert open_cache(cache, vae_path=str(tmp_path / "moved.pt"))[1].fingerprint == cache.autoencoder["sha256"]
 
 
-def test_another_autoencoder_than_the_caches_is_refused_by_name(cache, tmp_path):
+def test_open_cache_rejects_another_autoencoder_by_name(cache, tmp_path):
     other = save_autoencoder(tmp_path / "other.pt", seed=1)
     with pytest.raises(ValueError, match=f"other.pt does not match the latents: expected autoencoder "
                                          f"{cache.autoencoder['sha256'][:16]} .*vae.pt.*, got [0-9a-f]{{16}}; set"):
         open_cache(cache, vae_path=str(other))
 
 
-def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, capsys):
+def test_open_cache_ignores_a_replaced_autoencoder(cache, tmp_path, capsys):
     save_autoencoder(tmp_path / "vae.pt", seed=1)
     assert open_cache(cache)[1] is None
     sha256 = cache.autoencoder["sha256"][:16]
@@ -123,26 +125,25 @@ def test_an_autoencoder_replaced_in_its_place_is_never_used(cache, tmp_path, cap
         spaces.open_codec(cache.autoencoder, VAEConfig())
 
 
-@pytest.mark.parametrize("flag, asked, held", [
+@pytest.mark.parametrize("flag, requested, recorded", [
     ("image_size", 16, 8), ("random_flip", True, False), ("crop", "none", "center"), ("pad", True, False),
 ])
-def test_flags_that_contradict_how_a_caches_pictures_were_read_are_refused(cache, flag, asked, held):
-    opened = lambda explicit: open_latents(LatentConfig(str(cache.folder)), **explicit)
-    assert opened({flag: held, "lr": 0.1})[0].count == cache.count
-    with pytest.raises(ValueError, match=f"--{flag} {asked} conflicts with the cache {cache.folder}, whose images were "
-                                         f"read with {flag}={held}; omit the flag or re-encode"):
-        opened({flag: asked})
+def test_open_cache_rejects_flags_that_conflict_with_its_preprocessing(cache, flag, requested, recorded):
+    latents = LatentConfig(str(cache.folder))
+    assert open_latents(latents, **{flag: recorded, "lr": 0.1})[0].count == cache.count
+    with pytest.raises(ValueError, match=f"--{flag} {requested} conflicts with the cache {cache.folder}, whose images "
+                                         f"were read with {flag}={recorded}; omit the flag or re-encode"):
+        open_latents(latents, **{flag: requested})
 
 
-def test_a_plain_folder_of_latents_knows_of_no_pictures_to_contradict(tmp_path):
+def test_require_same_preprocessing_accepts_any_flag_for_a_plain_folder(tmp_path):
     np.save(tmp_path / "a_1.npy", np.ones((3, 4, 4), np.float32))
     spaces.require_same_preprocessing(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
 
 
-def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monkeypatch):
-    """As `open_source` does where there is one; here it has no memory to spare."""
+def test_open_cache_and_plain_folder_stay_on_cpu_if_the_gpu_is_full(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (400, 400))
-    (tmp_path / "vae.pt").unlink()  # it could not be opened on a GPU that is not there
+    (tmp_path / "vae.pt").unlink()  # it could not be opened on the simulated GPU
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
     for folder, kind in ((cache.folder, LatentCache), (tmp_path / "plain", LatentFolder)):
@@ -151,14 +152,14 @@ def test_caches_and_plain_folders_can_be_asked_onto_a_gpu(cache, tmp_path, monke
         assert type(source) is kind and codec is None and source.batch([0])[0].device == CPU
 
 
-def test_a_damaged_cache_is_met_before_training(cache):
+def test_open_cache_detects_corrupt_labels(cache):
     labels = cache.folder / "labels.npy"
     labels.write_bytes(labels.read_bytes()[:-8] + bytes(8))
     with pytest.raises(ValueError, match="labels.npy is corrupt"):
         open_cache(cache)
 
 
-def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_before(cache, tmp_path):
+def test_initial_weights_depend_on_the_seed_and_not_on_the_autoencoder(cache, tmp_path):
     def weights(seed):
         source, codec = open_cache(cache)
         seed_initialization(seed)
@@ -167,45 +168,45 @@ def test_initial_weights_depend_on_the_seed_and_not_on_an_autoencoder_opened_bef
 
     (first, codec), (other, _) = weights(0), weights(1)
     (tmp_path / "vae.pt").unlink()
-    again, nothing = weights(0)
-    assert codec is not None and nothing is None
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    repeated, missing_codec = weights(0)
+    assert codec is not None and missing_codec is None
+    assert torch.equal(first, repeated) and not torch.equal(first, other)
 
 
-def test_another_scale_factor_than_the_caches_is_refused_by_name(cache):
+def test_open_cache_rejects_another_scale_factor(cache):
     with pytest.raises(ValueError, match="expected scale_factor 0.18215 .*, got 0.5"):
         open_cache(cache, scale_factor=0.5)
 
 
 @pytest.mark.parametrize("cache_dir, data_dir", [("", ""), ("a", "b")])
-def test_a_cache_and_pictures_or_neither_are_refused(cache_dir, data_dir):
+def test_open_latents_requires_either_a_cache_or_images(cache_dir, data_dir):
     with pytest.raises(ValueError, match=f"--cache_dir '{cache_dir}' and --data_dir '{data_dir}': specify one"):
         open_latents(LatentConfig(cache_dir), DataConfig(data_dir))
 
 
-def test_pictures_encoded_on_the_fly_are_the_cache(cache, pictures, tmp_path):
-    fly, codec = open_latents(VAEConfig(str(tmp_path / "vae.pt")), pictures)
+def test_open_latents_encoding_on_the_fly_equals_the_cache(cache, images, tmp_path):
+    fly, codec = open_latents(VAEConfig(str(tmp_path / "vae.pt")), images)
     assert fly.statistics["std"] == pytest.approx(cache.statistics["std"], rel=1e-5)
     torch.testing.assert_close(fly.batch([2, 0])[0], cache.batch([2, 0])[0])
     assert codec.fingerprint == fly.autoencoder["sha256"]
 
 
-def test_a_run_that_goes_on_keeps_the_statistics_that_it_began_with(pictures, cache, tmp_path):
+def test_open_latents_resumed_run_keeps_its_first_statistics(images, cache, tmp_path):
     vae, folder = VAEConfig(str(tmp_path / "vae.pt")), tmp_path / "run"
     folder.mkdir()
-    opened = lambda count: open_latents(LatentConfig(stats_samples=count), vae, pictures, folder=folder)
-    source, codec = opened(1)
+    open_with = lambda count: open_latents(LatentConfig(stats_samples=count), vae, images, folder=folder)
+    source, codec = open_with(1)
     normalizer = spaces.fit_normalizer(NormalizerConfig(), source)
     header = training.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
-    run_of(folder=folder).save_config(header)
-    assert opened(4)[0].statistics != source.statistics  # config.json alone is no run that goes on
+    create_run(folder=folder).save_config(header)
+    assert open_with(4)[0].statistics != source.statistics  # config.json alone is not a resumed run
     checkpoint_util.commit(folder, 1, [], {})
-    assert opened(4)[0].statistics == source.statistics
+    assert open_with(4)[0].statistics == source.statistics
     (folder / "config.json").write_text("{")
-    assert opened(4)[0].statistics["channel_std"] == pytest.approx(cache.statistics["channel_std"], rel=1e-5)
+    assert open_with(4)[0].statistics["channel_std"] == pytest.approx(cache.statistics["channel_std"], rel=1e-5)
 
 
-def test_a_spacing_may_be_written_shorter_than_it_is_recorded():
+def test_require_same_preprocessing_accepts_a_shorter_spacing():
     cache = SimpleNamespace(folder="cache", preprocessing={"spacing": "2,2,2"})
     spaces.require_same_preprocessing(cache, {"spacing": "2"})
     spaces.require_same_preprocessing(cache, {"spacing": "2.0,2,2"})
@@ -213,20 +214,21 @@ def test_a_spacing_may_be_written_shorter_than_it_is_recorded():
         spaces.require_same_preprocessing(cache, {"spacing": "2,2,3"})
 
 
-def test_pictures_are_read_as_the_autoencoders_were_unless_a_flag_says_otherwise():
+def test_apply_trained_preprocessing_explicit_flags_take_precedence():
     trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1", spacing="9")), "data_dir": "there"}
-    read = spaces.apply_trained_preprocessing(DataConfig("here", crop="center"), {"crop": "center"}, trained)
-    assert read == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
+    data = spaces.apply_trained_preprocessing(DataConfig("here", crop="center"), {"crop": "center"}, trained)
+    assert data == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
 
 
 @pytest.mark.parametrize("image_size, crop", [("8x16", "center"), ("8x16x4", "grid")])
-def test_what_was_trained_on_at_random_places_is_covered_evenly(image_size, crop):
+def test_apply_trained_preprocessing_replaces_random_crops(image_size, crop):
     trained = vars(DataConfig(image_size=image_size, crop="random"))
-    assert spaces.apply_trained_preprocessing(DataConfig("here"), {}, trained).crop == crop
-    assert spaces.apply_trained_preprocessing(DataConfig("here", crop="random"), {"crop": "random"}, trained).crop == "random"
+    apply = spaces.apply_trained_preprocessing
+    assert apply(DataConfig("here"), {}, trained).crop == crop
+    assert apply(DataConfig("here", crop="random"), {"crop": "random"}, trained).crop == "random"
 
 
-def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
+def test_fit_normalizer_fixed_value_must_match_the_statistics(cache):
     std = cache.statistics["std"]
     assert spaces.fit_normalizer(NormalizerConfig(), cache).std == [std]
     assert spaces.fit_normalizer(NormalizerConfig("channel"), cache).std == cache.statistics["channel_std"]
@@ -238,7 +240,7 @@ def test_a_fixed_normalizer_must_fit_the_measured_latents(cache):
     assert spaces.fit_normalizer(NormalizerConfig("none", allow_latent_std=True), cache).std == [1]
 
 
-def test_the_number_of_classes_is_that_of_the_data(cache):
+def test_infer_model_config_takes_the_classes_of_the_data(cache):
     assert training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache).num_classes == 2
     assert training.infer_model_config(MODEL, cache).num_classes == 0
     with pytest.raises(ValueError, match="--num_classes 7 conflicts with .*cache, which has 2; omit the flag"):
@@ -248,12 +250,12 @@ def test_the_number_of_classes_is_that_of_the_data(cache):
         training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache)
 
 
-# models from their checkpoints
+# --- Models from checkpoints ---
 
 
 @pytest.fixture
-def run(tmp_path, cache):
-    """The weights file of a diffusion model on the cache, as training writes it."""
+def model_path(tmp_path, cache):
+    """Return a weights file of a diffusion model on the cache, as written by training."""
     model = training.infer_model_config(dataclasses.replace(MODEL, class_cond=True, dropout=0.1), cache)
     torch.manual_seed(0)
     network, _ = create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)
@@ -266,30 +268,30 @@ def run(tmp_path, cache):
 
 def load(path, *flags):
     configs, explicit = parse_explicit("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
-    run = Run("it", configs, explicit)
+    run = Run("script", configs, explicit)
     return loading.load_sampler(run)
 
 
-def test_a_weights_file_is_enough_to_sample(run, cache):
-    sampler = load(run)
+def test_load_sampler_needs_only_a_weights_file(model_path, cache):
+    sampler = load(model_path)
     assert sampler.shape == (3, 4, 4) and sampler.image_shape == (1, 8, 8) and sampler.diffusion.num_timesteps == 20
     assert sampler.class_names == ["a", "b"] and sampler.num_classes == 2
     assert sampler.normalizer.std == [cache.statistics["std"]]
     assert not sampler.model.training
 
 
-def test_samples_in_bfloat16_are_those_in_float32_but_for_rounding(run):
-    plain, short = load(run), load(run, "--sample_dtype", "bfloat16")
-    assert short.model.torso_dtype == torch.bfloat16 and plain.settings != short.settings
-    for sampler in (plain, short):
+def test_sample_dtype_bfloat16_equals_float32_up_to_rounding(model_path):
+    float32, bfloat16 = load(model_path), load(model_path, "--sample_dtype", "bfloat16")
+    assert bfloat16.model.torso_dtype == torch.bfloat16 and float32.settings != bfloat16.settings
+    for sampler in (float32, bfloat16):
         torch.manual_seed(1)
-        for parameter in sampler.model.parameters():  # many are zero at first, and would say nothing
+        for parameter in sampler.model.parameters():    # many are initialized to zero, which hides differences
             torch.nn.init.normal_(parameter, std=0.1)
-    one, other = (sampler.sample_x0(range(4), (0, 1), "cpu") for sampler in (plain, short))
+    one, other = (sampler.sample_x0(range(4), (0, 1), "cpu") for sampler in (float32, bfloat16))
     assert one.dtype == other.dtype == torch.float32
     assert 0 < (one - other).abs().max() and (one - other).std() < 0.05 * one.std()
     with pytest.raises(ValueError, match="--sample_dtype bfloat16 and --use_fp16 are mutually exclusive"):
-        load(run, "--sample_dtype", "bfloat16", "--use_fp16", True)
+        load(model_path, "--sample_dtype", "bfloat16", "--use_fp16", True)
 
 
 @pytest.mark.parametrize("flags, match", [
@@ -303,53 +305,53 @@ def test_samples_in_bfloat16_are_those_in_float32_but_for_rounding(run):
     (["--image_channels", 3], "--image_channels 3 conflicts with .* with image_channels 1"),
     (["--scale_factor", 0.5], "expected scale_factor 0.18215 .*, got 0.5"),
 ])
-def test_a_flag_that_contradicts_the_header_is_refused_with_both_values(run, flags, match):
+def test_load_sampler_rejects_a_flag_that_conflicts_with_the_header(model_path, flags, match):
     with pytest.raises(ValueError, match=match):
-        load(run, *flags)
+        load(model_path, *flags)
 
 
-def test_flags_that_agree_with_the_header_and_free_ones_are_taken(run, yaml_file):
+def test_load_sampler_accepts_matching_and_overridable_flags(model_path, yaml_file):
     path = yaml_file("model: {num_channels: 32, class_cond: true, dropout: 0.3}\ndata: {image_size: 8}\n"
                      "latents: {normalizer: auto}\ndiffusion: {diffusion_steps: 20}\ntraining: {lr: 1.0}")
-    sampler = load(run, "--config", path, "--timestep_respacing", "ddim5", "--use_checkpoint", True)
+    sampler = load(model_path, "--config", path, "--timestep_respacing", "ddim5", "--use_checkpoint", True)
     assert sampler.diffusion.num_timesteps == 5 and sampler.model.num_classes == 2
 
 
-def test_a_bare_state_dict_works_with_flags(run, tmp_path):
-    described = load(run)
-    weights, _ = checkpoint_util.load_weights(run)
+def test_load_sampler_bare_state_dict_is_described_by_flags(model_path, tmp_path):
+    sampler = load(model_path)
+    weights, _ = checkpoint_util.load_weights(model_path)
     torch.save(dict(weights), tmp_path / "bare.pt")
     flags = ["--vae_path", tmp_path / "vae.pt", "--image_size", 8, "--num_channels", 32, "--channel_mult", "1",
              "--num_res_blocks", 1, "--attention_resolutions", "", "--class_cond", True, "--num_classes", 2,
-             "--diffusion_steps", 20, "--noise_schedule", "cosine", "--normalizer", described.normalizer.std[0]]
+             "--diffusion_steps", 20, "--noise_schedule", "cosine", "--normalizer", sampler.normalizer.std[0]]
     bare = load(tmp_path / "bare.pt", *flags)
-    assert (bare.shape, bare.image_shape, bare.num_classes) == (described.shape, described.image_shape, 2)
+    assert (bare.shape, bare.image_shape, bare.num_classes) == (sampler.shape, sampler.image_shape, 2)
     x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([3, 7]), torch.tensor([0, 1])
     with torch.no_grad():
-        torch.testing.assert_close(bare.model(x, t, y=y), described.model(x, t, y=y))
-    torch.testing.assert_close(bare.decode(x), described.decode(x))
+        torch.testing.assert_close(bare.model(x, t, y=y), sampler.model(x, t, y=y))
+    torch.testing.assert_close(bare.decode(x), sampler.decode(x))
 
 
-@pytest.mark.parametrize("left_out, error, match", [
+@pytest.mark.parametrize("missing, error, match", [
     ("--vae_path", FileNotFoundError, "no autoencoder is specified; --vae_path expects one of"),
     ("--normalizer", ValueError, "bare.pt is a bare state dict without the statistics of --normalizer auto; set it to"),
     ("--num_channels", ValueError, r"bare.pt does not match the model \(.* differ; .*\); check --model_path and"),
     ("--channel_mult", ValueError, "no default width multipliers for a grid of 4: .*; set --channel_mult"),
 ])
-def test_what_a_bare_state_dict_lacks_is_named(run, tmp_path, left_out, error, match):
-    torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
+def test_load_sampler_bare_state_dict_names_the_missing_flag(model_path, tmp_path, missing, error, match):
+    torch.save(dict(checkpoint_util.load_weights(model_path)[0]), tmp_path / "bare.pt")
     flags = {"--vae_path": tmp_path / "vae.pt", "--image_size": 8, "--num_channels": 32, "--channel_mult": "1",
              "--num_res_blocks": 1, "--attention_resolutions": "", "--class_cond": True, "--num_classes": 2,
              "--normalizer": 0.2}
-    del flags[left_out]
+    del flags[missing]
     with pytest.raises(error, match=match):
         load(tmp_path / "bare.pt", *(word for pair in flags.items() for word in pair))
 
 
-def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp_path, capsys):
+def test_load_sampler_run_folder_uses_the_largest_decay_of_the_last_step(model_path, tmp_path, capsys):
     folder = tmp_path / "training"
     folder.mkdir()
-    weights, header = checkpoint_util.load_weights(run)
+    weights, header = checkpoint_util.load_weights(model_path)
     for step in (1, 2):
         names = [checkpoint_util.model_name(step), *(checkpoint_util.ema_name(rate, step) for rate in (0.9, 0.99))]
         for name in names:
@@ -361,14 +363,14 @@ def test_a_run_folder_stands_for_the_slowest_average_of_its_newest_step(run, tmp
         load(folder, "--num_heads", 7)
     with pytest.raises(ValueError, match="ema_0.99_000002.pt: --classifier_path expects .*, got 'diffusion'"):
         loading.load_classifier(loading.open_weights(folder))
-    with pytest.raises(FileNotFoundError, match="pictures contains no complete checkpoint .*check --model_path"):
-        load(tmp_path / "pictures")
+    with pytest.raises(FileNotFoundError, match="images contains no complete checkpoint .*check --model_path"):
+        load(tmp_path / "images")
 
 
-def test_sampling_from_a_run_hashes_and_opens_one_file_once(run, tmp_path, monkeypatch):
+def test_load_sampler_run_folder_hashes_and_opens_one_file_once(model_path, tmp_path, monkeypatch):
     folder, calls = tmp_path / "training", []
     folder.mkdir()
-    weights, header = checkpoint_util.load_weights(run)
+    weights, header = checkpoint_util.load_weights(model_path)
     names = ["model000001.pt", "ema_0.9_000001.pt", "opt000001.pt"]
     for name in names:
         checkpoint_util.save_weights(folder / name, weights, header)
@@ -384,21 +386,22 @@ def test_sampling_from_a_run_hashes_and_opens_one_file_once(run, tmp_path, monke
     assert sampler.settings["model"] == marker["files"][path.name]["sha256"]
 
 
-# classifiers
+# --- Classifiers ---
+
 
 CLASSIFIER = ClassifierConfig(classifier_width=32, classifier_depth=1, classifier_attention_resolutions="8",
                               classifier_in_channels=1, classifier_num_classes=3)
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_classifier_takes_pictures_that_are_not_square(pool):
+def test_build_classifier_accepts_images_that_are_not_square(pool):
     flags = dataclasses.replace(CLASSIFIER, classifier_pool=pool)
     model, _ = build_classifier(flags, PROCESS, (1, 16, 64))
     assert model.image_size == (16, 64)
     assert model(torch.zeros(2, 1, 16, 64), torch.tensor([0, 7])).shape == (2, 3)
 
 
-def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
+def test_load_classifier_rebuilds_from_run_folder_or_file(tmp_path):
     torch.manual_seed(0)
     model, _ = build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
     header = {"kind": "classifier", "latent_shape": [1, 16, 64], "model": as_dict(CLASSIFIER),
@@ -407,34 +410,34 @@ def test_a_classifier_is_rebuilt_from_its_run_folder_or_its_file(tmp_path):
     checkpoint_util.commit(tmp_path, 1, ["model000001.pt"], {})
     for path in (tmp_path, tmp_path / "model000001.pt"):
         weights = loading.open_weights(path, "--classifier_path")
-        again = loading.load_classifier(weights)
-        assert weights.header["classes"] == ["a", "b", "c"] and not again.training
-        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        loaded = loading.load_classifier(weights)
+        assert weights.header["classes"] == ["a", "b", "c"] and not loaded.training
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
-def test_weights_of_another_kind_are_refused(run, tmp_path):
+def test_loading_rejects_weights_of_another_kind(model_path, tmp_path):
     with pytest.raises(ValueError, match="vae.pt: --model_path expects .* 'diffusion', got 'autoencoder'"):
         load(tmp_path / "vae.pt")
     with pytest.raises(ValueError, match="ema_0.9_000001.pt: --vae_path expects .* 'autoencoder', got 'diffusion'"):
-        load(run, "--vae_path", run)
+        load(model_path, "--vae_path", model_path)
     with pytest.raises(ValueError, match="000001.pt: --classifier_path expects .*'classifier', got 'diffusion'"):
-        loading.load_classifier(loading.open_weights(run))
-    torch.save(dict(checkpoint_util.load_weights(run)[0]), tmp_path / "bare.pt")
+        loading.load_classifier(loading.open_weights(model_path))
+    torch.save(dict(checkpoint_util.load_weights(model_path)[0]), tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="bare.pt has no header; --classifier_path expects a checkpoint"):
         loading.load_classifier(loading.open_weights(tmp_path / "bare.pt"))
 
 
-def test_a_missing_or_damaged_model_is_named(run, tmp_path):
+def test_load_sampler_names_a_missing_or_corrupt_file(model_path, tmp_path):
     with pytest.raises(FileNotFoundError, match="--model_path is not set: expected a run folder"):
         load("")
     with pytest.raises(FileNotFoundError, match="gone.pt.*check --model_path"):
         load(tmp_path / "gone.pt")
-    run.write_bytes(run.read_bytes()[:1000])
+    model_path.write_bytes(model_path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="ema_0.9_000001.pt is corrupt .*check --model_path"):
-        load(run)
+        load(model_path)
 
 
-def test_an_autoencoder_replaced_after_training_is_refused_by_the_sampler(run, tmp_path):
+def test_load_sampler_rejects_an_autoencoder_replaced_after_training(model_path, tmp_path):
     save_autoencoder(tmp_path / "vae.pt", seed=1)
     with pytest.raises(ValueError, match="vae.pt does not match the latents: expected autoencoder"):
-        load(run)
+        load(model_path)

@@ -28,8 +28,8 @@ class Run:
 
     :param script: name of the script, recorded in config.json.
     :param configs: config instances; a config is found by its class or a base class.
-    :param explicit: {flag: value} of the flags set in YAML or on the command line. The data, a checkpoint or a cache may
-        replace a default; an explicit value that conflicts with them is an error.
+    :param explicit: {flag: value} of the flags set in YAML or on the command line. The data, a checkpoint or a cache
+        may replace a default; an explicit value that conflicts with them is an error.
     :param folder: folder of the run, None for scripts and dry runs without one.
     :param checkpoint: (marker, folder) of the verified step to resume from, (None, None) if training starts.
     :param flags: names of the flags of the script, None if all fields of the configs are flags.
