@@ -8,7 +8,8 @@ import dataclasses
 import json
 import math
 import operator
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 _BOUNDS = {"minimum": (operator.ge, ">="), "maximum": (operator.le, "<="),
            "above": (operator.gt, ">"), "below": (operator.lt, "<")}
@@ -23,8 +24,9 @@ def option(default, help, choices=None, essential=False, **bounds):
     :param essential: show the flag on the first page of `--help`; a flag's name: only in scripts that have that flag.
     :param bounds: minimum, maximum (inclusive), above, below (exclusive).
     """
-    about = {"help": help, "choices": choices, "essential": essential}
-    return dataclasses.field(default=default, metadata={**about, "bounds": [(*_BOUNDS[k], v) for k, v in bounds.items()]})
+    bounds = [(*_BOUNDS[name], bound) for name, bound in bounds.items()]
+    about = {"help": help, "choices": choices, "essential": essential, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=about)
 
 
 # --- Types of fields ---

@@ -11,41 +11,41 @@ from guided_diffusion_vae.config import (
 
 
 @dataclasses.dataclass
-class Knobs:
+class Options:
     name: str = option("a", "what it is called", choices=("a", "b"), essential=True)
     rate: float = option(0.5, "how fast")
     factors: tuple = option(((1, 2), (2, 2)), "strides")
 
 
-def test_a_field_carries_its_default_help_and_choices():
-    name, rate, _ = dataclasses.fields(Knobs)
-    assert Knobs() == Knobs("a", 0.5, ((1, 2), (2, 2)))
+def test_field_has_default_help_choices_and_bounds():
+    name, rate, _ = dataclasses.fields(Options)
+    assert Options() == Options("a", 0.5, ((1, 2), (2, 2)))
     assert dict(name.metadata) == {"help": "what it is called", "choices": ("a", "b"), "essential": True, "bounds": []}
     assert rate.metadata["choices"] is None and not rate.metadata["essential"]
 
 
-@pytest.mark.parametrize("knobs", [Knobs(), Knobs("b", 1e-17, ()), Knobs(factors=2)])
-def test_from_dict_inverts_as_dict_through_json(knobs):
-    assert from_dict(Knobs, json.loads(json.dumps(as_dict(knobs)))) == knobs
+@pytest.mark.parametrize("config", [Options(), Options("b", 1e-17, ()), Options(factors=2)])
+def test_from_dict_inverts_as_dict_through_json(config):
+    assert from_dict(Options, json.loads(json.dumps(as_dict(config)))) == config
 
 
-def test_as_dict_holds_what_json_gives_back():
-    assert as_dict(Knobs()) == json.loads(json.dumps(as_dict(Knobs()))) == {
+def test_as_dict_survives_json():
+    assert as_dict(Options()) == json.loads(json.dumps(as_dict(Options()))) == {
         "name": "a", "rate": 0.5, "factors": [[1, 2], [2, 2]]
     }
 
 
-def test_from_dict_passes_over_keys_of_other_classes_and_keeps_defaults():
-    assert from_dict(Knobs, {"rate": 2.0, "lr": 1}) == Knobs(rate=2.0)
+def test_from_dict_ignores_other_keys_and_keeps_defaults():
+    assert from_dict(Options, {"rate": 2.0, "lr": 1}) == Options(rate=2.0)
 
 
-def test_frozen_turns_lists_at_any_depth_into_tuples():
+def test_to_tuple_converts_nested_lists():
     assert to_tuple([1, [2, (3, [4])], "ab"]) == (1, (2, (3, (4,))), "ab")
     assert to_tuple("ab") == "ab" and to_tuple(None) is None
 
 
 @pytest.mark.parametrize("text, value", [("64", 64), (64, 64), ("64x128", "64x128"), ("-1", "-1"), ("", "")])
-def test_a_size_is_a_number_where_it_is_one(text, value):
+def test_square_size_is_stored_as_a_number(text, value):
     assert size(text) == value and type(size(text)) is type(value)
 
 
@@ -57,16 +57,18 @@ def test_require_raises_the_first_message_that_does_not_hold():
         require((None, "one"), error=FileNotFoundError)
 
 
+ascending = CommaSeparated("lo,hi", "two integers, the lower first", int, lambda v: len(v) == 2 and v[0] < v[1])
+
+
 @dataclasses.dataclass
 class Bounded:
     share: float = option(0.5, "a share", minimum=0, below=1)
     width: float = option(1.0, "a width", above=0, maximum=9)
-    order: CommaSeparated("lo,hi", "two integers, the lower first", int, lambda v: len(v) == 2 and v[0] < v[1]) = option(
-        "1,2", "an interval")
+    order: ascending = option("1,2", "an interval")
     levels: tuple = option((), "a list")
 
 
-FIELDS = {field.name: field for cls in (Knobs, Bounded) for field in dataclasses.fields(cls)}
+FIELDS = {field.name: field for cls in (Options, Bounded) for field in dataclasses.fields(cls)}
 
 
 @pytest.mark.parametrize("name, value, problem", [
@@ -74,8 +76,8 @@ FIELDS = {field.name: field for cls in (Knobs, Bounded) for field in dataclasses
     ("width", float("nan"), "finite"), ("width", float("-inf"), "finite"), ("name", "c", "one of a, b"),
     ("order", "2,1", "two integers, the lower first"), ("order", "1,b", "two integers"), ("order", "", "two integers"),
 ])
-def test_values_out_of_bounds_are_rejected_in_flags_and_in_code(name, value, problem):
-    cls = Bounded if name in Bounded.__dataclass_fields__ else Knobs
+def test_values_out_of_bounds_are_rejected_in_flags_and_code(name, value, problem):
+    cls = Bounded if name in Bounded.__dataclass_fields__ else Options
     for attempt in (lambda: read(FIELDS[name], str(value)), lambda: validate(cls(**{name: value}))):
         with pytest.raises(ValueError, match=f"^--{name} must be {problem}.*, got {value!r}|got '{value}'$"):
             attempt()
@@ -92,13 +94,13 @@ def test_values_at_inclusive_bounds_are_valid():
     ("rate", "1e-3", 1e-3), ("rate", 2, 2.0), ("factors", "2,[1,2]", (2, (1, 2))), ("factors", [1, [2]], (1, (2,))),
     ("factors", "2", 2), ("factors", True, True), ("order", [3, 4], "3,4"), ("order", "3, 4", "3, 4"),
 ])
-def test_a_value_is_converted_by_the_type_of_its_field(name, value, found):
+def test_value_is_converted_by_the_type_of_its_field(name, value, found):
     assert read(FIELDS[name], value) == found and type(read(FIELDS[name], value)) is type(found)
 
 
-def test_lists_stay_text_until_they_are_parsed():
-    assert integers.parse("16,8", "x") == (16, 8) and numbers.parse("1,0.5", "x") == (1, 0.5) == numbers.parse([1, 0.5], "x")
-    assert integers.parse("", "x") == ()
+def test_comma_separated_text_is_parsed_on_use():
+    assert integers.parse("16,8", "x") == (16, 8) and integers.parse("", "x") == ()
+    assert numbers.parse("1,0.5", "x") == (1, 0.5) == numbers.parse([1, 0.5], "x")
     with pytest.raises(ValueError, match="^--x must be comma-separated integers such as 16,8, got '16;8'$"):
         integers.parse("16;8", "x")
 
@@ -125,14 +127,15 @@ class Network:
     ({"use_ddim": True, "sampler": "ddim"}, {"use_ddim": False}),
     ({"gradient_accumulation_steps": 2}, {"batch_size": 6, "microbatch": 3, "gradient_accumulation_steps": 1}),
     ({"lr_anneal_steps": 7}, {"max_steps": 7, "lr_anneal_steps": 7}),
-    ({"lr_anneal_steps": 7, "max_steps": 5}, {"max_steps": 5}), ({"lr_anneal_steps": 7, "max_steps": 9}, {"max_steps": 7}),
+    ({"lr_anneal_steps": 7, "max_steps": 5}, {"max_steps": 5}),
+    ({"lr_anneal_steps": 7, "max_steps": 9}, {"max_steps": 7}),
 ])
-def test_the_other_flag_of_a_pair_is_translated_once(given, translated):
+def test_other_flag_of_a_pair_is_translated_once(given, translated):
     config, = resolve(Sampling(**given))
     assert config == Sampling(**{**given, **translated}) and resolve(config) == [config]
 
 
-def test_a_pair_may_belong_to_two_configs():
+def test_pair_may_belong_to_two_configs():
     assert resolve(Network(), Sampling(use_gradient_checkpointing=True)) == [Network(True), Sampling()]
     assert resolve(Network(True), Sampling()) == [Network(True), Sampling()]
 
@@ -141,7 +144,7 @@ def test_a_pair_may_belong_to_two_configs():
     {"sampler": "unipc", "use_ddim": True}, {"microbatch": 2, "gradient_accumulation_steps": 4},
     {"image_size": 64, "voxel_size": (64, 64, 64)},
 ])
-def test_a_pair_that_contradicts_itself_is_rejected_by_both_names(values):
+def test_conflicting_pair_is_rejected_by_both_names(values):
     (first, a), (second, b) = values.items()
     message = re.escape(f"--{first} {a} and --{second} {b} are mutually exclusive; set only one of them")
     with pytest.raises(ValueError, match=message):

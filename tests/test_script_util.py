@@ -19,7 +19,8 @@ from guided_diffusion_vae.latent_datasets import LatentConfig
 from guided_diffusion_vae.runs.configs import CONFIGS as ALL_CONFIGS
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, model_and_diffusion_defaults
 from guided_diffusion_vae.runs.flags import (
-    add_dict_to_argparser, args_to_dict, argparser, drop_fields, flag_names, parse, parse_explicit, select_fields, str2bool,
+    FLAG_ALIASES, add_dict_to_argparser, args_to_dict, argparser, drop_fields, flag_names, parse, parse_explicit,
+    select_fields, str2bool,
 )
 from guided_diffusion_vae.runs.training import AutoencoderPlan, DiffusionPlan
 from guided_diffusion_vae.runs.run import Run, RunConfig
@@ -55,10 +56,10 @@ sampling: {num_samples: 12}
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-# flags and YAML
+# --- Flags and YAML ---
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file):
+def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
     path = yaml_file("model: {num_channels: 32, num_heads: 2}")
     argv = ["--config", path, "--num_heads", "8"]
     (model, process), given = parse_explicit("doc", ModelConfig, DiffusionConfig, argv=argv)
@@ -66,20 +67,20 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file):
     assert given == {"num_channels": 32, "num_heads": 8} and process == DiffusionConfig()
 
 
-def test_a_flag_that_repeats_the_default_still_wins_over_the_file(yaml_file):
+def test_flag_with_default_value_overrides_yaml(yaml_file):
     path = yaml_file("model: {num_heads: 2}")
     model, = parse("doc", ModelConfig, argv=["--config", path, "--num_heads", str(ModelConfig().num_heads)])
     assert model.num_heads == ModelConfig().num_heads
 
 
-def test_keys_may_stand_in_sections_or_alone(yaml_file):
+def test_yaml_keys_may_be_in_sections_or_top_level(yaml_file):
     read = lambda text: parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
     grouped, alone = read("training: {lr: 0.5}\ndata: {crop: none}"), read("lr: 0.5\ncrop: none")
     assert grouped == alone and grouped[6].lr == 0.5 and grouped[3].crop == "none"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
+def test_shipped_config_gives_documented_latents_and_memory(path):
     data, network, loss, train, _ = parse("doc", *AUTOENCODER, argv=["--config", str(path)])
     plan = AutoencoderPlan((1, *data.sides), network, train, loss, DiscriminatorConfig())
     with torch.device("meta"):
@@ -96,7 +97,7 @@ def test_every_shipped_configuration_gives_the_latents_that_it_names(path):
         assert DiffusionPlan(shape, model, dataclasses.replace(train, batch_size=1), process).training().activations > 0
 
 
-def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_one_before():
+def test_progressive_stages_have_the_same_weights():
     stages = []
     for size in (256, 512, 1024):
         argv = ["--config", str(CONFIGS / f"images/progressive_{size}.yaml"), "--in_channels", "1"]
@@ -111,7 +112,7 @@ def test_every_stage_of_the_progressive_schedule_takes_over_all_weights_of_the_o
     assert stages[0] == stages[1] == stages[2]
 
 
-def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
+def test_device_section_applies_to_every_script(yaml_file):
     argv = ["--config", yaml_file("device: {mixed_precision: true}\ndata: {voxel_size: [8, 16, 16]}")]
     data, _, _, train, _ = parse("doc", *AUTOENCODER, argv=argv)
     assert train.mixed_precision and data.image_size == "8x16x16" and data.sides == (8, 16, 16)
@@ -119,16 +120,16 @@ def test_what_is_said_of_the_device_holds_for_every_script(yaml_file):
     assert parse("doc", *SAMPLING, argv=argv)[0].num_samples  # has no such flag, and passes it over
 
 
-def test_a_size_on_the_command_line_wins_under_either_name(yaml_file):
+def test_size_flag_overrides_yaml_under_either_name(yaml_file):
     config = ["--config", yaml_file("data: {voxel_size: [8, 16, 16]}")]
     read = lambda *argv: parse("doc", *AUTOENCODER, argv=[*config, *argv])[0].sides
     assert read() == (8, 16, 16) and read("--image_size", "4x8x8") == (4, 8, 8)
     assert read("--spatial_dims", "3") == (8, 16, 16)
-    pictures = ["--config", yaml_file("data: {image_size: 32}"), "--voxel_size", "4,4,4"]
-    assert parse("doc", *AUTOENCODER, argv=pictures)[0].sides == (4, 4, 4)
+    images = ["--config", yaml_file("data: {image_size: 32}"), "--voxel_size", "4,4,4"]
+    assert parse("doc", *AUTOENCODER, argv=images)[0].sides == (4, 4, 4)
 
 
-def test_the_command_line_wins_under_either_name_of_a_pair(yaml_file):
+def test_flag_overrides_yaml_under_either_name_of_a_pair(yaml_file):
     read = lambda text, *argv: parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *argv])[3]
     accumulated = read("device: {gradient_accumulation_steps: 4}", "--microbatch", "2")
     assert (accumulated.microbatch, accumulated.gradient_accumulation_steps) == (2, 1)
@@ -142,11 +143,13 @@ def test_the_command_line_wins_under_either_name_of_a_pair(yaml_file):
 
 
 @pytest.mark.parametrize("text, flags, match", [
-    ("data: {voxel_size: [8, 8, 8], image_size: 32}", [], "--image_size 32 and --voxel_size .8, 8, 8. are mutually exclusive; set only one"),
-    ("data: {voxel_size: [8, 8, 8]}", ["--spatial_dims", "2"], "--spatial_dims 2 conflicts with --image_size 8x8x8, which has 3 axes"),
+    ("data: {voxel_size: [8, 8, 8], image_size: 32}", [],
+     "--image_size 32 and --voxel_size .8, 8, 8. are mutually exclusive; set only one"),
+    ("data: {voxel_size: [8, 8, 8]}", ["--spatial_dims", "2"],
+     "--spatial_dims 2 conflicts with --image_size 8x8x8, which has 3 axes"),
     ("autoencoder: {spatial_dims: 3}", [], "--spatial_dims 3 conflicts with --image_size 64x64, which has 2 axes"),
 ])
-def test_sizes_that_contradict_each_other_are_refused(yaml_file, text, flags, match):
+def test_conflicting_sizes_are_rejected(yaml_file, text, flags, match):
     with pytest.raises(ValueError, match=match):
         parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *flags])
 
@@ -155,7 +158,7 @@ def test_sizes_that_contradict_each_other_are_refused(yaml_file, text, flags, ma
     ("data: {image_size: 32}\ndata: {pad: true}", "the key data occurs twice"),
     ("lr: 1.0e-3\nautoencoder.training: {lr: 2.0e-3}", "sets lr to 0.001 and, as autoencoder.training.lr, to 0.002"),
 ])
-def test_files_that_contradict_themselves_are_refused(yaml_file, text, match):
+def test_yaml_with_conflicting_keys_is_rejected(yaml_file, text, match):
     with pytest.raises(ValueError, match=match):
         parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text)])
 
@@ -178,18 +181,18 @@ def test_numbers_out_of_bounds_are_rejected_by_name(yaml_file, capsys, flag, val
         check(field, field.type(value))
 
 
-def test_merge_keys_of_yaml_work(yaml_file):
+def test_yaml_merge_keys_work(yaml_file):
     merged = "training: &t {lr: 0.5}\nautoencoder.training: {<<: *t, batch_size: 3}"
     train = parse("doc", *AUTOENCODER, argv=["--config", yaml_file(merged)])[3]
     assert (train.lr, train.batch_size) == (0.5, 3)
 
 
-def test_a_section_may_be_empty(yaml_file):
+def test_yaml_sections_may_be_empty(yaml_file):
     data = parse("doc", *AUTOENCODER, argv=["--config", yaml_file("data:\nautoencoder.training:\n")])[0]
     assert data.image_size == 64
 
 
-def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
+def test_one_yaml_file_serves_every_script_of_the_pipeline(yaml_file):
     argv = ["--config", yaml_file(PIPELINE)]
     data, autoencoder, loss, train, _ = parse("doc", *AUTOENCODER, argv=argv)
     assert (autoencoder.num_channels, autoencoder.downsample_factors) == ((8, 16), ((1, 2),))
@@ -221,18 +224,18 @@ def test_one_file_serves_every_script_of_the_pipeline(yaml_file):
     ("- model", "expected keys with values, got a list"),
     ("model: [", "is not YAML: .*expected"),
 ])
-def test_a_mistake_in_the_file_is_named(yaml_file, text, match):
+def test_yaml_mistakes_are_rejected_by_name(yaml_file, text, match):
     classes = AUTOENCODER if text.startswith("autoencoder") else DIFFUSION
     with pytest.raises(ValueError, match=match):
         parse("doc", *classes, argv=["--config", yaml_file(text)])
 
 
-def test_a_missing_file_is_named():
+def test_missing_yaml_file_is_reported():
     with pytest.raises(FileNotFoundError, match="nowhere.yaml does not exist; check --config"):
         parse("doc", ModelConfig, argv=["--config", "nowhere.yaml"])
 
 
-def test_an_empty_file_gives_the_defaults(yaml_file):
+def test_empty_yaml_file_gives_defaults(yaml_file):
     assert parse("doc", ModelConfig, argv=["--config", yaml_file("# nothing\n")]) == [ModelConfig()]
 
 
@@ -244,7 +247,7 @@ def test_an_empty_file_gives_the_defaults(yaml_file):
     (["--noise_schedule", "sine"], "error: --noise_schedule must be one of linear, cosine, "),
     (["--num_channels"], "argument --num_channels: expected one argument"),
 ])
-def test_a_mistaken_flag_is_answered_with_one_line(capsys, argv, message):
+def test_flag_mistakes_print_one_line(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
         parse("doc", *DIFFUSION, argv=argv)
     lines = capsys.readouterr().err.splitlines()
@@ -255,20 +258,20 @@ def test_a_mistaken_flag_is_answered_with_one_line(capsys, argv, message):
     ("4", 4), ("2,2", (2, 2)), ("[2]", (2,)), ("[[1,2,2],[2,2,2]]", ((1, 2, 2), (2, 2, 2))), ("0.5, 1", (0.5, 1)),
     ("True,false", (True, False)), ("", ()),
 ])
-def test_lists_are_read_from_flags(text, value):
+def test_lists_are_parsed_from_flags(text, value):
     @dataclasses.dataclass
     class Config:
         levels: tuple = option((), "a list")
     assert parse("doc", Config, argv=["--levels", text])[0].levels == value
 
 
-def test_a_list_that_is_none_is_refused(capsys):
+def test_malformed_list_is_rejected(capsys):
     with pytest.raises(SystemExit):
         parse("doc", AutoencoderConfig, argv=["--num_channels", "32,a"])
     assert "--num_channels must be a list such as 2,2 or [[1,2,2],[2,2,2]], got '32,a'" in capsys.readouterr().err
 
 
-def test_help_all_shows_sections_choices_and_defaults_as_they_are_typed(capsys, monkeypatch):
+def test_help_all_shows_sections_choices_and_typed_defaults(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as stop:
         parse("Train it.\n\n    python it.py", *AUTOENCODER, argv=["--help_all"])
@@ -303,7 +306,7 @@ def test_help_is_one_screen_of_essential_flags(script, capsys, monkeypatch):
                         "classifier_in_channels", "classifier_num_classes"}
 
 
-def test_a_flag_may_be_essential_only_beside_another():
+def test_essential_may_depend_on_another_flag():
     @dataclasses.dataclass
     class Here:
         first: int = option(1, "a", essential=True)
@@ -317,7 +320,7 @@ def test_a_flag_may_be_essential_only_beside_another():
     assert essential(Here) == ["config", "first"] and essential(Here, There) == ["config", "first", "second"]
 
 
-def test_the_table_of_configs_is_complete():
+def test_table_of_configs_is_complete():
     package = Path(guided_diffusion_vae.__file__).parent
     declared = set()
     for path in package.rglob("*.py"):
@@ -329,7 +332,7 @@ def test_the_table_of_configs_is_complete():
     assert declared == set(ALL_CONFIGS) and len(declared) > 25
 
 
-def test_fields_of_one_name_in_one_section_agree_in_type():
+def test_fields_of_the_same_yaml_key_have_the_same_type():
     kinds = {}
     for cls in ALL_CONFIGS:
         for field in dataclasses.fields(cls):
@@ -344,33 +347,37 @@ def test_defaults_are_valid_and_survive_the_command_line(cls):
         assert read(field, shown) == field.default and type(read(field, shown)) is type(field.default)
 
 
-@pytest.mark.parametrize("argv", [["--mirror", "True"], ["--mirror=True"]])
-def test_a_deprecated_flag_works_and_is_reported_once(capsys, argv):
-    with pytest.warns(DeprecationWarning, match="^--mirror is deprecated, use --augment_flip$") as caught:
-        configs, given = parse_explicit("doc", *AUTOENCODER, argv=[*argv, "--lr", "0.5"])
-    assert configs[3].augment_flip and given == {"augment_flip": True, "lr": 0.5} and len(caught) == 1
-    assert capsys.readouterr().err == "--mirror is deprecated, use --augment_flip\n"
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("old, new", FLAG_ALIASES.items())
+def test_deprecated_flag_works_and_warns_once(capsys, old, new, joined):
+    cls, default = next((c, getattr(c, new)) for c in ALL_CONFIGS if new in c.__dataclass_fields__)
+    value = {bool: not default, int: 7, str: "DIR"}[type(default)]
+    argv = [f"--{old}={value}"] if joined else [f"--{old}", str(value)]
+    with pytest.warns(DeprecationWarning, match=f"^--{old} is deprecated, use --{new}$") as caught:
+        (config,), given = parse_explicit("doc", cls, argv=argv)
+    assert getattr(config, new) == value and given == {new: value} and len(caught) == 1
+    assert capsys.readouterr().err == f"--{old} is deprecated, use --{new}\n"
 
 
-def test_a_deprecated_yaml_key_works_and_is_reported(yaml_file, capsys):
-    path = yaml_file("autoencoder: {training: {val_pictures: 7}}\nclassifier.training: {val_pictures: 3}\nmirror: true")
-    with pytest.warns(DeprecationWarning, match="autoencoder.training.val_pictures is deprecated, use autoencoder.training.max_val_samples"):
-        train = parse("doc", *AUTOENCODER, argv=["--config", path, "--max_val_samples", "9"])[3]
-    assert train.augment_flip and train.max_val_samples == 9      # the command line wins over either name
-    shown = capsys.readouterr().err
-    assert f"{path}: mirror is deprecated, use augment_flip\n" in shown
+def test_deprecated_yaml_key_works_and_warns(yaml_file, capsys):
+    path = yaml_file("autoencoder: {training: {mirror: true}}\nlatents: {small_cache_dir: DIR}\nlr: 1.0")
+    with pytest.warns(DeprecationWarning, match="autoencoder.training.mirror is deprecated, use auto"):
+        train = parse("doc", *AUTOENCODER, argv=["--config", path])[3]
+        overridden = parse("doc", *AUTOENCODER, argv=["--config", path, "--augment_flip", "False"])[3]
+    assert train.augment_flip and not overridden.augment_flip
+    assert f"{path}: latents.small_cache_dir is deprecated, use latents.low_res_cache_dir\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, text, match", [
     (["--mirror", "True", "--augment_flip", "True"], "lr: 1.0", "--mirror is the deprecated name of --augment_flip"),
-    ([], "autoencoder.training: {val_pictures: 7, max_val_samples: 8}", "training.val_pictures is the deprecated name"),
+    ([], "autoencoder.training: {mirror: true, augment_flip: true}", "training.mirror is the deprecated name of auto"),
 ])
-def test_both_names_of_a_flag_are_rejected(yaml_file, argv, text, match):
+def test_deprecated_and_present_name_together_are_rejected(yaml_file, argv, text, match):
     with pytest.raises(ValueError, match=match):
         parse("doc", *AUTOENCODER, argv=["--config", yaml_file(text), *argv])
 
 
-def test_a_deprecated_name_is_no_flag_of_scripts_without_the_present_one(capsys):
+def test_deprecated_flag_is_unknown_without_the_present_one(capsys):
     with pytest.raises(SystemExit):
         parse("doc", ModelConfig, argv=["--mirror", "True"])
     assert "unrecognized arguments: --mirror" in capsys.readouterr().err
@@ -383,7 +390,7 @@ def test_a_deprecated_name_is_no_flag_of_scripts_without_the_present_one(capsys)
     ("timestep_respacing", "dim25", "a count"), ("ema_rate", "1.5", "comma-separated numbers in"),
     ("normalizer", "atuo", "auto, channel, none, or a number"), ("class_dropout", "1", "< 1"),
 ])
-def test_malformed_text_is_rejected_while_flags_are_parsed(capsys, yaml_file, flag, value, problem):
+def test_malformed_text_is_rejected_by_the_parser(capsys, yaml_file, flag, value, problem):
     with pytest.raises(SystemExit):
         parse("doc", *DIFFUSION, argv=[f"--{flag}", value])
     assert capsys.readouterr().err.startswith(f"error: --{flag} must be {problem}")
@@ -391,20 +398,20 @@ def test_malformed_text_is_rejected_while_flags_are_parsed(capsys, yaml_file, fl
         parse("doc", *DIFFUSION, argv=["--config", yaml_file(f"{flag}: {value}")])
 
 
-def test_lists_may_be_lists_in_yaml(yaml_file):
-    text = "model: {channel_mult: [1, 2], attention_resolutions: [8]}\ndata: {value_range: [-80, 0]}\nema_rate: [0.9, 0.99]"
+def test_comma_separated_flags_may_be_yaml_lists(yaml_file):
+    text = "model: {channel_mult: [1, 2], attention_resolutions: [8]}\nvalue_range: [-80, 0]\nema_rate: [0.9, 0.99]"
     _, _, _, data, model, _, train, _ = parse("doc", *DIFFUSION, argv=["--config", yaml_file(text)])
     assert (model.channel_mult, model.attention_resolutions) == ("1,2", "8")
     assert (data.value_range, train.ema_rate) == ("-80,0", "0.9,0.99")
 
 
-def test_defaults_printed_by_help_are_read_back_as_themselves():
+def test_defaults_printed_by_help_parse_to_themselves():
     default = AutoencoderConfig().num_channels
     shown = json.dumps(default, separators=(",", ":"))
     assert parse("doc", AutoencoderConfig, argv=["--num_channels", shown])[0].num_channels == default
 
 
-def test_the_references_helpers_build_the_same_flags():
+def test_reference_helpers_build_the_same_flags():
     import argparse
 
     parser = argparse.ArgumentParser()
@@ -416,7 +423,7 @@ def test_the_references_helpers_build_the_same_flags():
     assert str2bool("F") is False and str2bool(True) is True
 
 
-def test_a_selection_keeps_section_help_and_default_and_builds_the_whole_class(yaml_file, capsys):
+def test_selection_has_the_fields_and_builds_the_full_class(yaml_file, capsys):
     part = select_fields(DataConfig, "image_size")
     field, = part.fields
     assert part.section == "data" and field.default == DataConfig().image_size
@@ -428,7 +435,7 @@ def test_a_selection_keeps_section_help_and_default_and_builds_the_whole_class(y
         parse("doc", part, argv=["--crop", "none"])
 
 
-def test_a_flag_of_another_class_does_not_set_a_field_that_is_not_selected():
+def test_unselected_field_is_not_set_by_the_flag_of_another_class():
     training = drop_fields(ClassifierTrainConfig, "batch_size")
     evaluate, train = parse("doc", EvaluateConfig, training, argv=["--batch_size", "7"])
     assert (evaluate.batch_size, train.batch_size) == (7, ClassifierTrainConfig.batch_size)
@@ -440,15 +447,12 @@ def test_a_flag_of_another_class_does_not_set_a_field_that_is_not_selected():
     ({"attention_resolutions": "16,small"},
      "--attention_resolutions must be comma-separated integers such as 16,8, got '16,small'"),
 ])
-def test_lists_of_numbers_that_are_none_are_refused_by_their_flag(flags, match):
+def test_model_factory_rejects_malformed_lists_by_flag(flags, match):
     with pytest.raises(ValueError, match=match):
         create_model_and_diffusion_vae((3, 8, 8), dataclasses.replace(MODEL, **flags), PROCESS)
 
 
-# the size of a model
-
-
-# the run
+# --- The run ---
 
 
 def open_run(logdir, *configs):
@@ -457,13 +461,13 @@ def open_run(logdir, *configs):
     return run
 
 
-def test_a_run_folder_below_a_file_is_refused(tmp_path):
+def test_run_folder_below_a_file_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write into .*file/run .*; set --logdir to a writable folder"):
         open_run(tmp_path / "file" / "run")
 
 
-def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock(tmp_path, monkeypatch, capsys):
+def test_run_folder_is_from_flag_then_environment_then_date(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scripts/it.py"])
     monkeypatch.setenv("OPENAI_LOGDIR", "from_environment")
@@ -473,7 +477,7 @@ def test_the_run_folder_is_asked_of_the_flag_then_the_environment_then_the_clock
     assert begin("").startswith("runs/it-20") and "run folder: runs/it-20" in capsys.readouterr().out
 
 
-def test_what_a_killed_run_left_half_written_is_gone_when_it_goes_on(tmp_path, monkeypatch):
+def test_resumed_run_removes_partial_files_of_a_killed_process(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     (tmp_path / ".model000002.pt.here.99999999.part").write_bytes(b"half")  # no process has a number this high
     (tmp_path / ".model000002.pt.there.99999999.part").write_bytes(b"half")
@@ -481,7 +485,7 @@ def test_what_a_killed_run_left_half_written_is_gone_when_it_goes_on(tmp_path, m
     assert [path.name for path in tmp_path.glob(".*")] == [".model000002.pt.there.99999999.part"]
 
 
-def test_config_json_holds_every_flag_by_section_and_the_header(tmp_path):
+def test_config_json_has_all_flags_by_section_and_the_header(tmp_path):
     configs = parse("doc", *AUTOENCODER, argv=["--num_channels", "8,16", "--image_size", "8x16"])
     Run("it", configs, {}, tmp_path).save_config({"kind": "autoencoder"})
     written = json.loads((tmp_path / "config.json").read_text())
