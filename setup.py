@@ -1,3 +1,3 @@
 from setuptools import setup
 
-setup()  # everything is said in pyproject.toml; this serves tools that ask for a setup.py
+setup()  # all settings are in pyproject.toml; some tools still require a setup.py
