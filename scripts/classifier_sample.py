@@ -23,7 +23,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
     ModelConfig, ClassifierConfig, DiffusionConfig, RunConfig,
 )
 def main(run):
-    sampler = loading.load_sampler(run)
+    sampler = loading.load_sampler(run, guidance=run[GuidanceConfig])
     loading.sample(run, sampler)
 
 

@@ -21,7 +21,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
     select_fields(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig, RunConfig,
 )
 def main(run):
-    sampler = loading.load_sampler(run)
+    sampler = loading.load_sampler(run, scale=run[NormalizerConfig])
     loading.sample(run, sampler)
 
 

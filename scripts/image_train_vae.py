@@ -5,12 +5,13 @@
     mpiexec -n 2 python scripts/image_train_vae.py --config ... --data_dir DIR --vae_path runs/autoencoder"""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.runs import spaces, training
 from guided_diffusion_vae.runs.configs import (
     DataConfig, DiffusionConfig, DiffusionTrainConfig, LatentConfig, ModelConfig, NormalizerConfig, RunConfig,
     VAEConfig,
 )
 from guided_diffusion_vae.runs.run import script
+from guided_diffusion_vae.runs.spaces import open_latent_data
+from guided_diffusion_vae.runs.training import train_diffusion
 
 
 @script(
@@ -18,7 +19,7 @@ from guided_diffusion_vae.runs.run import script
     RunConfig, trains=True,
 )
 def main(run):
-    training.train_diffusion(run, *spaces.open_latent_data(run))
+    train_diffusion(run, *open_latent_data(run))
 
 
 create_argparser = main.argparser

@@ -8,20 +8,20 @@ The report covers training, encoding and decoding. Nothing is allocated and no d
 the channels if no flag does. For a diffusion model, use `image_train_vae.py --dry_run True`."""
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.configs import (
     AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, DataConfig, DiscriminatorConfig, PerceptualConfig,
     PlanConfig,
 )
 from guided_diffusion_vae.runs.run import script
+from guided_diffusion_vae.runs.training import report_autoencoder_memory
 
 
 @script(
-    __doc__, DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
-    AutoencoderTrainConfig, PlanConfig,
+    __doc__, PlanConfig, DataConfig, AutoencoderConfig, AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig,
+    AutoencoderTrainConfig,
 )
 def main(run):
-    for line in training.report_autoencoder_memory(run):
+    for line in report_autoencoder_memory(run):
         print(line, flush=True)
 
 

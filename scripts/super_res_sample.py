@@ -18,7 +18,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
     ModelConfig, DiffusionConfig, RunConfig,
 )
 def main(run):
-    sampler = loading.load_sampler(run)
+    sampler = loading.load_sampler(run, base=run[BaseConfig])
     loading.sample(run, sampler)
 
 

@@ -269,7 +269,7 @@ def model_path(tmp_path, cache):
 def load(path, *flags):
     configs, explicit = parse_explicit("doc", *SAMPLING, argv=["--model_path", str(path), *map(str, flags)])
     run = Run("script", configs, explicit)
-    return loading.load_sampler(run)
+    return loading.load_sampler(run, scale=run[NormalizerConfig])
 
 
 def test_load_sampler_needs_only_a_weights_file(model_path, cache):

@@ -19,7 +19,7 @@ from ..evaluation import (
 from ..files import sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
-    OWNED_MARKER, SAMPLE_FILES, BaseConfig, ClassifierFreeGuidance, GuidanceConfig, LowResConditioning, Sampler,
+    OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, LowResConditioning, Sampler,
     SamplingConfig, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
     timesteps_in_interval,
 )
@@ -28,7 +28,7 @@ from .factories import (
     create_model_and_diffusion_vae,
 )
 from .spaces import (
-    EncodedImages, LatentConfig, LatentNormalizer, NormalizerConfig, PixelCodec, Space, VAEConfig,
+    EncodedImages, LatentConfig, LatentNormalizer, PixelCodec, Space, VAEConfig,
     apply_trained_preprocessing, create_vae, open_cache, open_pixels, open_space, require_same_space, space_header,
     works_on_pixels,
 )
@@ -108,18 +108,19 @@ def _prepare(network, weights, use_fp16, flag):
 # --- Samplers ---
 
 
-def load_sampler(run) -> Sampler:
+def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     """Return the Sampler of a sampling script.
 
-    With a GuidanceConfig a classifier guides the model, with a BaseConfig it is an upsampler. A bare state dict works
-    on latents if there is a NormalizerConfig, else on pixels.
+    :param scale: a NormalizerConfig, if a bare state dict works on latents; None: on pixels.
+    :param guidance: a GuidanceConfig, if a classifier guides the model.
+    :param base: a BaseConfig, if the model is an upsampler.
     """
     config, explicit = run[SamplingConfig], run.explicit
     weights, space = open_weights(config.model_path), None
     if weights.header is None:
-        space, explicit = _space_from_flags(run, weights.path), {}
-        weights = weights._replace(header=_header_from_flags(run, space))
-    network, diffusion = load_diffusion_model(weights, explicit, "super_res" if BaseConfig in run else "diffusion")
+        space, explicit = _space_from_flags(run, weights.path, scale), {}
+        weights = weights._replace(header=_header_from_flags(run, space, base is not None))
+    network, diffusion = load_diffusion_model(weights, explicit, "super_res" if base else "diffusion")
     header = weights.header
     space = space or open_space(header, run[VAEConfig])
     image_shape = decoded_shape(header, space.codec)
@@ -131,28 +132,28 @@ def load_sampler(run) -> Sampler:
     if "clip_denoised" in run.explicit:
         fields["clip_denoised"] = config.clip_denoised
     model = _classifier_free_guidance(config, network, diffusion, weights, fields)
-    if GuidanceConfig in run:
-        _classifier_guidance(run, weights, fields)
-    if BaseConfig in run:
-        _low_res_conditioning(run, header, space, image_shape, fields)
+    if guidance:
+        _classifier_guidance(run, guidance, weights, fields)
+    if base:
+        _low_res_conditioning(run, base, header, space, image_shape, fields)
     return Sampler.from_header(model, diffusion, space, header, solver=resolve_sampler(config, diffusion),
                                seed=config.seed, **fields)
 
 
-def _space_from_flags(run, path):
+def _space_from_flags(run, path, scale):
     """Return the Space of a bare state dict."""
-    if NormalizerConfig not in run:
+    if scale is None:
         return Space(PixelCodec(run[DataConfig].image_channels or 3), LatentNormalizer([0], [1], "none"))
-    mode = run[NormalizerConfig].normalizer
+    mode = scale.normalizer
     require((mode not in ("auto", "channel"), f"{path} is a bare state dict without the statistics of --normalizer "
              f"{mode}; set it to the number that its latents were divided by, or none"))
     codec = create_vae(run[VAEConfig], dist_util.dev())
     return Space(codec, LatentNormalizer.fit(mode, None))
 
 
-def _header_from_flags(run, space):
+def _header_from_flags(run, space, upsampler):
     """Return the header that a bare state dict would have."""
-    model, data, upsampler = run[ModelConfig], run[DataConfig], BaseConfig in run
+    model, data = run[ModelConfig], run[DataConfig]
     sides = parse_size(run[SuperResConfig].large_size if upsampler else data.image_size)
     shape = [data.image_channels or space.codec.in_channels, *sides]
     classes = (model.num_classes or NUM_CLASSES) if model.class_cond else 0
@@ -189,9 +190,9 @@ def _classifier_free_guidance(config, network, diffusion, weights, fields):
     return ClassifierFreeGuidance(network, trained["num_classes"], config.cfg_scale, timesteps)
 
 
-def _classifier_guidance(run, weights, fields):
+def _classifier_guidance(run, guidance, weights, fields):
     """Add the fields of a Sampler that a classifier guides."""
-    guidance, header = run[GuidanceConfig], weights.header
+    header = weights.header
     opened = open_weights(guidance.classifier_path, "--classifier_path")
     explicit, shape, bare = run.explicit, header["latent_shape"], opened.header is None
     if bare:
@@ -219,9 +220,9 @@ def _classifier_guidance(run, weights, fields):
     fields["settings"].update(classifier=opened.sha256, classifier_scale=guidance.classifier_scale)
 
 
-def _low_res_conditioning(run, header, space, image_shape, fields):
+def _low_res_conditioning(run, base, header, space, image_shape, fields):
     """Add the fields of a Sampler that upsamples `--base_samples`."""
-    base, super_res = run[BaseConfig], from_dict(SuperResConfig, header["super_res"])
+    super_res = from_dict(SuperResConfig, header["super_res"])
     path, level, classes = base.base_samples, base.cond_noise_level, header["model"]["num_classes"]
     require((path, "--base_samples is not set: expected an .npz of low-resolution samples"), error=FileNotFoundError)
     samples = open_npz(path)
