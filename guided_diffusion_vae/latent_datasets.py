@@ -20,7 +20,7 @@ from .data.manifest import (
     CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
 from .files import file_errors, require_folder, sha256_of_file
-from .interfaces import LatentSource
+from .interfaces import Codec, ImageSource, LatentSource
 from .nn import to_device
 from .vae.posterior import sample_moments
 
@@ -233,7 +233,8 @@ class EncodedImages(LatentSource):
     :param progress: called with (images measured, images in total).
     """
 
-    def __init__(self, dataset, codec, stats_samples=2048, seed=0, batch_size=32, statistics=None, progress=None):
+    def __init__(self, dataset: ImageSource, codec: Codec, stats_samples: int = 2048, seed: int = 0,
+                 batch_size: int = 32, statistics: dict | None = None, progress=None):
         self.dataset = dataset
         self.codec = codec
         self.folder = dataset.folder
@@ -313,7 +314,7 @@ def require_finite(stored, name):
                                         "scripts/check_roundtrip.py"))
 
 
-def open_latents(folder):
+def open_latents(folder) -> LatentSource:
     """Return the `LatentCache` in a folder, or the `LatentFolder` for a plain folder with one `.npy` per image.
 
     :raises FileNotFoundError: if there is neither; an incomplete cache is not a plain folder of latents.
@@ -323,12 +324,12 @@ def open_latents(folder):
     return LatentCache(folder) if is_cache(folder) or incomplete else LatentFolder(folder)
 
 
-def is_cache(folder):
+def is_cache(folder) -> bool:
     """Return whether a folder contains a complete cache."""
     return (Path(folder) / MANIFEST).exists()
 
 
-def require_same_autoencoder(cache, codec):
+def require_same_autoencoder(cache: LatentSource, codec: Codec) -> None:
     """Check that latents come from the autoencoder `codec`, with its scale factor.
 
     :raises ValueError: if not; the message names both.

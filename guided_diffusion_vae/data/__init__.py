@@ -6,6 +6,7 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 
 import dataclasses
 
+from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unpad
 from .decoding import read_array
@@ -22,7 +23,7 @@ SOURCES = [
 ]
 
 
-def open_folder(config, multiple=None, flag="--data_dir", **fields):
+def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **fields) -> ImageSource:
     """Return the image source that a DataConfig describes, an entry of `SOURCES`.
 
     :param multiple: the factors per axis that must divide the size, used if `config.pad` is True.

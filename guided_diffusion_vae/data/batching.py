@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..config import require
+from ..interfaces import ImageSource, LatentSource
 from ..nn import keyed_randn, to_device
 from .listing import require_labels
 
@@ -57,7 +58,8 @@ class BatchPlan:
     :raises ValueError: if there are fewer items than slots of a step.
     """
 
-    def __init__(self, count, batch_size, rank=0, num_ranks=1, seed=0, shuffle=True):
+    def __init__(self, count: int, batch_size: int, rank: int = 0, num_ranks: int = 1, seed: int = 0,
+                 shuffle: bool = True):
         self.global_batch = batch_size * num_ranks
         require((1 <= batch_size and self.global_batch <= count,
                  f"{count} items are fewer than one step requires: --batch_size {batch_size} on {num_ranks} ranks is "
@@ -83,7 +85,7 @@ class BatchPlan:
         """The slots of this rank in the batch of all ranks."""
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
-    def indices(self, step, steps=1):
+    def indices(self, step: int, steps: int = 1) -> np.ndarray:
         """Return the items of `steps` batches from batch `step` on, for this rank; int64 [steps * batch_size]."""
         blocks = range(step // self._steps_per_block, (step + steps - 1) // self._steps_per_block + 1)
         self._blocks = {b: self._blocks[b] if b in self._blocks else self._order(b) for b in blocks}
@@ -225,7 +227,7 @@ class ImageStream(BatchStream):
     Items, flips and random crops depend on (plan.seed, step, slot) alone.
     """
 
-    def __init__(self, source, plan, start_step=0, with_labels=False):
+    def __init__(self, source: ImageSource, plan: BatchPlan, start_step: int = 0, with_labels: bool = False):
         require_labels(source, with_labels)
         super().__init__(start_step)
         self.source, self.plan, self.with_labels = source, plan, with_labels
@@ -250,7 +252,8 @@ class LatentStream(BatchStream):
     :raises ValueError: if labels are required and missing, or the plan is for another number of items.
     """
 
-    def __init__(self, source, normalizer, plan, device, with_labels=False, low_res=None, start_step=0):
+    def __init__(self, source: LatentSource, normalizer, plan: BatchPlan, device, with_labels: bool = False,
+                 low_res: LatentSource | None = None, start_step: int = 0):
         require_labels(source, with_labels)
         for latents in filter(None, (source, low_res)):
             require((plan.count == latents.count,

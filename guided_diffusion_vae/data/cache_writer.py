@@ -12,6 +12,7 @@ from ..config import option, require, validate
 from ..files import (
     atomic_path, file_errors, remove_stale_parts, require_writable_folder, sha256_of_file, write_json,
 )
+from ..interfaces import Codec, ImageSource
 from ..latent_datasets import (
     LatentCache, add_stored, encode_for_storage, group_name, is_cache, require_finite, require_same_autoencoder,
 )
@@ -32,7 +33,8 @@ class LatentCacheConfig:
     shard_size: int = option(0, "latents per file; 0: 1/64 of them, in [256, 4096]", minimum=0)
 
 
-def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None, batch_size=32):
+def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, part: tuple[int, int] = (0, 1),
+                progress=None, barrier=None, batch_size: int = 32) -> LatentCache:
     """Encode all images into `config.cache_dir` and return the `LatentCache`; called by all ranks at once.
 
     Shard k is encoded by rank k modulo num_ranks and renamed to its final name when complete, next to a record of its
@@ -40,8 +42,6 @@ def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None
     autoencoder, other data or other settings is encoded again. Rank 0 writes the manifest last. A complete cache with
     the same settings is returned as it is.
 
-    :param dataset: an `ImageSource`.
-    :param config: a `LatentCacheConfig`.
     :param part: (rank, num_ranks).
     :param progress: called with (latents done, latents in total) of this rank.
     :param barrier: waits for all ranks; required for more than one.
@@ -50,12 +50,13 @@ def write_cache(dataset, codec, config, part=(0, 1), progress=None, barrier=None
     :raises OSError: if there is not enough space, or the folder is not writable.
     """
     rank, num_ranks = part
+    validate(config)
     require(
         (num_ranks == 1 or barrier, f"{num_ranks} ranks encode together and require a barrier"),
         (not dataset.random_crop, "--crop random cannot be cached, as a cache would contain one crop per image; use "
                                   "--crop center, --crop grid (volumes), or encode on the fly"),
     )
-    require((validate(config).cache_dir, f"no folder specified for the cache; set {CACHE_FLAG}"), error=FileNotFoundError)
+    require((config.cache_dir, f"no folder specified for the cache; set {CACHE_FLAG}"), error=FileNotFoundError)
     folder = require_writable_folder(config.cache_dir, CACHE_FLAG)
     remove_stale_parts(folder)
     others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]

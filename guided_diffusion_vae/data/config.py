@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from collections.abc import Sequence
 
 from ..config import CommaSeparated, ParsedText, option, require, size, translate_pairs
 
@@ -77,17 +78,17 @@ class SmallCacheConfig:
         "", "cache of the same images as --cache_dir, encoded at a smaller --image_size", essential=True)
 
 
-def unpad(images, unpadded_shape):
+def unpad(images, unpadded_shape: Sequence[int]):
     """Return images [N x C x ...] cropped to `unpadded_shape` (C, ...), without the padding of `--pad`."""
     return images[(..., *(slice(n) for n in unpadded_shape[1:]))]
 
 
-def parse_size(text, name="image_size"):
+def parse_size(text: str | int, name: str = "image_size") -> tuple[int, ...]:
     """Return (height, width) from 64, "64" or "64x128", and (depth, height, width) from "32x64x128"."""
     return size.parse(text, name)
 
 
-def parse_spacing(text):
+def parse_spacing(text: str) -> tuple[float, ...]:
     """Return the voxel spacing in mm per axis, from one number or one per axis."""
     spacing = distances.parse(text, "spacing")
     return spacing * 3 if len(spacing) == 1 else spacing

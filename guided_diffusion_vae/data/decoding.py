@@ -22,7 +22,8 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillo
 FileHeader = collections.namedtuple("FileHeader", "channels sides dtype spacing", defaults=[None])
 
 
-def read_array(path, value_range=None, dynamic_range_db=0.0, reference_db=None):
+def read_array(path: str, value_range: tuple[float, float] | None = None, dynamic_range_db: float = 0.0,
+               reference_db: float | None = None) -> np.ndarray:
     """Return one image file as float32 [C x H x W] in [0, 1], at its own size.
 
     Real values: `value_range` (lo, hi) is mapped to (0, 1); by default the full range of an 8- or 16-bit type. Complex

@@ -4,13 +4,14 @@ import collections
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from ..config import as_dict, require
 from ..files import bf, file_extension
-from ..interfaces import ImageSource
+from ..interfaces import ImageSource, LatentSource
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 MAX_LISTED_CLASSES = 20     # in a line of the log
@@ -129,7 +130,7 @@ def relative_names(folder, paths):
     return [path[start:].replace(os.sep, "/") for path in paths]
 
 
-def infer_classes(names, folder):
+def infer_classes(names: Sequence[str], folder: str) -> tuple[list[str] | None, np.ndarray | None]:
     """Return (sorted class names, int64 labels) of relative file names, (None, None) if they have no classes.
 
     :raises ValueError: if the subfolders are dataset splits (train, val), not classes.
@@ -148,7 +149,7 @@ def infer_classes(names, folder):
     return class_names, np.array([number[name] for name in classes], np.int64)
 
 
-def require_data_dir(data_dir, flag="--data_dir"):
+def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
     """Check that a folder, or an .npz file, exists.
 
     :raises FileNotFoundError: if not; the message names `flag`.
@@ -168,7 +169,7 @@ def file_stamp(path):
     return f"{status.size} {status.mtime}"
 
 
-def hash_lines(lines):
+def hash_lines(lines: Iterable[str]) -> str:
     """Return the hexadecimal SHA-256 of lines of text."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -187,7 +188,7 @@ def format_classes(source):
     return "; classes: " + ", ".join([*shown, *(["..."] if len(counts) > MAX_LISTED_CLASSES else [])])
 
 
-def require_labels(source, with_labels):
+def require_labels(source: ImageSource | LatentSource, with_labels: bool) -> None:
     """Check that a source has labels if they are required.
 
     :raises ValueError: if not.
@@ -197,7 +198,7 @@ def require_labels(source, with_labels):
              "CLASS_rest.png, use one subfolder per class, or add 'labels' to an .npz"))
 
 
-def map_labels(source, class_names):
+def map_labels(source: ImageSource | LatentSource, class_names: list[str]) -> np.ndarray | None:
     """Return the labels of a source as indices into `class_names` of a model.
 
     :raises ValueError: if the source has a class that the model does not have.

@@ -178,8 +178,8 @@ class MicrodopplerConfig:
     speed_max_mps: float = option(1.0, "maximum peak speed of a motion in m/s")
     stroke_min_s: float = option(0.14, "minimum duration of one stroke of a tap in s", above=0)
     stroke_max_s: float = option(0.26, "maximum duration of one stroke of a tap at full speed in s")
-    aspect_max_deg: float = option(40.0, "maximum angle between motion and line of sight in degrees; at 90 nothing moves "
-                                   "along the line of sight", minimum=0, maximum=80)
+    aspect_max_deg: float = option(40.0, "maximum angle between motion and line of sight in degrees; at 90 nothing "
+                                   "moves along the line of sight", minimum=0, maximum=80)
     hand_size_m: float = option(0.09, "width of the hand in m; its depth is half of it", above=0)
     drift_mm: float = option(4.0, "amplitude of a slow drift (0.2 to 0.5 Hz) under every motion in mm", minimum=0)
     scatterers_min: int = option(8, "minimum number of point scatterers on the hand", minimum=1)

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ..config import require
 from ..files import atomic_path, bf, file_errors
 
 
-def open_archive(path):
+def open_archive(path) -> dict[str, np.ndarray]:
     """Return {name: array} of an .npz file; arrays of more than one axis in local files are memory-mapped.
 
     :raises ValueError: if the file is not an .npz archive, or contains Python objects.
@@ -43,12 +44,12 @@ def _member(path, archive, info):
     return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
 
 
-def to_uint8(images):
+def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Round images in [0, 1] to 0..255; a NumPy array.  [N x C x ...] -> same."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def write_npz(path, shape, parts, labels=None, names=None):
+def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=None, names=None) -> None:
     """Write a file in guided-diffusion's layout: arr_0 [N x H x W x C] uint8, arr_1 labels [N].
 
     Equal arrays give bitwise identical files.
@@ -81,7 +82,7 @@ class Samples:
     class_names: list | None
 
 
-def open_npz(path):
+def open_npz(path) -> Samples:
     """Return the `Samples` of an .npz in guided-diffusion's layout; images are read on access.
 
     :raises ValueError: if there is no arr_0 of 8-bit images, or arr_1 has another length.

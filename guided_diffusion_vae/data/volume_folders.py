@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import io
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -211,7 +212,7 @@ def _load_nifti_cached(path, stamp):
         return _recent[key]
 
 
-def write_nifti(path, volume, spacing=(1.0, 1.0, 1.0)):
+def write_nifti(path, volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
     """Write a volume [D x H x W] or [C x D x H x W] as .nii.gz, with the axes that `VolumeFolder` reads.
 
     :raises ImportError: if nibabel is not installed (the extra `volumes`).
