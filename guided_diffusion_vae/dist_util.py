@@ -66,7 +66,7 @@ _active_rank_info = None    # set by setup_dist; until then the environment is r
 
 
 def read_rank_info(environ):
-    """Return the RankInfo in the launcher's variables of `environ`, that of a single process if there are none.
+    """Return the RankInfo in the launcher's variables of `environ`, by default a single process.
 
     :raises LaunchError: if the variables are not integers, or the rank is not below the world size.
     """
@@ -124,7 +124,7 @@ def local_rank():
 
 
 def dev():
-    """Return the torch.device of this rank: the GPU with index local rank modulo the visible GPUs, else the CPU."""
+    """Return the device of this rank: the GPU with index local rank modulo their number, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
@@ -238,7 +238,7 @@ def _connect(store):
 
 
 def _all_devices(store):
-    """Return "host device" of every rank, through the store: the backend is chosen before the group exists."""
+    """Return "host device" of every rank, exchanged through the store: there is no group yet."""
     try:
         store.set(f"device/{rank()}", f"{socket.gethostname()} {dev()}")
         return [store.get(f"device/{other}").decode() for other in range(world_size())]
@@ -322,7 +322,7 @@ def _time_all_reduce():
 
 
 def launch(main):
-    """Call `main()` and end all ranks together: in order after it returns, immediately if it raises on any rank.
+    """Call `main()` and end all ranks together: after it returns, or as soon as it raises on any.
 
     Errors in flags or files and a lack of memory print one line `error: ...`, other errors their traceback, too. The
     exit status is then 1. GDVAE_TRACEBACK=1 always prints the traceback.
@@ -477,14 +477,14 @@ def sync_params(params):
 
 
 def data_parallel(model, static_graph=False):
-    """Return a model whose gradients are averaged over the ranks in the backward pass; with one rank the model itself.
+    """Return the model with gradients averaged over the ranks (DDP); for a single process unchanged.
 
-    :param static_graph: every step uses the same parameters and synchronizes.
+    :param static_graph: True if every step uses the same parameters and synchronizes.
     """
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    # Gradients that live in the buckets are not copied there and need no memory of their own.
+    # Gradients are views of the buckets: they are not copied and take no additional memory.
     return torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
                                                      static_graph=static_graph, gradient_as_bucket_view=True)
 
@@ -506,12 +506,12 @@ def shard_model(model):
 
 
 def full_tensor(tensor):
-    """Return the full tensor of a sharded one, other tensors unchanged; all ranks must call it for a sharded one."""
+    """Return a sharded tensor in full (all ranks must call this), other tensors unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def distribute_like(value, tensor):
-    """Return the full tensor `value`, equal on all ranks, sharded like `tensor`; the inverse of `full_tensor`."""
+    """Return the full tensor `value`, equal on all ranks, sharded like `tensor` (see `full_tensor`)."""
     if not hasattr(tensor, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -529,7 +529,7 @@ def _exchange(tensors, collective):
 
 
 def _buckets(tensors):
-    """Return lists of tensors of one dtype and device, each of about BUCKET_MIB, in the same order on all ranks."""
+    """Return lists of tensors of one dtype and device, of about BUCKET_MIB, in one order on all ranks."""
     kinds = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -550,7 +550,7 @@ def _buckets(tensors):
 
 
 def load_state_dict(path, **kwargs):
-    """Return the state dict in a local or cloud file; arguments and errors are those of `files.load_tensors`."""
+    """Return the state dict in a local or cloud file, with arguments as for `files.load_tensors`."""
     return load_tensors(path, **kwargs)
 
 
@@ -558,7 +558,7 @@ def load_state_dict(path, **kwargs):
 
 
 class StopSignal:
-    """Context manager that records SIGTERM and SIGUSR1 in `received`, so that a loop can end after its current step.
+    """Context manager that records SIGTERM and SIGUSR1 in `received`, for a loop to end after its step.
 
     Repeated signals have no effect: torchrun and Slurm together deliver each one twice. On exit the previous handlers
     are restored. mpiexec forwards both signals to its ranks, torchrun only SIGTERM.

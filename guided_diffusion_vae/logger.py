@@ -141,7 +141,7 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """TensorBoard event file in `dir`; scalars are written at the value of "step", else at the number of the row."""
+    """TensorBoard event file in `dir`; scalars are written at the value of "step", else by row number."""
 
     def __init__(self, dir, resume_step=None):
         try:
@@ -171,7 +171,7 @@ class TensorBoardOutputFormat(KVWriter):
 
 
 class _LazyWriter(KVWriter):
-    """Writer that is created with its first row: a command that fails before leaves the existing file unchanged."""
+    """Writer that is created with its first row: a command that fails before changes no file."""
 
     def __init__(self, make):
         self._make, self._writer = make, None
@@ -209,7 +209,7 @@ def make_output_format(format, ev_dir, log_suffix="", resume_step=None):
 
 
 def _complete_lines(filename):
-    """Return the lines of a file that end in a newline; the last one may be truncated if the process was killed."""
+    """Return the lines of a file without a truncated last one, which a killed process may leave."""
     with open(filename, newline="") as stream:
         return [line for line in stream if line.endswith("\n")]
 
@@ -353,7 +353,7 @@ def _read(numbers):
 
 
 def _weighted_mean(pairs):
-    """Return the weighted mean of (value, weight) pairs; the first value if all are equal or some are not numbers."""
+    """Return the weighted mean of (value, weight) pairs, the first value if all are equal or not numbers."""
     first = pairs[0][0]     # equal values stay as they are: a step count remains an integer
     if all(value == first for value, _ in pairs) or not all(isinstance(value, Number) for value, _ in pairs):
         return first

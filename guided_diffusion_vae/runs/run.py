@@ -24,7 +24,7 @@ class RunConfig:
 
 
 class Run:
-    """The configs of one execution by class (`run[DataConfig]`), the flags that were set, and the state of its folder.
+    """Configs of one execution by class (`run[DataConfig]`), the flags that were set, and its folder.
 
     :param script: name of the script, recorded in config.json.
     :param configs: config instances; a config is found by its class or a base class.
@@ -58,7 +58,7 @@ class Run:
         return Run(self.script, configs, {**self.explicit, **explicit}, self.folder, self.checkpoint, self.flags)
 
     def derive(self, script, configs, folder):
-        """Return a training run with other configs in another folder, which resumes the checkpoint there, if any."""
+        """Return a training run with other configs that resumes in another folder."""
         return Run(script, configs, self.explicit, folder, find_checkpoint(folder))
 
     @property
@@ -167,7 +167,7 @@ def _print_nested(report, indent=""):
 
 
 def script(doc, *classes, trains=False):
-    """Return a decorator that makes `body(run)` the main function of a script with the flags of these config classes.
+    """Return a decorator that turns `body(run)` into a script with the flags of these config classes.
 
     Called without arguments, the function parses the command line, connects the ranks, opens the run folder and its log
     if there is a RunConfig, and runs the body. The folder is printed first and last. A script that `trains` resumes the

@@ -1,4 +1,4 @@
-"""The space of x0, pixels or the normalized latents of an autoencoder, and the data opened in such a space.
+"""The space of x0 (pixels or normalized latents of an autoencoder), and the data in such a space.
 
 Pixels and latents are one code path. A run works in a `Space`: a codec between images and latents, and a normalizer
 between latents and x0 (images => latents => x0). Headers record the space; only models of one space are combined.
@@ -27,7 +27,7 @@ NORMALIZER_TOLERANCE = 0.02     # of the standard deviation
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Codec and normalizer of x0. `codec` is None if training on a cache whose autoencoder is not available."""
+    """Codec and normalizer of x0; `codec` is None if the autoencoder of a cache is not available."""
 
     codec: object
     normalizer: LatentNormalizer
@@ -139,7 +139,10 @@ def open_validation(run, space):
 
 
 def open_images(data, explicit, codec, flag="--data_dir"):
-    """Return the images or volumes of a DataConfig, read as in the training of `codec` except for `explicit` flags."""
+    """Return the images or volumes of a DataConfig, preprocessed as in the training of `codec`.
+
+    Explicit flags take precedence.
+    """
     return open_folder(apply_trained_preprocessing(data, explicit, codec.preprocessing), codec.factors, flag)
 
 
@@ -193,13 +196,13 @@ def infer_sizes(run, source, low_res):
 
 
 def apply_trained_preprocessing(data, explicit, preprocessing):
-    """Return a DataConfig with the preprocessing the model was trained with; explicitly set flags take precedence.
+    """Return a DataConfig with the preprocessing of training; explicitly set flags take precedence.
 
     Voxel spacing is a fact of each file and is not taken over. Random crops become center crops, and for volumes the
     grid of patches that covers them.
     """
     known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(explicit)
-    if "voxel_size" in explicit:
+    if "voxel_size" in explicit:    # another flag for image_size, which is recorded
         known -= {"image_size"}
     data = dataclasses.replace(data, **{k: to_tuple(v) for k, v in preprocessing.items() if k in known})
     if data.crop == "random" and "crop" not in explicit:
@@ -256,6 +259,7 @@ def open_codec(description, vae, required=True, device=None):
         return None
     vae = dataclasses.replace(vae, vae_path=path, scale_factor=vae.scale_factor or recorded["scale_factor"] or 0.0)
     codec = create_vae(vae, device or dist_util.dev())
+    # The file at the recorded path may have been replaced by another autoencoder.
     if not required and not explicit_path and codec.fingerprint != recorded["sha256"]:
         log_rank0(f"{path} no longer contains the autoencoder {_short(recorded['sha256'])} of the latents")
         return None

@@ -1,4 +1,4 @@
-"""Train a diffusion model, an autoencoder or a classifier as the configs of a run describe, and plan its memory."""
+"""Train diffusion models, autoencoders and classifiers, and plan their memory."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ VALIDATION_BATCH = 32   # images at a time, if training steps are no smaller
 
 
 def train_diffusion(run, source, space, super_res=None, low_res=None):
-    """Train a UNet on the x0 of `source`, or an upsampler if a SuperResConfig and the source `low_res` are passed.
+    """Train a UNet on the x0 of `source`, with `super_res` and the source `low_res` an upsampler.
 
     A dry run prints the memory that training takes and ends.
     """
@@ -51,7 +51,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
         source.latent_shape, model_config, train, diffusion_config, super_res, low_res and low_res.latent_shape
     )
     train = resolve_train_config(train)
-    seed_initialization(train.seed)
+    seed_initialization(train.seed)     # here: opening an autoencoder, if there is one, has drawn random numbers
     model, diffusion = create_model_and_diffusion_vae(
         source.latent_shape, model_config, diffusion_config, super_res, discrete_data=space.is_pixels
     )
@@ -69,7 +69,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
     preview = None
     with _memory_advice(memory):
         if train.fsdp:
-            log_rank0("previews disabled: with --fsdp True no rank holds the full model")
+            log_rank0("previews disabled: with --fsdp True no rank has the full model")
         else:
             model.to(device)    # FSDP moves it shard by shard
             if space.codec is not None and super_res is None:
@@ -79,7 +79,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
         data = LatentStream(source, space.normalizer, plan, device, model_config.class_cond, low_res)
         task = TrainTask(objective, header, preview, checkpoint=run.checkpoint)
         loop = TrainLoop.from_config(model, data, train, task, use_fp16=model_config.use_fp16)
-        run.save_config(header)
+        run.save_config(header)     # after TrainLoop has accepted the checkpoint in the folder
         loop.run_loop()
 
 
@@ -304,7 +304,7 @@ class DiffusionPlan(Plan):
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderPlan(Plan):
-    """The training of an autoencoder of images or volumes of `shape`, with its discriminator if there is one."""
+    """The training of an autoencoder on images or volumes of `shape`, with its discriminator, if any."""
 
     loss: AutoencoderLossConfig = None
     discriminator_config: DiscriminatorConfig = None
@@ -341,7 +341,7 @@ class AutoencoderPlan(Plan):
             discriminator_losses(kind, *logits).mean().backward()
 
     def inference(self, name, dtype=torch.float32):
-        """Return the `Estimate` of "encoding" or "decoding" a batch untiled, as with `--vae_dtype` of that name."""
+        """Return the `Estimate` of "encoding" or "decoding" a batch untiled with `--vae_dtype`."""
         with torch.device("meta"):
             network = create_autoencoder(self.network).eval()
         shape = self.shape if name == "encoding" else network.latent_shape(self.shape[1:])

@@ -13,7 +13,7 @@ from .training import infer_classifier_config, train_classifier
 
 
 def open_tstr_datasets(run, datasets):
-    """Return {name: ImageSource} for `run_tstr` from the {"reference", "samples", "training"} sets of an evaluation.
+    """Return {name: ImageSource} for `run_tstr` from the sets "reference", "samples" and "training".
 
     :raises ValueError: if images have no classes, are too few, or no classifier can be built for them.
     """
