@@ -207,6 +207,12 @@ def test_strided_layers_see_every_input(strides):
         assert y.shape[2:] == (3, 3) and (x.grad != 0).all()
 
 
+@pytest.mark.parametrize("transposed, kernels", [(True, {(1, 1), (3, 3), (5, 5)}), (False, {(1, 1), (3, 3)})])
+def test_fixed_kernel_applies_to_transposed_convolutions_only_in_the_decoder(transposed, kernels):
+    network = tiny(use_convtranspose=transposed, downsample_kernel_size=5)
+    assert {layer.kernel_size for layer in network.decoder.modules() if hasattr(layer, "kernel_size")} == kernels
+
+
 def test_fixed_kernel_of_three_leaves_gaps_at_stride_four():
     x = torch.randn(1, 1, 8, requires_grad=True)
     Downsample(1, 1, (4,), kernel=3)(x).sum().backward()

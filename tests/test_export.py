@@ -12,6 +12,7 @@ from guided_diffusion_vae.runs.factories import (
     create_gaussian_diffusion, create_model_and_diffusion_vae, sr_create_model,
 )
 from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.vae.blocks import Attention
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer
 
 diffusers = pytest.importorskip("diffusers")
@@ -31,7 +32,12 @@ def randomize(network):
 
 def random_autoencoder(**flags):
     config = AutoencoderConfig(**{**AUTOENCODER, **flags})
-    return randomize(create_autoencoder(config)), config
+    network = randomize(create_autoencoder(config))
+    for module in network.modules():
+        if isinstance(module, Attention):   # far from the uniform attention of small weights
+            torch.nn.init.normal_(module.to_q.weight)
+            torch.nn.init.normal_(module.to_q.bias, std=3.0)
+    return network, config
 
 
 def random_unet(diffusion=None, shape=(4, 8, 8), **flags):

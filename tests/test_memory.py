@@ -162,6 +162,12 @@ def test_savings_are_ordered_from_harmless_to_another_network():
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_float16_networks_are_not_advised_to_use_mixed_precision():
+    float32, float16 = (list(memory_savings(diffusion_plan(use_fp16=use_fp16))) for use_fp16 in (False, True))
+    assert any("mixed_precision" in saving.latest for saving in float32)
+    assert not any("mixed_precision" in saving.latest for saving in float16)
+
+
 def test_compiled_networks_are_not_advised_to_recompute_norms():
     steps = memory_savings(autoencoder_plan(train={"batch_size": 1, "compile": True}))
     assert not any("recompute_norms" in step.latest for step in steps)

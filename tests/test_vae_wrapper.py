@@ -274,7 +274,7 @@ def test_volumes_are_encoded_and_decoded(tmp_path):
     assert codec.decode_batch(codec.encode_batch(x)).shape == x.shape
 
 
-def test_paths_without_an_autoencoder_are_rejected(tmp_path):
+def test_paths_without_an_autoencoder_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; --vae_path expects one of: hub:owner/name"):
         vae(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no autoencoder is specified; --vae_path"):
@@ -284,6 +284,9 @@ def test_paths_without_an_autoencoder_are_rejected(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="no complete checkpoint.*--vae_path"):
         vae(tmp_path)
+    monkeypatch.chdir(tmp_path)     # an empty path is not the current folder
+    with pytest.raises(FileNotFoundError, match="no autoencoder is specified"):
+        vae("")
     write_weights(tmp_path / "d.pt", kind="diffusion")
     with pytest.raises(ValueError, match="--vae_path expects a model of kind 'autoencoder', got 'diffusion'"):
         vae(tmp_path / "d.pt")
