@@ -251,4 +251,68 @@ def prune_checkpoints(folder, count: int, kept=()) -> None:
             path.unlink(missing_ok=True)
 
 
+# --- Resuming ---
+
+# Header entries that may differ when a run resumes: no weight changes its meaning with them.
+RESUME_OVERRIDABLE = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms",
+                      "use_fp16", "classifier_use_fp16")
+
+
+def find_step(folder, resume_checkpoint="", warn=print):
+    """Return (verified marker, its folder) of the step to resume from, or (None, folder) if training starts.
+
+    Once `folder` has steps beyond `resume_checkpoint`, the latest of them is used, so that the same command resumes.
+
+    :param resume_checkpoint: model file, with optimizer and EMA weights next to it; "" or "auto": latest step of
+        `folder`. A checkpoint of guided-diffusion has no marker; its step is read from its name.
+    :raises FileNotFoundError, ValueError: if the file is missing, has another name, or would overwrite later steps.
+    """
+    folder = Path(folder)
+    if not resume_checkpoint or resume_checkpoint == "auto":
+        marker = latest_marker(folder, warn)
+        unfinished = sorted(p.name for p in folder.glob("model*.pt")) if marker is None else []
+        if unfinished:
+            warn(f"{folder} contains {', '.join(unfinished)} but no marker (stateNNNNNN.json) of a completed save: "
+                 "training starts at step 0; set --resume_checkpoint to resume from such a file")
+        return marker, folder
+    path = Path(resume_checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --resume_checkpoint expects a model file (modelNNNNNN.pt)")
+    step = parse_resume_step_from_filename(path.name)
+    if path.name != model_name(step):
+        raise ValueError(f"{path}: --resume_checkpoint expects a file named like {model_name(step)}, from which the "
+                         "names of its optimizer and EMA files follow")
+    if later := [n for n in committed_steps(folder) if n > step]:
+        if folder.resolve() == path.parent.resolve():
+            raise ValueError(f"{folder} contains step {later[-1]}, which is later than {path}; to branch off there, "
+                             "set another --logdir")
+        return find_step(folder, "", warn)
+    has_marker = (path.parent / marker_name(step)).is_file()
+    return (read_marker(path.parent, step) if has_marker else {"step": step}), path.parent
+
+
+def parse_resume_step_from_filename(filename):
+    """Return the step in a name like path/to/modelNNNNNN.pt, 0 if there is none."""
+    match = re.search(r"model(\d+)\.[^.]*$", filename)
+    return int(match.group(1)) if match else 0
+
+
+def require_same_model(stored, current, folder):
+    """Compare the headers of a checkpoint and of the model that resumes from it.
+
+    :raises ValueError: naming the entries that differ; entries that only one of them has are ignored.
+    """
+    def differences(a, b, prefix=""):
+        for key in a.keys() & b.keys():
+            if isinstance(a[key], dict) and isinstance(b[key], dict):
+                yield from differences(a[key], b[key], f"{prefix}{key}.")
+            elif a[key] != b[key] and key not in RESUME_OVERRIDABLE:
+                yield f"{prefix}{key} is {b[key]!r} now, {a[key]!r} in the checkpoint"
+
+    changes = sorted(differences(stored, current))
+    if changes:
+        raise ValueError(f"{folder} contains checkpoints of another configuration ({'; '.join(changes[:4])}); "
+                         "set the same flags again or another --logdir")
+
+
 __getattr__ = deprecated_names("checkpoint_util")

@@ -1,13 +1,13 @@
-"""One training loop for diffusion models, classifiers and autoencoders.
+"""One training loop for diffusion models, classifiers and autoencoders; the losses come from an `Objective`.
 
-What is learned is an objective (see `objectives`). Dropout is keyed by (seed, step, rank), everything else that is
-random by (seed, step, slot in the global batch): an interruption changes nothing, the number of ranks only dropout.
+Dropout is keyed by (seed, step, rank), all other random numbers by (seed, step, slot in the global batch): an
+interruption changes no result, the number of ranks only dropout masks.
 """
 
 import contextlib
 import copy
 import math
-import re
+import operator
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Callable
 import torch
 
 from . import checkpoint_util, deprecated_names, dist_util, logger
+from .checkpoint_util import parse_resume_step_from_filename as parse_resume_step_from_filename  # the reference's place
 from .config import CommaSeparated, from_dict, option, require, resolve
 from .fp16_util import MixedPrecisionTrainer
 from .interfaces import BatchSource
@@ -33,15 +34,12 @@ def _adamw8bit(params, **settings):
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ImportError("--optimizer adamw8bit needs bitsandbytes: "
-                          "pip install 'guided-diffusion-vae[gpu]'") from error
+        raise ImportError("--optimizer adamw8bit requires bitsandbytes: pip install 'guided-diffusion-vae[gpu]'") from error
     return AdamW8bit(params, **settings)
 
 
 OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit}
-# What a run may go on with another value of: it changes no weight's meaning.
-RESUME_OVERRIDABLE = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms",
-                    "use_fp16", "classifier_use_fp16")
+RESUME_FLAG = "--resume_checkpoint"
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -176,9 +174,10 @@ def resolve_train_config(train):
 
 
 def _concatenate_terms(parts):
-    """Return (times [N] or None, terms of [N]) of a batch, given those of its microbatches."""
-    times, terms = zip(*parts)
-    return None if times[0] is None else torch.cat(times), {k: torch.cat([t[k] for t in terms]) for k in terms[0]}
+    """Return (timesteps [N] or None, {name: losses [N]}) of a batch from those of its microbatches."""
+    timesteps, terms = zip(*parts)
+    losses = {name: torch.cat([t[name] for t in terms]) for name in terms[0]}
+    return None if timesteps[0] is None else torch.cat(timesteps), losses
 
 
 def seed_initialization(seed):
@@ -241,17 +240,21 @@ class TrainLoop:
             ema_rate=ema_rate, log_interval=log_interval, save_interval=save_interval, weight_decay=weight_decay,
             lr_anneal_steps=lr_anneal_steps,
         ))
-        if config.mixed_precision and use_fp16:
-            raise ValueError("--mixed_precision and --use_fp16 are mutually exclusive; set only one")
-        others = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
-                  "--compile True": config.compile, f"--optimizer {config.optimizer}": config.optimizer != "adamw"}
-        if config.fsdp and any(others.values()):
-            found = next(name for name, there in others.items() if there)
-            raise ValueError(f"--fsdp True with {found}: it splits a model over several ranks (mpiexec -n N, "
-                             "torchrun), with AdamW, and in half precision with --mixed_precision True")
         self.model, self.diffusion = model, diffusion
         self.data = data if isinstance(data, BatchSource) else _IteratorSource(data)
         self.objective = task.objective or DiffusionObjective(diffusion, schedule_sampler)
+        self.discriminator = self.objective.discriminator
+        without_fsdp = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
+                        "--compile True": config.compile, f"--optimizer {config.optimizer}": config.optimizer != "adamw"}
+        require(
+            (not (config.mixed_precision and use_fp16), "--mixed_precision and --use_fp16 are mutually exclusive; set "
+             "only one"),
+            (not (config.compile and self.discriminator), "--compile and --discriminator_weight are mutually exclusive: "
+             "the generator's gradient passes the network twice, which a compiled one does not support; set only one"),
+            *((not (config.fsdp and conflict), f"--fsdp True conflicts with {name}: it shards a model over several ranks "
+               "(mpiexec -n N, torchrun), with AdamW, and with --mixed_precision True for half precision")
+              for name, conflict in without_fsdp.items()),
+        )
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
@@ -265,17 +268,14 @@ class TrainLoop:
         self.header = task.header
         self.folder = Path(logger.get_dir())
         self.device = dist_util.dev() if config.fsdp else next(model.parameters()).device
+        self.rank = dist_util.rank()
         self.global_batch = batch_size * dist_util.world_size()
-        self.slots = range(dist_util.rank() * batch_size, (dist_util.rank() + 1) * batch_size)
+        self.slots = range(self.rank * batch_size, (self.rank + 1) * batch_size)
 
         checkpoint = task.checkpoint or find_checkpoint(self.folder, resume_checkpoint)
         if checkpoint[0] is None and config.init_from:
             init_from_weights(model, config.init_from)
-        self.discriminator = self.objective.discriminator
         self.compile, self.fsdp = config.compile, config.fsdp
-        if self.compile and self.discriminator:
-            raise ValueError("--compile True with a discriminator (--discriminator_weight): its gradients pass through "
-                             "the network a second time, which a compiled one does not allow; leave one of them away")
         dist_util.sync_params(model.parameters())
         if self.fsdp:
             dist_util.shard_model(model)
@@ -288,13 +288,13 @@ class TrainLoop:
         self.best, self.measured = None, {}
         self.resume_step = self.step = self._resume(*checkpoint)
         self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
-        # The module itself stays as it is, for checkpoints and for previews, whose batches have other shapes.
+        # `model` itself stays unwrapped: for checkpoints, and for previews, whose batches have other shapes.
         self.ddp_model = self._compiled(model) if self.compile else model
         if self.use_ddp:
-            # The discriminator starts later and reads the last layer, the first microbatches do not synchronize, and a
-            # compiled network orders its own buckets: in all other cases every step has the same graph.
-            same = not (self.discriminator or self.compile or self.microbatch < self.batch_size)
-            self.ddp_model = dist_util.data_parallel(self.ddp_model, static_graph=same)
+            # Steps differ if a discriminator starts later or only the last microbatch synchronizes, and a compiled
+            # network orders the buckets itself.
+            static = not (self.discriminator or self.compile or self.microbatch < self.batch_size)
+            self.ddp_model = dist_util.data_parallel(self.ddp_model, static_graph=static)
 
     @classmethod
     def from_config(cls, model, data, config, task, use_fp16=False):
@@ -307,19 +307,18 @@ class TrainLoop:
         )
 
     def _compiled(self, network):
-        """Return the network compiled for the shapes that it meets, sharing its weights; CUDA graphs save launches.
-
-        A graph owns the memory of the gradients that it makes, so that it cannot add up those of microbatches.
-        """
+        """Return the network compiled for the shapes that it gets, sharing its weights."""
+        # CUDA graphs save kernel launches, but own the memory of their gradients, so that those of microbatches cannot
+        # be accumulated.
         graphs = self.device.type == "cuda" and self.microbatch >= self.batch_size
         return torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
+    # --- The loop ---
 
     def run_loop(self):
         """Run all steps; return the number of the last one."""
         if self._early_stop_reached():
-            logger.log(f"step {self.step} had reached what training was to end at")
+            logger.log(f"step {self.step} has already reached {self._bounds}")
             self.max_steps = self.step
         self.data.seek(self.step)
         stop = dist_util.StopSignal()
@@ -329,29 +328,30 @@ class TrainLoop:
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
                 previewing = self.preview and (self.step >= self.max_steps or self.step % self.preview_interval == 0)
-                # Whoever sends a signal waits seconds, not minutes: the save is all that is done then.
+                # A scheduler kills a job seconds after its signal: then save, without a preview that takes minutes. As
+                # ranks enter a preview together, they agree on the signal before each one.
                 stopping = stop.received_on_any_rank() or previewing and dist_util.any_rank(stop.received)
-                last = stopping or self.step >= self.max_steps
                 reached = False
                 if previewing and not stopping:
-                    reached = self._preview()  # before the log, which takes what it measured
-                if last or reached or self._is_best() or self.step % self.save_interval == 0:
+                    reached = self._preview()   # before _write_log, so that this row contains what it measured
+                last = stopping or reached or self.step >= self.max_steps
+                if last or self._is_best() or self.step % self.save_interval == 0:
                     self.save()
-                if last or reached or self.step % self.log_interval == 0:
+                if last or self.step % self.log_interval == 0:
                     self._write_log(bar)
                 bar.update()
                 if reached:
-                    logger.log(f"step {self.step} has reached what training was to end at")
+                    logger.log(f"step {self.step} has reached {self._bounds}")
                     break
                 if stopping:
-                    logger.log(f"stopped by a signal; step {self.step} is saved, the same command goes on from there")
+                    logger.log(f"received a termination signal, saved step {self.step}; rerun the same command to resume")
                     break
         self.data.close()
         return self.step
 
     def run_step(self, batch, cond):
         """Take one optimizer step on this rank's batch [N x C x ...]."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self._anneal_lr()
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
@@ -359,18 +359,19 @@ class TrainLoop:
         if self.discriminator:
             self.discriminator.optimizer_step(self.step, self._lr_factor)
         if self.compile and self.step == self.resume_step:
-            logger.log(f"the first step took {time.perf_counter() - begun:.0f} s, compiling included")
+            logger.log(f"the first step took {time.perf_counter() - started:.0f} s, including compilation")
         self.step += 1
         self.log_step()
 
     def forward_backward(self, batch, cond):
         """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
         self.mp_trainer.zero_grad()
-        torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, dist_util.rank()))
+        torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, self.rank))
         rng = StepRNG(self.seed, self.step, self.slots, self.global_batch)
-        parts = []
+        parts = []      # (timesteps, losses) of each microbatch
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))
+            # Weights by size make the sum of the microbatches' gradients that of the mean over the batch.
             fraction, last = (stop - start) / len(batch), stop == len(batch)
             if self.compile:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -386,13 +387,13 @@ class TrainLoop:
                 del terms   # frees the graph of the autoencoder before that of the discriminator is built
                 with self._gradient_sync(self.discriminator.ddp_model, last), self._autocast():
                     self.discriminator.backward_discriminator(self.step, fraction)
-        batch = micro if len(parts) == 1 else batch
+        batch = micro if len(parts) == 1 else batch     # on the device already, so that logging copies nothing
         t, terms = parts[0] if len(parts) == 1 else _concatenate_terms(parts)
         self.objective.after_step(t, terms)
         self.objective.log(batch, t, terms)
 
     def _gradient_sync(self, network, last):
-        """Gradients travel with the last microbatch only."""
+        """Return a context that synchronizes gradients only on the last microbatch."""
         if self.fsdp:
             self.model.set_requires_gradient_sync(last)
         return network.no_sync() if self.use_ddp and not last else contextlib.nullcontext()
@@ -406,14 +407,14 @@ class TrainLoop:
 
     @property
     def _lr_factor(self):
-        rising = min((self.step + 1) / self.lr_warmup_steps, 1.0) if self.lr_warmup_steps else 1.0
-        return rising * (1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1.0)
+        warmup = min((self.step + 1) / self.lr_warmup_steps, 1.0) if self.lr_warmup_steps else 1.0
+        return warmup * (1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1.0)
 
     def _anneal_lr(self):
         for group in self.opt.param_groups:
             group["lr"] = self.lr * self._lr_factor
 
-    # -- the log ------------------------------------------------------------------------------------------------------
+    # --- The log ---
 
     def log_step(self):
         logger.logkv("step", self.step)
@@ -430,19 +431,17 @@ class TrainLoop:
         loss = row.get("loss", row.get("train_loss", math.nan))
         bar.set_postfix_str(f"loss {loss:.4f}")
         if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}")
+            self._raise_diverged(f"the loss is {loss}")
 
-    def _diverged(self, what):
-        return FloatingPointError(
-            f"{what} at step {self.step}; the last good checkpoint is "
-            f"{max(checkpoint_util.committed_steps(self.folder), default='none')}: lower --lr, set --grad_clip 1, or leave "
-            "--use_fp16 / --mixed_precision off"
-        )
+    def _raise_diverged(self, problem):
+        last = max(checkpoint_util.committed_steps(self.folder), default="none")
+        raise FloatingPointError(f"{problem} at step {self.step}; the last good checkpoint is {last}: lower --lr, set "
+                                 "--grad_clip 1, or disable --use_fp16 / --mixed_precision")
 
     def _preview(self):
-        """Draw and measure (on rank 0); return on every rank whether what training was to end at is reached."""
+        """Run the preview on rank 0; return on every rank whether a bound of `early_stop` is reached."""
         measured = None
-        if dist_util.rank() == 0:
+        if self.rank == 0:
             with self.ema_weights():
                 measured = self.preview(self.step)
         self.measured = measured = dist_util.broadcast_object(measured) or {}
@@ -451,201 +450,156 @@ class TrainLoop:
         return self._early_stop_reached()
 
     def _early_stop_reached(self):
-        met = {"val_psnr": lambda value, bound: value >= bound, "val_l1": lambda value, bound: value <= bound}
+        met = {"val_psnr": operator.ge, "val_l1": operator.le}
         return any(name in self.measured and met[name](self.measured[name], bound)
                    for name, bound in self.early_stop.items())
+
+    @property
+    def _bounds(self):
+        return " or ".join(f"{name} {bound:g}" for name, bound in self.early_stop.items())
 
     def _is_best(self):
         return self.best is not None and self.best["step"] == self.step
 
     @contextlib.contextmanager
     def ema_weights(self):
-        """Let the model hold a moving average, if it has one, in evaluation mode inside the `with` block.
-
-        It is the fastest, which shows early what is learned; where steps are ranked, the one that stands for the run.
-        """
-        kept = copy.deepcopy(self.model.state_dict())
+        """Put EMA weights, if there are any, into the model in evaluation mode inside the `with` block."""
+        training_weights = copy.deepcopy(self.model.state_dict())
         if self.ema_rate:
+            # The smallest decay follows training most closely. If steps are ranked, the largest one is measured, as it
+            # represents the run (see `checkpoint_util.latest_weights`).
             rate = max(self.ema_rate) if self.monitor else min(self.ema_rate)
-            average = self.ema_params[self.ema_rate.index(rate)]
-            self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(average))
+            ema = self.ema_params[self.ema_rate.index(rate)]
+            self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(ema))
         self.model.eval()
         try:
             yield self.model
         finally:
-            self.model.load_state_dict(kept)
+            self.model.load_state_dict(training_weights)
             self.model.train()
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    # --- Checkpoints ---
 
     def save(self):
-        """Write model, averages, optimizer and, last, the marker of this step (on rank 0).
+        """Write model, EMA weights, optimizer and, last, the marker of this step (on rank 0).
 
-        Weights that are not finite are never saved: the log may not have met the loss that spoilt them yet.
+        :raises FloatingPointError: if a weight is not finite. Such weights are never saved: `log_interval` may be longer
+            than `save_interval`, so that the log has not seen the loss yet.
         """
-        learned = [*self.mp_trainer.master_params, *(self.discriminator.network.parameters() if self.discriminator else ())]
-        norm = dist_util.full_tensor(torch.nn.utils.get_total_norm([p.detach() for p in learned]))
+        discriminator = self.discriminator.network.parameters() if self.discriminator else ()
+        weights = [p.detach() for p in (*self.mp_trainer.master_params, *discriminator)]
+        norm = dist_util.full_tensor(torch.nn.utils.get_total_norm(weights))
         if not math.isfinite(norm):
-            raise self._diverged(f"the norm of the weights is {float(norm)}")
-        # What is sharded all ranks put together, one tensor at a time; rank 0 keeps and writes it.
+            self._raise_diverged(f"the norm of the weights is {float(norm)}")
+        # All ranks take part in gathering sharded tensors, one at a time; rank 0 keeps and writes them.
         sets = [self._gathered(params) for params in (self.mp_trainer.master_params, *self.ema_params)]
-        moments = self.opt.state_dict()
-        moments["state"] = {i: dict(zip(entries, self._gathered(entries.values())))
-                            for i, entries in moments["state"].items()}
-        if dist_util.rank() != 0:
+        optimizer = self.opt.state_dict()
+        optimizer["state"] = {i: dict(zip(entries, self._gathered(entries.values())))
+                              for i, entries in optimizer["state"].items()}
+        if self.rank != 0:
             return
         logger.log(f"saving step {self.step} ...")
         names = [checkpoint_util.model_name(self.step)]
         names += [checkpoint_util.ema_name(rate, self.step) for rate in self.ema_rate]
         header = {**self.header, "step": self.step}
         for name, params in zip(names, sets):
-            weights = self.mp_trainer.master_params_to_state_dict(params)
-            checkpoint_util.save_weights(self.folder / name, weights, header)
+            state_dict = self.mp_trainer.master_params_to_state_dict(params)
+            checkpoint_util.save_weights(self.folder / name, state_dict, header)
         names.append(checkpoint_util.optimizer_name(self.step))
-        checkpoint_util.save(self.folder / names[-1], moments)
+        checkpoint_util.save(self.folder / names[-1], optimizer)
         state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
-                 "global_batch": self.global_batch, "seed": self.seed, "best": self.best,
-                 "measured": self.measured}
+                 "global_batch": self.global_batch, "seed": self.seed, "best": self.best, "measured": self.measured}
         if self.discriminator:
             files, entries = self.discriminator.save(self.folder, self.step, header)
             names, state = names + files, {**state, **entries}
+        # The marker makes the step exist: an interruption before this line leaves the previous checkpoint valid.
         checkpoint_util.commit(self.folder, self.step, names, state)
         if self.keep_checkpoints:
             best = {self.best["step"]} if self.best else set()
             checkpoint_util.prune_checkpoints(self.folder, self.keep_checkpoints, best)
 
     def _gathered(self, tensors):
-        """Return tensors as they are or, where they are split, whole ones in main memory on rank 0, else None."""
+        """Return tensors unchanged or, if they are sharded, full ones in main memory on rank 0 and None elsewhere."""
         if not self.fsdp:
             return list(tensors)
-        parts = (dist_util.full_tensor(t) for t in tensors)
-        return [t.cpu() if dist_util.rank() == 0 else None for t in parts]
+        full = (dist_util.full_tensor(t) for t in tensors)
+        return [t.cpu() if self.rank == 0 else None for t in full]
 
     def _resume(self, marker, folder):
-        """Load the step to go on from, if there is one; return its number."""
+        """Load the step to resume from, if there is one; return its number."""
         if marker is None:
             return 0
         step = marker["step"]
-        for name, now in (("seed", self.seed), ("global_batch", self.global_batch)):
-            if marker.get(name, now) != now:
-                logger.warn(f"{name} is {now} now and was {marker[name]} until step {step}: from here on the run is "
-                            "another one")
-        device = "cpu" if self.fsdp else self.device  # no device has room for the whole of what is split
-        load = lambda name: checkpoint_util.load_weights(folder / name, device, "--resume_checkpoint")
-        path = folder / checkpoint_util.model_name(step)
-        weights, header = load(path.name)
-        if header is not None:
-            found = header.get("step", step)
-            if found != step:
-                raise ValueError(f"{path} holds step {found}, so it was renamed; --resume_checkpoint wants "
-                                 f"{checkpoint_util.model_name(found)} with its optimizer and averages beside it")
-            require_same_model(header, self.header, folder)
-        mine = self.model.state_dict() if self.fsdp else {}
-        placed = {k: dist_util.distribute_like(v, mine[k]) for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
-        checkpoint_util.load_strict(self.model, {**weights, **placed} if placed else weights, path, "--resume_checkpoint")
-        with torch.no_grad():
-            loaded = self.mp_trainer.state_dict_to_master_params(weights)
-            for param, value in zip(self.mp_trainer.master_params, loaded):
-                param.copy_(dist_util.distribute_like(value, param))
+        for name, value in (("seed", self.seed), ("global_batch", self.global_batch)):
+            if marker.get(name, value) != value:
+                logger.warn(f"{name} is {value} now and was {marker[name]} until step {step}: from here on the run "
+                            "differs from an uninterrupted one")
+        device = "cpu" if self.fsdp else self.device    # no device may have room for a full model that is sharded
+        self._load_model(folder, step, device)
         for i, rate in enumerate(self.ema_rate):
-            name = checkpoint_util.ema_name(rate, step)
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is not there; --ema_rate must name averages that the "
-                                        "checkpoint has")
-            loaded = self.mp_trainer.state_dict_to_master_params(load(name)[0])
-            self.ema_params[i] = [dist_util.distribute_like(v.clone(), p) for v, p in zip(loaded, self.ema_params[i])]
+            path = folder / checkpoint_util.ema_name(rate, step)
+            require((path.is_file(), f"{path} does not exist; --ema_rate must list rates that the checkpoint has"),
+                    error=FileNotFoundError)
+            values = self.mp_trainer.state_dict_to_master_params(checkpoint_util.load_weights(path, device, RESUME_FLAG)[0])
+            self.ema_params[i] = [dist_util.distribute_like(v.detach(), p) for v, p in zip(values, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)
         try:
-            self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, device, "--resume_checkpoint"))
+            self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, device, RESUME_FLAG))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: {error}; check --resume_checkpoint") from error
+            raise ValueError(f"{path}: {error}; check {RESUME_FLAG}") from error
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
         self.best, self.measured = marker.get("best"), marker.get("measured", {})
         if self.discriminator:
             self.discriminator.load(folder, marker, self.device)
-        logger.log(f"going on from step {step} of {folder}")
+        logger.log(f"resuming from step {step} in {folder}")
         return step
+
+    def _load_model(self, folder, step, device):
+        path = folder / checkpoint_util.model_name(step)
+        weights, header = checkpoint_util.load_weights(path, device, RESUME_FLAG)
+        if header is not None:      # files of guided-diffusion have none
+            stored = header.get("step", step)
+            require((stored == step, f"{path} contains step {stored}: the file was renamed; {RESUME_FLAG} expects "
+                     f"{checkpoint_util.model_name(stored)} next to its optimizer and EMA files"))
+            checkpoint_util.require_same_model(header, self.header, folder)
+        if self.fsdp:
+            own = self.model.state_dict()
+            weights.update({name: dist_util.distribute_like(value, own[name]) for name, value in weights.items()
+                            if name in own and value.shape == own[name].shape})
+        checkpoint_util.load_strict(self.model, weights, path, RESUME_FLAG)
+        # With use_fp16 the model holds rounded weights, the masters continue with those of the file.
+        with torch.no_grad():
+            values = self.mp_trainer.state_dict_to_master_params(weights)
+            for param, value in zip(self.mp_trainer.master_params, values):
+                param.copy_(value)
 
 
 def init_from_weights(model, path):
-    """Load the weights of another run into a model where names and shapes agree, and list what is not taken over.
+    """Load the weights of another run whose names and shapes agree with the model's, and log all others.
 
-    :raises ValueError: where nothing agrees.
+    :raises ValueError: if none agree.
     """
     path = checkpoint_util.latest_weights(path, "--init_from") if Path(path).is_dir() else Path(path)
-    theirs, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
-    mine = model.state_dict()
-    taken = {name: value for name, value in theirs.items() if name in mine and mine[name].shape == value.shape}
-    if not taken:
-        raise ValueError(f"{path} has no weights in common with this model; check --init_from")
-    mine.update(taken)
-    # Modules look at the versions that came with their weights, and at their own where they begin anew.
-    mine._metadata = {**mine._metadata, **theirs._metadata} if hasattr(theirs, "_metadata") else {}
-    model.load_state_dict(mine)
-    logger.log(f"{len(taken)} of {len(mine)} weights begin as in {path}")
-    for what, weights in (("begins anew", mine), ("is not taken over", theirs)):
-        for name in sorted(weights.keys() - taken.keys()):
-            logger.log(f"  {what}: {name} {tuple(weights[name].shape)}")
+    source, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
+    own = model.state_dict()
+    common = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
+    require((common, f"{path} has no weights in common with this model; check --init_from"))
+    own.update(common)
+    # Modules migrate weights by the version stored with them; newly initialized ones have the module's own version.
+    own._metadata = {**own._metadata, **source._metadata} if hasattr(source, "_metadata") else {}
+    model.load_state_dict(own)
+    logger.log(f"{len(common)} of {len(own)} weights are initialized from {path}")
+    for problem, weights in (("newly initialized", own), ("not used", source)):
+        for name in sorted(weights.keys() - common.keys()):
+            logger.log(f"  {problem}: {name} {tuple(weights[name].shape)}")
 
 
 def find_checkpoint(folder, resume_checkpoint=""):
-    """Return (marker, folder) of the step to go on from, or (None, folder) where a run starts.
-
-    `resume_checkpoint` names a model file; its optimizer and averages must lie beside it. A reference checkpoint has no
-    marker, and its step is read from its name. Once `folder` holds steps of its own beyond it, the newest of them is
-    taken, so that the same command goes on. Rank 0 looks and all ranks take what it found.
-    """
-    answer = None
-    if dist_util.rank() == 0:
-        answer = _find_checkpoint(Path(folder), "" if resume_checkpoint == "auto" else resume_checkpoint)
-    return dist_util.broadcast_object(answer)
-
-
-def _find_checkpoint(folder, resume_checkpoint):
-    if not resume_checkpoint:
-        marker = checkpoint_util.latest_marker(folder, logger.warn)
-        unfinished = sorted(p.name for p in Path(folder).glob("model*.pt")) if marker is None else []
-        if unfinished:
-            logger.warn(f"{folder} holds {', '.join(unfinished)} but no marker (stateNNNNNN.json) of a finished save; "
-                        "training starts at step 0 (give --resume_checkpoint to go on from such a file)")
-        return marker, Path(folder)
-    path = Path(resume_checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; --resume_checkpoint wants the model file of a checkpoint")
-    step = parse_resume_step_from_filename(path.name)
-    if path.name != checkpoint_util.model_name(step):
-        raise ValueError(f"{path}: --resume_checkpoint wants a file named like {checkpoint_util.model_name(step)}, "
-                         "since the names of its optimizer and averages are found from it")
-    if newer := [n for n in checkpoint_util.committed_steps(folder) if n > step]:
-        if folder.resolve() == path.parent.resolve():
-            raise ValueError(f"{folder} holds step {newer[-1]}, which is newer than {path}; to branch off from there "
-                             "give another --logdir")
-        return _find_checkpoint(folder, "")
-    if (path.parent / checkpoint_util.marker_name(step)).is_file():
-        return checkpoint_util.read_marker(path.parent, step), path.parent
-    return {"step": step}, path.parent
-
-
-def require_same_model(found, wanted, folder):
-    """Refuse to go on from a checkpoint of another model, naming the entries that differ."""
-    def differing(a, b, at=""):
-        for key in a.keys() & b.keys():
-            if isinstance(a[key], dict) and isinstance(b[key], dict):
-                yield from differing(a[key], b[key], f"{at}{key}.")
-            elif a[key] != b[key] and key not in RESUME_OVERRIDABLE:
-                yield f"{at}{key} is {b[key]!r} now, {a[key]!r} in the checkpoint"
-
-    changes = sorted(differing(found, wanted))
-    if changes:
-        raise ValueError(f"{folder} holds checkpoints of another configuration ({'; '.join(changes[:4])}); "
-                         "give the same flags again or another --logdir")
-
-
-def parse_resume_step_from_filename(filename):
-    """Return the step in a name like path/to/modelNNNNNN.pt, 0 where there is none."""
-    match = re.search(r"model(\d+)\.[^.]*$", filename)
-    return int(match.group(1)) if match else 0
+    """Return (marker, folder) of the step to resume from, or (None, folder) if training starts; see `find_step`."""
+    # Rank 0 alone reads and hashes the files, so that all ranks resume from the same step.
+    checkpoint = checkpoint_util.find_step(folder, resume_checkpoint, logger.warn) if dist_util.rank() == 0 else None
+    return dist_util.broadcast_object(checkpoint)
 
 
 def get_blob_logdir():

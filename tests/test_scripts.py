@@ -169,7 +169,7 @@ def test_training_same_command_resumes(chain, call):
     before = listing(chain.autoencoder)
     status, out, err = call("train_autoencoder", **chain.train_autoencoder, max_steps=3)
     assert status == 0, err
-    assert f"going on from step 2 of {chain.autoencoder}" in out and "saving step 3" in out
+    assert f"resuming from step 2 in {chain.autoencoder}" in out and "saving step 3" in out
     assert [row["step"] for row in read_rows(chain.autoencoder)] == ["2", "3"]
     assert listing(chain.autoencoder)["model000002.pt"] == before["model000002.pt"]
     (chain.autoencoder / "state000003.json").unlink()   # step 2, with which the cache was encoded, stays the latest
@@ -179,13 +179,13 @@ def test_training_two_ranks_resume(chain, tmp_path):
     flags = {**chain.train, "logdir": tmp_path / "run"}
     shutil.copytree(chain.diffusion, tmp_path / "run")
     out = run("image_train_vae", ranks=2, **flags, max_steps=3)
-    assert "going on from step 2" in out and (tmp_path / "run" / "state000003.json").exists()
+    assert "resuming from step 2" in out and (tmp_path / "run" / "state000003.json").exists()
     assert checkpoint_util.load_weights(tmp_path / "run" / "model000003.pt")[1]["step"] == 3
 
 
 def test_training_finished_run_does_nothing(chain, call):
     status, out, err = call("image_train_vae", **chain.train, max_steps=2)
-    assert status == 0 and "going on from step 2" in out and "saving" not in out, err
+    assert status == 0 and "resuming from step 2" in out and "saving" not in out, err
 
 
 def test_check_roundtrip_reports_metrics_and_checks_thresholds(chain, call, tmp_path):
@@ -451,7 +451,7 @@ def test_image_train_trains_and_resumes(pixels, chain, tmp_path):
     assert {"loss", "mse", "vb", "loss_q0", "grad_norm", "param_norm", "samples"} <= set(read_rows(folder)[-1])
     assert {"previews/000002.png", "model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"} <= set(listing(folder))
     out = run("image_train", ranks=2, **{**pixels, "logdir": folder}, max_steps=3)
-    assert "going on from step 2" in out and f"{COUNT} images 1x16x16 in {chain.data}; classes: a 6, b 6" in out
+    assert "resuming from step 2" in out and f"{COUNT} images 1x16x16 in {chain.data}; classes: a 6, b 6" in out
     assert checkpoint_util.load_weights(folder / "model000003.pt")[1]["autoencoder"]["config"]["class"] == "PixelCodec"
 
 
@@ -613,7 +613,7 @@ def test_super_res_sample_maps_and_checks_classes_of_base_samples(upsampler, cal
 def test_super_res_resumes_and_upsamples(upsampler, base_samples, call, tmp_path):
     folder = shutil.copytree(upsampler["logdir"], tmp_path / "run")
     status, out, err = call("super_res_train", **{**upsampler, "logdir": folder, "batch_size": 4}, max_steps=3)
-    assert status == 0 and "going on from step 2" in out, err
+    assert status == 0 and "resuming from step 2" in out, err
     flags = {"model_path": folder, "base_samples": base_samples, "num_samples": 4, "batch_size": 2}
     status, out, err = call("super_res_sample", **flags, logdir=tmp_path / "one")
     assert status == 0, err
@@ -856,7 +856,7 @@ def test_fast_dev_run_reaches_the_discriminator_in_its_own_folder(chain, call, t
         assert "discriminator_loss" in read_rows(folder)[-1] and [p.name for p in folder.glob("state*")] == [
             f"state{steps:06d}.json"]
     status, out, err = call("train_autoencoder", **flags, max_steps=1)
-    assert status == 0 and "going on" not in out and (tmp_path / "run/state000001.json").exists(), out + err
+    assert status == 0 and "resuming" not in out and (tmp_path / "run/state000001.json").exists(), out + err
 
 
 @pytest.mark.parametrize("path, size", [("very_high", 32), ("initial_512", 32), ("factors_4x2x2", 16)])

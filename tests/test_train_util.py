@@ -21,9 +21,10 @@ from guided_diffusion_vae.interfaces import BatchSource
 from guided_diffusion_vae.objectives import DiffusionObjective, PlainObjective, StepRNG
 from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.train_util import (
-    AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop, TrainTask, find_checkpoint,
-    init_from_weights, parse_resume_step_from_filename, resolve_train_config, seed_initialization,
+    AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig, TrainLoop, TrainTask,
+    find_checkpoint, init_from_weights, parse_resume_step_from_filename, resolve_train_config, seed_initialization,
 )
 from guided_diffusion_vae.unet import ModelConfig, UNetModel
 from guided_diffusion_vae.vae import create_discriminator
@@ -208,7 +209,7 @@ def farthest_moments(one, other):
 
 
 def test_a_discriminator_is_not_compiled_with(prepared, tmp_path):
-    with pytest.raises(ValueError, match="--compile True with a discriminator"):
+    with pytest.raises(ValueError, match="--compile and --discriminator_weight are mutually exclusive"):
         train(prepared, tmp_path, "adversarial", 1, compile=True)
 
 
@@ -230,7 +231,7 @@ def test_attention_begins_with_the_projection_that_was_applied(tmp_path, version
 
 
 def test_a_single_rank_has_nothing_to_split(tmp_path):
-    with pytest.raises(ValueError, match="--fsdp True with a single rank: .* several ranks .mpiexec"):
+    with pytest.raises(ValueError, match="--fsdp True conflicts with a single rank: .* several ranks .mpiexec"):
         line(tmp_path, 1, fsdp=True)
 
 
@@ -571,9 +572,9 @@ def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path,
     model = torch.nn.Linear(3, 1)
     logger.configure(str(tmp_path / "log"), ["stdout"])
     init_from_weights(model, tmp_path / "first")
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert torch.equal(model.weight, files_of(tmp_path / "first", 2)[1]["weight"])
-    assert "1 of 2 weights begin as in" in said and "begins anew: bias (1,)" in said
+    assert "1 of 2 weights are initialized from" in out and "newly initialized: bias (1,)" in out
     wide = torch.nn.Linear(5, 1)
     with pytest.raises(ValueError, match="model000002.pt has no weights in common with this model; check --init_from"):
         init_from_weights(wide, tmp_path / "first" / "model000002.pt")
@@ -618,7 +619,7 @@ def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_
         weights[compiled] = network.state_dict()
         assert counters["stats"].get("unique_graphs", 0) == compiled and not counters["graph_break"]
     assert farthest(weights[False], weights[True]) < 1e-5
-    assert "compiling included" in (tmp_path / "True/log.txt").read_text()
+    assert "including compilation" in (tmp_path / "True/log.txt").read_text()
 
 
 @pytest.mark.parametrize("amp, most", [(False, 800), (True, 1500)])
@@ -654,7 +655,7 @@ def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
 def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ImportError, match=r"--optimizer adamw8bit needs bitsandbytes: pip install .*\[gpu\]"):
+    with pytest.raises(ImportError, match=r"--optimizer adamw8bit requires bitsandbytes: pip install .*\[gpu\]"):
         line(tmp_path, 1, optimizer="adamw8bit")
 
 
@@ -838,13 +839,13 @@ def test_leftovers_of_an_interrupted_save_do_not_exist(tmp_path, capsys):
 
 def test_another_configuration_is_refused_by_name(tmp_path):
     line(tmp_path, 2)
-    with pytest.raises(ValueError, match="model.width is 4 now, 3 in the checkpoint.*give the same flags again"):
+    with pytest.raises(ValueError, match="model.width is 4 now, 3 in the checkpoint.*set the same flags again"):
         line(tmp_path, 4, header={"kind": "line", "model": {"width": 4}})
     with pytest.raises(ValueError, match="kind is 'curve' now, 'line' in the checkpoint"):
         line(tmp_path, 4, header={"kind": "curve"})
     with pytest.raises(ValueError, match=r"does not match the model .*bias: expected \(1,\), got nothing"):
         line(tmp_path, 4, bias=True)
-    with pytest.raises(FileNotFoundError, match="ema_0.5_000002.pt is not there; --ema_rate must name"):
+    with pytest.raises(FileNotFoundError, match="ema_0.5_000002.pt does not exist; --ema_rate must list rates"):
         line(tmp_path, 4, ema_rate="0.5")
 
 
@@ -854,7 +855,7 @@ def test_a_run_can_branch_off_a_checkpoint_of_another_one(tmp_path):
     assert loop.resume_step == 2 and same_bits(files_of(tmp_path / "a", 4), files_of(tmp_path / "b", 4))
     # the same command again goes on with what it has made since; in the other's folder it would overwrite steps
     assert line(tmp_path / "b", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt")).resume_step == 4
-    with pytest.raises(ValueError, match="holds step 4, which is newer than .*model000002.pt; .* another --logdir"):
+    with pytest.raises(ValueError, match="contains step 4, which is later than .*model000002.pt; .* another --logdir"):
         line(tmp_path / "a", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
     assert line(tmp_path / "b", 6, resume_checkpoint="auto").resume_step == 6
 
@@ -868,6 +869,15 @@ def test_the_same_command_twice_goes_on_with_what_it_made_itself(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_run_without_logdir_branches_off_the_given_checkpoint(tmp_path, monkeypatch):
+    line(tmp_path / "a", 2)
+    logger.reset()
+    monkeypatch.chdir(tmp_path)
+    run = Run("image_train", [RunConfig(), TrainConfig(resume_checkpoint=str(tmp_path / "a/model000002.pt"))], {})
+    run.open_folder(trains=True)
+    assert run.checkpoint[0]["step"] == 2 and run.checkpoint[1] == tmp_path / "a" != run.folder
+
+
 def test_a_step_of_the_own_folder_counts_once_it_is_beyond_the_one_given(tmp_path):
     for folder, steps in (("a", 4), ("b", 2)):
         line(tmp_path / folder, steps)
@@ -879,7 +889,7 @@ def test_a_step_of_the_own_folder_counts_once_it_is_beyond_the_one_given(tmp_pat
     assert [(marker["step"], folder.name) for marker, folder in map(found, (
         "auto", "a/model000002.pt", "a/model000004.pt", "b/model000006.pt"
     ))] == [(6, "b")] * 4
-    with pytest.raises(ValueError, match="b holds step 6, which is newer than .*b/model000002.pt; to branch off"):
+    with pytest.raises(ValueError, match="b contains step 6, which is later than .*b/model000002.pt; to branch off"):
         found("b/model000002.pt")
     assert find_checkpoint(tmp_path / "none", "auto") == find_checkpoint(tmp_path / "none") == (None, tmp_path / "none")
 
@@ -891,9 +901,9 @@ def test_a_step_of_the_own_folder_counts_once_it_is_beyond_the_one_given(tmp_pat
 def test_a_change_that_makes_another_run_is_reported_where_one_goes_on(tmp_path, capsys, change, text):
     line(tmp_path, 2)
     line(tmp_path, 2, formats=["stdout"])
-    assert "the run is another one" not in capsys.readouterr().out
+    assert "the run differs" not in capsys.readouterr().out
     line(tmp_path, 2, formats=["stdout"], **change)
-    assert f"{text}: from here on the run is another one" in capsys.readouterr().out
+    assert f"{text}: from here on the run differs from an uninterrupted one" in capsys.readouterr().out
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -925,14 +935,14 @@ def test_senseless_numbers_are_refused_by_their_flag(tmp_path, options, problem)
 def test_a_checkpoint_that_is_not_whole_or_renamed_is_refused(tmp_path):
     line(tmp_path, 4)
     resume = lambda name: line(tmp_path / "other", 6, resume_checkpoint=str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match="model000006.pt is not there; --resume_checkpoint"):
+    with pytest.raises(FileNotFoundError, match="model000006.pt does not exist; --resume_checkpoint"):
         resume("model000006.pt")
     (tmp_path / "best.pt").write_bytes((tmp_path / "model000004.pt").read_bytes())
-    with pytest.raises(ValueError, match="best.pt: --resume_checkpoint wants a file named like"):
+    with pytest.raises(ValueError, match="best.pt: --resume_checkpoint expects a file named like"):
         resume("best.pt")
     for kind in ("model", "opt", "ema_0.9_"):
         (tmp_path / f"{kind}000003.pt").write_bytes((tmp_path / f"{kind}000004.pt").read_bytes())
-    with pytest.raises(ValueError, match="model000003.pt holds step 4, so it was renamed"):
+    with pytest.raises(ValueError, match="model000003.pt contains step 4: the file was renamed"):
         resume("model000003.pt")
     spoil(tmp_path / "opt000004.pt", "missing")
     with pytest.raises(ValueError, match="opt000004.pt is missing"):

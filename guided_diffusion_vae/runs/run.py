@@ -124,6 +124,8 @@ class Run:
         logger.configure(dir=self.folder, format_strs=formats, resume_step=marker and marker["step"])
         logger.log(f"run folder: {logger.get_dir()}")
         self.folder = Path(logger.get_dir())
+        if trains and not folder:   # a new folder has no curves to continue, but may branch off another run
+            self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
 
     def _print_configuration(self):
         if dist_util.rank() == 0:
