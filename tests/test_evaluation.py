@@ -136,6 +136,14 @@ def test_a_run_folder_means_its_samples(tmp_path):
         loading.open_set(tmp_path, DATA, "--samples")
 
 
+def test_generated_images_are_read_with_8_bits_whatever_the_real_range(tmp_path):
+    folder, data = write_folder(tmp_path / "png", count=2), DataConfig(image_size=16, value_range="0,100")
+    ranged = loading.open_set(folder, data, "--samples").images.batch([0])
+    (tmp_path / "png" / ".sampling").touch()
+    generated = loading.open_set(folder, data, "--samples").images.batch([0])
+    torch.testing.assert_close(generated * 2.55, ranged)
+
+
 def test_failed_thresholds_are_listed():
     report = {"psnr": 20.0, "ssim": 0.5, "l1": 0.1, "dead_channels": []}
     assert failed_thresholds(report, RoundtripConfig(min_psnr=20, min_ssim=0.5, max_l1=0.1)) == []
@@ -184,6 +192,7 @@ def test_evaluate_compares_images_classes_and_training_set(run, tmp_path):
     assert report["training_to_reference"]["num_training"] == 12
     nearest = report["nearest_neighbors"]
     assert nearest["median_distance_samples"] > 0 and len(nearest["example_indices"]) == 10
+    assert nearest["memorized_fraction"] < 0.5
     names = {"confusion_samples.png", "confusion_reference.png", "nearest_neighbors.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     old = {"median_distance_of_samples": "median_distance_samples", "shown_samples": "example_indices",  # alias
@@ -200,6 +209,7 @@ def test_copies_of_training_images_are_at_distance_zero(run, tmp_path):
     report = run(samples=copies, train_dir=write_folder(tmp_path / "train", seed=2))
     assert report["nearest_neighbors"]["median_distance_samples"] == 0
     assert report["nearest_neighbors"]["example_pixel_l1"] == [0] * 12
+    assert report["nearest_neighbors"]["memorized_fraction"] == 1
     assert report["nearest_neighbors"]["median_distance_reference"] > 0
 
 

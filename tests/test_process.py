@@ -182,8 +182,8 @@ def test_processes_have_every_member_of_the_interface(create):
     process = create()
     assert isinstance(process, Process) and len(process.noise_levels()) == process.num_timesteps
     x, noise, t = torch.zeros(2, 1, 4), torch.ones(2, 1, 4), torch.tensor([0, 3])
-    diffused = process.noise_condition(x, t, noise)
-    assert (diffused[0] == 0).all() and (diffused[1] > 0).all()
+    diffused = process.noise_condition(noise, t, x)
+    assert (diffused[0] == 1).all() and (diffused[1] < 1).all()
     # sigma is the ratio of noise to signal in x_t
     ratio = process.q_sample(x, t, noise) / process.q_sample(noise, t, x)
     torch.testing.assert_close(ratio[:, 0, 0].double(), torch.from_numpy(process.noise_levels())[t], rtol=1e-4, atol=0)

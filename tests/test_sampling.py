@@ -87,6 +87,21 @@ def test_x0_is_clipped_by_default_for_pixels_only(sampler):
     assert not dataclasses.replace(sampler, clip_denoised=False).clip_denoised
 
 
+@pytest.mark.parametrize("changes, warned", [
+    ({"predict_xstart": False}, True), ({}, False), ({"predict_xstart": False, "timestep_respacing": "2,1"}, False),
+    ({"predict_xstart": False, "noise_schedule": "linear"}, False),
+])
+def test_unclipped_sampling_from_pure_noise_warns(sampler, tmp_path, capsys, changes, warned):
+    config = dataclasses.replace(PROCESS, **{"diffusion_steps": 1000, "timestep_respacing": "2", **changes})
+    model = lambda x, t, y: 0 * x
+    for clip in (False, True):
+        diffusion = create_diffusion(config)
+        generate(dataclasses.replace(sampler, model=model, diffusion=diffusion, clip_denoised=clip),
+                 tmp_path / str(clip), num_samples=1)
+        printed = "".join(capsys.readouterr())
+        assert ("x0 is not clipped and" in printed) == (warned and not clip)
+
+
 def test_diverged_model_raises(sampler, tmp_path):
     broken = dataclasses.replace(sampler, model=lambda x, t, **kwargs: x * float("nan"), num_classes=0)
     with pytest.raises(FloatingPointError, match="samples 0 to 1 are not finite: the model has diverged"):
