@@ -31,7 +31,7 @@ _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 
 @dataclass
 class LatentConfig:
-    """Where training finds its latents."""
+    """Options of the latents to train on."""
 
     SECTION = "latents"
 

@@ -135,6 +135,11 @@ def test_other_flag_of_a_pair_is_translated_once(given, translated):
     assert config == Sampling(**{**given, **translated}) and resolve(config) == [config]
 
 
+def test_resolve_rejects_values_out_of_bounds():
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps must be >= 1, got 0"):
+        resolve(Sampling(gradient_accumulation_steps=0))
+
+
 def test_pair_may_belong_to_two_configs():
     assert resolve(Network(), Sampling(use_gradient_checkpointing=True)) == [Network(True), Sampling()]
     assert resolve(Network(True), Sampling()) == [Network(True), Sampling()]

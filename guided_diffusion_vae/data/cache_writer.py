@@ -22,7 +22,7 @@ from .manifest import CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VE
 
 @dataclass
 class LatentCacheConfig:
-    """How latents are kept on disk."""
+    """Options of a latent cache."""
 
     SECTION = "latents"
 

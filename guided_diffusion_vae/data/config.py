@@ -16,7 +16,7 @@ decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text
 
 @dataclass
 class DataConfig:
-    """What to read, and how file values become numbers in [0, 1]."""
+    """Options of a dataset, and of the conversion of file values to [0, 1]."""
 
     data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, npy, npz, nii; subfolders are "
                                "classes), or an .npz archive with images [N x H x W (x C)] and labels", essential=True)
@@ -30,8 +30,8 @@ class DataConfig:
             "values outside are an error; empty: full range of the integer type")
     value_window: interval = option("", "lo,hi: as --value_range, but values outside are clipped "
                                         "(--value_window=-1000,400 for CT in Hounsfield units)")
-    dynamic_range_db: float = option(0.0, "D for complex .npy files, which require it: magnitudes in [reference - D, "
-                                          "reference] dB become [0, 1], lower ones 0", minimum=0)
+    dynamic_range_db: float = option(0.0, "dynamic range D of complex .npy files, which require it: magnitudes in "
+                                          "[reference - D, reference] dB become [0, 1], lower ones 0", minimum=0)
     reference_db: decibels = option(
         "", "level in dB that becomes 1 in complex .npy files; empty: maximum of each array")
     crop: str = option("center", "how inputs of another size are fitted: center or random crop; none: resize, ignoring "
@@ -70,7 +70,7 @@ class DataConfig:
 
 @dataclass
 class SmallCacheConfig:
-    """Where an upsampler finds the latents that it starts from."""
+    """Options of the low-resolution latents that an upsampler is conditioned on."""
 
     SECTION = "latents"
 
