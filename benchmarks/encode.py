@@ -18,7 +18,7 @@ import torch
 
 from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import as_dict, option
+from guided_diffusion_vae.config import as_dict, integers, option
 from guided_diffusion_vae.data import parse_size
 from guided_diffusion_vae.vae_wrapper import VAEConfig, create_vae
 
@@ -35,12 +35,12 @@ class EncodeConfig:
     vae_path: str = option("", "autoencoder to measure, as in the other scripts; empty: random weights, with channels "
                                "128, 256, 512 and two blocks per level for images, 32, 64, 64 for volumes")
     bench_image_size: str = option("64", "size of square images, or of volumes, e.g. 32x32x32")
-    bench_batch_sizes: str = option("1,4,16", "comma-separated batch sizes; the last is the number of encoded items")
+    bench_batch_sizes: integers = option("1,4,16", "comma-separated batch sizes; the last: number of encoded items")
 
 
 def main():
     (bench, config), device = common.configure(__doc__, EncodeConfig)
-    sides, batches = parse_size(config.bench_image_size), [int(n) for n in config.bench_batch_sizes.split(",")]
+    sides, batches = parse_size(config.bench_image_size), integers.parse(config.bench_batch_sizes, "bench_batch_sizes")
     with tempfile.TemporaryDirectory() as folder:
         path = config.vae_path or random_network(Path(folder) / "vae.pt", NETWORKS[len(sides)])
         codecs = {dtype: create_vae(VAEConfig(vae_path=str(path), vae_dtype=dtype), device)

@@ -20,7 +20,7 @@ import torch
 from train_step import SIZES
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.config import option
+from guided_diffusion_vae.config import integers, option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.flags import parse
@@ -34,7 +34,7 @@ RESULT = "seconds per step: "
 class ScalingConfig:
     SECTION = "benchmark"
 
-    ranks: str = option("1,2,4", "comma-separated numbers of ranks; the first must be 1")
+    ranks: integers = option("1,2,4", "comma-separated numbers of ranks; the first must be 1")
     size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
     bench_batch_size: int = option(8, "batch size per rank (weak scaling) and in total (strong scaling)")
     fsdp: bool = option(False, "shard the model over the ranks")
@@ -48,7 +48,7 @@ def main():
         return run_worker(bench, config)
     device = torch.device(bench.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"{__doc__.splitlines()[0]}\n{common.machine(device)}\n", flush=True)
-    counts = [int(n) for n in config.ranks.split(",")]
+    counts = integers.parse(config.ranks, "ranks")
     rows, single_rank_rates = [], {}
     for kind in ("weak", "strong"):
         for n in counts:

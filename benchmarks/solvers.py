@@ -12,7 +12,7 @@ import time
 import common
 import torch
 
-from guided_diffusion_vae.config import option
+from guided_diffusion_vae.config import integers, option
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.runs.factories import create_diffusion
 from guided_diffusion_vae.runs.loading import load_diffusion_model, open_weights
@@ -27,7 +27,7 @@ class SolversConfig:
 
     model_path: str = option("", "run folder of image_train_vae.py, or a weights file")
     bench_batch_size: int = option(16, "number of samples, classes assigned cyclically")
-    steps: str = option("10,15,20,25,50", "comma-separated numbers of steps")
+    steps: integers = option("10,15,20,25,50", "comma-separated numbers of steps")
     converged_steps: int = option(200, "log-SNR steps of unipc for the converged path")
 
 
@@ -53,7 +53,7 @@ def main():
     error = lambda x0: ((x0 - converged).square().mean().sqrt() / std).item()
     rows = [{"sampler": "dpmpp", "steps": config.converged_steps,
              "error": error(sample("dpmpp", f"logsnr{config.converged_steps}")[0]), "CPU s": ""}]
-    for steps in map(int, config.steps.split(",")):
+    for steps in integers.parse(config.steps, "steps"):
         for name in DETERMINISTIC:
             x0, cpu_s = sample(name, f"ddim{steps}" if name == "ddim" else f"logsnr{steps}")
             rows.append({"sampler": name, "steps": steps, "error": error(x0), "CPU s": cpu_s})

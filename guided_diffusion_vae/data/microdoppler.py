@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from .. import files
-from ..config import ParsedText, as_dict, option, require, size, validate
+from ..config import CommaSeparated, as_dict, option, require, size, validate
 from .config import parse_size
 
 SIMULATION = 1              # increased when the same parameters and seed give other images than before
@@ -142,10 +142,9 @@ MOTIONS = {
 }
 
 
-motion_names = ParsedText(
-    "motions", f"comma-separated distinct names of: {', '.join(MOTIONS)}",
-    lambda text: tuple(name.strip() for name in text.split(",")),
-    lambda names: set(names) <= set(MOTIONS) and len(set(names)) == len(names))
+motion_names = CommaSeparated(
+    "motions", f"comma-separated distinct names of: {', '.join(MOTIONS)}", str,
+    lambda names: 0 < len(names) == len(set(names)) and set(names) <= set(MOTIONS))
 
 
 @dataclass
