@@ -71,8 +71,9 @@ class CommaSeparated(ParsedText):
     """Type of a field that holds a comma-separated list as text; it is parsed to a tuple, an empty text to ()."""
 
     def __init__(self, name, expected, entry, is_valid=lambda entries: True):
-        split = lambda text: tuple(entry(part.strip()) for part in text.split(",") if part.strip())
-        super().__init__(name, expected, split, is_valid)
+        # A comma may end the list, as in Python; entries between commas must not be empty.
+        split = lambda text: text.strip().removesuffix(",").split(",") if text.strip() else ()
+        super().__init__(name, expected, lambda text: tuple(entry(part.strip()) for part in split(text)), is_valid)
 
 
 def _join(value):

@@ -101,8 +101,10 @@ def test_value_is_converted_by_the_type_of_its_field(name, value, found):
 def test_comma_separated_text_is_parsed_on_use():
     assert integers.parse("16,8", "x") == (16, 8) and integers.parse("", "x") == ()
     assert numbers.parse("1,0.5", "x") == (1, 0.5) == numbers.parse([1, 0.5], "x")
-    with pytest.raises(ValueError, match="^--x must be comma-separated integers such as 16,8, got '16;8'$"):
-        integers.parse("16;8", "x")
+    assert integers.parse(" 16, 8, ", "x") == (16, 8)
+    for text in ("16;8", "16,,8", ","):
+        with pytest.raises(ValueError, match=f"^--x must be comma-separated integers such as 16,8, got '{text}'$"):
+            integers.parse(text, "x")
 
 
 @dataclasses.dataclass
