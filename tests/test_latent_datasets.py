@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from guided_diffusion_vae import checkpoint_util, data, dist_util, latent_datasets
+from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
+from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, DownsampledImages, ImageFolder, LatentStream, VolumeFolder, batching, cache_writer,
     open_folder,
@@ -605,10 +607,13 @@ def test_sources_and_codecs_have_every_member_of_their_interface(tmp_path, cache
     np.save(tmp_path / "plain" / "latent.npy", np.ones((1, 4, 4), np.float32))
     np.save(tmp_path / "volumes" / "volume.npy", np.ones((8, 8, 8), np.uint8))
     volumes = VolumeFolder(data_dir=str(tmp_path / "volumes"), image_size="8x8x8")
+    config = AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2)
+    header = {"kind": "autoencoder", "autoencoder": as_dict(config)}
+    checkpoint_util.save_weights(tmp_path / "vae.pt", create_autoencoder(config).state_dict(), header)
     implementations = {
         ImageSource: [dataset, volumes, DownsampledImages(dataset, (4, 4)), Ramps(DataConfig(image_size=8))],
         LatentSource: [cached(), LatentFolder(tmp_path / "plain"), EncodedImages(dataset, HalvingCodec())],
-        Codec: [PixelCodec(1), HalvingCodec()],
+        Codec: [PixelCodec(1), HalvingCodec(), VAEInterface(tmp_path / "vae.pt", device="cpu")],
     }
     for interface, objects in implementations.items():
         for implementation in objects:
