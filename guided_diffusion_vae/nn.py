@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from . import deprecated_names
+
 NORM_GROUPS = 32
 
 
@@ -427,3 +429,6 @@ def checkpoint(func: Callable, inputs, params, flag: bool):
     gradients reach all that `func` uses, listed or not.
     """
     return recompute_in_backward(func, *inputs, use_reentrant=False) if flag else func(*inputs)
+
+
+__getattr__ = deprecated_names("nn")

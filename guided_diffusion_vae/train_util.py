@@ -9,6 +9,7 @@ import copy
 import math
 import operator
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -215,6 +216,20 @@ class TrainTask:
     checkpoint: tuple | None = None
 
 
+def _apply_deprecated(config, task, arguments):
+    """Return config and task with the keyword arguments that TrainLoop had in version 0.1."""
+    for old, value in arguments.items():
+        name = {"best_by": "monitor", "stop_at": "early_stop"}.get(old, old)
+        place = next((place for place in (config, task) if name in vars(place)), None)
+        if place is None:
+            raise TypeError(f"TrainLoop has no argument {old!r}")
+        warnings.warn(f"TrainLoop({old}=...) is deprecated, use the field {name} of {type(place).__name__}",
+                      DeprecationWarning, stacklevel=3)
+        changed = replace(place, **{name: value})
+        config, task = (changed, task) if place is config else (config, changed)
+    return config, task
+
+
 class TrainLoop:
     """Train until `max_steps` (or `lr_anneal_steps`, or a signal), saving checkpoints that resume bit-exactly.
 
@@ -232,11 +247,11 @@ class TrainLoop:
     def __init__(
         self, *, model, diffusion=None, data, batch_size, microbatch=-1, lr, ema_rate="0.9999", log_interval=10,
         save_interval=10000, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None,
-        weight_decay=0.0, lr_anneal_steps=0, config=None, task=None,
+        weight_decay=0.0, lr_anneal_steps=0, config=None, task=None, **deprecated,
     ):
-        task = task or TrainTask()
+        config, task = _apply_deprecated(config or TrainConfig(), task or TrainTask(), deprecated)
         config, = resolve(replace(     # the data give whole batches, those of accumulation too
-            config or TrainConfig(), batch_size=batch_size, microbatch=microbatch, gradient_accumulation_steps=1, lr=lr,
+            config, batch_size=batch_size, microbatch=microbatch, gradient_accumulation_steps=1, lr=lr,
             ema_rate=ema_rate, log_interval=log_interval, save_interval=save_interval, weight_decay=weight_decay,
             lr_anneal_steps=lr_anneal_steps,
         ))

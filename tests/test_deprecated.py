@@ -5,8 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from guided_diffusion_vae import logger
+from guided_diffusion_vae.objectives import PlainObjective
 from guided_diffusion_vae.runs import deprecated
+from guided_diffusion_vae.train_util import TrainLoop
 
 # Public functions and classes of the commit before the reorganization, by module; internals of config, files, nn, unet
 # and respace are left out.
@@ -44,6 +48,20 @@ def test_a_renamed_name_warns_in_a_module_that_still_exists():
         from guided_diffusion_vae.image_datasets import PictureFolder  # alias
     from guided_diffusion_vae.data import ImageFolder
     assert PictureFolder is ImageFolder  # alias
+
+
+def test_arguments_of_the_old_training_loop_are_applied_with_a_warning(tmp_path):
+    def squared_error(model, batch, cond, rng):
+        return {"loss": model(batch).square().mean(1)}
+
+    logger.configure(str(tmp_path), [])
+    arguments = {"objective": PlainObjective(squared_error), "max_steps": 3, "best_by": "val_psnr"}
+    with pytest.warns(DeprecationWarning, match=r"TrainLoop\(max_steps=...\) is deprecated, use the field max_steps of"):
+        loop = TrainLoop(model=torch.nn.Linear(2, 1), data=iter(()), batch_size=1, lr=1.0, **arguments)
+    logger.reset()
+    assert loop.objective is arguments["objective"] and (loop.max_steps, loop.monitor) == (3, "val_psnr")
+    with pytest.raises(TypeError, match="TrainLoop has no argument 'nothing'"):
+        TrainLoop(model=torch.nn.Linear(2, 1), data=iter(()), batch_size=1, lr=1.0, nothing=1)
 
 
 def test_an_unknown_name_or_module_is_an_error():

@@ -16,7 +16,7 @@ MODULES = {
     "latent_datasets": "data data.manifest data.cache_writer latent_datasets",
     "loading": "runs.loading runs.factories runs.export", "memory": "runs.memory runs.planning runs.training",
     "metrics": "evaluation.image_metrics evaluation.set_metrics evaluation.features",
-    "microdoppler": "data.microdoppler", "objectives": "objectives data.augmentation vae.objective",
+    "microdoppler": "data.microdoppler", "nn": "nn", "objectives": "objectives data.augmentation vae.objective",
     "perceptual": "vae.perceptual", "previews": "evaluation.previews",
     "sampling": "sampling sampling.sampler sampling.generate data",
     "script_util": "runs.factories runs.flags runs.run runs.planning logger", "solvers": "sampling.solvers",
@@ -31,6 +31,7 @@ NAMES = {
     "ShrunkPictures": "DownsampledImages", "SmallPictures": "LowResConditioning",  # alias
     "advising_on_memory": "oom_advice", "augmented": "random_affine", "begin_with": "init_from_weights",  # alias
     "classes_of": "infer_classes", "classifier_gradient": "classifier_cond_fn",  # alias
+    "conv_of_recomputed": "recomputed_conv", "conv_of_repeated": "upsample_conv",  # alias
     "create_process": "create_diffusion", "digest_of": "hash_lines", "draw": "generate_samples",  # alias
     "ending_of": "file_extension", "failures": "failed_thresholds", "forget_all_but": "prune_checkpoints",  # alias
     "hand": "draw_hand", "labels_in": "map_labels", "like": "distribute_like", "load_into": "load_strict",  # alias
@@ -40,7 +41,7 @@ NAMES = {
     "part_of": "select_fields", "part_without": "drop_fields", "permuted": "permute_indices",  # alias
     "picture": "to_pil", "picture_batches": "ImageStream", "read_place": "read_rank_info",  # alias
     "save_picture": "save_image", "savings": "memory_savings", "say": "log_rank0",  # alias
-    "scheduler_of": "create_scheduler", "seed_weights": "seed_initialization",  # alias
+    "scheduler_of": "create_scheduler", "seed_weights": "seed_initialization", "send": "to_device",  # alias
     "settled": "resolve_train_config", "shard": "shard_model", "side_by_side": "reconstruction_grid",  # alias
     "solver_of": "resolve_sampler", "stamp_of": "file_stamp", "starting_noise": "initial_noise",  # alias
     "steps": "committed_steps", "strides_in_words": "format_strides", "times_between": "timesteps_in_interval",  # alias
