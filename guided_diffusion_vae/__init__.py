@@ -1,11 +1,12 @@
 """Latent-space diffusion: guided-diffusion's UNet and process on the latents of a strided KL autoencoder."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import gc
 import importlib.util
 import os
 import sys
+import warnings
 
 # OpenMP threads that spin while they wait take the cores of other ranks. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,6 +43,15 @@ def deprecated_names(module):
         return deprecated.find(module, name)
 
     return lookup
+
+
+def deprecated_method(old, new):
+    """Return a method with a name of version 0.1 that warns and calls its successor."""
+    def method(self, *args):
+        warnings.warn(f"{type(self).__name__}.{old} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)(*args)
+
+    return method
 
 
 sys.meta_path.append(_DeprecatedModules)

@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import deprecated_names
+from . import deprecated_method, deprecated_names
 from .autoencoder import latent_grid
 from .config import ParsedText, option, require
 from .interfaces import Codec
@@ -303,6 +303,9 @@ class LatentNormalizer:
     def denormalize(self, x0) -> torch.Tensor:
         """Return the scaled latents of x0; inverts `normalize`.  [N x C x ...] -> same."""
         return x0 * self._column(self.std, x0) + self._column(self.shift, x0)
+
+    normalise = deprecated_method("normalise", "normalize")  # alias
+    inverse = deprecated_method("inverse", "denormalize")  # alias
 
     def to_dict(self) -> dict:
         return {"mode": self.mode, "shift": self.shift, "std": self.std}

@@ -11,6 +11,7 @@ from guided_diffusion_vae import logger
 from guided_diffusion_vae.objectives import PlainObjective
 from guided_diffusion_vae.runs import deprecated
 from guided_diffusion_vae.train_util import TrainLoop
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer
 
 # Public functions and classes of the commit before the reorganization, by module; internals of config, files, nn, unet
 # and respace are left out.
@@ -19,6 +20,7 @@ OLD_NAMES = json.loads((Path(__file__).parent / "data/names_0_1.json").read_text
 REMOVED = {
     "dist_util": ["memory_flags"], "evaluation": ["write_report", "require_given", "open_pictures", "as_read"],  # alias
     "image_datasets": ["range_of", "parse_range", "mirrored"], "objectives": ["noised_condition"],
+    "guidance": ["parse_interval"],
     "loading": ["described_by", "open_base", "sampler_from", "load_with_data", "weights_file",  # alias
                 "is_described"],  # alias
     "script_util": ["section_of", "begin_run", "end_run", "write_config", "print_configuration", "print_report"],
@@ -48,6 +50,14 @@ def test_a_renamed_name_warns_in_a_module_that_still_exists():
         from guided_diffusion_vae.image_datasets import PictureFolder  # alias
     from guided_diffusion_vae.data import ImageFolder
     assert PictureFolder is ImageFolder  # alias
+
+
+def test_old_methods_of_the_normalizer_warn_and_call_their_successors():
+    normalizer, latents = LatentNormalizer([1], [2], "channel"), torch.tensor([[[3.0]]])
+    with pytest.warns(DeprecationWarning, match="LatentNormalizer.normalise is deprecated, use normalize"):  # alias
+        x0 = normalizer.normalise(latents)  # alias
+    with pytest.warns(DeprecationWarning, match="LatentNormalizer.inverse is deprecated, use denormalize"):
+        assert x0.item() == 1 and torch.equal(normalizer.inverse(x0), latents)
 
 
 def test_arguments_of_the_old_training_loop_are_applied_with_a_warning(tmp_path):

@@ -20,7 +20,7 @@ MODULES = {
     "perceptual": "vae.perceptual", "previews": "evaluation.previews",
     "sampling": "sampling sampling.sampler sampling.generate data",
     "script_util": "runs.factories runs.flags runs.run runs.planning logger", "solvers": "sampling.solvers",
-    "spaces": "runs.spaces", "streaming": "vae.streaming", "train_util": "train_util logger",
+    "spaces": "runs.spaces", "streaming": "vae.streaming", "train_util": "train_util checkpoint_util logger",
     "training": "runs.training runs.tstr", "vae_wrapper": "vae vae.foreign vae_wrapper",
     "volume_datasets": "data data.volume_folders",
 }
