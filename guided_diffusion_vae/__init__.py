@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Importing torch makes millions of objects that all stay: an eighth of its time would be spent looking for garbage.
 if "torch" not in sys.modules and gc.isenabled():
     gc.disable()
-    import torch  # noqa: F401
+    import torch
 
     gc.freeze()
     gc.enable()

@@ -6,7 +6,8 @@ defaults given here, and cannot be constructed while an abstract method is missi
 """
 
 from abc import abstractmethod
-from typing import Any, Protocol, Sequence, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ import torch
 class ImageSource(Protocol):
     """Images or volumes of one size, float32 in [0, 1], accessed by index; `data.SOURCES` lists the implementations.
 
-    `shape` is (C, ...) of what `batch` returns and `unpadded_shape` the same without the padding of `--pad`. `labels` are
-    int64 [N] in the order of `class_names`, both None if the data has no classes. `names` holds one name per item,
+    `shape` is (C, ...) of the result of `batch` and `unpadded_shape` the same without the padding of `--pad`. `labels`
+    are int64 [N] in the order of `class_names`, both None if the data has no classes. `names` holds one name per item,
     `preprocessing` the settings that checkpoints record, `fingerprint` a hash of the names and sizes of the files.
     """
 

@@ -47,9 +47,11 @@ class VAEConfig:
                               "diffusers; 0: untiled", minimum=0, essential="store")
 
 
-normalization = ParsedText("mode", "auto, channel, none, or a number > 0 such as 0.18215, which inverts that scale factor",
-                           lambda text: text if text in ("auto", "channel", "none") else float(text),
-                           lambda mode: isinstance(mode, str) or 0 < mode < math.inf)
+normalization = ParsedText(
+    "mode", "auto, channel, none, or a number > 0 such as 0.18215, which inverts that scale factor",
+    lambda text: text if text in ("auto", "channel", "none") else float(text),
+    lambda mode: isinstance(mode, str) or 0 < mode < math.inf,
+)
 
 
 @dataclasses.dataclass
