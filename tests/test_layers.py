@@ -8,9 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 # From the bottom up: a module imports only modules listed before it, so there are no circles.
 LAYERS = """
-    config data.resizing data.statistics files interfaces losses nn vae.tiling
-    runs.deprecated checkpoint_util data.augmentation data.config data.decoding data.listing data.manifest data.npz
-    dist_util
+    config data.resizing data.statistics runs.deprecated files interfaces losses nn vae.tiling
+    checkpoint_util data.augmentation data.config data.decoding data.listing data.manifest data.npz dist_util
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
     autoencoder data.batching data.image_folders data.microdoppler data.volume_folders evaluation.figures
@@ -97,6 +96,13 @@ def test_layers_list_every_module():
 def test_module_imports_only_lower_layers(module):
     below = LAYERS[:LAYERS.index(module)]
     assert imported_modules(module) <= set(below)
+
+
+def test_import_chains_are_at_most_eight_modules_long():
+    depth = {}
+    for module in LAYERS:   # in this order all that a module imports has its depth already
+        depth[module] = 1 + max((depth[other] for other in imported_modules(module)), default=0)
+    assert {module: chain for module, chain in depth.items() if chain > 8} == {}
 
 
 @pytest.mark.parametrize("module", LAYERS)
