@@ -421,6 +421,8 @@ def test_reference_helpers_build_the_same_flags():
     picked = args_to_dict(args, defaults)
     assert picked == {**defaults, "num_channels": 64, "class_cond": True} and args.path == "x"
     assert str2bool("F") is False and str2bool(True) is True
+    with pytest.raises(argparse.ArgumentTypeError, match="^boolean value expected, got 'maybe'$"):
+        str2bool("maybe")
 
 
 def test_selection_has_the_fields_and_builds_the_full_class(yaml_file, capsys):

@@ -303,7 +303,10 @@ def _unique_key_loader(yaml):
 
 def str2bool(v):
     """Return the truth value of yes/no in the usual spellings (https://stackoverflow.com/q/15008758)."""
-    return v if isinstance(v, bool) else _argument_type(functools.partial(convert, "bool", bool))(v)
+    try:
+        return v if isinstance(v, bool) else convert("", bool, v)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"boolean value expected, got {v!r}") from None
 
 
 def add_dict_to_argparser(parser, default_dict):
