@@ -1,4 +1,4 @@
-"""Re-exports: guided-diffusion's script_util under its name; models are built in `runs.factories`, flags in `runs.flags`."""
+"""Re-exports of guided-diffusion's script_util: models are built in `runs.factories`, flags parsed in `runs.flags`."""
 
 from . import deprecated_names
 from .runs.factories import (

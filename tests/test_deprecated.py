@@ -25,7 +25,8 @@ REMOVED = {
                 "is_described"],  # alias
     "script_util": ["section_of", "begin_run", "end_run", "write_config", "print_configuration", "print_report"],
     "spaces": ["open_latent_source", "open_held_out", "open_pictures", "open_small", "with_sizes",  # alias
-               "as_trained", "require_same_pictures", "verify", "say_source", "begun_with", "codec_of", "space_of"],  # alias
+               "as_trained", "require_same_pictures", "verify", "say_source", "begun_with", "codec_of",  # alias
+               "space_of"],  # alias
     "training": ["sets_to_train_on", "train_on_samples", "loop_arguments", "with_classes", "classifier_for"],
 }
 
@@ -66,7 +67,8 @@ def test_arguments_of_the_old_training_loop_are_applied_with_a_warning(tmp_path)
 
     logger.configure(str(tmp_path), [])
     arguments = {"objective": PlainObjective(squared_error), "max_steps": 3, "best_by": "val_psnr"}
-    with pytest.warns(DeprecationWarning, match=r"TrainLoop\(max_steps=...\) is deprecated, use the field max_steps of"):
+    expected = r"TrainLoop\(max_steps=...\) is deprecated, use the field max_steps of"
+    with pytest.warns(DeprecationWarning, match=expected):
         loop = TrainLoop(model=torch.nn.Linear(2, 1), data=iter(()), batch_size=1, lr=1.0, **arguments)
     logger.reset()
     assert loop.objective is arguments["objective"] and (loop.max_steps, loop.monitor) == (3, "val_psnr")

@@ -113,7 +113,7 @@ def test_require_writable_folder_probes_differ_between_ranks_and_hosts(tmp_path,
     probes = []
     monkeypatch.setattr(Path, "write_text", lambda path, text: probes.append(path.name) or path.touch())
     for host in ("one", "one", "two"):
-        monkeypatch.setattr("socket.gethostname", lambda: host)
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         require_writable_folder(tmp_path, "--logdir")
     assert len(set(probes)) == 3 and probes[0].split(".")[2] == "one" and probes[2].split(".")[2] == "two"
 

@@ -1,3 +1,4 @@
+import itertools
 import io
 import random
 import struct
@@ -298,7 +299,7 @@ def test_invalid_sizes_are_rejected(text):
 @pytest.mark.parametrize("flag", ["value_range", "value_window"])
 def test_invalid_ranges_are_rejected(flag, text):
     with pytest.raises(ValueError, match=f"--{flag} must be two finite numbers, the lower first, .*, got '{text}'"):
-        DataConfig(**{flag: text}).value_limits
+        _ = DataConfig(**{flag: text}).value_limits
 
 
 # Damage
@@ -396,7 +397,7 @@ def test_permute_indices_is_a_permutation(count):
     images = [permute_indices(np.arange(count), count, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(image.tolist()) == list(range(count)) for image in images)
     if count > 16:
-        assert all((a != b).any() for a, b in zip(images, images[1:]))
+        assert all((a != b).any() for a, b in itertools.pairwise(images))
 
 
 def test_permute_indices_is_uncorrelated():

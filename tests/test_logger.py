@@ -231,7 +231,8 @@ def test_profile_sums_seconds():
 
 
 def test_configure_rejects_unknown_formats():
-    with pytest.raises(ValueError, match="unknown log format 'cvs': expected one of: stdout, log, json, csv, tensorboard"):
+    expected = "unknown log format 'cvs': expected one of: stdout, log, json, csv, tensorboard"
+    with pytest.raises(ValueError, match=expected):
         logger.configure("run", ["cvs"])
 
 

@@ -135,7 +135,7 @@ def test_tapin_and_tapout_are_flips_in_time_on_average():
     toward, outward = (images(motion, 150, CW) for motion in ("tapin", "tapout"))
 
     def lag(stack):
-        """Where the upper half's energy lies in time, minus the lower half's; in columns, one per image."""
+        """Return the mean time of the upper half's energy minus the lower half's, in columns, one per image."""
         columns = np.arange(stack.shape[2])
         energy = np.clip(stack - 0.3, 0, None)
         upper, lower = energy[:, 5:29].sum(axis=1) + 1e-9, energy[:, 34:58].sum(axis=1) + 1e-9

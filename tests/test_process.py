@@ -173,8 +173,8 @@ def test_toy_process_trains_on_a_latent_cache_with_its_normalizer(straight, call
 def test_process_is_read_from_the_table_and_absent_means_gaussian(straight):
     assert applicable_samplers(create_diffusion({"process": "straight"})) == ["euler"]
     assert "euler" not in applicable_samplers(create_diffusion({"diffusion_steps": 30}))
-    with pytest.raises(ValueError, match="--process bent: expected one of: gaussian, straight"):
-        create_diffusion({"process": "bent"})
+    with pytest.raises(ValueError, match="--process curved: expected one of: gaussian, straight"):
+        create_diffusion({"process": "curved"})
 
 
 @pytest.mark.parametrize("create", [lambda: create_diffusion({}), lambda: StraightLines(10, "")])

@@ -221,7 +221,8 @@ def test_images_of_other_origin_are_never_removed(sampler, tmp_path):
     mine = tmp_path / "png" / "mine.png"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="png already exists .*; use another --logdir, or --save_individual False"):
+    expected = "png already exists .*; use another --logdir, or --save_individual False"
+    with pytest.raises(FileExistsError, match=expected):
         generate(sampler, tmp_path, num_samples=2)
     generate(sampler, tmp_path, num_samples=2, save_individual=False)
     assert mine.read_bytes() == b"precious"
