@@ -1,6 +1,6 @@
-"""Step an optimiser in full precision, or over float32 masters of half-precision weights with an adaptive loss scale.
+"""Optimizer steps in float32, or over float32 master weights of a half-precision model with an adaptive loss scale.
 
-Micikevicius et al. 2018, "Mixed Precision Training", sections 3.1 (master copies) and 3.2 (loss scaling).
+Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740, Sec. 3.1 (master weights) and 3.2 (loss scaling).
 """
 
 import math
@@ -9,20 +9,21 @@ import torch
 from torch import nn
 
 from . import dist_util, logger
+from .config import require
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-# Casting
+# --- Casting ---
 
 def convert_module_to_f16(l):
-    """Cast weight and bias of a convolution to float16; other modules stay as they are."""
+    """Cast weight and bias of a convolution to float16; other modules are unchanged."""
     _cast(l, torch.float16)
 
 
 def convert_module_to_f32(l):
-    """Cast weight and bias of a convolution to float32; undoes `convert_module_to_f16`."""
+    """Cast weight and bias of a convolution to float32; inverse of `convert_module_to_f16`."""
     _cast(l, torch.float32)
 
 
@@ -32,18 +33,18 @@ def _cast(module, dtype):
             parameter.data = parameter.data.to(dtype)
 
 
-# Parameters of the model <-> flat float32 masters
+# --- Parameters of the model <=> flat float32 master weights ---
 
 def get_param_groups_and_shapes(named_model_params):
-    """Part parameters of up to one axis from the rest; return [(list of (name, parameter), shape of master)]."""
-    few, many = [], []
+    """Return [(list of (name, parameter), shape of master)]: parameters of up to one axis, then all others."""
+    vectors, tensors = [], []
     for name, parameter in named_model_params:
-        (many if parameter.ndim > 1 else few).append((name, parameter))
-    return [(group, shape) for group, shape in ((few, (-1,)), (many, (1, -1))) if group]
+        (tensors if parameter.ndim > 1 else vectors).append((name, parameter))
+    return [(group, shape) for group, shape in ((vectors, (-1,)), (tensors, (1, -1))) if group]
 
 
 def make_master_params(param_groups_and_shapes):
-    """Return one float32 parameter a group, holding the group's values one after another in the group's shape."""
+    """Return one float32 parameter per group: the concatenated values of the group in its shape."""
     return [nn.Parameter(_flatten((p.detach() for _, p in group), shape)) for group, shape in param_groups_and_shapes]
 
 
@@ -55,26 +56,26 @@ def _flatten(tensors, shape):
 
 
 def unflatten_master_params(param_group, master_param):
-    """Return views of a master in the shapes of its group's parameters; inverse of `make_master_params`."""
+    """Return views of a master weight in the shapes of its group's parameters; inverse of `make_master_params`."""
     parts = master_param.reshape(-1).split([p.numel() for _, p in param_group])
     return [part.view(p.shape) for part, (_, p) in zip(parts, param_group)]
 
 
 def model_grads_to_master_grads(param_groups_and_shapes, master_params):
-    """Set the masters' gradients to the model's, in float32, zeros where a parameter has none."""
+    """Set the master weights' gradients to the model's in float32; a parameter without gradient counts as zeros."""
     for master, (group, shape) in zip(master_params, param_groups_and_shapes):
         master.grad = _flatten((param_grad_or_zeros(p) for _, p in group), shape)
 
 
 @torch.no_grad()
 def master_params_to_model_params(param_groups_and_shapes, master_params):
-    """Copy the masters into the model's parameters, rounding to their dtypes."""
+    """Copy the master weights into the model's parameters, rounded to their dtypes."""
     for master, (group, _) in zip(master_params, param_groups_and_shapes):
         torch._foreach_copy_([p for _, p in group], unflatten_master_params(group, master))
 
 
 def master_params_to_state_dict(model, param_groups_and_shapes, master_params, use_fp16):
-    """Return the model's state dict with its parameters' values taken from the masters, buffers as they are."""
+    """Return the model's state dict with the values of the master weights; buffers are the model's."""
     state = model.state_dict()
     if use_fp16:
         for master, (group, _) in zip(master_params, param_groups_and_shapes):
@@ -85,18 +86,20 @@ def master_params_to_state_dict(model, param_groups_and_shapes, master_params, u
 
 
 def state_dict_to_master_params(model, state_dict, use_fp16):
-    """Return the masters that a state dict of the model describes; inverse of `master_params_to_state_dict`."""
+    """Return the master weights of a state dict of the model; inverse of `master_params_to_state_dict`."""
     named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
     return make_master_params(get_param_groups_and_shapes(named)) if use_fp16 else [value for _, value in named]
 
 
-# Optimizer files
+# --- Optimizer files ---
 
 def optimizer_state_of_params(state, named_params):
-    """Return the state of an optimizer over parameters, given that of one over their flat masters; inverse of the next.
+    """Return the state of an optimizer over parameters from that of one over their flat master weights.
 
-    `state` maps numbers of optimised tensors to their entries; values of a tensor's size are cut up, others (the count
-    of steps) are given to every parameter.
+    The inverse is `optimizer_state_of_masters`. Values of a tensor's size are split, others (the number of steps) are
+    copied to every parameter.
+
+    :param state: {index of the optimized tensor: entries}.
     """
     number = {name: i for i, (name, _) in enumerate(named_params)}
     split = {}
@@ -105,15 +108,15 @@ def optimizer_state_of_params(state, named_params):
         for name, _ in group:
             split[number[name]] = {}
         for key, value in entries.items():
-            whole = isinstance(value, torch.Tensor) and value.numel() == size and value.dim() > 0
-            parts = unflatten_master_params(group, value) if whole else [value] * len(group)
+            flat = isinstance(value, torch.Tensor) and value.numel() == size and value.dim() > 0
+            parts = unflatten_master_params(group, value) if flat else [value] * len(group)
             for (name, _), part in zip(group, parts):
                 split[number[name]][key] = part.clone() if isinstance(part, torch.Tensor) else part
     return split
 
 
 def optimizer_state_of_masters(state, named_params):
-    """Return the state of an optimizer over flat masters, given that of one over the parameters."""
+    """Return the state of an optimizer over flat master weights from that of one over the parameters."""
     number = {name: i for i, (name, _) in enumerate(named_params)}
     joined = {}
     for i, (group, shape) in enumerate(get_param_groups_and_shapes(named_params)):
@@ -125,36 +128,41 @@ def optimizer_state_of_masters(state, named_params):
     return joined
 
 
-# Gradients
+# --- Gradients ---
 
 def param_grad_or_zeros(param):
-    """Return a parameter's gradient, zeros of its shape where it has none."""
+    """Return a parameter's gradient, zeros of its shape if there is none."""
     return torch.zeros_like(param) if param.grad is None else param.grad.detach()
 
 
 def zero_grad(model_params):
-    """Drop gradients, which frees their memory and spares the next backward pass an addition."""
+    """Set gradients to None."""
+    # Unlike zeros, this frees their memory and saves the next backward pass an addition.
     for parameter in model_params:
         parameter.grad = None
 
 
 def zero_master_grads(master_params):
-    """Drop the masters' gradients."""
+    """Set the gradients of master weights to None."""
     zero_grad(master_params)
 
 
 def check_overflow(value):
-    """Return whether a number is infinite or not a number; waits for the device if it is a tensor."""
+    """Return whether a number is infinite or NaN; a tensor on a GPU causes a host sync."""
     return not math.isfinite(value)
 
 
 class MixedPrecisionTrainer:
-    """Step an optimiser over a model's parameters, or with `use_fp16` over float32 masters of a half-precision model.
+    """Backward passes and optimizer steps of a model in float32, float16 (`use_fp16`) or autocast (`scale_loss`).
 
-    With `use_fp16`, and with `scale_loss` (for autocast to float16), the loss is multiplied by 2 ** lg_loss_scale
-    before the backward pass. The exponent grows by `fp16_scale_growth` at each step and drops by 1 when a gradient
-    overflows; that step is left out. `grad_clip` is the greatest norm over all gradients (after unscaling), 0 leaves
-    them alone. Log keys begin with `name`.
+    With `use_fp16` the optimizer updates float32 master weights of a half-precision model. With `use_fp16` or
+    `scale_loss` (autocast to float16) the loss is multiplied by 2 ** lg_loss_scale, which keeps small gradients above the
+    smallest float16. The exponent grows by `fp16_scale_growth` in each step; when a gradient overflows, it decreases by 1
+    and the step is skipped.
+
+    :param grad_clip: maximum norm over all (unscaled) gradients; 0: no clipping.
+    :param name: prefix of the log keys.
+    :raises ValueError: if `use_fp16` is set for a model without `convert_to_fp16`.
     """
 
     def __init__(self, *, model, use_fp16=False, fp16_scale_growth=1e-3, initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
@@ -170,31 +178,30 @@ class MixedPrecisionTrainer:
         self.master_params = self.model_params
         self.param_groups_and_shapes = None
         if use_fp16:
-            if not hasattr(model, "convert_to_fp16"):
-                raise ValueError(f"--use_fp16 True needs a model that has convert_to_fp16(), "
-                                 f"{type(model).__name__} has not; set --use_fp16 False")
-            # Masters are made of the weights before rounding.
+            require((hasattr(model, "convert_to_fp16"), f"--use_fp16 True requires a model with convert_to_fp16(), which "
+                     f"{type(model).__name__} does not have; set --use_fp16 False"))
+            # Before the model is cast: master weights must not be rounded.
             self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
             self.master_params = make_master_params(self.param_groups_and_shapes)
             model.convert_to_fp16()
 
     def zero_grad(self):
-        """Drop the model's gradients."""
+        """Set the model's gradients to None."""
         zero_grad(self.model_params)
 
     @property
     def loss_scale(self):
-        """What the loss is multiplied by before its gradient is taken."""
+        """Factor of the loss in the backward pass."""
         return 2 ** self.lg_loss_scale if self.scale_loss else 1.0
 
     def backward(self, loss):
-        """Add the gradients of a scalar loss, times the loss scale in half precision, to those of the model."""
+        """Accumulate the gradients of a scalar loss, scaled in half precision."""
         (loss * self.loss_scale if self.scale_loss else loss).backward()
 
     def optimize(self, opt):
-        """Step the optimiser; return False where half-precision gradients overflowed and the step was left out.
+        """Take an optimizer step; return False if half-precision gradients overflowed and the step was skipped.
 
-        Logs grad_norm and param_norm, both before the step. In float32 nothing here waits for the device.
+        Logs grad_norm and param_norm, both before the step. In float32 there is no host sync.
         """
         return self._step_scaled(opt) if self.scale_loss else self._step(opt)
 
@@ -223,26 +230,26 @@ class MixedPrecisionTrainer:
             self.lg_loss_scale += self.fp16_scale_growth
         else:
             self.lg_loss_scale -= 1
-            logger.log(f"gradients overflowed, step left out; {self.name}lg_loss_scale is now {self.lg_loss_scale:g}")
+            logger.log(f"gradients overflowed, skipped the step; {self.name}lg_loss_scale is now {self.lg_loss_scale:g}")
         zero_master_grads(self.master_params)
         return usable
 
     def load_optimizer(self, opt, content):
-        """Take over an optimizer's state dict, whether it was saved in half precision (over flat masters) or in full.
+        """Load an optimizer's state dict, saved in half precision (over flat master weights) or in float32.
 
-        So a run changes its precision when it goes on, and files of guided-diffusion's half-precision runs are read.
-        Settings (learning rate and such) stay as they are in `opt`.
+        A run can thus resume in another precision, and files of guided-diffusion's half-precision runs can be loaded.
+        Settings of `opt`, such as the learning rate, are unchanged.
 
-        :raises ValueError: where the file is of an optimizer over other tensors, or of another kind.
+        :raises ValueError: if the file belongs to an optimizer over other tensors or of another kind.
         """
-        of_adamw = all("exp_avg" in entries for entries in content["state"].values())
-        if content["state"] and of_adamw != isinstance(opt, torch.optim.AdamW):
-            kind = "adamw" if of_adamw else "adamw8bit"
-            raise ValueError(f"the optimizer file holds moments of {kind}, and the run is to go on with another one; "
-                             f"give --optimizer {kind}, or begin a run from its weights (--init_from)")
-        if not of_adamw:
+        is_adamw = all("exp_avg" in entries for entries in content["state"].values())
+        kind = "adamw" if is_adamw else "adamw8bit"
+        require((not content["state"] or is_adamw == isinstance(opt, torch.optim.AdamW),
+                 f"the optimizer file contains moments of {kind}; set --optimizer {kind}, or start a run from its weights "
+                 "(--init_from)"))
+        if not is_adamw:
             return opt.load_state_dict(content)
-        state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # a number in files of old torch
+        state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # files of old torch have a number
                  for i, entries in content["state"].items()}
         named = list(self.model.named_parameters())
         flat = get_param_groups_and_shapes(named)
@@ -251,9 +258,10 @@ class MixedPrecisionTrainer:
             state = optimizer_state_of_masters(state, named)
         elif sizes == [sum(p.numel() for _, p in group) for group, _ in flat] and not self.use_fp16:
             state = optimizer_state_of_params(state, named)
-        elif state and sizes != [p.numel() for p in self.master_params]:
-            raise ValueError(f"the optimizer file is over {len(sizes)} tensors of {sum(sizes)} numbers in all, the "
-                             f"model has {len(named)} of {sum(p.numel() for _, p in named)}; it belongs to another one")
+        else:
+            require((not state or sizes == [p.numel() for p in self.master_params],
+                     f"the optimizer file belongs to another model: expected {len(named)} tensors with "
+                     f"{sum(p.numel() for _, p in named)} elements, got {len(sizes)} with {sum(sizes)}"))
         for i, entries in state.items():
             master = self.master_params[i]
             state[i] = {key: dist_util.distribute_like(value, master) if value.shape == master.shape else value
@@ -261,9 +269,9 @@ class MixedPrecisionTrainer:
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
     def master_params_to_state_dict(self, master_params):
-        """Return a state dict of the model with these values, which may be an average, for its parameters."""
+        """Return a state dict of the model with the values of master weights or of their EMA."""
         return master_params_to_state_dict(self.model, self.param_groups_and_shapes, master_params, self.use_fp16)
 
     def state_dict_to_master_params(self, state_dict):
-        """Return the list of masters described by a state dict of the model."""
+        """Return the list of master weights of a state dict of the model."""
         return state_dict_to_master_params(self.model, state_dict, self.use_fp16)

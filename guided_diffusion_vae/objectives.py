@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from . import deprecated_names, logger
 from .interfaces import Objective
-from .nn import keyed_randn, keyed_seed, to_device
+from .nn import keyed_randn, keyed_rng, keyed_seed, to_device
 from .resample import LossAwareSampler, UniformSampler
 
 # Second number of every key, so that streams of one seed differ. LatentStream has 1, sampling 5 and 8, evaluation 11,
-# `data.augmentation` 12 to 14 and from 16, `vae.objective` 15. Another value would change every batch of old runs.
+# `vae.objective` 15, `data.augmentation` 12 to 14 and from 16. Another value would change what old runs sample.
 NOISE, TIMESTEPS, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMESTEPS, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
 
 
@@ -36,15 +36,19 @@ class StepRNG:
     def timesteps(self, sampler, device):
         """Return (timesteps [n], importance weights [n]) of a schedule sampler."""
         # Sampled for the global batch and then sliced, so that any number of ranks gets the same timesteps.
-        t, weights = sampler.sample(self.global_batch, device, self._generator(TIMESTEPS))
+        t, weights = sampler.sample(self.global_batch, device, self._global_batch_rng(TIMESTEPS))
         return t[self._rank_slice], weights[self._rank_slice]
 
     def uniform(self, stream, device):
         """Return numbers uniformly distributed over [0, 1), [n], one per slot."""
-        numbers = self._generator(stream).random_sample(self.global_batch)[self._rank_slice]
+        numbers = self._global_batch_rng(stream).random_sample(self.global_batch)[self._rank_slice]
         return to_device(torch.from_numpy(numbers), device)
 
-    def _generator(self, stream):
+    def generator(self, stream):
+        """Return a NumPy Generator that depends on (seed, stream, step) alone, equal on all ranks."""
+        return keyed_rng(self.seed, stream, self.step)
+
+    def _global_batch_rng(self, stream):
         return np.random.RandomState(keyed_seed(self.seed, stream, self.step) % 2**32)
 
     @property
@@ -154,13 +158,14 @@ def log_loss_dict(diffusion, ts, losses):
     """Log the mean of every loss [N] and its means over the quarters of the process, without a host sync."""
     quarter = (ts * 4).div(diffusion.num_timesteps, rounding_mode="floor").long()
     counts = torch.zeros(4, device=ts.device).index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))
+    log = logger.get_current().logkv_mean   # looked up once, as this logs five values per loss in every step
     for name, value in losses.items():
         value = value.detach().float()
-        logger.logkv_mean(name, value.mean())
+        log(name, value.mean())
         # A quarter without samples has weight 0: which ones are empty is known on the device only.
         means = torch.zeros(4, device=ts.device).index_add_(0, quarter, value) / counts.clamp(min=1)
         for q in range(4):
-            logger.logkv_mean(f"{name}_q{q}", means[q], weight=counts[q])
+            log(f"{name}_q{q}", means[q], weight=counts[q])
 
 
 __getattr__ = deprecated_names("objectives")

@@ -9,7 +9,7 @@ from guided_diffusion_vae.fp16_util import MixedPrecisionTrainer
 
 
 class Net(nn.Module):
-    """A convolution that may be cast, and a norm that stays in float32."""
+    """A convolution that can be cast, and a norm that stays in float32."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ def stepped(model, **options):
     return trainer, trainer.optimize(opt)
 
 
-def test_full_precision_steps_the_models_own_parameters():
+def test_float32_steps_update_the_models_parameters():
     model = Net()
     trainer, done = stepped(model)
     assert done is True
@@ -56,8 +56,8 @@ def test_full_precision_steps_the_models_own_parameters():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_logging_the_norms_reads_no_number(monkeypatch):
-    def refuse(tensor, *_):
+def test_logging_norms_causes_no_host_sync(monkeypatch):
+    def fail(tensor, *_):
         raise AssertionError("a tensor was read")
 
     model = Net()
@@ -65,11 +65,11 @@ def test_logging_the_norms_reads_no_number(monkeypatch):
     opt = torch.optim.SGD(trainer.master_params, lr=0.1)
     trainer.backward(loss_of(model))
     for name in ("item", "__float__", "__bool__", "tolist"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+        monkeypatch.setattr(torch.Tensor, name, fail)
     trainer.optimize(opt)
 
 
-def test_half_precision_follows_full_precision():
+def test_half_precision_step_matches_float32():
     single, half = Net(), Net()
     half.load_state_dict(single.state_dict())
     start = [p.detach().clone() for p in single.parameters()]
@@ -89,7 +89,7 @@ def test_half_precision_follows_full_precision():
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_overflow_leaves_the_step_out_and_lowers_the_scale(bad):
+def test_overflow_skips_the_step_and_lowers_the_scale(bad):
     model = Net()
     trainer = MixedPrecisionTrainer(model=model, use_fp16=True)
     before = [p.detach().clone() for p in trainer.master_params]
@@ -117,7 +117,7 @@ def test_unflatten_inverts_make_master_params():
             assert torch.equal(part, p)
 
 
-def test_a_parameter_without_gradient_counts_as_zero():
+def test_parameter_without_gradient_counts_as_zeros():
     model = Net()
     groups = fp16_util.get_param_groups_and_shapes(model.named_parameters())
     masters = fp16_util.make_master_params(groups)
@@ -129,18 +129,18 @@ def test_a_parameter_without_gradient_counts_as_zero():
 
 
 @pytest.mark.parametrize("use_fp16", [False, True])
-def test_gradients_are_clipped_to_a_norm(use_fp16):
+def test_gradients_are_clipped_to_grad_clip(use_fp16):
     model = Net()
     trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, initial_lg_loss_scale=8.0, grad_clip=1e-3)
     before = torch.cat([p.detach().clone().reshape(-1) for p in trainer.master_params])
     trainer.backward(loss_of(model))
     trainer.optimize(torch.optim.SGD(trainer.master_params, lr=1.0))
     after = torch.cat([p.detach().reshape(-1) for p in trainer.master_params])
-    assert logger.getkvs()["grad_norm"] > 1e-2                          # the norm before clipping is what is logged
+    assert logger.getkvs()["grad_norm"] > 1e-2                          # logged before clipping
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_casting_touches_convolutions_alone_and_is_undone():
+def test_casting_changes_only_convolutions_and_inverts():
     for module in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1, bias=False), nn.Conv3d(1, 1, 1), nn.Linear(1, 1)):
         fp16_util.convert_module_to_f16(module)
         assert module.weight.dtype == (torch.float32 if isinstance(module, nn.Linear) else torch.float16)
@@ -149,21 +149,21 @@ def test_casting_touches_convolutions_alone_and_is_undone():
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-def test_what_is_not_finite_has_overflowed(value):
+def test_check_overflow_is_true_for_values_that_are_not_finite(value):
     assert fp16_util.check_overflow(value) and fp16_util.check_overflow(torch.tensor(value))
     assert not fp16_util.check_overflow(65504.0)
 
 
-def test_a_model_that_cannot_be_cast_is_refused():
-    with pytest.raises(ValueError, match="convert_to_fp16.*Linear has.*--use_fp16 False"):
+def test_model_without_convert_to_fp16_is_rejected():
+    with pytest.raises(ValueError, match="--use_fp16 True requires .*convert_to_fp16.*Linear does not have; set --use_fp16 False"):
         MixedPrecisionTrainer(model=nn.Linear(1, 1), use_fp16=True)
 
 
-# Optimizer files
+# --- Optimizer files ---
 
 
-def taught(use_fp16, steps=3):
-    """Return (trainer, AdamW) of a network that took some steps along made-up gradients."""
+def trained(use_fp16, steps=3):
+    """Return (trainer, AdamW) of a network after some steps along random gradients."""
     trainer = MixedPrecisionTrainer(model=Net(), use_fp16=use_fp16)
     opt = torch.optim.AdamW(trainer.master_params, lr=0.1, fused=True)
     for seed in range(steps):
@@ -172,7 +172,7 @@ def taught(use_fp16, steps=3):
 
 
 def step_along(trainer, opt, seed):
-    """Take one step of the masters along a gradient that is the same whatever shape they have."""
+    """Take one step of the master weights along a gradient that does not depend on their shape."""
     named = [(name, p) for name, p in trainer.model.named_parameters()]
     seeded = lambda i: torch.Generator().manual_seed(100 * seed + i)
     grads = [torch.randn(p.shape, generator=seeded(i)) for i, (_, p) in enumerate(named)]
@@ -190,15 +190,15 @@ def weights_of(trainer):
 
 
 @pytest.mark.parametrize("before, after", [(True, False), (False, True), (True, True), (False, False)])
-def test_a_run_goes_on_in_another_precision_with_the_same_optimizer(before, after):
-    old, old_opt = taught(before)
+def test_load_optimizer_converts_between_precisions(before, after):
+    old, old_opt = trained(before)
     content = copy.deepcopy(old_opt.state_dict())
     if before:  # as a file of guided-diffusion and an older torch has it
         assert len(content["state"]) == 2
         content["state"] = {i: {**entry, "step": int(entry["step"])} for i, entry in content["state"].items()}
         content["param_groups"] = [{"lr": 5.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.3,
                                     "amsgrad": False, "params": [0, 1]}]
-    new, new_opt = taught(after, steps=0)
+    new, new_opt = trained(after, steps=0)
     with torch.no_grad():
         loaded = new.state_dict_to_master_params(old.master_params_to_state_dict(old.master_params))
         for master, value in zip(new.master_params, loaded, strict=True):
@@ -210,7 +210,7 @@ def test_a_run_goes_on_in_another_precision_with_the_same_optimizer(before, afte
     torch.testing.assert_close(weights_of(new), weights_of(old), rtol=1e-6, atol=1e-7)
 
 
-def test_the_state_of_an_optimizer_with_moments_of_its_own_is_handed_on_as_it_is():
+def test_load_optimizer_passes_8bit_state_unchanged():
     class EightBit:
         def load_state_dict(self, content):
             self.content = content
@@ -221,20 +221,20 @@ def test_the_state_of_an_optimizer_with_moments_of_its_own_is_handed_on_as_it_is
     assert optimizer.content is content
 
 
-def test_an_optimizer_of_another_kind_is_refused():
-    trainer, opt = taught(False)
+def test_load_optimizer_rejects_another_kind():
+    trainer, opt = trained(False)
     content = {"state": {0: {"state1": torch.zeros(3, dtype=torch.uint8), "step": 5}}, "param_groups": []}
-    with pytest.raises(ValueError, match="moments of adamw8bit.*; give --optimizer adamw8bit, or begin .*init_from"):
+    with pytest.raises(ValueError, match="moments of adamw8bit; set --optimizer adamw8bit, or start .*init_from"):
         trainer.load_optimizer(opt, content)
-    with pytest.raises(ValueError, match="give --optimizer adamw, or"):
+    with pytest.raises(ValueError, match="set --optimizer adamw, or"):
         trainer.load_optimizer(object(), opt.state_dict())
 
 
-def test_an_optimizer_of_another_model_is_refused():
-    trainer, opt = taught(False)
+def test_load_optimizer_rejects_another_model():
+    trainer, opt = trained(False)
     other = nn.Linear(3, 4)
     wrong = torch.optim.AdamW(other.parameters())
     other(torch.ones(1, 3)).sum().backward()
     wrong.step()
-    with pytest.raises(ValueError, match="over 2 tensors of 16 numbers in all, the model has 4 of 63; it belongs to"):
+    with pytest.raises(ValueError, match="another model: expected 4 tensors with 63 elements, got 2 with 16"):
         trainer.load_optimizer(opt, wrong.state_dict())

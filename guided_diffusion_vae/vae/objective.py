@@ -5,7 +5,6 @@ import torch
 from .. import checkpoint_util, dist_util, logger
 from ..data.augmentation import random_affine, random_flips
 from ..fp16_util import MixedPrecisionTrainer
-from ..nn import keyed_rng
 from ..objectives import PlainObjective
 from .discriminator import adaptive_weight, discriminator_losses, generator_losses
 from .posterior import autoencoder_losses, to_image_range
@@ -36,7 +35,7 @@ class AutoencoderObjective(PlainObjective):
         terms = autoencoder_losses(self.config, x, reconstruction, mean, 2 * sigma.float().log())
         if self.perceptual:
             weight, distance = self.perceptual
-            terms["perceptual_loss"] = distance(reconstruction, x, keyed_rng(rng.seed, SLICES, rng.step))
+            terms["perceptual_loss"] = distance(reconstruction, x, rng.generator(SLICES))
             terms["loss"] = terms["loss"] + weight * terms["perceptual_loss"]
         if self.discriminator:
             last_layer = self.network.last_layer
