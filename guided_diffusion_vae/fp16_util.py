@@ -1,6 +1,6 @@
-"""Optimizer steps in float32, or over float32 master weights of a half-precision model with an adaptive loss scale.
+"""Optimizer steps in float32, or over float32 master weights of a half-precision model with a loss scale.
 
-Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740, Sec. 3.1 (master weights) and 3.2 (loss scaling).
+Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740, Sec. 3.1 (master weights), 3.2 (loss scaling).
 """
 
 import math
@@ -156,9 +156,9 @@ class MixedPrecisionTrainer:
     """Backward passes and optimizer steps of a model in float32, float16 (`use_fp16`) or autocast (`scale_loss`).
 
     With `use_fp16` the optimizer updates float32 master weights of a half-precision model. With `use_fp16` or
-    `scale_loss` (autocast to float16) the loss is multiplied by 2 ** lg_loss_scale, which keeps small gradients above the
-    smallest float16. The exponent grows by `fp16_scale_growth` in each step; when a gradient overflows, it decreases by 1
-    and the step is skipped.
+    `scale_loss` (autocast to float16) the loss is multiplied by 2 ** lg_loss_scale, so that small gradients do not
+    underflow. The exponent grows by `fp16_scale_growth` in each step; when a gradient overflows, it decreases by 1 and
+    the step is skipped.
 
     :param grad_clip: maximum norm over all (unscaled) gradients; 0: no clipping.
     :param name: prefix of the log keys.
@@ -178,8 +178,8 @@ class MixedPrecisionTrainer:
         self.master_params = self.model_params
         self.param_groups_and_shapes = None
         if use_fp16:
-            require((hasattr(model, "convert_to_fp16"), f"--use_fp16 True requires a model with convert_to_fp16(), which "
-                     f"{type(model).__name__} does not have; set --use_fp16 False"))
+            require((hasattr(model, "convert_to_fp16"), "--use_fp16 True requires a model with convert_to_fp16(), got "
+                     f"{type(model).__name__}; set --use_fp16 False"))
             # Before the model is cast: master weights must not be rounded.
             self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
             self.master_params = make_master_params(self.param_groups_and_shapes)
@@ -230,7 +230,8 @@ class MixedPrecisionTrainer:
             self.lg_loss_scale += self.fp16_scale_growth
         else:
             self.lg_loss_scale -= 1
-            logger.log(f"gradients overflowed, skipped the step; {self.name}lg_loss_scale is now {self.lg_loss_scale:g}")
+            scale = f"{self.name}lg_loss_scale is now {self.lg_loss_scale:g}"
+            logger.log(f"gradients overflowed, skipped the step; {scale}")
         zero_master_grads(self.master_params)
         return usable
 
@@ -245,8 +246,8 @@ class MixedPrecisionTrainer:
         is_adamw = all("exp_avg" in entries for entries in content["state"].values())
         kind = "adamw" if is_adamw else "adamw8bit"
         require((not content["state"] or is_adamw == isinstance(opt, torch.optim.AdamW),
-                 f"the optimizer file contains moments of {kind}; set --optimizer {kind}, or start a run from its weights "
-                 "(--init_from)"))
+                 f"the optimizer file contains moments of {kind}; set --optimizer {kind}, or start a run from its "
+                 "weights (--init_from)"))
         if not is_adamw:
             return opt.load_state_dict(content)
         state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # files of old torch have a number

@@ -79,7 +79,7 @@ class DiffusionObjective(_TimestepObjective):
 
     :param diffusion: a `Process`.
     :param class_dropout: probability that a label is replaced by `null_label`, for classifier-free guidance.
-    :param cond_noise_steps: diffuse the `low_res` of an upsampler to a timestep below this, which the network is passed.
+    :param cond_noise_steps: diffuse the `low_res` of an upsampler to a timestep below this, passed to the network.
     :raises ValueError: if the process has fewer steps.
     """
 

@@ -51,6 +51,7 @@ class ScheduleSampler(ABC):
 
     def load_state_dict(self, state):
         """Restore the result of `state_dict`."""
+        del state   # a sampler without state ignores that of another one, with which the run was started
 
 
 class UniformSampler(ScheduleSampler):

@@ -10,9 +10,10 @@ import math
 import operator
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def _adamw8bit(params, **settings):
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ImportError("--optimizer adamw8bit requires bitsandbytes: pip install 'guided-diffusion-vae[gpu]'") from error
+        raise ImportError("--optimizer adamw8bit requires bitsandbytes: "
+                          "pip install 'guided-diffusion-vae[gpu]'") from error
     return AdamW8bit(params, **settings)
 
 
@@ -154,7 +156,7 @@ class ClassifierTrainConfig:
     seed: int = option(0, "seed of all random numbers in training")
 
     def to_train_config(self):
-        """Return the TrainConfig of this training: the flags of guided-diffusion's classifiers have names of their own."""
+        """Return this training as a TrainConfig; classifiers of guided-diffusion have other names for some flags."""
         return replace(from_dict(TrainConfig, asdict(self)), ema_rate="", max_steps=self.iterations,
                        lr_anneal_steps=self.iterations if self.anneal_lr else 0, preview_interval=self.eval_interval)
 
@@ -167,8 +169,8 @@ def resolve_train_config(train):
     train, = resolve(train)
     if not train.fast_dev_run:
         return train
-    require((train.resume_checkpoint in ("", "auto"), f"--fast_dev_run True and --resume_checkpoint "
-             f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one of them"))
+    require((train.resume_checkpoint in ("", "auto"), "--fast_dev_run True and --resume_checkpoint "
+             f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one"))
     steps = train.fast_dev_run_batches
     changes = {"max_val_samples": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
     return replace(train, max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1, **changes)
@@ -259,16 +261,18 @@ class TrainLoop:
         self.data = data if isinstance(data, BatchSource) else _IteratorSource(data)
         self.objective = task.objective or DiffusionObjective(diffusion, schedule_sampler)
         self.discriminator = self.objective.discriminator
-        without_fsdp = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
-                        "--compile True": config.compile, f"--optimizer {config.optimizer}": config.optimizer != "adamw"}
+        eight_bit = config.optimizer == "adamw8bit"
+        not_sharded = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
+                       "--compile True": config.compile, "--optimizer adamw8bit": eight_bit}
         require(
-            (not (config.mixed_precision and use_fp16), "--mixed_precision and --use_fp16 are mutually exclusive; set "
-             "only one"),
-            (not (config.compile and self.discriminator), "--compile and --discriminator_weight are mutually exclusive: "
-             "the generator's gradient passes the network twice, which a compiled one does not support; set only one"),
-            *((not (config.fsdp and conflict), f"--fsdp True conflicts with {name}: it shards a model over several ranks "
-               "(mpiexec -n N, torchrun), with AdamW, and with --mixed_precision True for half precision")
-              for name, conflict in without_fsdp.items()),
+            (not (config.mixed_precision and use_fp16),
+             "--mixed_precision and --use_fp16 are mutually exclusive; set only one"),
+            (not (config.compile and self.discriminator),
+             "--compile and --discriminator_weight are mutually exclusive: adversarial gradients pass through the "
+             "network a second time, which a compiled one does not support; set only one"),
+            *((not (config.fsdp and present),
+               f"--fsdp True conflicts with {option}: it shards a model over several ranks (mpiexec -n N, torchrun), "
+               "with AdamW, and with --mixed_precision for half precision") for option, present in not_sharded.items()),
         )
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
@@ -359,7 +363,8 @@ class TrainLoop:
                     logger.log(f"step {self.step} has reached {self._bounds}")
                     break
                 if stopping:
-                    logger.log(f"received a termination signal, saved step {self.step}; rerun the same command to resume")
+                    logger.log(f"received a termination signal, saved step {self.step}; rerun the same command to "
+                               "resume")
                     break
         self.data.close()
         return self.step
@@ -498,8 +503,8 @@ class TrainLoop:
     def save(self):
         """Write model, EMA weights, optimizer and, last, the marker of this step (on rank 0).
 
-        :raises FloatingPointError: if a weight is not finite. Such weights are never saved: `log_interval` may be longer
-            than `save_interval`, so that the log has not seen the loss yet.
+        :raises FloatingPointError: if a weight is not finite. Such weights are never saved: with a `log_interval` above
+            `save_interval`, the log has not seen the loss yet.
         """
         discriminator = self.discriminator.network.parameters() if self.discriminator else ()
         weights = [p.detach() for p in (*self.mp_trainer.master_params, *discriminator)]
@@ -555,7 +560,8 @@ class TrainLoop:
             path = folder / checkpoint_util.ema_name(rate, step)
             require((path.is_file(), f"{path} does not exist; --ema_rate must list rates that the checkpoint has"),
                     error=FileNotFoundError)
-            values = self.mp_trainer.state_dict_to_master_params(checkpoint_util.load_weights(path, device, RESUME_FLAG)[0])
+            weights, _ = checkpoint_util.load_weights(path, device, RESUME_FLAG)
+            values = self.mp_trainer.state_dict_to_master_params(weights)
             self.ema_params[i] = [dist_util.distribute_like(v.detach(), p) for v, p in zip(values, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)
         try:

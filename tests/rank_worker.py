@@ -1,4 +1,4 @@
-"""Train the tiny networks of test_train_util.py; started by it under mpiexec, and imported by it for one rank.
+"""Train the small networks of test_train_util.py, which runs this under mpiexec and imports it for one rank.
 
     mpiexec -n 2 python tests/rank_worker.py FOLDER first|again
 """
@@ -30,23 +30,23 @@ from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEIn
 
 COUNT, GLOBAL_BATCH, SEED = 10, 4, 7
 KINDS = ("cached", "encoded", "autoencoder", "adversarial", "classifier")
-WITHOUT_DROPOUT = ("cached", "autoencoder", "adversarial", "classifier")  # masks are drawn per rank
+WITHOUT_DROPOUT = ("cached", "autoencoder", "adversarial", "classifier")  # dropout masks differ between ranks
 AUTOENCODER = AutoencoderConfig(
     in_channels=1, num_channels=(8, 16), num_res_blocks=1, latent_channels=4, norm_num_groups=2
 )
 DISCRIMINATOR = DiscriminatorConfig(
     discriminator_weight=0.5, discriminator_start=3, discriminator_channels=16, discriminator_layers=1,
 )
-# Long enough for the sampler of times to leave its warm-up, and across the end of an epoch.
+# Long enough for the loss-aware sampler to leave its warm-up, and beyond the end of an epoch.
 STOP, END, EQUAL_STEPS = 8, 12, 20
 
 
 def prepare(folder):
-    """Write pictures of two classes, an autoencoder [1 x 16 x 16] -> [4 x 8 x 8] and a cache of moments."""
-    (folder / "pictures").mkdir()
+    """Write images of two classes, an autoencoder [1 x 16 x 16] -> [4 x 8 x 8] and a cache of moments."""
+    (folder / "images").mkdir()
     for i in range(COUNT):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{'ab'[i % 2]}_{i}.png")
+        Image.fromarray(pixels).save(folder / "images" / f"{'ab'[i % 2]}_{i}.png")
     torch.manual_seed(0)
     header = {"kind": "autoencoder", "autoencoder": as_dict(AUTOENCODER)}
     checkpoint_util.save_weights(folder / "vae.pt", create_autoencoder(AUTOENCODER).state_dict(), header)
@@ -55,12 +55,12 @@ def prepare(folder):
 
 
 def images_in(folder):
-    return ImageFolder(data_dir=str(folder / "pictures"), image_size=16)
+    return ImageFolder(data_dir=str(folder / "images"), image_size=16)
 
 
 def unet(dropout=0.0):
-    # Width 64, two channels to a group of a norm: of a bias before a norm of single channels nothing gets through, its
-    # gradient is rounding alone, and Adam makes steps as long as any of that.
+    # Width 64 gives norms two channels per group. A bias before a norm of single channels has no effect: its gradient
+    # is rounding error, which Adam scales up to full steps.
     return UNetModel(
         image_size=8, in_channels=4, model_channels=64, out_channels=8, num_res_blocks=1,
         attention_resolutions=(2,), dropout=dropout, channel_mult=(1, 1), num_classes=2, num_heads=2,
@@ -79,7 +79,7 @@ def plan(batch_size):
     return BatchPlan(COUNT, batch_size, dist_util.rank(), dist_util.world_size(), SEED)
 
 
-def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform", config=DiffusionTrainConfig()):
+def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform", config=None):
     """Return the network of a kind of training, and the arguments of TrainLoop that depend on the kind."""
     if kind in ("cached", "encoded"):
         codec = VAEInterface(folder / "vae.pt", device="cpu")
@@ -91,25 +91,26 @@ def network_and_loop_arguments(kind, folder, batch_size, schedule="uniform", con
         data = LatentStream(source, normalizer, plan(batch_size), "cpu", with_labels=True)
         dropout = 0.1 if kind == "encoded" else 0.0
         return unet(dropout), {"diffusion": diffusion, "schedule_sampler": sampler, "data": data}
-    pictures = images_in(folder)
+    images = images_in(folder)
     if kind in ("autoencoder", "adversarial"):
         network, discriminator = create_autoencoder(AUTOENCODER), None
         if kind == "adversarial":
-            discriminator = DiscriminatorTrainer(create_discriminator(DISCRIMINATOR, 2, 1), DISCRIMINATOR, config)
+            discriminator = create_discriminator(DISCRIMINATOR, 2, 1)
+            discriminator = DiscriminatorTrainer(discriminator, DISCRIMINATOR, config or DiffusionTrainConfig())
         objective = AutoencoderObjective(AutoencoderLossConfig(kl_weight=1e-2), network, AUTOENCODER.image_range,
                                          AutoencoderTrainConfig(augment_flip=True), discriminator=discriminator)
-        return network, {"objective": objective, "data": ImageStream(pictures, plan(batch_size))}
+        return network, {"objective": objective, "data": ImageStream(images, plan(batch_size))}
     network = EncoderUNetModel(
         image_size=16, in_channels=1, model_channels=64, out_channels=2, num_res_blocks=1, attention_resolutions=(),
         channel_mult=(1, 1), pool="adaptive",
     )
-    source = EncodedImages(pictures, PixelCodec(1))
+    source = EncodedImages(images, PixelCodec(1))
     data = LatentStream(source, LatentNormalizer([0], [1], "none"), plan(batch_size), "cpu", with_labels=True)
     return network, {"objective": ClassifierObjective(process(), UniformSampler(process())), "data": data}
 
 
 class Interrupted:
-    """Batches of another stream; one rank receives a signal while it waits for the one of step `at`."""
+    """Batches of another stream; the last rank receives a signal while it waits for the batch of step `at`."""
 
     def __init__(self, data, at, number=signal.SIGTERM):
         self.data, self.at, self.number = data, at, number
@@ -140,7 +141,7 @@ def create_loop(**options):
 def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0, **loop):
     """Train one network in FOLDER/NAME up to `steps`, or until a signal at step `interrupt`; return the TrainLoop.
 
-    `start` seeds the first weights, which a run that goes on must not depend on.
+    `start` seeds the initial weights, on which a resumed run must not depend.
     """
     batch_size = loop.pop("batch_size", GLOBAL_BATCH // dist_util.world_size())
     options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
@@ -163,13 +164,13 @@ def schedule_of(kind):
 
 
 def train_sharded(folder, part):
-    """Train the cached kind split over the ranks: without a stop, with one, and by microbatches."""
+    """Train the cached kind sharded over the ranks: full, resumed, and by microbatches."""
     if part == "again":
-        train(folder, "2/sharded-parts", "cached", END, start=1, fsdp=True)
+        train(folder, "2/sharded-resumed", "cached", END, start=1, fsdp=True)
         return
     train(folder, "2/sharded-equal", "cached", EQUAL_STEPS, fsdp=True)
-    train(folder, "2/sharded-whole", "cached", END, fsdp=True)
-    train(folder, "2/sharded-parts", "cached", END, fsdp=True, interrupt=STOP)
+    train(folder, "2/sharded-full", "cached", END, fsdp=True)
+    train(folder, "2/sharded-resumed", "cached", END, fsdp=True, interrupt=STOP)
     train(folder, "2/sharded-micro", "cached", 4, microbatch=1, fsdp=True)
 
 
@@ -179,12 +180,12 @@ def main():
     for kind in KINDS:
         schedule = schedule_of(kind)
         if part == "again":
-            train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, start=1)
+            train(folder, f"2/{kind}-resumed", kind, END, schedule=schedule, start=1)
             continue
         if kind in WITHOUT_DROPOUT:
             train(folder, f"2/{kind}-equal", kind, EQUAL_STEPS)
-        train(folder, f"2/{kind}-whole", kind, END, schedule=schedule)
-        train(folder, f"2/{kind}-parts", kind, END, schedule=schedule, interrupt=STOP)
+        train(folder, f"2/{kind}-full", kind, END, schedule=schedule)
+        train(folder, f"2/{kind}-resumed", kind, END, schedule=schedule, interrupt=STOP)
     train_sharded(folder, part)
     if part == "first":
         train(folder, "2/cached-micro", "cached", 4, microbatch=1)

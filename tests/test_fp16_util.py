@@ -155,7 +155,7 @@ def test_check_overflow_is_true_for_values_that_are_not_finite(value):
 
 
 def test_model_without_convert_to_fp16_is_rejected():
-    with pytest.raises(ValueError, match="--use_fp16 True requires .*convert_to_fp16.*Linear does not have; set --use_fp16 False"):
+    with pytest.raises(ValueError, match="requires a model with convert_to_fp16.*, got Linear; set --use_fp16 False"):
         MixedPrecisionTrainer(model=nn.Linear(1, 1), use_fp16=True)
 
 

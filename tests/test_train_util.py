@@ -53,7 +53,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(prepared):
-    """Run rank_worker.py twice under mpiexec: the second start goes on where a signal ended the first."""
+    """Run rank_worker.py twice under mpiexec: the second start resumes after a signal ended the first."""
     beside = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if mpiexec is None:
@@ -64,20 +64,20 @@ def two_ranks(prepared):
         command = [mpiexec, "-n", "2", sys.executable, str(ROOT / "tests/rank_worker.py"), str(prepared), part]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        stopped = stopped or {kind: checkpoint_util.committed_steps(prepared / f"2/{kind}-parts") for kind in KINDS}
+        stopped = stopped or {kind: checkpoint_util.committed_steps(prepared / f"2/{kind}-resumed") for kind in KINDS}
     return stopped
 
 
 @pytest.fixture(scope="module")
 def one_rank(prepared):
-    """Train every kind without a stop and, in another folder, with one, each time with fresh objects."""
+    """Train every kind without an interruption and, in another folder, with one, each time with new objects."""
     for kind in KINDS:
         schedule = schedule_of(kind)
         if kind in WITHOUT_DROPOUT:
             train(prepared, f"1/{kind}-equal", kind, EQUAL_STEPS)
-        train(prepared, f"1/{kind}-whole", kind, END, schedule=schedule)
-        train(prepared, f"1/{kind}-parts", kind, END, schedule=schedule, interrupt=STOP)
-        train(prepared, f"1/{kind}-parts", kind, END, schedule=schedule, start=1)
+        train(prepared, f"1/{kind}-full", kind, END, schedule=schedule)
+        train(prepared, f"1/{kind}-resumed", kind, END, schedule=schedule, interrupt=STOP)
+        train(prepared, f"1/{kind}-resumed", kind, END, schedule=schedule, start=1)
 
 
 def files_of(folder, step, rate=0.9):
@@ -108,7 +108,7 @@ def farthest(one, other):
     return max((one[path].double() - other[path].double()).abs().max().item() for path in one)
 
 
-# Arguments
+# --- Arguments ---
 
 
 REFERENCE_ARGUMENTS = (
@@ -176,11 +176,11 @@ def test_resuming_hashes_every_file_once(tmp_path, monkeypatch):
     assert sorted(hashed) == ["ema_0.9_000004.pt", "model000004.pt", "opt000004.pt"]
 
 
-# Ranks and interruptions
+# --- Ranks and interruptions ---
 
 
 @pytest.mark.parametrize("kind", WITHOUT_DROPOUT)
-def test_one_rank_with_twice_the_batch_takes_the_steps_of_two_ranks(one_rank, two_ranks, prepared, kind):
+def test_one_rank_with_twice_the_batch_matches_two_ranks(one_rank, two_ranks, prepared, kind):
     one, two = (files_of(prepared / f"{ranks}/{kind}-equal", EQUAL_STEPS) for ranks in (1, 2))
     assert farthest(one[0], two[0]) < 1e-6 and farthest(one[1], two[1]) < 1e-6
     assert len(one) == len(two) == (5 if kind == "adversarial" else 3)
@@ -188,19 +188,19 @@ def test_one_rank_with_twice_the_batch_takes_the_steps_of_two_ranks(one_rank, tw
         assert farthest(one[3], two[3]) < 1e-6
     torch.manual_seed(0)
     start, _ = rank_worker.network_and_loop_arguments(kind, prepared, 1)
-    assert farthest(one[0], start.state_dict()) > 1e-3  # a thousand times what the ranks may differ
+    assert farthest(one[0], start.state_dict()) > 1e-3  # a thousand times the tolerance between the ranks
 
 
-def test_a_model_split_over_ranks_takes_the_same_steps_and_writes_the_same_files(one_rank, two_ranks, prepared):
-    whole, split = (files_of(prepared / name, EQUAL_STEPS) for name in ("1/cached-equal", "2/sharded-equal"))
-    assert farthest(whole[0], split[0]) < 1e-6 and farthest(whole[1], split[1]) < 1e-6
-    assert flat(whole[2]).keys() == flat(split[2]).keys() and farthest_moments(whole[2], split[2]) < 1e-5
+def test_fsdp_takes_the_same_steps_and_writes_the_same_files(one_rank, two_ranks, prepared):
+    full, sharded = (files_of(prepared / name, EQUAL_STEPS) for name in ("1/cached-equal", "2/sharded-equal"))
+    assert farthest(full[0], sharded[0]) < 1e-6 and farthest(full[1], sharded[1]) < 1e-6
+    assert flat(full[2]).keys() == flat(sharded[2]).keys() and farthest_moments(full[2], sharded[2]) < 1e-5
     micro = [files_of(prepared / f"2/{kind}-micro", 4)[0] for kind in ("cached", "sharded")]
     assert farthest(*micro) < 1e-6
-    assert same_bits(*(files_of(prepared / f"2/sharded-{run}", END) for run in ("whole", "parts")))
-    logger.configure(str(prepared / "2/sharded-parts"), [])
-    unsplit = rank_worker.train(prepared, "2/sharded-parts", "cached", END + 1, batch_size=GLOBAL_BATCH)
-    assert unsplit.resume_step == END  # one rank goes on with what two had split
+    assert same_bits(*(files_of(prepared / f"2/sharded-{run}", END) for run in ("full", "resumed")))
+    logger.configure(str(prepared / "2/sharded-resumed"), [])
+    unsharded = rank_worker.train(prepared, "2/sharded-resumed", "cached", END + 1, batch_size=GLOBAL_BATCH)
+    assert unsharded.resume_step == END  # one rank resumes the checkpoint of two
 
 
 def farthest_moments(one, other):
@@ -208,13 +208,13 @@ def farthest_moments(one, other):
     return max((a[key] - b[key]).abs().max().item() for a, b in pairs for key in a)
 
 
-def test_a_discriminator_is_not_compiled_with(prepared, tmp_path):
+def test_compile_with_a_discriminator_is_rejected(prepared, tmp_path):
     with pytest.raises(ValueError, match="--compile and --discriminator_weight are mutually exclusive"):
         train(prepared, tmp_path, "adversarial", 1, compile=True)
 
 
 @pytest.mark.parametrize("versioned", [True, False])
-def test_attention_begins_with_the_projection_that_was_applied(tmp_path, versioned):
+def test_init_from_keeps_the_attention_projection_that_was_applied(tmp_path, versioned):
     torch.manual_seed(0)
     first, then = (create_autoencoder(AutoencoderConfig(in_channels=1, num_channels=(16, 16), attention_levels=levels))
                    for levels in ((False, True), (True, True)))
@@ -226,84 +226,84 @@ def test_attention_begins_with_the_projection_that_was_applied(tmp_path, version
     logger.configure(str(tmp_path), [])
     init_from_weights(then, tmp_path / "model.pt")
     name = next(n for n in first.state_dict() if n.endswith("proj_attn.weight") and n in then.state_dict())
-    wanted = first.state_dict()[name] if versioned else torch.eye(16)
-    assert torch.equal(then.state_dict()[name], wanted)
+    expected = first.state_dict()[name] if versioned else torch.eye(16)
+    assert torch.equal(then.state_dict()[name], expected)
 
 
-def test_a_single_rank_has_nothing_to_split(tmp_path):
+def test_fsdp_with_a_single_rank_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="--fsdp True conflicts with a single rank: .* several ranks .mpiexec"):
         line(tmp_path, 1, fsdp=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_and_started_again_a_run_ends_in_the_same_bits(request, prepared, kind, ranks):
+def test_interrupted_run_resumes_bit_exactly(request, prepared, kind, ranks):
     request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
-    whole, parts = (files_of(prepared / f"{ranks}/{kind}-{run}", END) for run in ("whole", "parts"))
-    assert same_bits(whole, parts)
+    full, resumed = (files_of(prepared / f"{ranks}/{kind}-{run}", END) for run in ("full", "resumed"))
+    assert same_bits(full, resumed)
 
 
-def test_a_signal_to_one_of_two_ranks_saves_the_next_step_and_exits_with_0(two_ranks):
+def test_signal_to_one_of_two_ranks_saves_the_next_step(two_ranks):
     assert two_ranks == {kind: [STOP + 1] for kind in KINDS}
 
 
-def test_the_sampler_that_learns_from_losses_had_learnt_before_it_was_stopped(one_rank, two_ranks, prepared):
+def test_loss_aware_sampler_was_active_before_the_interruption(one_rank, two_ranks, prepared):
     for ranks in (1, 2):
-        marker = checkpoint_util.read_marker(prepared / f"{ranks}/cached-parts", STOP + ranks - 1)
+        marker = checkpoint_util.read_marker(prepared / f"{ranks}/cached-resumed", STOP + ranks - 1)
         assert min(marker["objective"]["counts"]) == 2
-    histories = [checkpoint_util.read_marker(prepared / f"{ranks}/cached-whole", END)["objective"] for ranks in (1, 2)]
+    histories = [checkpoint_util.read_marker(prepared / f"{ranks}/cached-full", END)["objective"] for ranks in (1, 2)]
     assert histories[0]["counts"] == histories[1]["counts"]
     np.testing.assert_allclose(histories[0]["losses"], histories[1]["losses"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3])
-def test_the_result_does_not_depend_on_the_microbatch(one_rank, prepared, tmp_path, microbatch):
+def test_result_does_not_depend_on_the_microbatch(one_rank, prepared, tmp_path, microbatch):
     for size in (-1, microbatch):
         train(prepared, tmp_path / str(size), "cached", 4, microbatch=size)
     assert farthest(files_of(tmp_path / "-1", 4)[:2], files_of(tmp_path / str(microbatch), 4)[:2]) < 1e-6
 
 
-def test_the_result_does_not_depend_on_the_microbatch_of_two_ranks(two_ranks, prepared, tmp_path):
+def test_result_does_not_depend_on_the_microbatch_of_two_ranks(two_ranks, prepared, tmp_path):
     train(prepared, tmp_path, "cached", 4)
     assert farthest(files_of(tmp_path, 4)[:2], files_of(prepared / "2/cached-micro", 4)[:2]) < 1e-6
 
 
-def test_half_precision_goes_on_in_the_same_bits_with_its_loss_scale(prepared, tmp_path):
+def test_half_precision_resumes_bit_exactly_with_its_loss_scale(prepared, tmp_path):
     options = {"use_fp16": True, "fp16_scale_growth": 0.25, "batch_size": 2}
-    train(prepared, tmp_path / "whole", "classifier", 4, **options)
-    train(prepared, tmp_path / "parts", "classifier", 2, **options)
-    train(prepared, tmp_path / "parts", "classifier", 4, start=1, **options)
-    assert same_bits(files_of(tmp_path / "whole", 4), files_of(tmp_path / "parts", 4))
-    scales = [checkpoint_util.read_marker(tmp_path / run, 4)["lg_loss_scale"] for run in ("whole", "parts")]
-    assert scales[0] == scales[1] != checkpoint_util.read_marker(tmp_path / "parts", 2)["lg_loss_scale"]
+    train(prepared, tmp_path / "full", "classifier", 4, **options)
+    train(prepared, tmp_path / "resumed", "classifier", 2, **options)
+    train(prepared, tmp_path / "resumed", "classifier", 4, start=1, **options)
+    assert same_bits(files_of(tmp_path / "full", 4), files_of(tmp_path / "resumed", 4))
+    scales = [checkpoint_util.read_marker(tmp_path / run, 4)["lg_loss_scale"] for run in ("full", "resumed")]
+    assert scales[0] == scales[1] != checkpoint_util.read_marker(tmp_path / "resumed", 2)["lg_loss_scale"]
 
 
 @pytest.mark.parametrize("kind", ["adversarial", "classifier"])
-def test_float16_autocast_goes_on_in_the_same_bits_with_its_loss_scales(prepared, tmp_path, kind):
+def test_float16_autocast_resumes_bit_exactly_with_its_loss_scales(prepared, tmp_path, kind):
     options = {"mixed_precision": True, "amp_dtype": "float16", "fp16_scale_growth": 0.25, "batch_size": 4}
-    train(prepared, tmp_path / "whole", kind, 6, **options)
-    train(prepared, tmp_path / "parts", kind, 4, **options)
-    train(prepared, tmp_path / "parts", kind, 6, start=1, **options)
-    assert same_bits(files_of(tmp_path / "whole", 6), files_of(tmp_path / "parts", 6))
-    whole, parts, before = (checkpoint_util.read_marker(tmp_path / run, step)
-                            for run, step in (("whole", 6), ("parts", 6), ("parts", 4)))
+    train(prepared, tmp_path / "full", kind, 6, **options)
+    train(prepared, tmp_path / "resumed", kind, 4, **options)
+    train(prepared, tmp_path / "resumed", kind, 6, start=1, **options)
+    assert same_bits(files_of(tmp_path / "full", 6), files_of(tmp_path / "resumed", 6))
+    full, resumed, before = (checkpoint_util.read_marker(tmp_path / run, step)
+                            for run, step in (("full", 6), ("resumed", 6), ("resumed", 4)))
     for scale in ("lg_loss_scale", *(["discriminator_lg_loss_scale"] if kind == "adversarial" else [])):
-        assert whole[scale] == parts[scale] != before[scale]
+        assert full[scale] == resumed[scale] != before[scale]
 
 
-def test_an_adversarial_step_does_not_depend_on_the_microbatch(prepared, tmp_path):
+def test_adversarial_step_does_not_depend_on_the_microbatch(prepared, tmp_path):
     for size in (-1, 1):
         train(prepared, tmp_path / str(size), "adversarial", 6, microbatch=size)
     one, other = (files_of(tmp_path / str(size), 6) for size in (-1, 1))
     assert farthest(one[:2], other[:2]) < 1e-6 and farthest(one[3], other[3]) < 1e-6
 
 
-def test_a_discriminator_learns_after_the_warm_up_and_not_before(prepared, tmp_path):
-    judges = {}
+def test_discriminator_is_trained_only_from_its_start_on(prepared, tmp_path):
+    weights = {}
     for steps in (1, 3, 4):
         train(prepared, tmp_path / str(steps), "adversarial", steps)
-        judges[steps] = files_of(tmp_path / str(steps), steps)[3]
-    assert same_bits(judges[1], judges[3]) and not same_bits(judges[3], judges[4])
+        weights[steps] = files_of(tmp_path / str(steps), steps)[3]
+    assert same_bits(weights[1], weights[3]) and not same_bits(weights[3], weights[4])
 
 
 def test_discriminator_parts_do_nothing_before_it_is_active():
@@ -320,7 +320,8 @@ def test_discriminator_parts_do_nothing_before_it_is_active():
         trainer.optimizer_step(step)
         return terms.keys()
 
-    assert take(step - 1) == {"loss"} and same_bits(network.state_dict(), before) and not trainer.opt.state_dict()["state"]
+    assert take(step - 1) == {"loss"}
+    assert same_bits(network.state_dict(), before) and not trainer.opt.state_dict()["state"]
     assert take(step) == {"loss", "adversarial_loss"} and not same_bits(network.state_dict(), before)
 
 
@@ -355,11 +356,11 @@ def test_diffusion_objective_trains_any_process():
     assert torch.equal(terms["loss"], (1 - noise).square().mean((1, 2, 3))) and set(t.tolist()) == set(range(4))
     assert set(seen["low_res_times"].tolist()) == set(range(3)) and set(seen["y"].tolist()) == {0, 9}
     assert torch.equal(seen["low_res"] == 1, (seen["low_res_times"] == 0).view(-1, 1, 1, 1))
-    with pytest.raises(ValueError, match="--cond_noise_steps must be <= 4, .* got 5; lower it or raise --diffusion_steps"):
+    with pytest.raises(ValueError, match="--cond_noise_steps must be <= 4, .* got 5; lower it or raise"):
         DiffusionObjective(Interpolation(), cond_noise_steps=5)
 
 
-def test_a_discriminator_that_is_not_finite_is_never_saved(prepared, tmp_path):
+def test_discriminator_that_is_not_finite_is_not_saved(prepared, tmp_path):
     loop = train(prepared, tmp_path, "adversarial", 2)
     with torch.no_grad():
         next(loop.discriminator.network.parameters())[0] = math.nan
@@ -368,7 +369,7 @@ def test_a_discriminator_that_is_not_finite_is_never_saved(prepared, tmp_path):
         loop.save()
 
 
-def test_a_run_that_had_no_discriminator_goes_on_with_a_new_one(prepared, tmp_path, capsys):
+def test_run_without_discriminator_resumes_with_a_new_one(prepared, tmp_path, capsys):
     train(prepared, tmp_path, "autoencoder", 2)
     weights = files_of(tmp_path, 2)
     logger.reset()
@@ -376,14 +377,14 @@ def test_a_run_that_had_no_discriminator_goes_on_with_a_new_one(prepared, tmp_pa
     assert loop.resume_step == 2 and len(files_of(tmp_path, 4)) == 5 and len(weights) == 3
 
 
-# A line through the origin: fast enough to try every way a run may go
+# --- The course of a run, with a line through the origin as a fast model ---
 
 
 class Points(BatchSource):
-    """Batches (x [4 x 3], {"y": [4]}) that depend on the step alone."""
+    """Batches (x [4 x 3], {"y": [4]}) that depend only on the step."""
 
-    def __init__(self, spoilt_at=None, hook=None):
-        self.step, self.spoilt_at, self.hook = 0, spoilt_at, hook
+    def __init__(self, nan_at=None, hook=None):
+        self.step, self.nan_at, self.hook = 0, nan_at, hook
 
     def seek(self, step):
         self.step = step
@@ -391,7 +392,7 @@ class Points(BatchSource):
     def __next__(self):
         generator = torch.Generator().manual_seed(self.step)
         x = torch.randn(4, 3, generator=generator)
-        if self.step == self.spoilt_at:
+        if self.step == self.nan_at:
             x = x * math.nan
         self.step += 1
         if self.hook:
@@ -399,7 +400,7 @@ class Points(BatchSource):
         return x, {"y": x.sum(1)}
 
 
-def squared_error(model, x, cond, draws):
+def squared_error(model, x, cond, rng):
     return {"loss": (model(x)[:, 0] - cond["y"]) ** 2}
 
 
@@ -434,15 +435,15 @@ def test_file_n_holds_n_updates(tmp_path):
     assert names_in(tmp_path / "long") == sorted(name.format(step) for name in names for step in ("000002", "000004"))
 
 
-def test_a_run_goes_on_with_the_next_update_and_repeats_none(tmp_path):
+def test_resumed_run_continues_with_the_next_update(tmp_path):
     seen = []
     line(tmp_path, 3)
     loop = line(tmp_path, 5, data=Points(hook=seen.append))
     assert loop.resume_step == 3 and loop.step == 5 and seen == [4, 5]
-    assert line(tmp_path, 5).step == 5  # nothing is left to do
+    assert line(tmp_path, 5).step == 5  # no step is left
 
 
-def test_the_average_follows_the_weights_step_by_step(tmp_path):
+def test_ema_follows_the_weights_step_by_step(tmp_path):
     torch.manual_seed(0)
     average = torch.nn.Linear(3, 1, bias=False).weight.detach()
     line(tmp_path, 4, save_interval=1)
@@ -451,7 +452,7 @@ def test_the_average_follows_the_weights_step_by_step(tmp_path):
         assert torch.allclose(files_of(tmp_path, step)[1]["weight"], average, atol=1e-7)
 
 
-def test_no_rate_keeps_no_average_and_several_keep_several(tmp_path):
+def test_ema_rate_may_hold_no_rate_or_several(tmp_path):
     line(tmp_path / "none", 2, ema_rate="")
     assert names_in(tmp_path / "none") == ["model000002.pt", "opt000002.pt", "state000002.json"]
     line(tmp_path / "two", 2, ema_rate="0.9,0.9999")
@@ -460,16 +461,16 @@ def test_no_rate_keeps_no_average_and_several_keep_several(tmp_path):
     assert checkpoint_util.latest_weights(tmp_path / "none").name == "model000002.pt"
 
 
-def test_the_learning_rate_falls_to_zero_and_the_run_ends_there(tmp_path):
+def test_learning_rate_decays_linearly_to_zero_at_the_last_step(tmp_path):
     line(tmp_path, 0, lr_anneal_steps=4, formats=["csv"])
     with open(tmp_path / "progress.csv", newline="") as stream:
         rates = [float(row["lr"]) for row in csv.DictReader(stream)]
-    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])  # the update after these would have none
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])  # the next update would have rate 0
     assert line(tmp_path / "both", 9, lr_anneal_steps=4).step == 4
     assert line(tmp_path / "both", 9, lr_anneal_steps=4).step == 4
 
 
-def test_the_learning_rate_rises_first_and_then_falls(tmp_path):
+def test_learning_rate_warms_up_and_then_decays(tmp_path):
     line(tmp_path, 0, lr_warmup_steps=3, lr_anneal_steps=6, formats=["csv"])
     with open(tmp_path / "progress.csv", newline="") as stream:
         rates = [float(row["lr"]) for row in csv.DictReader(stream)]
@@ -477,45 +478,45 @@ def test_the_learning_rate_rises_first_and_then_falls(tmp_path):
     assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("given, settled_to", [
+@pytest.mark.parametrize("options, expected", [
     ({"batch_size": 2, "gradient_accumulation_steps": 3}, {"batch_size": 6, "microbatch": 2}),
     ({"batch_size": 2, "microbatch": 1}, {"batch_size": 2, "microbatch": 1}),
     ({"batch_size": 5, "fast_dev_run": True}, {"max_steps": 2, "save_interval": 2, "max_val_samples": 5}),
     ({"fast_dev_run": True, "fast_dev_run_batches": 7}, {"max_steps": 7, "preview_interval": 7}),
 ])
-def test_accumulation_and_trial_runs_become_flags_of_the_loop(given, settled_to):
-    train = resolve_train_config(AutoencoderTrainConfig(**given))
-    assert {name: getattr(train, name) for name in settled_to} == settled_to
+def test_resolve_train_config_translates_accumulation_and_smoke_tests(options, expected):
+    train = resolve_train_config(AutoencoderTrainConfig(**options))
+    assert {name: getattr(train, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("given, match", [
+@pytest.mark.parametrize("options, match", [
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be >= 1, got 0"),
     ({"gradient_accumulation_steps": 2, "microbatch": 1},
      "--microbatch 1 and --gradient_accumulation_steps 2 are mutually exclusive; set only one of them"),
 ])
-def test_a_step_is_split_in_one_way_only(given, match):
+def test_microbatch_and_accumulation_are_mutually_exclusive(options, match):
     with pytest.raises(ValueError, match=match):
-        resolve_train_config(AutoencoderTrainConfig(**given))
+        resolve_train_config(AutoencoderTrainConfig(**options))
 
 
 def measuring(values):
-    """A preview that measures these PSNRs in turn."""
+    """Return a preview that measures these PSNRs one after another."""
     values = iter(values)
     return lambda step: {"val_psnr": next(values), "val_l1": 0.5}
 
 
-def test_the_best_step_is_kept_and_stands_for_the_run(tmp_path):
+def test_best_step_is_kept_and_represents_the_run(tmp_path):
     options = {"monitor": "val_psnr", "keep_checkpoints": 1, "save_interval": 9, "preview_interval": 1}
     line(tmp_path, 4, preview=measuring([1.0, 5.0, 3.0, 4.0]), **options)
     assert checkpoint_util.committed_steps(tmp_path) == [2, 4]
     assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000002.pt"
     assert checkpoint_util.read_marker(tmp_path, 4)["best"] == {"step": 2, "val_psnr": 5.0}
-    line(tmp_path, 6, preview=measuring([4.5, 6.0]), **options)  # what was best is known when a run goes on
+    line(tmp_path, 6, preview=measuring([4.5, 6.0]), **options)  # the best step is restored on resuming
     assert checkpoint_util.committed_steps(tmp_path) == [6]
     assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000006.pt"
 
 
-def test_a_run_that_ranks_its_steps_measures_the_average_that_stands_for_it(tmp_path):
+def test_monitored_run_measures_the_ema_that_represents_it(tmp_path):
     seen, found = [], measuring([1.0, 2.0])
     options = {"monitor": "val_psnr", "ema_rate": "0.5,0.99", "save_interval": 1}
     torch.manual_seed(0)
@@ -531,43 +532,44 @@ def test_a_run_that_ranks_its_steps_measures_the_average_that_stands_for_it(tmp_
     assert torch.equal(seen[-1], checkpoint_util.load_weights(path)[0]["weight"])
 
 
-def test_a_run_goes_on_in_another_precision(tmp_path):
+def test_run_resumes_in_another_precision(tmp_path):
     header = {**HEADER, "model": {"width": 3, "use_fp16": False, "classifier_use_fp16": True}}
     line(tmp_path, 2, header=header)
     other = {**HEADER, "model": {"width": 3, "use_fp16": True, "classifier_use_fp16": False}}
     assert line(tmp_path, 3, header=other).resume_step == 2
 
 
-def test_a_damaged_best_step_is_passed_over(tmp_path):
+def test_corrupt_best_step_is_skipped(tmp_path):
     line(tmp_path, 3, preview=measuring([5.0, 1.0, 1.0]), monitor="val_psnr", preview_interval=1, save_interval=1)
-    (tmp_path / "ema_0.9_000001.pt").write_bytes(b"damaged")
+    (tmp_path / "ema_0.9_000001.pt").write_bytes(b"corrupt")
     assert checkpoint_util.latest_weights(tmp_path).name == "ema_0.9_000003.pt"
 
 
 @pytest.mark.parametrize("early_stop, step", [({"val_psnr": 3.0}, 2), ({"val_l1": 0.5}, 1), ({"val_psnr": 99.0}, 3)])
-def test_a_run_ends_where_a_bound_is_reached(tmp_path, early_stop, step):
+def test_run_ends_when_a_bound_is_reached(tmp_path, early_stop, step):
     loop = line(tmp_path, 3, preview=measuring([1.0, 4.0, 2.0]), preview_interval=1, early_stop=early_stop)
     assert loop.step == step and step in checkpoint_util.committed_steps(tmp_path)
 
 
-def test_a_run_that_ended_at_a_bound_has_ended_until_the_bound_moves(tmp_path):
+def test_run_that_reached_a_bound_resumes_only_with_another_bound(tmp_path):
     again = lambda bound: line(tmp_path, 9, preview=measuring([1.0, 4.0, 9.0]), preview_interval=1,
                                early_stop={"val_psnr": bound}).step
     assert [again(3.0), again(3.0), again(8.0)] == [2, 2, 5]
 
 
-def test_a_trial_does_not_go_on_with_another_run():
-    with pytest.raises(ValueError, match="--fast_dev_run True and --resume_checkpoint model000002.pt are mutually exclusive"):
+def test_smoke_test_does_not_resume_a_checkpoint():
+    with pytest.raises(ValueError, match="--fast_dev_run True and --resume_checkpoint model000002.pt are mutual"):
         resolve_train_config(AutoencoderTrainConfig(fast_dev_run=True, resume_checkpoint="model000002.pt"))
 
 
-def test_the_discriminator_learns_at_the_rate_and_with_the_bound_of_the_autoencoder(prepared, tmp_path):
+def test_discriminator_uses_the_schedule_and_clipping_of_the_autoencoder(prepared, tmp_path):
     loop = train(prepared, tmp_path, "adversarial", 6, lr_anneal_steps=12, grad_clip=1e-3)
     rate = loop.discriminator.opt.param_groups[0]["lr"]
     assert rate == pytest.approx(loop.discriminator.lr * (1 - 5 / 12))
+    assert loop.discriminator.mp_trainer.grad_clip == 1e-3
 
 
-def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path, capsys):
+def test_init_from_loads_weights_that_agree_and_lists_the_others(tmp_path, capsys):
     line(tmp_path / "first", 2)
     model = torch.nn.Linear(3, 1)
     logger.configure(str(tmp_path / "log"), ["stdout"])
@@ -580,25 +582,25 @@ def test_a_new_run_begins_with_the_weights_of_another_where_they_agree(tmp_path,
         init_from_weights(wide, tmp_path / "first" / "model000002.pt")
 
 
-def test_a_run_that_goes_on_does_not_begin_again(tmp_path):
+def test_resumed_run_ignores_init_from(tmp_path):
     line(tmp_path / "other", 2, lr=0.3)
     line(tmp_path / "run", 2)
     line(tmp_path / "run", 4, init_from=str(tmp_path / "other"))
-    line(tmp_path / "whole", 4)
-    assert same_bits(files_of(tmp_path / "run", 4), files_of(tmp_path / "whole", 4))
+    line(tmp_path / "full", 4)
+    assert same_bits(files_of(tmp_path / "run", 4), files_of(tmp_path / "full", 4))
 
 
-def test_a_share_of_pictures_is_varied_as_precisely_under_autocast():
+def test_affine_augmentation_is_as_precise_under_autocast():
     images = torch.rand(8, 1, 256, 256)
-    draws, config = StepRNG(0, 5, range(8), 8), AutoencoderTrainConfig(augment=1.0)
+    rng, config = StepRNG(0, 5, range(8), 8), AutoencoderTrainConfig(augment=1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = random_affine(images, draws, config)
-    assert narrow.dtype == torch.float32 and torch.allclose(narrow, random_affine(images, draws, config), atol=1e-5)
+        narrow = random_affine(images, rng, config)
+    assert narrow.dtype == torch.float32 and torch.allclose(narrow, random_affine(images, rng, config), atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute_norms", [False, True])
-def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_path, monkeypatch, recompute_norms):
-    # Tracing alone, so that no compiler of C++ is needed; what it traces is what --compile hands to the compiler.
+def test_compiled_run_is_one_graph_and_takes_the_same_steps(tmp_path, monkeypatch, recompute_norms):
+    # aot_eager traces the graph that --compile passes to the compiler, without requiring a C++ compiler.
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, dynamic, mode: compile(
         network, dynamic=dynamic, backend="aot_eager"))
@@ -611,8 +613,8 @@ def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_
         network = UNetModel(image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1,
                             attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16,
                             recompute_norms=recompute_norms)
-        draw = torch.Generator().manual_seed(1)
-        data = iter(lambda: (torch.randn(4, 4, 8, 8, generator=draw), {}), None)
+        generator = torch.Generator().manual_seed(1)
+        data = ((torch.randn(4, 4, 8, 8, generator=generator), {}) for _ in range(3))
         with logger.scoped_configure(str(tmp_path / str(compiled)), ["log"]):
             create_loop(model=network, diffusion=create_gaussian_diffusion(), data=data, batch_size=4, microbatch=2,
                         lr=1e-3, max_steps=3, compile=compiled).run_loop()
@@ -623,8 +625,8 @@ def test_a_compiled_run_is_one_graph_compiled_once_and_takes_the_same_steps(tmp_
 
 
 @pytest.mark.parametrize("amp, most", [(False, 800), (True, 1500)])
-def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, monkeypatch, amp, most):
-    """guided-diffusion: 2,591 and 548 for this network on a GPU; autocast adds a cast for every weight."""
+def test_step_launches_few_kernels_and_causes_no_host_sync(tmp_path, monkeypatch, amp, most):
+    """guided-diffusion: 2,591 and 548 for this network on a GPU; autocast adds one cast per weight."""
     monkeypatch.setattr(nn, "NORMS_ADD_IN_FLOAT32", set())  # as on a GPU
     flags = ModelConfig(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")
     network, diffusion = create_model_and_diffusion_vae((4, 16, 16), flags, DiffusionConfig())
@@ -639,12 +641,12 @@ def test_a_step_launches_few_kernels_and_never_waits_for_the_device(tmp_path, mo
 
 
 @pytest.mark.parametrize("kind", [UniformSampler, LossSecondMomentResampler])
-def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
-    """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
+def test_random_numbers_reach_the_device_without_a_host_sync(kind):
+    """The meta device represents a GPU: copies to it are counted without being made."""
     sampler = kind(create_gaussian_diffusion(steps=100))
-    draws = StepRNG(0, 5, range(2, 6), 8)
+    rng = StepRNG(0, 5, range(2, 6), 8)
     with Launches() as launches:
-        drawn = [*draws.timesteps(sampler, "meta"), draws.normal((4, 2, 2), "meta"), draws.uniform(7, "meta")]
+        drawn = [*rng.timesteps(sampler, "meta"), rng.normal((4, 2, 2), "meta"), rng.uniform(7, "meta")]
         torch.zeros(1).to("meta", non_blocking=True)
     assert all(x.device.type == "meta" and len(x) == 4 for x in drawn) and launches.synchronizations == 0
     with Launches() as launches:
@@ -652,7 +654,7 @@ def test_what_is_drawn_for_a_step_is_sent_to_the_device_without_waiting(kind):
     assert launches.synchronizations == 1
 
 
-def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_optimizer_error_names_the_extra_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match=r"--optimizer adamw8bit requires bitsandbytes: pip install .*\[gpu\]"):
@@ -660,7 +662,7 @@ def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(64, 1, 3, 4), (64, 2, 3, 2, 2)])
-def test_every_axis_is_mirrored_by_a_coin_of_its_own(shape):
+def test_each_axis_is_flipped_independently(shape):
     images = torch.rand(shape)
     out = random_flips(images, StepRNG(0, 5, range(64), 64))
     axes = range(2, images.dim())
@@ -668,11 +670,11 @@ def test_every_axis_is_mirrored_by_a_coin_of_its_own(shape):
     counts = [sum(torch.equal(o, i.flip([axis - 1 for axis in kind])) for o, i in zip(out, images)) for kind in kinds]
     assert sum(counts) == 64 and min(counts) > 0
     part = random_flips(images[10:20], StepRNG(0, 5, range(10, 20), 64))
-    assert torch.equal(part, out[10:20])  # a coin belongs to the place in the batch of all ranks
+    assert torch.equal(part, out[10:20])  # flips belong to the slot in the global batch
 
 
 def spots(*shape):
-    """Return pictures [64 x 1 x *shape], dark but for a bright spot to one side of the middle, and its place."""
+    """Return (images [64 x 1 x *shape] with a bright spot off center, position of the spot from the center)."""
     axes = [torch.arange(n) - (n - 1) / 2 for n in shape]
     place = torch.tensor([n / 4 for n in shape])
     squared = sum(axis.sub(p).square().view([-1 if i == j else 1 for i in range(len(shape))])
@@ -681,7 +683,7 @@ def spots(*shape):
 
 
 def centers(images):
-    """Return where the bright spots of pictures are, from the middle.  [N x 1 x ...] -> [N x axes]."""
+    """Return the positions of bright spots from the center.  [N x 1 x ...] -> [N x axes]."""
     total = images.flatten(1).sum(1)
     axes = [torch.arange(n) - (n - 1) / 2 for n in images.shape[2:]]
     along = lambda i: images[:, 0].sum([j + 1 for j in range(len(axes)) if j != i])
@@ -689,15 +691,15 @@ def centers(images):
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (24, 40, 28)])
-def test_a_share_of_pictures_is_turned_scaled_and_shifted_within_bounds(shape):
+def test_affine_augmentation_stays_within_its_bounds(shape):
     images, place = spots(*shape)
-    draws = StepRNG(0, 5, range(64), 64)
+    rng = StepRNG(0, 5, range(64), 64)
     only = lambda **bounds: AutoencoderTrainConfig(**{"augment": 0.5, "augment_rotation": 0, "augment_scale": 0,
                                                       "augment_translation": 0, **bounds})
-    assert torch.allclose(random_affine(images, draws, only()), images, atol=1e-5)
-    assert torch.equal(random_affine(images, draws, only(augment=0, augment_rotation=90)), images)
+    assert torch.allclose(random_affine(images, rng, only()), images, atol=1e-5)
+    assert torch.equal(random_affine(images, rng, only(augment=0, augment_rotation=90)), images)
     for bounds in ({"augment_translation": 2}, {"augment_rotation": 10}, {"augment_scale": 0.2}):
-        out = random_affine(images, draws, only(**bounds))
+        out = random_affine(images, rng, only(**bounds))
         moved = centers(out) - place
         changed = torch.tensor([not torch.equal(o, i) for o, i in zip(out, images)])
         assert 20 < changed.sum() < 44 and moved[~changed].abs().max() < 1e-3
@@ -711,23 +713,24 @@ def test_a_share_of_pictures_is_turned_scaled_and_shifted_within_bounds(shape):
             stretch = (centers(out) / place).view(64, -1)
             assert stretch.std(1).max() < 0.02 and 0.12 < (stretch - 1).abs().max() < 0.26
     everything = AutoencoderTrainConfig(augment=0.5)
-    whole, part = (random_affine(images[s], StepRNG(0, 5, range(64)[s], 64), everything) for s in (slice(64), slice(9, 20)))
-    assert torch.allclose(whole[9:20], part, atol=1e-6)
+    batch, part = (random_affine(images[s], StepRNG(0, 5, range(64)[s], 64), everything)
+                   for s in (slice(64), slice(9, 20)))
+    assert torch.allclose(batch[9:20], part, atol=1e-6)
 
 
-def test_a_resumed_run_takes_the_learning_rate_that_is_given_now(tmp_path):
+def test_resumed_run_uses_the_current_learning_rate(tmp_path):
     line(tmp_path, 2)
     group = line(tmp_path, 3, lr=0.05, weight_decay=0.5).opt.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.05, 0.5)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
+def test_only_the_latest_checkpoints_are_kept(tmp_path):
     line(tmp_path, 9, keep_checkpoints=2)
     assert checkpoint_util.committed_steps(tmp_path) == [8, 9]
     assert len(names_in(tmp_path)) == 8
 
 
-def test_previews_see_the_average_and_leave_training_as_it_was(tmp_path):
+def test_previews_use_the_ema_and_do_not_change_training(tmp_path):
     seen = []
 
     def preview(step):
@@ -743,40 +746,40 @@ def test_previews_see_the_average_and_leave_training_as_it_was(tmp_path):
     )
     loop.run_loop()
     assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)] and loop.model.training
-    for step, _, weight in seen:  # of the two averages the one that is faster to follow
+    for step, _, weight in seen:  # the EMA with the smaller decay
         assert torch.equal(weight, files_of(tmp_path / "with", step)[1]["weight"])
     assert same_bits(files_of(tmp_path / "with", 4), files_of(tmp_path / "without", 4))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_run_after_the_step_and_saves_it(tmp_path, number):
+def test_signal_saves_the_step_and_ends_the_run(tmp_path, number):
     former = signal.getsignal(number)
     loop = line(tmp_path, 9, data=Points(hook=lambda step: step == 3 and os.kill(os.getpid(), number)))
     assert loop.step == 3 and checkpoint_util.committed_steps(tmp_path) == [2, 3]
     assert signal.getsignal(number) is former
 
 
-def test_a_signal_leaves_no_time_for_a_preview(tmp_path):
+def test_signal_skips_the_preview(tmp_path):
     def preview(step):
-        raise AssertionError("drawn")
+        raise AssertionError("preview")
 
     data = Points(hook=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
     assert line(tmp_path, 9, data=data, preview=preview, preview_interval=100).step == 3
     assert checkpoint_util.committed_steps(tmp_path) == [2, 3]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(tmp_path):
+def test_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3; the last good .* is 2: lower --lr"):
-        line(tmp_path, 9, data=Points(spoilt_at=2))
+        line(tmp_path, 9, data=Points(nan_at=2))
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="weights is nan at step 4; the last good .* is 2: .*grad_clip"):
-        line(tmp_path, 9, data=Points(spoilt_at=2), save_interval=2, log_interval=10)
+        line(tmp_path, 9, data=Points(nan_at=2), save_interval=2, log_interval=10)
     assert checkpoint_util.committed_steps(tmp_path) == [2] and torch.isfinite(weights_in(tmp_path, 2)).all()
 
 
-def test_the_log_holds_means_over_the_quarters_of_the_process(tmp_path):
+def test_log_contains_means_over_the_quarters_of_the_process(tmp_path):
     logger.configure(str(tmp_path), [])
     times = torch.tensor([0, 1, 2, 7])
     terms = {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0]), "unweighted": torch.zeros(4)}
@@ -784,7 +787,7 @@ def test_the_log_holds_means_over_the_quarters_of_the_process(tmp_path):
     assert logger.dumpkvs() == {"x0_std": 2.0, "loss": 4.0, "loss_q0": 2.0, "loss_q1": 5.0, "loss_q3": 7.0}
 
 
-def test_the_log_counts_steps_and_samples(tmp_path):
+def test_log_counts_steps_and_samples(tmp_path):
     line(tmp_path, 4, formats=["csv"], log_interval=2)
     with open(tmp_path / "progress.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -792,13 +795,13 @@ def test_the_log_counts_steps_and_samples(tmp_path):
     assert {"loss", "grad_norm", "param_norm", "lr", "steps_per_second"} <= rows[0].keys()
 
 
-# What a run may go on from
+# --- Checkpoints to resume from ---
 
 
-def spoil(path, how):
+def corrupt(path, how):
     if how == "missing":
         path.unlink()
-    elif how == "cut short":
+    elif how == "truncated":
         path.write_bytes(path.read_bytes()[:-7])
     else:
         content = bytearray(path.read_bytes())
@@ -806,27 +809,27 @@ def spoil(path, how):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["missing", "cut short", "another bit"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "another bit"])
 @pytest.mark.parametrize("name", ["model000004.pt", "ema_0.9_000004.pt", "opt000004.pt", "state000004.json"])
-def test_a_damaged_step_is_reported_and_the_one_before_it_is_taken(tmp_path, capsys, name, how):
+def test_corrupt_step_is_reported_and_the_previous_one_resumed(tmp_path, capsys, name, how):
     line(tmp_path, 4)
-    whole = files_of(tmp_path, 4)
-    spoil(tmp_path / name, how)
+    expected = files_of(tmp_path, 4)
+    corrupt(tmp_path / name, how)
     loop = line(tmp_path, 4, formats=["stdout"])
-    assert loop.resume_step == 2 and same_bits(files_of(tmp_path, 4), whole)
-    if (name, how) != ("state000004.json", "missing"):  # a step without marker does not exist
+    assert loop.resume_step == 2 and same_bits(files_of(tmp_path, 4), expected)
+    if (name, how) != ("state000004.json", "missing"):  # a step without a marker does not exist
         assert f"checkpoint 4 of {tmp_path} cannot be used" in capsys.readouterr().out
 
 
-def test_where_all_steps_are_damaged_nothing_starts_anew(tmp_path):
+def test_run_does_not_restart_if_all_steps_are_corrupt(tmp_path):
     line(tmp_path, 4)
     for step in (2, 4):
-        spoil(tmp_path / f"opt00000{step}.pt", "missing")
+        corrupt(tmp_path / f"opt00000{step}.pt", "missing")
     with pytest.raises(ValueError, match=f"every checkpoint of {tmp_path} is corrupt; use another --logdir"):
         line(tmp_path, 6)
 
 
-def test_leftovers_of_an_interrupted_save_do_not_exist(tmp_path, capsys):
+def test_files_of_an_interrupted_save_are_ignored(tmp_path, capsys):
     line(tmp_path, 2)
     shutil.copy(tmp_path / "model000002.pt", tmp_path / "model000004.pt")
     (tmp_path / ".model000005.pt.99.part").write_bytes(b"half")
@@ -837,7 +840,7 @@ def test_leftovers_of_an_interrupted_save_do_not_exist(tmp_path, capsys):
     assert "model000002.pt, model000004.pt but no marker" in capsys.readouterr().out
 
 
-def test_another_configuration_is_refused_by_name(tmp_path):
+def test_resuming_another_configuration_names_the_differences(tmp_path):
     line(tmp_path, 2)
     with pytest.raises(ValueError, match="model.width is 4 now, 3 in the checkpoint.*set the same flags again"):
         line(tmp_path, 4, header={"kind": "line", "model": {"width": 4}})
@@ -849,18 +852,18 @@ def test_another_configuration_is_refused_by_name(tmp_path):
         line(tmp_path, 4, ema_rate="0.5")
 
 
-def test_a_run_can_branch_off_a_checkpoint_of_another_one(tmp_path):
+def test_run_branches_off_a_checkpoint_of_another_run(tmp_path):
     line(tmp_path / "a", 4)
     loop = line(tmp_path / "b", 4, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
     assert loop.resume_step == 2 and same_bits(files_of(tmp_path / "a", 4), files_of(tmp_path / "b", 4))
-    # the same command again goes on with what it has made since; in the other's folder it would overwrite steps
+    # The same command resumes its own steps; in the folder of the other run it would overwrite steps.
     assert line(tmp_path / "b", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt")).resume_step == 4
     with pytest.raises(ValueError, match="contains step 4, which is later than .*model000002.pt; .* another --logdir"):
         line(tmp_path / "a", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
     assert line(tmp_path / "b", 6, resume_checkpoint="auto").resume_step == 6
 
 
-def test_the_same_command_twice_goes_on_with_what_it_made_itself(tmp_path):
+def test_same_branching_command_resumes_its_own_steps(tmp_path):
     line(tmp_path / "a", 4)
     again = lambda: line(tmp_path / "b", 6, resume_checkpoint=str(tmp_path / "a/model000002.pt"))
     assert again().resume_step == 2 and checkpoint_util.committed_steps(tmp_path / "b") == [4, 6]
@@ -878,19 +881,19 @@ def test_run_without_logdir_branches_off_the_given_checkpoint(tmp_path, monkeypa
     assert run.checkpoint[0]["step"] == 2 and run.checkpoint[1] == tmp_path / "a" != run.folder
 
 
-def test_a_step_of_the_own_folder_counts_once_it_is_beyond_the_one_given(tmp_path):
+def test_find_checkpoint_prefers_later_steps_of_the_folder(tmp_path):
     for folder, steps in (("a", 4), ("b", 2)):
         line(tmp_path / folder, steps)
-    found = lambda given: find_checkpoint(tmp_path / "b", given if given == "auto" else str(tmp_path / given))
-    assert [(marker["step"], folder.name) for marker, folder in map(found, (
+    find = lambda name: find_checkpoint(tmp_path / "b", name if name == "auto" else str(tmp_path / name))
+    assert [(marker["step"], folder.name) for marker, folder in map(find, (
         "auto", "a/model000002.pt", "a/model000004.pt", "b/model000002.pt"
     ))] == [(2, "b"), (2, "a"), (4, "a"), (2, "b")]
     line(tmp_path / "b", 6)
-    assert [(marker["step"], folder.name) for marker, folder in map(found, (
+    assert [(marker["step"], folder.name) for marker, folder in map(find, (
         "auto", "a/model000002.pt", "a/model000004.pt", "b/model000006.pt"
     ))] == [(6, "b")] * 4
     with pytest.raises(ValueError, match="b contains step 6, which is later than .*b/model000002.pt; to branch off"):
-        found("b/model000002.pt")
+        find("b/model000002.pt")
     assert find_checkpoint(tmp_path / "none", "auto") == find_checkpoint(tmp_path / "none") == (None, tmp_path / "none")
 
 
@@ -898,7 +901,7 @@ def test_a_step_of_the_own_folder_counts_once_it_is_beyond_the_one_given(tmp_pat
     ({"seed": 1}, "seed is 1 now and was 0 until step 2"),
     ({"batch_size": 2}, "global_batch is 2 now and was 4 until step 2"),
 ])
-def test_a_change_that_makes_another_run_is_reported_where_one_goes_on(tmp_path, capsys, change, text):
+def test_resuming_with_another_seed_or_batch_warns(tmp_path, capsys, change, text):
     line(tmp_path, 2)
     line(tmp_path, 2, formats=["stdout"])
     assert "the run differs" not in capsys.readouterr().out
@@ -906,9 +909,9 @@ def test_a_change_that_makes_another_run_is_reported_where_one_goes_on(tmp_path,
     assert f"{text}: from here on the run differs from an uninterrupted one" in capsys.readouterr().out
 
 
-def test_initial_weights_depend_on_the_seed_alone():
+def test_initial_weights_depend_only_on_the_seed():
     def weights(seed, before):
-        torch.rand(before)  # whatever drew random numbers before
+        torch.rand(before)  # other code may have used random numbers before
         seed_initialization(seed)
         return torch.nn.Linear(3, 2).weight.tolist()
 
@@ -927,12 +930,12 @@ def test_initial_weights_depend_on_the_seed_alone():
     ({"save_interval": 0}, "--save_interval must be >= 1, got 0"),
     ({"log_interval": -1}, "--log_interval must be >= 1, got -1"),
 ])
-def test_senseless_numbers_are_refused_by_their_flag(tmp_path, options, problem):
+def test_options_out_of_bounds_are_rejected_by_flag(tmp_path, options, problem):
     with pytest.raises(ValueError, match=problem):
         line(tmp_path, 2, **options)
 
 
-def test_a_checkpoint_that_is_not_whole_or_renamed_is_refused(tmp_path):
+def test_incomplete_or_renamed_checkpoint_is_rejected(tmp_path):
     line(tmp_path, 4)
     resume = lambda name: line(tmp_path / "other", 6, resume_checkpoint=str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="model000006.pt does not exist; --resume_checkpoint"):
@@ -944,14 +947,14 @@ def test_a_checkpoint_that_is_not_whole_or_renamed_is_refused(tmp_path):
         (tmp_path / f"{kind}000003.pt").write_bytes((tmp_path / f"{kind}000004.pt").read_bytes())
     with pytest.raises(ValueError, match="model000003.pt contains step 4: the file was renamed"):
         resume("model000003.pt")
-    spoil(tmp_path / "opt000004.pt", "missing")
+    corrupt(tmp_path / "opt000004.pt", "missing")
     with pytest.raises(ValueError, match="opt000004.pt is missing"):
         resume("model000004.pt")
     assert not list((tmp_path / "other").glob("*.pt"))
 
 
-def test_a_checkpoint_without_marker_and_header_needs_all_its_files(tmp_path):
-    """As the reference writes them."""
+def test_checkpoint_without_marker_requires_all_its_files(tmp_path):
+    """Checkpoints of guided-diffusion have neither."""
     line(tmp_path / "own", 2)
     for name in ("model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"):
         content = torch.load(tmp_path / "own" / name, weights_only=True)
@@ -960,7 +963,7 @@ def test_a_checkpoint_without_marker_and_header_needs_all_its_files(tmp_path):
         torch.save(content, tmp_path / name)
     resume = lambda: line(tmp_path / "new", 4, resume_checkpoint=str(tmp_path / "model000002.pt"))
     assert find_checkpoint(tmp_path, str(tmp_path / "model000002.pt")) == ({"step": 2}, tmp_path)
-    spoil(tmp_path / "opt000002.pt", "missing")
+    corrupt(tmp_path / "opt000002.pt", "missing")
     with pytest.raises(FileNotFoundError, match="opt000002.pt does not exist; check --resume_checkpoint"):
         resume()
     shutil.copy(tmp_path / "own/opt000002.pt", tmp_path)
@@ -972,15 +975,15 @@ def test_a_checkpoint_without_marker_and_header_needs_all_its_files(tmp_path):
 @pytest.mark.parametrize("name, step", [
     ("runs/a/model000123.pt", 123), ("model1000000.pt", 1000000), ("ema_0.9999_000100.pt", 0), ("model.pt", 0),
 ])
-def test_the_step_stands_in_the_name_of_the_model_file(name, step):
+def test_step_is_parsed_from_the_name_of_the_model_file(name, step):
     assert parse_resume_step_from_filename(name) == step
 
 
-def test_a_saved_network_loads_in_a_plain_load_state_dict(one_rank, prepared):
+def test_saved_network_loads_with_plain_load_state_dict(one_rank, prepared):
     for name in (checkpoint_util.model_name(END), checkpoint_util.ema_name(0.9, END)):
-        weights = torch.load(prepared / "1/cached-whole" / name, weights_only=True)
+        weights = torch.load(prepared / "1/cached-full" / name, weights_only=True)
         rank_worker.unet().load_state_dict(weights)
-        assert checkpoint_util.load_weights(prepared / "1/cached-whole" / name)[1] == {
+        assert checkpoint_util.load_weights(prepared / "1/cached-full" / name)[1] == {
             "format": 1, "kind": "cached", "step": END
         }
-    assert GLOBAL_BATCH == checkpoint_util.read_marker(prepared / "1/cached-whole", END)["global_batch"]
+    assert GLOBAL_BATCH == checkpoint_util.read_marker(prepared / "1/cached-full", END)["global_batch"]
