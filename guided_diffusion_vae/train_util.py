@@ -486,7 +486,7 @@ class TrainLoop:
         """Put EMA weights, if there are any, into the model in evaluation mode inside the `with` block."""
         training_weights = copy.deepcopy(self.model.state_dict())
         if self.ema_rate:
-            # The smallest decay follows training most closely. If steps are ranked, the largest one is measured, as it
+            # The lowest decay follows training most closely. If steps are ranked, the highest one is measured, as it
             # represents the run (see `checkpoint_util.latest_weights`).
             rate = max(self.ema_rate) if self.monitor else min(self.ema_rate)
             ema = self.ema_params[self.ema_rate.index(rate)]
