@@ -288,8 +288,7 @@ def open_sets(run) -> dict[str, ImageSet]:
 
 
 def open_set(path, data: DataConfig, flag: str) -> ImageSet:
-    """Return the `ImageSet` of an .npz archive, of the samples of a run, or of a folder read as a DataConfig
-    specifies."""
+    """Return the `ImageSet` of an .npz archive, of the samples of a run, or of a folder read by a DataConfig."""
     archives = [path] if str(path).endswith(".npz") else []
     if flag == "--samples" and not archives:
         archives = sorted(file for file in Path(path).glob("samples_*.npz") if SAMPLE_FILES.fullmatch(file.name))
@@ -313,12 +312,10 @@ def open_extractors(run):
     classifier, preprocessing = None, {}
     if config.classifier_path:
         weights = open_weights(config.classifier_path, "--classifier_path")
-        header, space = weights.header, None
-        model = load_classifier(weights)
-        space = open_space(header, vae)
+        model, header = load_classifier(weights), weights.header
+        space, preprocessing = open_space(header, vae), header["data"]
         extract = classifier_features(model, None if space.is_pixels else space.encode)
         classifier = EvaluationClassifier(extract, header["classes"], header["image_shape"])
-        preprocessing = header["data"]
     if config.inception_path:
         extract = inception_features(config.inception_path, dist_util.dev())
     elif not classifier:
@@ -335,16 +332,16 @@ def load_model_and_data(run):
     The data are a cache or images. A bare state dict works on pixels. Labels are numbered as the classes of the model.
     """
     config, data, latents = run[LikelihoodConfig], run[DataConfig], run[LatentConfig]
-    weights, explicit = open_weights(config.model_path), run.explicit
-    if weights.header is None:
+    weights = open_weights(config.model_path)
+    header = weights.header
+    if header is None:
         source, space = open_pixels(open_folder(data))
-        header, explicit = {"kind": "diffusion", "model": as_dict(run[ModelConfig]), "classes": source.class_names,
-                            "diffusion": as_dict(run[DiffusionConfig]), **space_header(source, space)}, {}
+        header = {"kind": "diffusion", "model": as_dict(run[ModelConfig]), "classes": source.class_names,
+                  "diffusion": as_dict(run[DiffusionConfig]), **space_header(source, space)}
         network, diffusion = load_diffusion_model(weights._replace(header=header))
     else:
-        header = weights.header
-        network, diffusion = load_diffusion_model(weights, explicit)
-        data = apply_trained_preprocessing(data, explicit, header["data"])
+        network, diffusion = load_diffusion_model(weights, run.explicit)
+        data = apply_trained_preprocessing(data, run.explicit, header["data"])
         pixels = works_on_pixels(header)
         require((not latents.cache_dir or not (data.data_dir or pixels), f"--cache_dir {latents.cache_dir} conflicts "
                  f"with {f'--data_dir {data.data_dir}' if data.data_dir else 'a model of pixels'}; omit one of them"))
@@ -353,7 +350,7 @@ def load_model_and_data(run):
             source = EncodedImages(open_folder(data, multiple=space.codec.factors), space.codec, statistics={})
         else:
             space = Space(None, LatentNormalizer.from_dict(header["normalizer"]))
-            source = open_cache(latents.cache_dir, explicit)
+            source = open_cache(latents.cache_dir, run.explicit)
         found = space_header(source, space)
         # A plain folder of latents has no description of its autoencoder.
         found["autoencoder"] = found["autoencoder"] or header["autoencoder"]
