@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from ..config import require
-from ..sampling.sheets import BACKGROUND, FOREGROUND, contact_sheet, save_image, to_numpy
+from ..sampling.sheets import BACKGROUND, FOREGROUND, MAX_ROWS, contact_sheet, save_image, to_numpy
 
-__all__ = ["MAX_CLASSES", "confusion_plot", "contact_sheet", "line_plot", "neighbor_grid", "reconstruction_grid",
-           "save_image"]
+__all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "line_plot", "neighbor_grid",
+           "reconstruction_grid", "save_image"]
 
 MAX_CLASSES = 64  # in a confusion plot, whose area grows with their square
 

@@ -6,9 +6,8 @@ import torch
 from .. import logger
 from ..data import VolumeFolder, map_labels, require_labels, unpad
 from ..objectives import StepRNG
-from ..sampling.sheets import MAX_ROWS, contact_sheet
 from ..vae import blend_tiles, from_image_range, kl_divergence, to_image_range
-from .figures import reconstruction_grid, save_image
+from .figures import MAX_ROWS, contact_sheet, reconstruction_grid, save_image
 from .image_metrics import average_metrics, paired_metrics
 
 PREVIEW_IMAGES = 16  # images in a preview
