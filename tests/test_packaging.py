@@ -80,7 +80,6 @@ def test_version_is_a_literal_readable_without_torch():
     assert literals == [guided_diffusion_vae.__version__]
 
 
-@pytest.mark.xfail(strict=True, reason="findings from before ruff was added; remove this mark with the last one")
 def test_ruff_reports_nothing():
     pytest.importorskip("ruff")
     run("-m", "ruff", "check", "--quiet", "--no-cache", "--output-format", "concise", "guided_diffusion_vae", "scripts",

@@ -638,7 +638,7 @@ def test_step_launches_few_kernels_and_causes_no_host_sync(tmp_path, monkeypatch
         loop.run_step(batch, {})
         with Launches() as launches:
             loop.run_step(batch, {})
-    assert 400 < launches.total <= most and launches.synchronizations == 0, launches.counts.most_common(20)
+    assert 400 < launches.total <= most and launches.synchronizations == 0, sorted(launches.counts.items())
 
 
 @pytest.mark.parametrize("kind", [UniformSampler, LossSecondMomentResampler])
