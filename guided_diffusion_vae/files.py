@@ -132,8 +132,8 @@ def require_writable_folder(folder, flag):
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OSError(error.errno, f"cannot write into {folder} ({error.strerror}); set {flag} to a writable folder"
-                      ) from error
+        message = f"cannot write into {folder} ({error.strerror}); set {flag} to a writable folder"
+        raise OSError(error.errno, message) from error
     return folder
 
 
