@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from . import checkpoint_util, deprecated_names, dist_util, logger
 from .checkpoint_util import parse_resume_step_from_filename as parse_resume_step_from_filename  # the reference's place
 from .config import CommaSeparated, from_dict, option, require, resolve
 from .fp16_util import MixedPrecisionTrainer
-from .interfaces import BatchSource
+from .interfaces import BatchSource, Objective
 from .logger import progress_bar
 from .nn import keyed_seed, to_device, update_ema
 from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, StepRNG
@@ -210,7 +209,7 @@ class TrainTask:
     :param checkpoint: (marker, folder) as `find_checkpoint` returned it, so that files are hashed once; None: find it.
     """
 
-    objective: Any = None
+    objective: Objective | None = None
     header: dict = field(default_factory=lambda: {"kind": "diffusion"})
     preview: Callable | None = None
     monitor: str = ""
@@ -230,6 +229,21 @@ def _apply_deprecated(config, task, arguments):
         changed = replace(place, **{name: value})
         config, task = (changed, task) if place is config else (config, changed)
     return config, task
+
+
+def _check_conflicts(config, use_fp16, discriminator):
+    not_sharded = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
+                   "--compile True": config.compile, "--optimizer adamw8bit": config.optimizer == "adamw8bit"}
+    require(
+        (not (config.mixed_precision and use_fp16),
+         "--mixed_precision and --use_fp16 are mutually exclusive; set only one"),
+        (not (config.compile and discriminator),
+         "--compile and --discriminator_weight are mutually exclusive: adversarial gradients pass through the network "
+         "a second time, which a compiled one does not support; set only one"),
+        *((not (config.fsdp and present),
+           f"--fsdp True conflicts with {option}: it shards a model over several ranks (mpiexec -n N, torchrun), with "
+           "AdamW, and with --mixed_precision for half precision") for option, present in not_sharded.items()),
+    )
 
 
 class TrainLoop:
@@ -252,7 +266,8 @@ class TrainLoop:
         weight_decay=0.0, lr_anneal_steps=0, config=None, task=None, **deprecated,
     ):
         config, task = _apply_deprecated(config or TrainConfig(), task or TrainTask(), deprecated)
-        config, = resolve(replace(     # the data give whole batches, those of accumulation too
+        # batch_size counts all samples of a step on this rank, those of accumulated passes too.
+        config, = resolve(replace(
             config, batch_size=batch_size, microbatch=microbatch, gradient_accumulation_steps=1, lr=lr,
             ema_rate=ema_rate, log_interval=log_interval, save_interval=save_interval, weight_decay=weight_decay,
             lr_anneal_steps=lr_anneal_steps,
@@ -261,19 +276,7 @@ class TrainLoop:
         self.data = data if isinstance(data, BatchSource) else _IteratorSource(data)
         self.objective = task.objective or DiffusionObjective(diffusion, schedule_sampler)
         self.discriminator = self.objective.discriminator
-        eight_bit = config.optimizer == "adamw8bit"
-        not_sharded = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
-                       "--compile True": config.compile, "--optimizer adamw8bit": eight_bit}
-        require(
-            (not (config.mixed_precision and use_fp16),
-             "--mixed_precision and --use_fp16 are mutually exclusive; set only one"),
-            (not (config.compile and self.discriminator),
-             "--compile and --discriminator_weight are mutually exclusive: adversarial gradients pass through the "
-             "network a second time, which a compiled one does not support; set only one"),
-            *((not (config.fsdp and present),
-               f"--fsdp True conflicts with {option}: it shards a model over several ranks (mpiexec -n N, torchrun), "
-               "with AdamW, and with --mixed_precision for half precision") for option, present in not_sharded.items()),
-        )
+        _check_conflicts(config, use_fp16, self.discriminator)
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
@@ -337,7 +340,7 @@ class TrainLoop:
     def run_loop(self):
         """Run all steps; return the number of the last one."""
         if self._early_stop_reached():
-            logger.log(f"step {self.step} has already reached {self._bounds}")
+            logger.log(f"step {self.step} has already reached a bound of {self.early_stop}")
             self.max_steps = self.step
         self.data.seek(self.step)
         stop = dist_util.StopSignal()
@@ -360,7 +363,7 @@ class TrainLoop:
                     self._write_log(bar)
                 bar.update()
                 if reached:
-                    logger.log(f"step {self.step} has reached {self._bounds}")
+                    logger.log(f"step {self.step} has reached a bound of {self.early_stop}")
                     break
                 if stopping:
                     logger.log(f"received a termination signal, saved step {self.step}; rerun the same command to "
@@ -473,10 +476,6 @@ class TrainLoop:
         met = {"val_psnr": operator.ge, "val_l1": operator.le}
         return any(name in self.measured and met[name](self.measured[name], bound)
                    for name, bound in self.early_stop.items())
-
-    @property
-    def _bounds(self):
-        return " or ".join(f"{name} {bound:g}" for name, bound in self.early_stop.items())
 
     def _is_best(self):
         return self.best is not None and self.best["step"] == self.step

@@ -19,7 +19,7 @@ from guided_diffusion_vae.data.augmentation import random_affine, random_flips
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.interfaces import BatchSource
 from guided_diffusion_vae.objectives import DiffusionObjective, PlainObjective, StepRNG
-from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler
+from guided_diffusion_vae.resample import LossAwareSampler, LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.train_util import (
@@ -307,7 +307,8 @@ def test_discriminator_is_trained_only_from_its_start_on(prepared, tmp_path):
     assert same_bits(weights[1], weights[3]) and not same_bits(weights[3], weights[4])
 
 
-def test_discriminator_parts_do_nothing_before_it_is_active():
+def test_discriminator_parts_do_nothing_before_it_is_active(tmp_path):
+    logger.configure(str(tmp_path), [])
     network = create_discriminator(rank_worker.DISCRIMINATOR, 2, 1)
     trainer = DiscriminatorTrainer(network, rank_worker.DISCRIMINATOR, AutoencoderTrainConfig())
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -323,7 +324,16 @@ def test_discriminator_parts_do_nothing_before_it_is_active():
 
     assert take(step - 1) == {"loss"}
     assert same_bits(network.state_dict(), before) and not trainer.opt.state_dict()["state"]
+    assert not logger.getkvs()
     assert take(step) == {"loss", "adversarial_loss"} and not same_bits(network.state_dict(), before)
+
+
+def test_generator_loss_gets_the_loss_scale_of_float16(prepared, tmp_path, monkeypatch):
+    scales, add = [], DiscriminatorTrainer.add_generator_loss
+    monkeypatch.setattr(DiscriminatorTrainer, "add_generator_loss", lambda *args: scales.append(args[-1]) or add(*args))
+    train(prepared, tmp_path / "float32", "adversarial", 1)
+    train(prepared, tmp_path / "float16", "adversarial", 1, mixed_precision=True, amp_dtype="float16")
+    assert scales == [1.0, 2.0**20]
 
 
 class Interpolation:
@@ -359,6 +369,30 @@ def test_diffusion_objective_trains_any_process():
     assert torch.equal(seen["low_res"] == 1, (seen["low_res_times"] == 0).view(-1, 1, 1, 1))
     with pytest.raises(ValueError, match="--cond_noise_steps must be <= 4, .* got 5; lower it or raise"):
         DiffusionObjective(Interpolation(), cond_noise_steps=5)
+
+
+class SkewedSampler(LossAwareSampler):
+    """Sample the last timestep most often, and keep the losses of the last update."""
+
+    def weights(self):
+        return np.array([1.0, 1.0, 1.0, 5.0])
+
+    def update_with_all_losses(self, ts, losses):
+        self.update = ts, losses
+
+
+def test_loss_aware_sampler_gets_losses_without_importance_weights():
+    sampler = SkewedSampler()
+    objective = DiffusionObjective(Interpolation(), sampler)
+    rng = StepRNG(0, 5, range(8), 8)
+    terms, t = objective(lambda x, t: torch.zeros_like(x), torch.ones(8, 1, 2, 2), {}, rng)
+    objective.after_step(t, terms)
+    losses = (1 - rng.normal((1, 2, 2), "cpu")).square().mean((1, 2, 3))
+    assert sampler.update == (t.tolist(), losses.tolist()) and not torch.equal(terms["loss"], losses)
+
+
+def test_generator_of_a_step_is_that_of_old_runs():
+    assert StepRNG(0, 5, range(4), 4).generator(15).integers(0, 2**31, 2).tolist() == [598665788, 1761058431]
 
 
 def test_discriminator_that_is_not_finite_is_not_saved(prepared, tmp_path):

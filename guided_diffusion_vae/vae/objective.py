@@ -58,7 +58,7 @@ class DiscriminatorTrainer:
         self.network, self.config, self.lr = network, config, config.discriminator_lr or train.lr
         self.opt = torch.optim.AdamW(network.parameters(), lr=self.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
         self.mp_trainer = MixedPrecisionTrainer(
-            model=network, scale_loss=train.mixed_precision and train.amp_dtype == "float16", grad_clip=train.grad_clip,
+            model=network, scale_loss=train.autocast_dtype is torch.float16, grad_clip=train.grad_clip,
             fp16_scale_growth=train.fp16_scale_growth, name="discriminator_",
         )
         self.ddp_model = dist_util.data_parallel(network)
