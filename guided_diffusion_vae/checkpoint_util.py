@@ -18,7 +18,7 @@ import torch
 
 from . import deprecated_names
 from .config import require
-from .files import atomic_path, load_tensors as load, sha256_of_file, write_json
+from .files import atomic_path, load_tensors as load, require_regular_file, sha256_of_file, write_json
 
 FORMAT = 1
 HEADER_KEY = "guided_diffusion_vae"
@@ -166,6 +166,7 @@ def read_marker(folder, step: int, select=None) -> dict:
     """
     path = Path(folder) / marker_name(step)
     try:
+        require_regular_file(path)
         marker = json.loads(path.read_text())
         found = marker["format"], marker["step"]
         files = [(path.parent / Path(name).name, entry["bytes"], entry["sha256"])

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import struct
 import sys
 import uuid
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
+_SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+                  stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
 # Errors of Pillow, NumPy, zipfile and zlib on reading a corrupt file.
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
                Image.DecompressionBombError)
@@ -75,10 +78,11 @@ def load_tensors(path, map_location="cpu", flag="the path"):
 
     :param flag: flag of the path, for the message.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is corrupt or contains other objects, whose code is not run.
+    :raises ValueError: if it is corrupt, not a regular file or contains other objects, whose code is not run.
     """
     if not bf.exists(str(path)) or bf.isdir(str(path)):
         raise FileNotFoundError(f"{path} does not exist; check {flag}")
+    require_regular_file(path, f"check {flag}")
     try:
         with bf.BlobFile(str(path), "rb") as stream:
             return torch.load(stream, map_location=map_location, weights_only=True)
@@ -92,6 +96,7 @@ def load_tensors(path, map_location="cpu", flag="the path"):
 
 def sha256_of_file(path):
     """Return the hexadecimal SHA-256 of a file's bytes."""
+    require_regular_file(path)
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -99,12 +104,25 @@ def sha256_of_file(path):
     return digest.hexdigest()
 
 
+def require_regular_file(path, action="remove it"):
+    """Check a local path before it is opened: opening a named pipe waits for a writer, reading a device may never end.
+
+    :raises OSError: if there is no such file.
+    :raises ValueError: if it is a named pipe, socket, device or folder.
+    """
+    kind = stat.S_IFREG if "://" in str(path) else stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{path} cannot be read: expected a regular file, got {_SPECIAL_FILES[kind]}; {action}")
+
+
 @contextlib.contextmanager
 def file_errors(path, problem="cannot be read", action="fix or remove the file"):
     """Convert errors on reading a file into a ValueError that contains its path.
 
-    :raises ValueError: if the body raises one of `READ_ERRORS`.
+    :raises ValueError: if it is not a regular file, before the body is run, or the body raises one of `READ_ERRORS`.
     """
+    with contextlib.suppress(OSError):  # the body reports a missing file
+        require_regular_file(path, action)
     try:
         yield
     except READ_ERRORS as error:

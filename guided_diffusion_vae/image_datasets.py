@@ -16,7 +16,7 @@ from . import deprecated_names
 from .config import require
 from .data.listing import REFERENCE_EXTENSIONS, name_prefix, require_data_dir, walk_files
 from .data.resizing import center_window, downsample_to_cover
-from .files import bf, file_extension
+from .files import bf, file_errors, file_extension
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False,
@@ -68,7 +68,8 @@ class ImageDataset(Dataset):
         return len(self.local_images)
 
     def __getitem__(self, idx):
-        with bf.BlobFile(self.local_images[idx], "rb") as stream, Image.open(stream) as image:
+        path = self.local_images[idx]
+        with file_errors(path), bf.BlobFile(path, "rb") as stream, Image.open(stream) as image:
             rgb = image.convert("RGB")
         crop = random_crop_arr if self.random_crop else center_crop_arr
         pixels = crop(rgb, self.resolution)

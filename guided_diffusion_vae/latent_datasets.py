@@ -79,7 +79,9 @@ class LatentCache(LatentSource):
     @property
     def filenames(self):
         """The names of the images, one per latent."""
-        return (self.folder / FILENAMES).read_text().splitlines()
+        path = self.folder / FILENAMES
+        with file_errors(path, action=REENCODE_HINT):
+            return path.read_text().splitlines()
 
     def read(self, indices, flips=None, rngs=None):
         """Return the stored values of some items, float32 on the CPU; rows if the latents are kept on a device.

@@ -1,3 +1,7 @@
+import contextlib
+import os
+import threading
+
 import pytest
 
 from guided_diffusion_vae import dist_util, logger
@@ -22,3 +26,28 @@ def yaml_file(tmp_path):
         (tmp_path / name).write_text(text)
         return str(tmp_path / name)
     return write
+
+
+@pytest.fixture
+def named_pipe():
+    """Create named pipes and check that none is opened for reading, which waits only briefly here."""
+    paths, opened, done = [], [], threading.Event()
+
+    def release_readers():
+        while not done.wait(0.05):
+            for path in paths:
+                with contextlib.suppress(OSError):  # no reader waits
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                    opened.append(path)
+
+    def create(path):
+        os.mkfifo(path)
+        paths.append(path)
+        return path
+
+    thread = threading.Thread(target=release_readers)
+    thread.start()
+    yield create
+    done.set()
+    thread.join()
+    assert opened == []

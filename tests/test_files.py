@@ -3,15 +3,25 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from guided_diffusion_vae import checkpoint_util, image_datasets
+from guided_diffusion_vae.data import DataConfig, ImageFolder, VolumeFolder, open_npz
+from guided_diffusion_vae.data.manifest import read_manifest
+from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig, write_dataset
 from guided_diffusion_vae.files import (
-    atomic_path, require_folder, require_writable_folder, sha256_of_file, remove_stale_parts, write_json,
+    atomic_path, file_errors, load_tensors, require_folder, require_regular_file, require_writable_folder,
+    sha256_of_file, remove_stale_parts, write_json,
 )
+from guided_diffusion_vae.latent_datasets import LatentCache, open_latents
 
 
 def names_in(folder):
@@ -145,3 +155,69 @@ def test_sha256_of_file_covers_all_bytes(tmp_path):
     content = os.urandom((1 << 20) + 3)     # more than one block
     (tmp_path / "a").write_bytes(content)
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+# Regular files only
+
+
+@pytest.mark.parametrize("name, read", [
+    ("tapin_0006.png", lambda path: ImageFolder(data_dir=str(path.parent), image_size=8)),
+    ("tapin_0006.npy", lambda path: ImageFolder(data_dir=str(path.parent), image_size=8)),
+    ("tapin_0006.png", lambda path: image_datasets.ImageDataset(8, [str(path)])[0]),
+    ("tapin_0006.npy", lambda path: VolumeFolder(DataConfig(str(path.parent), "4x4x4"))),
+    ("tapin_0006.npz", lambda path: VolumeFolder(DataConfig(str(path.parent), "4x4x4"))),
+    ("tapin_0006.nii.gz", lambda path: VolumeFolder(DataConfig(str(path.parent), "4x4x4"))),
+    ("tapin_0006.npy", lambda path: open_latents(path.parent)),
+    ("samples.npz", lambda path: ImageFolder(data_dir=str(path), image_size=8)),
+    ("samples.npz", open_npz),
+    ("manifest.json", lambda path: read_manifest(path.parent)),
+    ("filenames.txt", lambda path: LatentCache.filenames.fget(SimpleNamespace(folder=path.parent))),
+    ("dataset.json", lambda path: write_dataset(MicrodopplerConfig(out_dir=str(path.parent)))),
+    ("state000003.json", lambda path: checkpoint_util.read_marker(path.parent, 3)),
+    ("model000003.pt", load_tensors),
+    ("model000003.pt", sha256_of_file),
+])
+def test_named_pipes_are_rejected_before_they_are_opened(tmp_path, named_pipe, name, read):
+    path = named_pipe(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{path} cannot be read: expected a regular file, got a named pipe; "):
+        read(path)
+
+
+def test_named_pipe_that_replaces_a_listed_image_is_rejected(tmp_path, named_pipe):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    folder = ImageFolder(data_dir=str(tmp_path), image_size=8)
+    (tmp_path / "a.png").unlink()
+    named_pipe(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png cannot be read: expected a regular file, got a named pipe"):
+        folder.batch([0])
+
+
+def test_files_that_are_not_read_may_be_named_pipes(tmp_path, named_pipe):
+    Image.fromarray(np.full((8, 8), 51, np.uint8)).save(tmp_path / "a.png")
+    named_pipe(tmp_path / "notes.txt")
+    named_pipe(tmp_path / ".b.png")
+    assert ImageFolder(data_dir=str(tmp_path), image_size=8).read(0).mean() == pytest.approx(0.2)
+
+
+def test_sockets_devices_and_folders_are_rejected_and_links_are_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)     # the path of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+    Path("device.png").symlink_to("/dev/zero")
+    Path("folder.png").mkdir()
+    for kind in ("socket", "device", "folder"):
+        with pytest.raises(ValueError, match=f"^{kind}.png cannot be read: expected a regular file, got a {kind}; fix"):
+            with file_errors(f"{kind}.png", action="fix it"):
+                raise AssertionError("opened")
+    Path("file").write_text("content")
+    Path("link").symlink_to("file")
+    require_regular_file("link")
+    require_regular_file("gs://bucket/file")    # not on this machine
+
+
+def test_missing_files_and_loops_of_links_are_named(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, problem in (("none.png", "No such file"), ("loop.png", "symbolic links")):
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name}: cannot be read .*{problem}.*; fix or remove"):
+            with file_errors(tmp_path / name), open(tmp_path / name):
+                pass

@@ -291,6 +291,14 @@ def test_corrupt_shard_is_encoded_again(tmp_path, cached):
     LatentCache(tmp_path / "cache").verify()
 
 
+def test_record_that_is_a_named_pipe_is_written_again(tmp_path, cached, named_pipe):
+    interrupted(cached)
+    record = tmp_path / "cache" / "latents-00000-of-00003.json"
+    record.unlink()
+    named_pipe(record)
+    assert first_report(cached) == 0 and not record.exists()
+
+
 def test_leftover_shards_of_another_size_are_removed(tmp_path, cached):
     interrupted(cached)
     cached(shard_size=100)

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..config import option, require, validate
 from ..files import (
-    atomic_path, file_errors, remove_stale_parts, require_writable_folder, sha256_of_file, write_json,
+    atomic_path, file_errors, remove_stale_parts, require_regular_file, require_writable_folder, sha256_of_file,
+    write_json,
 )
 from ..interfaces import Codec, ImageSource
 from ..latent_datasets import (
@@ -125,6 +126,7 @@ def _record_path(folder, shard):
 def _record(folder, shard, key):
     """Return the record of a shard that is complete and has the settings of `key`, else None."""
     try:
+        require_regular_file(_record_path(folder, shard))
         record = json.loads(_record_path(folder, shard).read_text())
         matches = record["made_from"] == key and {name: record[name] for name in shard} == shard
         return record if matches and sha256_of_file(folder / shard["file"]) == record["sha256"] else None

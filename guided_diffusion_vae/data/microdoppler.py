@@ -397,6 +397,7 @@ def _claim(folder, config):
         require((not others, f"{folder} contains other data ({names}) and no {METADATA_FILE}; set --out_dir to a new "
                              "or empty folder"))
         return files.write_json(path, record)
+    files.require_regular_file(path, "set --out_dir to another folder")
     try:
         stored = json.loads(path.read_text())
         stored = {"simulation": stored["simulation"], **stored["parameters"]}
