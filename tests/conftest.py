@@ -1,5 +1,6 @@
 import contextlib
 import os
+import stat
 import threading
 
 import pytest
@@ -37,8 +38,9 @@ def named_pipe():
         while not done.wait(0.05):
             for path in paths:
                 with contextlib.suppress(OSError):  # no reader waits
-                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-                    opened.append(path)
+                    with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as stream:
+                        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):    # else a file has replaced it
+                            opened.append(path)
 
     def create(path):
         os.mkfifo(path)
