@@ -259,7 +259,7 @@ RESUME_OVERRIDABLE = ("step", "path", "timestep_respacing", "use_checkpoint", "u
                       "use_fp16", "classifier_use_fp16")
 
 
-def find_step(folder, resume_checkpoint="", warn=print):
+def find_step(folder: str | Path, resume_checkpoint: str = "", warn=print) -> tuple[dict | None, Path]:
     """Return (verified marker, its folder) of the step to resume from, or (None, folder) if training starts.
 
     Once `folder` has steps beyond `resume_checkpoint`, the latest of them is used, so that the same command resumes.
@@ -292,13 +292,13 @@ def find_step(folder, resume_checkpoint="", warn=print):
     return (read_marker(path.parent, step) if has_marker else {"step": step}), path.parent
 
 
-def parse_resume_step_from_filename(filename):
+def parse_resume_step_from_filename(filename: str) -> int:
     """Return the step in a name like path/to/modelNNNNNN.pt, 0 if there is none."""
     match = re.search(r"model(\d+)\.[^.]*$", filename)
     return int(match.group(1)) if match else 0
 
 
-def require_same_model(stored, current, folder):
+def require_same_model(stored: dict, current: dict, folder: Path) -> None:
     """Compare the headers of a checkpoint and of the model that resumes from it.
 
     :raises ValueError: naming the entries that differ; entries that only one of them has are ignored.

@@ -17,12 +17,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # --- Casting ---
 
-def convert_module_to_f16(l):
+def convert_module_to_f16(l: nn.Module) -> None:
     """Cast weight and bias of a convolution to float16; other modules are unchanged."""
     _cast(l, torch.float16)
 
 
-def convert_module_to_f32(l):
+def convert_module_to_f32(l: nn.Module) -> None:
     """Cast weight and bias of a convolution to float32; inverse of `convert_module_to_f16`."""
     _cast(l, torch.float32)
 
@@ -35,7 +35,7 @@ def _cast(module, dtype):
 
 # --- Parameters of the model <=> flat float32 master weights ---
 
-def get_param_groups_and_shapes(named_model_params):
+def get_param_groups_and_shapes(named_model_params) -> list[tuple[list, tuple]]:
     """Return [(list of (name, parameter), shape of master)]: parameters of up to one axis, then all others."""
     vectors, tensors = [], []
     for name, parameter in named_model_params:
@@ -43,7 +43,7 @@ def get_param_groups_and_shapes(named_model_params):
     return [(group, shape) for group, shape in ((vectors, (-1,)), (tensors, (1, -1))) if group]
 
 
-def make_master_params(param_groups_and_shapes):
+def make_master_params(param_groups_and_shapes: list) -> list[nn.Parameter]:
     """Return one float32 parameter per group: the concatenated values of the group in its shape."""
     return [nn.Parameter(_flatten((p.detach() for _, p in group), shape)) for group, shape in param_groups_and_shapes]
 
@@ -93,7 +93,7 @@ def state_dict_to_master_params(model, state_dict, use_fp16):
 
 # --- Optimizer files ---
 
-def optimizer_state_of_params(state, named_params):
+def optimizer_state_of_params(state: dict, named_params: list) -> dict:
     """Return the state of an optimizer over parameters from that of one over their flat master weights.
 
     The inverse is `optimizer_state_of_masters`. Values of a tensor's size are split, others (the number of steps) are
@@ -115,7 +115,7 @@ def optimizer_state_of_params(state, named_params):
     return split
 
 
-def optimizer_state_of_masters(state, named_params):
+def optimizer_state_of_masters(state: dict, named_params: list) -> dict:
     """Return the state of an optimizer over flat master weights from that of one over the parameters."""
     number = {name: i for i, (name, _) in enumerate(named_params)}
     joined = {}
@@ -130,24 +130,24 @@ def optimizer_state_of_masters(state, named_params):
 
 # --- Gradients ---
 
-def param_grad_or_zeros(param):
+def param_grad_or_zeros(param: torch.Tensor) -> torch.Tensor:
     """Return a parameter's gradient, zeros of its shape if there is none."""
     return torch.zeros_like(param) if param.grad is None else param.grad.detach()
 
 
-def zero_grad(model_params):
+def zero_grad(model_params: list) -> None:
     """Set gradients to None."""
     # Unlike zeros, this frees their memory and saves the next backward pass an addition.
     for parameter in model_params:
         parameter.grad = None
 
 
-def zero_master_grads(master_params):
+def zero_master_grads(master_params: list) -> None:
     """Set the gradients of master weights to None."""
     zero_grad(master_params)
 
 
-def check_overflow(value):
+def check_overflow(value: float | torch.Tensor) -> bool:
     """Return whether a number is infinite or NaN; a tensor on a GPU causes a host sync."""
     return not math.isfinite(value)
 
@@ -185,20 +185,20 @@ class MixedPrecisionTrainer:
             self.master_params = make_master_params(self.param_groups_and_shapes)
             model.convert_to_fp16()
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Set the model's gradients to None."""
         zero_grad(self.model_params)
 
     @property
-    def loss_scale(self):
+    def loss_scale(self) -> float:
         """Factor of the loss in the backward pass."""
         return 2 ** self.lg_loss_scale if self.scale_loss else 1.0
 
-    def backward(self, loss):
+    def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of a scalar loss, scaled in half precision."""
         (loss * self.loss_scale if self.scale_loss else loss).backward()
 
-    def optimize(self, opt):
+    def optimize(self, opt: torch.optim.Optimizer) -> bool:
         """Take an optimizer step; return False if half-precision gradients overflowed and the step was skipped.
 
         Logs grad_norm and param_norm, both before the step. In float32 there is no host sync.
@@ -235,7 +235,7 @@ class MixedPrecisionTrainer:
         zero_master_grads(self.master_params)
         return usable
 
-    def load_optimizer(self, opt, content):
+    def load_optimizer(self, opt: torch.optim.Optimizer, content: dict) -> None:
         """Load an optimizer's state dict, saved in half precision (over flat master weights) or in float32.
 
         A run can thus resume in another precision, and files of guided-diffusion's half-precision runs can be loaded.
@@ -249,7 +249,8 @@ class MixedPrecisionTrainer:
                  f"the optimizer file contains moments of {kind}; set --optimizer {kind}, or start a run from its "
                  "weights (--init_from)"))
         if not is_adamw:
-            return opt.load_state_dict(content)
+            opt.load_state_dict(content)
+            return
         state = {i: {**entries, "step": torch.as_tensor(float(entries["step"]))}     # files of old torch have a number
                  for i, entries in content["state"].items()}
         named = list(self.model.named_parameters())
@@ -269,10 +270,10 @@ class MixedPrecisionTrainer:
                         for key, value in entries.items()}
         opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
-    def master_params_to_state_dict(self, master_params):
+    def master_params_to_state_dict(self, master_params: list) -> dict:
         """Return a state dict of the model with the values of master weights or of their EMA."""
         return master_params_to_state_dict(self.model, self.param_groups_and_shapes, master_params, self.use_fp16)
 
-    def state_dict_to_master_params(self, state_dict):
+    def state_dict_to_master_params(self, state_dict: dict) -> list:
         """Return the list of master weights of a state dict of the model."""
         return state_dict_to_master_params(self.model, state_dict, self.use_fp16)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from . import deprecated_names, logger
 from .interfaces import Objective
 from .nn import keyed_randn, keyed_rng, keyed_seed, to_device
-from .resample import LossAwareSampler, UniformSampler
+from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 
 # Second number of every key, so that streams of one seed differ. LatentStream has 1, sampling 5 and 8, evaluation 11,
 # `vae.objective` 15, `data.augmentation` 12 to 14 and from 16. Another value would change what old runs sample.
@@ -24,27 +24,27 @@ class StepRNG:
     def __init__(self, seed, step, slots, global_batch):
         self.seed, self.step, self.slots, self.global_batch = seed, step, slots, global_batch
 
-    def part(self, start, stop):
+    def part(self, start: int, stop: int) -> "StepRNG":
         """Return the StepRNG of the samples start..stop of this rank's batch."""
         return StepRNG(self.seed, self.step, self.slots[start:stop], self.global_batch)
 
-    def normal(self, shape, device, stream=NOISE):
+    def normal(self, shape, device, stream: int = NOISE) -> torch.Tensor:
         """Return standard normal noise [n x *shape], one row per slot."""
         keys = [(self.seed, stream, self.step, slot) for slot in self.slots]
         return to_device(keyed_randn(shape, keys), device)
 
-    def timesteps(self, sampler, device):
+    def timesteps(self, sampler: ScheduleSampler, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (timesteps [n], importance weights [n]) of a schedule sampler."""
         # Sampled for the global batch and then sliced, so that any number of ranks gets the same timesteps.
         t, weights = sampler.sample(self.global_batch, device, self._global_batch_rng(TIMESTEPS))
         return t[self._rank_slice], weights[self._rank_slice]
 
-    def uniform(self, stream, device):
+    def uniform(self, stream: int, device) -> torch.Tensor:
         """Return numbers uniformly distributed over [0, 1), [n], one per slot."""
         numbers = self._global_batch_rng(stream).random_sample(self.global_batch)[self._rank_slice]
         return to_device(torch.from_numpy(numbers), device)
 
-    def generator(self, stream):
+    def generator(self, stream: int) -> np.random.Generator:
         """Return a NumPy Generator that depends on (seed, stream, step) alone, equal on all ranks."""
         return keyed_rng(self.seed, stream, self.step)
 
@@ -154,7 +154,7 @@ class ClassifierObjective(_TimestepObjective):
         log_loss_dict(self.diffusion, t, prefixed)
 
 
-def log_loss_dict(diffusion, ts, losses):
+def log_loss_dict(diffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:
     """Log the mean of every loss [N] and its means over the quarters of the process, without a host sync."""
     quarter = (ts * 4).div(diffusion.num_timesteps, rounding_mode="floor").long()
     counts = torch.zeros(4, device=ts.device).index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from .nn import to_device
 
 
-def create_named_schedule_sampler(name, diffusion):
+def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
     """Return the sampler `name` (a key of SCHEDULE_SAMPLERS) for the timesteps of `diffusion`.
 
     :raises NotImplementedError: if there is no such sampler.
@@ -25,10 +25,10 @@ class ScheduleSampler(ABC):
     """Distribution over the timesteps of a process, given by the `weights` of a subclass."""
 
     @abstractmethod
-    def weights(self):
+    def weights(self) -> np.ndarray:
         """Return one positive weight per timestep as a NumPy array [T]; their sum may differ from one."""
 
-    def sample(self, batch_size, device, rng=None):
+    def sample(self, batch_size: int, device, rng=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (timesteps int64 [N], importance weights float32 [N]) of a batch on `device`.
 
         The expected value of weight * loss is the mean loss over all timesteps, for any distribution.
@@ -45,11 +45,11 @@ class ScheduleSampler(ABC):
             to_device(torch.from_numpy(importance.astype(np.float32)), device),
         )
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Return the JSON-able state that a checkpoint stores."""
         return {}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         """Restore the result of `state_dict`."""
         del state   # a sampler without state ignores that of another one, with which the run was started
 
@@ -68,7 +68,7 @@ class UniformSampler(ScheduleSampler):
 class LossAwareSampler(ScheduleSampler):
     """Distribution that follows the losses of training."""
 
-    def update_with_local_losses(self, local_ts, local_losses):
+    def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
         """Update from the losses of this rank's batch and of all other ranks'; every rank must call it.
 
         All ranks use the same losses in the order of the ranks, so that their distributions stay equal.
@@ -81,7 +81,7 @@ class LossAwareSampler(ScheduleSampler):
         self.update_with_all_losses([int(t) for t in ts], losses)
 
     @abstractmethod
-    def update_with_all_losses(self, ts, losses):
+    def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
         """Update from timesteps `ts` and their losses, two lists of one length that are the same on every rank."""
 
 

@@ -154,13 +154,13 @@ class ClassifierTrainConfig:
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     seed: int = option(0, "seed of all random numbers in training")
 
-    def to_train_config(self):
+    def to_train_config(self) -> TrainConfig:
         """Return this training as a TrainConfig; classifiers of guided-diffusion have other names for some flags."""
         return replace(from_dict(TrainConfig, asdict(self)), ema_rate="", max_steps=self.iterations,
                        lr_anneal_steps=self.iterations if self.anneal_lr else 0, preview_interval=self.eval_interval)
 
 
-def resolve_train_config(train):
+def resolve_train_config(train: TrainConfig) -> TrainConfig:
     """Return the TrainConfig that the loop reads: pairs of flags are translated, `fast_dev_run` sets its few steps.
 
     :raises ValueError: if flags contradict each other or are out of bounds.
@@ -182,7 +182,7 @@ def _concatenate_terms(parts):
     return None if timesteps[0] is None else torch.cat(timesteps), losses
 
 
-def seed_initialization(seed):
+def seed_initialization(seed: int) -> None:
     """Make the initial weights of the model that is built next depend on `seed` alone."""
     torch.manual_seed(keyed_seed(seed, WEIGHTS))
 
@@ -319,7 +319,7 @@ class TrainLoop:
             self.ddp_model = dist_util.data_parallel(self.ddp_model, static_graph=static)
 
     @classmethod
-    def from_config(cls, model, data, config, task, use_fp16=False):
+    def from_config(cls, model, data, config: TrainConfig, task: TrainTask, use_fp16: bool = False) -> "TrainLoop":
         """Return the TrainLoop of a task with the options of a TrainConfig."""
         return cls(
             model=model, data=data, batch_size=config.batch_size, microbatch=config.microbatch, lr=config.lr,
@@ -337,7 +337,7 @@ class TrainLoop:
 
     # --- The loop ---
 
-    def run_loop(self):
+    def run_loop(self) -> int:
         """Run all steps; return the number of the last one."""
         if self._early_stop_reached():
             logger.log(f"step {self.step} has already reached a bound of {self.early_stop}")
@@ -372,7 +372,7 @@ class TrainLoop:
         self.data.close()
         return self.step
 
-    def run_step(self, batch, cond):
+    def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
         """Take one optimizer step on this rank's batch [N x C x ...]."""
         started = time.perf_counter()
         self._anneal_lr()
@@ -386,7 +386,7 @@ class TrainLoop:
         self.step += 1
         self.log_step()
 
-    def forward_backward(self, batch, cond):
+    def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
         """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
         self.mp_trainer.zero_grad()
         torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, self.rank))
@@ -499,7 +499,7 @@ class TrainLoop:
 
     # --- Checkpoints ---
 
-    def save(self):
+    def save(self) -> None:
         """Write model, EMA weights, optimizer and, last, the marker of this step (on rank 0).
 
         :raises FloatingPointError: if a weight is not finite. Such weights are never saved: with a `log_interval` above
@@ -595,7 +595,7 @@ class TrainLoop:
                 param.copy_(value)
 
 
-def init_from_weights(model, path):
+def init_from_weights(model: torch.nn.Module, path: str | Path) -> None:
     """Load the weights of another run whose names and shapes agree with the model's, and log all others.
 
     :raises ValueError: if none agree.
@@ -615,14 +615,14 @@ def init_from_weights(model, path):
             logger.log(f"  {problem}: {name} {tuple(weights[name].shape)}")
 
 
-def find_checkpoint(folder, resume_checkpoint=""):
+def find_checkpoint(folder: str | Path, resume_checkpoint: str = "") -> tuple[dict | None, Path]:
     """Return (marker, folder) of the step to resume from, or (None, folder) if training starts; see `find_step`."""
     # Rank 0 alone reads and hashes the files, so that all ranks resume from the same step.
     checkpoint = checkpoint_util.find_step(folder, resume_checkpoint, logger.warn) if dist_util.rank() == 0 else None
     return dist_util.broadcast_object(checkpoint)
 
 
-def get_blob_logdir():
+def get_blob_logdir() -> str:
     """Return the folder that checkpoints go to."""
     return logger.get_dir()
 

@@ -12,7 +12,7 @@ from ..nn import to_device
 FLIP, AUGMENT = 12, 16
 
 
-def random_flips(images, rng):
+def random_flips(images: torch.Tensor, rng) -> torch.Tensor:
     """Return images flipped along each axis independently with probability 0.5.  [N x C x ...] -> same."""
     for axis in range(2, images.dim()):
         flipped = rng.uniform(FLIP + axis - 2, images.device) < 0.5
@@ -20,7 +20,7 @@ def random_flips(images, rng):
     return images
 
 
-def random_affine(images, rng, config):
+def random_affine(images: torch.Tensor, rng, config) -> torch.Tensor:
     """Return images with random rotation, scale and translation, each image with probability `config.augment`.
 
     Angles (in every plane), scales and translations are uniformly distributed within the bounds of an

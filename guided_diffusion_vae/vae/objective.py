@@ -1,5 +1,7 @@
 """Training objective of a KL autoencoder, and the discriminator that is trained alongside it."""
 
+from pathlib import Path
+
 import torch
 
 from .. import checkpoint_util, dist_util, logger
@@ -64,11 +66,11 @@ class DiscriminatorTrainer:
         self.ddp_model = dist_util.data_parallel(network)
         self._pair = None
 
-    def is_active(self, step):
+    def is_active(self, step: int) -> bool:
         """Return whether the discriminator is trained and used at a step."""
         return step >= self.config.discriminator_start
 
-    def add_generator_loss(self, step, terms, real, fake, last_layer, loss_scale):
+    def add_generator_loss(self, step: int, terms: dict, real, fake, last_layer, loss_scale: float) -> None:
         """Add the adversarial term of a microbatch to its losses [N]; keep its images for `backward_discriminator`."""
         if not self.is_active(step):
             return
@@ -84,7 +86,7 @@ class DiscriminatorTrainer:
         terms["loss"] = terms["loss"] + weight * losses
         self._pair = real.detach(), fake.detach()
 
-    def backward_discriminator(self, step, fraction):
+    def backward_discriminator(self, step: int, fraction: float) -> None:
         """Accumulate the gradient on the images of `add_generator_loss`, a `fraction` of the batch."""
         if not self.is_active(step):
             return
@@ -97,7 +99,7 @@ class DiscriminatorTrainer:
         logger.logkv_mean("logits_real", logits_real.detach().mean(), len(real))
         logger.logkv_mean("logits_fake", logits_fake.detach().mean(), len(real))
 
-    def optimizer_step(self, step, lr_factor=1.0):
+    def optimizer_step(self, step: int, lr_factor: float = 1.0) -> None:
         """Update the discriminator with the accumulated gradient, at `lr_factor` times its learning rate."""
         if not self.is_active(step):
             return
@@ -105,14 +107,14 @@ class DiscriminatorTrainer:
         self.mp_trainer.optimize(self.opt)
         self.mp_trainer.zero_grad()
 
-    def save(self, folder, step, header):
+    def save(self, folder: Path, step: int, header: dict) -> tuple[list[str], dict]:
         """Write weights and optimizer; return (names of the files, entries of the marker)."""
         names = [checkpoint_util.discriminator_name(step), checkpoint_util.discriminator_optimizer_name(step)]
         checkpoint_util.save_weights(folder / names[0], self.network.state_dict(), {**header, "kind": "discriminator"})
         checkpoint_util.save(folder / names[1], self.opt.state_dict())
         return names, {"discriminator_lg_loss_scale": float(self.mp_trainer.lg_loss_scale)}
 
-    def load(self, folder, marker, device):
+    def load(self, folder: Path, marker: dict, device) -> None:
         """Load the discriminator of a step; without its files, as from before it was enabled, it starts as it is."""
         step = marker["step"]
         path = folder / checkpoint_util.discriminator_name(step)
