@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import deprecated_names
 from .config import require
-from .data.listing import REFERENCE_EXTENSIONS, name_prefix, require_data_dir, walk_files
+from .data.listing import REFERENCE_EXTENSIONS, require_data_dir, require_prefixes, walk_files
 from .data.resizing import center_window, downsample_to_cover
 from .files import bf, file_errors, file_extension
 
@@ -40,7 +40,7 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
             error=FileNotFoundError)
     labels = None
     if class_cond:
-        prefixes = [name_prefix(path) for path in files]
+        prefixes = require_prefixes(files)
         number = {name: label for label, name in enumerate(sorted(set(prefixes)))}
         labels = [number[name] for name in prefixes]
     dataset = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,

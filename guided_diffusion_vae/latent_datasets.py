@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import deprecated_names
+from . import deprecated_names, logger
 from .config import option, require
-from .data import Prefetcher, RunningMoments, infer_classes, permute_indices
+from .data import Prefetcher, RunningMoments, infer_classes, missing_classes, permute_indices
 from .data.manifest import (
     CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
@@ -319,11 +319,18 @@ def require_finite(stored, name):
 def open_latents(folder) -> LatentSource:
     """Return the `LatentCache` in a folder, or the `LatentFolder` for a plain folder with one `.npy` per image.
 
+    Files of the latter without a class are logged if others have one.
+
     :raises FileNotFoundError: if there is neither; an incomplete cache is not a plain folder of latents.
     """
     folder = require_folder(folder, CACHE_FLAG)
     incomplete = any(_SHARD_NAME.fullmatch(path.name) for path in folder.glob("latents-*-of-*.npy"))
-    return LatentCache(folder) if is_cache(folder) or incomplete else LatentFolder(folder)
+    if is_cache(folder) or incomplete:
+        return LatentCache(folder)
+    source = LatentFolder(folder)
+    if missing := missing_classes(source):
+        logger.warn(missing)
+    return source
 
 
 def is_cache(folder) -> bool:

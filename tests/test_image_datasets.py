@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import image_datasets
+from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
-    BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, parse_size, permute_indices, read_array, unpad,
+    BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, parse_size, permute_indices, read_array,
+    unpad,
 )
 
 
@@ -337,6 +338,51 @@ def test_classes_come_from_folders_or_prefixes_or_are_absent(tmp_path):
     assert none.class_names is None and none.labels is None
     with pytest.raises(ValueError, match="has no classes, required by --class_cond True"):
         ImageStream(none, BatchPlan(2, 1), with_labels=True)
+
+
+@pytest.mark.parametrize("names, first, count", [
+    (("a_1.png", "b_2.png", "rest.png", "x.png"), "rest.png", 2), (("a/1.png", "b/2.png", "rest.png"), "rest.png", 1),
+])
+def test_classes_missing_in_some_files_are_logged_and_named_if_required(tmp_path, monkeypatch, names, first, count):
+    for name in names:
+        save(tmp_path, name, ramp(8, 8))
+    logged = []
+    monkeypatch.setattr(logger, "warn", logged.append)
+    folder = open_folder(DataConfig(str(tmp_path), 8))
+    message = (f"{tmp_path}/{first} has no class: expected CLASS_rest or a subfolder for each file, got none for "
+               f"{count} of {len(names)} files")
+    assert folder.class_names is None and len(logged) == 1 and logged[0].startswith(message)
+    with pytest.raises(ValueError, match=f"{tmp_path} has no classes, required by --class_cond True .*; {message}"):
+        ImageStream(folder, BatchPlan(2, 1), with_labels=True)
+
+
+@pytest.mark.parametrize("names", [("a_1.png", "b_2.png"), ("a/1.png", "b/2_2.png"), ("1.png", "2.png")])
+def test_nothing_is_logged_if_all_files_or_none_have_a_class(tmp_path, monkeypatch, names):
+    for name in names:
+        save(tmp_path, name, ramp(8, 8))
+    monkeypatch.setattr(logger, "warn", lambda message: pytest.fail(message))
+    assert (open_folder(DataConfig(str(tmp_path), 8)).class_names == ["a", "b"]) == ("a" in names[0])
+
+
+def test_archive_without_labels_has_no_classes_whatever_its_name(tmp_path):
+    np.savez(tmp_path / "my_set.npz", images=np.zeros((2, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="my_set.npz has no classes, .*add 'labels' to an .npz"):
+        ImageStream(open_folder(DataConfig(str(tmp_path / "my_set.npz"), 8)), BatchPlan(2, 1), with_labels=True)
+
+
+@pytest.mark.parametrize("make", [folder_of, lambda d: image_datasets.load_data(
+    data_dir=str(d), batch_size=1, image_size=8, class_cond=True)])
+def test_empty_class_names_are_rejected_with_the_file(tmp_path, make):
+    for name in ("a_1.png", "_0002.png", "_0003.png"):
+        save(tmp_path, name, ramp(8, 8))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/_0002.png has an empty class name: expected CLASS_rest, got "
+                                         "nothing before the first underscore in 2 of 3 files; rename them"):
+        make(tmp_path)
+
+
+def test_names_in_subfolders_may_start_with_an_underscore(tmp_path):
+    save(tmp_path, "a/_0002.png", ramp(8, 8))
+    assert folder_of(tmp_path).class_names == ["a"]
 
 
 def test_dataset_splits_are_not_classes(tmp_path):

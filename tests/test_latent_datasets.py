@@ -438,6 +438,17 @@ def test_a_plain_folder_of_latents_is_read_with_classes_from_names(tmp_path):
         open_latents(tmp_path)
 
 
+def test_latents_without_a_class_are_logged(tmp_path, monkeypatch):
+    for name in ("a_1", "b_2", "rest"):
+        np.save(tmp_path / f"{name}.npy", np.arange(8.0).reshape(2, 2, 2))
+    logged = []
+    monkeypatch.setattr(latent_datasets.logger, "warn", logged.append)
+    source = open_latents(tmp_path)
+    assert source.labels is None and logged[0].startswith(f"{tmp_path}/rest.npy has no class: expected CLASS_rest")
+    with pytest.raises(ValueError, match=f"{tmp_path}/rest.npy has no class: .*, got none for 1 of 3 files"):
+        stream_of(source, batch=1)
+
+
 def test_only_a_cache_is_kept_on_a_device(cached, dataset, tmp_path):
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((1, 4, 4), np.float32))

@@ -6,12 +6,15 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 
 import dataclasses
 
+from .. import logger
 from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unpad
 from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder
-from .listing import format_classes, hash_lines, infer_classes, map_labels, require_data_dir, require_labels
+from .listing import (
+    format_classes, hash_lines, infer_classes, map_labels, missing_classes, require_data_dir, require_labels,
+)
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
 from .statistics import RunningMoments
 from .volume_folders import VolumeFolder, write_nifti
@@ -24,11 +27,14 @@ SOURCES = [
 
 
 def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **fields) -> ImageSource:
-    """Return the image source that a DataConfig describes, an entry of `SOURCES`.
+    """Return the image source that a DataConfig describes, an entry of `SOURCES`; files without a class are logged.
 
     :param multiple: the factors per axis that must divide the size, used if `config.pad` is True.
     :param flag: the flag that specified the folder, for error messages.
     :param fields: fields of the config to replace.
     """
     config = dataclasses.replace(config, **fields)
-    return next(source for applies, source in SOURCES if applies(config))(config, multiple, flag)
+    source = next(source for applies, source in SOURCES if applies(config))(config, multiple, flag)
+    if missing := missing_classes(source):
+        logger.warn(missing)
+    return source

@@ -124,6 +124,19 @@ def name_prefix(path):
     return bf.basename(path).partition("_")[0]
 
 
+def require_prefixes(paths, folder=""):
+    """Return the class name of each file.
+
+    :raises ValueError: if one is empty.
+    """
+    classes = [name_prefix(path) for path in paths]
+    if "" in classes:
+        path = bf.join(folder, paths[classes.index("")])
+        raise ValueError(f"{path} has an empty class name: expected CLASS_rest, got nothing before the first "
+                         f"underscore in {classes.count('')} of {len(paths)} files; rename them")
+    return classes
+
+
 def relative_names(folder, paths):
     """Return the paths relative to `folder`, with forward slashes."""
     start = len(folder.rstrip("/")) + 1
@@ -131,9 +144,9 @@ def relative_names(folder, paths):
 
 
 def infer_classes(names: Sequence[str], folder: str) -> tuple[list[str] | None, np.ndarray | None]:
-    """Return (sorted class names, int64 labels) of relative file names, (None, None) if they have no classes.
+    """Return (sorted class names, int64 labels) of relative file names, (None, None) if one of them has no class.
 
-    :raises ValueError: if the subfolders are dataset splits (train, val), not classes.
+    :raises ValueError: if the subfolders are dataset splits (train, val), not classes, or a class has an empty name.
     """
     if all("/" in name for name in names):
         classes = [name.partition("/")[0] for name in names]
@@ -141,7 +154,7 @@ def infer_classes(names: Sequence[str], folder: str) -> tuple[list[str] | None, 
         require((not splits, f"{folder} contains dataset splits, not classes: {', '.join(sorted(set(classes)))}; set "
                              "--data_dir to one of them"))
     elif all("_" in bf.basename(name) for name in names):
-        classes = [name_prefix(name) for name in names]
+        classes = require_prefixes(names, folder)
     else:
         return None, None
     class_names = sorted(set(classes))
@@ -174,6 +187,19 @@ def hash_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def missing_classes(source: ImageSource | LatentSource) -> str:
+    """Return a message on the files for which a source has no classes, an empty text if it has, or no file has one."""
+    if source.labels is not None:
+        return ""
+    names = source.names if isinstance(source, ImageSource) else source.filenames or ()
+    # The rule that most files follow: in a subfolder, or CLASS_rest.
+    rules = (lambda name: "/" in name), (lambda name: "_" in bf.basename(name))
+    without = min(([name for name in names if not rule(name)] for rule in rules), key=len)
+    return "" if len(without) in (0, len(names)) else (
+        f"{bf.join(str(source.folder), without[0])} has no class: expected CLASS_rest or a subfolder for each file, "
+        f"got none for {len(without)} of {len(names)} files; rename or remove them to use classes")
+
+
 def format_shape(sizes):
     """Return sizes as text, such as 32x64x64."""
     return "x".join(map(str, sizes))
@@ -193,9 +219,11 @@ def require_labels(source: ImageSource | LatentSource, with_labels: bool) -> Non
 
     :raises ValueError: if not.
     """
-    require((not with_labels or source.labels is not None,
-             f"{source.folder} has no classes, required by --class_cond True and classifiers; name the files "
-             "CLASS_rest.png, use one subfolder per class, or add 'labels' to an .npz"))
+    if with_labels and source.labels is None:
+        missing = missing_classes(source)
+        rule = "name the files CLASS_rest.png, use one subfolder per class, or add 'labels' to an .npz"
+        raise ValueError(f"{source.folder} has no classes, required by --class_cond True and classifiers; "
+                         f"{missing or rule}")
 
 
 def map_labels(source: ImageSource | LatentSource, class_names: list[str]) -> np.ndarray | None:
