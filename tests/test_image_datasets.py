@@ -13,8 +13,8 @@ from PIL import Image
 
 from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
-    BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, parse_size, permute_indices, read_array,
-    unpad,
+    BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, open_npz, parse_size, permute_indices,
+    read_array, unpad,
 )
 
 
@@ -433,6 +433,43 @@ def test_npz_with_other_arrays_is_rejected(tmp_path, arrays, match):
     (tmp_path / "set.npz").write_bytes(buffer.getvalue()[:-30])
     with pytest.raises(ValueError, match="set.npz: cannot be read"):
         ImageFolder(data_dir=str(tmp_path / "set.npz"), image_size=8)
+
+
+@pytest.mark.parametrize("labels, match", [
+    ([0, 1, 2, 1_000_000], "4 classes: expected 0 to 3, as 4 labels occur, got 1000000 and none of 3; renumber them"),
+    ([0, 0, 2, 2], "2 classes: expected 0 to 1, as 2 labels occur, got 2 and none of 1; .*, or add 'class_names' for"),
+    ([10, 20, 30, 40], "4 classes: expected 0 to 3, as 4 labels occur, got 10, 20, 30, ... and none of 0, 1, 2, ...; "),
+    ([1, 1, 1, 1], "1 classes: expected 0 to 0, as 1 labels occur, got 1 and none of 0"),
+])
+def test_labels_with_holes_and_outliers_are_rejected(tmp_path, labels, match):
+    path = str(tmp_path / "set.npz")
+    np.savez(path, images=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(ValueError, match=f"^{path}: 'labels' do not number {match}"):
+        ImageFolder(data_dir=path, image_size=8)
+
+
+def test_class_names_cover_labels_that_do_not_occur(tmp_path):
+    path, images = str(tmp_path / "set.npz"), np.zeros((2, 8, 8, 1), np.uint8)
+    np.savez(path, arr_0=images, arr_1=[3, 1], class_names=list("abcd"))
+    for source in (ImageFolder(data_dir=path, image_size=8), open_npz(path)):
+        assert source.class_names == ["a", "b", "c", "d"] and source.labels.tolist() == [3, 1]
+    np.savez(path, arr_0=images, arr_1=[999, 7])    # samples of a model without class names
+    assert open_npz(path).labels.tolist() == [999, 7] and open_npz(path).class_names is None
+
+
+@pytest.mark.parametrize("labels, names, match", [
+    ([0, 4], list("abcd"), "'labels' do not number 4 classes: expected 0 to 3, as there are as many .*, got 4; renum"),
+    ([0, 1], list("aa"), r"'class_names' are invalid: expected distinct names \[classes\], got <U1 of shape .2,."),
+    ([0, 1], ["a", ""], "'class_names' are invalid"), ([0, 1], [3, 4], "'class_names' are invalid: .*, got int64"),
+    ([0, 1], [["a"], ["b"]], "'class_names' are invalid"), ([-1, 1], ["a", "b"], "'labels' must be 2 integers >= 0"),
+    ([0.0, 1.0], ["a", "b"], "'labels' must be 2 integers >= 0, got float64"),
+])
+@pytest.mark.parametrize("read", [open_npz, lambda path: ImageFolder(data_dir=path, image_size=8)])
+def test_class_names_that_do_not_fit_are_rejected(tmp_path, read, labels, names, match):
+    path = str(tmp_path / "set.npz")
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 1), np.uint8), arr_1=labels, class_names=names)
+    with pytest.raises(ValueError, match=f"^{path}: {match}"):
+        read(path)
 
 
 # Plans and streams

@@ -13,7 +13,7 @@ from ..interfaces import ImageSource
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
 from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, hash_lines
-from .npz import open_archive
+from .npz import archive_classes, open_archive
 from .resizing import fit
 
 EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "npy")
@@ -84,19 +84,14 @@ class ImageFolder(FileSource):
         require((images is not None and (images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)),
                  f"{path}: expected 'images' (or 'arr_0') of shape [N x H x W] or [N x H x W x 1 or 3], got {shapes}"))
         require((len(images), f"{path} contains no image; check {self._flag}"), error=FileNotFoundError)
-        if labels is not None:
-            valid = labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and labels.min() >= 0
-            require((valid, f"{path}: 'labels' must be {len(images)} integers >= 0, got {labels.dtype} of shape "
-                            f"{labels.shape}"))
         self._archive = images if images.ndim == 4 else images[..., None]
         self.names = [f"{bf.basename(path)}[{i}]" for i in range(len(images))]
         self.paths = [f"{path}[{i}]" for i in range(len(images))]
         self.ignored = 0
         self.labels = self.class_names = None
         if labels is not None:
-            names = arrays.get("class_names")
+            self.class_names = archive_classes(path, labels, len(images), arrays.get("class_names"))
             self.labels = labels.astype(np.int64)
-            self.class_names = [str(i) for i in range(int(labels.max()) + 1)] if names is None else names.tolist()
         self.fingerprint = hash_lines([file_stamp(path)])
         *sides, channels = self._archive.shape[1:]
         return [FileHeader(channels, tuple(sides), str(images.dtype))] * len(images)

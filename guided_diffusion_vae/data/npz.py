@@ -44,6 +44,32 @@ def _member(path, archive, info):
     return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
 
 
+def archive_classes(path, labels, count, names=None) -> list[str]:
+    """Return the class names of the labels of `count` images: `names`, else the numbers of the labels that occur.
+
+    :raises ValueError: if labels are not integers from 0 on, or a label has no name; without names they have to be
+        consecutive, so that one wrong label does not make a million classes.
+    """
+    valid = labels.shape == (count,) and labels.dtype.kind in "iu" and labels.min(initial=0) >= 0
+    require((valid, f"{path}: 'labels' must be {count} integers >= 0, got {labels.dtype} of shape {labels.shape}"))
+    found = np.unique(labels)
+    classes = np.arange(len(found)).astype(str) if names is None else names
+    distinct = classes.ndim == 1 and classes.dtype.kind == "U" and len({*classes.tolist(), ""}) == len(classes) + 1
+    require((distinct, f"{path}: 'class_names' are invalid: expected distinct names [classes], got {classes.dtype} of "
+                       f"shape {classes.shape}; name each class once"))
+    outside, absent = found[found >= len(classes)], np.setdiff1d(np.arange(len(classes)), found)
+    holes = f" and none of {_shorten(absent)}" if len(absent) and names is None else ""
+    source = f"{len(found)} labels occur" if names is None else "there are as many 'class_names'"
+    require((not len(outside),
+             f"{path}: 'labels' do not number {len(classes)} classes: expected 0 to {len(classes) - 1}, as {source}, "
+             f"got {_shorten(outside)}{holes}; renumber them, or add 'class_names' for all of them"))
+    return classes.tolist()
+
+
+def _shorten(numbers):
+    return ", ".join([*map(str, numbers[:3].tolist()), *(["..."] if len(numbers) > 3 else [])])
+
+
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Round images in [0, 1] to 0..255; a NumPy array.  [N x C x ...] -> same."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -97,4 +123,6 @@ def open_npz(path) -> Samples:
         (labels is None or labels.shape == images.shape[:1],
          f"{path}: expected one label in arr_1 for each of {len(images)} images, got shape {np.shape(labels)}"),
     )
-    return Samples(path, images, labels, None if names is None else names.tolist())
+    if labels is not None and names is not None:
+        names = archive_classes(path, labels, len(images), names)
+    return Samples(path, images, labels, names)
