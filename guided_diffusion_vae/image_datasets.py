@@ -9,14 +9,14 @@ import random
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import deprecated_names
 from .config import require
+from .data.decoding import open_image
 from .data.listing import REFERENCE_EXTENSIONS, require_data_dir, require_prefixes, walk_files
 from .data.resizing import center_window, downsample_to_cover
-from .files import bf, file_errors, file_extension
+from .files import file_extension
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False,
@@ -68,8 +68,7 @@ class ImageDataset(Dataset):
         return len(self.local_images)
 
     def __getitem__(self, idx):
-        path = self.local_images[idx]
-        with file_errors(path), bf.BlobFile(path, "rb") as stream, Image.open(stream) as image:
+        with open_image(self.local_images[idx]) as image:
             rgb = image.convert("RGB")
         crop = random_crop_arr if self.random_crop else center_crop_arr
         pixels = crop(rgb, self.resolution)

@@ -319,6 +319,47 @@ def test_truncated_file_error_names_the_file(tmp_path, name):
         folder_of(tmp_path)
 
 
+def change_bit(path, byte, bit=0):
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
+
+
+READERS = [lambda path: ImageFolder(data_dir=str(path.parent), image_size=8).read(0),
+           lambda path: image_datasets.ImageDataset(8, [str(path)])[0]]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_every_changed_bit_of_a_png_is_noticed(tmp_path, read):
+    path = tmp_path / "a.png"
+    save(tmp_path, "a.png", np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))
+    content = path.read_bytes()
+    read(path)
+    for position in range(8 * len(content)):
+        change_bit(path, *divmod(position, 8))
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read"):
+            read(path)
+        path.write_bytes(content)
+
+
+def test_changed_pixels_and_missing_ends_of_a_png_are_explained(tmp_path):
+    path = tmp_path / "a.png"
+    save(tmp_path, "a.png", ramp(8, 8))
+    content = path.read_bytes()
+    change_bit(path, content.index(b"IDAT") + 10)
+    with pytest.raises(ValueError, match="a.png: cannot be read .PNG is corrupt: expected CRC [0-9a-f]{8} in chunk "
+                                         "IDAT, got [0-9a-f]{8}.; fix or remove"):
+        folder_of(tmp_path).read(0)
+    path.write_bytes(content[:-12])
+    with pytest.raises(ValueError, match="PNG is truncated: expected a last chunk IEND, got the end of the file"):
+        folder_of(tmp_path).read(0)
+    path.write_bytes(content[:-14])
+    with pytest.raises(ValueError, match=r"PNG is truncated: expected \d+ bytes in chunk IDAT, got \d+"):
+        folder_of(tmp_path).read(0)
+    path.write_bytes(content + b"appended")     # as some programs do
+    assert (folder_of(tmp_path).read(0)[0] * 255 == ramp(8, 8)).all()
+
+
 def test_pickled_arrays_are_rejected(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[{}] * 8] * 8))
     with pytest.raises(ValueError, match="a.npy"):

@@ -1,9 +1,12 @@
 """Decode image files to arrays, and map stored values to [0, 1]."""
 
 import collections
+import contextlib
 import functools
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -16,6 +19,7 @@ _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I
                   "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _MODE_DTYPES = {"I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "I": "int32", "F": "float32"}
 FULL_RANGE = {"bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's conversion to grayscale
 
 # Read without decoding a file: channels, sizes per spatial axis, NumPy type name, voxel spacing in mm.
@@ -50,16 +54,44 @@ def read_header(path):
             return FileHeader(_MODE_CHANNELS[image.mode], (image.height, image.width), _dtype(image))
 
 
+@contextlib.contextmanager
+def open_image(path):
+    """Yield an image file as a Pillow image after comparing all CRCs of a PNG, of which Pillow skips the pixels'.
+
+    :raises ValueError: if the file cannot be read; the message names it.
+    """
+    with file_errors(path), bf.BlobFile(path, "rb") as stream:
+        content = stream.read()
+        if content.startswith(PNG_SIGNATURE):
+            _check_png(content)
+        with Image.open(io.BytesIO(content)) as image:
+            yield image
+
+
+def _check_png(content):
+    start, kind = len(PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        require((len(content) >= start + 12, "PNG is truncated: expected a last chunk IEND, got the end of the file"))
+        length, kind = struct.unpack_from(">I4s", content, start)
+        end, name = start + 8 + length, kind.decode("ascii", "backslashreplace")
+        require((len(content) >= end + 4, f"PNG is truncated: expected {length} bytes in chunk {name}, got "
+                                          f"{len(content) - start - 8}"))
+        crc, = struct.unpack_from(">I", content, end)
+        found = zlib.crc32(memoryview(content)[start + 4:end])
+        require((found == crc, f"PNG is corrupt: expected CRC {crc:08x} in chunk {name}, got {found:08x}"))
+        start = end + 4
+
+
 def read_values(path):
     """Return the values of an image file [H x W x C] in their own type; 8-bit images are uint8, grayscale or RGB."""
-    with file_errors(path), bf.BlobFile(path, "rb") as stream:
-        if file_extension(path) == "npy":
+    if file_extension(path) == "npy":
+        with file_errors(path), bf.BlobFile(path, "rb") as stream:
             values = np.load(io.BytesIO(stream.read()), allow_pickle=False)
             order, shape = _channels_last(values.shape)
             return np.transpose(values, order).reshape(shape)
-        with Image.open(stream) as image:
-            _check_readable(image)
-            values = _pixels(image)
+    with open_image(path) as image:
+        _check_readable(image)
+        values = _pixels(image)
     return values if values.ndim == 3 else values[..., None]
 
 
