@@ -29,6 +29,8 @@ DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 class KVWriter:
     """Interface of formats that write rows of numbers."""
 
+    name = "custom"     # for messages: the key in FORMATS
+
     def writekvs(self, kvs):
         """Write one row, {name: number or text}."""
         raise NotImplementedError
@@ -36,6 +38,8 @@ class KVWriter:
 
 class SeqWriter:
     """Interface of formats that write messages."""
+
+    name = "custom"
 
     def writeseq(self, seq):
         """Write one message, a sequence of strings, on a line."""
@@ -49,6 +53,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self._own = not hasattr(filename_or_file, "write")
         self._stream = open(filename_or_file, "a") if self._own else filename_or_file
         self._is_stdout = filename_or_file is sys.stdout
+        self.name = "log" if self._own else "stdout"
 
     def _write(self, text):
         # sys.stdout is looked up at each write: it may have been redirected since (contextlib, pytest).
@@ -79,6 +84,8 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 class JSONOutputFormat(KVWriter):
     """JSON lines, one object per row; with `resume_step` an existing file is continued after that step."""
 
+    name = "json"
+
     def __init__(self, filename, resume_step=None):
         if resume_step is not None and os.path.exists(filename):
             lines = [line for line in _complete_lines(filename) if _before(json.loads(line).get("step"), resume_step)]
@@ -102,6 +109,8 @@ class CSVOutputFormat(KVWriter):
     With `resume_step` an existing file is continued. Rows of later steps, which the resumed run writes again, and a
     truncated last row are removed.
     """
+
+    name = "csv"
 
     def __init__(self, filename, resume_step=None):
         self._path = Path(filename)
@@ -143,6 +152,8 @@ class CSVOutputFormat(KVWriter):
 class TensorBoardOutputFormat(KVWriter):
     """TensorBoard event file in `dir`; scalars are written at the value of "step", else by row number."""
 
+    name = "tensorboard"
+
     def __init__(self, dir, resume_step=None):
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -173,8 +184,8 @@ class TensorBoardOutputFormat(KVWriter):
 class _LazyWriter(KVWriter):
     """Writer that is created with its first row: a command that fails before changes no file."""
 
-    def __init__(self, make):
-        self._make, self._writer = make, None
+    def __init__(self, name, make):
+        self.name, self._make, self._writer = name, make, None
 
     def writekvs(self, kvs):
         self._writer = self._writer or self._make()
@@ -251,6 +262,7 @@ class Logger:
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
+        self._failed = set()    # output formats whose failure is reported
 
     def logkv(self, key, val):
         """Set a number or text, replacing the previous value of this name."""
@@ -299,7 +311,7 @@ class Logger:
         if self.level != DISABLED:
             for out in self.output_formats:
                 if isinstance(out, KVWriter):
-                    out.writekvs(kvs)
+                    self._attempt(out, "writekvs", kvs)
         return kvs
 
     def _average_over_ranks(self, means):
@@ -315,7 +327,7 @@ class Logger:
         if level >= self.level:
             for out in self.output_formats:
                 if isinstance(out, SeqWriter):
-                    out.writeseq([str(arg) for arg in args])
+                    self._attempt(out, "writeseq", [str(arg) for arg in args])
 
     def set_level(self, level):
         """Write only messages of this level and above; DISABLED suppresses rows of numbers, too."""
@@ -332,7 +344,24 @@ class Logger:
     def close(self):
         """Close all files."""
         for out in self.output_formats:
-            out.close()
+            self._attempt(out, "close")
+
+    def _attempt(self, out, method, *content):
+        """Call a method of an output format. The first failure is reported by the others: a log does not end a run."""
+        try:
+            getattr(out, method)(*content)
+        except Exception as error:
+            if out in self._failed:
+                return
+            self._failed.add(out)
+            text = (f"log format {out.name} cannot be written to {self.dir} ({type(error).__name__}: {error}); the run "
+                    "continues without these lines, and later failures are not reported: free some space or check the "
+                    "folder, or remove the format from OPENAI_LOG_FORMAT")
+            others = [other for other in self.output_formats if isinstance(other, SeqWriter) and other is not out]
+            for other in others:
+                self._attempt(other, "writeseq", [text])
+            if not others:
+                print(text, file=sys.stderr, flush=True)
 
 
 def _detached(key, val):
@@ -477,7 +506,7 @@ def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     for name in filter(None, format_strs):
         make = functools.partial(make_output_format, name, dir, log_suffix, resume_step)
         overwrites = name in ("csv", "json") and os.path.exists(os.path.join(dir, f"progress{log_suffix}.{name}"))
-        outputs.append(_LazyWriter(make) if overwrites else make())
+        outputs.append(_LazyWriter(name, make) if overwrites else make())
     return Logger(dir, outputs, comm)
 
 

@@ -296,3 +296,31 @@ dist_util.launch(main)
     folder, = (tmp_path / "runs").iterdir()
     assert sorted(os.listdir(folder)) == ["log-rank001.txt", "log.txt", "progress.csv"]
     assert read_rows(folder / "progress.csv") == [{"loss": "1.5", "step": "4"}]
+
+
+def test_disk_without_space_is_reported_once_and_by_the_other_formats(tmp_path, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    full = logger.HumanOutputFormat("/dev/full")
+    table = CSVOutputFormat(tmp_path / "progress.csv")
+    Logger.CURRENT = Logger("run", [full, logger.HumanOutputFormat(sys.stdout), table])
+    for step in (1, 2):
+        logger.log(f"step {step}")
+        logger.logkv("step", step)
+        assert logger.dumpkvs() == {"step": step}
+    logger.reset()
+    out = capsys.readouterr().out
+    assert out.startswith("log format log cannot be written to run (OSError: [Errno 28] No space left on device); the "
+                          "run continues without these lines, and later failures are not reported: free some space")
+    assert out.count("cannot be written") == 1 and "step 1\n" in out and "step 2\n" in out
+    assert read_rows(tmp_path / "progress.csv") == [{"step": "1"}, {"step": "2"}]
+
+
+def test_only_log_that_fails_is_reported_on_stderr(capsys):
+    class Broken(logger.KVWriter):
+        def writekvs(self, kvs):
+            raise RuntimeError("closed")
+
+    alone = Logger("run", [Broken()])
+    alone.dumpkvs(), alone.dumpkvs()
+    assert capsys.readouterr().err.count("log format custom cannot be written to run (RuntimeError: closed)") == 1
