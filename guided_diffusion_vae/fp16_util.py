@@ -173,6 +173,7 @@ class MixedPrecisionTrainer:
         self.scale_loss = scale_loss or use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.lg_loss_scale = initial_lg_loss_scale
+        self.skipped_steps = 0      # in a row, up to now
         self.grad_clip = grad_clip
         self.model_params = list(model.parameters())
         self.master_params = self.model_params
@@ -228,8 +229,10 @@ class MixedPrecisionTrainer:
             if self.use_fp16:
                 master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
             self.lg_loss_scale += self.fp16_scale_growth
+            self.skipped_steps = 0
         else:
             self.lg_loss_scale -= 1
+            self.skipped_steps += 1
             scale = f"{self.name}lg_loss_scale is now {self.lg_loss_scale:g}"
             logger.log(f"gradients overflowed, skipped the step; {scale}")
         zero_master_grads(self.master_params)

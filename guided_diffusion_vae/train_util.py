@@ -43,6 +43,7 @@ def _adamw8bit(params, **settings):
 OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit}
 RESUME_FLAG = "--resume_checkpoint"
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SKIPPED_STEPS = 100     # in a row; a loss scale adapts within about 20
 
 
 decays = CommaSeparated("rates", "comma-separated numbers in [0, 1), such as 0.99,0.9999", float,
@@ -257,7 +258,7 @@ class TrainLoop:
         the arguments (`from_config` passes both).
     :param task: a TrainTask; None: train a diffusion model.
     :raises FileNotFoundError, ValueError: if a checkpoint to resume from is incomplete or of another model.
-    :raises FloatingPointError: if the loss is no longer finite.
+    :raises FloatingPointError: if the loss is no longer finite, or too many steps in a row are skipped.
     """
 
     def __init__(
@@ -307,7 +308,8 @@ class TrainLoop:
         )
         self.opt = OPTIMIZERS[config.optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
-        self.best, self.measured = None, {}
+        self.best, self.measured, self.losses = None, {}, torch.zeros(1)
+        self.marker, self.reported = {}, set()      # of the step saved last; kinds of errors of previews
         self.resume_step = self.step = self._resume(*checkpoint)
         self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
         # `model` itself stays unwrapped: for checkpoints, and for previews, whose batches have other shapes.
@@ -409,6 +411,10 @@ class TrainLoop:
             if self.discriminator:
                 del terms   # frees the graph of the autoencoder before that of the discriminator is built
                 with self._gradient_sync(self.discriminator.ddp_model, last), self._autocast():
+        trainers = [self.mp_trainer, *([self.discriminator.mp_trainer] if self.discriminator else [])]
+        skipped = max(trainer.skipped_steps for trainer in trainers)
+        if skipped >= MAX_SKIPPED_STEPS:
+            self._raise_diverged(f"gradients overflowed in {skipped} steps in a row, the last one")
                     self.discriminator.backward_discriminator(self.step, fraction)
         batch = micro if len(parts) == 1 else batch     # on the device already, so that logging copies nothing
         t, terms = parts[0] if len(parts) == 1 else _concatenate_terms(parts)
@@ -436,6 +442,7 @@ class TrainLoop:
     def _anneal_lr(self):
         for group in self.opt.param_groups:
             group["lr"] = self.lr * self._lr_factor
+        self.losses = terms["loss"]     # read only if the step is saved
 
     # --- The log ---
 
@@ -502,8 +509,10 @@ class TrainLoop:
     def save(self) -> None:
         """Write model, EMA weights, optimizer and, last, the marker of this step (on rank 0).
 
-        :raises FloatingPointError: if a weight is not finite. Such weights are never saved: with a `log_interval` above
-            `save_interval`, the log has not seen the loss yet.
+        :param preview_due: the preview of this step follows, and after an interruption is run on resuming.
+        :raises FloatingPointError: if a weight or the loss of the step is not finite on any rank. Such a step is never
+            saved: with a `log_interval` above `save_interval`, the log has not seen the loss yet, and in half precision
+            weights stay finite, as the step was skipped.
         """
         discriminator = self.discriminator.network.parameters() if self.discriminator else ()
         weights = [p.detach() for p in (*self.mp_trainer.master_params, *discriminator)]
@@ -552,6 +561,9 @@ class TrainLoop:
         for name, value in (("seed", self.seed), ("global_batch", self.global_batch)):
             if marker.get(name, value) != value:
                 logger.warn(f"{name} is {value} now and was {marker[name]} until step {step}: from here on the run "
+        loss = sum(dist_util.gather_objects(float(self.losses.float().mean()))) / dist_util.world_size()
+        if not math.isfinite(loss):
+            self._raise_diverged(f"the loss is {loss}")
                             "differs from an uninterrupted one")
         device = "cpu" if self.fsdp else self.device    # no device may have room for a full model that is sharded
         self._load_model(folder, step, device)

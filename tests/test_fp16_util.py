@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_overflow_skips_the_step_and_lowers_the_scale(bad):
     assert trainer.optimize(torch.optim.SGD(trainer.master_params, lr=1.0)) is False
     assert trainer.lg_loss_scale == 19
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.master_params))
+
+
+def test_steps_skipped_in_a_row_are_counted():
+    model, counts = Net(), []
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=True, initial_lg_loss_scale=4)
+    for bad in (True, True, False, True):
+        trainer.zero_grad()
+        trainer.backward(loss_of(model))
+        if bad:
+            model.conv.weight.grad.view(-1)[3] = math.nan
+        trainer.optimize(torch.optim.SGD(trainer.master_params, lr=1e-3))
+        counts.append(trainer.skipped_steps)
+    assert counts == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("use_fp16", [False, True])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rank_worker
-from guided_diffusion_vae import checkpoint_util, logger, nn
+from guided_diffusion_vae import checkpoint_util, dist_util, logger, nn
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.data.augmentation import random_affine, random_flips
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
@@ -23,8 +23,9 @@ from guided_diffusion_vae.resample import LossAwareSampler, LossSecondMomentResa
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.train_util import (
-    AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig, TrainLoop, TrainTask,
-    find_checkpoint, init_from_weights, parse_resume_step_from_filename, resolve_train_config, seed_initialization,
+    MAX_SKIPPED_STEPS, AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig, TrainLoop,
+    TrainTask, find_checkpoint, init_from_weights, parse_resume_step_from_filename, resolve_train_config,
+    seed_initialization,
 )
 from guided_diffusion_vae.unet import ModelConfig, UNetModel
 from guided_diffusion_vae.vae import create_discriminator
@@ -427,7 +428,7 @@ class Points(BatchSource):
     def __next__(self):
         generator = torch.Generator().manual_seed(self.step)
         x = torch.randn(4, 3, generator=generator)
-        if self.step == self.nan_at:
+        if self.step == self.nan_at or isinstance(self.nan_at, range) and self.step in self.nan_at:
             x = x * math.nan
         self.step += 1
         if self.hook:
@@ -976,6 +977,42 @@ def test_incomplete_or_renamed_checkpoint_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="model000006.pt does not exist; --resume_checkpoint"):
         resume("model000006.pt")
     (tmp_path / "best.pt").write_bytes((tmp_path / "model000004.pt").read_bytes())
+HALF = {"mixed_precision": True, "amp_dtype": "float16", "log_interval": 1000}
+
+
+def test_step_whose_loss_is_not_finite_is_not_saved_and_the_last_good_one_kept(tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4; the last good .* is 2: lower --lr"):
+        line(tmp_path, 9, data=Points(nan_at=3), keep_checkpoints=1, **HALF)  # the step is skipped: weights are finite
+    line(tmp_path / "other", 2, **HALF)
+    assert checkpoint_util.committed_steps(tmp_path) == [2]
+    assert same_bits(files_of(tmp_path, 2), files_of(tmp_path / "other", 2))
+
+
+def test_loss_that_is_not_finite_on_another_rank_is_not_saved(tmp_path, monkeypatch):
+    loop = line(tmp_path, 2)
+    loop.step += 1
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist_util, "gather_objects", lambda item: [item, math.inf])
+    with pytest.raises(FloatingPointError, match="the loss is inf at step 3; the last good checkpoint is 2"):
+        loop.save()
+    assert checkpoint_util.committed_steps(tmp_path) == [2]
+
+
+def test_run_ends_if_too_many_steps_in_a_row_are_skipped(tmp_path):
+    line(tmp_path, 50, save_interval=1000, **HALF)
+    with pytest.raises(FloatingPointError, match="overflowed in 100 steps in a row, the last one at step 150; the last "
+                                                 "good checkpoint is 50: lower --lr, .* disable --use_fp16 / --mixed"):
+        line(tmp_path, 400, data=Points(nan_at=range(50, 400)), save_interval=1000, keep_checkpoints=1, **HALF)
+    assert checkpoint_util.committed_steps(tmp_path) == [50]
+
+
+def test_run_ends_if_too_many_steps_of_the_discriminator_are_skipped(prepared, tmp_path):
+    loop = train(prepared, tmp_path, "adversarial", 2)
+    loop.discriminator.mp_trainer.skipped_steps = MAX_SKIPPED_STEPS
+    with pytest.raises(FloatingPointError, match="overflowed in 100 steps in a row"):
+        loop.run_step(*next(loop.data))
+
+
     with pytest.raises(ValueError, match="best.pt: --resume_checkpoint expects a file named like"):
         resume("best.pt")
     for kind in ("model", "opt", "ema_0.9_"):
