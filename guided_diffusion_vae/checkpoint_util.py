@@ -145,11 +145,17 @@ def marker_name(step):
     return f"state{step:06d}.json"
 
 
-def commit(folder, step: int, names: list[str], state: dict) -> None:
-    """Write the marker of a step: `state`, and the size and SHA-256 of every file in `names`."""
+def commit(folder, step: int, names: list[str], state: dict) -> dict:
+    """Write and return the marker of a step: `state`, and the size and SHA-256 of every file in `names`."""
     folder = Path(folder)
     files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names}
-    write_json(folder / marker_name(step), {"format": FORMAT, "step": step, "files": files, **state})
+    return rewrite_marker(folder, {"format": FORMAT, "step": step, "files": files, **state})
+
+
+def rewrite_marker(folder, marker: dict) -> dict:
+    """Write and return the marker of a step whose files are hashed already."""
+    write_json(Path(folder) / marker_name(marker["step"]), marker)
+    return marker
 
 
 def committed_steps(folder) -> list[int]:

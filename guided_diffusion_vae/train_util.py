@@ -73,7 +73,9 @@ class TrainConfig:
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "number of latest checkpoints to keep; 0: all", minimum=0)
-    preview_interval: int = option(0, "steps between previews and validation; 0: at every checkpoint", minimum=0)
+    preview_interval: int = option(
+        0, "steps between previews and validation, made after the checkpoint is saved and at the end of a run, however "
+           "short: sampling pixels may take longer than its steps; 0: at every checkpoint; -1: never", minimum=-1)
     resume_checkpoint: str = option(
         "", "model file (modelNNNNNN.pt) to resume from; empty or auto: the latest of the run folder")
     grad_clip: float = option(0.0, "maximum gradient norm; 0: no clipping", minimum=0)
@@ -151,7 +153,8 @@ class ClassifierTrainConfig:
     resume_checkpoint: str = option(
         "", "model file (modelNNNNNN.pt) to resume from; empty: the latest of the run folder, if any")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
-    eval_interval: int = option(5, "steps between measurements on --val_data_dir; 0: at every checkpoint", minimum=0)
+    eval_interval: int = option(
+        5, "steps between measurements on --val_data_dir; 0: at every checkpoint; -1: never", minimum=-1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     seed: int = option(0, "seed of all random numbers in training")
 
@@ -173,7 +176,9 @@ def resolve_train_config(train: TrainConfig) -> TrainConfig:
              f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one"))
     steps = train.fast_dev_run_batches
     changes = {"max_val_samples": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
-    return replace(train, max_steps=steps, save_interval=steps, preview_interval=steps, log_interval=1, **changes)
+    preview_interval = steps if train.preview_interval >= 0 else -1
+    return replace(train, max_steps=steps, save_interval=steps, preview_interval=preview_interval, log_interval=1,
+                   **changes)
 
 
 def _concatenate_terms(parts):
@@ -205,6 +210,7 @@ class TrainTask:
     :param objective: an `Objective`; None: the losses of `diffusion`.
     :param header: dictionary that describes the model in its checkpoints (see `checkpoint_util.save_weights`).
     :param preview: `preview(step)`, called on rank 0 with the EMA weights in the model; may return {name: measured}.
+        If it fails, training continues.
     :param monitor: name among the measured values; the step with the highest value counts as the best.
     :param early_stop: bounds {name: value}; training ends when one is reached.
     :param checkpoint: (marker, folder) as `find_checkpoint` returned it, so that files are hashed once; None: find it.
@@ -232,7 +238,7 @@ def _apply_deprecated(config, task, arguments):
     return config, task
 
 
-def _check_conflicts(config, use_fp16, discriminator):
+def _check_conflicts(config, use_fp16, discriminator, early_stop):
     not_sharded = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
                    "--compile True": config.compile, "--optimizer adamw8bit": config.optimizer == "adamw8bit"}
     require(
@@ -241,6 +247,9 @@ def _check_conflicts(config, use_fp16, discriminator):
         (not (config.compile and discriminator),
          "--compile and --discriminator_weight are mutually exclusive: adversarial gradients pass through the network "
          "a second time, which a compiled one does not support; set only one"),
+        (not (config.preview_interval < 0 and early_stop),
+         "--preview_interval -1 and --stop_at_psnr or --stop_at_l1 are mutually exclusive: the bounds are compared "
+         "with what previews measure; set only one"),
         *((not (config.fsdp and present),
            f"--fsdp True conflicts with {option}: it shards a model over several ranks (mpiexec -n N, torchrun), with "
            "AdamW, and with --mixed_precision for half precision") for option, present in not_sharded.items()),
@@ -277,14 +286,16 @@ class TrainLoop:
         self.data = data if isinstance(data, BatchSource) else _IteratorSource(data)
         self.objective = task.objective or DiffusionObjective(diffusion, schedule_sampler)
         self.discriminator = self.objective.discriminator
-        _check_conflicts(config, use_fp16, self.discriminator)
+        _check_conflicts(config, use_fp16, self.discriminator, task.early_stop)
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
         self.max_steps = config.max_steps or math.inf
         self.ema_rate = list(decays.parse(ema_rate, "ema_rate"))
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.preview_interval, self.preview = config.preview_interval or save_interval, task.preview
+        self.preview_interval = config.preview_interval or save_interval
+        self.preview = task.preview if self.preview_interval > 0 else None
+        self.fast_dev_run = config.fast_dev_run
         self.keep_checkpoints = config.keep_checkpoints
         self.autocast_dtype = config.autocast_dtype
         self.seed, self.monitor, self.early_stop = config.seed, task.monitor, task.early_stop
@@ -341,6 +352,12 @@ class TrainLoop:
 
     def run_loop(self) -> int:
         """Run all steps; return the number of the last one."""
+        if self.preview and self.marker.get("preview_due"):
+            logger.log(f"step {self.step} was saved and its preview interrupted: running it now")
+            self._preview()
+            self._record_preview()
+            self.log_step()
+            logger.dumpkvs()
         if self._early_stop_reached():
             logger.log(f"step {self.step} has already reached a bound of {self.early_stop}")
             self.max_steps = self.step
@@ -351,17 +368,24 @@ class TrainLoop:
             while self.step < self.max_steps:
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
-                previewing = self.preview and (self.step >= self.max_steps or self.step % self.preview_interval == 0)
+                ending = self.step >= self.max_steps
+                previewing = self.preview is not None and (ending or self.step % self.preview_interval == 0)
                 # A scheduler kills a job seconds after its signal: then save, without a preview that takes minutes. As
                 # ranks enter a preview together, they agree on the signal before each one.
                 stopping = stop.received_on_any_rank() or previewing and dist_util.any_rank(stop.received)
+                previewing = previewing and not stopping
+                # Before the preview, which may fail or take minutes.
+                saving = stopping or ending or self.step % self.save_interval == 0
+                if saving:
+                    self.save(preview_due=previewing)
                 reached = False
-                if previewing and not stopping:
+                if previewing:
                     reached = self._preview()   # before _write_log, so that this row contains what it measured
-                last = stopping or reached or self.step >= self.max_steps
-                if last or self._is_best() or self.step % self.save_interval == 0:
-                    self.save()
-                if last or self.step % self.log_interval == 0:
+                    if saving:
+                        self._record_preview()
+                    elif reached or self._is_best():
+                        self.save()
+                if stopping or ending or reached or self.step % self.log_interval == 0:
                     self._write_log(bar)
                 bar.update()
                 if reached:
@@ -387,6 +411,10 @@ class TrainLoop:
             logger.log(f"the first step took {time.perf_counter() - started:.0f} s, including compilation")
         self.step += 1
         self.log_step()
+        trainers = [self.mp_trainer, *([self.discriminator.mp_trainer] if self.discriminator else [])]
+        skipped = max(trainer.skipped_steps for trainer in trainers)
+        if skipped >= MAX_SKIPPED_STEPS:
+            self._raise_diverged(f"gradients overflowed in {skipped} steps in a row, the last one")
 
     def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
         """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
@@ -411,13 +439,10 @@ class TrainLoop:
             if self.discriminator:
                 del terms   # frees the graph of the autoencoder before that of the discriminator is built
                 with self._gradient_sync(self.discriminator.ddp_model, last), self._autocast():
-        trainers = [self.mp_trainer, *([self.discriminator.mp_trainer] if self.discriminator else [])]
-        skipped = max(trainer.skipped_steps for trainer in trainers)
-        if skipped >= MAX_SKIPPED_STEPS:
-            self._raise_diverged(f"gradients overflowed in {skipped} steps in a row, the last one")
                     self.discriminator.backward_discriminator(self.step, fraction)
         batch = micro if len(parts) == 1 else batch     # on the device already, so that logging copies nothing
         t, terms = parts[0] if len(parts) == 1 else _concatenate_terms(parts)
+        self.losses = terms["loss"]     # read only if the step is saved
         self.objective.after_step(t, terms)
         self.objective.log(batch, t, terms)
 
@@ -442,7 +467,6 @@ class TrainLoop:
     def _anneal_lr(self):
         for group in self.opt.param_groups:
             group["lr"] = self.lr * self._lr_factor
-        self.losses = terms["loss"]     # read only if the step is saved
 
     # --- The log ---
 
@@ -470,14 +494,32 @@ class TrainLoop:
 
     def _preview(self):
         """Run the preview on rank 0; return on every rank whether a bound of `early_stop` is reached."""
-        measured = None
-        if self.rank == 0:
-            with self.ema_weights():
-                measured = self.preview(self.step)
+        measured = self._measure() if self.rank == 0 else None
         self.measured = measured = dist_util.broadcast_object(measured) or {}
-        if self.monitor in measured and (self.best is None or measured[self.monitor] > self.best[self.monitor]):
-            self.best = {"step": self.step, self.monitor: measured[self.monitor]}
+        value = measured.get(self.monitor, math.nan)
+        if not math.isnan(value) and (self.best is None or value > self.best[self.monitor]):
+            self.best = {"step": self.step, self.monitor: value}
         return self._early_stop_reached()
+
+    def _measure(self):
+        """Return what the preview measures, None if it fails: a preview does not end a run, other than a smoke test."""
+        try:
+            with self.ema_weights():
+                return self.preview(self.step)
+        except Exception as error:
+            if self.fast_dev_run:
+                raise
+            kind, advice = type(error).__name__, ""
+            if dist_util.is_out_of_memory(error):
+                kind, advice = "out of memory", "lower --microbatch or --batch_size, or "
+            if kind not in self.reported:
+                self.reported.add(kind)
+                logger.warn(f"the preview or validation of step {self.step} failed ({kind}: {error}); training "
+                            f"continues, and later failures of this kind are not reported: {advice}set "
+                            "--preview_interval -1 (classifiers: --eval_interval -1) to turn previews off")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()    # here, as `error` has kept the tensors of the preview alive
+        return None
 
     def _early_stop_reached(self):
         met = {"val_psnr": operator.ge, "val_l1": operator.le}
@@ -491,14 +533,14 @@ class TrainLoop:
     def ema_weights(self):
         """Put EMA weights, if there are any, into the model in evaluation mode inside the `with` block."""
         training_weights = copy.deepcopy(self.model.state_dict())
-        if self.ema_rate:
-            # The lowest decay follows training most closely. If steps are ranked, the highest one is measured, as it
-            # represents the run (see `checkpoint_util.latest_weights`).
-            rate = max(self.ema_rate) if self.monitor else min(self.ema_rate)
-            ema = self.ema_params[self.ema_rate.index(rate)]
-            self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(ema))
-        self.model.eval()
         try:
+            if self.ema_rate:
+                # The lowest decay follows training most closely. If steps are ranked, the highest one is measured, as
+                # it represents the run (see `checkpoint_util.latest_weights`).
+                rate = max(self.ema_rate) if self.monitor else min(self.ema_rate)
+                ema = self.ema_params[self.ema_rate.index(rate)]
+                self.model.load_state_dict(self.mp_trainer.master_params_to_state_dict(ema))
+            self.model.eval()
             yield self.model
         finally:
             self.model.load_state_dict(training_weights)
@@ -506,7 +548,7 @@ class TrainLoop:
 
     # --- Checkpoints ---
 
-    def save(self) -> None:
+    def save(self, preview_due: bool = False) -> None:
         """Write model, EMA weights, optimizer and, last, the marker of this step (on rank 0).
 
         :param preview_due: the preview of this step follows, and after an interruption is run on resuming.
@@ -519,6 +561,9 @@ class TrainLoop:
         norm = dist_util.full_tensor(torch.nn.utils.get_total_norm(weights))
         if not math.isfinite(norm):
             self._raise_diverged(f"the norm of the weights is {float(norm)}")
+        loss = sum(dist_util.gather_objects(float(self.losses.float().mean()))) / dist_util.world_size()
+        if not math.isfinite(loss):
+            self._raise_diverged(f"the loss is {loss}")
         # All ranks take part in gathering sharded tensors, one at a time; rank 0 keeps and writes them.
         sets = [self._gathered(params) for params in (self.mp_trainer.master_params, *self.ema_params)]
         optimizer = self.opt.state_dict()
@@ -540,8 +585,21 @@ class TrainLoop:
         if self.discriminator:
             files, entries = self.discriminator.save(self.folder, self.step, header)
             names, state = names + files, {**state, **entries}
+        if preview_due:
+            state["preview_due"] = True
         # The marker makes the step exist: an interruption before this line leaves the previous checkpoint valid.
-        checkpoint_util.commit(self.folder, self.step, names, state)
+        self.marker = checkpoint_util.commit(self.folder, self.step, names, state)
+        self._prune()
+
+    def _record_preview(self):
+        """Write the result of the preview into the marker of the step, which was saved before it (on rank 0)."""
+        if self.rank == 0:
+            marker = {**self.marker, "best": self.best, "measured": self.measured}
+            marker.pop("preview_due")
+            self.marker = checkpoint_util.rewrite_marker(self.folder, marker)
+            self._prune()
+
+    def _prune(self):
         if self.keep_checkpoints:
             best = {self.best["step"]} if self.best else set()
             checkpoint_util.prune_checkpoints(self.folder, self.keep_checkpoints, best)
@@ -561,9 +619,6 @@ class TrainLoop:
         for name, value in (("seed", self.seed), ("global_batch", self.global_batch)):
             if marker.get(name, value) != value:
                 logger.warn(f"{name} is {value} now and was {marker[name]} until step {step}: from here on the run "
-        loss = sum(dist_util.gather_objects(float(self.losses.float().mean()))) / dist_util.world_size()
-        if not math.isfinite(loss):
-            self._raise_diverged(f"the loss is {loss}")
                             "differs from an uninterrupted one")
         device = "cpu" if self.fsdp else self.device    # no device may have room for a full model that is sharded
         self._load_model(folder, step, device)
@@ -582,6 +637,8 @@ class TrainLoop:
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
         self.best, self.measured = marker.get("best"), marker.get("measured", {})
+        if folder.resolve() == self.folder.resolve():   # else the run branches off there
+            self.marker = marker
         if self.discriminator:
             self.discriminator.load(folder, marker, self.device)
         logger.log(f"resuming from step {step} in {folder}")

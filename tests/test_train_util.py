@@ -2,6 +2,7 @@ import csv
 import inspect
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -417,7 +418,7 @@ def test_run_without_discriminator_resumes_with_a_new_one(prepared, tmp_path, ca
 
 
 class Points(BatchSource):
-    """Batches (x [4 x 3], {"y": [4]}) that depend only on the step."""
+    """Batches (x [4 x 3], {"y": [4]}) that depend only on the step; `nan_at`: a step or a range of steps."""
 
     def __init__(self, nan_at=None, hook=None):
         self.step, self.nan_at, self.hook = 0, nan_at, hook
@@ -787,6 +788,167 @@ def test_previews_use_the_ema_and_do_not_change_training(tmp_path):
     assert same_bits(files_of(tmp_path / "with", 4), files_of(tmp_path / "without", 4))
 
 
+def test_step_is_saved_before_its_preview_and_its_marker_completed_after(tmp_path, monkeypatch):
+    hashed, seen = [], []
+    sha256 = checkpoint_util.sha256_of_file
+    monkeypatch.setattr(checkpoint_util, "sha256_of_file", lambda path: hashed.append(Path(path).name) or sha256(path))
+
+    def preview(step):
+        seen.append((step, checkpoint_util.committed_steps(tmp_path / "with")))
+        assert checkpoint_util.read_marker(tmp_path / "with", step, lambda marker: None)["measured"] == (
+            {"val_psnr": 4.0} if step == 5 else {})
+        return {"val_psnr": 5.0 - len(seen)}
+
+    line(tmp_path / "with", 5, save_interval=4, preview_interval=4, preview=preview, monitor="val_psnr")
+    assert seen == [(4, [4]), (5, [4, 5])]
+    assert sorted(hashed) == sorted(f"{name}{step:06d}.pt" for name in ("model", "ema_0.9_", "opt") for step in (4, 5))
+    line(tmp_path / "without", 5, save_interval=4)
+    for step, measured in ((4, 4.0), (5, 3.0)):
+        one, other = (checkpoint_util.read_marker(tmp_path / name, step) for name in ("with", "without"))
+        assert one == {**other, "best": {"step": 4, "val_psnr": 4.0}, "measured": {"val_psnr": measured}}
+        assert list(one) == list(other)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of exceptions catches it."""
+
+
+def test_preview_that_was_interrupted_is_run_on_resuming(tmp_path):
+    def run(name, values):
+        measure = measuring(values)
+        return line(tmp_path / name, 6, preview=lambda step: logger.logkv("val", step) or measure(step),
+                    monitor="val_psnr", keep_checkpoints=1, early_stop={"val_psnr": 9.0}, formats=["csv"])
+
+    def killed(step):
+        raise Killed
+
+    run("whole", [3.0, 2.0, 1.0])
+    with pytest.raises(Killed):
+        line(tmp_path / "killed", 6, preview=killed, monitor="val_psnr", keep_checkpoints=1)
+    assert checkpoint_util.read_marker(tmp_path / "killed", 2)["preview_due"] is True
+    line(tmp_path / "branch", 2, preview=killed, resume_checkpoint=str(tmp_path / "killed/model000002.pt"))
+    shutil.copytree(tmp_path / "killed", tmp_path / "bound")
+    assert run("killed", [3.0, 2.0, 1.0]).resume_step == 2
+    for step in (2, 6):
+        one, other = (checkpoint_util.read_marker(tmp_path / name, step) for name in ("whole", "killed"))
+        assert one == other and one["best"] == {"step": 2, "val_psnr": 3.0}
+    assert names_in(tmp_path / "whole") == names_in(tmp_path / "killed")
+    with open(tmp_path / "killed/progress.csv", newline="") as stream:
+        rows = [(row["step"], row["val"]) for row in csv.DictReader(stream)]
+    assert rows == [("2", "2"), ("3", ""), ("4", "4"), ("5", ""), ("6", "6")]
+    assert run("bound", [9.5]).step == 2
+
+
+FAILURES = {
+    "RuntimeError: no space": lambda: RuntimeError("no space"),
+    "FloatingPointError: samples 0 to 1": lambda: FloatingPointError("samples 0 to 1 are not finite"),
+    "out of memory: CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    "out of memory: .*DefaultCPUAllocator": lambda: RuntimeError("DefaultCPUAllocator: not enough memory"),
+}
+
+
+@pytest.mark.parametrize("text", FAILURES)
+def test_failing_preview_is_reported_once_and_changes_nothing(tmp_path, capsys, text):
+    def preview(step):
+        torch.rand(3)
+        raise FAILURES[text]()
+
+    line(tmp_path / "without", 6)
+    loop = line(tmp_path / "with", 6, preview=preview, formats=["log"], monitor="val_psnr")
+    assert loop.model.training and same_bits(loop.model.state_dict(), files_of(tmp_path / "with", 6)[0])
+    for step in (2, 4, 6):
+        assert same_bits(files_of(tmp_path / "with", step), files_of(tmp_path / "without", step))
+        assert checkpoint_util.read_marker(tmp_path / "with", step) == checkpoint_util.read_marker(
+            tmp_path / "without", step)
+    log = (tmp_path / "with/log.txt").read_text()
+    assert len(re.findall(f"validation of step 2 failed .{text}", log)) == log.count(" failed (") == 1
+    assert log.count("set --preview_interval -1") == 1
+    assert log.count("lower --microbatch") == text.startswith("out of memory")
+
+
+def test_preview_that_fails_on_loading_the_ema_leaves_the_weights(tmp_path, monkeypatch):
+    load, calls = torch.nn.Linear.load_state_dict, []
+
+    def failing(network, state, *args, **options):
+        result = load(network, state, *args, **options)
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    line(tmp_path / "without", 4)
+    monkeypatch.setattr(torch.nn.Linear, "load_state_dict", failing)
+    line(tmp_path / "with", 4, preview=lambda step: None)
+    monkeypatch.undo()
+    assert same_bits(files_of(tmp_path / "with", 4), files_of(tmp_path / "without", 4))
+
+
+def test_smoke_test_ends_in_the_error_of_its_preview(tmp_path):
+    def preview(step):
+        raise RuntimeError("no decoder")
+
+    with pytest.raises(RuntimeError, match="no decoder"):
+        line(tmp_path, 2, preview=preview, fast_dev_run=True)
+    assert checkpoint_util.committed_steps(tmp_path) == [2]
+
+
+def test_value_that_is_not_a_number_is_not_the_best(tmp_path):
+    options = {"monitor": "val_psnr", "save_interval": 9, "preview_interval": 1, "keep_checkpoints": 1}
+    line(tmp_path, 4, preview=measuring([math.nan, 2.0, math.nan, 1.0]), **options)
+    assert checkpoint_util.committed_steps(tmp_path) == [2, 4]
+    assert checkpoint_util.read_marker(tmp_path, 4)["best"] == {"step": 2, "val_psnr": 2.0}
+
+
+def test_preview_interval_of_minus_one_runs_no_preview(tmp_path):
+    def preview(step):
+        raise AssertionError("preview")
+
+    options = {"preview": preview, "preview_interval": -1, "fast_dev_run": True}
+    assert line(tmp_path, 4, **options).step == 4
+    assert checkpoint_util.committed_steps(tmp_path) == [2, 4]
+    for config in (AutoencoderTrainConfig(preview_interval=-1, fast_dev_run=True),
+                   ClassifierTrainConfig(eval_interval=-1).to_train_config()):
+        assert resolve_train_config(config).preview_interval == -1
+    with pytest.raises(ValueError, match="--preview_interval -1 and --stop_at_psnr or --stop_at_l1 are mutually excl"):
+        line(tmp_path, 4, early_stop={"val_psnr": 1.0}, **options)
+    with pytest.raises(ValueError, match="--preview_interval must be >= -1, got -2"):
+        line(tmp_path, 4, preview_interval=-2)
+
+
+@pytest.mark.parametrize("failing", ["csv", "tensorboard", "log", "stdout"])
+def test_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, capsys, failing):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    if failing == "tensorboard":
+        pytest.importorskip("tensorboard")
+    kinds = {"csv": logger.CSVOutputFormat, "tensorboard": logger.TensorBoardOutputFormat}
+    make = logger.FORMATS[failing]
+
+    def broken(*args):
+        out = make(*args)
+        assert isinstance(out, kinds.get(failing, logger.HumanOutputFormat))
+        close = out.close
+        out.writekvs = out.writeseq = fail
+        out.close = lambda: close() or fail()
+        return out
+
+    line(tmp_path / "whole", 4)
+    monkeypatch.setitem(logger.FORMATS, failing, broken)
+    formats = ["stdout", "log", "csv", *(["tensorboard"] if failing == "tensorboard" else [])]
+    line(tmp_path / "run", 4, formats=formats)
+    logger.reset()
+    assert same_bits(files_of(tmp_path / "whole", 4), files_of(tmp_path / "run", 4))
+    texts = {"stdout": capsys.readouterr().out, "log": (tmp_path / "run/log.txt").read_text()}
+    text = f"log format {failing} cannot be written to {tmp_path / 'run'} (OSError: [Errno 28] No space left on device)"
+    for name, content in texts.items():
+        assert content.count(text) == content.count("remove the format from OPENAI_LOG_FORMAT") == (name != failing)
+        assert ("saving step 4" in content) == (name != failing)
+    if failing != "csv":
+        with open(tmp_path / "run/progress.csv", newline="") as stream:
+            assert [row["step"] for row in csv.DictReader(stream)] == ["1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_the_step_and_ends_the_run(tmp_path, number):
     former = signal.getsignal(number)
@@ -813,6 +975,42 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="weights is nan at step 4; the last good .* is 2: .*grad_clip"):
         line(tmp_path, 9, data=Points(nan_at=2), save_interval=2, log_interval=10)
     assert checkpoint_util.committed_steps(tmp_path) == [2] and torch.isfinite(weights_in(tmp_path, 2)).all()
+
+
+HALF = {"mixed_precision": True, "amp_dtype": "float16", "log_interval": 1000}
+
+
+def test_step_whose_loss_is_not_finite_is_not_saved_and_the_last_good_one_kept(tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4; the last good .* is 2: lower --lr"):
+        line(tmp_path, 9, data=Points(nan_at=3), keep_checkpoints=1, **HALF)  # the step is skipped: weights are finite
+    line(tmp_path / "other", 2, **HALF)
+    assert checkpoint_util.committed_steps(tmp_path) == [2]
+    assert same_bits(files_of(tmp_path, 2), files_of(tmp_path / "other", 2))
+
+
+def test_loss_that_is_not_finite_on_another_rank_is_not_saved(tmp_path, monkeypatch):
+    loop = line(tmp_path, 2)
+    loop.step += 1
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist_util, "gather_objects", lambda item: [item, math.inf])
+    with pytest.raises(FloatingPointError, match="the loss is inf at step 3; the last good checkpoint is 2"):
+        loop.save()
+    assert checkpoint_util.committed_steps(tmp_path) == [2]
+
+
+def test_run_ends_if_too_many_steps_in_a_row_are_skipped(tmp_path):
+    line(tmp_path, 50, save_interval=1000, **HALF)
+    with pytest.raises(FloatingPointError, match="overflowed in 100 steps in a row, the last one at step 150; the last "
+                                                 "good checkpoint is 50: lower --lr, .* disable --use_fp16 / --mixed"):
+        line(tmp_path, 400, data=Points(nan_at=range(50, 400)), save_interval=1000, keep_checkpoints=1, **HALF)
+    assert checkpoint_util.committed_steps(tmp_path) == [50]
+
+
+def test_run_ends_if_too_many_steps_of_the_discriminator_are_skipped(prepared, tmp_path):
+    loop = train(prepared, tmp_path, "adversarial", 2)
+    loop.discriminator.mp_trainer.skipped_steps = MAX_SKIPPED_STEPS
+    with pytest.raises(FloatingPointError, match="overflowed in 100 steps in a row"):
+        loop.run_step(*next(loop.data))
 
 
 def test_log_contains_means_over_the_quarters_of_the_process(tmp_path):
@@ -977,42 +1175,6 @@ def test_incomplete_or_renamed_checkpoint_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="model000006.pt does not exist; --resume_checkpoint"):
         resume("model000006.pt")
     (tmp_path / "best.pt").write_bytes((tmp_path / "model000004.pt").read_bytes())
-HALF = {"mixed_precision": True, "amp_dtype": "float16", "log_interval": 1000}
-
-
-def test_step_whose_loss_is_not_finite_is_not_saved_and_the_last_good_one_kept(tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 4; the last good .* is 2: lower --lr"):
-        line(tmp_path, 9, data=Points(nan_at=3), keep_checkpoints=1, **HALF)  # the step is skipped: weights are finite
-    line(tmp_path / "other", 2, **HALF)
-    assert checkpoint_util.committed_steps(tmp_path) == [2]
-    assert same_bits(files_of(tmp_path, 2), files_of(tmp_path / "other", 2))
-
-
-def test_loss_that_is_not_finite_on_another_rank_is_not_saved(tmp_path, monkeypatch):
-    loop = line(tmp_path, 2)
-    loop.step += 1
-    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
-    monkeypatch.setattr(dist_util, "gather_objects", lambda item: [item, math.inf])
-    with pytest.raises(FloatingPointError, match="the loss is inf at step 3; the last good checkpoint is 2"):
-        loop.save()
-    assert checkpoint_util.committed_steps(tmp_path) == [2]
-
-
-def test_run_ends_if_too_many_steps_in_a_row_are_skipped(tmp_path):
-    line(tmp_path, 50, save_interval=1000, **HALF)
-    with pytest.raises(FloatingPointError, match="overflowed in 100 steps in a row, the last one at step 150; the last "
-                                                 "good checkpoint is 50: lower --lr, .* disable --use_fp16 / --mixed"):
-        line(tmp_path, 400, data=Points(nan_at=range(50, 400)), save_interval=1000, keep_checkpoints=1, **HALF)
-    assert checkpoint_util.committed_steps(tmp_path) == [50]
-
-
-def test_run_ends_if_too_many_steps_of_the_discriminator_are_skipped(prepared, tmp_path):
-    loop = train(prepared, tmp_path, "adversarial", 2)
-    loop.discriminator.mp_trainer.skipped_steps = MAX_SKIPPED_STEPS
-    with pytest.raises(FloatingPointError, match="overflowed in 100 steps in a row"):
-        loop.run_step(*next(loop.data))
-
-
     with pytest.raises(ValueError, match="best.pt: --resume_checkpoint expects a file named like"):
         resume("best.pt")
     for kind in ("model", "opt", "ema_0.9_"):
