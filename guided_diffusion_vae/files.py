@@ -130,6 +130,12 @@ def file_errors(path, problem="cannot be read", action="fix or remove the file")
         raise ValueError(f"{path}: {problem} ({reason}); {action}") from error
 
 
+def read_to_end(stream):
+    """Read the rest of a decompressed stream, which compares its checksum at the end."""
+    while stream.read(1 << 20):
+        pass
+
+
 def file_extension(path):
     """Return the extension of a file name in lower case, without the dot."""
     stem, dot, extension = bf.basename(path).rpartition(".")

@@ -4,6 +4,7 @@ import random
 import struct
 import time
 import tracemalloc
+import zipfile
 import zlib
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, open_npz, parse_size, permute_indices,
-    read_array, unpad,
+    npz, open_archive, read_array, unpad,
 )
 
 
@@ -511,6 +512,70 @@ def test_class_names_that_do_not_fit_are_rejected(tmp_path, read, labels, names,
     np.savez(path, arr_0=np.zeros((2, 8, 8, 1), np.uint8), arr_1=labels, class_names=names)
     with pytest.raises(ValueError, match=f"^{path}: {match}"):
         read(path)
+
+
+@pytest.mark.parametrize("save_archive", [np.savez, np.savez_compressed])
+def test_changed_bits_of_an_archive_never_give_other_values(tmp_path, save_archive):
+    path, images = tmp_path / "set.npz", np.random.default_rng(0).integers(0, 256, (2, 8, 8), np.uint8)
+    save_archive(path, images=images, labels=[0, 1])
+    content, unchanged = path.read_bytes(), 0
+    for position in np.random.default_rng(1).choice(8 * len(content), 400, replace=False):
+        path.write_bytes(content)
+        change_bit(path, *divmod(int(position), 8))
+        npz._checked.clear()    # the size and maybe the modification time are those of the previous file
+        try:
+            arrays = open_archive(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: cannot be read as an .npz archive")
+        except (NotImplementedError, RuntimeError):     # a method or version of zip that zipfile does not read
+            pass
+        else:   # e.g. in the time stamps of zip
+            unchanged += 1
+            names = [name for name in arrays if name in ("images", "labels")]
+            assert all((arrays[name] == {"images": images, "labels": [0, 1]}[name]).all() for name in names)
+    assert unchanged < 200
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_changed_values_of_an_archive_are_rejected(tmp_path, name):
+    path = tmp_path / "set.npz"
+    np.savez(path, images=np.zeros((2, 8, 8), np.uint8), labels=np.arange(2))
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        end = info.header_offset + 30 + len(info.filename) + info.compress_size
+        end += int.from_bytes(path.read_bytes()[info.header_offset + 28:][:2], "little")   # the extra field
+    change_bit(path, end - 1)
+    with pytest.raises(ValueError, match=f"set.npz: cannot be read as .* .Bad CRC-32 for file '{name}.npy'"):
+        ImageFolder(data_dir=str(path), image_size=8)
+
+
+def test_bytes_after_an_array_belong_to_its_checksum(tmp_path):
+    path, stream = tmp_path / "set.npz", io.BytesIO()
+    np.save(stream, np.arange(3))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", stream.getvalue() + bytes(range(256)) * 99)
+    assert open_archive(path)["labels"].tolist() == [0, 1, 2]
+    content = path.read_bytes()
+    crc = zlib.crc32(stream.getvalue() + bytes(range(256)) * 99).to_bytes(4, "little")
+    path.write_bytes(content.replace(crc, bytes(4)))
+    with pytest.raises(ValueError, match="set.npz: cannot be read as .* .Bad CRC-32 for file 'labels.npy'"):
+        open_archive(path)
+
+
+def test_mapped_arrays_are_compared_once_per_process_up_to_a_size(tmp_path, monkeypatch):
+    path, read = tmp_path / "set.npz", []
+    np.savez(path, images=np.zeros((2, 8, 8), np.uint8))
+    monkeypatch.setattr(npz, "read_to_end", lambda stream: read.append(stream.name))
+    for _ in range(2):
+        open_archive(path)
+    assert read == ["images.npy"]
+    np.savez(path, images=np.zeros((3, 8, 8), np.uint8))
+    open_archive(path)
+    assert len(read) == 2   # another file of this name
+    npz._checked.clear()
+    monkeypatch.setattr(npz, "MAX_CHECKED_BYTES", path.stat().st_size - 1)
+    open_archive(path)
+    assert len(read) == 2
 
 
 # Plans and streams

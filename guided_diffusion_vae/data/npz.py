@@ -1,5 +1,6 @@
 """Read and write .npz archives: image sets and batches of samples."""
 
+import os
 import shutil
 import tempfile
 import zipfile
@@ -10,11 +11,18 @@ import numpy as np
 import torch
 
 from ..config import require
-from ..files import atomic_path, bf, file_errors
+from ..files import atomic_path, bf, file_errors, read_to_end
+
+
+MAX_CHECKED_BYTES = 2**30
+_checked = set()    # (path, size, modification time, name) of the members whose CRC this process has compared
 
 
 def open_archive(path) -> dict[str, np.ndarray]:
     """Return {name: array} of an .npz file; arrays of more than one axis in local files are memory-mapped.
+
+    The CRC of each member is compared. That of an uncompressed one that is memory-mapped is compared when it is first
+    opened by a process, and not at all in files of more than `MAX_CHECKED_BYTES`.
 
     :raises ValueError: if the file is not an .npz archive, or contains Python objects.
     """
@@ -31,13 +39,21 @@ def _member(path, archive, info):
         header_size = stream.tell()
     if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape:
         with archive.open(info) as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+            read_to_end(stream)
+            return array
     if info.compress_type != zipfile.ZIP_STORED:
         # A decompressed copy without a name: the file is deleted with the last reference to its memory map.
         with archive.open(info) as packed, tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(packed, copy, 1 << 22)
             copy.flush()
             return np.load(copy.name, mmap_mode="r", allow_pickle=False)
+    status = os.stat(path)
+    key = os.path.abspath(path), status.st_size, status.st_mtime_ns, info.filename
+    if key not in _checked and status.st_size <= MAX_CHECKED_BYTES:
+        with archive.open(info) as stream:
+            read_to_end(stream)
+        _checked.add(key)
     with open(path, "rb") as stream:
         stream.seek(info.header_offset + 26)    # in the local header: the lengths of name and extra field
         start = info.header_offset + 30 + int(np.frombuffer(stream.read(4), "<u2").sum(dtype=int)) + header_size
