@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guided_diffusion_vae.data import volume_folders
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, VolumeFolder, ImageStream, open_folder, unpad, write_nifti,
 )
@@ -179,6 +180,44 @@ def test_invalid_volumes_and_flags_are_rejected(folder, make, fields, match):
     make(folder)
     with pytest.raises(ValueError, match=match):
         opened(folder, **fields)
+
+
+def test_changed_bits_of_a_compressed_nifti_never_give_other_voxels(tmp_path):
+    path, values = tmp_path / "a.nii.gz", ramp(4, 4, 4)
+    write_nifti(path, values)
+    content, unchanged = path.read_bytes(), 0
+    for position in np.random.default_rng(0).choice(8 * len(content), 300, replace=False):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << position % 8
+        path.write_bytes(changed)
+        volume_folders._recent.clear()  # the size and maybe the modification time are those of the previous file
+        try:
+            read = opened(tmp_path, "4x4x4").read(0)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:   # e.g. in the time stamp of gzip
+            unchanged += 1
+            np.testing.assert_array_equal(read[0], values / np.float32(65535))
+    assert unchanged < 60
+
+
+@pytest.mark.parametrize("end", [-1, -4, -8])
+def test_compressed_nifti_without_its_checksum_is_rejected(tmp_path, end):
+    path = tmp_path / "a.nii.gz"
+    write_nifti(path, np.random.default_rng(0).integers(0, 65536, (8, 8, 8), np.uint16))
+    path.write_bytes(path.read_bytes()[:end])
+    volumes = opened(tmp_path)  # the header is complete
+    with pytest.raises(ValueError, match="a.nii.gz: cannot be read .Compressed file ended before the end-of-stream"):
+        volumes.read(0)
+
+
+def test_nifti_of_an_unknown_data_type_is_rejected(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(ramp(4, 4, 4), np.eye(4)), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[71] = 8     # the upper byte of the data type
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(ValueError, match="a.nii: cannot be read .data code 2048 not supported"):
+        opened(tmp_path, "4x4x4")
 
 
 def test_folder_without_volumes_is_rejected(tmp_path):

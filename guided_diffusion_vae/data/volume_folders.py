@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gzip
 import io
 import threading
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..config import require
-from ..files import bf, file_errors, file_extension
+from ..files import bf, file_errors, file_extension, read_to_end
 from ..nn import keyed_rng
 from .config import DataConfig, parse_spacing
 from .decoding import FULL_RANGE, FileHeader, unit_scale
@@ -190,7 +191,7 @@ def _nifti(path):
     nibabel = _import_nibabel(path)
     try:
         return nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError as error:
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -204,12 +205,26 @@ def _load_nifti_cached(path, stamp):
     with _recent_lock:
         if key not in _recent:
             image = _nifti(path)
-            values = np.asarray(image.dataobj).astype(_scaled_dtype(image), copy=False)
+            if file_extension(path) == "gz":
+                image, values = _gzipped_values(path, type(image))
+            else:
+                values = np.asarray(image.dataobj)
+            values = values.astype(_scaled_dtype(image), copy=False)
             _recent[key] = values if values.ndim == 3 else np.moveaxis(values, -1, 0)
             while len(_recent) > 1 and sum(kept.nbytes for kept in _recent.values()) > CACHE_BYTES:
                 _recent.popitem(last=False)
         _recent.move_to_end(key)
         return _recent[key]
+
+
+def _gzipped_values(path, kind):
+    """Return the image of class `kind` in a .nii.gz and its values; the stream is read to its checksum at the end."""
+    nibabel = _import_nibabel(path)
+    with gzip.open(path) as stream:
+        image = kind.from_file_map({"image": nibabel.FileHolder(fileobj=stream)})
+        values = np.asarray(image.dataobj)
+        read_to_end(stream)
+    return image, values
 
 
 def write_nifti(path, volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
