@@ -495,6 +495,8 @@ def test_class_names_cover_labels_that_do_not_occur(tmp_path):
     np.savez(path, arr_0=images, arr_1=[3, 1], class_names=list("abcd"))
     for source in (ImageFolder(data_dir=path, image_size=8), open_npz(path)):
         assert source.class_names == ["a", "b", "c", "d"] and source.labels.tolist() == [3, 1]
+    np.savez(path, arr_0=images, class_names=list("ab"))
+    assert open_npz(path).labels is None and open_npz(path).class_names == ["a", "b"]
     np.savez(path, arr_0=images, arr_1=[999, 7])    # samples of a model without class names
     assert open_npz(path).labels.tolist() == [999, 7] and open_npz(path).class_names is None
 

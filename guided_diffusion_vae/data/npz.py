@@ -13,7 +13,6 @@ import torch
 from ..config import require
 from ..files import atomic_path, bf, file_errors, read_to_end
 
-
 MAX_CHECKED_BYTES = 2**30
 _checked = set()    # (path, size, modification time, name) of the members whose CRC this process has compared
 
@@ -140,5 +139,5 @@ def open_npz(path) -> Samples:
          f"{path}: expected one label in arr_1 for each of {len(images)} images, got shape {np.shape(labels)}"),
     )
     if labels is not None and names is not None:
-        names = archive_classes(path, labels, len(images), names)
-    return Samples(path, images, labels, names)
+        archive_classes(path, labels, len(images), names)
+    return Samples(path, images, labels, None if names is None else names.tolist())
