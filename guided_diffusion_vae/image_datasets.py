@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import deprecated_names
 from .config import require
 from .data.decoding import open_image
-from .data.listing import REFERENCE_EXTENSIONS, require_data_dir, require_prefixes, walk_files
+from .data.listing import REFERENCE_EXTENSIONS, name_prefix, require_data_dir, walk_files
 from .data.resizing import center_window, downsample_to_cover
 from .files import file_extension
 
@@ -23,8 +23,8 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
               random_flip=True, shard=None, num_shards=None):
     """Return an endless generator of (images [N x 3 x S x S] float32 in [-1, 1], {"y": labels [N]} or {}).
 
-    Classes are the sorted distinct parts of the file names before the first underscore. Each rank reads every
-    num_shards-th file; `shard` and `num_shards` default to those of torch.distributed, else to 0 of 1.
+    Classes are the sorted distinct parts of the file names before the first underscore, an empty one included. Each
+    rank reads every num_shards-th file; `shard` and `num_shards` default to those of torch.distributed, else to 0 of 1.
 
     :raises FileNotFoundError: if there is no folder, or no image in it.
     :raises ValueError: if this shard has fewer images than a batch (the reference waits indefinitely).
@@ -40,7 +40,7 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
             error=FileNotFoundError)
     labels = None
     if class_cond:
-        prefixes = require_prefixes(files)
+        prefixes = [name_prefix(path) for path in files]
         number = {name: label for label, name in enumerate(sorted(set(prefixes)))}
         labels = [number[name] for name in prefixes]
     dataset = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,

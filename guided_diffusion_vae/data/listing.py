@@ -124,19 +124,6 @@ def name_prefix(path):
     return bf.basename(path).partition("_")[0]
 
 
-def require_prefixes(paths, folder=""):
-    """Return the class name of each file.
-
-    :raises ValueError: if one is empty.
-    """
-    classes = [name_prefix(path) for path in paths]
-    if "" in classes:
-        path = bf.join(folder, paths[classes.index("")])
-        raise ValueError(f"{path} has an empty class name: expected CLASS_rest, got nothing before the first "
-                         f"underscore in {classes.count('')} of {len(paths)} files; rename them")
-    return classes
-
-
 def relative_names(folder, paths):
     """Return the paths relative to `folder`, with forward slashes."""
     start = len(folder.rstrip("/")) + 1
@@ -154,7 +141,11 @@ def infer_classes(names: Sequence[str], folder: str) -> tuple[list[str] | None, 
         require((not splits, f"{folder} contains dataset splits, not classes: {', '.join(sorted(set(classes)))}; set "
                              "--data_dir to one of them"))
     elif all("_" in bf.basename(name) for name in names):
-        classes = require_prefixes(names, folder)
+        classes = [name_prefix(name) for name in names]
+        empty = [name for name, prefix in zip(names, classes) if not prefix]
+        if empty:
+            raise ValueError(f"{bf.join(folder, empty[0])} has an empty class name: expected CLASS_rest, got nothing "
+                             f"before the first underscore in {len(empty)} of {len(names)} files; rename them")
     else:
         return None, None
     class_names = sorted(set(classes))
