@@ -1,12 +1,16 @@
 import contextlib
+import importlib.util
 import os
 import stat
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from guided_diffusion_vae import dist_util, logger
 
+ROOT = Path(__file__).parents[1]
 LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
 
 
@@ -18,6 +22,30 @@ def one_process(monkeypatch):
     yield
     dist_util._active_rank_info = None
     logger.reset()
+
+
+def to_words(flags):
+    """Return the words of a command line that sets flags."""
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run main() of a script in this process; return (exit status, standard output, standard error)."""
+    def call(script, **flags):
+        spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *to_words(flags)])
+        monkeypatch.setattr(dist_util, "_active_rank_info", None)
+        status = 0
+        try:
+            dist_util.launch(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        logger.reset()
+        return (status, *capsys.readouterr())
+    return call
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """A diffusion process is one file and one line in each of two tables: shown with straight lines from noise to data."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, dist_util, logger
+from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.data import open_npz
 from guided_diffusion_vae.interfaces import Process
 from guided_diffusion_vae.respace import space_timesteps
@@ -18,7 +15,6 @@ from guided_diffusion_vae.runs.factories import PROCESSES, create_diffusion
 from guided_diffusion_vae.sampling import SAMPLERS
 from guided_diffusion_vae.sampling.solvers import applicable_samplers
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
@@ -78,26 +74,6 @@ def straight(monkeypatch):
     create = lambda config, discrete_data: StraightLines(config.diffusion_steps, config.timestep_respacing)
     monkeypatch.setitem(PROCESSES, "straight", create)
     monkeypatch.setitem(SAMPLERS, "euler", (StraightLines, euler_loop))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script in this process; return (exit status, standard output, standard error)."""
-    def call(script, **flags):
-        spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        argv = [f"{script}.py", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(dist_util, "_active_rank_info", None)
-        status = 0
-        try:
-            dist_util.launch(module.main)
-        except SystemExit as stop:
-            status = stop.code
-        logger.reset()
-        return (status, *capsys.readouterr())
-    return call
 
 
 @pytest.fixture

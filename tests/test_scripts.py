@@ -1,7 +1,6 @@
 """Every script from end to end on tiny data: the main pipeline in processes, most errors within this process."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -16,15 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, dist_util, logger
+from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import open_npz
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.runs.factories import create_model
-from conftest import LAUNCHER_NAMES
+from conftest import LAUNCHER_NAMES, ROOT, to_words
 
-ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 COUNT = 12
 PIPELINE = """
@@ -39,10 +37,6 @@ classifier: {classifier_width: 32, classifier_depth: 1, classifier_attention_res
 
 
 pytestmark = pytest.mark.usefixtures("one_process")
-
-
-def to_words(flags):
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def command(script, ranks, flags):
@@ -69,27 +63,6 @@ def run(script, ranks=1, **flags):
     assert process.returncode == 0, process.stdout + process.stderr
     assert not error_lines(process.stderr) and "Traceback" not in process.stderr, process.stderr
     return process.stdout
-
-
-def call_main(script, monkeypatch, capsys, **flags):
-    """Run main() of a script in this process; return (exit status, standard output, standard error)."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *to_words(flags)])
-    monkeypatch.setattr(dist_util, "_active_rank_info", None)
-    status = 0
-    try:
-        dist_util.launch(module.main)
-    except SystemExit as stop:
-        status = stop.code
-    logger.reset()
-    return (status, *capsys.readouterr())
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    return lambda script, **flags: call_main(script, monkeypatch, capsys, **flags)
 
 
 def error_lines(stderr):
