@@ -100,18 +100,8 @@ def create_model(
 
     :raises ValueError: if `channel_mult` is empty and `image_size` has no default.
     """
-    in_channels = in_channels or 3
-    return UNetModel(
-        image_size=image_size, in_channels=in_channels, model_channels=num_channels,
-        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
-        attention_resolutions=_strides(image_size, attention_resolutions), dropout=dropout,
-        channel_mult=_multipliers(image_size, channel_mult, CHANNEL_MULT), dims=dims or 2,
-        num_classes=_embedded_classes(class_cond, num_classes, class_dropout), use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
-        recompute_norms=recompute_norms,
-    )
+    arguments = locals()
+    return _create_unet(UNetModel, arguments.pop("image_size"), CHANNEL_MULT, **arguments)
 
 
 def sr_create_model_and_diffusion(large_size, small_size, learn_sigma=False, **flags):
@@ -132,17 +122,21 @@ def sr_create_model(
 
     :raises ValueError: if `channel_mult` is empty and `large_size` has no default.
     """
+    arguments = locals()
+    del arguments["small_size"]
+    return _create_unet(SuperResModel, arguments.pop("large_size"), SUPER_RES_CHANNEL_MULT, **arguments)
+
+
+def _create_unet(cls, size, default_multipliers, *, num_channels, channel_mult, learn_sigma, attention_resolutions,
+                 in_channels, dims, class_cond, num_classes, class_dropout, **options):
+    """Return a network of class `cls` on a grid of `size`; `options` have the names that the class gives them."""
     in_channels = in_channels or 3
-    return SuperResModel(
-        image_size=large_size, in_channels=in_channels, model_channels=num_channels,
-        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
-        attention_resolutions=_strides(large_size, attention_resolutions), dropout=dropout,
-        channel_mult=_multipliers(large_size, channel_mult, SUPER_RES_CHANNEL_MULT), dims=dims or 2,
-        num_classes=_embedded_classes(class_cond, num_classes, class_dropout), use_checkpoint=use_checkpoint,
-        num_heads=num_heads, num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown, use_fp16=use_fp16,
-        use_new_attention_order=use_new_attention_order, resample_depth=resample_depth,
-        noised_condition=noised_condition, recompute_norms=recompute_norms,
+    return cls(
+        image_size=size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        attention_resolutions=_strides(size, attention_resolutions),
+        channel_mult=_multipliers(size, channel_mult, default_multipliers), dims=dims or 2,
+        num_classes=_embedded_classes(class_cond, num_classes, class_dropout), **options,
     )
 
 
