@@ -275,7 +275,7 @@ def read_yaml(path, classes):
 
 def _known_keys():
     """Return {section: set of its keys} of all scripts."""
-    # By name: the table of all configs imports most of the package, which flags without a file do not need.
+    # By name, and here: `configs` imports `run`, which imports this module.
     sections = {}
     for cls in importlib.import_module(f"{__package__}.configs").CONFIGS:
         sections.setdefault(section_name(cls), set()).update(f.name for f in dataclasses.fields(cls))

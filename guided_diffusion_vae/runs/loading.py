@@ -11,7 +11,9 @@ import numpy as np
 
 from .. import checkpoint_util, dist_util
 from ..config import as_dict, from_dict, require, size, to_tuple
-from ..data import DataConfig, map_labels, open_folder, open_npz, parse_size, require_data_dir, require_labels
+from ..data import (
+    DataConfig, format_shape, map_labels, open_folder, open_npz, parse_size, require_data_dir, require_labels,
+)
 from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, classifier_features,
     inception_features, latent_features, open_sample_file,
@@ -28,7 +30,7 @@ from .factories import (
     create_model_and_diffusion_vae,
 )
 from .spaces import (
-    EncodedImages, LatentConfig, LatentNormalizer, PixelCodec, Space, VAEConfig,
+    EncodedImages, LatentConfig, LatentNormalizer, Space, VAEConfig,
     apply_trained_preprocessing, create_vae, open_cache, open_pixels, open_space, require_same_space, space_header,
     works_on_pixels,
 )
@@ -143,7 +145,7 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
 def _space_from_flags(run, path, scale):
     """Return the Space of a bare state dict."""
     if scale is None:
-        return Space(PixelCodec(run[DataConfig].image_channels or 3), LatentNormalizer([0], [1], "none"))
+        return Space.of_pixels(run[DataConfig].image_channels or 3)
     mode = scale.normalizer
     require((mode not in ("auto", "channel"), f"{path} is a bare state dict without the statistics of --normalizer "
              f"{mode}; set it to the number that its latents were divided by, or none"))
@@ -167,7 +169,7 @@ def _header_from_flags(run, space, upsampler):
 def _require_described(run, path, image_shape, normalizer):
     """Reject flags of images and normalizer that conflict with the model; zeros mean its values."""
     channels, *sides = image_shape
-    trained = {"image_size": size("x".join(map(str, sides))), "image_channels": channels, "normalizer": normalizer.mode}
+    trained = {"image_size": size(format_shape(sides)), "image_channels": channels, "normalizer": normalizer.mode}
     for flag, value in trained.items():
         if run.explicit.get(flag):
             _require_equal(flag, run.explicit[flag], value, path)
@@ -228,14 +230,14 @@ def _low_res_conditioning(run, base, header, space, image_shape, fields):
     samples = open_npz(path)
     shape = samples.images.shape[-1], *samples.images.shape[1:-1]
     expected = (image_shape[0], *parse_size(super_res.small_size))
+    highest = max(super_res.cond_noise_steps - 1, 0)
     require(
         (shape == expected, f"{path}: the upsampler requires images of shape {expected} (channels, sides), got "
          f"{shape}; use another --base_samples"),
         (not classes or samples.labels is not None, f"{path} has no labels (arr_1), which the upsampler requires; "
          "sample the low-resolution images with a class-conditional model"),
-        (0 <= level <= max(super_res.cond_noise_steps - 1, 0), f"--cond_noise_level must be in [0, "
-         f"{max(super_res.cond_noise_steps - 1, 0)}], got {level}; the upsampler was trained with --cond_noise_steps "
-         f"{super_res.cond_noise_steps}"),
+        (0 <= level <= highest, f"--cond_noise_level must be in [0, {highest}], got {level}; the upsampler was trained "
+         f"with --cond_noise_steps {super_res.cond_noise_steps}"),
     )
     unspaced = create_diffusion({**header["diffusion"], "timestep_respacing": ""})
     fields["low_res"] = LowResConditioning(

@@ -14,7 +14,8 @@ import torch
 from .. import dist_util
 from ..config import size, to_tuple
 from ..data import (
-    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, open_folder, parse_size, parse_spacing,
+    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, format_shape, open_folder, parse_size,
+    parse_spacing,
 )
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
@@ -31,6 +32,11 @@ class Space:
 
     codec: object
     normalizer: LatentNormalizer
+
+    @classmethod
+    def of_pixels(cls, channels, dims=2):
+        """Return the space of images with values in [-1, 1]."""
+        return cls(PixelCodec(channels, dims), LatentNormalizer([0], [1], "none"))
 
     @property
     def is_pixels(self):
@@ -57,8 +63,8 @@ def open_data(run):
 
 def open_pixels(images):
     """Return (latent source, Space) of an ImageSource; x0 are its images, mapped to [-1, 1]."""
-    codec = PixelCodec(images.shape[0], dims=len(images.shape) - 1)
-    return EncodedImages(images, codec), Space(codec, LatentNormalizer([0], [1], "none"))
+    space = Space.of_pixels(images.shape[0], dims=len(images.shape) - 1)
+    return EncodedImages(images, space.codec), space
 
 
 def open_latent_data(run):
@@ -188,7 +194,7 @@ def infer_sizes(run, source, low_res):
     sizes = {}
     for name, data in (("large_size", source), ("small_size", low_res)):
         if data.unpadded_shape:
-            sizes[name] = size("x".join(map(str, data.unpadded_shape[1:])))
+            sizes[name] = size(format_shape(data.unpadded_shape[1:]))
             if run.explicit.get(name, sizes[name]) != sizes[name]:
                 raise ValueError(f"--{name} {run.explicit[name]} conflicts with {data.folder}, whose images are "
                                  f"{sizes[name]}; omit the flag or re-encode")
@@ -234,8 +240,8 @@ def log_source(source):
         statistics = (f"; mean {source.statistics['mean']:.4f}, std {source.statistics['std']:.4f}, "
                       f"std per channel {by_channel}")
     kind = "latents" if source.statistics else "images"
-    shape = "x".join(map(str, source.latent_shape))
-    log_rank0(f"{source.count} {kind} {shape} in {source.folder}{format_classes(source)}{statistics}")
+    log_rank0(f"{source.count} {kind} {format_shape(source.latent_shape)} in {source.folder}{format_classes(source)}"
+              f"{statistics}")
 
 
 # --- Codecs, normalizers and headers ---

@@ -8,7 +8,7 @@ import torch
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
 from ..config import as_dict, resolve
-from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
+from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, format_shape, open_folder
 from ..evaluation import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective
@@ -340,10 +340,14 @@ class AutoencoderPlan(Plan):
             logits = discriminator(torch.cat([x, fake])).float().chunk(2)
             discriminator_losses(kind, *logits).mean().backward()
 
+    def _without_memory(self):
+        """Return the network on the meta device."""
+        with torch.device("meta"):
+            return create_autoencoder(self.network)
+
     def inference(self, name, dtype=torch.float32):
         """Return the `Estimate` of "encoding" or "decoding" a batch untiled with `--vae_dtype`."""
-        with torch.device("meta"):
-            network = create_autoencoder(self.network).eval()
+        network = self._without_memory().eval()
         shape = self.shape if name == "encoding" else network.latent_shape(self.shape[1:])
         forward = {"encoding": network.moments, "decoding": network.decode}[name]
         return estimate_inference(network, lambda _: forward(torch.empty(self.forward_size, *shape)),
@@ -351,17 +355,15 @@ class AutoencoderPlan(Plan):
 
     def summary(self):
         """Return the strides, and the sizes of image and latent, as text."""
-        with torch.device("meta"):
-            network = create_autoencoder(self.network)
+        network = self._without_memory()
         latent = network.latent_shape(self.shape[1:])
-        format_size = lambda shape: f"{'x'.join(map(str, shape))} ({4 * math.prod(shape) / 2**20:.2f} MiB)"
+        format_size = lambda shape: f"{format_shape(shape)} ({4 * math.prod(shape) / 2**20:.2f} MiB)"
         return (f"{format_strides(network)}: {format_size(self.shape)} -> {format_size(latent)}, one latent element "
                 f"per {math.prod(self.shape) / math.prod(latent):.1f} values")
 
     def smaller_networks(self):
         """Yield the same latent with a first level of half the size, then a smaller latent."""
-        with torch.device("meta"):
-            network = create_autoencoder(self.network)
+        network = self._without_memory()
         first = {"initial_downsample_factor": tuple(2 * factor for factor in network.initial_strides)}
         last = {"final_upsample": "shuffle"}
         for i, strides in enumerate(network.strides):
