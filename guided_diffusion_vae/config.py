@@ -186,6 +186,11 @@ def _require(holds, name, expected, value):
     require((holds, f"--{name} must be {expected}, got {value!r}"))
 
 
+def format_shape(sizes):
+    """Return sizes as text, such as 32x64x64."""
+    return "x".join(map(str, sizes))
+
+
 # --- Two flags for one setting ---
 
 

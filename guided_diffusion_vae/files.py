@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -128,6 +129,13 @@ def file_errors(path, problem="cannot be read", action="fix or remove the file")
     except READ_ERRORS as error:
         reason = "not an image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path}: {problem} ({reason}); {action}") from error
+
+
+def read_npy_header(stream):
+    """Return (shape, whether the order is Fortran's, dtype) of an .npy stream, which is then at its values."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
 
 
 def read_to_end(stream):

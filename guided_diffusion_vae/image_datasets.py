@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import deprecated_names
 from .config import require
 from .data.decoding import open_image
-from .data.listing import REFERENCE_EXTENSIONS, name_prefix, require_data_dir, walk_files
+from .data.listing import REFERENCE_EXTENSIONS, name_prefix, number_classes, require_data_dir, walk_files
 from .data.resizing import center_window, downsample_to_cover
 from .files import file_extension
 
@@ -38,11 +38,7 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     files = _list_image_files_recursively(data_dir)
     require((files, f"{data_dir} contains no image ({', '.join(REFERENCE_EXTENSIONS)}); check --data_dir"),
             error=FileNotFoundError)
-    labels = None
-    if class_cond:
-        prefixes = [name_prefix(path) for path in files]
-        number = {name: label for label, name in enumerate(sorted(set(prefixes)))}
-        labels = [number[name] for name in prefixes]
+    labels = number_classes([name_prefix(path) for path in files])[1] if class_cond else None
     dataset = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,
                            random_crop=random_crop, random_flip=random_flip)
     require((len(dataset) >= batch_size,

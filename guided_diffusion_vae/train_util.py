@@ -291,7 +291,7 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
         self.max_steps = config.max_steps or math.inf
-        self.ema_rate = list(decays.parse(ema_rate, "ema_rate"))
+        self.ema_rate = list(config.ema_rates)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval = config.preview_interval or save_interval
         self.preview = task.preview if self.preview_interval > 0 else None

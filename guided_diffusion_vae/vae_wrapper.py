@@ -21,8 +21,8 @@ from .autoencoder import latent_grid
 from .config import ParsedText, option, require
 from .interfaces import Codec
 from .nn import to_device
-from .vae import LOGVAR_RANGE, blend_tiles, from_image_range, sample_moments, to_image_range
-from .vae.foreign import FLAG, open_autoencoder
+from .vae import blend_tiles, from_image_range, sample_moments, to_image_range
+from .vae.foreign import FLAG, deterministic_moments, open_autoencoder
 from .vae.streaming import Streamer
 
 SCALE_FACTOR = 0.18215      # of the first Stable Diffusion, whose latents it brings to unit variance
@@ -116,8 +116,7 @@ class PixelCodec(BaseCodec):
         """Return mean and log-variance (its minimum).  [N x C x ...] in [0, 1] -> [N x 2C x ...]."""
         _check_unit_range(images)
         self.latent_shape(images.shape[1:])
-        mean = to_image_range(images, self.image_range)
-        return torch.cat([mean, torch.full_like(mean, LOGVAR_RANGE[0])], dim=1)
+        return torch.cat(deterministic_moments(to_image_range(images, self.image_range)), dim=1)
 
     def decode_batch(self, latents, channels=None) -> torch.Tensor:
         """Return images in [0, 1]; inverts `encode_batch`. `channels` is part of the interface and not used."""

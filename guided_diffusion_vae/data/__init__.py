@@ -13,7 +13,7 @@ from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unp
 from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder
 from .listing import (
-    format_classes, format_shape, hash_lines, infer_classes, map_labels, missing_classes, require_data_dir,
+    format_classes, hash_lines, infer_classes, map_labels, missing_classes, require_data_dir,
     require_labels,
 )
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz

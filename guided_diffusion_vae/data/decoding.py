@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import require
-from ..files import bf, file_errors, file_extension
+from ..files import bf, file_errors, file_extension, read_npy_header
 
 # Channels of each Pillow mode as decoded here; palettes become RGB, an opaque alpha channel is dropped.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
@@ -44,9 +44,7 @@ def read_header(path):
     """Return the `FileHeader` of an image file."""
     with file_errors(path), bf.BlobFile(path, "rb") as stream:
         if file_extension(path) == "npy":
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(stream)
+            shape, _, dtype = read_npy_header(stream)
             *sides, channels = _channels_last(shape)[1]
             return FileHeader(channels, tuple(sides), dtype.name)
         with Image.open(stream) as image:

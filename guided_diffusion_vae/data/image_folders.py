@@ -64,10 +64,7 @@ class ImageFolder(FileSource):
         pixels = match_channels(pixels if as_stored else self._to_unit(pixels, path), self.shape[0])
         pixels = fit(pixels, height, width, self.config.crop, rng)
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels
-        below, right = self.shape[1] - height, self.shape[2] - width
-        if below or right:
-            pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), mode="edge")
-        return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+        return np.ascontiguousarray(self._pad(np.moveaxis(pixels, -1, 0)))
 
     def batch(self, indices, flips=None, rngs=None):
         """Return images as float32 [n x C x H x W] in [0, 1]; see `ImageSource`."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from ..config import as_dict, require
+from ..config import as_dict, format_shape, require
 from ..files import bf, file_extension
 from ..interfaces import ImageSource, LatentSource
 
@@ -77,6 +77,11 @@ class FileSource(ImageSource):
         if self.config.pad and multiple is not None:
             factors = (multiple,) * len(sides) if isinstance(multiple, int) else multiple
             self.shape = (channels, *(-(-n // factor) * factor for n, factor in zip(sides, factors)))
+
+    def _pad(self, item):
+        """Return an item [C x ...] padded to `shape` by repeating its last rows along each axis."""
+        after = [n - m for n, m in zip(self.shape[1:], self.unpadded_shape[1:])]
+        return np.pad(item, [(0, 0), *((0, n) for n in after)], mode="edge") if any(after) else item
 
     def _stack(self, items, flips):
         """Return a list of items as a tensor; flips keep the padding at its side, where it repeats the new edge."""
@@ -148,6 +153,11 @@ def infer_classes(names: Sequence[str], folder: str) -> tuple[list[str] | None, 
                              f"before the first underscore in {len(empty)} of {len(names)} files; rename them")
     else:
         return None, None
+    return number_classes(classes)
+
+
+def number_classes(classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Return (sorted distinct class names, int64 labels) of one class name per file."""
     class_names = sorted(set(classes))
     number = {name: label for label, name in enumerate(class_names)}
     return class_names, np.array([number[name] for name in classes], np.int64)
@@ -189,11 +199,6 @@ def missing_classes(source: ImageSource | LatentSource) -> str:
     return "" if len(without) in (0, len(names)) else (
         f"{bf.join(str(source.folder), without[0])} has no class: expected CLASS_rest or a subfolder for each file, "
         f"got none for {len(without)} of {len(names)} files; rename or remove them to use classes")
-
-
-def format_shape(sizes):
-    """Return sizes as text, such as 32x64x64."""
-    return "x".join(map(str, sizes))
 
 
 def format_classes(source):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..config import require
-from ..files import atomic_path, bf, file_errors, read_to_end
+from ..files import atomic_path, bf, file_errors, read_npy_header, read_to_end
 
 MAX_CHECKED_BYTES = 2**30
 _checked = set()    # (path, size, modification time, name) of the members whose CRC this process has compared
@@ -32,9 +32,7 @@ def open_archive(path) -> dict[str, np.ndarray]:
 
 def _member(path, archive, info):
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream)
+        shape, fortran_order, dtype = read_npy_header(stream)
         header_size = stream.tell()
     if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape:
         with archive.open(info) as stream:
@@ -123,12 +121,13 @@ class Samples:
     class_names: list | None
 
 
-def open_npz(path) -> Samples:
+def open_npz(path, content=None) -> Samples:
     """Return the `Samples` of an .npz in guided-diffusion's layout; images are read on access.
 
+    :param content: what `open_archive` returns for it, if it is open already.
     :raises ValueError: if there is no arr_0 of 8-bit images, or arr_1 has another length.
     """
-    content = open_archive(path)
+    content = open_archive(path) if content is None else content
     images, labels, names = content.get("arr_0"), content.get("arr_1"), content.get("class_names")
     require((images is not None, f"{path} is not a batch of samples: expected arr_0 [N x H x W x C], got "
                                  f"{', '.join(content)}"))

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import require
+from ..config import format_shape, require
 from ..files import bf, file_errors, file_extension, read_to_end
 from ..nn import keyed_rng
 from .config import DataConfig, parse_spacing
 from .decoding import FULL_RANGE, FileHeader, unit_scale
-from .listing import FileSource, file_stamp, format_shape
+from .listing import FileSource, file_stamp
 from .npz import open_archive
 
 EXTENSIONS = ("npy", "npz", "nii", "gz")
@@ -88,9 +88,7 @@ class VolumeFolder(FileSource):
             else:
                 corner = [r // 2 for r in room]
         window = tuple(slice(start, start + n) for start, n in zip(corner, self.sides))
-        values = self._to_unit(np.asarray(volume[(slice(None), *window)]), self.paths[file])
-        padding = [(0, n - m) for n, m in zip(self.shape[1:], self.sides)]
-        return np.pad(values, [(0, 0), *padding], mode="edge") if any(after for _, after in padding) else values
+        return self._pad(self._to_unit(np.asarray(volume[(slice(None), *window)]), self.paths[file]))
 
     def read_volume(self, file):
         """Return volume `file` (not an item) as float32 [C x D x H x W] at its own size."""

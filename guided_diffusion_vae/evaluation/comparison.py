@@ -164,11 +164,10 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
     bank = measured["training"].features.pooled
     distances, nearest = set_metrics.nearest_neighbors(measured["samples"].features.pooled, bank, k=1)
     rows = np.linspace(0, len(samples) - 1, min(examples, len(samples))).round().astype(int)
-    grid = figures.neighbor_grid(
-        samples.batch(rows).numpy(), training.batch(nearest[rows, 0]).numpy()[:, None], distances[rows]
-    )
+    chosen, neighbors = samples.batch(rows), training.batch(nearest[rows, 0])
+    grid = figures.neighbor_grid(chosen.numpy(), neighbors.numpy()[:, None], distances[rows])
     figures.save_image(Path(folder) / "nearest_neighbors.png", grid)
-    pixels = [float((samples.batch([r]) - training.batch([nearest[r, 0]])).abs().mean()) for r in rows]
+    pixels = [float((sample - neighbor).abs().mean()) for sample, neighbor in zip(chosen, neighbors)]
     report = {"median_distance_samples": float(np.median(distances)), "example_indices": rows.tolist(),
               "example_pixel_l1": pixels}
     if measured["reference"].features is not None:
@@ -182,8 +181,8 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
 class SampleFile:
     """Images of an .npz archive of samples, read on demand."""
 
-    def __init__(self, path):
-        self.folder, samples = path, open_npz(path)
+    def __init__(self, path, content=None):
+        self.folder, samples = path, open_npz(path, content)
         self.images, self.labels, self.class_names = samples.images, samples.labels, samples.class_names
         self.shape = self.images.shape[-1], *self.images.shape[1:-1]
 
@@ -206,7 +205,7 @@ def open_sample_file(path) -> ImageSet | None:
             statistics[name] = set_metrics.FeatureStatistics.from_moments(content[mean], content[covariance])
     if "arr_0" not in content and not statistics:
         return None
-    return ImageSet(path, SampleFile(path) if "arr_0" in content else None, statistics)
+    return ImageSet(path, SampleFile(path, content) if "arr_0" in content else None, statistics)
 
 
 def _extract(extract, images, batch_size, label):

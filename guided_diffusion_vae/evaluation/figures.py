@@ -51,7 +51,7 @@ def neighbor_grid(samples, neighbors, distances=None, scale=1) -> Image.Image:
 
 def line_plot(curves: dict, x: str, y: str, log_x=False, log_y=False) -> Image.Image:
     """Return a plot of curves {name: [(x, y), ...]} with marked points; `x` and `y` label the axes."""
-    figure, (panel,) = _figure(1, width=7, height=4)
+    figure, panel = _figure(7, 4)
     for name, points in curves.items():
         panel.plot(*zip(*sorted(points)), linewidth=1.2, marker="o", markersize=4, label=name)
     if log_x:
@@ -74,7 +74,7 @@ def confusion_plot(matrix, names: list[str]) -> Image.Image:
     require((len(names) <= MAX_CLASSES, f"confusion plot: expected at most {MAX_CLASSES} classes, got {len(names)}"))
     fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = 2.5 + 0.6 * len(names)
-    figure, (panel,) = _figure(1, side, side)
+    figure, panel = _figure(side, side)
     panel.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
     panel.set_yticks(range(len(names)), names)
@@ -90,14 +90,14 @@ def _require_shape(name, shape, expected):
     require((tuple(shape) == tuple(expected), f"{name}: expected shape {list(expected)}, got {list(shape)}"))
 
 
-def _figure(panels, width, height):
-    """Return (figure, list of axes stacked over one horizontal axis), without pyplot's global state."""
+def _figure(width, height):
+    """Return (figure, its axes), without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    return figure, figure.subplots()
 
 
 def _render(figure):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..config import require
+from ..config import format_shape, require
 
 
 def paired_metrics(a, b, prefix="") -> dict[str, torch.Tensor]:
@@ -132,10 +132,6 @@ def _difference(a, b):
 
 def to_bytes(images):
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def format_shape(sizes):
-    return "x".join(map(str, sizes))
 
 
 # Metrics of image pairs: functions of two equal tensors [N x C x ...] that return float64 [N].

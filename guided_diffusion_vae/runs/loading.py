@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import checkpoint_util, dist_util
-from ..config import as_dict, from_dict, require, size, to_tuple
-from ..data import (
-    DataConfig, format_shape, map_labels, open_folder, open_npz, parse_size, require_data_dir, require_labels,
-)
+from ..config import as_dict, format_shape, from_dict, require, size, to_tuple
+from ..data import DataConfig, map_labels, open_folder, open_npz, parse_size, require_data_dir, require_labels
 from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, classifier_features,
     inception_features, latent_features, open_sample_file,

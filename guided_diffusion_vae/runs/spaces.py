@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from .. import dist_util
-from ..config import size, to_tuple
+from ..config import format_shape, size, to_tuple
 from ..data import (
-    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, format_shape, open_folder, parse_size,
-    parse_spacing,
+    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, open_folder, parse_size, parse_spacing,
 )
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar

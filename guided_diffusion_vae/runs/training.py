@@ -7,8 +7,8 @@ import torch
 
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
-from ..config import as_dict, resolve
-from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, format_shape, open_folder
+from ..config import as_dict, format_shape, resolve
+from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
 from ..evaluation import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective

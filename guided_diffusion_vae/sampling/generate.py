@@ -55,10 +55,9 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
                 _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing)
         with atomic_path(_shard_path(shards, indices)) as part, open(part, "wb") as stream:
             np.save(stream, np.moveaxis(images, 1, -1))
-        logger.log(f"created {min(indices.stop, config.num_samples)} samples")
+        logger.log(f"created {indices.stop} samples")
     dist_util.barrier()
-    *sides, channels = (*sampler.image_shape[1:], sampler.image_shape[0])
-    shape = config.num_samples, *sides, channels
+    shape = config.num_samples, *sampler.image_shape[1:], sampler.image_shape[0]
     path = folder / f"samples_{'x'.join(map(str, shape))}.npz"
     if dist_util.rank() == 0:
         labels = sampler.labels(range(config.num_samples), classes)
