@@ -1,4 +1,9 @@
 import json
+import math
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data import DataConfig, ImageFolder, open_npz, to_uint8, write_npz
 from guided_diffusion_vae.evaluation import (
-    PAIRED_METRICS, EvaluateConfig, EvaluationClassifier, Features, FeatureStatistics, RoundtripConfig,
-    bicubic_baseline, evaluate, failed_thresholds, frechet_distance, inception_score, open_sample_file, roundtrip,
+    PAIRED_METRICS, EvaluateConfig, EvaluationClassifier, Features, FeatureStatistics, HeldOutData, ImageSet,
+    LikelihoodConfig, RoundtripConfig, bicubic_baseline, evaluate, failed_thresholds, frechet_distance, inception_score,
+    likelihood, open_sample_file, roundtrip, set_metrics,
 )
+from guided_diffusion_vae.nn import keyed_seed
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.run import Run
-from guided_diffusion_vae.vae_wrapper import PixelCodec
+from guided_diffusion_vae.runs.spaces import Space
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 CPU = torch.device("cpu")
 NAMES = ["dark", "light"]
@@ -62,6 +71,38 @@ def extract(images):
     """Return features [n x 2] and the logits of a classifier of the mean intensity."""
     mean = images.mean((1, 2, 3))
     return Features(torch.stack([mean, images.std((1, 2, 3))], 1), torch.stack([0.4 - mean, mean - 0.4], 1))
+
+
+@pytest.fixture
+def on_two_ranks(monkeypatch):
+    """Call a function in two threads, each of which is a rank; return the results by rank."""
+    this, meeting, items = threading.local(), threading.Barrier(2, timeout=60), [None, None]
+
+    def gather(item):
+        items[this.rank] = pickle.dumps(item)
+        meeting.wait()
+        gathered = list(map(pickle.loads, items))
+        meeting.wait()
+        return gathered
+
+    def on_rank(function, rank):
+        this.rank = rank
+        return function()
+
+    def call(function):
+        for name, value in (("rank", lambda: this.rank), ("world_size", lambda: 2), ("gather_objects", gather)):
+            monkeypatch.setattr(dist_util, name, value)
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(on_rank, [function] * 2, range(2)))
+    return call
+
+
+def flat(report, at=""):
+    """Return the numbers of a nested report by their path."""
+    if isinstance(report, (dict, list)):
+        pairs = report.items() if isinstance(report, dict) else enumerate(report)
+        return {path: value for key, item in pairs for path, value in flat(item, f"{at}/{key}").items()}
+    return {at: report}
 
 
 # --- Round trip ---
@@ -115,6 +156,34 @@ def test_roundtrip_of_a_subset_is_evenly_spaced(tmp_path):
     assert report["l1"] == pytest.approx(np.mean(half), rel=1e-5)
 
 
+def test_reconstructions_of_a_subset_have_the_labels_and_axes_of_their_images(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i, label in enumerate("aababbbab"):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{label}_{i}.png")
+    source = ImageFolder(DataConfig(image_size="8x16"), data_dir=str(tmp_path / "data"))
+    codec = PixelCodec(3)
+    report = roundtrip(codec, source, RoundtripConfig(max_samples=5, save_npz=True), tmp_path, CPU)
+    written, chosen = open_npz(tmp_path / "reconstructions_5x8x16x3.npz"), [0, 2, 4, 6, 8]
+    assert written.labels.tolist() == source.labels[chosen].tolist() != source.labels[:5].tolist()
+    images = source.batch(chosen)
+    assert np.array_equal(written.images, to_uint8(images).transpose(0, 2, 3, 1)) and report["num_images"] == 5
+    x0 = 2 * images - 1
+    assert report["latent_std"] == pytest.approx(x0.std(correction=0).item(), rel=1e-5)
+    assert report["channel_mean"] == pytest.approx(x0.mean((0, 2, 3)).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("std, dead", [(2e-3, []), (5e-4, [1])])
+def test_channels_below_a_thousandth_of_the_largest_are_dead(tmp_path, std, dead):
+    class Codec(HalvingCodec):
+        def encode_batch(self, images, eps=None):
+            wave = torch.tensor([-1.0, 1.0]).repeat(4).expand(len(images), 1, 8, 8)
+            return torch.cat([wave, std * wave], 1)
+
+    source = ImageFolder(DATA, data_dir=write_folder(tmp_path / "data", count=2))
+    assert roundtrip(Codec(), source, RoundtripConfig(), tmp_path, CPU)["dead_channels"] == dead
+
+
 def test_roundtrip_crops_the_padding(tmp_path):
     folder = write_folder(tmp_path / "data", size=(15, 16))
     source = ImageFolder(DATA, multiple=(2, 2), data_dir=folder, image_size="15x16", pad=True)
@@ -123,6 +192,8 @@ def test_roundtrip_crops_the_padding(tmp_path):
     images = source.batch(range(12))
     decoded = HalvingCodec().decode_batch(HalvingCodec().encode_batch(images))
     assert report["l1"] == pytest.approx((images - decoded)[:, :, :15].abs().mean().item(), rel=1e-5)
+    bicubic = torch.from_numpy(bicubic_baseline(images, 2))
+    assert report["bicubic_l1"] == pytest.approx((images - bicubic)[:, :, :15].abs().mean().item(), rel=1e-5)
 
 
 def test_a_run_folder_means_its_samples(tmp_path):
@@ -174,12 +245,12 @@ def samples(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, samples):
-    def run(data=DATA, extract_features=extract, image_shape=None, **fields):
+    def run(data=DATA, extract_features=extract, image_shape=None, seed=0, **fields):
         config = EvaluateConfig(**{"samples": samples, "reference": str(tmp_path / "val"), "batch_size": 4, **fields})
         loading.require_sets(config)
         sets = loading.open_sets(Run("evaluate", [config, data], {}))
         classifier = EvaluationClassifier(extract, NAMES, image_shape)
-        return evaluate(config, sets, extract_features, tmp_path / "run", classifier)
+        return evaluate(config, sets, extract_features, tmp_path / "run", classifier, seed)
     write_folder(tmp_path / "val", seed=1)
     return run
 
@@ -201,6 +272,86 @@ def test_evaluate_compares_images_classes_and_training_set(run, tmp_path):
     assert written(tmp_path / "run", report) == {
         **report, "neighbours": {name: nearest[key] for name, key in old.items()},  # alias
     }
+
+
+def by_definition(real, generated, k=3):
+    """Return the distances of two sets of features [N x 2] by the definitions, with loops."""
+    a, b = np.cov(real.T), np.cov(generated.T)
+    root = math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a @ b)))     # trace of the root of a 2x2 matrix
+    frechet = ((real.mean(0) - generated.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
+    kernel = lambda x, y: (x @ y / 2 + 1) ** 3
+    within = [np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+              for x in (real, generated)]
+    between = np.mean([kernel(x, y) for x in real for y in generated])
+
+    def covered(points, centers):
+        radii = [sorted(np.linalg.norm(centers - center, axis=1))[k] for center in centers]
+        return np.mean([(np.linalg.norm(centers - point, axis=1) <= radii).any() for point in points])
+    return {"frechet": frechet, "kernel": sum(within) - 2 * between, "precision": covered(generated, real),
+            "recall": covered(real, generated)}
+
+
+def varied_images(count, seed):
+    """Return images [N x 1 x 16 x 16] uint8 of different intensity and contrast, and random labels."""
+    rng = np.random.default_rng(seed)
+    low, width = rng.integers(0, 120, (count, 1, 1, 1)), rng.integers(10, 130, (count, 1, 1, 1))
+    return (low + width * rng.random((count, 1, 16, 16))).astype(np.uint8), rng.integers(0, 2, count)
+
+
+@pytest.fixture
+def varied(tmp_path):
+    """Write sets of different sizes, with copies of training images among the samples; return {flag: path}."""
+    sets = {"reference": varied_images(23, 5), "samples": varied_images(30, 2), "train_dir": varied_images(17, 4)}
+    sets["samples"][0][[4, 9, 20]] = sets["train_dir"][0][[16, 2, 2]]
+    for name, (images, labels) in sets.items():
+        (tmp_path / name).mkdir()
+        samples_file(tmp_path / name, images, labels)
+    return {name: str(next((tmp_path / name).iterdir())) for name in sets}
+
+
+def test_evaluate_reports_numbers_of_the_definitions(run, varied, monkeypatch):
+    report = run(**varied)
+    images = {name: open_sample_file(path).images for name, path in varied.items()}
+    pixels = {name: source.batch(range(len(source))) for name, source in images.items()}
+    features, logits = ({name: extract(x)[i].double().numpy() for name, x in pixels.items()} for i in (0, 1))
+    real, generated, training = (features[name] for name in ("reference", "samples", "train_dir"))
+    expected = by_definition(real, generated)
+    assert 0 < expected["precision"] != expected["recall"] < 1
+    assert {name: report[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    expected = {"num_training": 17, **by_definition(real, training)}
+    assert report["training_to_reference"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    distances, held_out = (np.linalg.norm(x[:, None] - training, axis=2) for x in (generated, real))
+    nearest, rows = report["nearest_neighbors"], [round(i * 29 / 11) for i in range(12)]
+    assert nearest["median_distance_samples"] == pytest.approx(np.median(distances.min(1)), rel=1e-5)
+    assert nearest["median_distance_reference"] == pytest.approx(np.median(held_out.min(1)), rel=1e-5)
+    expected = np.mean(distances.min(1) < np.quantile(held_out.min(1), 0.01))
+    assert 3 / 30 <= expected < 0.5 and nearest["memorized_fraction"] == pytest.approx(expected)
+    assert nearest["example_indices"] == rows
+    expected = [(pixels["samples"][i] - pixels["train_dir"][distances[i].argmin()]).abs().mean().item() for i in rows]
+    assert nearest["example_pixel_l1"] == pytest.approx(expected, rel=1e-5)
+
+    for key, name in (("classifier_accuracy", "reference"), ("class_agreement", "samples")):
+        pairs = list(zip(images[name].labels, logits[name].argmax(1)))
+        expected = [[pairs.count((row, column)) for column in range(2)] for row in range(2)]
+        assert report[key]["confusion"] == expected and expected[0][1] != expected[1][0]
+        assert report[key]["count"] == len(pairs)
+    monkeypatch.setattr(set_metrics, "kernel_distance", lambda a, b, seed: seed)
+    assert run(**varied, seed=7)["kernel"] == 7
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_two_ranks_report_the_numbers_of_one(run, varied, on_two_ranks, distinct):
+    # Classifier and features are one function, or two that are applied separately.
+    features = inception if distinct else extract
+    one = flat(run(extract_features=features, batch_size=3, **varied))
+    first, second = on_two_ranks(lambda: run(extract_features=features, batch_size=3, **varied))
+    assert flat(first) == pytest.approx(one, rel=1e-6, abs=1e-9)
+    assert flat(second) == pytest.approx({key: one[key] for key in flat(second)}, rel=1e-6, abs=1e-9)
+    assert not distinct or {"/fid", "/sfid", "/kid", "/inception_score"} <= set(one)
+    images = open_sample_file(varied["samples"]).images     # classes are those of the classifier in both cases
+    predicted = extract(images.batch(range(30))).logits.argmax(1).numpy()
+    assert one["/class_agreement/accuracy"] == np.mean(predicted == images.labels)
 
 
 def test_copies_of_training_images_are_at_distance_zero(run, tmp_path):
@@ -232,6 +383,25 @@ def test_paired_samples_have_scores_of_the_round_trip(run, tmp_path):
     assert report["l1"] == 0 and report["ssim"] == pytest.approx(1) and report["frechet"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="--paired True: expected 12 samples, .*, got 10"):
         run(paired=True)
+
+
+def test_paired_scores_are_means_over_all_samples(run, tmp_path):
+    real, labels = varied_images(10, 1)
+    shifted = (real + np.arange(10)[:, None, None, None] ** 2).astype(np.uint8)
+    (tmp_path / "shifted").mkdir()
+    files = samples_file(tmp_path / "shifted", shifted, labels), samples_file(tmp_path, real, labels)
+    report = run(samples=files[0], reference=files[1], paired=True)
+    errors = [(i / 255) ** 2 for i in (j**2 for j in range(10))]
+    assert report["l1"] == pytest.approx(np.mean([j**2 for j in range(10)]) / 255, rel=1e-6)
+    assert report["psnr"] == pytest.approx(np.mean([100, *(-10 * math.log10(e) for e in errors[1:])]), rel=1e-6)
+
+
+def test_samples_of_any_shape_are_read_in_unit_range(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", images)
+    source = open_sample_file(str(tmp_path / "samples.npz")).images
+    assert source.shape == (3, 4, 6)
+    assert torch.equal(source.batch([2, 0]), torch.from_numpy(images[[2, 0]] / np.float32(255)).permute(0, 3, 1, 2))
 
 
 def test_a_folder_is_evaluated_like_an_npz(run, tmp_path):
@@ -332,6 +502,23 @@ def test_statistics_of_a_reference_file_are_used_unchanged(samples, tmp_path, wi
     assert ("precision" in report) == ("kid" in report) == with_images
 
 
+def test_statistics_of_a_reference_file_do_not_apply_to_other_features(run, tmp_path):
+    images, labels = images_and_labels(10, seed=5)
+    np.savez(tmp_path / "reference.npz", np.moveaxis(images, 1, -1), mu=np.full(2, 9.0), sigma=np.eye(2))
+    assert run(reference=str(tmp_path / "reference.npz"))["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_spatial_statistics_require_the_pooled_ones(samples, tmp_path):
+    np.savez(tmp_path / "part.npz", mu_s=np.zeros(4), sigma_s=np.eye(4))
+    with pytest.raises(ValueError, match="part.npz: expected statistics mu and sigma with mu_s and sigma_s, got mu_s, "
+                                         "sigma_s; use another file"):
+        open_sample_file(tmp_path / "part.npz")
+    statistics = FeatureStatistics.from_moments(np.zeros(4), np.eye(4))
+    sets = {"samples": open_sample_file(samples), "reference": ImageSet("part.npz", None, {"spatial": statistics})}
+    with pytest.raises(ValueError, match="part.npz: expected statistics mu and sigma"):
+        evaluate(EvaluateConfig(inception_path="weights"), sets, inception, tmp_path)
+
+
 def test_statistics_without_images_are_rejected_as_samples(run, tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
     with pytest.raises(ValueError, match="statistics.npz contains statistics and no images, which --samples and"):
@@ -347,3 +534,80 @@ def test_unknown_classes_raise(run, tmp_path):
     (tmp_path / "val" / "dark_00.png").rename(tmp_path / "val" / "black_00.png")
     with pytest.raises(ValueError, match=f"{tmp_path}/val has classes black that"):
         run()
+
+
+# --- Likelihood ---
+
+
+class Latents:
+    """Latent source of five items, whose latents [N x 1 x 2] are their indices."""
+
+    folder = "latents"
+
+    def __len__(self):
+        return 5
+
+    def read(self, items):
+        return items
+
+    def latents(self, items, device):
+        return torch.as_tensor(items, dtype=torch.float32, device=device).view(-1, 1, 1).repeat(1, 1, 2)
+
+
+class Bound:
+    """Process whose bound depends on x0, class, clipping and noise."""
+
+    def __init__(self, noise=1.0):
+        self.noise = noise
+
+    def calc_bpd_loop(self, model, x_start, clip_denoised, model_kwargs):
+        rows = x_start.flatten(1) + 10 * clip_denoised
+        total = rows.sum(1) + 100 * model_kwargs.get("y", 0) + self.noise * torch.randn(len(x_start))
+        return {"total_bpd": total, "vb": rows, "mse": rows + 1, "xstart_mse": rows + 2}
+
+
+LABELS = np.array([2, 0, 1, 1, 2])
+NORMALIZER = LatentNormalizer([-1.0], [0.5], "channel")
+
+
+def measure(folder, pixels=False, labels=LABELS, noise=1.0, **config):
+    """Return the report of `likelihood` and the means of its terms."""
+    folder.mkdir(exist_ok=True)
+    space = Space(SimpleNamespace(is_pixels=pixels), NORMALIZER)
+    config = LikelihoodConfig(**{"batch_size": 2, "num_samples": 9, "clip_denoised": False, **config})
+    report = likelihood(None, Bound(noise), HeldOutData(Latents(), space, labels), config, folder)
+    terms = {path.name: np.load(path)["arr_0"] for path in folder.iterdir()} if dist_util.rank() == 0 else {}
+    return report, terms
+
+
+@pytest.mark.parametrize("pixels, clip, labels, seed", [
+    (True, True, None, 0), (False, False, LABELS, 0), (False, True, LABELS, 3),
+])
+def test_likelihood_is_the_mean_of_the_bounds_in_its_unit(tmp_path, pixels, clip, labels, seed):
+    report, terms = measure(tmp_path, pixels, labels, clip_denoised=clip, seed=seed)
+    noise = []
+    for start, count in ((0, 2), (2, 2), (4, 1)):     # batches
+        torch.manual_seed(keyed_seed(seed, 11, start))
+        noise += torch.randn(count).tolist()
+    x0 = (np.arange(5) + 1) / 0.5 + 10 * clip
+    unit = 1 if pixels else math.log(2)     # bits to nats
+    bounds = unit * (2 * x0 + (0 if labels is None else 100 * labels) + noise)
+    expected = {"bits_per_dim" if pixels else "nats_per_latent_dim": bounds.mean(),
+                "standard_error": bounds.std() / math.sqrt(5), "count": 5}
+    assert report == pytest.approx(expected, rel=1e-5)
+    expected = {"vb_terms.npz": unit * x0.mean(), "mse_terms.npz": x0.mean() + 1, "xstart_mse_terms.npz": x0.mean() + 2}
+    assert {name: values.tolist() for name, values in terms.items()} == {
+        name: pytest.approx([value] * 2) for name, value in expected.items()}
+
+
+def test_likelihood_of_two_ranks_equals_that_of_one(tmp_path, on_two_ranks):
+    # Threads share one generator of noise, so that there is none.
+    report, terms = measure(tmp_path / "one", noise=0.0)
+    (first, both), (second, _) = on_two_ranks(lambda: measure(tmp_path / "two", noise=0.0))
+    assert first == second == pytest.approx(report)
+    assert all(both[name] == pytest.approx(values) for name, values in terms.items())
+
+
+def test_likelihood_of_a_subset_is_evenly_spaced(tmp_path):
+    report, terms = measure(tmp_path, num_samples=3, batch_size=3)
+    assert report["count"] == 3 and terms["mse_terms.npz"].tolist() == pytest.approx([(2 + 6 + 10) / 3 + 1] * 2)

@@ -2,7 +2,9 @@ import itertools
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ import torch
 from PIL import Image
 
 from guided_diffusion_vae.evaluation import (
-    FeatureStatistics, bicubic_baseline, class_agreement, classification_report, classifier_features,
+    Features, FeatureStatistics, bicubic_baseline, class_agreement, classification_report, classifier_features,
     collect_features, confusion_matrix, frechet_distance, inception_features, inception_score, kernel_distance, l1,
-    latent_features, max_error, nearest_neighbors, precision_recall, psnr, ssim,
+    latent_features, max_error, nearest_neighbors, precision_recall, psnr, set_metrics, ssim,
 )
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "spectrograms"
@@ -63,14 +65,16 @@ def test_ssim_of_constant_images_is_the_luminance_term():
     assert ssim(a, a + 0.2).tolist() == pytest.approx([expected], abs=1e-10)
 
 
-def test_ssim_equals_the_formula_evaluated_window_by_window():
-    a, b = random_images(1, 1, 13, 14), random_images(1, 1, 13, 14, seed=1)
-    offsets = np.arange(11) - 5
-    weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+@pytest.mark.parametrize("height, width, window", [(13, 14, (11, 11)), (8, 12, (7, 11)), (9, 3, (9, 3))])
+def test_ssim_equals_the_formula_evaluated_window_by_window(height, width, window):
+    a, b = random_images(1, 1, height, width), random_images(1, 1, height, width, seed=1)
+    tall, wide = window
+    y, x = np.arange(tall) - tall // 2, np.arange(wide) - wide // 2
+    weights = np.exp(-(y[:, None] ** 2 + x**2) / (2 * 1.5**2))
     weights /= weights.sum()
     values = []
-    for i, j in itertools.product(range(3), range(4)):
-        x, y = (p[0, 0, i : i + 11, j : j + 11].astype(np.float64) for p in (a, b))
+    for i, j in itertools.product(range(height - tall + 1), range(width - wide + 1)):
+        x, y = (p[0, 0, i : i + tall, j : j + wide].astype(np.float64) for p in (a, b))
         mx, my = (weights * x).sum(), (weights * y).sum()
         vx, vy = (weights * (x - mx) ** 2).sum(), (weights * (y - my) ** 2).sum()
         cov = (weights * (x - mx) * (y - my)).sum()
@@ -125,6 +129,11 @@ def test_bicubic_baseline_of_a_volume_that_varies_in_a_plane_equals_the_plane():
 def test_bicubic_baseline_with_factor_one_only_rounds_to_eight_bits():
     a = random_images(1, 3, 8, 8)
     assert np.abs(bicubic_baseline(a, 1) - a).max() <= 0.5 / 255 + 1e-6
+
+
+def test_bicubic_baseline_clips_values_outside_the_unit_interval():
+    a = 3 * random_images(1, 1, 8, 8) - 1
+    assert np.array_equal(bicubic_baseline(a, 2), bicubic_baseline(a.clip(0, 1), 2))
 
 
 def test_bicubic_baseline_rejects_factors_that_do_not_divide():
@@ -183,6 +192,10 @@ def test_frechet_distance_of_too_few_samples_warns():
     few = gaussian(8, 16)
     with pytest.warns(UserWarning, match="8 samples of 16 features"):
         assert frechet_distance(statistics(few), statistics(few)) == pytest.approx(0, abs=1e-10)
+    many, equal = statistics(gaussian(40, 16)), statistics(gaussian(16, 16))
+    for a, b in ((many, equal), (equal, many)):     # the smaller set decides
+        with pytest.warns(UserWarning, match="16 samples of 16 features"):
+            frechet_distance(a, b)
 
 
 def test_statistics_reject_nan_other_lengths_and_single_samples():
@@ -218,6 +231,15 @@ def test_kernel_distance_over_subsets_agrees_with_the_whole_and_keeps_to_its_see
     assert subsets == pytest.approx(kernel_distance(a, b), rel=0.15)
     assert subsets == kernel_distance(a, b, subsets=60, subset_size=100)
     assert subsets != kernel_distance(a, b, subsets=60, subset_size=100, seed=1)
+
+
+def test_kernel_distance_averages_random_subsets_without_replacement(monkeypatch):
+    measured = []
+    monkeypatch.setattr(set_metrics, "_mmd_squared", lambda x, y: measured.append((x, y)) or len(measured))
+    assert kernel_distance(np.arange(1200.0)[:, None], np.arange(1100.0)[:, None]) == np.mean(range(1, 101))
+    for parts, count in zip(zip(*measured), (1200, 1100)):
+        assert all(len(part) == len(part.unique()) == 1000 for part in parts)
+        assert len(torch.cat(parts).unique()) == count and not torch.equal(parts[0], parts[1])
 
 
 def clusters(*centers, count=30, seed=0):
@@ -271,6 +293,12 @@ def test_nearest_neighbor_of_a_copy_is_at_distance_zero():
     assert not distances.any()
 
 
+def test_small_distances_are_not_rounded_to_zero():
+    bank = np.full((1, 4), 1.0)
+    distances, _ = nearest_neighbors(bank + 1e-5, bank)
+    assert distances[0, 0] == pytest.approx(2e-5, rel=1e-3)
+
+
 def test_nearest_neighbors_reject_a_small_bank():
     with pytest.raises(ValueError, match="expected a bank of at least 4 entries, got 3"):
         nearest_neighbors(np.zeros((2, 2)), np.zeros((3, 2)), k=4)
@@ -281,6 +309,14 @@ def test_inception_score_runs_from_one_to_the_number_of_classes():
     assert inception_score(sure) == pytest.approx(4)
     assert inception_score(np.zeros((40, 4))) == pytest.approx(1)
     assert inception_score(sure[:1].repeat(40, 0)) == pytest.approx(1)  # sure, but always of the same
+
+
+def test_inception_score_equals_its_definition_by_parts_of_5000():
+    logits = 2 * gaussian(5003, 3)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    entropy = lambda q: -(q * np.log(q)).sum(-1)
+    parts = [np.exp(entropy(part.mean(0)) - entropy(part).mean()) for part in (p[:5000], p[5000:])]
+    assert parts[0] > 1.2 and inception_score(logits) == pytest.approx(np.mean(parts), rel=1e-9)
 
 
 def test_inception_score_is_averaged_over_parts():
@@ -306,7 +342,7 @@ def test_merged_statistics_are_those_of_all_features():
 def test_precomputed_statistics_are_compared_unchanged():
     mean, covariance = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
     given = FeatureStatistics.from_moments(mean, covariance)
-    assert np.allclose(given.covariance, covariance)
+    assert np.allclose(given.covariance, covariance, rtol=1e-12, atol=0)
     moved = FeatureStatistics.from_moments(mean + 2, covariance)
     assert frechet_distance(given, moved) == pytest.approx(12)
     with pytest.raises(ValueError, match=r"expected shapes \[D\] and \[D x D\], got \[3\] and \[2, 2\]"):
@@ -330,9 +366,10 @@ def classifier(pool, channels=1):
 
 
 def test_classifier_of_latents_receives_prepared_images():
-    model, images = classifier("adaptive", channels=2), random_images(3, 1, 16, 16)
+    model, images = classifier("adaptive", channels=2).train(), random_images(3, 1, 16, 16)
     to_x0 = lambda x: torch.cat([x, -x], 1)
     read = classifier_features(model, to_x0)(images)
+    assert not model.training
     expected = model.eval()(to_x0(torch.from_numpy(images)), torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(read.logits, expected)
 
@@ -386,6 +423,16 @@ def test_latent_features_are_cell_means_and_standard_deviation():
     assert features[0].tolist() == [0, 1, 0, 0, pytest.approx(math.sqrt(3 / 16))]
 
 
+def test_latent_features_of_padded_autoencoders_are_those_of_padded_images():
+    class Padding(Identity):
+        def pad_to_factors(self, images):
+            return torch.nn.functional.pad(images, (0, 1, 0, 1))
+
+    images = random_images(2, 1, 3, 3)
+    padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    assert torch.equal(latent_features(Padding())(images)[0], latent_features(Identity())(padded)[0])
+
+
 def test_latent_features_of_many_images_have_full_rank():
     features, _, _ = latent_features(Identity())(random_images(200, 2, 8, 8))
     assert torch.linalg.matrix_rank(statistics(features).covariance) == features.shape[1]
@@ -397,6 +444,14 @@ def test_features_in_batches_equal_features_at_once():
     assert np.allclose(features, extract(images)[0], atol=1e-6) and logits is None
     with pytest.raises(ValueError, match="expected at least one image, got an empty set"):
         collect_features(extract, [])
+
+
+def test_spatial_features_in_batches_have_the_statistics_of_all():
+    images = random_images(7, 1, 2, 2)
+    extract = lambda x: Features(torch.from_numpy(x).flatten(1), spatial=2 * torch.from_numpy(x).flatten(1))
+    spatial = collect_features(extract, [images[:3], images[3:]]).spatial
+    assert spatial.count == 7
+    assert np.allclose(spatial.covariance, np.cov(2 * images.reshape(7, -1).T), rtol=1e-6)
 
 
 def test_inception_rejects_missing_and_other_weights(tmp_path):
@@ -436,6 +491,41 @@ def test_inception_reads_8_bit_and_single_channel_images(inception):
     assert read.spatial.shape == (2, 7 * 17 * 17) and (read.spatial >= 0).all() and read.spatial.std() > 0
     again = extract(np.repeat(gray, 3, 1))
     torch.testing.assert_close(again.spatial, read.spatial)
+
+
+class FakeInception(torch.nn.Module):
+    """Network with the interface of torch-fidelity's, whose features are sums of its input."""
+
+    def __init__(self, name, features, feature_extractor_weights_path):
+        super().__init__()
+        assert features == ["2048", "logits_unbiased"] and Path(feature_extractor_weights_path).read_bytes() == b"w"
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.Mixed_6d = torch.nn.Module()
+        self.Mixed_6d.branch1x1 = torch.nn.Conv2d(3, 9, 1, bias=False)
+        torch.nn.init.constant_(self.Mixed_6d.branch1x1.weight, 1.0)
+        self.Mixed_6d.branch1x1.weight.data *= torch.arange(9.0).view(9, 1, 1, 1)
+
+    def forward(self, values):
+        assert values.dtype == torch.uint8 and values.shape[1] == 3
+        self.Mixed_6d.branch1x1(values.float())
+        return values.double().sum((1, 2, 3))[:, None], -values.double().sum((1, 2, 3))[:, None]
+
+
+def test_inception_features_are_outputs_of_the_layers_for_every_batch(tmp_path, monkeypatch):
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = FakeInception
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (tmp_path / "w.pth").write_bytes(b"w")
+    extract = inception_features(tmp_path / "w.pth", sha256=hashlib.sha256(b"w").hexdigest())
+    for seed in (0, 1):
+        images = 1.2 * random_images(2, 1, 3, 3, seed=seed) - 0.1
+        levels = np.rint(255 * images.clip(0, 1)).astype(np.float64)
+        read = extract(images)
+        assert read.pooled[:, 0].tolist() == (3 * levels.sum((1, 2, 3))).tolist() == (-read.logits[:, 0]).tolist()
+        positions = 3 * levels.reshape(2, 1, 9) * np.arange(7)[:, None]     # the first 7 of 9 channels
+        assert np.allclose(read.spatial, positions.reshape(2, 63), rtol=1e-6)
+        assert read.pooled.dtype == read.logits.dtype == read.spatial.dtype == torch.float32
 
 
 # ---- labels against labels ----

@@ -112,6 +112,7 @@ def _check_sets(config, sets, classifier):
     for name, images in sets.items():
         require((len(images) or name == "reference", f"{images.path} contains statistics and no images, which "
                  "--samples and --train_dir require"))
+        _require_pooled(images.path, images.statistics)
     require((len(reference) or config.inception_path, f"{reference.path} contains statistics of Inception features; "
              "set --inception_path, or use images as --reference"))
     shape = tuple(samples.images.shape)
@@ -198,14 +199,22 @@ def open_sample_file(path) -> ImageSet | None:
     """Return the `ImageSet` of an .npz archive with samples, statistics of Inception features, or both.
 
     None if it has neither.
+
+    :raises ValueError: if it has statistics of spatial features only.
     """
     content, statistics = open_archive(path), {}
     for name, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mean in content and covariance in content:
             statistics[name] = set_metrics.FeatureStatistics.from_moments(content[mean], content[covariance])
+    _require_pooled(path, statistics)
     if "arr_0" not in content and not statistics:
         return None
     return ImageSet(path, SampleFile(path, content) if "arr_0" in content else None, statistics)
+
+
+def _require_pooled(path, statistics):
+    require(("pooled" in statistics or not statistics,
+             f"{path}: expected statistics mu and sigma with mu_s and sigma_s, got mu_s, sigma_s; use another file"))
 
 
 def _extract(extract, images, batch_size, label):
