@@ -239,11 +239,66 @@ def test_upsampled_conv_equals_nearest_then_conv(factors):
 
 def test_attention_is_softmax_of_scaled_products_then_projected():
     torch.manual_seed(0)
-    layer, x = Attention(4, 2, 1e-6), torch.randn(2, 4, 3, 5)
-    tokens = F.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2).transpose(1, 2)
+    layer, x = Attention(4, 2, 0.5), torch.randn(2, 4, 3, 5)
+    tokens = F.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 0.5).flatten(2).transpose(1, 2)
     scores = layer.to_q(tokens) @ layer.to_k(tokens).transpose(1, 2) / 2
     mixed = layer.proj_attn(scores.softmax(-1) @ layer.to_v(tokens))
     torch.testing.assert_close(layer(x), x + mixed.transpose(1, 2).reshape(x.shape))
+
+
+def by_hand(weights, name, h, stride=1, attend=False):
+    """Apply one block of an autoencoder from its weights alone: norms of 2 groups with eps 0.3, SiLU, convolutions."""
+    of = lambda part: (weights[f"{name}.{part}.weight"], weights[f"{name}.{part}.bias"])
+    norm = lambda h, part: F.group_norm(h, 2, *of(part), 0.3)
+    if attend:
+        tokens = norm(h, "norm").flatten(2).mT
+        q, k, v = (F.linear(tokens, *of(f"to_{part}")) for part in "qkv")
+        mixed = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        return h + F.linear(mixed, *of("proj_attn")).mT.reshape(h.shape)
+    if f"{name}.norm1.weight" not in weights:
+        return F.conv2d(h, *of("conv.conv" if f"{name}.conv.conv.weight" in weights else "conv"), stride, int(stride == 1))
+    inner = F.conv2d(F.silu(norm(h, "norm1")), *of("conv1.conv"), padding=1)
+    inner = F.conv2d(F.silu(norm(inner, "norm2")), *of("conv2.conv"), padding=1)
+    return inner + (F.conv2d(h, *of("nin_shortcut.conv")) if f"{name}.nin_shortcut.conv.weight" in weights else h)
+
+
+@pytest.mark.parametrize("recompute_norms", [False, True])
+def test_network_equals_its_blocks_computed_from_the_weights(recompute_norms):
+    network = tiny(attention_levels=(False, True), norm_eps=0.3, with_encoder_nonlocal_attn=True,
+                   with_decoder_nonlocal_attn=True, recompute_norms=recompute_norms)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    weights, x = {name: p.detach() for name, p in network.named_parameters()}, torch.randn(2, 1, 6, 8)
+    layer = lambda name, h: F.conv2d(h, weights[f"{name}.conv.weight"], weights[f"{name}.conv.bias"])
+    norm = lambda name, h: F.group_norm(h, 2, weights[f"{name}.weight"], weights[f"{name}.bias"], 0.3)
+
+    h = by_hand(weights, "encoder.blocks.1", by_hand(weights, "encoder.blocks.0", x))
+    h = by_hand(weights, "encoder.blocks.2", F.pad(h, (0, 1, 0, 1)), stride=2)
+    for i, attend in ((3, False), (4, True), (5, False), (6, True), (7, False)):
+        h = by_hand(weights, f"encoder.blocks.{i}", h, attend=attend)
+    h = by_hand(weights, "encoder.blocks.9", norm("encoder.blocks.8", h))
+    mean, logvar = network.moments(x)
+    torch.testing.assert_close(mean, layer("quant_conv_mu", h), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logvar, layer("quant_conv_log_sigma", h), rtol=1e-4, atol=1e-4)
+
+    z = torch.randn_like(mean)
+    h = by_hand(weights, "decoder.blocks.0", layer("post_quant_conv", z))
+    for i, attend in ((1, False), (2, True), (3, False), (4, False), (5, True)):
+        h = by_hand(weights, f"decoder.blocks.{i}", h, attend=attend)
+    up = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    h = F.conv2d(up, weights["decoder.blocks.6.conv.conv.weight"], weights["decoder.blocks.6.conv.conv.bias"], padding=1)
+    h = norm("decoder.blocks.8", by_hand(weights, "decoder.blocks.7", h))
+    torch.testing.assert_close(network.decode(z), by_hand(weights, "decoder.blocks.9", h), rtol=1e-4, atol=1e-4)
+    assert network.last_layer is network.decoder.blocks[9].conv.weight
+
+
+@pytest.mark.parametrize("kernel, padding", [(None, (0, 1, 0, 1)), (3, (0, 1, 0, 0)), (7, (2, 3, 1, 2))])
+def test_downsampling_pads_each_axis_by_its_own_kernel(kernel, padding):
+    layer, x = Downsample(2, 1, (4, 2), kernel), torch.randn(1, 1, 8, 12)
+    expected = F.conv2d(F.pad(x, padding), layer.conv.conv.weight, layer.conv.conv.bias, (4, 2))
+    torch.testing.assert_close(layer(x), expected)
+    if kernel is None:
+        assert layer.conv.conv.kernel_size == (5, 3)
 
 
 def attending():
@@ -261,9 +316,13 @@ def test_own_state_dict_loads_with_its_projection_from_a_file():
     torch.testing.assert_close(network.reconstruct(x), other.reconstruct(x))
 
 
-def test_plain_dictionary_loads_with_an_identity_projection():
+@pytest.mark.parametrize("version", [None, 1])
+def test_weights_of_generative_models_load_with_an_identity_projection(version):
     network, other = attending(), attending()
-    other.load_state_dict(dict(network.state_dict()))
+    weights = OrderedDict(network.state_dict())
+    if version:     # of every class without a version of its own: files of torch.save contain it
+        weights._metadata = {name: {"version": version} for name, _ in network.named_modules()}
+    other.load_state_dict(weights)
     for name, value in other.state_dict().items():
         if name.endswith("proj_attn.weight"):
             assert value.equal(torch.eye(len(value)))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from guided_diffusion_vae.vae.discriminator import (
     DiscriminatorConfig, PatchDiscriminator, adaptive_weight, create_discriminator, discriminator_losses,
@@ -60,6 +61,27 @@ def test_adaptive_weight_makes_gradients_equally_large():
     factor = adaptive_weight(first, second, weight)
     large, small = (torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (first, second))
     assert not factor.requires_grad and (factor * small).item() == pytest.approx(large.item(), rel=1e-3)
+
+
+def test_adaptive_weight_is_the_bounded_ratio_of_unscaled_norms():
+    weight = torch.ones(1, requires_grad=True)
+    for scale in (1.0, 2.0**10):    # 1e-4 is added to the norm of the second gradient
+        assert adaptive_weight(3e-4 * weight.sum(), 2e-4 * weight.sum(), weight, scale).item() == pytest.approx(1.0)
+        assert adaptive_weight(9.0 * weight.sum(), 0.0 * weight.sum(), weight, scale).item() == 1e4
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_network_equals_its_layers_computed_from_the_weights(layers):
+    network, x = discriminator(layers=layers), torch.randn(2, 1, 24, 16)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    weights = {name.removeprefix("layers."): p for name, p in network.named_parameters()}
+    h = F.leaky_relu(F.conv2d(x, weights["0.weight"], weights["0.bias"], 2, 1), 0.2)
+    for layer in range(1, layers + 1):
+        h = F.conv2d(h, weights[f"{3 * layer - 1}.weight"], None, 1 if layer == layers else 2, 1)
+        h = F.leaky_relu(F.group_norm(h, 8, weights[f"{3 * layer}.weight"], weights[f"{3 * layer}.bias"]), 0.2)
+    last = f"{3 * layers + 2}"
+    torch.testing.assert_close(network(x), F.conv2d(h, weights[f"{last}.weight"], weights[f"{last}.bias"], 1, 1))
 
 
 def test_adaptive_weight_in_float16_uses_the_loss_scale():

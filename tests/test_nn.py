@@ -123,6 +123,30 @@ def test_upsample_conv_compiles_into_one_graph(grid, factors):
     torch.testing.assert_close(compiled(conv, x, factors), nn.upsample_conv(conv, x, factors))
 
 
+def test_resize_linear_interpolates_between_aligned_outer_edges():
+    ramp = torch.tensor([[[0.0, 1.0]]])
+    assert nn.resize_linear(ramp, (4,)).flatten().tolist() == [0, 0.25, 0.75, 1]
+    assert nn.resize_linear(torch.arange(4.0).view(1, 1, 4), (2,)).flatten().tolist() == [0.5, 2.5]
+    both = nn.resize_linear(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), (4, 2))
+    assert both[0, 0].tolist() == [[0, 1], [0.5, 1.5], [1.5, 2.5], [2, 3]]
+
+
+def test_explicit_padding_has_the_sizes_of_each_axis():
+    layer, x = nn.conv_nd(3, 1, 1, (1, 3, 5), padding=(0, 1, 2)), torch.randn(1, 1, 2, 3, 4)
+    padded = layer.pad_explicitly(x)
+    torch.testing.assert_close(F.conv3d(padded, layer.weight, layer.bias), layer(x))
+    assert torch.equal(layer.crop_padding(padded), x)
+
+
+def test_norm_of_all_unets_has_32_groups_and_eps_1e_minus_5():
+    norm, x = nn.normalization(64), 1e-3 * torch.randn(2, 64, 5)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    grouped = x.double().view(2, 32, 10)
+    whitened = (grouped - grouped.mean(2, True)) / (grouped.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = whitened.view(2, 64, 5) * norm.weight.double()[:, None] + norm.bias.double()[:, None]
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_groupnorm_keeps_the_dtype_and_accumulates_in_float32():
     norm = nn.normalization(32)
     x = 300 * torch.randn(2, 32, 16)

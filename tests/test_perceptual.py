@@ -35,7 +35,9 @@ def perceptual(request, tmp_path, monkeypatch):
         weights = {"features.0.weight": torch.randn(4, 3, 3, 3), "features.0.bias": torch.randn(4)}
     torch.save(weights, tmp_path / "backbone.pth")
     path = str(tmp_path / "backbone.pth")
-    return PerceptualLoss(PerceptualConfig(perceptual_net=request.param, perceptual_path=path))
+    loss = PerceptualLoss(PerceptualConfig(perceptual_net=request.param, perceptual_path=path))
+    loss.kind = request.param
+    return loss
 
 
 def test_distance_to_itself_is_zero_and_gradients_flow(perceptual):
@@ -63,6 +65,56 @@ def test_distance_does_not_depend_on_image_range(perceptual):
     as_is = perceptual(2 * x - 1, 2 * y - 1)
     perceptual.image_range = (0.0, 1.0)
     torch.testing.assert_close(perceptual(x, y), as_is, rtol=1e-4, atol=1e-5)
+
+
+class Recorder(torch.nn.Module):
+    """Keep the arguments of LPIPS, and return the mean of the first: what a slice contains shows in its distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, y):
+        self.seen.append((x, y, torch.is_autocast_enabled("cpu")))
+        return x.mean((1, 2, 3), keepdim=True)
+
+
+def test_backbone_receives_three_channels_between_minus_one_and_one(tmp_path, perceptual):
+    path, x, y = str(tmp_path / "backbone.pth"), torch.rand(2, 1, 40, 32), torch.rand(2, 1, 40, 32)
+    for low, high in ((-1.0, 1.0), (0.0, 1.0), (-3.0, 5.0)):
+        loss = PerceptualLoss(PerceptualConfig(perceptual_path=path, perceptual_net=perceptual.kind), (low, high))
+        loss.network = Recorder()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss(x * (high - low) + low, y * (high - low) + low)
+        seen_x, seen_y, autocast = loss.network.seen[0]
+        torch.testing.assert_close(seen_x, (2 * x - 1).expand(2, 3, 40, 32))
+        torch.testing.assert_close(seen_y, (2 * y - 1).expand(2, 3, 40, 32))
+        assert not autocast
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_distance_of_volumes_is_the_mean_over_random_slices_of_every_axis(tmp_path, perceptual, slices):
+    config = PerceptualConfig(perceptual_path=str(tmp_path / "backbone.pth"), perceptual_net=perceptual.kind,
+                              perceptual_slices=slices)
+    loss = PerceptualLoss(config)
+    loss.network = Recorder()
+    sizes = 33, 40, 64
+    x = torch.rand(2, 1, *sizes) * 2 - 1
+    distance = loss(x, x, np.random.default_rng(3))
+    rng, means = np.random.default_rng(3), []
+    for axis, size in enumerate(sizes):
+        positions = rng.integers(size, size=slices)
+        means += [x.select(2 + axis, int(position)).mean((1, 2, 3)) for position in positions]
+    torch.testing.assert_close(distance, torch.stack(means).mean(0))
+    assert [len(seen[0]) for seen in loss.network.seen] == [2 * slices] * 3
+
+
+def test_backbone_has_the_weights_of_the_file_in_evaluation_mode(tmp_path, perceptual):
+    weights = torch.load(str(tmp_path / "backbone.pth"), weights_only=True)
+    first = perceptual.network.net.state_dict()["slice1.0.weight"]
+    assert torch.equal(first, weights["features.0.weight"])
+    perceptual.train()
+    assert not any(module.training for module in perceptual.modules())
 
 
 @pytest.mark.parametrize("shape, message", [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from guided_diffusion_vae import unet
 from guided_diffusion_vae.config import as_dict
@@ -264,6 +265,127 @@ def test_attention_pool_rejects_another_grid():
         tiny_encoder(8, pool="attention")(*inputs(2, 16, 16))
     with pytest.raises(ValueError, match="num_head_channels must divide the 32 channels of the attention pool, got -1"):
         tiny_encoder(8, pool="attention", num_head_channels=-1)
+
+
+def test_attention_pool_is_the_attention_of_the_mean_with_positions():
+    torch.manual_seed(0)
+    pool, x = unet.AttentionPool2d((2, 3), 8, 4, output_dim=5), torch.randn(2, 8, 2, 3)
+    assert 0.6 < pool.positional_embedding.std() * 8**0.5 < 1.5
+    randomize(pool)
+    tokens = x.flatten(2)
+    tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], 2) + pool.positional_embedding       # [N x 8 x 7]
+    q, k, v = (pool.qkv_proj.weight[:, :, 0] @ tokens + pool.qkv_proj.bias[:, None]).chunk(3, dim=1)
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = (torch.einsum("nc,nct->nt", q[:, head, 0], k[:, head]) / 4**0.5).softmax(-1)
+        heads.append(torch.einsum("nt,nct->nc", weights, v[:, head]))
+    expected = torch.cat(heads, 1) @ pool.c_proj.weight[:, :, 0].T + pool.c_proj.bias
+    torch.testing.assert_close(pool(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def norm_by_hand(layer, h):
+    return F.group_norm(h, 32, layer.weight, layer.bias, 1e-5)
+
+
+@pytest.mark.parametrize("recompute_norms", [False, True])
+@pytest.mark.parametrize("use_scale_shift_norm", [False, True])
+@pytest.mark.parametrize("out_channels, use_conv", [(32, False), (64, False), (64, True)])
+def test_residual_block_equals_its_formula(use_scale_shift_norm, out_channels, use_conv, recompute_norms):
+    block = randomize(unet.ResBlock(32, 8, 0.0, out_channels, use_conv, use_scale_shift_norm,
+                                    recompute_norms=recompute_norms))
+    x, emb = torch.randn(2, 32, 3, 4), torch.randn(2, 8)
+    h = block.in_layers[2](F.silu(norm_by_hand(block.in_layers[0], x)))
+    shift = block.emb_layers[1](F.silu(emb))[..., None, None]
+    if use_scale_shift_norm:
+        scale, shift = shift.chunk(2, dim=1)
+        h = norm_by_hand(block.out_layers[0], h) * (1 + scale) + shift
+    else:
+        h = norm_by_hand(block.out_layers[0], h + shift)
+    skip = x if out_channels == 32 else F.conv2d(x, block.skip_connection.weight, block.skip_connection.bias,
+                                                 padding=1 if use_conv else 0)
+    torch.testing.assert_close(block(x, emb), skip + block.out_layers[3](F.silu(h)), rtol=1e-4, atol=1e-4)
+
+
+def test_network_equals_its_blocks_in_their_order():
+    network = tiny_unet(num_classes=3, channel_mult=(1, 2), use_scale_shift_norm=True)
+    (x, t), y = inputs(2, 8, 8), torch.tensor([2, 0])
+    linear = lambda layer, h: F.linear(h, layer.weight, layer.bias)
+    waves = torch.outer(t, 10000 ** (-torch.arange(16) / 16))
+    emb = linear(network.time_embed[2], F.silu(linear(network.time_embed[0], torch.cat([waves.cos(), waves.sin()], 1))))
+    emb = F.silu(emb + network.label_emb.weight[y])
+
+    def attention(block, h):
+        tokens = norm_by_hand(block.norm, h).flatten(2)
+        qkv = F.conv1d(tokens, block.qkv.weight, block.qkv.bias).unflatten(1, (block.num_heads, 3, -1))
+        q, k, v = qkv.unbind(2)                                             # [N x H x C x T]
+        mixed = v @ ((q.mT @ k) / q.shape[2] ** 0.5).softmax(-1).mT
+        return h + F.conv1d(mixed.flatten(1, 2), block.proj_out.weight, block.proj_out.bias).view(h.shape)
+
+    first, fine, down, coarse = network.input_blocks
+    h = first[0](x)
+    skips = [h]
+    for section in (fine, down, coarse):
+        h = section[0](h, emb) if section is not down else F.conv2d(h, down[0].op.weight, down[0].op.bias, 2, 1)
+        h = attention(section[1], h) if len(section) == 2 else h
+        skips.append(h)
+    before, attend, after = network.middle_block
+    h = after(attention(attend, before(h, emb)), emb)
+    kinds = []
+    for section in network.output_blocks:
+        h = section[0](torch.cat([h, skips.pop()], 1), emb)
+        for layer in section[1:]:
+            kinds.append(type(layer).__name__)
+            h = attention(layer, h) if isinstance(layer, unet.AttentionBlock) else F.conv2d(
+                h.repeat_interleave(2, 2).repeat_interleave(2, 3), layer.conv.weight, layer.conv.bias, padding=1)
+    assert [len(section) for section in (first, fine, down, coarse)] == [1, 1, 1, 2]
+    assert kinds == ["AttentionBlock", "AttentionBlock", "Upsample"] and not skips
+    expected = network.out[2](F.silu(norm_by_hand(network.out[0], h)))
+    torch.testing.assert_close(network(x, t, y), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("noised_condition", [False, True])
+def test_upsampler_is_a_unet_of_the_image_and_the_upsampled_condition(noised_condition):
+    # Norms of 32 groups remove what an embedding adds to 32 channels, but not what it scales.
+    options = {**TINY, "out_channels": 1, "use_scale_shift_norm": True}
+    network = randomize(unet.SuperResModel(8, 1, noised_condition=noised_condition, **options))
+    (x, t), low_res, times = inputs(1, 8, 8), torch.randn(2, 1, 4, 4), torch.tensor([7, 400])
+    plain = randomize(unet.UNetModel(8, 2, **options))
+    plain.load_state_dict({name: value for name, value in network.state_dict().items() if "low_res" not in name})
+    if noised_condition:    # its embedding is added to that of the timestep
+        angles = torch.outer(times.float(), 10000 ** (-torch.arange(16) / 16))
+        extra = network.low_res_embed(torch.cat([angles.cos(), angles.sin()], 1))
+        plain.time_embed.register_forward_hook(lambda module, args, emb: emb + extra)
+    upsampled = F.interpolate(low_res, (8, 8), mode="bilinear", align_corners=False)
+    expected = plain(torch.cat([x, upsampled], 1), t)
+    conditioning = {"low_res_times": times} if noised_condition else {}
+    torch.testing.assert_close(network(x, t, low_res, **conditioning), expected, rtol=1e-4, atol=1e-4)
+    if noised_condition:
+        torch.testing.assert_close(network(x, t, low_res), network(x, t, low_res, low_res_times=0 * times))
+        assert not torch.allclose(network(x, t, low_res), network(x, t, low_res, low_res_times=times), atol=1e-3)
+
+
+def test_dropout_acts_before_the_last_convolution_in_training_only():
+    block = randomize(unet.ResBlock(32, 8, 1.0))
+    x, emb = torch.randn(2, 32, 3, 4), torch.randn(2, 8)
+    torch.testing.assert_close(block(x, emb), x + block.out_layers[3].bias.view(1, -1, 1, 1))   # all is dropped
+    network, (x, t) = tiny_unet(dropout=0.3), inputs(2, 4, 4)
+    assert {layer.p for layer in network.modules() if isinstance(layer, torch.nn.Dropout)} == {0.3}
+    assert not torch.equal(network(x, t), network(x, t)) and torch.equal(network.eval()(x, t), network(x, t))
+
+
+@pytest.mark.parametrize("pool, hidden", [("spatial", F.relu), ("spatial_v2", F.silu), ("adaptive", F.silu)])
+def test_pools_average_the_last_grid_or_the_grids_of_all_levels(pool, hidden):
+    network, (x, t), grids = tiny_encoder(pool=pool), inputs(2, 8, 8), []
+    for block in (*network.input_blocks, network.middle_block):
+        block.register_forward_hook(lambda module, args, h: grids.append(h))
+    actual = network(x, t)
+    first, *norm, last = [layer for layer in network.out if list(layer.parameters())]
+    if pool == "adaptive":
+        expected = F.silu(norm_by_hand(first, grids[-1])).mean((2, 3)) @ last.weight[:, :, 0, 0].T + last.bias
+    else:
+        h = F.linear(torch.cat([h.mean((2, 3)) for h in grids], 1), first.weight, first.bias)
+        expected = F.linear(hidden(norm_by_hand(norm[0], h) if norm else h), last.weight, last.bias)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_pools_are_rejected_with_the_known_ones():

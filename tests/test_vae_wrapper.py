@@ -152,6 +152,33 @@ def test_blended_tiles_of_a_pointwise_function_equal_the_function(grid, window):
     torch.testing.assert_close(blend_tiles(double, x, grid, window, ones, (2,) * len(grid)), double(x))
 
 
+@pytest.mark.parametrize("gain", [1, 3])
+def test_blending_moves_from_one_tile_to_the_next_in_equal_steps(gain):
+    numbers = iter(range(1, 9))
+    constant = lambda tile: torch.full((1, 1, 8 * gain, 8 * gain), float(next(numbers)))
+    out = blend_tiles(constant, torch.zeros(1, 1, 8, 14), (8, 14), (8, 8), (1, 1), (gain, gain))[0, 0]
+    assert torch.equal(out, out[:1].expand_as(out))     # tiles start at columns 0 and 6 and overlap by two cells
+    ramp = (torch.arange(2 * gain) + 0.5) / (2 * gain)
+    torch.testing.assert_close(out[0], torch.cat([torch.ones(6 * gain), 1 + ramp, torch.full((6 * gain,), 2.0)]))
+
+
+def test_tiles_cover_the_grid_and_overlap_by_a_quarter():
+    starts = []
+    blend_tiles(lambda tile: starts.append(tile[0, 0, 0].int().item()) or tile, torch.arange(30.0).view(1, 1, 30), (30,),
+                (8,), (1,), (1,))
+    assert starts == [0, 6, 12, 18, 22]
+
+
+def test_padding_repeats_the_last_elements_of_each_axis():
+    codec = PixelCodec(1, 3)
+    codec.factors, x = (2, 4, 1), images(2, 1, 3, 5, 6)
+    assert codec.pad_to_factors(x) is x
+    codec.preprocessing = {"pad": True}
+    expected = torch.cat([x, x[:, :, -1:]], 2)
+    expected = torch.cat([expected, expected[:, :, :, -1:].expand(-1, -1, -1, 3, -1)], 3)
+    assert torch.equal(codec.pad_to_factors(x), expected) and codec.pad_to_factors(expected) is expected
+
+
 def test_bfloat16_encodes_volumes(tmp_path):
     write_weights(tmp_path / "vae.pt", config=dataclasses.replace(CONFIG, spatial_dims=3))
     x = images(2, 1, 4, 8, 8)
