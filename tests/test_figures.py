@@ -137,6 +137,43 @@ def test_confusion_plot_shades_the_diagonal():
         figures.confusion_plot(np.eye(2), ["a", "b", "c"])
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Plots are returned as Matplotlib axes instead of images."""
+    monkeypatch.setattr(figures, "_render", lambda figure: figure.axes[0])
+
+
+def test_confusion_plot_has_targets_as_rows_shaded_by_their_fractions(unrendered):
+    panel = figures.confusion_plot(np.array([[6, 2], [3, 0]]), ["tapin", "tapout"])
+    assert panel.images[0].get_array().tolist() == [[0.75, 0.25], [1, 0]]
+    texts = {(int(y), int(x)): (text.get_text(), text.get_color()) for text in panel.texts
+             for x, y in [text.get_position()]}
+    assert texts == {(0, 0): ("6", "white"), (0, 1): ("2", "black"), (1, 0): ("3", "white"), (1, 1): ("0", "black")}
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("predicted", "target")
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["tapin", "tapout"]
+
+
+def test_line_plot_sorts_points_and_scales_the_requested_axis(unrendered):
+    panel = figures.line_plot({"a": [(4, 1.0), (1, 2.0)]}, "steps", "error", log_y=True)
+    assert panel.lines[0].get_xydata().tolist() == [[1, 2], [4, 1]]
+    assert (panel.get_xscale(), panel.get_yscale()) == ("linear", "log")
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "error")
+
+
+def test_neighbor_grid_states_the_distance_to_the_nearest(monkeypatch):
+    labels = []
+    monkeypatch.setattr(figures, "contact_sheet", lambda images, columns, row_labels, header, scale:
+                        labels.extend(row_labels))
+    figures.neighbor_grid(np.zeros((2, 1, 4, 4)), np.zeros((2, 2, 1, 4, 4)), np.array([[1.5, 2.0], [3.0, 4.0]]))
+    assert labels == ["sample 0\nd = 1.5", "sample 1\nd = 3"]
+
+
+def test_difference_of_a_brighter_reconstruction_is_its_absolute_value():
+    inputs = np.full((1, 1, 50, 50), 0.25, np.float32)
+    sheet = figures.reconstruction_grid(inputs, inputs + 0.1, gain=4)
+    assert np.asarray(sheet)[-25, -25] == 102
+
+
 def test_saved_image_reads_back_and_leaves_no_other_file(tmp_path):
     sheet = sheets.contact_sheet(random_images(2, 1, 8, 8), 2)
     sheets.save_image(tmp_path / "previews" / "000000.png", sheet)

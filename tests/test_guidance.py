@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from guided_diffusion_vae.config import validate
+from guided_diffusion_vae.nn import keyed_randn
+from guided_diffusion_vae.objectives import ClassifierObjective, StepRNG
+from guided_diffusion_vae.resample import ScheduleSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
 from guided_diffusion_vae.sampling import (
     ClassifierFreeGuidance, SamplingConfig, classifier_cond_fn, noise_levels, timesteps_in_interval,
@@ -78,6 +82,12 @@ def test_intervals_are_noise_to_signal_ratios(rescale):
     assert timesteps_in_interval(process, (0, 1e9))[1] == factor * 99
 
 
+def test_ends_of_an_interval_belong_to_it():
+    process = create_gaussian_diffusion(steps=100)
+    sigma = process.noise_levels()
+    assert timesteps_in_interval(process, (sigma[20], sigma[60])) == (20, 60)
+
+
 def test_an_interval_is_parsed_from_two_numbers():
     assert noise_levels.parse("", "x") == () and noise_levels.parse("0.3,3", "x") == (0.3, 3.0)
     assert noise_levels.parse("1,inf", "x") == (1.0, float("inf"))
@@ -87,3 +97,41 @@ def test_an_interval_is_parsed_from_two_numbers():
 def test_invalid_intervals_are_rejected(text):
     with pytest.raises(ValueError, match=f"--cfg_interval must be two noise levels, the lower first, .* got '{text}'"):
         validate(SamplingConfig(cfg_interval=text))
+
+
+# --- Training of the classifier ---
+
+
+class LaterTimesteps(ScheduleSampler):
+    """Sample timesteps in proportion to their number."""
+
+    def weights(self):
+        return np.arange(1.0, 11.0)
+
+
+def seven_classes(x, t):
+    """Return logits [N x 7] that depend on every value of x, and on t."""
+    return F.linear(x.flatten(1), normal(7, 4, seed=4)) * (1 + 0.1 * t[:, None])
+
+
+@pytest.mark.parametrize("noised", [True, False])
+def test_classifier_losses_are_weighted_cross_entropies_of_x_t(noised):
+    process = create_gaussian_diffusion(steps=10, noise_schedule="cosine")
+    x0, labels = 3 * normal(40, 1, 4, seed=5), torch.arange(40) % 7
+    objective = ClassifierObjective(process, LaterTimesteps(), noised)
+    terms, t = objective(seven_classes, x0, {"y": labels}, StepRNG(3, 6, range(40), 40))
+    x_t, weights = x0, torch.ones(40)
+    if noised:
+        alpha_bar = torch.from_numpy(np.cumprod(1 - process.betas)).float()[t].view(-1, 1, 1)
+        noise = keyed_randn((1, 4), [(3, 2, 6, slot) for slot in range(40)])
+        x_t, weights = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, 55 / (10 * (t + 1.0))
+        assert set(t.tolist()) <= set(range(10)) and (t > 4).float().mean() > 0.5
+    else:
+        assert (t == 0).all()
+    log_p = seven_classes(x_t, t).double().log_softmax(1)
+    losses = -log_p[range(40), labels]
+    rank = (log_p > log_p[range(40), labels][:, None]).sum(1)
+    torch.testing.assert_close(terms["loss"].double(), losses * weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["unweighted"].double(), losses, rtol=1e-4, atol=1e-5)
+    assert torch.equal(terms["acc@1"] == 1, rank == 0) and torch.equal(terms["acc@5"] == 1, rank < 5)
+    assert set(rank.tolist()) >= {0, 1, 3, 4, 5}

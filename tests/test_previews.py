@@ -11,6 +11,7 @@ from guided_diffusion_vae.evaluation import (
 )
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import EncodedImages
+from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.runs import training
@@ -51,6 +52,11 @@ def test_reconstructions_are_shown_and_measured_without_padding(source, tmp_path
     for name, metric in PAIRED_METRICS.items():
         expected = metric(images[:, :, :15], decoded[:, :, :15]).mean().item()
         assert logged[f"val_{name}"] == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        mean, logvar = network.moments(2 * images - 1)
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1)).mean()
+    assert logged["val_kl"] == pytest.approx(divergence.item(), rel=1e-4)
     assert (tmp_path / "previews" / "000007.png").is_file()
 
 
@@ -67,6 +73,22 @@ class Identity(torch.nn.Module):
         return z
 
 
+class Doubling(Identity):
+    """Autoencoder that doubles the range of [-1, 1], with posteriors of variance e."""
+
+    def moments(self, x):
+        return 2 * x, torch.ones_like(x)
+
+
+def test_validation_clips_reconstructions_and_averages_the_divergence(source, tmp_path):
+    measured = ReconstructionValidation(Doubling(), (-1.0, 1.0), source, 5, tmp_path, CPU, batch_size=2)(1)
+    images = source.batch(range(5))
+    decoded = (2 * images - 0.5).clamp(0, 1)
+    assert measured["val_l1"] == pytest.approx((images - decoded)[:, :, :15].abs().mean().item(), rel=1e-5)
+    mean = 2 * (2 * images - 1)
+    assert measured["val_kl"] == pytest.approx(0.5 * (mean**2 + np.e - 2).mean().item(), rel=1e-5)
+
+
 def test_full_volumes_are_measured_in_windows_without_seams(tmp_path):
     (tmp_path / "data").mkdir()
     for i, shape in enumerate([(9, 17, 23), (8, 8, 8)]):
@@ -75,6 +97,9 @@ def test_full_volumes_are_measured_in_windows_without_seams(tmp_path):
     network = Identity()
     measured = ReconstructionValidation(network, (-1.0, 1.0), volumes, 9, tmp_path, CPU, batch_size=2)(1)
     assert measured["val_l1"] < 1e-6 and measured["val_ssim"] > 0.9999 and network.windows > 1 + 2 * 3 * 3
+    wholes = [torch.from_numpy(2 * volumes.read_volume(i) - 1) for i in range(2)]
+    measured = ReconstructionValidation(network, (-1.0, 1.0), volumes, 9, tmp_path, CPU, batch_size=2)(1)
+    assert measured["val_kl"] == pytest.approx(np.mean([0.5 * (x**2).mean().item() for x in wholes]), rel=0.05)
 
 
 def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monkeypatch):
@@ -85,7 +110,7 @@ def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monke
     shown = []
     monkeypatch.setattr(previews, "contact_sheet", lambda images, columns, row_labels: shown.append(
         (images, columns, row_labels)) or Image.new("L", (1, 1)))
-    preview = SamplePreview(sampler, tmp_path, CPU, columns=2)
+    preview = SamplePreview(sampler, tmp_path, CPU, decode_batch=4, columns=2)
     preview(1)
     preview(2)
     (images, columns, labels), (again, _, _) = shown
@@ -94,6 +119,15 @@ def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monke
     expected = sampler.decode(sampler.sample_x0(range(6), [0, 1, 2], CPU)).numpy()
     assert np.array_equal(images[1], expected[3])  # the second image of the first class
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
+
+
+def test_sample_previews_without_classes_have_two_rows(tmp_path):
+    diffusion = create_gaussian_diffusion(steps=4, noise_schedule="cosine", predict_xstart=True)
+    sampler = Sampler(lambda x, t: 0 * x, diffusion, (1, 8, 8), PixelCodec(1), LatentNormalizer([0], [1], "auto"),
+                      (1, 8, 8))
+    SamplePreview(sampler, tmp_path, CPU, columns=3)(1)
+    with Image.open(tmp_path / "previews" / "000001.png") as sheet:
+        assert sheet.size == (3 * 10 + 2, 2 * 10 + 2)
 
 
 @pytest.mark.parametrize("steps, taken, first", [(4, 4, 3), (50, 50, 49), (60, 30, 58), (1000, 50, 980)])
@@ -117,13 +151,12 @@ class FirstClass(torch.nn.Module):
         return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
 
-def validation(source, count, noised, batch_size=2):
+def validation(source, count, noised, batch_size=2, normalizer=LatentNormalizer([0], [1], "none"), **options):
     diffusion = create_gaussian_diffusion(steps=40)
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
     source = EncodedImages(source, PixelCodec(1))
     model = FirstClass()
-    train = ClassifierTrainConfig(max_val_samples=count, batch_size=batch_size, eval_interval=5)
-    normalizer = LatentNormalizer([0], [1], "none")
+    train = ClassifierTrainConfig(max_val_samples=count, batch_size=batch_size, **{"eval_interval": 5, **options})
     return model, ClassifierValidation(model, objective, source, normalizer, ["b", "a"], train, CPU)
 
 
@@ -144,6 +177,29 @@ def test_classifier_validation_without_count_uses_the_next_batch(source):
     measure(10)
     expected = 2 * source.batch([2, 3, 4, 0]) - 1
     assert torch.equal(torch.cat([x for x, _ in model.seen]), expected)
+
+
+@pytest.mark.parametrize("options, first", [({"eval_interval": 5, "save_interval": 2}, 2),
+                                            ({"eval_interval": 0, "save_interval": 10}, 1)])
+def test_classifier_validation_continues_at_its_interval(source, options, first):
+    model, measure = validation(source, 0, noised=False, batch_size=1, **options)
+    measure(10)
+    assert torch.equal(model.seen[0][0], 2 * source.batch([first]) - 1)
+
+
+def test_classifier_validation_measures_evenly_spaced_items_with_keyed_noise(source):
+    normalizer = LatentNormalizer([0.3], [0.5], "channel")
+    model, measure = validation(source, 3, noised=True, normalizer=normalizer, seed=7)
+    measure(5)
+    t = torch.cat([t for _, t in model.seen])
+    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(25e-4, 0.5, 40))).float()[t].view(-1, 1, 1, 1)
+    x0 = (2 * source.batch([0, 2, 4]) - 1.3) / 0.5
+    noise = keyed_randn((1, 16, 16), [(7, 2, 0, slot) for slot in range(3)])   # seed, stream, no step, slot
+    torch.testing.assert_close(torch.cat([x for x, _ in model.seen]),
+                               alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, rtol=1e-4, atol=1e-4)
+    loss = np.log(1 + np.exp([1, -1, -1])).mean()   # the second and third are of the first class of the model
+    assert logger.getkvs()["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert logger.getkvs()["val_acc@1"] == pytest.approx(2 / 3)
 
 
 def test_classifier_validation_uses_the_same_noise_each_time(source):
