@@ -151,12 +151,13 @@ class FirstClass(torch.nn.Module):
         return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
 
-def validation(source, count, noised, batch_size=2, normalizer=LatentNormalizer([0], [1], "none"), **options):
+def validation(source, count, noised, batch_size=2, shift=0.0, std=1.0, **options):
     diffusion = create_gaussian_diffusion(steps=40)
     objective = ClassifierObjective(diffusion, UniformSampler(diffusion), noised, "val")
     source = EncodedImages(source, PixelCodec(1))
     model = FirstClass()
     train = ClassifierTrainConfig(max_val_samples=count, batch_size=batch_size, **{"eval_interval": 5, **options})
+    normalizer = LatentNormalizer([shift], [std], "channel")
     return model, ClassifierValidation(model, objective, source, normalizer, ["b", "a"], train, CPU)
 
 
@@ -188,8 +189,7 @@ def test_classifier_validation_continues_at_its_interval(source, options, first)
 
 
 def test_classifier_validation_measures_evenly_spaced_items_with_keyed_noise(source):
-    normalizer = LatentNormalizer([0.3], [0.5], "channel")
-    model, measure = validation(source, 3, noised=True, normalizer=normalizer, seed=7)
+    model, measure = validation(source, 3, noised=True, shift=0.3, std=0.5, seed=7)
     measure(5)
     t = torch.cat([t for _, t in model.seen])
     alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(25e-4, 0.5, 40))).float()[t].view(-1, 1, 1, 1)

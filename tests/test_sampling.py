@@ -6,13 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae.data import open_npz, to_uint8, write_npz
-from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.data import DataConfig, VolumeFolder, open_npz, to_uint8, write_npz
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig, GaussianDiffusion
+from guided_diffusion_vae.nn import keyed_randn, timestep_embedding
+from guided_diffusion_vae.objectives import DiffusionObjective, StepRNG
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_diffusion
+from guided_diffusion_vae.runs.spaces import Space
 from guided_diffusion_vae.sampling import (
-    KeyedNoise, LowResConditioning, Sampler, SamplingConfig, generate_samples, parse_classes, resolve_sampler,
+    SAMPLERS, KeyedNoise, LowResConditioning, Sampler, SamplingConfig, decoded_shape, generate_samples,
+    parse_classes, resolve_sampler,
 )
-from guided_diffusion_vae.unet import ModelConfig
+from guided_diffusion_vae.unet import ModelConfig, SuperResConfig, UNetModel
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 CPU = torch.device("cpu")
@@ -78,6 +82,58 @@ def test_keyed_noise_is_standard_normal_and_new_at_every_call():
     assert abs(first.mean()) < 0.03 and abs(first.std() - 1) < 0.03
     assert abs((first * second).mean()) < 0.03 and abs((first[:32] * first[32:]).mean()) < 0.03
     assert noise(torch.empty(64, 1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Enter a sampler that records its arguments."""
+    calls = []
+
+    def loop(diffusion, model, shape, **arguments):
+        calls.append({"diffusion": diffusion, "model": model, "shape": shape, **arguments})
+        return arguments["noise"]
+    monkeypatch.setitem(SAMPLERS, "spy", (GaussianDiffusion, loop))
+    return calls
+
+
+def test_sampling_loop_gets_noise_guidance_and_clipping(sampler, spy):
+    gradient = lambda x, t, y: x
+    for clip in (False, True):
+        dataclasses.replace(sampler, solver="spy", seed=3, cond_fn=gradient, clip_denoised=clip).sample_x0(
+            [4, 9], [2, 0], CPU)
+        arguments = spy.pop()
+        assert arguments["clip_denoised"] is clip and arguments["cond_fn"] is gradient
+        assert arguments["model_kwargs"]["y"].tolist() == [2, 2 if 9 % 2 == 0 else 0]
+        start, *later = (keyed_noise(3, [4, 9], call) for call in range(3))
+        assert torch.equal(arguments["noise"], start) and arguments["shape"] == (2, 1, 8, 8)
+        assert all(torch.equal(arguments["noise_fn"](torch.empty(2, 1, 8, 8)), noise) for noise in later)
+
+
+def keyed_noise(seed, indices, call, shape=(1, 8, 8)):
+    """Return draw number `call` of the stream (seed, 5, i) of every sample i."""
+    draws = keyed_randn((call + 1, *shape), [(seed, 5, i) for i in indices])
+    return draws[:, call]
+
+
+def test_guidance_of_an_unconditional_model_gets_the_classes(sampler):
+    labels = []
+    model = lambda x, t: 0 * x     # without an argument for classes
+    guided = dataclasses.replace(sampler, model=model, num_classes=0, guided_classes=3,
+                                 cond_fn=lambda x, t, y: labels.append(y.tolist()) or 0 * x)
+    assert guided.parse_classes("tapout,0") == [2, 0] and guided.parse_classes("") == [0, 1, 2]
+    guided.sample_x0(range(3), [2, 0], CPU)
+    assert labels == [[2, 0, 2]] * sampler.diffusion.num_timesteps
+
+
+def test_header_describes_shape_and_spacing_of_volumes(sampler):
+    header = {"latent_shape": [1, 2, 3, 4], "image_shape": None, "classes": ["a"], "model": {"num_classes": 1},
+              "data": {"spacing": "3,2,1.5"}}
+    codec = PixelCodec(1, dims=3)
+    codec.factors = (4, 2, 2)
+    built = Sampler.from_header(None, sampler.diffusion, Space(codec, sampler.normalizer), header)
+    assert built.image_shape == decoded_shape(header, codec) == (1, 8, 6, 8)
+    assert built.spacing == (3.0, 2.0, 1.5) and built.class_names == ["a"] and built.shape == (1, 2, 3, 4)
+    assert decoded_shape({**header, "image_shape": [1, 7, 6, 8]}, codec) == (1, 7, 6, 8)
 
 
 def test_x0_is_clipped_by_default_for_pixels_only(sampler):
@@ -175,6 +231,9 @@ def test_resumed_run_may_have_more_samples(sampler, tmp_path):
 @pytest.mark.parametrize("change, config, name", [
     ({"seed": 1}, {}, "seed"), ({"solver": "ddim"}, {}, "sampler"), ({}, {"batch_size": 1}, "batch_size"),
     ({"settings": {"model": "another"}}, {}, "model"), ({}, {"classes": (0,)}, "classes"),
+    ({"clip_denoised": False}, {}, "clip_denoised"), ({"image_shape": (1, 6, 8)}, {}, "image_shape"),
+    ({"diffusion": create_diffusion(dataclasses.replace(PROCESS, timestep_respacing="2"))}, {}, "steps"),
+    ({}, {"save_individual": False}, "png"),
 ])
 def test_shards_with_other_settings_raise(sampler, tmp_path, change, config, name):
     interrupted(sampler, tmp_path, 1, **FIVE)
@@ -207,6 +266,27 @@ def test_images_and_contact_sheet_are_next_to_the_npz(sampler, tmp_path):
     assert np.array_equal(pixels_of(tmp_path / "png" / "push_000003.png"), samples.images[3, ..., 0])
     tall, wide = pixels_of(tmp_path / "contact_sheet.png").shape[:2]
     assert wide > 3 * 8 and tall >= 2 * 7 and samples.class_names == NAMES
+
+
+def test_contact_sheet_has_one_row_per_requested_class(sampler, tmp_path, monkeypatch):
+    sheets = []
+    record = lambda images, columns, row_labels: sheets.append((images, columns, row_labels)) or Image.new("L", (1, 1))
+    monkeypatch.setattr("guided_diffusion_vae.sampling.generate.contact_sheet", record)
+    samples = generate(sampler, tmp_path, (2, 0), num_samples=7, batch_size=3)
+    (images, columns, labels), = sheets
+    assert columns == 3 and labels == ["tapout", "push"]    # as many as the class with the fewest samples
+    assert np.array_equal(images, samples.images[[0, 2, 4, 1, 3, 5]].transpose(0, 3, 1, 2) / np.float32(255))
+
+
+def test_volumes_have_the_values_axes_and_spacing_of_the_samples(sampler, tmp_path):
+    pytest.importorskip("nibabel")
+    volume = dataclasses.replace(
+        sampler, model=lambda x, t: x, num_classes=0, class_names=None, shape=(1, 8, 6, 4), codec=PixelCodec(1, dims=3),
+        image_shape=(1, 8, 6, 4), spacing=(3.0, 2.0, 1.5))
+    samples = generate(volume, tmp_path, None, num_samples=2)
+    read = VolumeFolder(DataConfig(str(tmp_path / "volumes"), "8x6x4", value_range="0,255"))
+    assert np.array_equal(np.rint(255 * read.batch([0, 1]).numpy()), samples.images.transpose(0, 4, 1, 2, 3))
+    assert samples.images.std() > 10 and [tuple(spacing) for spacing in read.spacings] == [(3.0, 2.0, 1.5)] * 2
 
 
 def test_new_samples_replace_images_of_earlier_ones(sampler, tmp_path):
@@ -273,6 +353,70 @@ def test_sample_i_is_conditioned_on_image_i_and_its_class():
     sampler.sample_x0([1, 5], None, CPU)
     assert calls[0][0].tolist() == [0, 1]
     torch.testing.assert_close(calls[0][1], torch.from_numpy(images[[1, 2]]) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_low_res_images_are_normalized_and_diffused_to_the_noise_level(sampler, spy, level):
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), np.uint8)
+    process, normalizer = create_diffusion(PROCESS), LatentNormalizer([0.1], [0.5], "channel")
+    spaced = create_diffusion(dataclasses.replace(PROCESS, timestep_respacing="2"))
+    low_res = LowResConditioning(images, None, PixelCodec(1), normalizer, process, level, seed=3)
+    dataclasses.replace(sampler, diffusion=spaced, num_classes=0, low_res=low_res, solver="spy").sample_x0(
+        [1, 5], None, CPU)
+    conditioning, x0 = spy[0]["model_kwargs"], ((2.0 * images[[1, 2]] / 255 - 1) - 0.1) / 0.5
+    if level:
+        alpha_bar = np.cumprod(1 - process.betas)[level]
+        noise = keyed_randn((1, 8, 8), [(3, 8, i) for i in (1, 5)]).numpy()
+        x0 = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * noise
+        assert conditioning["low_res_times"].tolist() == [level] * 2
+        assert abs(np.corrcoef(noise.ravel(), spy[0]["noise"].numpy().ravel())[0, 1]) < 0.3
+    assert conditioning["low_res"].numpy() == pytest.approx(x0, abs=1e-5) and len(conditioning) == 1 + (level > 0)
+
+
+def test_training_diffuses_low_res_images_as_sampling_does():
+    process, seen = create_diffusion(dataclasses.replace(PROCESS, diffusion_steps=6)), {}
+
+    def model(x, t, **conditioning):
+        seen.update(conditioning, x=x, t=t)
+        return torch.zeros_like(x)
+    objective = DiffusionObjective(process, class_dropout=0.25, null_label=9, cond_noise_steps=4)
+    x0, low_res = torch.zeros(64, 1, 4, 4), torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    rng = StepRNG(3, 7, range(64), 64)
+    objective(model, x0, {"low_res": low_res, "y": torch.zeros(64, dtype=torch.long)}, rng)
+    times, dropped = (rng.uniform(stream, "cpu") for stream in (9, 7))
+    assert torch.equal(seen["low_res_times"], (4 * times).long()) and torch.equal(seen["y"] == 9, dropped < 0.25)
+    assert set(seen["low_res_times"].tolist()) == {0, 1, 2, 3}
+    noise = keyed_randn((1, 4, 4), [(3, 10, 7, slot) for slot in range(64)])
+    alpha_bar = torch.from_numpy(np.cumprod(1 - process.betas)).float()[seen["low_res_times"]].view(-1, 1, 1, 1)
+    clean = (seen["low_res_times"] == 0).view(-1, 1, 1, 1)
+    diffused = torch.where(clean, low_res, alpha_bar.sqrt() * low_res + (1 - alpha_bar).sqrt() * noise)
+    torch.testing.assert_close(seen["low_res"], diffused)
+    condition_noise, start_noise = noise.flatten(), seen["x"].flatten()     # x0 is 0, x_t noise only
+    assert abs(torch.corrcoef(torch.stack([condition_noise, start_noise]))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_upsampler_equals_a_unet_of_the_concatenated_images(steps):
+    model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8", in_channels=1,
+                        class_cond=True, num_classes=3)
+    network, _ = create_model_and_diffusion_vae((1, 8, 8), model, PROCESS, SuperResConfig(cond_noise_steps=steps))
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=generator)
+    x, low_res = (torch.randn(3, 1, n, n, generator=generator) for n in (8, 4))
+    t, y, times = torch.tensor([3, 70, 900]), torch.tensor([2, 0, 1]), torch.tensor([0, 2, 3])
+    plain = UNetModel(8, 2, 32, 1, 1, (1,), channel_mult=(1,), num_classes=3, num_heads=4, use_scale_shift_norm=True)
+    plain.load_state_dict({name: value for name, value in network.state_dict().items() if "low_res" not in name})
+    upsampled = torch.nn.functional.interpolate(low_res, (8, 8), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        embedding, noised = network.label_emb(y), steps > 0     # of the classes, and of the timesteps of low_res
+        assert hasattr(network, "low_res_embed") == noised
+        for given, used in ((None, torch.zeros(3)), *([(times, times)] if noised else [])):
+            added = network.low_res_embed(timestep_embedding(used, 32)) if noised else 0
+            plain.label_emb.weight.copy_(embedding + added)
+            expected = plain(torch.cat([x, upsampled], 1), t, torch.arange(3))
+            torch.testing.assert_close(network(x, t, low_res, given, y), expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.1
 
 
 def test_conditioning_noise_depends_on_the_sample_only():
