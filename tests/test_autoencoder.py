@@ -256,7 +256,8 @@ def by_hand(weights, name, h, stride=1, attend=False):
         mixed = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
         return h + F.linear(mixed, *of("proj_attn")).mT.reshape(h.shape)
     if f"{name}.norm1.weight" not in weights:
-        return F.conv2d(h, *of("conv.conv" if f"{name}.conv.conv.weight" in weights else "conv"), stride, int(stride == 1))
+        part = "conv.conv" if f"{name}.conv.conv.weight" in weights else "conv"
+        return F.conv2d(h, *of(part), stride, int(stride == 1))
     inner = F.conv2d(F.silu(norm(h, "norm1")), *of("conv1.conv"), padding=1)
     inner = F.conv2d(F.silu(norm(inner, "norm2")), *of("conv2.conv"), padding=1)
     return inner + (F.conv2d(h, *of("nin_shortcut.conv")) if f"{name}.nin_shortcut.conv.weight" in weights else h)
@@ -285,8 +286,7 @@ def test_network_equals_its_blocks_computed_from_the_weights(recompute_norms):
     h = by_hand(weights, "decoder.blocks.0", layer("post_quant_conv", z))
     for i, attend in ((1, False), (2, True), (3, False), (4, False), (5, True)):
         h = by_hand(weights, f"decoder.blocks.{i}", h, attend=attend)
-    up = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    h = F.conv2d(up, weights["decoder.blocks.6.conv.conv.weight"], weights["decoder.blocks.6.conv.conv.bias"], padding=1)
+    h = by_hand(weights, "decoder.blocks.6.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
     h = norm("decoder.blocks.8", by_hand(weights, "decoder.blocks.7", h))
     torch.testing.assert_close(network.decode(z), by_hand(weights, "decoder.blocks.9", h), rtol=1e-4, atol=1e-4)
     assert network.last_layer is network.decoder.blocks[9].conv.weight

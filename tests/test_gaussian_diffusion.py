@@ -56,6 +56,14 @@ def test_linear_schedule_total_noise_is_independent_of_steps():
     np.testing.assert_allclose(np.log(ends), math.log(ends[1]), rtol=0.02)
 
 
+def test_named_schedules_are_those_of_the_papers():
+    linear, cosine = (get_named_beta_schedule(name, 1000) for name in ("linear", "cosine"))
+    assert (linear[0], linear[-1]) == pytest.approx((1e-4, 0.02)) and np.ptp(np.diff(linear)) < 1e-12
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(np.cumprod(1 - cosine)[:-1], f[1:-1] / f[0], rtol=1e-6)
+    assert cosine[-1] == 0.999
+
+
 def test_betas_follow_alpha_bar_up_to_max_beta():
     betas = betas_for_alpha_bar(10, lambda u: 1 - u, max_beta=0.6)
     np.testing.assert_allclose(np.cumprod(1 - betas)[:8], 1 - np.arange(1, 9) / 10)
@@ -225,6 +233,13 @@ def test_ddim_with_full_noise_is_ddpm_with_the_small_variance(shape):
     ddpm = p.p_sample(model, x, t, noise_fn=lambda x: noise)
     ddim = p.ddim_sample(model, x, t, eta=1.0, noise_fn=lambda x: noise)
     torch.testing.assert_close(ddim["sample"], ddpm["sample"], rtol=1e-4, atol=1e-4)
+
+
+def test_reverse_step_after_the_last_timestep_is_pure_noise():
+    p, x, t = process("START_X"), normal((2, 1, 4)), torch.full((2,), STEPS - 1)
+    x_0 = normal((2, 1, 4), 1).clamp(-1, 1)
+    eps = p._predict_eps_from_xstart(x, t, x_0)
+    torch.testing.assert_close(p.ddim_reverse_sample(constant_model(x_0), x, t)["sample"], eps)
 
 
 def test_ddim_forward_undoes_reverse():
@@ -419,6 +434,17 @@ def test_min_snr_weight_of_x0_error_is_independent_of_prediction(mean):
     torch.testing.assert_close(loss, 0.09 * snr.clamp(max=2), rtol=1e-3, atol=1e-5)
 
 
+def test_min_snr_weights_the_squared_error_only():
+    x, t, eps = normal((3, 1, 4)), torch.tensor([0, 5, 20]), normal((3, 1, 4), 1)
+    model = constant_model(normal((3, 2, 4), 2))
+    plain, weighted = (process(var="LEARNED", loss=loss).training_losses(model, x, t, noise=eps)
+                       for loss in ("MSE", "MIN_SNR"))
+    torch.testing.assert_close(weighted["vb"], plain["vb"])
+    torch.testing.assert_close(weighted["loss"], weighted["mse"] + weighted["vb"])
+    snr = process().alphas_cumprod[[0, 5, 20]] / (1 - process().alphas_cumprod[[0, 5, 20]])
+    torch.testing.assert_close(weighted["mse"], plain["mse"] * torch.tensor(np.minimum(snr, 5.0) / snr).float())
+
+
 def test_min_snr_without_bound_or_defined_prediction_raises():
     with pytest.raises(ValueError, match="expected --min_snr_gamma > 0 .*got -1.0 and EPSILON"):
         process(loss="MIN_SNR", min_snr_gamma=-1.0)
@@ -478,6 +504,14 @@ def test_bits_per_dimension_are_terms_plus_prior():
     torch.testing.assert_close(bits["total_bpd"], bits["vb"].sum(dim=1) + bits["prior_bpd"])
     assert (bits["xstart_mse"] == 0).all() and (bits["mse"] < 1e-6).all()
     assert bits["vb"][:, :-1].abs().max() < 1e-6 < bits["vb"][:, -1].min()      # column 0 is the last timestep
+
+
+def test_errors_of_the_bound_are_means_of_squares():
+    p, x = process("START_X"), normal((2, 1, 8)).clamp(-1, 1)
+    bits = p.calc_bpd_loop(constant_model(x + 0.1), x, clip_denoised=False)
+    snr = torch.from_numpy(p.alphas_cumprod / (1 - p.alphas_cumprod)).float().flip(0)
+    torch.testing.assert_close(bits["xstart_mse"], torch.full((2, STEPS), 0.01))
+    torch.testing.assert_close(bits["mse"], 0.01 * snr.expand(2, -1), rtol=1e-3, atol=1e-6)
 
 
 def test_prior_of_unit_variance_data_is_zero_without_signal():

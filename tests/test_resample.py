@@ -43,11 +43,25 @@ def test_weights_follow_the_root_mean_square_with_full_history():
     np.testing.assert_allclose(sampler.weights(), 0.9 * rms / rms.sum() + 0.05)
 
 
+def test_defaults_are_ten_losses_and_a_uniform_part_of_one_in_a_thousand():
+    sampler = LossSecondMomentResampler(process(2))
+    sampler.update_with_all_losses([0, 1] * 9 + [0], [3.0, 1.0] * 9 + [3.0])
+    assert sampler.weights().tolist() == [1, 1]
+    sampler.update_with_all_losses([1], [1.0])
+    np.testing.assert_allclose(sampler.weights(), 0.999 * np.array([0.75, 0.25]) + 0.0005, rtol=1e-12)
+
+
 def test_weights_use_the_latest_losses():
     sampler = warmed()
     sampler.update_with_all_losses([0, 0], [2.0, 2.0])
     sampler.update_with_all_losses([1, 1, 1], [9.0, 3.0, 3.0])
     np.testing.assert_allclose(sampler.weights(), 0.9 * np.array([2, 3, 3]) / 8 + 0.1 / 3)
+
+
+def test_a_loss_replaces_the_oldest_one_of_its_timestep():
+    sampler = LossSecondMomentResampler(process(1), history_per_term=3)
+    sampler.update_with_all_losses([0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert sampler.state_dict() == {"losses": [[3.0, 4.0, 5.0]], "counts": [3]}
 
 
 def test_importance_weights_keep_the_mean_loss():

@@ -63,7 +63,9 @@ def test_log_snr_spacing_is_even_from_end_to_end(count):
 
 
 def test_log_snr_spacing_omits_lowest_snr_except_pure_noise():
-    assert max(space_by_log_snr(alpha_bar_by_name("cosine"), 20)) < 999
+    cosine = alpha_bar_by_name("cosine")
+    last = max(space_by_log_snr(cosine, 20))
+    assert cosine[last] / (1 - cosine[last]) > np.exp(-10.2) >= cosine[last + 1] / (1 - cosine[last + 1])
     zero = sorted(space_by_log_snr(alpha_bar_by_name("cosine_zero_snr"), 20))
     assert zero[-1] == 999 and len(zero) == 20
 
@@ -115,6 +117,14 @@ def test_models_and_guidance_receive_original_timesteps(rescale, expected):
     process.ddim_reverse_sample(spy, x, t)
     process._vb_terms_bpd(spy, x, x, t)
     assert seen == [expected] * 8
+
+
+def test_rescaled_bound_is_weighted_by_the_kept_steps():
+    options = {**settings(40), "model_var_type": ModelVarType.LEARNED}
+    x, t, noise = torch.randn(3, 1, 2), torch.arange(3), torch.randn(3, 1, 2)
+    vb = {loss: SpacedDiffusion([0, 7, 30], **{**options, "loss_type": loss}).training_losses(
+        lambda x, t: torch.cat([x, x], 1), x, t, noise=noise)["vb"] for loss in (LossType.MSE, LossType.RESCALED_MSE)}
+    torch.testing.assert_close(vb[LossType.RESCALED_MSE], vb[LossType.MSE] * 3 / 1000)
 
 
 def test_a_single_kept_step_can_be_sampled():

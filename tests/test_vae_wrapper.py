@@ -163,9 +163,8 @@ def test_blending_moves_from_one_tile_to_the_next_in_equal_steps(gain):
 
 
 def test_tiles_cover_the_grid_and_overlap_by_a_quarter():
-    starts = []
-    blend_tiles(lambda tile: starts.append(tile[0, 0, 0].int().item()) or tile, torch.arange(30.0).view(1, 1, 30), (30,),
-                (8,), (1,), (1,))
+    starts, x = [], torch.arange(30.0).view(1, 1, 30)
+    blend_tiles(lambda tile: starts.append(tile[0, 0, 0].int().item()) or tile, x, (30,), (8,), (1,), (1,))
     assert starts == [0, 6, 12, 18, 22]
 
 
