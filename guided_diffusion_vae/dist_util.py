@@ -13,23 +13,27 @@ import contextlib
 import datetime
 import os
 import re
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from . import deprecated_names
+from .config import option, require
 from .files import load_tensors
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks are connected
-# Rank 0 may write a checkpoint, and one rank encode a large shard, while the others wait. A rank that dies does not
-# need this limit: its connections break, and the launcher ends the rest.
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
+HEARTBEAT_S = 20    # between two signs of life of a rank
+REPORT_S = 300      # between two reports of a rank that waits for others
 BUCKET_MIB = 32     # tensors are copied into buckets of about this size: one collective per bucket, not per tensor
 
 # Environment variables of rank, world size, local rank and local world size by launcher, in order of precedence: a
@@ -42,6 +46,16 @@ LAUNCHERS = {
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }
 MPI_LAUNCHERS = ("MPICH", "Open MPI")
+OPEN_MPI_LIBRARY = "libmpi.so.40"   # of Open MPI 3 to 5
+
+
+@dataclass
+class LaunchConfig:
+    SECTION = "device"
+
+    collective_timeout_minutes: float = option(
+        30.0, "minutes after which a rank ends if another one does not take part in a tensor exchange or, if it waits "
+              "for the work of another rank, which may take longer, gives no sign of life", above=0, maximum=10**6)
 
 
 class LaunchError(RuntimeError):
@@ -59,7 +73,9 @@ class RankInfo(NamedTuple):
 
 MEMORY_ADVICE = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
 
-_active_rank_info = None    # set by setup_dist; until then the environment is read
+# Set by setup_dist; until then the environment is read, and there are no other ranks.
+_active_rank_info = None
+_control_group = None
 
 
 # --- Rank information ---
@@ -133,24 +149,26 @@ def dev():
 # --- Start and end ---
 
 
-def setup_dist():
+def setup_dist(collective_timeout_minutes=LaunchConfig.collective_timeout_minutes):
     """Connect all ranks, print their devices and time one all-reduce; a second call has no effect.
 
-    A single process creates no process group.
+    A single process creates no process group. A rank ends as soon as its launcher has ended.
 
+    :param collective_timeout_minutes: see `LaunchConfig`.
     :raises LaunchError: if the launcher's variables are inconsistent or the ranks cannot connect.
     """
     global _active_rank_info
     if _active_rank_info is not None:
         return
     info = read_rank_info(os.environ)
+    _end_with_launcher(info)
     if info.size > 1:
         info, store = _rendezvous(info)
     _active_rank_info = info
     if dev().type == "cuda":
         torch.cuda.set_device(dev())    # NCCL, and kernels launched without a device, use the current one
     if info.size > 1:
-        _connect(store)
+        _connect(store, datetime.timedelta(minutes=collective_timeout_minutes))
         # Set after init_process_group, which replaces the hook by its own.
         sys.excepthook = lambda kind, error, trace: _fail(error)
     _report()
@@ -176,11 +194,15 @@ def _rendezvous(info):
 
 def _rendezvous_through_mpi(info):
     """Return (info, store); MPI is only used to exchange the address of the store."""
+    select_mpi_library(info, os.environ)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        remedy = f"set MPI4PY_LIBMPI to {info.launcher}'s {OPEN_MPI_LIBRARY}" if info.launcher == "Open MPI" else (
+            "pip install mpi4py mpich")
         raise LaunchError(f"{info.launcher}'s mpiexec started {info.size} ranks, but mpi4py cannot be imported "
-                          f"({error}); pip install mpi4py mpich, or start with torchrun --nproc_per_node N") from error
+                          f"({' '.join(str(error).split())}); {remedy}, or start with torchrun --nproc_per_node N"
+                          ) from error
     world = MPI.COMM_WORLD
     if world.size != info.size:
         library = MPI.Get_library_version().split("\n")[0].strip()
@@ -188,8 +210,8 @@ def _rendezvous_through_mpi(info):
             f"mpiexec ({info.launcher}) started {info.size} ranks, but mpi4py's MPI ({library}) sees {world.size}: "
             "launcher and library belong to different MPIs; use the mpiexec of mpi4py's library (for the mpich wheel "
             f"{os.path.join(os.path.dirname(sys.executable), 'mpiexec')}; `which mpiexec` shows the one in use), "
-            "build mpi4py against the system's MPI (pip install --no-binary mpi4py mpi4py), or start with torchrun "
-            "--nproc_per_node N"
+            "set MPI4PY_LIBMPI to the library of the launcher, build mpi4py against the system's MPI (pip install "
+            "--no-binary mpi4py mpi4py), or start with torchrun --nproc_per_node N"
         )
     hosts = world.allgather(socket.gethostname())
     if info.local_rank is None:
@@ -203,6 +225,20 @@ def _rendezvous_through_mpi(info):
         served_at = address, store.port
     address, port = world.bcast(served_at)
     return info, store or _open_store(info, address, port, serve=False)
+
+
+def select_mpi_library(info, environ):
+    """Set MPI4PY_LIBMPI in `environ` if the ranks were started by Open MPI, unless the user has chosen a library.
+
+    mpi4py's wheels load the MPI of the same Python environment first: the MPICH wheel, which ends the process if Open
+    MPI has started it.
+    """
+    if info.launcher == "Open MPI" and "MPI4PY_MPIABI" not in environ:
+        names = [OPEN_MPI_LIBRARY]      # a list, of which mpi4py takes the first that can be loaded
+        with contextlib.suppress(OSError):
+            installation = Path(os.readlink(f"/proc/{_launcher_pid(info)}/exe")).parents[1]
+            names.insert(0, str(installation / "lib" / OPEN_MPI_LIBRARY))
+        environ.setdefault("MPI4PY_LIBMPI", os.pathsep.join(names))
 
 
 def _open_store(info, address, port, serve):
@@ -221,8 +257,9 @@ def _rendezvous_error(info, location, error):
     )
 
 
-def _connect(store):
-    """Create the process group."""
+def _connect(store, timeout):
+    """Create the process group, and that of waits which may exceed its timeout."""
+    global _control_group
     # A group that torchrun restarts after a failure must not read the keys of its predecessor.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt{attempt}", store)
@@ -232,9 +269,10 @@ def _connect(store):
     backend = "cpu:gloo,cuda:nccl" if dev().type == "cuda" and not shared else "gloo"
     try:
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world_size(),
-                                timeout=COLLECTIVE_TIMEOUT)
+                                timeout=timeout)
     except RuntimeError as error:
         raise _rendezvous_error(_rank_info(), "the common store", error) from error
+    _control_group = _ControlGroup(dist.PrefixStore("signs", store), timeout.total_seconds())
 
 
 def _all_devices(store):
@@ -347,8 +385,11 @@ def launch(main):
 
 def shutdown():
     """Wait for all ranks and destroy the process group."""
+    global _control_group
     if dist.is_initialized():
         barrier()
+        _control_group.close()
+        _control_group = None
         dist.destroy_process_group()
 
 
@@ -377,6 +418,9 @@ def _fail(error):
     expected = isinstance(error, kinds)
     if is_out_of_memory(error):
         text, expected = f"out of memory; {MEMORY_ADVICE} ({text})", True
+    elif "gloo/transport" in text and "Timed out" in text:
+        text, expected = ("another rank did not take part in an exchange within --collective_timeout_minutes: it is "
+                          "stopped, stuck or slow; in the last case, increase the flag"), True
     elif "gloo/transport" in text:  # Gloo's message if a connection is closed
         text, expected = "another rank ended while this one waited for it; see the error of that rank", True
     if not expected or os.environ.get("GDVAE_TRACEBACK") == "1":
@@ -439,35 +483,131 @@ def _end(status):
 
 
 def barrier():
-    """Return when every rank has called this."""
-    any_rank(False)     # reduces a CPU tensor, over Gloo: dist.barrier may use NCCL and wait for the GPU
+    """Return when every rank has called this, however long the others work (see `_ControlGroup`)."""
+    any_rank(False)
 
 
 def any_rank(flag):
-    """Return on every rank whether `flag` is true on at least one; does not wait for the GPU."""
+    """Return on every rank whether `flag` is true on at least one; waits like `barrier`, but not for the GPU."""
     if world_size() == 1:
         return bool(flag)
-    raised = torch.tensor([int(flag)])
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+    require((_control_group, "the ranks are not connected; call dist_util.setup_dist() first"), error=LaunchError)
+    return _control_group.any_rank(flag)
 
 
 def gather_objects(item):
-    """Return on every rank the list of the picklable `item` of all ranks, ordered by rank."""
+    """Return on every rank the list of the picklable `item` of all ranks, ordered by rank; waits like `barrier`."""
     if world_size() == 1:
         return [item]
+    barrier()
     items = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
 
 
 def broadcast_object(item, source=0):
-    """Return on every rank the picklable `item` of rank `source`."""
+    """Return on every rank the picklable `item` of rank `source`; waits like `barrier`."""
     if world_size() == 1:
         return item
+    barrier()
     box = [item]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+class _ControlGroup:
+    """Gloo group for waits without a time limit: one rank may write a checkpoint or encode its shards for hours.
+
+    A thread of each rank publishes a sign of life in the store. A wait fails only if a rank has given none within the
+    timeout: its process is stopped, or its host unreachable. Meanwhile the first waiting rank reports which ranks are
+    missing, and which function they execute.
+    """
+
+    def __init__(self, store, timeout_s):
+        """Create the group and start the thread; all ranks must call this."""
+        self._store, self._timeout_s = store.clone(), timeout_s
+        self._interval_s, self._report_s = min(HEARTBEAT_S, timeout_s / 5), min(REPORT_S, timeout_s / 2)
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+        self._num_waits, self._signs = 0, [""] * world_size()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._exchange_signs, daemon=True)
+        self._thread.start()
+
+    def any_rank(self, flag):
+        """Return on every rank whether `flag` is true on at least one.
+
+        :raises LaunchError: if a rank has given no sign of life within the timeout.
+        """
+        self._num_waits += 1
+        raised = torch.tensor([int(flag)])
+        work = dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        # Intervals are counted instead of reading a clock: if all ranks were suspended together, none is silent.
+        waited, reported, silent = 0, 0, [0] * world_size()
+        signs = self._signs
+        while not self._is_done(work):
+            waited += 1
+            silent = [count + 1 if new == old else 0 for count, new, old in zip(silent, self._signs, signs)]
+            signs = self._signs
+            self._require_life(silent)
+            if (waited - reported) * self._interval_s >= self._report_s:
+                reported = waited
+                self._report(waited * self._interval_s / 60, [sign.split(maxsplit=2) for sign in signs])
+        return bool(raised.item())
+
+    def _is_done(self, work):
+        """Wait for at most one interval; return whether all ranks have arrived."""
+        try:
+            work.wait(datetime.timedelta(seconds=self._interval_s))
+        except RuntimeError:
+            if not work.is_completed():
+                return False
+            work.wait()     # raises if a connection broke
+        return True
+
+    def _require_life(self, silent):
+        ranks = [other for other, count in enumerate(silent)
+                 if count * self._interval_s > self._timeout_s and other != rank()]
+        if ranks:
+            raise LaunchError(f"no sign of life of {_format_ranks(ranks)} within --collective_timeout_minutes "
+                              f"{self._timeout_s / 60:g}: stopped, or on an unreachable host; rerun the same command")
+
+    def _report(self, minutes, signs):
+        missing = [other for other, sign in enumerate(signs)
+                   if sign and int(sign[0]) < self._num_waits and other != rank()]
+        waiting = set(range(world_size())) - set(missing)
+        if missing and rank() == min(waiting):
+            places = "; ".join(signs[other][2] for other in missing[:8])
+            print(f"rank {rank()} has waited {minutes:.1f} min for {_format_ranks(missing)} (in {places})", flush=True)
+
+    def _exchange_signs(self):
+        beat, keys = 0, [str(other) for other in range(world_size())]
+        with contextlib.suppress(RuntimeError):     # rank 0, which may serve the store, has ended
+            while not self._closed.wait(self._interval_s):
+                beat += 1
+                self._store.set(str(rank()), f"{self._num_waits} {beat} {_current_function()}")
+                if self._store.check(keys):
+                    self._signs = [sign.decode() for sign in self._store.multi_get(keys)]
+
+    def close(self):
+        """End the thread before the store ends; all ranks must call this."""
+        self._closed.set()
+        self._thread.join(self._interval_s)
+        dist.all_reduce(torch.zeros(1), group=self._group)
+
+
+def _format_ranks(ranks):
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{', ...' * (len(ranks) > 8)}"
+
+
+def _current_function():
+    """Return the function of this package that the main thread executes, such as `write_npz, npz.py line 64`."""
+    frame, package = sys._current_frames().get(threading.main_thread().ident), Path(__file__).parent
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if package in path.parents and path != Path(__file__):
+            return f"{frame.f_code.co_name}, {path.name} line {frame.f_lineno}"
+        frame = frame.f_back
+    return "a function outside of the package"
 
 
 def sync_params(params):
@@ -554,14 +694,15 @@ def load_state_dict(path, **kwargs):
     return load_tensors(path, **kwargs)
 
 
-# --- Termination signals ---
+# --- Signals and the end of the launcher ---
 
 
 class StopSignal:
     """Context manager that records SIGTERM and SIGUSR1 in `received`, for a loop to end after its step.
 
     Repeated signals have no effect: torchrun and Slurm together deliver each one twice. On exit the previous handlers
-    are restored. mpiexec forwards both signals to its ranks, torchrun only SIGTERM.
+    are restored. mpiexec forwards both signals to its ranks. torchrun forwards SIGTERM; SIGUSR1 ends it, and with it
+    its ranks, unless it is started with --signals-to-handle.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -595,6 +736,62 @@ class StopSignal:
 
     def _record(self, number, frame):
         self.received = True
+
+
+def _end_with_launcher(info):
+    """Start a thread that ends this process when its launcher has ended: orphans would write into the next run's files.
+
+    mpiexec ends its ranks even if it is killed; torchrun and srun leave them.
+    """
+    launcher = _launcher_pid(info)
+    if launcher is not None:
+        threading.Thread(target=_end_after, args=(launcher, info), daemon=True).start()
+
+
+def _end_after(launcher, info):
+    _wait_for_process(launcher)
+    with contextlib.suppress(OSError, ValueError):      # the launcher may have read the other end of this pipe
+        print(f"error: rank {info.rank}: ended without saving, as its launcher has ended ({info.launcher}, process "
+              f"{launcher}); rerun the same command to resume", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _wait_for_process(pid):
+    """Return when a process has ended."""
+    parent = os.getppid()
+    try:
+        select.select([os.pidfd_open(pid)], [], [])
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):   # not Linux, or before 5.3: watch the parent alone
+        while os.getppid() == parent:
+            time.sleep(1)
+
+
+def _launcher_pid(info):
+    """Return the process id of the launcher, None if there is none that can end before this process.
+
+    It is the nearest ancestor without the variables of a rank: between both may be a shell or profiler, which would
+    survive the launcher. Ranks started by hand have none.
+    """
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ if info.launcher == "torchrun" else info.size > 1
+    if not is_launched:
+        return None
+    pid = os.getppid()
+    while pid > 1 and (parent := _parent_with(LAUNCHERS[info.launcher][0], pid)):
+        pid = parent
+    return pid if pid > 0 else None
+
+
+def _parent_with(variable, pid):
+    """Return the parent of a process if the environment of that process has a variable, else None."""
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if any(entry.startswith(f"{variable}=".encode()) for entry in environ):
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:     # not Linux, or the process of another user, as Slurm's are
+        pass
+    return None
 
 
 __getattr__ = deprecated_names("dist_util")

@@ -385,6 +385,8 @@ class TrainLoop:
                         self._record_preview()
                     elif reached or self._is_best():
                         self.save()
+                if saving or previewing:
+                    dist_util.barrier()     # rank 0 may have written for longer than the timeout of a collective
                 if stopping or ending or reached or self.step % self.log_interval == 0:
                     self._write_log(bar)
                 bar.update()

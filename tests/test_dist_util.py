@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.dist_util import LaunchError, RankInfo, read_rank_info
+from guided_diffusion_vae.runs.run import script
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -23,19 +25,41 @@ def single_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def run_under(launcher, script, restarts="0", **variables):
-    """Run Python source under a launcher and return the completed process."""
+# Starts two tasks with the variables of srun, through a shell that survives it.
+SRUN = """
+import os, subprocess, sys
+for rank in "01":
+    step = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_ID="0", SLURM_NTASKS="2")
+    subprocess.Popen(["sh", "-c", '"$0" -c "$1"; true', sys.executable, sys.argv[1]],
+                     env={**os.environ, **step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+os.wait()
+"""
+
+
+def start_under(launcher, script, restarts="0", **variables):
+    """Start Python source under a launcher and return the running process."""
     environ = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | as_root | variables
     command = {
         "mpiexec": [BIN / "mpiexec", "-n", "2", sys.executable, "-c", script],
         "torchrun": [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "--max_restarts", restarts,
                      "--no_python", sys.executable, "-c", script],
+        "Open MPI": [shutil.which("mpirun.openmpi") or "mpirun.openmpi", "--oversubscribe", "-n", "2", sys.executable,
+                     "-c", script],
+        "srun": [sys.executable, "-c", SRUN, script],
         "python": [sys.executable, "-c", script],
     }[launcher]
     if not Path(command[0]).exists():
-        pytest.skip(f"no {launcher} next to {sys.executable}")
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+        pytest.skip(f"{launcher} is not installed")
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_under(launcher, script, restarts="0", **variables):
+    """Run Python source under a launcher and return the completed process."""
+    process = start_under(launcher, script, restarts, **variables)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 EXCHANGE = """
@@ -61,7 +85,7 @@ dist_util.launch(main)
 """
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun", "Open MPI"])
 def test_two_ranks_exchange_tensors_and_objects_under_any_launcher(launcher):
     process = run_under(launcher, EXCHANGE)
     assert process.returncode == 0, process.stderr
@@ -111,6 +135,54 @@ dist_util.launch(main)
     process = run_under("torchrun", failing_once, restarts="1")
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("sum 2") == 2
+
+
+@pytest.mark.parametrize("launcher, number", [("torchrun", signal.SIGUSR1), ("srun", signal.SIGKILL)])
+def test_rank_ends_as_soon_as_its_launcher_has_ended(launcher, number):
+    process = start_under(launcher, """
+import time
+from guided_diffusion_vae import dist_util
+dist_util.setup_dist()
+print("ready\\n", end="", flush=True)
+time.sleep(60)
+""")
+    ready = (line for line in process.stdout if line == "ready\n")
+    next(ready), next(ready)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)    # returns when the ranks, which hold the pipes, have ended
+    for rank in range(2):
+        assert f"error: rank {rank}: ended without saving, as its launcher has ended" in err
+    assert f"process {process.pid}" in err
+
+
+def test_launcher_pid_ranks_without_a_launcher_have_none(monkeypatch):
+    assert dist_util._launcher_pid(RankInfo("none", 0, 1, 0)) is None
+    assert dist_util._launcher_pid(RankInfo("Slurm", 0, 1, 0)) is None
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert dist_util._launcher_pid(RankInfo("torchrun", 0, 2, 0)) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert dist_util._launcher_pid(RankInfo("torchrun", 0, 2, 0)) == os.getppid()
+
+
+def test_barrier_waits_for_ranks_that_work_but_not_for_stopped_ones():
+    script = """
+import os, signal, time
+from guided_diffusion_vae import dist_util, nn
+def main():
+    dist_util.setup_dist(collective_timeout_minutes=0.035)
+    if dist_util.rank() == 0:
+        exec(compile("time.sleep(3)", nn.__file__, "exec"))      # a line of the package, as far as frames show
+    dist_util.barrier()
+    print("met\\n", end="", flush=True)
+    if dist_util.rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist_util.barrier()
+dist_util.launch(main)
+"""
+    process = run_under("mpiexec", script)
+    assert process.returncode == 1 and process.stdout.count("met\n") == 2
+    assert "rank 1 has waited 0.0 min for rank 0 (in <module>, nn.py line 1)" in process.stdout
+    assert "error: rank 0: no sign of life of rank 1 within --collective_timeout_minutes 0.035" in process.stderr
 
 
 def test_stop_signal_ends_all_ranks_at_the_same_step():
@@ -163,6 +235,17 @@ def test_setup_dist_rejects_the_launcher_of_another_mpi():
 ])
 def test_read_rank_info_reads_the_variables_of_the_launcher(environ, info):
     assert read_rank_info({name: str(value) for name, value in environ.items()}) == info
+
+
+def test_select_mpi_library_follows_the_launcher_and_the_user():
+    unset, library, abi = {}, {"MPI4PY_LIBMPI": "libmine.so"}, {"MPI4PY_MPIABI": "openmpi"}
+    for environ in (unset, library, abi):
+        dist_util.select_mpi_library(RankInfo("Open MPI", 0, 2, 0), environ)
+    launcher = Path(os.readlink(f"/proc/{os.getppid()}/exe"))
+    assert unset == {"MPI4PY_LIBMPI": f"{launcher.parents[1]}/lib/libmpi.so.40:libmpi.so.40"}
+    assert library == {"MPI4PY_LIBMPI": "libmine.so"} and abi == {"MPI4PY_MPIABI": "openmpi"}
+    dist_util.select_mpi_library(RankInfo("MPICH", 0, 2, 0), mpich := {})
+    assert mpich == {}
 
 
 def test_read_rank_info_rejects_invalid_variables():
@@ -259,6 +342,30 @@ def test_launch_out_of_memory_names_the_flags_that_bound_it(capsys):
         dist_util.launch(main)
     hint = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
     assert capsys.readouterr().err == f"error: out of memory; {hint} (1 GiB)\n"
+
+
+@pytest.mark.parametrize("reason, message", [
+    ("Timed out waiting 1800000ms for recv operation to complete", "--collective_timeout_minutes: it is stopped"),
+    ("Connection closed by peer [127.0.0.1]:15771", "another rank ended while this one waited for it"),
+])
+def test_launch_explains_a_failed_exchange(reason, message, capsys):
+    def main():
+        raise RuntimeError(f"[gloo/gloo/transport/tcp/unbound_buffer.cc:129] {reason}")
+
+    with pytest.raises(SystemExit):
+        dist_util.launch(main)
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+def test_scripts_pass_the_collective_timeout(monkeypatch):
+    minutes = []
+    monkeypatch.setattr(dist_util, "setup_dist", minutes.append)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    script("")(lambda run: None)()
+    monkeypatch.setattr(sys, "argv", ["script", "--collective_timeout_minutes", "90"])
+    script("")(lambda run: None)()
+    assert minutes == [30, 90]
 
 
 def test_launch_bugs_print_a_traceback(capsys):

@@ -178,11 +178,13 @@ def script(doc, *classes, trains=False):
     :param doc: text of `--help`.
     :raises OSError: if the folder cannot be written.
     """
+    classes = *classes, dist_util.LaunchConfig
+
     def decorate(body):
         @functools.wraps(body)
         def main():
             run = Run(Path(body.__code__.co_filename).stem, *parse_explicit(doc, *classes), flags=flag_names(*classes))
-            dist_util.setup_dist()
+            dist_util.setup_dist(run[dist_util.LaunchConfig].collective_timeout_minutes)
             if RunConfig in run:
                 run.open_folder(trains)
             try:
