@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -11,18 +12,24 @@ from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data import DataConfig, ImageFolder
+from guided_diffusion_vae.data import DataConfig, ImageFolder, SmallCacheConfig
+from guided_diffusion_vae.evaluation import EvaluateConfig, LikelihoodConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.latent_datasets import LatentCache, LatentConfig, LatentFolder
+from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache, LatentConfig, LatentFolder
+from guided_diffusion_vae.nn import keyed_randn
+from guided_diffusion_vae.resample import LossSecondMomentResampler
 from guided_diffusion_vae.runs import loading, spaces, training
-from guided_diffusion_vae.runs.factories import build_classifier, create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.flags import parse_explicit
 from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.runs.spaces import Space
+from guided_diffusion_vae.sampling import BaseConfig, GuidanceConfig
 from guided_diffusion_vae.sampling.sampler import SamplingConfig
-from guided_diffusion_vae.train_util import DiffusionTrainConfig, seed_initialization
-from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig
-from guided_diffusion_vae.vae_wrapper import NormalizerConfig, VAEConfig, create_vae
+from guided_diffusion_vae.train_util import (
+    ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop, seed_initialization,
+)
+from guided_diffusion_vae.unet import POOLS, ClassifierConfig, ModelConfig, SuperResConfig
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, NormalizerConfig, PixelCodec, VAEConfig, create_vae
 
 SAMPLING = (SamplingConfig, VAEConfig, NormalizerConfig, DataConfig, ModelConfig, DiffusionConfig,
             RunConfig)
@@ -58,10 +65,20 @@ def images(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path, images):
-    codec = create_vae(VAEConfig(vae_path=str(save_autoencoder(tmp_path / "vae.pt"))), CPU)
-    config = LatentCacheConfig(str(tmp_path / "cache"), latent_dtype="float32")
-    return write_cache(ImageFolder(images), codec, config)
+def encode(tmp_path, images):
+    """Encode the images into a cache; return it."""
+    save_autoencoder(tmp_path / "vae.pt")
+
+    def encode(name, scale_factor=0.0, vae="vae.pt", store="moments", **data):
+        codec = create_vae(VAEConfig(vae_path=str(tmp_path / vae), scale_factor=scale_factor), CPU)
+        config = LatentCacheConfig(str(tmp_path / name), store, latent_dtype="float32")
+        return write_cache(ImageFolder(dataclasses.replace(images, **data)), codec, config)
+    return encode
+
+
+@pytest.fixture
+def cache(encode):
+    return encode("cache")
 
 
 def create_run(*configs, folder=None, **explicit):
@@ -89,10 +106,24 @@ def test_open_cache_finds_the_autoencoder_at_its_recorded_path(cache):
 
 def test_require_same_space_tolerates_statistics_of_a_subset(cache):
     header = {"autoencoder": None, "latent_shape": [3, 4, 4], "normalizer": {"shift": [0.0], "std": [0.1790]}}
-    close, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.181, 0.190))
+    close, far = ({**header, "normalizer": {"shift": [0.0], "std": [std]}} for std in (0.181, 0.184))
     spaces.require_same_space(header, close, "other", "--classifier_path")
     with pytest.raises(ValueError, match="does not match the diffusion model: expected normalizer"):
         spaces.require_same_space(header, far, "other", "--classifier_path")
+
+
+@pytest.mark.parametrize("change, name", [
+    ({"normalizer": {"shift": [1.0, 0.0], "std": [1.0, 2.5]}}, "normalizer"),
+    ({"normalizer": {"shift": [1.1, 0.0], "std": [1.0, 2.0]}}, "normalizer"),
+    ({"normalizer": {"shift": [0.0], "std": [1.0]}}, "normalizer"),
+    ({"latent_shape": [2, 4, 8]}, "x0 shape"), ({"autoencoder": {"sha256": "b"}}, "autoencoder"),
+])
+def test_require_same_space_compares_every_channel_and_fact(change, name):
+    header = {"autoencoder": {"sha256": "a"}, "latent_shape": [2, 4, 4],
+              "normalizer": {"shift": [1.0, 0.0], "std": [1.0, 2.0]}}
+    spaces.require_same_space(header, dict(header), "other", "--classifier_path")
+    with pytest.raises(ValueError, match=f"other .--classifier_path. does not match .*: expected {name} "):
+        spaces.require_same_space(header, {**header, **change}, "other", "--classifier_path")
 
 
 def test_open_cache_autoencoder_missing_on_one_rank_is_used_on_none(cache, monkeypatch):
@@ -214,10 +245,22 @@ def test_require_same_preprocessing_accepts_a_shorter_spacing():
         spaces.require_same_preprocessing(cache, {"spacing": "2,2,3"})
 
 
+def test_require_same_preprocessing_compares_voxel_size_with_the_image_size():
+    image_size = DataConfig(voxel_size=(4, 4, 8)).image_size
+    cache = SimpleNamespace(folder="cache", preprocessing={"image_size": image_size})
+    spaces.require_same_preprocessing(cache, {"voxel_size": (4, 4, 8)})
+    with pytest.raises(ValueError, match="--image_size .* conflicts with the cache"):
+        spaces.require_same_preprocessing(cache, {"voxel_size": (4, 4, 4)})
+
+
 def test_apply_trained_preprocessing_explicit_flags_take_precedence():
-    trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1", spacing="9")), "data_dir": "there"}
+    trained = {**vars(DataConfig(image_size="8x16", crop="none", value_range="0,1", spacing="9")), "data_dir": "there",
+               "random_flip": True}
     data = spaces.apply_trained_preprocessing(DataConfig("here", crop="center"), {"crop": "center"}, trained)
     assert data == DataConfig("here", image_size="8x16", value_range="0,1", crop="center")
+    voxels = DataConfig("here", voxel_size=(4, 4, 4))
+    data = spaces.apply_trained_preprocessing(voxels, {"voxel_size": (4, 4, 4)}, trained)
+    assert data.image_size == voxels.image_size
 
 
 @pytest.mark.parametrize("image_size, crop", [("8x16", "center"), ("8x16x4", "grid")])
@@ -226,6 +269,126 @@ def test_apply_trained_preprocessing_replaces_random_crops(image_size, crop):
     apply = spaces.apply_trained_preprocessing
     assert apply(DataConfig("here"), {}, trained).crop == crop
     assert apply(DataConfig("here", crop="random"), {"crop": "random"}, trained).crop == "random"
+
+
+def test_open_codec_uses_the_recorded_scale_factor(encode):
+    cache = encode("scaled", scale_factor=0.5)
+    assert spaces.open_codec(cache.autoencoder, VAEConfig()).scale_factor == 0.5
+
+
+def test_on_the_fly_statistics_are_of_the_requested_images_and_seed(images, tmp_path):
+    vae = VAEConfig(str(save_autoencoder(tmp_path / "vae.pt")))
+
+    def statistics(count, seed):
+        configs = LatentConfig(stats_samples=count), vae, images, DiffusionTrainConfig(seed=seed)
+        return open_latents(*configs)[0].statistics
+
+    codec = create_vae(vae, CPU)
+    for count, seed in ((1, 0), (1, 3), (3, 0)):
+        assert statistics(count, seed) == EncodedImages(ImageFolder(images), codec, count, seed).statistics
+    assert statistics(1, 0) != statistics(1, 3)
+
+
+def test_space_encodes_padded_images_to_normalized_latents():
+    codec = PixelCodec(1)
+    codec.factors, codec.preprocessing = (2, 2), {"pad": True}
+    images = torch.rand(2, 1, 3, 4)
+    x0 = Space(codec, LatentNormalizer([0.5], [2.0], "channel")).encode(images)
+    assert x0.shape == (2, 1, 4, 4) and torch.equal(x0[:, :, 3], x0[:, :, 2])
+    torch.testing.assert_close(x0[:, :, :3], (2 * images - 1.5) / 2)
+
+
+def test_space_header_describes_data_without_their_padding(cache, tmp_path):
+    (tmp_path / "odd").mkdir()
+    Image.new("L", (8, 7)).save(tmp_path / "odd" / "a_0.png")
+    codec = create_vae(VAEConfig(str(tmp_path / "vae.pt"), scale_factor=0.5), CPU)
+    padded = ImageFolder(DataConfig(str(tmp_path / "odd"), "7x8", pad=True), multiple=codec.factors)
+    space = Space(codec, LatentNormalizer([0], [1], "none"))
+    header = spaces.space_header(EncodedImages(padded, codec, statistics={}), space)
+    assert header["image_shape"] == [1, 7, 8] and header["latent_shape"] == [3, 4, 4]
+    assert header["scale_factor"] == 0.5 == header["autoencoder"]["scale_factor"]
+    (tmp_path / "plain").mkdir()
+    np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
+    header = spaces.space_header(LatentFolder(tmp_path / "plain"), space)
+    assert header["autoencoder"] == codec.describe() and header["scale_factor"] == 0.5
+
+
+# --- Validation data ---
+
+
+def open_validation(path, source, space, *configs, **explicit):
+    run = create_run(*configs, ClassifierTrainConfig(val_data_dir=str(path)), **explicit)
+    return spaces.open_validation(run, source, space)
+
+
+@pytest.mark.parametrize("with_codec", [True, False])
+def test_validation_cache_must_have_the_autoencoder_and_scale_of_the_run(encode, cache, tmp_path, with_codec):
+    save_autoencoder(tmp_path / "other.pt", seed=1)
+    codec = create_vae(VAEConfig(str(tmp_path / "vae.pt")), CPU) if with_codec else None
+    space = Space(codec, LatentNormalizer([0], [1], "none"))
+    assert open_validation(cache.folder, cache, space).count == 4
+    other, scaled = encode("other", vae="other.pt"), encode("scaled", scale_factor=0.5)
+    with pytest.raises(ValueError, match="other: expected latents of the autoencoder of this run, got a cache of .*"
+                                         "other.pt; set --val_data_dir to images or another cache"):
+        open_validation(other.folder, cache, space)
+    with pytest.raises(ValueError, match="scaled: expected latents scaled by 0.18215 as those of this run, got 0.5"):
+        open_validation(scaled.folder, cache, space)
+
+
+def test_validation_images_are_encoded_in_the_space_without_flips(encode, cache, images, tmp_path):
+    codec = create_vae(VAEConfig(str(tmp_path / "vae.pt")), CPU)
+    data = dataclasses.replace(images, data_dir="elsewhere", random_flip=True, crop="random")
+    source = open_validation(images.data_dir, cache, Space(codec, None), data, crop="random")
+    assert source.random_flip is False and source.random_crop is True and source.codec is codec
+    torch.testing.assert_close(source.batch([2])[0], cache.batch([2])[0])
+    with pytest.raises(ValueError, match="cache: expected latents of the autoencoder of this run"):
+        spaces.open_validation(create_run(ClassifierTrainConfig(val_data_dir=str(cache.folder))),
+                               *spaces.open_pixels(ImageFolder(images)))
+    with pytest.raises(FileNotFoundError, match="the autoencoder that encodes these images is not available"):
+        open_validation(images.data_dir, cache, Space(None, None))
+
+
+# --- Low-resolution data ---
+
+
+def open_low_res(source, low_res="", small_size=4, codec=None, **explicit):
+    run = create_run(SmallCacheConfig(str(low_res)), SuperResConfig(large_size=8, small_size=small_size), **explicit)
+    return spaces.open_low_res(run, source, Space(codec, None)), run
+
+
+def test_low_res_images_are_those_of_the_source_downsampled(images):
+    source, space = spaces.open_pixels(ImageFolder(images))
+    low_res, run = open_low_res(source, codec=space.codec)
+    expected = torch.nn.functional.avg_pool2d(ImageFolder(images).batch([3, 1]), 2)
+    torch.testing.assert_close(low_res.batch([3, 1])[0], 2 * expected - 1)
+    sizes = spaces.infer_sizes(run, source, low_res)
+    assert (sizes.large_size, sizes.small_size) == (8, 4)
+    with pytest.raises(ValueError, match="--small_size 2 conflicts with .*images, whose images are 4"):
+        spaces.infer_sizes(create_run(SuperResConfig(), small_size=2), source, low_res)
+    for size in (8, "4x8"):     # one axis is not smaller
+        with pytest.raises(ValueError, match="expected less than .*; set --small_size below --large_size"):
+            open_low_res(source, small_size=size, codec=space.codec)
+
+
+def test_low_res_cache_must_have_the_same_items_and_settings(encode, cache, images, tmp_path):
+    small = encode("small", image_size=4)
+    low_res, run = open_low_res(cache, small.folder)
+    sizes = spaces.infer_sizes(run, cache, low_res)
+    assert low_res.latent_shape == (3, 2, 2) and (sizes.large_size, sizes.small_size) == (8, 4)
+    with pytest.raises(ValueError, match="cache is a cache; set --low_res_cache_dir to a cache of its low-resolution"):
+        open_low_res(cache)
+    for name, change in {"random_flip": {"random_flip": True}, "crop": {"crop": "none"},
+                         "value_range": {"value_range": "0,300"}}.items():
+        other = encode(name, image_size=4, **change)
+        with pytest.raises(ValueError, match=f"was encoded with --{name} "):
+            open_low_res(cache, other.folder)
+    save_autoencoder(tmp_path / "other.pt", seed=1)
+    with pytest.raises(ValueError, match="have different autoencoders, .*other.pt and .*vae.pt"):
+        open_low_res(cache, encode("of_another", vae="other.pt", image_size=4).folder)
+    first, last = sorted((tmp_path / "images").iterdir())[::3]
+    last.rename(first.with_name("a_9.png"))     # as many, with other names
+    with pytest.raises(ValueError, match="renamed contains other images than .*cache, or another order"):
+        open_low_res(cache, encode("renamed", image_size=4).folder)
 
 
 def test_fit_normalizer_fixed_value_must_match_the_statistics(cache):
@@ -384,6 +547,264 @@ def test_load_sampler_run_folder_hashes_and_opens_one_file_once(model_path, tmp_
     assert [call for call in calls if call[1].parent == folder] == [("sha256_of_file", path), ("load", path)]
     marker = json.loads((folder / "state000001.json").read_text())
     assert sampler.settings["model"] == marker["files"][path.name]["sha256"]
+
+
+def load_guided(path, classifier_path, **config):
+    """Return the sampler of a model that a classifier guides."""
+    run = Run("classifier_sample", (SamplingConfig(str(path)), VAEConfig(), DataConfig(), ModelConfig(),
+                                    ClassifierConfig(), DiffusionConfig()), {})
+    return loading.load_sampler(run, guidance=GuidanceConfig(str(classifier_path), **config))
+
+
+def randomize(network):
+    """Give every weight a random value, including those initialized to zero."""
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+TINY_CLASSIFIER = ClassifierConfig(classifier_width=64, classifier_depth=1, classifier_channel_mult="1",
+                                   classifier_attention_resolutions="")
+
+
+@pytest.fixture
+def guiding(tmp_path, cache):
+    """Write a classifier with random weights for the latents of the cache; return its path and network."""
+    def write(process=PROCESS, **header):
+        config = training.infer_classifier_config(TINY_CLASSIFIER, cache)
+        torch.manual_seed(2)
+        network = randomize(build_classifier(config, process, cache.latent_shape)[0])
+        space = Space(None, spaces.fit_normalizer(NormalizerConfig(), cache))
+        path = tmp_path / "classifier.pt"
+        checkpoint_util.save_weights(path, network.state_dict(), {
+            "kind": "classifier", "model": as_dict(config), "diffusion": as_dict(process), "noised": True,
+            "classes": ["a", "b"], **spaces.space_header(cache, space), **header})
+        return path, network
+    return write
+
+
+def test_classifier_guides_with_its_scaled_gradient(model_path, guiding):
+    path, network = guiding()
+    sampler = load_guided(model_path, path, classifier_scale=2.5)
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([3, 7]), torch.tensor([1, 0])
+    point = x.clone().requires_grad_()
+    log_p = network(point, t).log_softmax(1)[[0, 1], y].sum()
+    gradient = 2.5 * torch.autograd.grad(log_p, point)[0]
+    torch.testing.assert_close(sampler.cond_fn(x, t, y=y), gradient)
+    assert gradient.abs().max() > 1e-3 and sampler.guided_classes == 2 and sampler.class_names == ["a", "b"]
+    sha256 = loading.open_weights(path).sha256
+    assert sampler.settings.items() >= {"classifier": sha256, "classifier_scale": 2.5}.items()
+
+
+def test_unconditional_model_has_the_classes_of_its_classifier(model_path, guiding, tmp_path):
+    weights, header = checkpoint_util.load_weights(model_path)
+    header["model"].update(class_cond=False, num_classes=0)
+    header["classes"] = None
+    plain = {name: value for name, value in weights.items() if not name.startswith("label_emb")}
+    checkpoint_util.save_weights(tmp_path / "plain.pt", plain, header)
+    sampler = load_guided(tmp_path / "plain.pt", guiding()[0])
+    assert sampler.num_classes == 0 and sampler.parse_classes("b,a") == [1, 0]
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"process": dataclasses.replace(PROCESS, diffusion_steps=30)}, "--diffusion_steps 30"),
+    ({"process": dataclasses.replace(PROCESS, noise_schedule="cosine_zero_snr", predict_v=True)},
+     "--noise_schedule cosine_zero_snr, the diffusion model with cosine"),
+    ({"process": dataclasses.replace(PROCESS, rescale_timesteps=True)}, "--rescale_timesteps True, the .* with False"),
+    ({"noised": False}, "was trained on clean data"), ({"classes": ["b", "a"]}, "the classes .*a, b; got b, a"),
+    ({"normalizer": {"mode": "none", "shift": [0.0], "std": [1.0]}}, "expected normalizer"),
+])
+def test_classifier_of_another_process_space_or_classes_is_rejected(model_path, guiding, change, match):
+    with pytest.raises(ValueError, match=match):
+        load_guided(model_path, guiding(**change)[0])
+
+
+def test_classifier_may_have_another_respacing(model_path, guiding):
+    load_guided(model_path, guiding(process=dataclasses.replace(PROCESS, timestep_respacing="5"))[0])
+
+
+# --- Settings of samplers ---
+
+
+def test_sampler_has_the_settings_of_the_flags(model_path):
+    sampler = load(model_path, "--seed", 7, "--sampler", "ddim")
+    assert sampler.seed == 7 and sampler.solver == "ddim" and sampler.clip_denoised is False
+    assert sampler.settings == {"model": loading.open_weights(model_path).sha256, "sample_dtype": "float32"}
+    assert load(model_path, "--clip_denoised", True).clip_denoised is True
+
+
+@pytest.fixture
+def guided_path(tmp_path, cache):
+    """Return a weights file of a model with random weights that was trained with dropped classes."""
+    model = training.infer_model_config(dataclasses.replace(MODEL, class_cond=True, class_dropout=0.1), cache)
+    torch.manual_seed(0)
+    network = randomize(create_model_and_diffusion_vae(cache.latent_shape, model, PROCESS)[0])
+    space = Space(None, spaces.fit_normalizer(NormalizerConfig(), cache))
+    header = training.diffusion_header(cache, space, model, PROCESS)
+    checkpoint_util.save_weights(tmp_path / "guided.pt", network.state_dict(), header)
+    return tmp_path / "guided.pt"
+
+
+def test_classifier_free_guidance_extrapolates_from_the_null_class(guided_path, model_path):
+    plain, guided = load(guided_path), load(guided_path, "--cfg_scale", 3, "--cfg_interval", "0.5,4")
+    sigma = plain.diffusion.noise_levels()
+    inside = np.flatnonzero((0.5 <= sigma) & (sigma <= 4))
+    x, y, null = torch.randn(2, 3, 4, 4), torch.tensor([1, 0]), torch.tensor([2, 2])
+    with torch.no_grad():
+        for t in (inside[0] - 1, inside[0], inside[-1], inside[-1] + 1):
+            t = torch.full((2,), int(t))
+            conditional, unconditional = plain.model(x, t, y=y), plain.model(x, t, y=null)
+            expected = unconditional + 3 * (conditional - unconditional) if t[0] in inside else conditional
+            torch.testing.assert_close(guided.model(x, t, y=y), expected, atol=1e-4, rtol=1e-4)
+    assert guided.settings.items() >= {"cfg_scale": 3.0, "cfg_interval": "0.5,4"}.items()
+    with pytest.raises(ValueError, match="none of the 20 steps has a noise level inside; use a wider interval"):
+        load(guided_path, "--cfg_scale", 3, "--cfg_interval", "0.5,0.5001")
+    with pytest.raises(ValueError, match="--cfg_scale 3.0 requires a model trained with --class_dropout > 0"):
+        load(model_path, "--cfg_scale", 3)
+    with pytest.raises(ValueError, match="--cfg_interval 1,2 has no effect with --cfg_scale 1; set --cfg_scale"):
+        load(guided_path, "--cfg_interval", "1,2")
+
+
+# --- Upsamplers ---
+
+
+@pytest.fixture
+def upsample(tmp_path):
+    """Load an upsampler from 4x6 to 8x12 pixels in three channels for base samples; return (sampler, base images)."""
+    model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=3,
+                        class_cond=True, num_classes=2)
+    super_res = SuperResConfig(large_size="8x12", small_size="4x6", cond_noise_steps=5)
+    space = Space.of_pixels(3)
+    network, _ = create_model_and_diffusion_vae((3, 8, 12), model, PROCESS, super_res)
+    process = dataclasses.replace(PROCESS, timestep_respacing="4")
+    checkpoint_util.save_weights(tmp_path / "model.pt", randomize(network).state_dict(), {
+        "kind": "super_res", "model": as_dict(model), "diffusion": as_dict(process), "super_res": as_dict(super_res),
+        "classes": ["a", "b"], "latent_shape": [3, 8, 12], "image_shape": [3, 8, 12], "data": {},
+        "normalizer": space.normalizer.to_dict(), "autoencoder": space.codec.describe()})
+
+    def load(labels=(1, 0, 0), names=("b", "a"), level=4, shape=(3, 4, 6, 3), seed=7):
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        arrays = {} if labels is None else {"arr_1": np.array(labels)}
+        arrays.update({} if names is None else {"class_names": np.array(names)})
+        np.savez(tmp_path / "base.npz", arr_0=images, **arrays)
+        run = Run("super_res_sample", (SamplingConfig(str(tmp_path / "model.pt"), seed=seed), VAEConfig(), super_res,
+                                       DataConfig(), ModelConfig(), DiffusionConfig()), {})
+        return loading.load_sampler(run, base=BaseConfig(str(tmp_path / "base.npz"), level)), images
+    return load
+
+
+def test_upsampler_is_conditioned_on_diffused_base_samples_and_their_classes(upsample, tmp_path):
+    sampler, images = upsample()
+    assert sampler.labels(range(4), None).tolist() == [0, 1, 1, 0]      # by name
+    conditioning = sampler.low_res.condition([1, 5], CPU)
+    alpha_bar = np.cumprod(1 - create_diffusion(PROCESS).betas)[4]      # of all timesteps, not of those sampled
+    noise = keyed_randn((3, 4, 6), [(7, 8, i) for i in (1, 5)]).numpy()
+    expected = np.sqrt(alpha_bar) * (images[[1, 2]].transpose(0, 3, 1, 2) / 127.5 - 1) + np.sqrt(1 - alpha_bar) * noise
+    assert conditioning["low_res"].numpy() == pytest.approx(expected, abs=1e-5)
+    assert conditioning["low_res_times"].tolist() == [4, 4] and sampler.diffusion.num_timesteps == 4
+    sha256 = hashlib.sha256((tmp_path / "base.npz").read_bytes()).hexdigest()
+    assert sampler.settings.items() >= {"base": sha256, "cond_noise_level": 4}.items()
+    one, other = (upsample(level=level)[0].sample_x0([0, 1], None, CPU) for level in (4, 0))
+    assert (one - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"level": 5}, r"--cond_noise_level must be in \[0, 4\], got 5"),
+    ({"shape": (3, 6, 4, 3)}, r"requires images of shape \(3, 4, 6\) .channels, sides., got \(3, 6, 4\)"),
+    ({"labels": None, "names": None}, "has no labels .arr_1., which the upsampler requires"),
+    ({"labels": (0, 2, 0), "names": None}, r"labels .arr_1. must be in \[0, 1\], .* got 0 to 2"),
+    ({"names": ("b", "c")}, "has classes c that the model does not have"),
+])
+def test_base_samples_that_do_not_fit_are_rejected(upsample, change, match):
+    with pytest.raises(ValueError, match=match):
+        upsample(**change)
+
+
+# --- Data to measure a model on ---
+
+
+def test_likelihood_data_have_the_preprocessing_space_and_classes_of_the_model(model_path, cache, images, tmp_path):
+    def open_data(cache_dir="", data_dir="", **explicit):
+        configs = (LikelihoodConfig(str(model_path)), DataConfig(data_dir), LatentConfig(cache_dir), VAEConfig(),
+                   ModelConfig(), DiffusionConfig())
+        return loading.load_model_and_data(Run("image_nll", configs, explicit))
+
+    weights, header = checkpoint_util.load_weights(model_path)
+    checkpoint_util.save_weights(model_path, weights, {**header, "classes": ["b", "a"]})
+    of_cache, of_images = open_data(str(cache.folder))[2], open_data(data_dir=images.data_dir)[2]
+    expected = cache.batch([2, 1])[0] / cache.statistics["std"]
+    for data in (of_cache, of_images):
+        x0 = data.space.normalizer.normalize(data.source.batch([2, 1])[0])
+        torch.testing.assert_close(x0, expected, atol=1e-5, rtol=1e-4)
+        assert data.labels.tolist() == (1 - cache.labels).tolist()
+    assert not of_images.space.is_pixels and of_images.source.preprocessing["image_size"] == 8
+    checkpoint_util.save_weights(model_path, weights, {**header, "latent_shape": [3, 8, 8]})
+    with pytest.raises(ValueError, match="cache .the data. does not match the diffusion model: expected x0 shape"):
+        open_data(str(cache.folder))
+
+
+def test_extractors_work_in_the_space_of_their_model(guiding, cache, images, tmp_path):
+    def open_extractors(**paths):
+        vae = VAEConfig(str(tmp_path / "vae.pt") if not paths else "")
+        run = Run("evaluate", (EvaluateConfig(**paths), vae, DataConfig()), {})
+        return loading.open_extractors(run)
+
+    path, network = guiding()
+    pixels, x0 = ImageFolder(images).batch(range(4)), cache.batch(range(4))[0] / cache.statistics["std"]
+    extract, classifier, data = open_extractors(classifier_path=str(path))
+    with torch.no_grad():
+        logits = network(x0, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(extract(pixels).logits, logits, atol=1e-4, rtol=1e-4)
+    assert classifier.image_shape == [1, 8, 8] and classifier.class_names == ["a", "b"] and data.image_size == 8
+    save_autoencoder(tmp_path / "vae.pt", data=vars(DataConfig(image_size="8", value_range="0,200")))
+    extract, classifier, data = open_extractors()
+    latents = create_vae(VAEConfig(str(tmp_path / "vae.pt")), CPU).encode_batch(pixels)
+    torch.testing.assert_close(extract(pixels).pooled[:, -3:], latents.flatten(2).std(2, correction=0))
+    assert classifier is None and data.value_range == "0,200"
+
+
+# --- Objects of training ---
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Return the arguments of the training loops that are built, none of which trains."""
+    built = []
+    monkeypatch.setattr(TrainLoop, "from_config", lambda model, data, train, task, **flags: built.append(
+        (model, data, train, task)) or SimpleNamespace(run_loop=lambda: None))
+    return built
+
+
+@pytest.mark.parametrize("noised", [True, False])
+def test_classifier_trains_with_its_schedule_in_its_space(cache, tmp_path, loops, noised):
+    train = ClassifierTrainConfig(schedule_sampler="loss-second-moment", noised=noised, seed=3, max_val_samples=2,
+                                  val_data_dir=str(cache.folder))
+    space = Space(None, spaces.fit_normalizer(NormalizerConfig("channel"), cache))
+    training.train_classifier(create_run(train, TINY_CLASSIFIER, PROCESS, folder=tmp_path / "run"), cache, space)
+    (model, data, _, task), = loops
+    for objective in (task.objective, task.preview.objective):
+        assert objective.noised == noised and objective.diffusion.num_timesteps == 20
+        assert isinstance(objective.schedule_sampler, LossSecondMomentResampler)
+    assert task.preview.normalizer is space.normalizer and task.header["noised"] == noised
+    assert data.normalizer is space.normalizer and model.out_channels == 2
+
+
+def test_upsampler_trains_on_normalized_pairs_with_noised_conditions(encode, tmp_path, loops):
+    large, small = encode("large", store="mode"), encode("small", store="mode", image_size=4)
+    space = Space(None, LatentNormalizer([0.1], [0.5], "channel"))
+    model = dataclasses.replace(MODEL, class_cond=True, class_dropout=0.2, in_channels=0)
+    run = create_run(DiffusionTrainConfig(batch_size=4), model, PROCESS, folder=tmp_path / "run")
+    training.train_diffusion(run, large, space, SuperResConfig(8, 4, cond_noise_steps=5), small)
+    (network, data, _, task), = loops
+    assert task.objective.cond_noise_steps == 5 and task.objective.null_label == 2 and network.noised_condition
+    assert task.objective.class_dropout == 0.2 and task.header["kind"] == "super_res"
+    x0, conditioning = next(data)
+    data.close()
+    expected, low_res = ((latents.batch(range(4))[0] - 0.1) / 0.5 for latents in (large, small))
+    order = (x0[:, None] - expected).flatten(2).norm(dim=2).argmin(1)
+    assert sorted(order) == [0, 1, 2, 3] and conditioning["y"].tolist() == large.labels[order].tolist()
+    torch.testing.assert_close(x0, expected[order])
+    torch.testing.assert_close(conditioning["low_res"], low_res[order])
 
 
 # --- Classifiers ---

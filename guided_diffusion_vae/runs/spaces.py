@@ -122,19 +122,21 @@ def open_cache(folder, explicit):
     return source
 
 
-def open_validation(run, space):
-    """Return the latent source of `--val_data_dir` in a `Space`: a cache of its autoencoder, or images.
+def open_validation(run, source, space):
+    """Return the latent source of `--val_data_dir` in the `Space` of `source`: a cache of its autoencoder, or images.
 
-    :raises ValueError: if it is a cache of another autoencoder.
+    :raises ValueError: if it is a cache of another autoencoder or scale factor.
     :raises FileNotFoundError: if images must be encoded and the autoencoder is not available.
     """
     path = run.setting("val_data_dir")
     if is_cache(path):
-        cache = open_latents(path)
-        same = space.codec is None or cache.autoencoder["sha256"] == space.codec.fingerprint
-        if space.is_pixels or not same:
+        cache, expected = open_latents(path), space_header(source, space)["autoencoder"]
+        if space.is_pixels or expected and cache.autoencoder["sha256"] != expected["sha256"]:
             raise ValueError(f"{path}: expected latents of the autoencoder of this run, got a cache of autoencoder "
                              f"{cache.autoencoder['path']}; set --val_data_dir to images or another cache")
+        if expected and cache.scale_factor != expected["scale_factor"]:
+            raise ValueError(f"{path}: expected latents scaled by {expected['scale_factor']} as those of this run, got "
+                             f"{cache.scale_factor}; set --val_data_dir to images or another cache")
         return cache
     if space.codec is None:
         raise FileNotFoundError(f"{path}: the autoencoder that encodes these images is not available; set --vae_path, "

@@ -194,7 +194,7 @@ def train_classifier(run, source, space):
     if train.val_data_dir:
         validation = ClassifierValidation(
             model, ClassifierObjective(diffusion, timesteps, train.noised, "val"),
-            open_validation(run, space), space.normalizer,
+            open_validation(run, source, space), space.normalizer,
             source.class_names, train, device,
         )
     data = LatentStream(source, space.normalizer, plan, device, with_labels=True)
