@@ -4,7 +4,10 @@ import contextlib
 import errno
 import hashlib
 import importlib.util
+import itertools
 import json
+import lzma
+import math
 import os
 import re
 import shutil
@@ -12,6 +15,7 @@ import socket
 import stat
 import struct
 import sys
+import tokenize
 import uuid
 import zipfile
 import zlib
@@ -23,9 +27,13 @@ from PIL import Image, UnidentifiedImageError
 
 _SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
                   stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
-# Errors of Pillow, NumPy, zipfile and zlib on reading a corrupt file.
+MAX_YAML_NODES = 100_000    # with every alias replaced by what it stands for
+# Errors of Pillow, NumPy, nibabel, PyYAML, zipfile and zlib on reading a corrupt file; the message of the second kind
+# says little without the type of the error.
+_UNNAMED_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, lzma.LZMAError,
+                   tokenize.TokenError)
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
-               Image.DecompressionBombError)
+               Image.DecompressionBombError, *_UNNAMED_ERRORS)
 
 
 @contextlib.contextmanager
@@ -95,6 +103,58 @@ def load_tensors(path, map_location="cpu", flag="the path"):
                          f"weights_only=True rejects ({reason}); check {flag}") from error
 
 
+def read_yaml_file(path):
+    """Return the keys and values of a YAML file; {} if it is empty.
+
+    :raises ValueError: if it is not UTF-8 or not YAML, a key occurs twice, an anchor contains itself, aliases expand to
+        more than `MAX_YAML_NODES`, or the content is not a mapping; the message names the file.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def get_single_node(self):
+            node = super().get_single_node()
+            if node is not None and _count_yaml_nodes(node, {}) > MAX_YAML_NODES:
+                raise ValueError(f"anchors contain themselves or aliases expand to more than {MAX_YAML_NODES} values")
+            return node
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()    # of a key that occurs twice YAML would take the last
+            for key, _ in node.value:
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} occurs twice",
+                                                            key.start_mark)
+                seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
+            return super().construct_mapping(node, deep)
+
+    require_regular_file(path)
+    content = Path(path).read_bytes()
+    try:
+        if b"\0" in content:    # UTF-16 and UTF-32, which may be valid UTF-8
+            raise ValueError("it contains null bytes, as UTF-16 does")
+        text = content.decode()
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    try:
+        values = yaml.load(text, Loader)
+    except (yaml.YAMLError, *READ_ERRORS) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, _UNNAMED_ERRORS) else str(error)
+        raise ValueError(f"{path} is not YAML: {' '.join(reason.split())}") from error
+    if not isinstance(values, (dict, type(None))):
+        raise ValueError(f"{path}: expected keys with values, got a {type(values).__name__}")
+    return values or {}
+
+
+def _count_yaml_nodes(node, counts):
+    """Return the number of nodes of a YAML node with every alias expanded: infinite if it contains itself."""
+    if id(node) not in counts:
+        counts[id(node)] = math.inf
+        children = () if isinstance(node.value, str) else node.value
+        pairs = (child if isinstance(child, tuple) else (child,) for child in children)
+        counts[id(node)] = 1 + sum(_count_yaml_nodes(child, counts) for child in itertools.chain.from_iterable(pairs))
+    return counts[id(node)]
+
+
 def sha256_of_file(path):
     """Return the hexadecimal SHA-256 of a file's bytes."""
     require_regular_file(path)
@@ -127,7 +187,8 @@ def file_errors(path, problem="cannot be read", action="fix or remove the file")
     try:
         yield
     except READ_ERRORS as error:
-        reason = "not an image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, _UNNAMED_ERRORS) else error
+        reason = "not an image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else reason
         raise ValueError(f"{path}: {problem} ({reason}); {action}") from error
 
 

@@ -32,7 +32,7 @@ MODULES = sorted(name for name, path in FILES.items() if path.read_text())
 RESTRICTED = {
     "mpi4py": (["dist_util"], True),
     "argparse": (["runs.flags"], False),
-    "yaml": (["runs.flags", "vae.foreign"], True),
+    "yaml": (["files"], True),
     "matplotlib": (["evaluation.figures"], False),
     "tensorboard": (["logger"], True),
 }

@@ -376,9 +376,12 @@ def test_monai_weights_without_matching_arguments_are_rejected(tmp_path):
         vae(path, vae_config={"num_channels": [4]})
     with pytest.raises(ValueError, match="does not match the model .*--vae_path"):
         vae(path, vae_config={**MONAI, "num_channels": [4, 4]})
-    for text, reason in (("- 1", "expected keys with values, got list"), ("{a", "while parsing")):
+    for text, reason in (("- 1", ": expected keys with values, got a list"), ("{a", " is not YAML: while parsing"),
+                         ("autoencoder: 3", ": expected arguments of AutoencoderKL as keys with values, got 3"),
+                         (json.dumps({**MONAI, "num_channels": "x"}), ": no AutoencoderKL has these arguments"),
+                         (json.dumps({**MONAI, "spatial_dims": {}}), ": no AutoencoderKL has these arguments")):
         path.with_suffix(".yaml").write_text(text)
-        with pytest.raises(ValueError, match=f"monai.yaml cannot be read as YAML: {reason}"):
+        with pytest.raises(ValueError, match=f"monai.yaml{reason}"):
             vae(path)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .. import dist_util
 from ..config import PAIRS, check_pairs, convert, from_dict, read, section_name, size
+from ..files import read_yaml_file
 
 # Former names of flags and YAML keys, until the next minor release; each use is reported.
 FLAG_ALIASES = {
@@ -237,21 +238,16 @@ def read_yaml(path, classes):
     of other scripts are ignored, so one file can serve a whole pipeline; a key that no class of its section has is an
     error that names the nearest one. Keys in the section `device` hold for every section that has them.
     """
-    import yaml
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; check --config")
-    try:
-        content = yaml.load(Path(path).read_text(), _unique_key_loader(yaml)) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys with values, got a {type(content).__name__}")
+    content = read_yaml_file(path)
     selections = _selections(classes)
     fields = {f.name: f for selection in selections for f in selection.fields}
     values, sections = {}, _known_keys()
 
     def take(section, entries):
+        if not_text := [key for key in entries if not isinstance(key, str)]:
+            raise ValueError(f"{path}: expected keys that are text, got {not_text[0]!r}")
         here = {f.name for s in selections if section in ("", "device", s.section) for f in s.fields}
         known = sections.get(section, set()) | here
         renamed = _rename(entries, known, section and f"{section}.", f"{path}: ")
@@ -280,22 +276,6 @@ def _known_keys():
     for cls in importlib.import_module(f"{__package__}.configs").CONFIGS:
         sections.setdefault(section_name(cls), set()).update(f.name for f in dataclasses.fields(cls))
     return {**sections, "device": set().union(*sections.values())}
-
-
-def _unique_key_loader(yaml):
-    """Return a loader that rejects a key that occurs twice in one mapping, of which YAML would take the last."""
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} occurs twice",
-                                                            key.start_mark)
-                seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 # --- Helpers of guided-diffusion ---

@@ -16,6 +16,7 @@ import torch
 from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from ..config import as_dict, from_dict, require, to_tuple
+from ..files import READ_ERRORS, read_yaml_file
 from .posterior import LOGVAR_RANGE
 
 FLAG = "--vae_path"
@@ -118,13 +119,18 @@ def _open_own(source):
 
 def _open_monai(source):
     """Build an AutoencoderKL from the arguments in YAML, in the spelling of MONAI core or GenerativeModels."""
-    arguments = _monai_arguments(source)
+    arguments, where = _monai_arguments(source)
     image_range = arguments.pop("image_range", (0.0, 1.0))
     scale_factor = arguments.pop("scale_factor", None)
-    config = {"class": "AutoencoderKL", **json.loads(json.dumps(arguments)), "image_range": list(image_range)}
-    config.pop("use_checkpointing", None)
-    architecture = from_dict(AutoencoderConfig, {**arguments, "image_range": image_range})
-    return _opened_kl(source, AutoencoderKL(**arguments), config, architecture, scale_factor)
+    try:
+        config = {"class": "AutoencoderKL", **json.loads(json.dumps(arguments)), "image_range": list(image_range)}
+        config.pop("use_checkpointing", None)
+        architecture = from_dict(AutoencoderConfig, {**arguments, "image_range": image_range})
+        network = AutoencoderKL(**arguments)
+    except READ_ERRORS as error:
+        raise ValueError(f"{where}: no AutoencoderKL has these arguments ({type(error).__name__}: {error}); check "
+                         "--vae_config") from error
+    return _opened_kl(source, network, config, architecture, scale_factor)
 
 
 def _opened_kl(source, network, config, architecture, scale_factor, preprocessing=None):
@@ -141,10 +147,12 @@ _NO_EFFECT = ("_target_", "use_flash_attention", "include_fc", "use_combined_lin
 
 
 def _monai_arguments(source):
-    """Return the keyword arguments of AutoencoderKL, and `image_range` and `scale_factor` if they are there too."""
+    """Return (the keyword arguments of AutoencoderKL, `image_range` and `scale_factor` if they are there, the path)."""
     values, where = (source.vae_config,) * 2 if isinstance(source.vae_config, dict) else _read_yaml(source)
     for section in ("autoencoder", "autoencoder_def"):
         values = values.get(section, values)
+        require((isinstance(values, dict), f"{where}: expected arguments of AutoencoderKL as keys with values, got "
+                                           f"{values!r}"))
     arguments = {{"channels": "num_channels"}.get(key, key): to_tuple(value) for key, value in values.items()
                  if key not in _NO_EFFECT}
     known = sorted({*inspect.signature(AutoencoderKL).parameters, "image_range", "scale_factor"})
@@ -153,13 +161,11 @@ def _monai_arguments(source):
         (not unknown, f"{where} contains {unknown}: expected arguments of AutoencoderKL: {', '.join(known)}"),
         ("spatial_dims" in arguments, f"{where} contains no spatial_dims: expected arguments of MONAI's AutoencoderKL"),
     )
-    return arguments
+    return arguments, where
 
 
 def _read_yaml(source):
     """Return (contents of the YAML file with a MONAI network's arguments, its path)."""
-    import yaml
-
     candidates = [source.path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
     path = Path(source.vae_config) if source.vae_config else next((p for p in candidates if p.is_file()), candidates[0])
     if not path.is_file():
@@ -168,12 +174,7 @@ def _read_yaml(source):
             f"{source.path} has no header of train_autoencoder.py, and {path.name} with the arguments of MONAI's "
             "AutoencoderKL (spatial_dims, num_channels, ...) does not exist next to it; write one or set --vae_config"
         )
-    try:
-        values = yaml.safe_load(path.read_text())
-        require((isinstance(values, dict), f"expected keys with values, got {type(values).__name__}"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    return values, path
+    return read_yaml_file(path), path
 
 
 # --- diffusers ---
