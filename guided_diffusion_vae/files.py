@@ -27,10 +27,12 @@ from PIL import Image, UnidentifiedImageError
 
 _SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
                   stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
+MAX_PIXELS = 2**29      # default of --max_pixels: an image of 23,170 x 23,170, a volume of 512 x 512 x 2048
+MAX_NPY_HEADER = 10_000     # bytes, the limit of NumPy
 MAX_YAML_NODES = 100_000    # with every alias replaced by what it stands for
 # Errors of Pillow, NumPy, nibabel, PyYAML, zipfile and zlib on reading a corrupt file; the message of the second kind
 # says little without the type of the error.
-_UNNAMED_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, lzma.LZMAError,
+_UNNAMED_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, lzma.LZMAError,
                    tokenize.TokenError)
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
                Image.DecompressionBombError, *_UNNAMED_ERRORS)
@@ -121,10 +123,11 @@ def read_yaml_file(path):
         def construct_mapping(self, node, deep=False):
             seen = set()    # of a key that occurs twice YAML would take the last
             for key, _ in node.value:
-                if (key.tag, key.value) in seen:
+                name = key.tag, key.value if isinstance(key.value, str) else id(key)
+                if name in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} occurs twice",
                                                             key.start_mark)
-                seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
+                seen.add(name)
             return super().construct_mapping(node, deep)
 
     require_regular_file(path)
@@ -187,16 +190,52 @@ def file_errors(path, problem="cannot be read", action="fix or remove the file")
     try:
         yield
     except READ_ERRORS as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):    # converted already
+            raise
         reason = f"{type(error).__name__}: {error}" if isinstance(error, _UNNAMED_ERRORS) else error
         reason = "not an image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else reason
         raise ValueError(f"{path}: {problem} ({reason}); {action}") from error
 
 
 def read_npy_header(stream):
-    """Return (shape, whether the order is Fortran's, dtype) of an .npy stream, which is then at its values."""
-    version = np.lib.format.read_magic(stream)
+    """Return (shape, whether the order is Fortran's, dtype) of an .npy stream, which is then at its values.
+
+    :raises ValueError: if the header is longer than `MAX_NPY_HEADER`: NumPy allocates whatever length it has.
+    """
+    version, start = np.lib.format.read_magic(stream), stream.tell()
+    length, = struct.unpack(*(("<H", stream.read(2)) if version == (1, 0) else ("<I", stream.read(4))))
+    if length > MAX_NPY_HEADER:
+        raise ValueError(f"the header has {length} bytes: expected at most {MAX_NPY_HEADER}")
+    stream.seek(start)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(stream)
+
+
+def check_array_size(shape, dtype, stored_bytes):
+    """Check that the values of an .npy header are stored after it: NumPy allocates memory for them before it reads.
+
+    :raises ValueError: if not.
+    """
+    expected = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or not dtype.hasobject and expected > stored_bytes:
+        raise ValueError(f"the header describes {dtype} values of shape {tuple(shape)}: expected {expected} bytes, got "
+                         f"{stored_bytes}")
+
+
+def open_npy(path):
+    """Return the array of a local .npy file, memory-mapped.
+
+    :raises ValueError: if it contains Python objects, or fewer values than its header describes.
+    """
+    with open(path, "rb") as stream:
+        shape, fortran_order, dtype = read_npy_header(stream)
+        start = stream.tell()
+        check_array_size(shape, dtype, os.fstat(stream.fileno()).st_size - start)
+    if dtype.hasobject:
+        raise ValueError("it contains Python objects, which are not loaded")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran_order else "C")
 
 
 def read_to_end(stream):

@@ -19,7 +19,7 @@ from .data import Prefetcher, RunningMoments, infer_classes, missing_classes, pe
 from .data.manifest import (
     CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
-from .files import file_errors, require_folder, sha256_of_file
+from .files import file_errors, open_npy, require_folder, sha256_of_file
 from .interfaces import Codec, ImageSource, LatentSource
 from .nn import to_device
 from .vae.posterior import sample_moments
@@ -358,7 +358,7 @@ def require_same_autoencoder(cache: LatentSource, codec: Codec) -> None:
 
 def _open_array(path, action):
     with file_errors(path, action=action):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return open_npy(path)
 
 
 def _allow_open_files(count):

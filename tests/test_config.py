@@ -4,10 +4,12 @@ import re
 
 import pytest
 
+from guided_diffusion_vae import files
 from guided_diffusion_vae.config import (
     CommaSeparated, as_dict, check_pairs, from_dict, integers, numbers, option, read, require, resolve, size, to_tuple,
     validate,
 )
+from guided_diffusion_vae.files import read_yaml_file
 
 
 @dataclasses.dataclass
@@ -159,3 +161,48 @@ def test_conflicting_pair_is_rejected_by_both_names(values):
     if first != "image_size":
         with pytest.raises(ValueError, match=message):
             resolve(Sampling(**values))
+
+
+# --- YAML files ---
+
+
+@pytest.mark.parametrize("content, problem", [
+    ("data: {crop: none}".encode("utf-16"), "is not UTF-8 text .*; save it as UTF-8"),
+    ("data: {crop: none}".encode("utf-16-le"), "is not UTF-8 text .it contains null bytes, as UTF-16 does.; save it"),
+    ("name: Müller".encode("latin-1"), "is not UTF-8 text .*can't decode byte 0xfc in position 7.*; save it as UTF-8"),
+    (b"a: &x [*x]", "is not YAML: anchors contain themselves or aliases expand to more than 100000 values"),
+    (b"a: &x {b: {c: *x}}", "is not YAML: anchors contain themselves"),
+    (b"a0: &a0 [1, 1]\n" + b"".join(b"a%d: &a%d [%b]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9))
+                                    for n in range(1, 9)),
+     "is not YAML: .* aliases expand to more than 100000 values"),
+    (b"a: !!timestamp x", "is not YAML: AttributeError: "), (b"a: !!bool x", "is not YAML: KeyError: 'x'"),
+    (b"a: !!int x", "is not YAML: invalid literal for int"), (b"a: 2001-13-45", "is not YAML: month must be in 1..12"),
+    (b"a: !!python/object/apply:os.system [echo]", "is not YAML: could not determine a constructor"),
+    (b"[" * 500, "is not YAML: RecursionError: "), (b"a: *b", "is not YAML: found undefined alias 'b'"),
+    (b"a: 1\na: 2", "is not YAML: the key a occurs twice"), (b"? [a]\n: 1", "is not YAML: .*found unhashable key"),
+    (b"- a", ": expected keys with values, got a list"), (b"text", ": expected keys with values, got a str"),
+])
+def test_yaml_files_that_are_not_read_are_named(tmp_path, content, problem):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} ?{problem}"):
+        read_yaml_file(path)
+
+
+def test_yaml_files_may_have_a_byte_order_mark_anchors_and_any_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("\ufeffbase: &b {lr: 1, name: Müller}\nmore: [*b, *b]\nnext: {<<: *b, lr: 2}".encode())
+    base = {"lr": 1, "name": "Müller"}
+    assert read_yaml_file(path) == {"base": base, "more": [base, base], "next": {**base, "lr": 2}}
+    path.write_text("# nothing")
+    assert read_yaml_file(path) == {}
+
+
+def test_number_of_yaml_values_is_bounded_inclusively(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a [1, 2]\nb: *a")     # the mapping, two keys, twice a list of two
+    monkeypatch.setattr(files, "MAX_YAML_NODES", 9)
+    assert read_yaml_file(path) == {"a": [1, 2], "b": [1, 2]}
+    monkeypatch.setattr(files, "MAX_YAML_NODES", 8)
+    with pytest.raises(ValueError, match="aliases expand to more than 8 values"):
+        read_yaml_file(path)

@@ -1,4 +1,6 @@
 import dataclasses
+import gzip
+import struct
 
 import numpy as np
 import pytest
@@ -6,10 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion_vae.data import volume_folders
+from guided_diffusion_vae.data import npz, volume_folders
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, VolumeFolder, ImageStream, open_folder, unpad, write_nifti,
 )
+from guided_diffusion_vae.data.volume_folders import _values
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -162,7 +165,6 @@ def test_spacing_flag_overrides_the_files(folder):
 def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
     np.save(tmp_path / "a.npy", ramp(16, 16, 16))
     assert isinstance(opened(tmp_path), VolumeFolder)
-    from guided_diffusion_vae.data.volume_folders import _values
     assert isinstance(_values(str(tmp_path / "a.npy")).base, np.memmap)
 
 
@@ -220,6 +222,80 @@ def test_nifti_of_an_unknown_data_type_is_rejected(tmp_path):
         opened(tmp_path, "4x4x4")
 
 
+# Positions of a NIfTI-1 header: the dimensions from 42 on, the data type at 70, the voxel sizes from 80 on.
+@pytest.mark.parametrize("position, layout, values, problem, compressed", [
+    (42, "<3h", (2000, 2000, 2000), "uint16 values of shape .2000, 2000, 2000.: expected 16000000000 bytes, got 128",
+     "8000000000 pixels: expected at most --max_pixels 536870912; set a larger number if the header is right"),
+    (42, "<3h", (600, 600, 600), "expected 432000000 bytes, got 128",
+     "216000000 pixels of 16 bits, more than [0-9]+ bytes can contain; it is corrupt, or the image is empty"),
+    (42, "<h", (-4,), *["expected a shape of numbers above 0, got .-4, 4, 4"] * 2),
+    (80, "<f", (np.nan,), *["expected a finite voxel spacing, got .nan, 1.0, 1.0"] * 2),
+])
+def test_sizes_of_a_nifti_are_bounded_before_it_is_read(tmp_path, position, layout, values, problem, compressed):
+    content = bytearray(nibabel.Nifti1Image(ramp(4, 4, 4), np.eye(4)).to_bytes())
+    struct.pack_into(layout, content, position, *values)
+    for name, stored, match in (("a.nii", content, problem), ("a.nii.gz", gzip.compress(content), compressed)):
+        path = tmp_path / name
+        path.write_bytes(stored)
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read .*{match}"):
+            opened(tmp_path, "4x4x4")
+        if position == 42:
+            with pytest.raises(ValueError, match=f"^{path}: cannot be read .*{match}"):
+                _values(str(path))
+        path.unlink()
+
+
+def test_changed_bits_of_a_nifti_header_are_errors_with_the_name(tmp_path):
+    path, random = tmp_path / "a.nii", np.random.default_rng(0)
+    content = nibabel.Nifti1Image(ramp(4, 4, 4), np.eye(4)).to_bytes()
+    for position in random.choice(8 * 352, 150, replace=False):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << position % 8
+        path.write_bytes(changed)
+        volume_folders._recent.clear()
+        try:
+            opened(tmp_path, "1x1x1", value_window="0,1").read(0)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+
+
+def test_compressed_archives_are_unpacked_once_and_not_for_their_header(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a_0.npz", volume=ramp(8, 8, 8), more=np.zeros(9))
+    np.savez(tmp_path / "b_0.npz", volume=ramp(8, 8, 8))
+    unpacked, read_member = [], npz._read_member
+    monkeypatch.setattr(npz, "_read_member", lambda path, archive, header, *rest: unpacked.append(
+        header.member.filename) or read_member(path, archive, header, *rest))
+    volumes = opened(tmp_path, "4x4x4", crop="grid")
+    assert len(volumes) == 16 and unpacked == []
+    patches = volumes.batch(range(8))
+    assert unpacked == ["volume.npy"]
+    assert torch.equal(patches, volumes.batch(range(8, 16)))    # memory-mapped, not unpacked
+    assert isinstance(_values(str(tmp_path / "b_0.npz")).base, np.memmap)
+    np.savez_compressed(tmp_path / "a_0.npz", volume=ramp(8, 8, 8) + 1)
+    assert not torch.equal(opened(tmp_path, "4x4x4", crop="grid").batch(range(8)), patches)     # another file
+
+
+def test_changed_values_of_a_compressed_archive_are_rejected(tmp_path):
+    path, random = tmp_path / "a.npz", np.random.default_rng(0)
+    np.savez_compressed(path, volume=random.integers(0, 65536, (24, 24, 24), np.uint16))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    volumes = opened(tmp_path)      # the header is intact
+    with pytest.raises(ValueError, match=f"^{path}: cannot be read as an .npz archive .*(Bad CRC-32|decompress)"):
+        volumes.read(0)
+
+
+def test_max_pixels_bounds_compressed_volumes(folder):
+    assert opened(folder, max_pixels=9 * 8 * 10).read(2).shape == (1, 8, 8, 8)
+    with pytest.raises(ValueError, match="mr_2.nii.gz: cannot be read .*720 pixels: expected at most --max_pixels 719"):
+        opened(folder, max_pixels=719)
+    np.savez_compressed(folder / "mr_1.npz", volume=np.zeros((64, 64, 64), np.uint16))
+    volumes = opened(folder, max_pixels=10**5)
+    with pytest.raises(ValueError, match="mr_1.npz: .*volume.npy unpacks from .* to 524416 bytes: expected at most 1"):
+        volumes.read(1)
+
+
 def test_folder_without_volumes_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="contains no volume .*, or set --image_size to two sizes for images"):
         opened(tmp_path)
@@ -230,7 +306,8 @@ def test_described_settings_are_those_of_earlier_caches(folder):
     fields = {"files", "ignored", "kinds", "shape", "unpadded_shape", "fingerprint", "data_dir", "random_flip"}
     volumes = opened(folder, random_flip=True, voxel_size=(8, 8, 8), crop="grid")
     assert set(volumes.describe()) == fields | set(volumes.preprocessing)
-    assert set(volumes.preprocessing) == {f.name for f in dataclasses.fields(DataConfig)} - {"data_dir", "random_flip"}
+    assert set(volumes.preprocessing) == {f.name for f in dataclasses.fields(DataConfig)} - {"data_dir", "max_pixels",
+                                                                                          "random_flip"}
     expected = {"image_size": "8x8x8", "voxel_size": [], "spacing": "1,1,1", "files": 3, "random_flip": True}
     assert {name: volumes.describe()[name] for name in expected} == expected
     assert len(volumes) > 3 and volumes.describe()["shape"] == [1, 8, 8, 8]

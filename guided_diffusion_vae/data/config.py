@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from collections.abc import Sequence
 
 from ..config import CommaSeparated, ParsedText, option, require, size, translate_pairs
+from ..files import MAX_PIXELS
 
 interval = CommaSeparated("lo,hi", "two finite numbers, the lower first, such as -80,0", float,
                           lambda ends: not ends or len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf)
@@ -41,6 +42,10 @@ class DataConfig:
         False, "flip images horizontally with probability 0.5 (a spectrogram is then reversed in time)")
     pad: bool = option(False, "repeat the last row and column until the autoencoder's downsampling factors divide the "
                               "size; results are cropped back")
+    max_pixels: int = option(MAX_PIXELS, "pixels or voxels of the largest image or compressed volume that is decoded, "
+                                         "bytes of the largest array that is unpacked from an .npz at more than 100 "
+                                         "times its size; larger ones are an error before memory is allocated",
+                             minimum=1)
     patches_per_volume: int = option(1, "patches per volume and epoch with --crop random", minimum=1)
     spacing: distances = option(
         "", "voxel spacing of volumes in mm, one number or one per axis; empty: that of the file (.nii), else 1")

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import math
+import re
 import struct
 import zlib
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import require
-from ..files import bf, file_errors, file_extension, read_npy_header
+from ..files import MAX_PIXELS, bf, check_array_size, file_errors, file_extension, read_npy_header
 
 # Channels of each Pillow mode as decoded here; palettes become RGB, an opaque alpha channel is dropped.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
@@ -20,6 +21,9 @@ _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I
 _MODE_DTYPES = {"I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "I": "int32", "F": "float32"}
 FULL_RANGE = {"bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+FREE_PIXELS = 2**22     # decoded whatever the size of the file
+MAX_EXPANSION = 1032    # bytes that DEFLATE decodes from one byte, at most
+_TILE_WIDTH, _TILE_LENGTH = 322, 323    # tags of TIFF
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's conversion to grayscale
 
 # Read without decoding a file: channels, sizes per spatial axis, NumPy type name, voxel spacing in mm.
@@ -40,29 +44,85 @@ def read_array(path: str, value_range: tuple[float, float] | None = None, dynami
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
-def read_header(path):
-    """Return the `FileHeader` of an image file."""
+def read_header(path, max_pixels=MAX_PIXELS):
+    """Return the `FileHeader` of an image file.
+
+    :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
+    """
     with file_errors(path), bf.BlobFile(path, "rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
         if file_extension(path) == "npy":
             shape, _, dtype = read_npy_header(stream)
+            check_array_size(shape, dtype, size - stream.tell())
             *sides, channels = _channels_last(shape)[1]
             return FileHeader(channels, tuple(sides), dtype.name)
-        with Image.open(stream) as image:
+        with _open_pillow(stream, size, max_pixels) as image:
             _check_readable(image)
             return FileHeader(_MODE_CHANNELS[image.mode], (image.height, image.width), _dtype(image))
 
 
+def check_size(count, bits, stored_bytes, max_pixels=MAX_PIXELS):
+    """Check how many pixels or voxels of how many bits a header describes before memory is allocated for them.
+
+    :param stored_bytes: size of the file, which a header cannot exceed by more than the ratio of DEFLATE.
+    :raises ValueError: if there are more than `max_pixels`, or more than so few bytes can contain.
+    """
+    require(
+        (count <= max_pixels, f"the header describes {count} pixels: expected at most --max_pixels {max_pixels}; set a "
+                              "larger number if the header is right"),
+        (count <= FREE_PIXELS or count * bits <= 8 * MAX_EXPANSION * stored_bytes,
+         f"the header describes {count} pixels of {bits} bits, more than {stored_bytes} bytes can contain; it is "
+         "corrupt, or the image is empty"),
+    )
+
+
+def load_npy(content):
+    """Return the array of the bytes of an .npy file.
+
+    :raises ValueError: if it contains Python objects, or fewer values than its header describes.
+    """
+    stream = io.BytesIO(content)
+    shape, _, dtype = read_npy_header(stream)
+    check_array_size(shape, dtype, len(content) - stream.tell())
+    stream.seek(0)
+    return np.load(stream, allow_pickle=False)
+
+
 @contextlib.contextmanager
-def open_image(path):
+def _open_pillow(stream, size, max_pixels):
+    """Yield the Pillow image of a stream of `size` bytes after checking its number of pixels."""
+    Image.MAX_IMAGE_PIXELS = None   # of Pillow and of the whole process, which `max_pixels` could not exceed
+    with Image.open(stream) as image:
+        pixels, is_tiff = math.prod(image.size), image.format == "TIFF"
+        # One tile is decoded at a time, and may be larger than the image.
+        tile = math.prod(image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH)) if is_tiff else 1
+        check_size(max(pixels, tile), _bits_per_pixel(image), size, max_pixels)
+        covered = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
+        require((not is_tiff or covered >= pixels,      # Pillow leaves the rest black
+                 f"the file contains {covered} of {pixels} pixels"))
+        yield image
+
+
+def _bits_per_pixel(image):
+    """Return the bits per pixel in a file, from the raw mode of its tiles such as L, L;4, 1;I or RGB;16B."""
+    args = image.tile[0][3] if image.tile else ""
+    depth = re.search(r"^1|(?<=;)\d+", str(args if isinstance(args, str) else args[0]))
+    return (int(depth[0]) if depth else 8) * len(image.getbands())
+
+
+@contextlib.contextmanager
+def open_image(path, max_pixels=MAX_PIXELS):
     """Yield an image file as a Pillow image after comparing all CRCs of a PNG, of which Pillow skips the pixels'.
 
-    :raises ValueError: if the file cannot be read; the message names it.
+    :raises ValueError: if the file cannot be read, or describes more than `max_pixels` or than the file can contain;
+        the message names it.
     """
     with file_errors(path), bf.BlobFile(path, "rb") as stream:
         content = stream.read()
         if content.startswith(PNG_SIGNATURE):
             _check_png(content)
-        with Image.open(io.BytesIO(content)) as image:
+        with _open_pillow(io.BytesIO(content), len(content), max_pixels) as image:
             yield image
 
 
@@ -80,14 +140,14 @@ def _check_png(content):
         start = end + 4
 
 
-def read_values(path):
+def read_values(path, max_pixels=MAX_PIXELS):
     """Return the values of an image file [H x W x C] in their own type; 8-bit images are uint8, grayscale or RGB."""
     if file_extension(path) == "npy":
         with file_errors(path), bf.BlobFile(path, "rb") as stream:
-            values = np.load(io.BytesIO(stream.read()), allow_pickle=False)
+            values = load_npy(stream.read())
             order, shape = _channels_last(values.shape)
             return np.transpose(values, order).reshape(shape)
-    with open_image(path) as image:
+    with open_image(path, max_pixels) as image:
         _check_readable(image)
         values = _pixels(image)
     return values if values.ndim == 3 else values[..., None]

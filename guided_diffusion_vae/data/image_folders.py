@@ -1,6 +1,7 @@
 """Read a folder or an .npz of images as float32 in [0, 1]."""
 
 import dataclasses
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,7 +45,8 @@ class ImageFolder(FileSource):
         if config.data_dir.endswith(".npz") and not bf.isdir(config.data_dir):
             headers = self._open_archive(config.data_dir)
         else:
-            headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS, read_header,
+            headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS,
+                                       functools.partial(read_header, max_pixels=config.max_pixels),
                                        " (an .npz is specified by its own path)")
         self._check_files(headers, FULL_RANGE)
         gray, color = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
@@ -58,7 +60,7 @@ class ImageFolder(FileSource):
         :raises ValueError: if the file is corrupt, transparent, or has values outside the range.
         """
         path, (_, height, width) = self.paths[index], self.unpadded_shape
-        pixels = read_values(path) if self._archive is None else self._archive[index]
+        pixels = read_values(path, self.config.max_pixels) if self._archive is None else self._archive[index]
         # 8-bit images are resized as 8-bit values, like guided-diffusion's; other types as float32 without rounding.
         as_stored = pixels.dtype == np.uint8 and not self.value_limits
         pixels = match_channels(pixels if as_stored else self._to_unit(pixels, path), self.shape[0])
@@ -75,7 +77,7 @@ class ImageFolder(FileSource):
         return self._stack(list(apply(self.read, (int(i) for i in indices), rngs)), flips)
 
     def _open_archive(self, path):
-        arrays = open_archive(path)
+        arrays = open_archive(path, max_pixels=self.config.max_pixels)
         images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
         shapes = {name: array.shape for name, array in arrays.items()}
         require((images is not None and (images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)),

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Iterable, Sequence
 
@@ -96,7 +97,7 @@ class FileSource(ImageSource):
     @property
     def preprocessing(self):
         """The settings that map files to values, as recorded by checkpoints."""
-        return {k: v for k, v in as_dict(self.config).items() if k not in ("data_dir", "random_flip")}
+        return {k: v for k, v in as_dict(self.config).items() if k not in ("data_dir", "max_pixels", "random_flip")}
 
     def describe(self):
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
@@ -113,15 +114,40 @@ class FileSource(ImageSource):
         return f"{len(self)} {self.kind}s {format_shape(self.shape)}"
 
 
-def walk_files(folder, extensions):
-    """Yield the paths of all files below a folder, entries in order of their names."""
-    for entry in sorted(bf.listdir(folder)):
-        path = bf.join(folder, entry)
-        # An entry with a known extension is a file without asking the file system, which is slow on clouds.
-        if file_extension(entry) in extensions or not bf.isdir(path):
-            yield path
+def walk_files(folder, extensions, parents=()):
+    """Yield the paths of all files below a folder, entries in order of their names.
+
+    :param parents: resolved paths of the folders above.
+    :raises ValueError: if a symbolic link leads back to a folder that contains it.
+    :raises OSError: if a folder or an entry cannot be examined, such as a link to itself.
+    """
+    resolved = folder if "://" in folder else os.path.realpath(folder)
+    require((resolved not in parents, f"{folder} is a symbolic link to {resolved}, which contains it; remove the link"))
+    for path, is_folder in _list_folder(folder, extensions):
+        if is_folder:
+            yield from walk_files(path, extensions, (*parents, resolved))
         else:
-            yield from walk_files(path, extensions)
+            yield path
+
+
+def _list_folder(folder, extensions):
+    """Return [(path, whether it is a folder)] of the entries of a folder in order of their names."""
+    list_names = bf.listdir if "://" in folder else os.listdir
+    try:
+        paths = [bf.join(folder, entry) for entry in sorted(list_names(folder))]
+        # An entry with a known extension is a file without asking the file system, which is slow on clouds.
+        return [(path, file_extension(path) not in extensions and _is_folder(path)) for path in paths]
+    except OSError as error:
+        message = f"{error.filename or folder} cannot be read: {error.strerror or error}; fix or remove it"
+        raise OSError(error.errno, message) from error
+
+
+def _is_folder(path):
+    """Return whether a path is a folder; of a link to itself the error is raised, a link to nothing is none."""
+    try:
+        return bf.isdir(path) if "://" in path else stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def name_prefix(path):

@@ -1,45 +1,109 @@
 """Read and write .npz archives: image sets and batches of samples."""
 
+import contextlib
+import io
 import os
 import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..config import require
-from ..files import atomic_path, bf, file_errors, read_npy_header, read_to_end
+from ..files import (
+    MAX_NPY_HEADER, MAX_PIXELS, atomic_path, bf, check_array_size, file_errors, read_npy_header, read_to_end,
+)
 
 MAX_CHECKED_BYTES = 2**30
+MAX_RATIO = 100         # of a compressed array larger than --max_pixels bytes
 _checked = set()    # (path, size, modification time, name) of the members whose CRC this process has compared
 
 
-def open_archive(path) -> dict[str, np.ndarray]:
+class ArrayHeader(NamedTuple):
+    """Header of an array in an archive: `size` is the length of the header, `member` its entry in the zip file."""
+
+    shape: tuple
+    fortran_order: bool
+    dtype: np.dtype
+    size: int
+    member: zipfile.ZipInfo
+
+
+def read_archive_headers(path) -> dict[str, ArrayHeader]:
+    """Return {name: ArrayHeader} of an .npz file; no values are read or unpacked.
+
+    :raises ValueError: if the file is not an .npz archive, or an array is shorter than its header describes.
+    """
+    with _open_zip(path) as archive:
+        return _read_headers(archive)
+
+
+def open_archive(path, names: Iterable[str] | None = None, in_memory: bool = False,
+                 max_pixels: int = MAX_PIXELS) -> dict[str, np.ndarray]:
     """Return {name: array} of an .npz file; arrays of more than one axis in local files are memory-mapped.
 
-    The CRC of each member is compared. That of an uncompressed one that is memory-mapped is compared when it is first
-    opened by a process, and not at all in files of more than `MAX_CHECKED_BYTES`.
+    Compressed arrays are unpacked once per call, to a temporary file without a name or to memory. Promised is that the
+    CRC of each returned array was compared with its values: of a compressed one in this call, of an uncompressed one
+    that is memory-mapped when this process first opened it. It is not compared in files of more than
+    `MAX_CHECKED_BYTES`, and changes of a file that is open are not noticed.
 
-    :raises ValueError: if the file is not an .npz archive, or contains Python objects.
+    :param names: arrays to open, by default all.
+    :param in_memory: unpack compressed arrays to memory.
+    :param max_pixels: bytes that a compressed array may have at more than `MAX_RATIO` times its compressed size.
+    :raises ValueError: if the file is not an .npz archive, contains Python objects, or an array is shorter than its
+        header describes or unpacks to more than is allowed, before it is unpacked.
     """
+    with _open_zip(path) as archive:
+        headers = _read_headers(archive)
+        return {name: _read_member(path, archive, headers[name], in_memory, max_pixels) for name in names or headers}
+
+
+@contextlib.contextmanager
+def _open_zip(path):
     with file_errors(path, "cannot be read as an .npz archive"), bf.BlobFile(path, "rb") as stream:
         with zipfile.ZipFile(stream) as archive:
-            return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
+            yield archive
 
 
-def _member(path, archive, info):
-    with archive.open(info) as stream:
-        shape, fortran_order, dtype = read_npy_header(stream)
-        header_size = stream.tell()
-    if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape:
+def _read_headers(archive):
+    headers = {}
+    for info in archive.infolist():
+        with archive.open(info) as stream:
+            start = io.BytesIO(stream.read(2 * MAX_NPY_HEADER))
+        shape, fortran_order, dtype = read_npy_header(start)
+        check_array_size(shape, dtype, info.file_size - start.tell())
+        header = ArrayHeader(shape, fortran_order, dtype, start.tell(), info)
+        headers[info.filename.removesuffix(".npy")] = header
+    return headers
+
+
+def _check_unpacked_size(info, max_pixels):
+    size, limit = info.file_size, max(max_pixels, MAX_RATIO * info.compress_size)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    require(
+        (size <= limit, f"{info.filename} unpacks from {info.compress_size} to {size} bytes: expected at most {limit}; "
+                        "save it without compression or set a larger --max_pixels"),
+        (size <= free, f"{info.filename} unpacks to {size} bytes, but {folder} has {free} bytes free; save it without "
+                       "compression or set TMPDIR to another folder"),
+    )
+
+
+def _read_member(path, archive, header, in_memory, max_pixels):
+    shape, fortran_order, dtype, header_size, info = header
+    packed = info.compress_type != zipfile.ZIP_STORED
+    if packed:
+        _check_unpacked_size(info, max_pixels)
+    if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape or packed and in_memory:
         with archive.open(info) as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
             read_to_end(stream)
             return array
-    if info.compress_type != zipfile.ZIP_STORED:
+    if packed:
         # A decompressed copy without a name: the file is deleted with the last reference to its memory map.
         with archive.open(info) as packed, tempfile.NamedTemporaryFile() as copy:
             shutil.copyfileobj(packed, copy, 1 << 22)

@@ -2,23 +2,27 @@
 
 import collections
 import dataclasses
+import functools
 import gzip
-import io
+import math
+import os
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..config import format_shape, require
-from ..files import bf, file_errors, file_extension, read_to_end
+from ..files import (
+    MAX_PIXELS, bf, check_array_size, file_errors, file_extension, open_npy, read_to_end,
+)
 from ..nn import keyed_rng
 from .config import DataConfig, parse_spacing
-from .decoding import FULL_RANGE, FileHeader, unit_scale
+from .decoding import FULL_RANGE, FileHeader, check_size, load_npy, unit_scale
 from .listing import FileSource, file_stamp
-from .npz import open_archive
+from .npz import open_archive, read_archive_headers
 
 EXTENSIONS = ("npy", "npz", "nii", "gz")
-CACHE_BYTES = 4 * 2**30     # of decompressed NIfTI volumes kept in memory, as patches come from the same files again
+CACHE_BYTES = 4 * 2**30     # of unpacked volumes kept in memory, as patches come from the same files again
 
 
 class VolumeFolder(FileSource):
@@ -27,8 +31,9 @@ class VolumeFolder(FileSource):
     Files are `.npy` [D x H x W] or [C x D x H x W], `.npz` with one such array, `.nii` and `.nii.gz` (axes as stored).
     `config.crop` defines an item: the center of a volume (center), a patch at a random position of each access
     (random), each of the evenly spaced patches that cover a volume (grid), or the full volume, which then must have
-    the size (none). Uncompressed files on disk are read patch by patch. Classes are inferred from names as in
-    `ImageFolder`.
+    the size (none). Uncompressed files on disk are read patch by patch. Compressed ones are unpacked on the first
+    access, which compares their checksums, and kept in memory up to `CACHE_BYTES` per process. Classes are inferred
+    from names as in `ImageFolder`.
 
     :param config: a `DataConfig`; `fields` replace single fields of it.
     :param multiple: factors per axis that must divide the size, used if `config.pad` is True.
@@ -38,7 +43,6 @@ class VolumeFolder(FileSource):
     """
 
     kind = "volume"
-    header_threads = 1      # a compressed .npz is decompressed to a temporary file, one at a time
 
     def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         config = dataclasses.replace(config or DataConfig(), **fields)
@@ -47,7 +51,8 @@ class VolumeFolder(FileSource):
         self._to_unit = unit_scale(config)
         super().__init__(config, flag)
         self.sides = config.sides
-        headers = self._list_files(EXTENSIONS, _is_volume, _read_header,
+        headers = self._list_files(EXTENSIONS, _is_volume,
+                                   functools.partial(_read_header, max_pixels=config.max_pixels),
                                    ", or set --image_size to two sizes for images")
         self._check_files(headers, FULL_RANGE)
         self._check_volumes(headers)
@@ -79,7 +84,7 @@ class VolumeFolder(FileSource):
         By default a random patch has a fixed position that depends on the index.
         """
         file, corner = self.items[index]
-        volume = _values(self.paths[file])
+        volume = _values(self.paths[file], self.config.max_pixels)
         if corner is None:
             room = [n - m for n, m in zip(volume.shape[1:], self.sides)]
             if self.random_crop:
@@ -92,7 +97,7 @@ class VolumeFolder(FileSource):
 
     def read_volume(self, file):
         """Return volume `file` (not an item) as float32 [C x D x H x W] at its own size."""
-        return self._to_unit(np.asarray(_values(self.paths[file])), self.paths[file])
+        return self._to_unit(np.asarray(_values(self.paths[file], self.config.max_pixels)), self.paths[file])
 
     def batch(self, indices, flips=None, rngs=None):
         """Return items as float32 [n x C x D x H x W] in [0, 1]; see `ImageSource`."""
@@ -140,14 +145,18 @@ def _with_channels(shape):
     return (1, *shape) if len(shape) == 3 else tuple(shape)
 
 
-def _read_header(path):
+def _read_header(path, max_pixels=MAX_PIXELS):
     with file_errors(path):
+        spacing = 1.0, 1.0, 1.0
         if file_extension(path) in ("nii", "gz"):
-            image = _nifti(path)
+            image = _nifti(path, max_pixels)
             spacing = tuple(float(s) for s in image.header.get_zooms()[:3])
+            require((all(map(math.isfinite, spacing)), f"expected a finite voxel spacing, got {spacing}"))
             shape, dtype = (*image.shape[3:], *image.shape[:3]), _scaled_dtype(image)
+        elif file_extension(path) == "npz":
+            shape, _, dtype, *_ = _volume_header(path)[1]
         else:
-            values, spacing = _array(path), (1.0, 1.0, 1.0)
+            values = _open_npy(path)
             shape, dtype = values.shape, values.dtype
         channels, *sides = _with_channels(shape)
         return FileHeader(channels, tuple(sides), str(dtype), spacing)
@@ -159,22 +168,34 @@ def _scaled_dtype(image):
     return image.get_data_dtype() if unscaled else np.dtype(np.float32)
 
 
-def _values(path):
+def _values(path, max_pixels=MAX_PIXELS):
     """Return the values of a file [C x D x H x W], memory-mapped if possible."""
     with file_errors(path):
-        values = _load_nifti_cached(path, file_stamp(path)) if file_extension(path) in ("nii", "gz") else _array(path)
+        if file_extension(path) == "npy":
+            values = _open_npy(path)
+        else:
+            load = _load_archive if file_extension(path) == "npz" else _load_nifti
+            values = _load_cached(path, functools.partial(load, path, max_pixels))
         return values.reshape(_with_channels(values.shape))
 
 
-def _array(path):
-    if file_extension(path) == "npz":
-        arrays = [array for array in open_archive(path).values() if array.ndim in (3, 4)]
-        require((len(arrays) == 1, f"expected one array of three or four axes, got {len(arrays)}"))
-        return arrays[0]
+def _open_npy(path):
     if "://" in str(path):
         with bf.BlobFile(path, "rb") as stream:
-            return np.load(io.BytesIO(stream.read()), allow_pickle=False)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+            return load_npy(stream.read())
+    return open_npy(path)
+
+
+def _volume_header(path):
+    """Return (name, `ArrayHeader`) of the volume in an .npz."""
+    headers = [item for item in read_archive_headers(path).items() if len(item[1].shape) in (3, 4)]
+    require((len(headers) == 1, f"expected one array of three or four axes, got {len(headers)}"))
+    return headers[0]
+
+
+def _load_archive(path, max_pixels):
+    name = _volume_header(path)[0]
+    return open_archive(path, [name], in_memory=True, max_pixels=max_pixels)[name]
 
 
 def _import_nibabel(path):
@@ -185,34 +206,50 @@ def _import_nibabel(path):
     return nibabel
 
 
-def _nifti(path):
+def _nifti(path, max_pixels):
+    """Return the nibabel image of a NIfTI file, whose values are not read, after checking its number of voxels."""
     nibabel = _import_nibabel(path)
     try:
-        return nibabel.load(path)
+        image = nibabel.load(path)
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
         raise ValueError(str(error)) from error
+    size, dtype, shape = os.path.getsize(path), image.get_data_dtype(), [int(n) for n in image.shape]
+    require((min(shape, default=0) > 0, f"expected a shape of numbers above 0, got {tuple(shape)}"))
+    if file_extension(path) == "gz":
+        check_size(math.prod(shape), 8 * dtype.itemsize, size, max_pixels)
+    else:
+        check_array_size(shape, dtype, size - int(image.dataobj.offset))
+    return image
 
 
-_recent = collections.OrderedDict()     # (path, stamp) -> values of a NIfTI file, the least recently used first
+_recent = collections.OrderedDict()     # (path, stamp) -> values of an unpacked file, the least recently used first
 _recent_lock = threading.Lock()         # training and validation data are read on different threads
 
 
-def _load_nifti_cached(path, stamp):
-    """Return the values of a NIfTI file, channels first; recently used volumes stay in memory."""
-    key = str(path), stamp
+def _load_cached(path, load):
+    """Return what `load` returns for a file; recently used volumes stay in memory, unless they are memory-mapped."""
+    key = str(path), file_stamp(path)
     with _recent_lock:
-        if key not in _recent:
-            image = _nifti(path)
-            if file_extension(path) == "gz":
-                image, values = _gzipped_values(path, type(image))
-            else:
-                values = np.asarray(image.dataobj)
-            values = values.astype(_scaled_dtype(image), copy=False)
-            _recent[key] = values if values.ndim == 3 else np.moveaxis(values, -1, 0)
+        if key in _recent:
+            _recent.move_to_end(key)
+            return _recent[key]
+        values = load()
+        if not isinstance(values, np.memmap):
+            _recent[key] = values
             while len(_recent) > 1 and sum(kept.nbytes for kept in _recent.values()) > CACHE_BYTES:
                 _recent.popitem(last=False)
-        _recent.move_to_end(key)
-        return _recent[key]
+        return values
+
+
+def _load_nifti(path, max_pixels):
+    """Return the values of a NIfTI file, channels first."""
+    image = _nifti(path, max_pixels)
+    if file_extension(path) == "gz":
+        image, values = _gzipped_values(path, type(image))
+    else:
+        values = np.asarray(image.dataobj)
+    values = values.astype(_scaled_dtype(image), copy=False)
+    return values if values.ndim == 3 else np.moveaxis(values, -1, 0)
 
 
 def _gzipped_values(path, kind):
