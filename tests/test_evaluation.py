@@ -19,9 +19,11 @@ from guided_diffusion_vae.evaluation import (
     likelihood, open_sample_file, roundtrip, set_metrics,
 )
 from guided_diffusion_vae.nn import keyed_seed
-from guided_diffusion_vae.runs import loading
+from guided_diffusion_vae.runs import loading, tstr
 from guided_diffusion_vae.runs.run import Run
 from guided_diffusion_vae.runs.spaces import Space
+from guided_diffusion_vae.train_util import ClassifierTrainConfig
+from guided_diffusion_vae.unet import ClassifierConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 CPU = torch.device("cpu")
@@ -534,6 +536,88 @@ def test_unknown_classes_raise(run, tmp_path):
     (tmp_path / "val" / "dark_00.png").rename(tmp_path / "val" / "black_00.png")
     with pytest.raises(ValueError, match=f"{tmp_path}/val has classes black that"):
         run()
+
+
+# --- Classifiers of samples ---
+
+
+@pytest.fixture
+def utility(tmp_path, monkeypatch):
+    """Measure `run_tstr` with classifiers of random weights; return (report, what was trained on, networks)."""
+    trained, networks = [], []
+    train_classifier, load_classifier = tstr.train_classifier, tstr.load_classifier
+
+    def train(run, source, space):
+        trained.append((run, source))
+        train_classifier(run, source, space)
+
+    def load(weights):
+        network = load_classifier(weights)
+        torch.manual_seed(len(networks))
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        networks.append((network, weights.header))
+        return network
+
+    def measure(**paths):
+        config = EvaluateConfig(**{name: str(path) for name, path in paths.items()}, tstr_iterations=2,
+                                tstr_batch_size=4, batch_size=5)
+        classifier = ClassifierConfig(classifier_width=64, classifier_depth=1, classifier_channel_mult="1",
+                                      classifier_attention_resolutions="")
+        train_config = ClassifierTrainConfig(val_data_dir="nowhere", seed=3)
+        data = DataConfig(image_size=16, value_range="0,300")       # of folders; samples have 8 bits
+        run = Run("evaluate", [config, data, classifier, train_config], {}, tmp_path / "run")
+        trained.clear()
+        networks.clear()
+        report = tstr.run_tstr(run, tstr.open_tstr_datasets(run, loading.open_sets(run)))
+        return report, list(trained), list(networks)
+
+    monkeypatch.setattr(tstr, "train_classifier", train)
+    monkeypatch.setattr(tstr, "load_classifier", load)
+    return measure
+
+
+def test_classifiers_of_samples_and_training_images_are_tested_on_real_ones(utility, varied, tmp_path):
+    report, trained, networks = utility(**varied)
+    assert list(report) == ["train_on_samples_test_on_real", "train_on_training_test_on_real"]
+    for name, result, (inner, source), (network, header) in zip(("samples", "train_dir"), report.values(), trained,
+                                                                networks, strict=True):
+        expected = open_npz(varied[name])
+        assert torch.equal(source.batch([3, 1])[0], torch.from_numpy(expected.images[[3, 1]] / np.float32(127.5) - 1
+                                                                     ).permute(0, 3, 1, 2))
+        train = inner[ClassifierTrainConfig]
+        assert (train.iterations, train.batch_size, train.noised, train.seed) == (2, 4, False, 3)
+        assert train.val_data_dir == ""
+        assert header["step"] == 2 and header["noised"] is False and header["classes"] == NAMES
+        real = open_npz(varied["reference"])
+        with torch.no_grad():
+            x0 = torch.from_numpy(real.images / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+            predicted = network(x0, torch.zeros(23, dtype=torch.long)).argmax(1).numpy()
+        confusion = [[int(((real.labels == row) & (predicted == column)).sum()) for column in (0, 1)] for row in (0, 1)]
+        assert result["confusion"] == confusion and result["count"] == 23 and confusion[0][1] != confusion[1][0]
+
+
+def test_classifiers_are_matched_by_name_and_trained_again_for_other_samples(utility, varied, tmp_path):
+    report = utility(**varied)[0]
+    renamed = open_npz(varied["reference"])     # the same classes, numbered in the other order
+    write_npz(tmp_path / "renamed.npz", renamed.images.shape, [renamed.images], 1 - renamed.labels, NAMES[::-1])
+    assert utility(**{**varied, "reference": tmp_path / "renamed.npz"})[0] == report
+    folders = sorted((tmp_path / "run").iterdir())
+    assert len(folders) == 2    # the same samples: nothing was trained again
+    utility(samples=varied["reference"], reference=varied["reference"])
+    assert len(list((tmp_path / "run").glob("trained_on_samples_*"))) == 2
+
+
+def test_sets_without_enough_images_or_with_volumes_are_rejected(utility, varied, tmp_path, monkeypatch):
+    np.savez(tmp_path / "volumes.npz", np.zeros((8, 4, 4, 4, 1), np.uint8), np.zeros(8, int))
+    with pytest.raises(ValueError, match="volumes.npz contains volumes: --tstr_iterations expects images"):
+        utility(**{**varied, "samples": tmp_path / "volumes.npz"})
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="statistics.npz contains statistics: --tstr_iterations expects images"):
+        utility(**{**varied, "reference": tmp_path / "statistics.npz"})
+    monkeypatch.setattr(dist_util, "world_size", lambda: 5)
+    with pytest.raises(ValueError, match="train_dir.* has 17 images: expected at least 20, one training step"):
+        utility(**varied)
 
 
 # --- Likelihood ---

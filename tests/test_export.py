@@ -9,7 +9,7 @@ from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import diffusers_export
 from guided_diffusion_vae.runs.factories import (
-    create_gaussian_diffusion, create_model_and_diffusion_vae, sr_create_model,
+    create_diffusion, create_gaussian_diffusion, create_model_and_diffusion_vae, sr_create_model,
 )
 from guided_diffusion_vae.unet import ModelConfig
 from guided_diffusion_vae.vae.blocks import Attention
@@ -161,6 +161,73 @@ def test_processes_that_diffusers_does_not_support_are_rejected():
         diffusers_export.create_scheduler(described, pixels=True)
     with pytest.raises(ValueError, match="its diffusion process is flow"):
         diffusers_export.create_scheduler({**as_dict(DiffusionConfig()), "process": "flow"}, pixels=True)
+
+
+@pytest.mark.parametrize("schedule, spacing", [("cosine", "leading"), ("cosine_zero_snr", "trailing")])
+def test_scheduler_has_the_timesteps_of_the_process(schedule, spacing):
+    described = as_dict(DiffusionConfig(diffusion_steps=40, noise_schedule=schedule, predict_v=True))
+    for pixels in (False, True):
+        scheduler = diffusers_export.create_scheduler(described, pixels)
+        assert scheduler.config.clip_sample is pixels and scheduler.config.timestep_spacing == spacing
+        assert scheduler.config.num_train_timesteps == 40
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """Header and UNet of latents [4 x 8 x 8] with dropout."""
+    network, described = random_unet(dropout=0.3)
+    return network, {"model": described, "diffusion": as_dict(DiffusionConfig(diffusion_steps=40))}
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_pipeline_works_on_x0_and_clips_pixels_only(unet, pixels):
+    network, header = unet
+    autoencoder, config = random_autoencoder()
+    codec = types.SimpleNamespace(is_pixels=pixels, network=autoencoder, architecture=config, scale_factor=0.3)
+    normalizer = LatentNormalizer([0.1], [0.4], "channel")
+    pipeline = diffusers_export.pipeline_to_diffusers(network, header, codec, normalizer)
+    assert pipeline.scheduler.config.clip_sample is pixels and pipeline.unet.config.dropout == 0.3
+    assert type(pipeline).__name__ == ("DDPMPipeline" if pixels else "LDMPipeline")
+    if not pixels:
+        x = torch.rand(2, 3, 16, 16) * 2 - 1
+        with torch.no_grad():
+            x0 = normalizer.normalize(0.3 * autoencoder.moments(x)[0])
+            torch.testing.assert_close(pipeline.vqvae.encode(x).latent_dist.mean, x0, atol=1e-4, rtol=1e-4)
+        assert pipeline.vqvae.config.scaling_factor == 1
+
+
+def test_latent_samples_of_a_pipeline_are_not_clipped(unet):
+    _, header = unet
+    scheduler = diffusers_export.create_scheduler(header["diffusion"], pixels=False)
+    diffusion = create_diffusion(header["diffusion"])
+    x, eps = 5 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    actual = scheduler.step(eps, 20, x, generator=torch.Generator().manual_seed(5))
+    expected = diffusion.p_mean_variance(lambda x, t: eps, x, torch.full((2,), 20), clip_denoised=False)
+    torch.testing.assert_close(actual.pred_original_sample, expected["pred_xstart"], atol=1e-4, rtol=1e-4)
+    assert expected["pred_xstart"].abs().max() > 2
+
+
+def test_autoencoders_keep_or_absorb_the_scale_of_their_latents():
+    network, config = random_autoencoder()
+    codec = types.SimpleNamespace(network=network, architecture=config, scale_factor=0.3)
+    assert diffusers_export.codec_to_diffusers(codec).config.scaling_factor == 0.3
+    theirs = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    codec = types.SimpleNamespace(network=theirs, architecture=None, scale_factor=0.3, shift_factor=0.0,
+                                  config={"_class_name": "AutoencoderKL"})
+    exported = diffusers_export.codec_to_diffusers(codec, LatentNormalizer([0], [0.4], "auto"))
+    assert exported.config.scaling_factor == pytest.approx(0.3 / 0.4)     # x0 = 0.3 z / 0.4
+    for normalizer, shift in ((LatentNormalizer([0.1], [0.4], "channel"), 0.0),
+                              (LatentNormalizer([0], [0.4], "auto"), 0.2)):
+        codec.shift_factor = shift
+        with pytest.raises(ValueError, match="its latents are normalized by --normalizer .* cannot represent"):
+            diffusers_export.codec_to_diffusers(codec, normalizer)
+
+
+def test_exports_may_differ_by_rounding_only():
+    expected = torch.tensor([2.0, -10.0])
+    diffusers_export._check_equal("UNet", expected, expected + 9e-4)
+    with pytest.raises(ValueError, match="the exported UNet differs from the original by 0.0002 of its largest value"):
+        diffusers_export._check_equal("UNet", expected, expected + 2e-3)
 
 
 def test_autoencoders_of_other_projects_are_rejected():
