@@ -8,6 +8,7 @@ A step of a run is a set of files and a marker `stateNNNNNN.json`, written last,
 """
 
 import contextlib
+import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -18,11 +19,14 @@ import torch
 
 from . import deprecated_names
 from .config import require
-from .files import atomic_path, load_tensors as load, require_regular_file, sha256_of_file, write_json
+from .files import (
+    atomic_path, atomic_stream, file_errors, load_tensors as load, read_record, require_regular_file, sha256_of_file,
+    sha256_of_json, write_record,
+)
 
 FORMAT = 1
 HEADER_KEY = "guided_diffusion_vae"
-VERSIONS_KEY = "module_versions"
+VERSIONS_KEY, SHA256_KEY = "module_versions", "sha256"     # in .safetensors, which have no checksums of their own
 
 
 class Weights(NamedTuple):
@@ -34,33 +38,54 @@ class Weights(NamedTuple):
     sha256: str | None
 
 
-def save_weights(path, state_dict: dict, header: dict) -> None:
-    """Write a state dict with `header` (a JSON-able dictionary) in its metadata, atomically."""
+class Header(dict):
+    """The header of a weights file; an entry that is missing is an error that names the file."""
+
+    def __init__(self, path, entries):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.path} is corrupt: its header has no entry {key!r}; restore the file or use another "
+                         "checkpoint")
+
+
+def save_weights(path, state_dict: dict, header: dict) -> dict:
+    """Write a state dict with `header` (a JSON-able dictionary) in its metadata, as `save` does."""
     described = OrderedDict((name, value.detach()) for name, value in state_dict.items())
     described._metadata = OrderedDict(getattr(state_dict, "_metadata", None) or {})
     described._metadata[HEADER_KEY] = json.dumps({"format": FORMAT, **header})
-    save(path, described)
+    return save(path, described)
 
 
-def save(path, content) -> None:
-    """Write any content that `torch.save` supports, atomically."""
-    with atomic_path(path) as part, open(part, "wb") as stream:
+def save(path, content) -> dict:
+    """Write any content that `torch.save` supports, atomically; return {"bytes": size, "sha256": SHA-256}."""
+    with atomic_stream(path) as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:
             # On a full disk torch hides the error of the stream, which has the reason, behind one about its position.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    return stream.entry
 
 
 def save_safetensors(path, state_dict: dict, header: dict) -> None:
-    """Write a state dict as .safetensors with `header` in the metadata of the file, atomically."""
+    """Write a state dict as .safetensors with `header`, and a SHA-256 of all, in the metadata of the file, atomically.
+
+    :raises ValueError: if a value is not finite.
+    """
     from safetensors.torch import save_file
+
+    bad = [name for name, value in state_dict.items() if not torch.isfinite(value).all()]
+    require((not bad, f"{path} was not written: {len(bad)} of {len(state_dict)} weights are not finite, such as "
+             f"{', '.join(bad[:3])}; use an earlier checkpoint"))
 
     versions = {k: v for k, v in (getattr(state_dict, "_metadata", None) or {}).items() if isinstance(v, dict)}
     metadata = {"format": "pt", HEADER_KEY: json.dumps({"format": FORMAT, **header}),
                 VERSIONS_KEY: json.dumps(versions)}
+    tensors = {name: value.detach().contiguous() for name, value in state_dict.items()}
     with atomic_path(path) as part:
-        save_file({name: value.detach().contiguous() for name, value in state_dict.items()}, part, metadata)
+        save_file(tensors, part, {**metadata, SHA256_KEY: _sha256_of_tensors(tensors, metadata)})
 
 
 def load_weights(path, map_location="cpu", flag="--model_path") -> tuple[dict, dict | None]:
@@ -72,26 +97,46 @@ def load_weights(path, map_location="cpu", flag="--model_path") -> tuple[dict, d
         valid = isinstance(state_dict, dict) and all(isinstance(v, torch.Tensor) for v in state_dict.values())
         require((valid, f"{path} is not a state dict (names with tensors); {flag} expects a model or ema file"))
         text = (getattr(state_dict, "_metadata", None) or {}).get(HEADER_KEY)
-    header = json.loads(text) if isinstance(text, str) else None
-    require((header is None or header.get("format") == FORMAT,
-             f"{path}: expected header format {FORMAT}, got {header and header.get('format')}"))
-    return state_dict, header
+    return state_dict, _parse_header(path, text, flag) if isinstance(text, str) else None
+
+
+def _parse_header(path, text, flag):
+    with file_errors(path, "its header is corrupt", f"check {flag}"):
+        header = json.loads(text)
+        require((isinstance(header, dict), f"expected an object, got {type(header).__name__}"))
+    require((header.get("format") == FORMAT, f"{path}: expected header format {FORMAT}, got {header.get('format')}"))
+    return Header(path, header)
 
 
 def _load_safetensors(path, map_location, flag):
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; check {flag}")
+    require_regular_file(path, f"check {flag}")
     try:
         with safe_open(path, "pt") as content:
-            tensors = OrderedDict((name, content.get_tensor(name).to(map_location)) for name in content.keys())
+            tensors = OrderedDict((name, content.get_tensor(name)) for name in content.keys())
             metadata = content.metadata() or {}
-            if VERSIONS_KEY in metadata:
-                tensors._metadata = json.loads(metadata[VERSIONS_KEY])  # read by `load_state_dict` of the modules
-            return tensors, metadata.get(HEADER_KEY)
-    except SafetensorError as error:
+        sha256 = metadata.pop(SHA256_KEY, None)     # files of other projects have none
+        if sha256 not in (None, _sha256_of_tensors(tensors, metadata)):
+            raise ValueError("its SHA-256 differs from that of its content")
+        for name in tensors:
+            tensors[name] = tensors[name].to(map_location)
+        if VERSIONS_KEY in metadata:
+            tensors._metadata = json.loads(metadata[VERSIONS_KEY])  # read by `load_state_dict` of the modules
+        return tensors, metadata.get(HEADER_KEY)
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is corrupt or not a safetensors file ({error}); check {flag}") from error
+
+
+def _sha256_of_tensors(tensors, metadata):
+    """Return the hexadecimal SHA-256 of tensors with their names, dtypes and shapes, and of a dictionary of text."""
+    digest = hashlib.sha256(sha256_of_json(metadata).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def require_kind(header: dict, kind: str, path, flag: str) -> None:
@@ -145,16 +190,14 @@ def marker_name(step):
     return f"state{step:06d}.json"
 
 
-def commit(folder, step: int, names: list[str], state: dict) -> dict:
-    """Write and return the marker of a step: `state`, and the size and SHA-256 of every file in `names`."""
-    folder = Path(folder)
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names}
+def commit(folder, step: int, files: dict[str, dict], state: dict) -> dict:
+    """Write and return the marker of a step: `state`, and what `save` returned of every file by name."""
     return rewrite_marker(folder, {"format": FORMAT, "step": step, "files": files, **state})
 
 
 def rewrite_marker(folder, marker: dict) -> dict:
     """Write and return the marker of a step whose files are hashed already."""
-    write_json(Path(folder) / marker_name(marker["step"]), marker)
+    write_record(Path(folder) / marker_name(marker["step"]), marker)
     return marker
 
 
@@ -171,13 +214,12 @@ def read_marker(folder, step: int, select=None) -> dict:
     :raises ValueError: if the marker or one of these files is corrupt.
     """
     path = Path(folder) / marker_name(step)
+    marker = read_record(path, "restore the file or resume from another step")
     try:
-        require_regular_file(path)
-        marker = json.loads(path.read_text())
         found = marker["format"], marker["step"]
         files = [(path.parent / Path(name).name, entry["bytes"], entry["sha256"])
                  for name, entry in marker["files"].items() if select is None or name == select(marker)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is corrupt ({type(error).__name__}: {error})") from error
     require((found == (FORMAT, step), f"{path}: expected format {FORMAT} and step {step}, got format {found[0]} and "
              f"step {found[1]}: was it renamed?"))
@@ -249,13 +291,40 @@ def latest_weights(folder, flag="--model_path") -> Path:
 
 def prune_checkpoints(folder, count: int, kept=()) -> None:
     """Delete the files of all steps except the latest `count` and those in `kept`, each step's marker first."""
-    folder = Path(folder)
     for step in set(committed_steps(folder)[:-count]) - set(kept):
-        (folder / marker_name(step)).unlink()
-        # By name and not by the marker, which may be corrupt.
-        named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
-        for path in [*(folder / name(step) for name in named), *folder.glob(ema_name("*", step))]:
-            path.unlink(missing_ok=True)
+        _remove_step(Path(folder), step)
+
+
+def _remove_step(folder, step):
+    (folder / marker_name(step)).unlink(missing_ok=True)
+    # By name and not by the marker, which may be corrupt.
+    named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
+    for path in [*(folder / name(step) for name in named), *folder.glob(ema_name("*", step))]:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def complete_or_removed(folder, step: int):
+    """Remove the files of a step if the `with` block, which writes them, fails before its marker."""
+    try:
+        yield
+    except BaseException:
+        if not (Path(folder) / marker_name(step)).exists():
+            _remove_step(Path(folder), step)
+        raise
+
+
+def remove_uncommitted(folder, step: int, report=print) -> None:
+    """Remove the files of later steps than `step` that a killed process saved without a marker.
+
+    Files without a header, which other projects wrote, stay.
+    """
+    later = {parse_resume_step_from_filename(path.name) for path in Path(folder).glob("model*.pt")}
+    for other in sorted(later - set(committed_steps(folder))):
+        path = Path(folder) / model_name(other)
+        if other > step and path.is_file() and load_weights(path, flag="--logdir")[1] is not None:
+            _remove_step(Path(folder), other)
+            report(f"removed the files of step {other} from {folder}, whose saving was interrupted")
 
 
 # --- Resuming ---

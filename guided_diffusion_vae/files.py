@@ -1,6 +1,7 @@
 """Write files atomically, hash their content, check folders, and report file errors with the path."""
 
 import contextlib
+import datetime
 import errno
 import hashlib
 import importlib.util
@@ -15,6 +16,8 @@ import socket
 import stat
 import struct
 import sys
+import threading
+import time
 import tokenize
 import uuid
 import zipfile
@@ -25,17 +28,29 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
+
 _SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
                   stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
 MAX_PIXELS = 2**29      # default of --max_pixels: an image of 23,170 x 23,170, a volume of 512 x 512 x 2048
 MAX_NPY_HEADER = 10_000     # bytes, the limit of NumPy
 MAX_YAML_NODES = 100_000    # with every alias replaced by what it stands for
+OWN_SHA256 = "content_sha256"
+LOCK_FILE = ".lock"
+LOCK_TIMEOUT = 60.0     # seconds
 # Errors of Pillow, NumPy, nibabel, PyYAML, zipfile and zlib on reading a corrupt file; the message of the second kind
 # says little without the type of the error.
 _UNNAMED_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, lzma.LZMAError,
                    tokenize.TokenError)
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile,
                Image.DecompressionBombError, *_UNNAMED_ERRORS)
+
+
+class FolderInUseError(OSError):
+    """Another process writes into a folder."""
 
 
 @contextlib.contextmanager
@@ -78,10 +93,76 @@ def remove_stale_parts(folder):
                 part.unlink()
 
 
+def _check_zip(path):
+    """Compare the content of a local zip file with its checksums, which torch ignores."""
+    if "://" not in str(path) and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"{bad} differs from its checksum")
+
+
+class HashedStream:
+    """Binary stream for writing that counts and hashes what passes; `entry` is {"bytes": int, "sha256": str}."""
+
+    def __init__(self, stream):
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def write(self, data):
+        """Write bytes, or anything with a buffer, and return their number."""
+        self._digest.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def flush(self):
+        """Flush the stream below."""
+        self._stream.flush()
+
+    @property
+    def entry(self):
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def atomic_stream(path):
+    """Yield a `HashedStream` into `path`, which is written atomically.
+
+    A checksum of what was meant to be written is that of the file; one of the file as it is read back would also fit
+    what a disk or another process made of it.
+    """
+    with atomic_path(path) as part, open(part, "wb") as stream:
+        yield HashedStream(stream)
+
+
 def write_json(path, content):
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_record(path, content):
+    """Write a dictionary as JSON with a SHA-256 of its content, from which `read_record` verifies it."""
+    write_json(path, {**content, OWN_SHA256: sha256_of_json(content)})
+
+
+def read_record(path, action="fix or remove the file"):
+    """Return the dictionary that `write_record` wrote; one of version 0.2 or before has no checksum to compare with.
+
+    :raises ValueError: if it cannot be read or is not a JSON object, or its content differs from its SHA-256.
+    """
+    with file_errors(path, "invalid JSON", action):
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {type(content).__name__}")
+    sha256 = content.pop(OWN_SHA256, None)
+    if sha256 not in (None, sha256_of_json(content)):
+        raise ValueError(f"{path} is corrupt or was edited: its SHA-256 differs from that of its content; {action}")
+    return content
+
+
+def sha256_of_json(content):
+    """Return the hexadecimal SHA-256 of a value in JSON, whatever its layout in a file."""
+    read_back = json.loads(json.dumps(content))     # in which all keys are strings, before they are sorted
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def load_tensors(path, map_location="cpu", flag="the path"):
@@ -95,6 +176,7 @@ def load_tensors(path, map_location="cpu", flag="the path"):
         raise FileNotFoundError(f"{path} does not exist; check {flag}")
     require_regular_file(path, f"check {flag}")
     try:
+        _check_zip(path)
         with bf.BlobFile(str(path), "rb") as stream:
             return torch.load(stream, map_location=map_location, weights_only=True)
     except torch.OutOfMemoryError:  # not a fault of the file
@@ -282,6 +364,110 @@ def require_folder(folder, flag):
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{folder} {problem}; check {flag}")
     return folder
+
+
+@contextlib.contextmanager
+def locked_folder(folder, flag, user, report=print):
+    """Hold the lock of a folder inside the `with` block, so that no second process writes into it.
+
+    The lock is a file that names its holder. On one host the system releases it with the process that holds it. Not
+    every shared file system passes locks on: a holder on another host is known by its signs of life, and counts as
+    ended if `LOCK_TIMEOUT` seconds pass without one.
+
+    :param flag: flag of the folder, for the messages.
+    :param user: what holds the lock, such as the name of a script.
+    :param report: called with a message while waiting, and if the lock of a process that has ended is taken over.
+    :raises FolderInUseError: if another process holds it; the message names it.
+    """
+    path = Path(folder) / LOCK_FILE
+    stream, released = _acquire(path, flag, report), threading.Event()
+    try:
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "user": user,
+                  "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+        stream.truncate(0)
+        stream.write(json.dumps(holder) + "\n")
+        stream.flush()
+        threading.Thread(target=_show_life, args=(path, released), daemon=True).start()
+        yield
+    finally:
+        released.set()
+        with contextlib.suppress(OSError):  # the folder may have been removed
+            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                path.unlink()
+        stream.close()
+
+
+def _acquire(path, flag, report):
+    """Return the open file of a lock that this process holds from now on."""
+    while True:
+        stream = open(path, "a+")
+        try:
+            holder, free = _read_holder(stream), _lock(stream)
+            elsewhere = holder and (holder["host"] != socket.gethostname() or free is None)
+            if free is False or elsewhere and _shows_life(path, holder, report):
+                raise FolderInUseError(errno.EBUSY, f"{path.parent} is in use by {_describe(holder)}: wait until it "
+                                       f"has ended, stop it, or set another {flag}")
+            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                if holder:
+                    report(f"{path.parent} was in use by {_describe(holder)}, which has ended without releasing it")
+                return stream
+        except FileNotFoundError:   # its holder has released it just now
+            pass
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def _lock(stream):
+    """Return whether this process now holds the lock of an open file, None if the system has no such locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):   # no fcntl on Windows; not supported by every file system
+        return None
+    return True
+
+
+def _read_holder(stream):
+    """Return what a lock file says about its holder, None if it is empty or corrupt."""
+    stream.seek(0)
+    try:
+        holder = json.loads(stream.read())
+        return {key: str(holder[key]) for key in ("host", "process", "user", "started")}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _describe(holder):
+    return ("{user} (process {process} on {host}, started {started})".format(**holder) if holder
+            else "another process")
+
+
+def _show_life(path, released):
+    while not released.wait(LOCK_TIMEOUT / 4):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _shows_life(path, holder, report):
+    """Return whether the time of a lock file changes while it is watched: clocks of hosts may differ."""
+    seen = _modified(path)
+    if time.time() - seen > 3600:
+        return False
+    report(f"{path.parent} is in use by {_describe(holder)}; waiting up to {LOCK_TIMEOUT:g} s for a sign of life")
+    start = time.monotonic()
+    while time.monotonic() - start < LOCK_TIMEOUT:
+        time.sleep(min(1.0, LOCK_TIMEOUT / 4))
+        if _modified(path) != seen:
+            return True
+    return False
+
+
+def _modified(path):
+    with open(path) as stream:      # network file systems look at the server again when a file is opened
+        return os.fstat(stream.fileno()).st_mtime
 
 
 def _process_exists(process):

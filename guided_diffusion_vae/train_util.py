@@ -477,6 +477,7 @@ class TrainLoop:
         logger.logkv("samples", self.step * self.global_batch)
 
     def _write_log(self, bar):
+        self._require_folder()
         now, (then, step) = time.perf_counter(), self.clock
         self.clock = (now, self.step)
         logger.logkv("steps_per_second", (self.step - step) / max(now - then, 1e-9))
@@ -558,6 +559,7 @@ class TrainLoop:
             saved: with a `log_interval` above `save_interval`, the log has not seen the loss yet, and in half precision
             weights stay finite, as the step was skipped.
         """
+        self._require_folder()
         discriminator = self.discriminator.network.parameters() if self.discriminator else ()
         weights = [p.detach() for p in (*self.mp_trainer.master_params, *discriminator)]
         norm = dist_util.full_tensor(torch.nn.utils.get_total_norm(weights))
@@ -571,35 +573,46 @@ class TrainLoop:
         optimizer = self.opt.state_dict()
         optimizer["state"] = {i: dict(zip(entries, self._gathered(entries.values())))
                               for i, entries in optimizer["state"].items()}
-        if self.rank != 0:
-            return
-        logger.log(f"saving step {self.step} ...")
+        if self.rank == 0:
+            logger.log(f"saving step {self.step} ...")
+            with checkpoint_util.complete_or_removed(self.folder, self.step):
+                self._write_step(sets, optimizer, preview_due)
+            self._prune()
+
+    def _write_step(self, sets, optimizer, preview_due):
+        """Write the gathered weights of model and EMA, the state of the optimizer, and the marker."""
         names = [checkpoint_util.model_name(self.step)]
         names += [checkpoint_util.ema_name(rate, self.step) for rate in self.ema_rate]
         header = {**self.header, "step": self.step}
+        files = {}
         for name, params in zip(names, sets):
             state_dict = self.mp_trainer.master_params_to_state_dict(params)
-            checkpoint_util.save_weights(self.folder / name, state_dict, header)
-        names.append(checkpoint_util.optimizer_name(self.step))
-        checkpoint_util.save(self.folder / names[-1], optimizer)
+            files[name] = checkpoint_util.save_weights(self.folder / name, state_dict, header)
+        name = checkpoint_util.optimizer_name(self.step)
+        files[name] = checkpoint_util.save(self.folder / name, optimizer)
         state = {"objective": self.objective.state_dict(), "lg_loss_scale": float(self.mp_trainer.lg_loss_scale),
                  "global_batch": self.global_batch, "seed": self.seed, "best": self.best, "measured": self.measured}
         if self.discriminator:
-            files, entries = self.discriminator.save(self.folder, self.step, header)
-            names, state = names + files, {**state, **entries}
+            its_files, entries = self.discriminator.save(self.folder, self.step, header)
+            files, state = {**files, **its_files}, {**state, **entries}
         if preview_due:
             state["preview_due"] = True
         # The marker makes the step exist: an interruption before this line leaves the previous checkpoint valid.
-        self.marker = checkpoint_util.commit(self.folder, self.step, names, state)
-        self._prune()
+        self.marker = checkpoint_util.commit(self.folder, self.step, files, state)
 
     def _record_preview(self):
         """Write the result of the preview into the marker of the step, which was saved before it (on rank 0)."""
+        self._require_folder()
         if self.rank == 0:
             marker = {**self.marker, "best": self.best, "measured": self.measured}
             marker.pop("preview_due")
             self.marker = checkpoint_util.rewrite_marker(self.folder, marker)
             self._prune()
+
+    def _require_folder(self):
+        """Check on rank 0 that the run folder exists: writing would create another one, with a part of the files."""
+        require((self.rank or self.folder.is_dir(), f"{self.folder} was removed during the run; restore it and resume, "
+                 "or start again with another --logdir"), error=FileNotFoundError)
 
     def _prune(self):
         if self.keep_checkpoints:
@@ -641,6 +654,8 @@ class TrainLoop:
         self.best, self.measured = marker.get("best"), marker.get("measured", {})
         if folder.resolve() == self.folder.resolve():   # else the run branches off there
             self.marker = marker
+            if self.rank == 0:
+                checkpoint_util.remove_uncommitted(folder, step, logger.log)
         if self.discriminator:
             self.discriminator.load(folder, marker, self.device)
         logger.log(f"resuming from step {step} in {folder}")
@@ -671,7 +686,7 @@ def init_from_weights(model: torch.nn.Module, path: str | Path) -> None:
 
     :raises ValueError: if none agree.
     """
-    path = checkpoint_util.latest_weights(path, "--init_from") if Path(path).is_dir() else Path(path)
+    path = checkpoint_util.latest_weights(path, "--init_from")
     source, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
     own = model.state_dict()
     common = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}

@@ -23,9 +23,8 @@ def run(tmp_path):
     """Write steps 2, 4 and 6, each with a model, two EMAs and an optimizer."""
     for step in (2, 4, 6):
         names = [cu.model_name(step), cu.ema_name(0.9, step), cu.ema_name(0.9999, step), cu.optimizer_name(step)]
-        for name in names:
-            cu.save(tmp_path / name, {"w": torch.full((5,), float(step))})
-        cu.commit(tmp_path, step, names, {"seed": 7})
+        cu.commit(tmp_path, step, {name: cu.save(tmp_path / name, {"w": torch.full((5,), float(step))})
+                                   for name in names}, {"seed": 7})
     return tmp_path
 
 
@@ -72,6 +71,42 @@ def test_header_of_another_format_raises(tmp_path, monkeypatch):
         cu.load_weights(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("header, problem", [
+    ("{", "its header is corrupt"), ("[1]", "its header is corrupt"), ('{"format": 2}', "expected header format 1"),
+])
+def test_corrupt_header_raises_with_the_file(tmp_path, header, problem):
+    weights = Network().state_dict()
+    weights._metadata[cu.HEADER_KEY] = header
+    torch.save(weights, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=f"model.pt: {problem}"):
+        cu.load_weights(tmp_path / "model.pt")
+
+
+def test_header_without_an_entry_raises_with_the_file_when_it_is_read(tmp_path):
+    cu.save_weights(tmp_path / "model.pt", Network().state_dict(), {"step": 3})
+    header = cu.load_weights(tmp_path / "model.pt")[1]
+    assert header == {"step": 3, "format": 1} and header.get("kind") is None
+    with pytest.raises(ValueError, match="model.pt is corrupt: its header has no entry 'kind'"):
+        cu.require_kind(header, "diffusion", "model.pt", "--model_path")
+
+
+def test_flipped_bits_of_a_bare_weights_file_are_noticed(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.arange(3000.0)}, path)
+    original = path.read_bytes()
+    assert cu.load_weights(path)[0]["weight"].tolist() == list(range(3000))
+    for place in range(0, 8 * len(original), 8 * 131 + 5):
+        corrupt = bytearray(original)
+        corrupt[place // 8] ^= 1 << place % 8
+        path.write_bytes(corrupt)
+        try:
+            found = cu.load_weights(path)[0]["weight"]
+        except (ValueError, FileNotFoundError) as error:
+            assert "model.pt" in str(error)
+        else:       # padding, and fields of the zip format that are not read
+            assert found.tolist() == list(range(3000))
+
+
 def test_weights_of_another_kind_raise():
     cu.require_kind(HEADER, "diffusion", "model.pt", "--model_path")
     with pytest.raises(ValueError, match="model.pt: --vae_path expects a model of kind 'autoencoder', got 'diffusion'"):
@@ -83,6 +118,33 @@ def test_other_content_than_a_state_dict_raises(tmp_path, content):
     torch.save(content, tmp_path / "opt.pt")
     with pytest.raises(ValueError, match="opt.pt is not a state dict .*--classifier_path expects a model or ema file"):
         cu.load_weights(tmp_path / "opt.pt", flag="--classifier_path")
+
+
+def test_flipped_bits_of_safetensors_are_noticed(tmp_path):
+    path, weights = tmp_path / "model.safetensors", Network().state_dict()
+    cu.save_safetensors(path, weights, HEADER)
+    original = path.read_bytes()
+    expected = cu.load_weights(path)
+    assert expected[1] == {"format": 1, **HEADER} and "sha256" not in expected[1]
+    for place in range(0, 8 * len(original), 61):
+        corrupt = bytearray(original)
+        corrupt[place // 8] ^= 1 << place % 8
+        path.write_bytes(corrupt)
+        try:
+            found = cu.load_weights(path)
+        except ValueError as error:
+            assert "model.safetensors" in str(error)
+        else:       # a flip in the name of the checksum, or in the layout of the JSON
+            assert found[1] == expected[1]
+            assert all(torch.equal(value, found[0][name]) for name, value in expected[0].items())
+
+
+def test_safetensors_that_are_not_finite_are_not_written(tmp_path):
+    weights = Network().state_dict()
+    weights["0.bias"][1] = float("nan")
+    with pytest.raises(ValueError, match=r"a.safetensors was not written: 1 of 7 .* not finite, such as 0.bias"):
+        cu.save_safetensors(tmp_path / "a.safetensors", weights, HEADER)
+    assert names_in(tmp_path) == []
 
 
 def test_load_strict_lists_differences(tmp_path):
@@ -177,7 +239,7 @@ def test_corrupt_file_is_found_by_size_and_sha256(run, corrupt, problem):
 ])
 def test_corrupt_marker_is_a_corrupt_step(run, text):
     (run / "state000006.json").write_text(text)
-    with pytest.raises(ValueError, match="state000006.json is corrupt"):
+    with pytest.raises(ValueError, match="state000006.json(: invalid JSON| is corrupt)"):
         cu.read_marker(run, 6)
     assert cu.latest_marker(run, warn=lambda text: None)["step"] == 4
 
@@ -208,7 +270,7 @@ def test_folder_without_steps_has_no_weights(tmp_path):
 
 def test_ema_with_the_largest_decay_of_the_latest_step_is_used(run):
     assert cu.latest_weights(run) == run / "ema_0.9999_000006.pt"
-    cu.commit(run, 8, [], {})
+    cu.commit(run, 8, {}, {})
     assert cu.latest_weights(run).name == "model000008.pt"
 
 
@@ -233,8 +295,7 @@ def test_find_weights_hashes_the_file_it_returns_only(run, hashed):
 
 
 def test_find_weights_of_the_best_step_hashes_no_other_step(run, hashed):
-    marker = json.loads((run / "state000006.json").read_text())
-    (run / "state000006.json").write_text(json.dumps({**marker, "best": {"step": 2}}))
+    cu.rewrite_marker(run, {**cu.read_marker(run, 6, lambda marker: None), "best": {"step": 2}})
     assert cu.find_weights(run)[0].name == "ema_0.9999_000002.pt" and hashed == ["ema_0.9999_000002.pt"]
     (run / "ema_0.9999_000002.pt").write_bytes(b"corrupt")
     assert cu.find_weights(run, warn=lambda text: None)[0].name == "ema_0.9999_000006.pt"
@@ -261,8 +322,8 @@ def test_prune_keeps_the_latest_steps(run):
 def test_prune_deletes_no_file_outside_the_folder(run):
     victim = run.parent / "victim.pt"
     victim.write_text("precious")
-    marker = json.loads((run / "state000002.json").read_text())
+    marker = cu.read_marker(run, 2)
     marker["files"]["../victim.pt"] = {"bytes": 8, "sha256": ""}
-    (run / "state000002.json").write_text(json.dumps(marker))
+    cu.rewrite_marker(run, marker)
     cu.prune_checkpoints(run, 2)
     assert victim.read_text() == "precious" and cu.committed_steps(run) == [4, 6]

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, image_datasets
+from guided_diffusion_vae import checkpoint_util, files, image_datasets
 from guided_diffusion_vae.data import DataConfig, ImageFolder, VolumeFolder, open_npz
 from guided_diffusion_vae.data.manifest import read_manifest
 from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig, write_dataset
 from guided_diffusion_vae.files import (
-    atomic_path, file_errors, load_tensors, require_folder, require_regular_file, require_writable_folder,
-    sha256_of_file, remove_stale_parts, write_json,
+    LOCK_FILE, FolderInUseError, atomic_path, atomic_stream, file_errors, load_tensors, locked_folder, read_record,
+    remove_stale_parts, require_folder, require_regular_file, require_writable_folder, sha256_of_file, write_json,
+    write_record,
 )
 from guided_diffusion_vae.latent_datasets import LatentCache, open_latents
 
@@ -155,6 +158,147 @@ def test_sha256_of_file_covers_all_bytes(tmp_path):
     content = os.urandom((1 << 20) + 3)     # more than one block
     (tmp_path / "a").write_bytes(content)
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_atomic_stream_hashes_what_is_written(tmp_path):
+    with atomic_stream(tmp_path / "a.npy") as stream:
+        np.save(stream, np.arange(5.0))
+    assert stream.entry == {"bytes": 168, "sha256": sha256_of_file(tmp_path / "a.npy")}
+    assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2, 3, 4]
+
+
+# Records
+
+
+RECORD = {"std": 0.217, "names": ["Füße", None], "scales": {10: 1e-05, 9: [True, -2]}, "text": "a\nb"}
+
+
+def test_record_round_trip_whatever_its_layout(tmp_path):
+    path = tmp_path / "a.json"
+    write_record(path, RECORD)
+    assert read_record(path) == json.loads(json.dumps(RECORD))
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4, sort_keys=True))
+    assert read_record(path) == json.loads(json.dumps(RECORD))
+    path.write_text(json.dumps(RECORD))     # as before version 0.3
+    assert read_record(path) == json.loads(json.dumps(RECORD))
+
+
+def test_flipped_bits_of_a_record_are_refused_or_change_no_value(tmp_path):
+    path = tmp_path / "a.json"
+    write_record(path, RECORD)
+    original, values = path.read_bytes(), read_record(path)
+    for place in range(0, 8 * len(original), 3):
+        corrupt = bytearray(original)
+        corrupt[place // 8] ^= 1 << place % 8
+        path.write_bytes(corrupt)
+        try:
+            found = read_record(path, "restore it")
+        except ValueError as error:
+            assert "a.json" in str(error) and "restore it" in str(error)
+        else:
+            assert {key: found[key] for key in values} == values    # a flip in the name of the checksum
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("", "invalid JSON"), ("[1]", "expected an object, got list"), ("[" * 100_000, "invalid JSON"),
+    ('{"a": 1, "content_sha256": 3}', "corrupt or was edited"), ("\xff", "invalid JSON"),
+])
+def test_invalid_record_is_refused(tmp_path, text, problem):
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"a.json.*{problem}.*; restore it"):
+        read_record(tmp_path / "a.json", "restore it")
+
+
+# Locks
+
+
+def hold(folder, host=None, age=0.0):
+    """Leave the lock of a process that has ended, last seen `age` seconds ago, on this host or another one."""
+    lock = folder / LOCK_FILE
+    lock.write_text(json.dumps({"host": host or socket.gethostname(), "process": 1, "user": "image_train_vae",
+                                "started": "2026-01-01T00:00:00+00:00"}))
+    os.utime(lock, (time.time() - age,) * 2)
+    return lock
+
+
+def test_locked_folder_is_refused_by_name_until_it_is_released(tmp_path):
+    with locked_folder(tmp_path, "--logdir", "image_train"):
+        for _ in range(2):
+            with pytest.raises(FolderInUseError, match=(
+                    rf"{tmp_path} is in use by image_train \(process {os.getpid()} on {socket.gethostname()}, started "
+                    r"20\d\d-.*\): wait until it has ended, stop it, or set another --logdir")):
+                with locked_folder(tmp_path, "--logdir", "other"):
+                    pass
+    assert names_in(tmp_path) == []
+    with locked_folder(tmp_path, "--logdir", "other"):
+        pass
+
+
+def test_lock_is_held_by_another_process_and_released_by_its_death(tmp_path):
+    messages, (reader, writer) = [], os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked_folder(tmp_path, "--logdir", "child"):
+            os.write(writer, b"locked")
+            signal.pause()
+    try:
+        assert os.read(reader, 6) == b"locked"
+        with pytest.raises(FolderInUseError, match=rf"in use by child \(process {child} "):
+            with locked_folder(tmp_path, "--logdir", "other", messages.append):
+                pass
+        assert messages == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with locked_folder(tmp_path, "--logdir", "other", messages.append):
+        assert len(messages) == 1 and f"child (process {child} " in messages[0] and "has ended" in messages[0]
+    assert names_in(tmp_path) == []
+
+
+def test_lock_of_another_host_is_refused_while_it_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.4)
+    lock, messages, stop = hold(tmp_path, "gpu07"), [], threading.Event()
+    heart = threading.Thread(target=files._show_life, args=(lock, stop))
+    heart.start()
+    try:
+        with pytest.raises(FolderInUseError, match="in use by image_train_vae .process 1 on gpu07, started 2026-01-01"):
+            with locked_folder(tmp_path, "--logdir", "other", messages.append):
+                pass
+    finally:
+        stop.set()
+        heart.join()
+    assert "waiting up to 0.4 s" in messages[0]
+    with locked_folder(tmp_path, "--logdir", "other", messages.append):     # no sign of life any more
+        assert "gpu07" in messages[-1] and "has ended" in messages[-1]
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 60)
+    hold(tmp_path, "gpu07", age=7200)   # too old to be waited for
+    with locked_folder(tmp_path, "--logdir", "other", messages.append):
+        pass
+
+
+def test_holder_shows_life_and_leaves_the_lock_of_its_successor(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
+    with locked_folder(tmp_path, "--logdir", "one"):
+        lock = tmp_path / LOCK_FILE
+        os.utime(lock, (0, 0))
+        for _ in range(200):
+            if lock.stat().st_mtime > 0:
+                break
+            time.sleep(0.01)
+        assert lock.stat().st_mtime > 0
+        lock.unlink()
+        hold(tmp_path, "gpu07")     # as if taken over by another host
+    assert names_in(tmp_path) == [LOCK_FILE]
+
+
+def test_lock_without_support_of_the_file_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.4)
+    with locked_folder(tmp_path, "--logdir", "one"):
+        with pytest.raises(FolderInUseError, match="in use by one"):
+            with locked_folder(tmp_path, "--logdir", "other", lambda message: None):
+                pass
+    assert names_in(tmp_path) == []
 
 
 # Regular files only

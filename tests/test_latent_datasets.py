@@ -20,6 +20,7 @@ from guided_diffusion_vae.data import (
     open_folder,
 )
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
+from guided_diffusion_vae.files import read_record, write_record
 from guided_diffusion_vae.interfaces import Codec, ImageSource, LatentSource
 from guided_diffusion_vae.latent_datasets import (
     EncodedImages, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
@@ -359,7 +360,7 @@ def test_random_crops_are_not_cached(tmp_path, dataset):
 
 def change_manifest(cache, **changes):
     path = cache.folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    write_record(path, {**read_record(path), **changes})
 
 
 @pytest.mark.parametrize("changes, match", [

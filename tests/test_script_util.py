@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -459,7 +460,7 @@ def test_model_factory_rejects_malformed_lists_by_flag(flags, match):
 
 def open_run(logdir, *configs):
     run = Run("it", [RunConfig(str(logdir)), *configs], {})
-    run.open_folder(trains=False)
+    run.open_folder(False, contextlib.ExitStack())
     return run
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import open_npz
+from guided_diffusion_vae.files import locked_folder
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.runs.factories import create_model
 from conftest import LAUNCHER_NAMES, ROOT, to_words
@@ -660,6 +662,19 @@ def test_export_safetensors_samples_the_same_bytes(chain, call, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")   # those of diffusers
+def test_export_refuses_weights_that_do_not_fit_their_header(chain, call, tmp_path):
+    weights, header = checkpoint_util.load_weights(chain.model)
+    name, value = next(iter(weights.items()))
+    for wrong, problem in ((value[:-1], f"does not match the model (1 of {len(weights)} entries"),
+                           (value * float("nan"), f"not finite, such as {name}")):
+        checkpoint_util.save_weights(tmp_path / "model.pt", {**weights, name: wrong}, header)
+        check_error(call("export", model_path=tmp_path / "model.pt", out=tmp_path / "out.safetensors"), problem)
+    checkpoint_util.save_weights(tmp_path / "model.pt", weights, {**header, "kind": "discriminator"})
+    check_error(call("export", model_path=tmp_path / "model.pt", out=tmp_path / "out.safetensors"),
+                "model.pt contains a discriminator: expected one of: diffusion, super_res, classifier, autoencoder")
+    assert list(listing(tmp_path)) == ["model.pt"]
+
+
 def test_export_diffusers_pipeline_samples(chain, call, tmp_path):
     import diffusers
 
@@ -738,6 +753,25 @@ def test_bad_images_are_named_in_the_error(chain, call, tmp_path, script, kind):
     check_error(call(script, **flags), BAD_DATA[kind])
     assert not list(tmp_path.rglob("state*.json")) and not list(tmp_path.rglob("manifest.json"))
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("script, flag, flags", [
+    ("train_autoencoder", "logdir", {"config": "{config}", "data_dir": "{data}"}),
+    ("image_train_vae", "logdir", {"config": "{config}", "cache_dir": "{cache}"}),
+    ("image_sample_vae", "logdir", {"config": "{config}", "model_path": "{diffusion}"}),
+    ("check_roundtrip", "logdir", {"vae_path": "{autoencoder}", "data_dir": "{data}"}),
+    ("encode_dataset", "cache_dir", {"config": "{config}", "vae_path": "{autoencoder}", "data_dir": "{data}"}),
+    ("make_microdoppler", "out_dir", {"num_train": 1}),
+])
+def test_folder_in_use_is_refused_and_left_as_it_is(chain, call, tmp_path, script, flag, flags):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    flags = {name: str(value).format(**vars(chain)) for name, value in flags.items()}
+    with locked_folder(folder, "--logdir", "image_train_vae"):
+        check_error(call(script, **flags, **{flag: folder}),
+                    f"{folder} is in use by image_train_vae (process {os.getpid()} on {socket.gethostname()}, started ")
+        assert list(listing(folder)) == [".lock"]
+    assert not listing(folder)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -878,8 +912,8 @@ def other_autoencoder(chain, tmp_path_factory):
     weights, header = checkpoint_util.load_weights(chain.autoencoder / "model000002.pt")
     for value in weights.values():
         value.mul_(1.1)
-    checkpoint_util.save_weights(folder / "model000001.pt", weights, {**header, "step": 1})
-    checkpoint_util.commit(folder, 1, ["model000001.pt"], {})
+    saved = checkpoint_util.save_weights(folder / "model000001.pt", weights, {**header, "step": 1})
+    checkpoint_util.commit(folder, 1, {"model000001.pt": saved}, {})
     return folder
 
 

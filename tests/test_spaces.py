@@ -231,9 +231,14 @@ def test_open_latents_resumed_run_keeps_its_first_statistics(images, cache, tmp_
     header = training.diffusion_header(source, Space(codec, normalizer), MODEL, PROCESS)
     create_run(folder=folder).save_config(header)
     assert open_with(4)[0].statistics != source.statistics  # config.json alone is not a resumed run
-    checkpoint_util.commit(folder, 1, [], {})
+    checkpoint_util.commit(folder, 1, {}, {})
     assert open_with(4)[0].statistics == source.statistics
-    (folder / "config.json").write_text("{")
+    text = (folder / "config.json").read_text()
+    for corrupt, problem in (("{", "invalid JSON"), (text.replace('"channel_std"', '"channel_sTd"'), "is corrupt")):
+        (folder / "config.json").write_text(corrupt)
+        with pytest.raises(ValueError, match=f"config.json:? {problem}.*remove it"):
+            open_with(4)
+    (folder / "config.json").unlink()
     assert open_with(4)[0].statistics["channel_std"] == pytest.approx(cache.statistics["channel_std"], rel=1e-5)
 
 
@@ -517,9 +522,8 @@ def test_load_sampler_run_folder_uses_the_largest_decay_of_the_last_step(model_p
     weights, header = checkpoint_util.load_weights(model_path)
     for step in (1, 2):
         names = [checkpoint_util.model_name(step), *(checkpoint_util.ema_name(rate, step) for rate in (0.9, 0.99))]
-        for name in names:
-            checkpoint_util.save_weights(folder / name, weights, {**header, "step": step, "classes": [name, "b"]})
-        checkpoint_util.commit(folder, step, names, {})
+        checkpoint_util.commit(folder, step, {name: checkpoint_util.save_weights(
+            folder / name, weights, {**header, "step": step, "classes": [name, "b"]}) for name in names}, {})
     assert load(folder).class_names == ["ema_0.99_000002.pt", "b"]
     assert f"--model_path {folder}: using ema_0.99_000002.pt" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--num_heads 7 conflicts with .*training/ema_0.99_000002.pt, trained"):
@@ -535,9 +539,8 @@ def test_load_sampler_run_folder_hashes_and_opens_one_file_once(model_path, tmp_
     folder.mkdir()
     weights, header = checkpoint_util.load_weights(model_path)
     names = ["model000001.pt", "ema_0.9_000001.pt", "opt000001.pt"]
-    for name in names:
-        checkpoint_util.save_weights(folder / name, weights, header)
-    checkpoint_util.commit(folder, 1, names, {})
+    checkpoint_util.commit(
+        folder, 1, {name: checkpoint_util.save_weights(folder / name, weights, header) for name in names}, {})
     for function in ("sha256_of_file", "load"):
         original = getattr(checkpoint_util, function)
         monkeypatch.setattr(checkpoint_util, function, lambda path, *args, name=function, original=original: (
@@ -827,8 +830,8 @@ def test_load_classifier_rebuilds_from_run_folder_or_file(tmp_path):
     model, _ = build_classifier(CLASSIFIER, PROCESS, (1, 16, 64))
     header = {"kind": "classifier", "latent_shape": [1, 16, 64], "model": as_dict(CLASSIFIER),
               "diffusion": as_dict(PROCESS), "classes": ["a", "b", "c"], "data": {}}
-    checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)
-    checkpoint_util.commit(tmp_path, 1, ["model000001.pt"], {})
+    saved = checkpoint_util.save_weights(tmp_path / "model000001.pt", model.state_dict(), header)
+    checkpoint_util.commit(tmp_path, 1, {"model000001.pt": saved}, {})
     for path in (tmp_path, tmp_path / "model000001.pt"):
         weights = loading.open_weights(path, "--classifier_path")
         loaded = loading.load_classifier(weights)

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import inspect
 import math
@@ -950,7 +951,7 @@ def test_step_is_saved_before_its_preview_and_its_marker_completed_after(tmp_pat
 
     line(tmp_path / "with", 5, save_interval=4, preview_interval=4, preview=preview, monitor="val_psnr")
     assert seen == [(4, [4]), (5, [4, 5])]
-    assert sorted(hashed) == sorted(f"{name}{step:06d}.pt" for name in ("model", "ema_0.9_", "opt") for step in (4, 5))
+    assert hashed == []     # they were hashed while they were written
     line(tmp_path / "without", 5, save_interval=4)
     for step, measured in ((4, 4.0), (5, 3.0)):
         one, other = (checkpoint_util.read_marker(tmp_path / name, step) for name in ("with", "without"))
@@ -1217,10 +1218,41 @@ def test_files_of_an_interrupted_save_are_ignored(tmp_path, capsys):
     shutil.copy(tmp_path / "model000002.pt", tmp_path / "model000004.pt")
     (tmp_path / ".model000005.pt.99.part").write_bytes(b"half")
     (tmp_path / ".state000005.json.99.part").write_text("{}")
+    torch.save({"w": torch.ones(1)}, tmp_path / "model000006.pt")   # of another project
     assert line(tmp_path, 2).resume_step == 2
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model000002.pt", "model000006.pt"]
     (tmp_path / "state000002.json").unlink()
     assert line(tmp_path, 2, formats=["stdout"]).resume_step == 0
-    assert "model000002.pt, model000004.pt but no marker" in capsys.readouterr().out
+    assert "model000002.pt, model000006.pt but no marker" in capsys.readouterr().out
+
+
+def test_failed_save_leaves_no_files_and_the_steps_before_it(tmp_path, monkeypatch):
+    line(tmp_path, 2)
+    before, save = sorted(tmp_path.iterdir()), checkpoint_util.save
+
+    def full_disk(path, content):
+        if Path(path).name == "opt000004.pt":
+            raise OSError(28, "No space left on device")
+        return save(path, content)
+
+    monkeypatch.setattr(checkpoint_util, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        line(tmp_path, 4)
+    assert sorted(tmp_path.iterdir()) == before and checkpoint_util.committed_steps(tmp_path) == [2]
+    monkeypatch.undo()
+    assert line(tmp_path, 4).resume_step == 2
+
+
+def test_run_whose_folder_is_removed_ends_with_one_error(tmp_path):
+    folder = tmp_path / "run"
+
+    def remove(step):
+        shutil.rmtree(folder)
+
+    for save_interval, log_interval in ((2, 10), (4, 10), (10, 3)):     # noticed in the marker, a checkpoint, the log
+        with pytest.raises(FileNotFoundError, match="run was removed during the run"):
+            line(folder, 5, save_interval=save_interval, log_interval=log_interval, preview_interval=2, preview=remove)
+        assert not folder.exists()
 
 
 def test_resuming_another_configuration_names_the_differences(tmp_path):
@@ -1260,7 +1292,8 @@ def test_run_without_logdir_branches_off_the_given_checkpoint(tmp_path, monkeypa
     logger.reset()
     monkeypatch.chdir(tmp_path)
     run = Run("image_train", [RunConfig(), TrainConfig(resume_checkpoint=str(tmp_path / "a/model000002.pt"))], {})
-    run.open_folder(trains=True)
+    with contextlib.ExitStack() as held:
+        run.open_folder(True, held)
     assert run.checkpoint[0]["step"] == 2 and run.checkpoint[1] == tmp_path / "a" != run.folder
 
 

@@ -12,6 +12,7 @@ from launches import Launches
 from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from guided_diffusion_vae.config import as_dict, from_dict, option
+from guided_diffusion_vae.files import sha256_of_file
 from guided_diffusion_vae.vae.posterior import sample_moments
 from guided_diffusion_vae.vae.tiling import blend_tiles
 from guided_diffusion_vae.vae import foreign
@@ -241,7 +242,9 @@ def test_run_folder_gives_ema_weights_of_its_latest_step(tmp_path):
         names = [f"model{step:06d}.pt", f"ema_0.9_{step:06d}.pt", f"ema_0.999_{step:06d}.pt"]
         for i, name in enumerate(names):
             write_weights(tmp_path / name, seed=10 * step + i)
-        checkpoint_util.commit(tmp_path, step, names, {})
+        files = {name: {"bytes": (tmp_path / name).stat().st_size, "sha256": sha256_of_file(tmp_path / name)}
+                 for name in names}
+        checkpoint_util.commit(tmp_path, step, files, {})
     (tmp_path / "config.json").write_text("{}")
     assert vae(tmp_path).fingerprint == vae(tmp_path / "ema_0.999_000002.pt").fingerprint
     assert vae(tmp_path).fingerprint != vae(tmp_path / "ema_0.999_000001.pt").fingerprint

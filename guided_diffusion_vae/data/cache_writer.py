@@ -1,7 +1,6 @@
 """Encode images or volumes into a latent cache."""
 
-import hashlib
-import json
+import contextlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import numpy as np
 
 from ..config import option, require, validate
 from ..files import (
-    atomic_path, file_errors, remove_stale_parts, require_regular_file, require_writable_folder, sha256_of_file,
-    write_json,
+    atomic_stream, locked_folder, read_record, remove_stale_parts, require_writable_folder,
+    sha256_of_file, sha256_of_json, write_record,
 )
 from ..interfaces import Codec, ImageSource
 from ..latent_datasets import (
@@ -48,7 +47,7 @@ def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, p
     :param barrier: waits for all ranks; required for more than one.
     :raises FileExistsError: if the folder contains other files and no cache.
     :raises ValueError: if there is a complete cache with other settings, or latents are not finite or exceed the type.
-    :raises OSError: if there is not enough space, or the folder is not writable.
+    :raises OSError: if there is not enough space, the folder is not writable, or another process encodes into it.
     """
     rank, num_ranks = part
     validate(config)
@@ -66,8 +65,18 @@ def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, p
                                      f"total); set {CACHE_FLAG} to a separate folder"), error=FileExistsError)
     fields = _manifest_fields(dataset, codec, config)
     key = _digest(fields)
-    if is_cache(folder):
-        return _reuse_finished(folder, key, codec)
+    barrier = barrier or (lambda: None)
+    with locked_folder(folder, CACHE_FLAG, "encode_dataset") if rank == 0 else contextlib.nullcontext():
+        barrier()   # no rank writes before rank 0 holds the lock
+        if is_cache(folder):
+            return _reuse_finished(folder, key, codec)
+        _encode(folder, key, fields, dataset, codec, config, part, progress, barrier, batch_size)
+    return LatentCache(folder)
+
+
+def _encode(folder, key, fields, dataset, codec, config, part, progress, barrier, batch_size):
+    """Write the shards of this rank that are missing and, on rank 0, the manifest."""
+    rank, num_ranks = part
     entries = len(dataset) * (2 if dataset.random_flip else 1)      # the second half are the flipped images
     shards = _shard_table(entries, config.shard_size or _usual_shard_size(entries))
     own = shards[rank::num_ranks]
@@ -81,13 +90,10 @@ def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, p
         for count in _encode_shard(folder, shard, key, fields, dataset, codec, batch_size):
             done += count
             report(done, total)
-    if barrier:
-        barrier()
+    barrier()
     if rank == 0:
         _write_manifest(folder, shards, key, fields, dataset)
-    if barrier:
-        barrier()
-    return LatentCache(folder)
+    barrier()
 
 
 def _manifest_fields(dataset, codec, config):
@@ -105,7 +111,7 @@ def _digest(fields):
     """Return the digest of everything that determines the latents; paths of autoencoder and images do not."""
     preprocessing = {name: value for name, value in fields["preprocessing"].items() if name != "data_dir"}
     hashed = {**fields, "autoencoder": fields["autoencoder"]["sha256"], "preprocessing": preprocessing}
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(hashed)
 
 
 def _usual_shard_size(entries):
@@ -126,8 +132,7 @@ def _record_path(folder, shard):
 def _record(folder, shard, key):
     """Return the record of a shard that is complete and has the settings of `key`, else None."""
     try:
-        require_regular_file(_record_path(folder, shard))
-        record = json.loads(_record_path(folder, shard).read_text())
+        record = read_record(_record_path(folder, shard))
         matches = record["made_from"] == key and {name: record[name] for name in shard} == shard
         return record if matches and sha256_of_file(folder / shard["file"]) == record["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -159,8 +164,7 @@ def _encode_shard(folder, shard, key, fields, dataset, codec, batch_size):
         add_stored(moments, narrow, fields["store"])
 
     try:
-        with (atomic_path(folder / shard["file"]) as part, open(part, "wb") as stream,
-              ThreadPoolExecutor(1, "write") as writer):
+        with atomic_stream(folder / shard["file"]) as stream, ThreadPoolExecutor(1, "write") as writer:
             layout = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
                       "shape": (count, *stored_shape(fields))}
             np.lib.format.write_array_header_1_0(stream, layout)
@@ -174,9 +178,8 @@ def _encode_shard(folder, shard, key, fields, dataset, codec, batch_size):
             written.result()
     finally:
         ahead.close()
-    sha256 = sha256_of_file(folder / shard["file"])
-    record = {**shard, "sha256": sha256, "made_from": key, "moments": moments.to_dict()}
-    write_json(_record_path(folder, shard), record)
+    record = {**shard, "sha256": stream.entry["sha256"], "made_from": key, "moments": moments.to_dict()}
+    write_record(_record_path(folder, shard), record)
 
 
 def _cast_and_write(stored, dtype, name, stream):
@@ -194,19 +197,18 @@ def _cast_and_write(stored, dtype, name, stream):
 def _write_manifest(folder, shards, key, fields, dataset):
     moments, table, files = RunningMoments(), [], {}
     for shard in shards:
-        with file_errors(_record_path(folder, shard), action=f"all ranks must use the same {CACHE_FLAG}"):
-            record = json.loads(_record_path(folder, shard).read_text())
+        record = read_record(_record_path(folder, shard), f"all ranks must use the same {CACHE_FLAG}")
         moments.merge(RunningMoments.from_dict(record["moments"]))
         table.append({**shard, "sha256": record["sha256"]})
     if dataset.labels is not None:
-        with atomic_path(folder / LABELS) as part, open(part, "wb") as stream:
+        with atomic_stream(folder / LABELS) as stream:
             np.save(stream, np.asarray(dataset.labels, np.int64))
-        files[LABELS] = sha256_of_file(folder / LABELS)
-    with atomic_path(folder / FILENAMES) as part:
-        part.write_text("".join(f"{name}\n" for name in dataset.names))
-    files[FILENAMES] = sha256_of_file(folder / FILENAMES)
+        files[LABELS] = stream.entry["sha256"]
+    with atomic_stream(folder / FILENAMES) as stream:
+        stream.write("".join(f"{name}\n" for name in dataset.names).encode())
+    files[FILENAMES] = stream.entry["sha256"]
     manifest = {**fields, "statistics": moments.statistics(), "made_from": key, "files": files, "shards": table}
-    write_json(folder / MANIFEST, manifest)
+    write_record(folder / MANIFEST, manifest)
     _remove_leftovers(folder, {shard["file"] for shard in shards})
 
 

@@ -1,10 +1,9 @@
 """The manifest of a latent cache: names, format and validation."""
 
-import json
 from pathlib import Path
 
 from ..config import require
-from ..files import file_errors
+from ..files import read_record
 
 CACHE_FLAG = "--cache_dir"
 FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
@@ -27,15 +26,14 @@ def read_manifest(folder):
     """Return the manifest of a cache.
 
     :raises FileNotFoundError: if there is none.
-    :raises ValueError: if it has another format or version, an entry is missing or invalid, or a file is outside of the
-        folder.
+    :raises ValueError: if it differs from its SHA-256, has another format or version, an entry is missing or invalid,
+        or a file is outside of the folder.
     """
     path = folder / MANIFEST
     require((path.exists(), f"{folder} is not a latent cache: it contains no {MANIFEST}; if encoding was interrupted, "
                             f"run scripts/encode_dataset.py again, else check {CACHE_FLAG}"), error=FileNotFoundError)
-    with file_errors(path, "invalid JSON", REENCODE_HINT):
-        manifest = json.loads(path.read_text())
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
+    manifest = read_record(path, REENCODE_HINT)
+    found = manifest.get("format"), manifest.get("version")
     require((found == (FORMAT, VERSION), f"{path}: expected format {FORMAT!r}, version {VERSION}, got format "
                                          f"{found[0]!r}, version {found[1]!r}; {REENCODE_HINT}"))
     wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name, ()), kind)]

@@ -17,7 +17,6 @@ echo is then the complex conjugate of the reversed one. A tap toward the sensor 
 class with the flipped images is a motion that a hand can make.
 """
 
-import json
 import math
 import os
 import shutil
@@ -361,13 +360,18 @@ def write_dataset(config):
     and val/ is renamed to its name when complete.
 
     :raises ValueError: if the folder contains anything else, or parameters conflict.
-    :raises OSError: if the folder is not writable.
+    :raises OSError: if the folder is not writable, or another process writes into it.
     """
-    from tqdm import tqdm
-
     check_parameters(config)
     require((config.out_dir, "no folder specified; set --out_dir"))
     folder = files.require_writable_folder(config.out_dir, "--out_dir")
+    with files.locked_folder(folder, "--out_dir", "make_microdoppler"):
+        return _write_missing(folder, config)
+
+
+def _write_missing(folder, config):
+    from tqdm import tqdm
+
     _claim(folder, config)
     names = {split: [f"{motion}_{i:05d}.png" for motion in class_names(config) for i in range(count)]
              for split, count in zip(SPLITS, (config.num_train, config.num_val)) if count}
@@ -392,16 +396,15 @@ def _claim(folder, config):
     """Write dataset.json into an empty folder, or check that the existing one describes the same dataset."""
     path, record = folder / METADATA_FILE, _record(config)
     if not path.exists():
-        others = sorted(other.name for other in folder.iterdir() if other.name != STAGING)
+        others = sorted(other.name for other in folder.iterdir() if other.name not in (STAGING, files.LOCK_FILE))
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         require((not others, f"{folder} contains other data ({names}) and no {METADATA_FILE}; set --out_dir to a new "
                              "or empty folder"))
-        return files.write_json(path, record)
-    files.require_regular_file(path, "set --out_dir to another folder")
+        return files.write_record(path, record)
     try:
-        stored = json.loads(path.read_text())
+        stored = files.read_record(path, "set --out_dir to another folder")
         stored = {"simulation": stored["simulation"], **stored["parameters"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a simulated dataset; set --out_dir to another folder") from error
     requested = {"simulation": SIMULATION, **record["parameters"]}
     differing = [f"{key} is {stored.get(key)} there, {requested.get(key)} here" for key in {**requested, **stored}

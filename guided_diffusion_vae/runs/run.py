@@ -1,5 +1,6 @@
 """One execution of a script: its configs, the flags that were set, its folder, log, header and report."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,10 +11,15 @@ from pathlib import Path
 from .. import dist_util, logger
 from ..checkpoint_util import committed_steps
 from ..config import as_dict, option, section_name
-from ..files import remove_stale_parts, require_writable_folder, write_json
+from ..files import (
+    LOCK_FILE, locked_folder, read_record, remove_stale_parts, require_writable_folder, write_json, write_record,
+)
 from ..train_util import find_checkpoint
 from .flags import argparser, flag_names, parse_explicit
 from .flags import drop_fields as drop_fields, select_fields as select_fields  # scripts take all they need from here
+
+
+CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass
@@ -69,11 +75,9 @@ class Run:
     @property
     def resumed_header(self):
         """The header of the run that is resumed in the folder, {} if none is."""
-        if self.folder and committed_steps(self.folder):
-            try:
-                return json.loads((self.folder / "config.json").read_text())["header"]
-            except (OSError, ValueError, KeyError):
-                pass    # the checkpoint itself is verified on resuming; this file is an addition to it
+        path = self.folder and self.folder / CONFIG_FILE
+        if path and path.exists() and committed_steps(self.folder):
+            return read_record(path, "remove it: the checkpoints have their own headers").get("header", {})
         return {}
 
     def save_config(self, header):
@@ -83,7 +87,7 @@ class Run:
         """
         if dist_util.rank() == 0:
             content = {"script": self.script, "header": header, "flags": self._by_section()}
-            write_json(self.folder / "config.json", content)
+            write_record(self.folder / CONFIG_FILE, content)
 
     def write_report(self, report):
         """Write metrics.json (rank 0), renamed keys under their old names too, and print the numbers by name."""
@@ -96,11 +100,12 @@ class Run:
         if dist_util.rank() == 0 and self.folder and self.folder.is_dir():   # a dry run creates none
             print(f"run folder: {self.folder}", flush=True)
 
-    def open_folder(self, trains):
-        """Open the folder and its log; a dry run prints the configuration instead.
+    def open_folder(self, trains, held):
+        """Open and lock the folder, and open its log; a dry run prints the configuration instead.
 
         :param trains: True if the script resumes the checkpoint in the folder and continues its curves.
-        :raises OSError: if the folder cannot be written.
+        :param held: ExitStack that releases the lock.
+        :raises OSError: if the folder cannot be written, or another process writes into it.
         """
         folder = self[RunConfig].logdir or os.environ.get("OPENAI_LOGDIR")
         self.folder = Path(folder) if folder else None
@@ -108,13 +113,9 @@ class Run:
             return self._print_configuration()
         if folder and self.setting("fast_dev_run"):
             self.folder = self.folder / "fast_dev_run"  # separate, so that no run resumes from a smoke test
-            if dist_util.rank() == 0 and self.folder.exists():
-                shutil.rmtree(self.folder)
-            dist_util.barrier()
         if folder:
             require_writable_folder(self.folder, "--logdir")
-            if dist_util.rank() == 0:
-                remove_stale_parts(self.folder)
+            self._lock(held, clear=self.setting("fast_dev_run"))
             if trains:
                 self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
         marker = self.checkpoint[0]
@@ -124,8 +125,20 @@ class Run:
         logger.configure(dir=self.folder, format_strs=formats, resume_step=marker and marker["step"])
         logger.log(f"run folder: {logger.get_dir()}")
         self.folder = Path(logger.get_dir())
+        if not folder:
+            self._lock(held)
         if trains and not folder:   # a new folder has no curves to continue, but may branch off another run
             self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
+
+    def _lock(self, held, clear=False):
+        """Lock the folder on rank 0 and remove what killed runs left in it, or all; other ranks wait until then."""
+        if dist_util.rank() == 0:
+            held.enter_context(locked_folder(self.folder, "--logdir", self.script, logger.warn))
+            remove_stale_parts(self.folder)
+            for path in self.folder.iterdir() if clear else ():
+                if path.name != LOCK_FILE:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        dist_util.barrier()
 
     def _print_configuration(self):
         if dist_util.rank() == 0:
@@ -185,14 +198,15 @@ def script(doc, *classes, trains=False):
         def main():
             run = Run(Path(body.__code__.co_filename).stem, *parse_explicit(doc, *classes), flags=flag_names(*classes))
             dist_util.setup_dist(run[dist_util.LaunchConfig].collective_timeout_minutes)
-            if RunConfig in run:
-                run.open_folder(trains)
-            try:
-                body(run)
-            except SystemExit:      # a failed check, not an error: its folder is of interest, too
+            with contextlib.ExitStack() as held:
+                if RunConfig in run:
+                    run.open_folder(trains, held)
+                try:
+                    body(run)
+                except SystemExit:      # a failed check, not an error: its folder is of interest, too
+                    run.finish()
+                    raise
                 run.finish()
-                raise
-            run.finish()
 
         main.argparser = functools.partial(argparser, doc, *classes)
         return main

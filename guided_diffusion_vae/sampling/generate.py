@@ -1,6 +1,5 @@
 """Generate samples on all ranks and write them; an interrupted run resumes."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from .. import dist_util, logger
 from ..config import require, validate
 from ..data import open_npz, to_uint8, write_nifti, write_npz
-from ..files import atomic_path, write_json
+from ..files import atomic_path, atomic_stream, read_record, write_record
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 
 GRID_SIZE = 64  # samples on a contact sheet without classes
@@ -53,7 +52,7 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
             for row, i in enumerate(indices):
                 prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
                 _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing)
-        with atomic_path(_shard_path(shards, indices)) as part, open(part, "wb") as stream:
+        with atomic_stream(_shard_path(shards, indices)) as stream:
             np.save(stream, np.moveaxis(images, 1, -1))
         logger.log(f"created {indices.stop} samples")
     dist_util.barrier()
@@ -89,7 +88,7 @@ def _write_one(folder, stem, image, spacing):
                 write_nifti(volume, image, spacing)
                 volume.rename(part)
         except ImportError:     # nibabel is an extra
-            with atomic_path(folder / "volumes" / f"{stem}.npy") as part, open(part, "wb") as stream:
+            with atomic_stream(folder / "volumes" / f"{stem}.npy") as stream:
                 np.save(stream, image)
 
 
@@ -101,13 +100,12 @@ def _check_settings(shards, png, sampler, classes, config):
                     "batch_size": config.batch_size, "image_shape": list(sampler.image_shape),
                     "png": config.save_individual}
         record = shards / SETTINGS_FILE
-        try:
-            found = json.loads(record.read_text())
-        except (OSError, ValueError):   # missing, or truncated by a kill before any shard was written
+        if not record.exists():
             owned = len(sampler.image_shape) - 2 if config.save_individual else 0
             _start_folders(shards, (png, png.with_name("volumes")), owned)
-            write_json(record, settings)
+            write_record(record, settings)
         else:
+            found = read_record(record, "remove its folder")
             other = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
             require((not other, f"{shards} contains an unfinished run with another {', '.join(other)}; use the same "
                      "flags to resume it, use another --logdir, or remove the folder"))

@@ -66,7 +66,9 @@ class Source:
     @functools.cached_property
     def weights(self) -> tuple[dict, dict | None]:
         """(state dict, header) of a weights file; the header is None for files of other projects and for folders."""
-        return checkpoint_util.load_weights(self.path, flag=FLAG) if self.path.is_file() else ({}, None)
+        if not self.path.is_file():
+            return {}, None
+        return checkpoint_util.load_weights(checkpoint_util.latest_weights(self.path, FLAG), flag=FLAG)
 
 
 def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedAutoencoder:

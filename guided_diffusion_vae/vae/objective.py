@@ -107,12 +107,13 @@ class DiscriminatorTrainer:
         self.mp_trainer.optimize(self.opt)
         self.mp_trainer.zero_grad()
 
-    def save(self, folder: Path, step: int, header: dict) -> tuple[list[str], dict]:
-        """Write weights and optimizer; return (names of the files, entries of the marker)."""
+    def save(self, folder: Path, step: int, header: dict) -> tuple[dict, dict]:
+        """Write weights and optimizer; return ({name: size and SHA-256}, entries of the marker)."""
         names = [checkpoint_util.discriminator_name(step), checkpoint_util.discriminator_optimizer_name(step)]
-        checkpoint_util.save_weights(folder / names[0], self.network.state_dict(), {**header, "kind": "discriminator"})
-        checkpoint_util.save(folder / names[1], self.opt.state_dict())
-        return names, {"discriminator_lg_loss_scale": float(self.mp_trainer.lg_loss_scale)}
+        header = {**header, "kind": "discriminator"}
+        saved = (checkpoint_util.save_weights(folder / names[0], self.network.state_dict(), header),
+                 checkpoint_util.save(folder / names[1], self.opt.state_dict()))
+        return dict(zip(names, saved)), {"discriminator_lg_loss_scale": float(self.mp_trainer.lg_loss_scale)}
 
     def load(self, folder: Path, marker: dict, device) -> None:
         """Load the discriminator of a step; without its files, as from before it was enabled, it starts as it is."""
