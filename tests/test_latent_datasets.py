@@ -214,6 +214,18 @@ def test_interrupted_encoding_resumes(tmp_path, cached):
     assert cache.manifest == cached("unbroken").manifest and not list(folder.glob("latents-*.json"))
 
 
+def test_encoding_killed_after_its_manifest_leaves_no_records(tmp_path, cached, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def kill(folder):
+            raise KeyboardInterrupt
+        patch.setattr(cache_writer, "_remove_leftovers", kill)
+        cached()
+    assert len(list((tmp_path / "cache").glob("latents-*.json"))) == 3
+    cached()
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(
+        path.name for path in cached("unbroken").folder.iterdir())
+
+
 def first_report(cached, **fields):
     seen = []
     cached(progress=lambda done, total: seen.append(done), **fields)

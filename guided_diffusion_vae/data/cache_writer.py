@@ -17,7 +17,9 @@ from ..latent_datasets import (
     LatentCache, add_stored, encode_for_storage, group_name, is_cache, require_finite, require_same_autoencoder,
 )
 from . import Prefetcher, RunningMoments
-from .manifest import CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, stored_shape
+from .manifest import (
+    CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, read_manifest, stored_shape,
+)
 
 
 @dataclass
@@ -68,9 +70,13 @@ def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, p
     barrier = barrier or (lambda: None)
     with locked_folder(folder, CACHE_FLAG, "encode_dataset") if rank == 0 else contextlib.nullcontext():
         barrier()   # no rank writes before rank 0 holds the lock
-        if is_cache(folder):
-            return _reuse_finished(folder, key, codec)
-        _encode(folder, key, fields, dataset, codec, config, part, progress, barrier, batch_size)
+        if not is_cache(folder):
+            _encode(folder, key, fields, dataset, codec, config, part, progress, barrier, batch_size)
+        elif rank == 0:
+            _check_finished(folder, key, codec)
+        if rank == 0:
+            _remove_leftovers(folder)
+        barrier()
     return LatentCache(folder)
 
 
@@ -93,7 +99,6 @@ def _encode(folder, key, fields, dataset, codec, config, part, progress, barrier
     barrier()
     if rank == 0:
         _write_manifest(folder, shards, key, fields, dataset)
-    barrier()
 
 
 def _manifest_fields(dataset, codec, config):
@@ -209,11 +214,11 @@ def _write_manifest(folder, shards, key, fields, dataset):
     files[FILENAMES] = stream.entry["sha256"]
     manifest = {**fields, "statistics": moments.statistics(), "made_from": key, "files": files, "shards": table}
     write_record(folder / MANIFEST, manifest)
-    _remove_leftovers(folder, {shard["file"] for shard in shards})
 
 
-def _remove_leftovers(folder, files):
-    """Remove the records of encoding, and the shards of another number or size that they belong to."""
+def _remove_leftovers(folder):
+    """Remove the records of encoding, and the shards that they belong to if these are not those of the manifest."""
+    files = {shard["file"] for shard in read_manifest(folder)["shards"]}
     for record in folder.glob("latents-*-of-*.json"):
         shard = record.with_suffix(".npy")
         if shard.name not in files:
@@ -221,9 +226,9 @@ def _remove_leftovers(folder, files):
         record.unlink()
 
 
-def _reuse_finished(folder, key, codec):
+def _check_finished(folder, key, codec):
+    """Check that a complete cache has the settings of `key`, and its files."""
     cache = LatentCache(folder)
-    cache.verify()
     if cache.manifest["made_from"] != key:
         require_same_autoencoder(cache, codec)
         settings = {"store": cache.manifest["store"], "latent_dtype": cache.manifest["dtype"],
@@ -231,4 +236,4 @@ def _reuse_finished(folder, key, codec):
         flags = ", ".join(f"--{name} {value}" for name, value in settings.items())
         raise ValueError(f"{folder} contains a cache of other images or settings ({cache.count} images of shape "
                          f"{cache.image_shape}, {flags}); choose another {CACHE_FLAG} or remove it")
-    return cache
+    cache.verify()
