@@ -5,6 +5,7 @@ All three return scaled latents (z * scale_factor; see the README on the latent 
 them and selects the items of each step.
 """
 
+import os
 import re
 import resource
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from .nn import to_device
 from .vae.posterior import sample_moments
 
 MAX_CHANNELS = 16       # of latents with one spatial axis: an array with more is an image without a channel axis
-SPARE_FILES = 256       # files that a process may have open in addition to a cache
+SPARE_FILES = 256       # files that a process may open in addition to its caches
 _SHARD_NAME = re.compile(r"latents-\d{5,}-of-\d{5,}\.npy")
 
 
@@ -64,7 +65,7 @@ class LatentCache(LatentSource):
         self.statistics = manifest["statistics"]
         self.draws_posterior = manifest["store"] == "moments"
         self.random_flip = manifest["flips"]
-        _allow_open_files(len(manifest["shards"]))
+        _allow_open_files(len(manifest["shards"]), self.folder)
         self._shards = [self._open_shard(shard) for shard in manifest["shards"]]
         self._firsts = np.array([shard["first"] for shard in manifest["shards"]])
         self._entries = self.count * (2 if self.random_flip else 1)     # the second half are the flipped images
@@ -166,9 +167,10 @@ class LatentCache(LatentSource):
         path, classes = self.folder / LABELS, len(self.class_names)
         labels = _open_array(path, REENCODE_HINT)
         valid = labels.dtype == np.int64 and labels.shape == (self.count,)
+        ends = f" from {labels.min()} to {labels.max()}" if valid else ""
         require((valid and 0 <= labels.min() and labels.max() < classes,
-                 f"{path}: expected {self.count} int64 labels of {classes} classes, got {labels.dtype} {labels.shape}; "
-                 f"{REENCODE_HINT}"))
+                 f"{path}: expected {self.count} int64 labels of {classes} classes, got {labels.dtype} {labels.shape}"
+                 f"{ends}; {REENCODE_HINT}"))
         return labels
 
 
@@ -361,17 +363,18 @@ def _open_array(path, action):
         return open_npy(path)
 
 
-def _allow_open_files(count):
-    """Raise the limit of open files of this process: each memory-mapped shard is one.
+def _allow_open_files(count, folder):
+    """Raise the limit of open files of this process by the shards of a cache, each of which is memory-mapped.
 
     :raises ValueError: if the limit cannot be raised that far.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    required = count + SPARE_FILES
+    opened = len(os.listdir("/dev/fd"))     # among them the shards of other caches
+    required = opened + count + SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < required:
         require((hard == resource.RLIM_INFINITY or hard >= required,
-                 f"the cache has {count} shards and this process may open {hard} files; raise the limit (ulimit -n "
-                 f"{required}), or encode with a larger --shard_size"))
+                 f"{folder} has {count} shards, and this process has {opened} open files and may open {hard}; raise "
+                 f"the limit (ulimit -n {required}), or encode with a larger --shard_size"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (required, hard))
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, open_npz, parse_size, permute_indices,
-    npz, open_archive, read_array, unpad,
+    map_labels, npz, open_archive, read_array, unpad,
 )
 from guided_diffusion_vae.data.decoding import read_header, read_values
 
@@ -564,6 +564,41 @@ def test_classes_missing_in_some_files_are_logged_and_named_if_required(tmp_path
     assert folder.class_names is None and len(logged) == 1 and logged[0].startswith(message)
     with pytest.raises(ValueError, match=f"{tmp_path} has no classes, required by --class_cond True .*; {message}"):
         ImageStream(folder, BatchPlan(2, 1), with_labels=True)
+
+
+def test_unknown_classes_are_named_with_the_first_of_their_files(tmp_path):
+    for name in ("cat_1.png", "dog_2.png", "dog_3.png", "emu_4.png"):
+        save(tmp_path, name, ramp(8, 8))
+    folder = folder_of(tmp_path)
+    assert map_labels(folder, ["emu", "dog", "cat"]).tolist() == [2, 1, 1, 0]
+    match = f"^{tmp_path} has classes dog, emu that the model does not have .first {tmp_path}/dog_2.png.; expected some"
+    with pytest.raises(ValueError, match=f"{match} of: cat, fox"):
+        map_labels(folder, ["cat", "fox"])
+
+
+def test_labels_without_names_are_compared_with_the_classes_of_a_model(tmp_path):
+    path = str(tmp_path / "set.npz")
+    np.savez(path, arr_0=np.zeros((3, 8, 8, 1), np.uint8), arr_1=[0, 1_000_000, 1])
+    with pytest.raises(ValueError, match=f"^{path} has labels up to 1000000: expected 0 to 1, the classes of the model "
+                                         ".a, b., as it has no names"):
+        map_labels(open_npz(path), ["a", "b"])
+    np.savez(path, arr_0=np.zeros((3, 8, 8, 1), np.uint8), arr_1=[0, 1, 1])
+    assert map_labels(open_npz(path), ["a", "b"]).tolist() == [0, 1, 1]
+    np.savez(path, arr_0=np.zeros((3, 8, 8, 1), np.uint8))
+    assert map_labels(open_npz(path), ["a", "b"]) is None
+
+
+@pytest.mark.parametrize("labels, problem", [
+    ([0, -2], "int64 of shape .2,. from -2 to 0"), ([0.5, 1.0], "float64 of shape .2,. from 0.5 to 1.0"),
+    (["a", "b"], "<U1 of shape .2,."),
+])
+def test_labels_of_samples_that_are_not_numbers_from_0_on_are_rejected(tmp_path, labels, problem):
+    path = str(tmp_path / "set.npz")
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 1), np.uint8), arr_1=labels)
+    with pytest.raises(ValueError, match=f"^{path}: arr_1 must be 2 integers >= 0, got {problem}$"):
+        open_npz(path)
+    with pytest.raises(ValueError, match=f"^{path}: 'labels' must be 2 integers >= 0, got {problem}$"):
+        ImageFolder(data_dir=path, image_size=8)
 
 
 @pytest.mark.parametrize("names", [("a_1.png", "b_2.png"), ("a/1.png", "b/2_2.png"), ("1.png", "2.png")])

@@ -413,9 +413,14 @@ def test_infer_model_config_takes_the_classes_of_the_data(cache):
     assert training.infer_model_config(MODEL, cache).num_classes == 0
     with pytest.raises(ValueError, match="--num_classes 7 conflicts with .*cache, which has 2; omit the flag"):
         training.infer_model_config(dataclasses.replace(MODEL, class_cond=True, num_classes=7), cache)
-    cache.class_names = None
+    cache.class_names = cache.labels = None
     with pytest.raises(ValueError, match="--class_cond True requires classes, .*cache has none: name the files"):
         training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache)
+    (cache.folder / "filenames.txt").write_text("a_1.png\nrest.png\nb_2.png")
+    with pytest.raises(ValueError, match="has none: .*rest.png has no class: .* got none for 1 of 3 files"):
+        training.infer_model_config(dataclasses.replace(MODEL, class_cond=True), cache)
+    with pytest.raises(ValueError, match="has no classes: .*rest.png has no class: .* got none for 1 of 3 files"):
+        training.infer_classifier_config(ClassifierConfig(), cache)
 
 
 # --- Models from checkpoints ---

@@ -218,13 +218,20 @@ def missing_classes(source: ImageSource | LatentSource) -> str:
     """Return a message on the files for which a source has no classes, an empty text if it has, or no file has one."""
     if source.labels is not None:
         return ""
-    names = source.names if isinstance(source, ImageSource) else source.filenames or ()
+    names = _item_names(source)
     # The rule that most files follow: in a subfolder, or CLASS_rest.
     rules = (lambda name: "/" in name), (lambda name: "_" in bf.basename(name))
     without = min(([name for name in names if not rule(name)] for rule in rules), key=len)
     return "" if len(without) in (0, len(names)) else (
         f"{bf.join(str(source.folder), without[0])} has no class: expected CLASS_rest or a subfolder for each file, "
         f"got none for {len(without)} of {len(names)} files; rename or remove them to use classes")
+
+
+def _item_names(source):
+    """Return the names of the items below the folder of a source; () if they are in one file, or have none."""
+    if str(source.folder).endswith(".npz"):
+        return ()
+    return source.names if isinstance(source, ImageSource) else getattr(source, "filenames", None) or ()
 
 
 def format_classes(source):
@@ -251,11 +258,18 @@ def require_labels(source: ImageSource | LatentSource, with_labels: bool) -> Non
 def map_labels(source: ImageSource | LatentSource, class_names: list[str]) -> np.ndarray | None:
     """Return the labels of a source as indices into `class_names` of a model.
 
-    :raises ValueError: if the source has a class that the model does not have.
+    :raises ValueError: if the source has a class that the model does not have, with the first of its files.
     """
     if source.class_names is None:
+        highest = -1 if source.labels is None else np.max(source.labels, initial=-1)
+        require((highest < len(class_names), f"{source.folder} has labels up to {highest}: expected 0 to "
+                 f"{len(class_names) - 1}, the classes of the model ({', '.join(class_names)}), as it has no names"))
         return source.labels
     unknown = sorted(set(source.class_names) - set(class_names))
-    require((not unknown, f"{source.folder} has classes {', '.join(unknown)} that the model does not have; expected "
-                          f"some of: {', '.join(class_names)}"))
+    if unknown:
+        files = np.flatnonzero(source.labels == source.class_names.index(unknown[0]))
+        names = _item_names(source)
+        first = f" (first {bf.join(str(source.folder), names[files[0]])})" if names and len(files) else ""
+        raise ValueError(f"{source.folder} has classes {', '.join(unknown)} that the model does not have{first}; "
+                         f"expected some of: {', '.join(class_names)}")
     return np.array([class_names.index(name) for name in source.class_names])[source.labels]

@@ -127,8 +127,7 @@ def archive_classes(path, labels, count, names=None) -> list[str]:
     :raises ValueError: if labels are not integers from 0 on, or a label has no name; without names they have to be
         consecutive, so that one wrong label does not make a million classes.
     """
-    valid = labels.shape == (count,) and labels.dtype.kind in "iu" and labels.min(initial=0) >= 0
-    require((valid, f"{path}: 'labels' must be {count} integers >= 0, got {labels.dtype} of shape {labels.shape}"))
+    _check_labels(path, "'labels'", labels, count)
     found = np.unique(labels)
     classes = np.arange(len(found)).astype(str) if names is None else names
     distinct = classes.ndim == 1 and classes.dtype.kind == "U" and len({*classes.tolist(), ""}) == len(classes) + 1
@@ -141,6 +140,12 @@ def archive_classes(path, labels, count, names=None) -> list[str]:
              f"{path}: 'labels' do not number {len(classes)} classes: expected 0 to {len(classes) - 1}, as {source}, "
              f"got {_shorten(outside)}{holes}; renumber them, or add 'class_names' for all of them"))
     return classes.tolist()
+
+
+def _check_labels(path, name, labels, count):
+    ends = f" from {labels.min()} to {labels.max()}" if labels.size and labels.dtype.kind in "iuf" else ""
+    valid = labels.shape == (count,) and labels.dtype.kind in "iu" and labels.min(initial=0) >= 0
+    require((valid, f"{path}: {name} must be {count} integers >= 0, got {labels.dtype} of shape {labels.shape}{ends}"))
 
 
 def _shorten(numbers):
@@ -189,7 +194,7 @@ def open_npz(path, content=None) -> Samples:
     """Return the `Samples` of an .npz in guided-diffusion's layout; images are read on access.
 
     :param content: what `open_archive` returns for it, if it is open already.
-    :raises ValueError: if there is no arr_0 of 8-bit images, or arr_1 has another length.
+    :raises ValueError: if there is no arr_0 of 8-bit images, or arr_1 has another length or other values than labels.
     """
     content = open_archive(path) if content is None else content
     images, labels, names = content.get("arr_0"), content.get("arr_1"), content.get("class_names")
@@ -203,4 +208,6 @@ def open_npz(path, content=None) -> Samples:
     )
     if labels is not None and names is not None:
         archive_classes(path, labels, len(images), names)
+    elif labels is not None:
+        _check_labels(path, "arr_1", labels, len(images))
     return Samples(path, images, labels, None if names is None else names.tolist())

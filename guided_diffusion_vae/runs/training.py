@@ -8,7 +8,7 @@ import torch
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
 from ..config import as_dict, format_shape, resolve
-from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, open_folder
+from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, missing_classes, open_folder
 from ..evaluation import ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective
@@ -239,8 +239,9 @@ def infer_model_config(config, source):
     """
     classes = len(source.class_names or ()) if config.class_cond else 0
     if config.class_cond and not classes:
-        raise ValueError(f"--class_cond True requires classes, {source.folder} has none: name the files "
-                         "<class>_<rest>.png or use one subfolder per class (and re-encode)")
+        remedy = "name the files <class>_<rest>.png or use one subfolder per class (and re-encode)"
+        raise ValueError(f"--class_cond True requires classes, {source.folder} has none: "
+                         f"{missing_classes(source) or remedy}")
     if config.num_classes and not config.class_cond:
         raise ValueError(f"--num_classes {config.num_classes} has no effect without --class_cond True; set that flag "
                          "alone, the number follows from the data")
@@ -254,8 +255,8 @@ def infer_classifier_config(config, source):
     :raises ValueError: if flags conflict with the data, or it has no classes.
     """
     if not source.class_names:
-        raise ValueError(f"{source.folder} has no classes: name the files <class>_<rest>.png or use one subfolder per "
-                         "class")
+        remedy = "name the files <class>_<rest>.png or use one subfolder per class"
+        raise ValueError(f"{source.folder} has no classes: {missing_classes(source) or remedy}")
     facts = {"classifier_in_channels": source.latent_shape[0], "classifier_dims": len(source.latent_shape) - 1,
              "classifier_num_classes": len(source.class_names)}
     return _apply_facts(config, facts, source.folder)
