@@ -165,12 +165,12 @@ def schedule_of(kind):
 
 def train_sharded(folder, part):
     """Train the cached kind sharded over the ranks: full, resumed, and by microbatches."""
+    schedule = schedule_of("cached")
     if part == "again":
-        train(folder, "2/sharded-resumed", "cached", END, start=1, fsdp=True)
+        train(folder, "2/sharded-resumed", "cached", END, schedule=schedule, start=1, fsdp=True)
         return
-    train(folder, "2/sharded-equal", "cached", EQUAL_STEPS, fsdp=True)
-    train(folder, "2/sharded-full", "cached", END, fsdp=True)
-    train(folder, "2/sharded-resumed", "cached", END, fsdp=True, interrupt=STOP)
+    train(folder, "2/sharded-full", "cached", END, schedule=schedule, fsdp=True)
+    train(folder, "2/sharded-resumed", "cached", END, schedule=schedule, fsdp=True, interrupt=STOP)
     train(folder, "2/sharded-micro", "cached", 4, microbatch=1, fsdp=True)
 
 

@@ -838,6 +838,29 @@ def test_flip_mask_has_probability_one_half():
     assert abs(heads - 0.5) < 5 * 0.5 / np.sqrt(3200)
 
 
+def test_order_and_flips_depend_on_seed_and_step():
+    orders = [BatchPlan(64, 32, seed=seed).indices(step).tolist() for seed in (0, 1) for step in (0, 1, 2)]
+    flips = [BatchPlan(64, 32, seed=seed).flip_mask(step).tolist() for seed in (0, 1) for step in (0, 1, 2)]
+    assert len({*map(tuple, orders)}) == len({*map(tuple, flips)}) == 6
+
+
+class EchoedSource:
+    """Labeled images that show what a stream requests: index, whether it is flipped, a random number."""
+
+    folder, labels, class_names, random_flip, random_crop = "echo", np.arange(7) * 10, list("abcdefg"), True, True
+
+    def batch(self, indices, flips, rngs):
+        return torch.tensor([[i, int(flip), rng.integers(10**6)] for i, flip, rng in zip(indices, flips, rngs)])
+
+
+def test_image_stream_requests_the_items_flips_and_generators_of_its_slots():
+    plan = BatchPlan(7, 3, rank=1, num_ranks=2, seed=5)
+    batch, conditioning = ImageStream(EchoedSource(), plan, with_labels=True).make_batch(4)
+    numbers = [np.random.default_rng([5, 4, slot]).integers(10**6) for slot in (3, 4, 5)]
+    assert batch.T.tolist() == [plan.indices(4).tolist(), plan.flip_mask(4).tolist(), numbers]
+    assert conditioning["y"].tolist() == (plan.indices(4) * 10).tolist()
+
+
 def test_fewer_items_than_a_step_are_rejected():
     with pytest.raises(ValueError, match="7 items are fewer than one step requires: --batch_size 4 on 2 ranks is 8"):
         BatchPlan(7, 4, num_ranks=2)
@@ -852,6 +875,12 @@ def test_prefetcher_returns_steps_in_order_and_respects_depth():
     assert made == list(range(3, 3 + len(made))) and len(made) <= 6 and not ahead._thread.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         ahead.next()
+
+
+def test_prefetcher_makes_every_stride_th_step():
+    ahead = Prefetcher(lambda step: step, start_step=3, stride=4, end_step=12)
+    assert [ahead.next() for _ in range(3)] == [3, 7, 11]
+    ahead.close()
 
 
 def test_prefetcher_raises_errors_of_its_thread():
@@ -880,6 +909,8 @@ def test_image_stream_seek_is_bit_exact(tmp_path):
         assert torch.equal(images, again) and torch.equal(extra["y"], labels["y"]) and labels["y"].dtype == torch.int64
     stream.close()
     assert stream.step == 4 and torch.equal(next(stream)[0], unbroken[4][0])
+    stream.seek(1)
+    assert torch.equal(next(stream)[0], unbroken[1][0])
     stream.close()
 
 

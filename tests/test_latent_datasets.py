@@ -551,6 +551,24 @@ def test_stream_is_normalized_with_noise_keyed_by_seed_step_and_slot(cached):
     stream.close()
 
 
+def test_every_step_and_slot_has_its_own_posterior_noise(cached):
+    cache, steps = cached(), range(2, 5)
+    stream = stream_of(cache, rank=1, num_ranks=2)
+    stream.steps_per_read = len(steps)
+    _, eps, _, _ = stream.make_batch(2)
+    assert torch.equal(eps, keyed_randn(cache.latent_shape, [(3, 1, step, slot) for step in steps for slot in (2, 3)]))
+
+
+def test_low_resolution_latents_are_normalized_like_x0(cached):
+    cache = cached(store="mode")
+    plan = BatchPlan(COUNT, 4, seed=3)
+    stream = LatentStream(cache, LatentNormalizer([0.5], [2.0], "none"), plan, "cpu", low_res=cache)
+    x0, conditioning = next(stream)
+    stream.close()
+    expected = (cache.latents(cache.read(plan.indices(0)), device="cpu") - 0.5) / 2
+    assert torch.allclose(x0, expected) and torch.allclose(conditioning["low_res"], expected)
+
+
 @pytest.mark.parametrize("mode", ["auto", "channel"])
 def test_batch_is_sent_to_the_device_without_synchronizing(cached, mode):
     """The meta device stands for a GPU: copies to it are seen, though nothing arrives."""
