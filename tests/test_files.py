@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion_vae import checkpoint_util, files, image_datasets
+from guided_diffusion_vae import checkpoint_util, image_datasets, locks
 from guided_diffusion_vae.data import DataConfig, ImageFolder, VolumeFolder, open_npz
 from guided_diffusion_vae.data.manifest import read_manifest
 from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig, write_dataset
 from guided_diffusion_vae.files import (
-    LOCK_FILE, FolderInUseError, atomic_path, atomic_stream, file_errors, load_tensors, locked_folder, read_record,
+    atomic_path, atomic_stream, file_errors, load_tensors, read_record,
     remove_stale_parts, require_folder, require_regular_file, require_writable_folder, sha256_of_file, write_json,
     write_record,
 )
 from guided_diffusion_vae.latent_datasets import LatentCache, open_latents
+from guided_diffusion_vae.locks import LOCK_FILE, FolderInUseError, locked_folder
 
 
 def names_in(folder):
@@ -256,9 +257,9 @@ def test_lock_is_held_by_another_process_and_released_by_its_death(tmp_path):
 
 
 def test_lock_of_another_host_is_refused_while_it_shows_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.4)
+    monkeypatch.setattr(locks, "TIMEOUT", 0.4)
     lock, messages, stop = hold(tmp_path, "gpu07"), [], threading.Event()
-    heart = threading.Thread(target=files._show_life, args=(lock, stop))
+    heart = threading.Thread(target=locks._show_life, args=(lock, stop))
     heart.start()
     try:
         with pytest.raises(FolderInUseError, match="in use by image_train_vae .process 1 on gpu07, started 2026-01-01"):
@@ -270,14 +271,14 @@ def test_lock_of_another_host_is_refused_while_it_shows_life(tmp_path, monkeypat
     assert "waiting up to 0.4 s" in messages[0]
     with locked_folder(tmp_path, "--logdir", "other", messages.append):     # no sign of life any more
         assert "gpu07" in messages[-1] and "has ended" in messages[-1]
-    monkeypatch.setattr(files, "LOCK_TIMEOUT", 60)
+    monkeypatch.setattr(locks, "TIMEOUT", 60)
     hold(tmp_path, "gpu07", age=7200)   # too old to be waited for
     with locked_folder(tmp_path, "--logdir", "other", messages.append):
         pass
 
 
 def test_holder_shows_life_and_leaves_the_lock_of_its_successor(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(locks, "TIMEOUT", 0.1)
     with locked_folder(tmp_path, "--logdir", "one"):
         lock = tmp_path / LOCK_FILE
         os.utime(lock, (0, 0))
@@ -292,8 +293,8 @@ def test_holder_shows_life_and_leaves_the_lock_of_its_successor(tmp_path, monkey
 
 
 def test_lock_without_support_of_the_file_system(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.4)
+    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(locks, "TIMEOUT", 0.4)
     with locked_folder(tmp_path, "--logdir", "one"):
         with pytest.raises(FolderInUseError, match="in use by one"):
             with locked_folder(tmp_path, "--logdir", "other", lambda message: None):

@@ -20,8 +20,8 @@ from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import open_npz
-from guided_diffusion_vae.files import locked_folder
 from guided_diffusion_vae.latent_datasets import LatentCache
+from guided_diffusion_vae.locks import locked_folder
 from guided_diffusion_vae.runs.factories import create_model
 from conftest import LAUNCHER_NAMES, ROOT, to_words
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from ..config import option, require, validate
 from ..files import (
-    atomic_stream, locked_folder, read_record, remove_stale_parts, require_writable_folder,
-    sha256_of_file, sha256_of_json, write_record,
+    atomic_stream, read_record, remove_stale_parts, require_writable_folder, sha256_of_file, sha256_of_json,
+    write_record,
 )
 from ..interfaces import Codec, ImageSource
+from ..locks import locked_folder
 from ..latent_datasets import (
     LatentCache, add_stored, encode_for_storage, group_name, is_cache, require_finite, require_same_autoencoder,
 )

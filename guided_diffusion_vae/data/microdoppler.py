@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .. import files
+from .. import files, locks
 from ..config import CommaSeparated, as_dict, option, require, size, validate
 from .config import parse_size
 
@@ -365,7 +365,7 @@ def write_dataset(config):
     check_parameters(config)
     require((config.out_dir, "no folder specified; set --out_dir"))
     folder = files.require_writable_folder(config.out_dir, "--out_dir")
-    with files.locked_folder(folder, "--out_dir", "make_microdoppler"):
+    with locks.locked_folder(folder, "--out_dir", "make_microdoppler"):
         return _write_missing(folder, config)
 
 
@@ -396,7 +396,7 @@ def _claim(folder, config):
     """Write dataset.json into an empty folder, or check that the existing one describes the same dataset."""
     path, record = folder / METADATA_FILE, _record(config)
     if not path.exists():
-        others = sorted(other.name for other in folder.iterdir() if other.name not in (STAGING, files.LOCK_FILE))
+        others = sorted(other.name for other in folder.iterdir() if other.name not in (STAGING, locks.LOCK_FILE))
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         require((not others, f"{folder} contains other data ({names}) and no {METADATA_FILE}; set --out_dir to a new "
                              "or empty folder"))

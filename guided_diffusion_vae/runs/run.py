@@ -11,9 +11,8 @@ from pathlib import Path
 from .. import dist_util, logger
 from ..checkpoint_util import committed_steps
 from ..config import as_dict, option, section_name
-from ..files import (
-    LOCK_FILE, locked_folder, read_record, remove_stale_parts, require_writable_folder, write_json, write_record,
-)
+from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
+from ..locks import LOCK_FILE, locked_folder
 from ..train_util import find_checkpoint
 from .flags import argparser, flag_names, parse_explicit
 from .flags import drop_fields as drop_fields, select_fields as select_fields  # scripts take all they need from here
