@@ -1,3 +1,4 @@
+import datetime
 import os
 import pickle
 import shutil
@@ -58,7 +59,10 @@ def start_under(launcher, script, restarts="0", **variables):
 def run_under(launcher, script, restarts="0", **variables):
     """Run Python source under a launcher and return the completed process."""
     process = start_under(launcher, script, restarts, **variables)
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()      # only if the time is over: the launcher then ends its ranks
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -183,6 +187,32 @@ dist_util.launch(main)
     assert process.returncode == 1 and process.stdout.count("met\n") == 2
     assert "rank 1 has waited 0.0 min for rank 0 (in <module>, nn.py line 1)" in process.stdout
     assert "error: rank 0: no sign of life of rank 1 within --collective_timeout_minutes 0.035" in process.stderr
+
+
+def test_objects_are_exchanged_once_all_ranks_have_arrived(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist_util, "barrier", lambda: calls.append("barrier"))
+    for name in ("all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(dist_util.dist, name, lambda *args, name=name, **kwargs: calls.append(name))
+    dist_util.gather_objects(1)
+    dist_util.broadcast_object(1)
+    assert calls == ["barrier", "all_gather_object", "barrier", "broadcast_object_list"]
+
+
+def test_collective_timeout_is_that_of_the_process_group(monkeypatch):
+    timeouts = []
+    monkeypatch.setattr(dist_util.dist, "init_process_group", lambda *args, timeout, **kwargs: timeouts.append(timeout))
+    monkeypatch.setattr(dist_util, "_ControlGroup", lambda store, timeout_s: timeouts.append(timeout_s))
+    monkeypatch.setattr(dist_util, "_control_group", None)
+    dist_util._connect(dist_util.dist.HashStore(), datetime.timedelta(minutes=3))
+    assert timeouts == [datetime.timedelta(minutes=3), 180]
+
+
+def test_any_rank_requires_connected_ranks(monkeypatch):
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    with pytest.raises(LaunchError, match=r"call dist_util.setup_dist\(\) first"):
+        dist_util.any_rank(True)
 
 
 def test_stop_signal_ends_all_ranks_at_the_same_step():

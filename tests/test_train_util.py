@@ -1140,6 +1140,13 @@ def test_step_whose_loss_is_not_finite_is_not_saved_and_the_last_good_one_kept(t
     assert same_bits(files_of(tmp_path, 2), files_of(tmp_path / "other", 2))
 
 
+def test_ranks_meet_after_a_step_is_saved(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(dist_util, "barrier", lambda: saved.append(sorted(p.name for p in tmp_path.glob("model*"))))
+    line(tmp_path, 4, save_interval=3)
+    assert saved == [["model000003.pt"], ["model000003.pt", "model000004.pt"]]
+
+
 def test_loss_that_is_not_finite_on_another_rank_is_not_saved(tmp_path, monkeypatch):
     loop = line(tmp_path, 2)
     loop.step += 1
