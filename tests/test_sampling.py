@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,6 +220,16 @@ def test_interrupted_run_resumes_from_shards_bitwise_identically(sampler, tmp_pa
                     for path in (tmp_path / name).rglob("*") if path.is_file()} for name in ("whole", "parts")}
     assert files["whole"] == files["parts"] and "samples_5x7x8x1.npz" in files["whole"]
     assert not (tmp_path / "parts/shards").exists()
+
+
+def test_folder_that_is_removed_while_sampling_raises_and_is_not_created_again(sampler, tmp_path):
+    def remove(x, t, **conditioning):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return sampler.model(x, t, **conditioning)
+
+    with pytest.raises(FileNotFoundError, match="run/shards was removed while samples were written"):
+        generate(dataclasses.replace(sampler, model=remove), tmp_path / "run", **FIVE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resumed_run_may_have_more_samples(sampler, tmp_path):
