@@ -2,7 +2,7 @@
 
 A launcher (MPI, torchrun or Slurm) starts the ranks and passes their rank information in environment variables. All
 communication is torch.distributed's: NCCL between GPUs, Gloo between CPUs. A single process needs neither: the
-functions below then return their arguments unchanged.
+functions below then return their arguments unchanged. Ranks end with their launcher, and together.
 
 OpenMP threads that spin while they wait take cores from other ranks. `OMP_WAIT_POLICY=PASSIVE` prevents it, but libgomp
 reads the variable when torch is imported: set it in the environment, it has no effect here.
@@ -73,7 +73,7 @@ class RankInfo(NamedTuple):
 
 MEMORY_ADVICE = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
 
-# Set by setup_dist; until then the environment is read, and there are no other ranks.
+# Both are set by setup_dist; until then rank and world size are read from the environment.
 _active_rank_info = None
 _control_group = None
 
