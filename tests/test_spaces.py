@@ -751,7 +751,7 @@ def test_likelihood_data_have_the_preprocessing_space_and_classes_of_the_model(m
         open_data(str(cache.folder))
 
 
-def test_features_are_those_of_the_space_of_the_model(guiding, cache, images, tmp_path):
+def test_extractors_encode_images_like_their_model(guiding, cache, images, tmp_path):
     def open_extractors(**paths):
         vae = VAEConfig(str(tmp_path / "vae.pt") if not paths else "")
         run = Run("evaluate", (EvaluateConfig(**paths), vae, DataConfig()), {})
