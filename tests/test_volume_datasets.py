@@ -147,6 +147,18 @@ def test_slope_and_intercept_of_a_header_are_applied(tmp_path):
     np.testing.assert_allclose(volumes.read(0)[0] * 126 - 10, values, atol=0.01)
 
 
+def test_intercept_of_a_header_with_slope_one_is_applied(tmp_path):
+    values = np.arange(-100, 28, 2, dtype=np.int16).reshape(4, 4, 4)
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.set_data_dtype(np.uint8)      # which cannot store negative values, as scanners store Hounsfield units
+    nibabel.save(image, tmp_path / "a.nii")
+    stored = nibabel.load(tmp_path / "a.nii").dataobj
+    assert stored.slope == 1 and stored.inter < 0
+    volumes = opened(tmp_path, "4x4x4", value_range="-100,100")
+    assert volumes.kinds == {"float32": 1}
+    np.testing.assert_allclose(volumes.read(0)[0] * 200 - 100, values, atol=1e-4)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_written_volumes_are_read_back(tmp_path, channels):
     values = np.random.default_rng(0).integers(0, 256, (channels, 4, 5, 6), np.uint8)
