@@ -8,12 +8,16 @@ import torch
 from PIL import Image
 
 from guided_diffusion_vae import checkpoint_util
+from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import open_npz
+from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig, LossType, ModelMeanType, ModelVarType
 from guided_diffusion_vae.interfaces import Process
 from guided_diffusion_vae.respace import space_timesteps
-from guided_diffusion_vae.runs.factories import PROCESSES, create_diffusion
+from guided_diffusion_vae.runs import factories
+from guided_diffusion_vae.runs.factories import PROCESSES, create_diffusion, create_gaussian_diffusion
 from guided_diffusion_vae.sampling import SAMPLERS
 from guided_diffusion_vae.sampling.solvers import applicable_samplers
+from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig, SuperResConfig
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -171,3 +175,70 @@ def test_process_without_a_required_method_cannot_be_constructed():
 
     with pytest.raises(TypeError, match="abstract"):
         Incomplete()
+
+
+# --- Factories ---
+
+
+@pytest.mark.parametrize("flags, mean, var, loss", [
+    ({}, "EPSILON", "FIXED_LARGE", "MSE"), ({"sigma_small": True}, "EPSILON", "FIXED_SMALL", "MSE"),
+    ({"learn_sigma": True, "rescale_learned_sigmas": True}, "EPSILON", "LEARNED_RANGE", "RESCALED_MSE"),
+    ({"use_kl": True, "predict_xstart": True}, "START_X", "FIXED_LARGE", "RESCALED_KL"),
+    ({"predict_v": True, "min_snr_gamma": 3.0, "rescale_timesteps": True}, "VELOCITY", "FIXED_LARGE", "MIN_SNR"),
+])
+def test_flags_select_prediction_variance_and_loss(flags, mean, var, loss):
+    process = create_gaussian_diffusion(steps=50, discrete_data=False, **flags)
+    assert (process.model_mean_type, process.model_var_type) == (ModelMeanType[mean], ModelVarType[var])
+    assert process.loss_type == LossType[loss] and process.min_snr_gamma == flags.get("min_snr_gamma", 0)
+    assert process.rescale_timesteps == flags.get("rescale_timesteps", False) and process.discrete_data is False
+    assert create_gaussian_diffusion(steps=50).discrete_data is True
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """Networks are the arguments of their classes."""
+    for name in ("UNetModel", "SuperResModel", "EncoderUNetModel"):
+        monkeypatch.setattr(factories, name, lambda name=name, **arguments: {"class": name, **arguments})
+
+
+@pytest.mark.parametrize("size, unet, classifier, upsampler", [
+    (512, (0.5, 1, 1, 2, 2, 4, 4), (0.5, 1, 1, 2, 2, 4, 4), (1, 1, 2, 2, 4, 4)),
+    (256, (1, 1, 2, 2, 4, 4), (1, 1, 2, 2, 4, 4), (1, 1, 2, 2, 4, 4)), (128, (1, 1, 2, 3, 4), (1, 1, 2, 3, 4), None),
+    (64, (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4)), (32, (1, 2, 2, 4), None, None), (16, (1, 2, 2), None, None),
+])
+def test_default_widths_are_those_of_the_released_networks(networks, size, unet, classifier, upsampler):
+    shape, model = (3, size // 2, size), ModelConfig(attention_resolutions="16,8")     # the longest side decides
+    build = factories.create_model_and_diffusion_vae
+    built = {"unet": build(shape, model, DiffusionConfig())[0]}
+    if classifier:
+        built["classifier"] = factories.build_classifier(ClassifierConfig(), DiffusionConfig(), shape)[0]
+    if upsampler:
+        built["upsampler"] = build(shape, model, DiffusionConfig(), SuperResConfig(large_size=size))[0]
+    expected = {"unet": unet, "classifier": classifier, "upsampler": upsampler}
+    assert {name: network["channel_mult"] for name, network in built.items()} == {
+        name: mult for name, mult in expected.items() if mult}
+    assert built["unet"]["attention_resolutions"] == (size // 16, size // 8)
+    assert "classifier" not in built or built["classifier"]["image_size"] == (size // 2, size)
+
+
+def test_networks_get_the_flags_and_the_facts_of_the_data(networks):
+    model = ModelConfig(num_channels=96, num_res_blocks=3, channel_mult="1,2", class_cond=True, num_classes=5,
+                        class_dropout=0.1, dropout=0.2, use_fp16=True)
+    diffusion = DiffusionConfig(learn_sigma=True)
+    network, process = factories.create_model_and_diffusion_vae((4, 8, 8, 8), model, diffusion)
+    facts = {"class": "UNetModel", "image_size": 8, "in_channels": 4, "out_channels": 8, "dims": 3, "num_classes": 6,
+             "model_channels": 96, "num_res_blocks": 3, "dropout": 0.2, "use_fp16": True}
+    assert network.items() >= facts.items() and process.discrete_data is False
+    network, process = factories.create_model_and_diffusion_vae((4, 8, 8, 8), model, diffusion, SuperResConfig(), True)
+    assert network.items() >= {**facts, "class": "SuperResModel"}.items() and process.discrete_data is True
+    config = ClassifierConfig(
+        classifier_width=128, classifier_depth=4, classifier_channel_mult="1,2", classifier_dims=3,
+        classifier_in_channels=4, classifier_num_classes=7, classifier_use_fp16=True,
+        classifier_attention_resolutions="4", classifier_pool="spatial",
+    )
+    network, process = factories.build_classifier(config, diffusion, (4, 8, 8, 8))
+    assert network.items() >= {
+        "class": "EncoderUNetModel", "image_size": 8, "in_channels": 4, "out_channels": 7, "model_channels": 128,
+        "num_res_blocks": 4, "num_head_channels": 64, "dims": 3, "use_fp16": True, "attention_resolutions": (2,),
+        "pool": "spatial", "channel_mult": (1, 2)}.items()
+    assert create_diffusion(as_dict(diffusion), discrete_data=False).discrete_data is False
