@@ -445,7 +445,7 @@ def test_unknown_class_raises(text, names, match):
 
 def test_classes_of_an_unconditional_model_raise():
     assert parse_classes("", 0) is None
-    with pytest.raises(ValueError, match="--classes 1: the model was trained without classes; omit the flag"):
+    with pytest.raises(ValueError, match="--classes 1: the samples have no classes; omit the flag"):
         parse_classes("1", 0)
 
 

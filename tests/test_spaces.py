@@ -12,7 +12,7 @@ from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
-from guided_diffusion_vae.data import DataConfig, ImageFolder, SmallCacheConfig
+from guided_diffusion_vae.data import DataConfig, ImageFolder, SmallCacheConfig, open_npz
 from guided_diffusion_vae.evaluation import EvaluateConfig, LikelihoodConfig
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache, LatentConfig, LatentFolder
@@ -23,8 +23,7 @@ from guided_diffusion_vae.runs.factories import build_classifier, create_diffusi
 from guided_diffusion_vae.runs.flags import parse_explicit
 from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.runs.spaces import Space
-from guided_diffusion_vae.sampling import BaseConfig, GuidanceConfig
-from guided_diffusion_vae.sampling.sampler import SamplingConfig
+from guided_diffusion_vae.sampling import BaseConfig, GuidanceConfig, SamplingConfig, generate_samples
 from guided_diffusion_vae.train_util import (
     ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop, seed_initialization,
 )
@@ -671,6 +670,21 @@ def test_classifier_free_guidance_extrapolates_from_the_null_class(guided_path, 
         load(model_path, "--cfg_scale", 3)
     with pytest.raises(ValueError, match="--cfg_interval 1,2 has no effect with --cfg_scale 1; set --cfg_scale"):
         load(guided_path, "--cfg_interval", "1,2")
+
+
+def test_scale_zero_gives_unconditional_samples_without_labels(guided_path, tmp_path):
+    plain, sampler = load(guided_path), load(guided_path, "--cfg_scale", 0)
+    x, t, null = torch.randn(2, 3, 4, 4), torch.tensor([3, 3]), torch.tensor([2, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(sampler.model(x, t), plain.model(x, t, y=null))
+    assert sampler.parse_classes("") is None and sampler.settings["cfg_scale"] == 0
+    with pytest.raises(ValueError, match="--classes a: the samples have no classes; omit the flag"):
+        sampler.parse_classes("a")
+    path = generate_samples(sampler, None, SamplingConfig(num_samples=2), tmp_path / "out", CPU)
+    assert open_npz(path).labels is None and open_npz(path).class_names is None
+    assert sorted(file.name for file in (tmp_path / "out/png").glob("*.png")) == ["000000.png", "000001.png"]
+    inside = load(guided_path, "--cfg_scale", 0, "--cfg_interval", "0.5,4")     # outside the class counts
+    assert inside.parse_classes("a") == [0]
 
 
 # --- Upsamplers ---

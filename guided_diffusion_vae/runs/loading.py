@@ -19,9 +19,8 @@ from ..evaluation import (
 from ..files import sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
-    OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, LowResConditioning, Sampler,
-    SamplingConfig, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
-    timesteps_in_interval,
+    OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, LowResConditioning, Sampler, SamplingConfig, Unconditional,
+    classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler, timesteps_in_interval,
 )
 from .factories import (
     NUM_CLASSES, ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig, build_classifier, create_diffusion,
@@ -187,6 +186,9 @@ def _classifier_free_guidance(config, network, diffusion, weights, fields):
             (timesteps or not interval, f"--cfg_interval {config.cfg_interval}: none of the {diffusion.num_timesteps} "
              "steps has a noise level inside; use a wider interval"))
     fields["settings"].update(cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
+    if config.cfg_scale == 0 and not interval:
+        fields.update(num_classes=0, class_names=None)  # labels would claim classes that the samples do not have
+        return Unconditional(network, trained["num_classes"])
     return ClassifierFreeGuidance(network, trained["num_classes"], config.cfg_scale, timesteps)
 
 

@@ -2,7 +2,7 @@
 
 from .. import deprecated_names
 from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples
-from .guidance import ClassifierFreeGuidance, GuidanceConfig, classifier_cond_fn, timesteps_in_interval
+from .guidance import ClassifierFreeGuidance, GuidanceConfig, Unconditional, classifier_cond_fn, timesteps_in_interval
 from .sampler import (
     BaseConfig, KeyedNoise, LowResConditioning, PixelSamplingConfig, Sampler, SamplingConfig, decoded_shape,
     noise_levels, parse_classes, resolve_sampler,

@@ -48,8 +48,8 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
                  "--diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
         images = to_uint8(sampler.decode(x0))
         # Writing would create another folder, with a part of the samples and without their settings.
-        require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun the "
-                 "same command"), error=FileNotFoundError)
+        require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun "
+                 "the same command"), error=FileNotFoundError)
         if config.save_individual:  # before the shard, whose existence marks the batch as complete
             labels = sampler.labels(indices, classes)
             for row, i in enumerate(indices):

@@ -60,6 +60,20 @@ class ClassifierFreeGuidance:
         return torch.cat([prediction, conditional[:, channels:]], dim=1)
 
 
+class Unconditional:
+    """The unconditional prediction of a model with classes: guidance with scale 0, at the cost of one evaluation.
+
+    :param null_label: the null class, which replaces dropped labels in training.
+    """
+
+    def __init__(self, model: Callable, null_label: int):
+        self.model, self.null_label = model, null_label
+
+    def __call__(self, x, timesteps, **conditioning):
+        labels = torch.full((len(x),), self.null_label, device=x.device)
+        return self.model(x, timesteps, y=labels, **conditioning)
+
+
 def timesteps_in_interval(diffusion, interval: tuple[float, float]) -> tuple | None:
     """Return the lowest and highest timestep, as passed to models, with a noise level sigma in `interval`; None:
     none."""

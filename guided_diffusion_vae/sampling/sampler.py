@@ -27,7 +27,8 @@ class SamplingConfig:
     clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, the default there, but "
                                         "wrong for latents, a third of which are outside")
     cfg_scale: float = option(1.0, "scale of classifier-free guidance, for models trained with --class_dropout; 1: "
-                                   "none; 2 to 4: clearer classes with less variety", essential=True)
+                                   "none; 2 to 4: clearer classes with less variety; 0: samples without a class",
+                              essential=True)
     cfg_interval: noise_levels = option(
         "", "lo,hi: noise levels (sigma) in which --cfg_scale is active, such as 0.3,3; empty: all")
     sample_dtype: str = option("float32", "precision of the network; bfloat16 is about twice as fast, with slightly "
@@ -79,7 +80,7 @@ def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -
 
     :raises ValueError: for a class that does not exist.
     """
-    require((num_classes or not text, f"--classes {text}: the model was trained without classes; omit the flag"))
+    require((num_classes or not text, f"--classes {text}: the samples have no classes; omit the flag"))
     known = ", ".join(names) if names else f"0 to {num_classes - 1}"
     classes = []
     for word in words.parse(text, "classes"):
@@ -184,7 +185,7 @@ class Sampler:
         if len(image_shape) == 4 and spacing:
             fields["spacing"] = tuple(float(s) for s in spacing.split(","))
         return cls(model, diffusion, tuple(header["latent_shape"]), space.codec, space.normalizer, image_shape,
-                   header["model"]["num_classes"], **{"class_names": header["classes"], **fields})
+                   **{"num_classes": header["model"]["num_classes"], "class_names": header["classes"], **fields})
 
     def parse_classes(self, text):
         """Return the class indices that `--classes` requests; None without classes, or if `low_res` has the labels."""
