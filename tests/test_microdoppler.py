@@ -89,6 +89,67 @@ def test_no_motion_exceeds_the_maximum_speed(motion):
     assert motion == "still" or fastest > CONFIG.speed_min_mps
 
 
+def hand(motion, seed, **changes):
+    """Return (config, ranges of the hand, its amplitudes, range and amplitude of the clutter)."""
+    config = with_(CW, **changes)
+    ranges, amplitudes = microdoppler.draw_hand(motion, config, np.random.default_rng(seed))
+    assert (ranges[-1] == ranges[-1, 0]).all()
+    return config, ranges[:-1], amplitudes[:-1], ranges[-1, 0], amplitudes[-1]
+
+
+def test_power_of_the_hand_follows_the_radar_equation():
+    decibels, counts = [], set()
+    for seed in range(60):
+        config, ranges, amplitudes, clutter_range, clutter = hand("still", seed, hand_size_m=1e-9, drift_mm=0.0)
+        rest, bin_noise = ranges[0, 0], 1.5 / microdoppler.sampling(config)[0]
+        np.testing.assert_allclose(ranges, rest, atol=1e-8)
+        expected = 10 ** (config.snr_db / 10) * bin_noise * (np.sqrt(0.25 * 0.45) / rest) ** 4
+        assert np.sum(amplitudes**2) == pytest.approx(expected) and amplitudes.std() > 0.2 * amplitudes.mean()
+        assert 0.25 <= rest <= 0.45 and 0.25 <= clutter_range <= 0.45
+        decibels.append(10 * np.log10(clutter**2 / bin_noise) - config.clutter_db)
+        counts.add(len(amplitudes))
+    assert -3 <= min(decibels) < -2 and 2 < max(decibels) <= 3
+    assert min(counts) >= 8 and max(counts) <= 24 and len(counts) > 10
+
+
+def test_hand_at_rest_drifts_slowly_and_has_the_depth_of_half_its_width():
+    amplitude, depth = [], []
+    for seed in range(30):
+        config, ranges, *_ = hand("still", seed, duration_s=4.032)
+        moved = ranges - ranges.mean(1, keepdims=True)
+        np.testing.assert_allclose(moved, moved[:1].repeat(len(moved), 0), atol=1e-12)
+        amplitude.append(np.ptp(moved) / 2)
+        depth.append(np.ptp(ranges[:, 0]) / 2)
+    assert 3.5e-3 < max(amplitude) <= 4e-3 + 1e-12 and 0.09 / 4 * 0.9 < max(depth) <= 0.09 / 4
+
+
+def test_scatterers_follow_the_motion_along_their_line_of_sight():
+    aspects = []
+    for seed in range(20):
+        config, ranges, *_ = hand("circle", seed, drift_mm=0.0, range_min_m=0.35, range_max_m=0.35)
+        path = away("circle", config, seed)     # the motion is sampled first
+        fit, residuals, *_ = np.linalg.lstsq(np.stack([path.real, path.imag, np.ones(len(path))], 1), ranges.T, None)
+        assert residuals.max() < 1e-20
+        along, across, _ = fit
+        lever, angle = np.hypot(along, across), np.arctan2(across, along)
+        assert 0.35 <= lever.min() and lever.max() <= 1 and np.ptp(lever) > 0.2
+        across_hand = 0.045 * (2 * ((lever - 0.35) / 0.65) ** 2 - 1)    # from the wrist to the fingertips in m
+        aspect = np.rad2deg(angle - np.arctan(across_hand / 0.35))
+        assert np.ptp(aspect) < 1e-6
+        aspects.append(aspect[0])
+    assert 30 < np.abs(aspects).max() <= 40
+
+
+def test_gray_is_rounded_between_noise_and_the_dynamic_range():
+    config = with_(TINY, dynamic_range_db=25.0)
+    key = [0, 1, int.from_bytes(b"tapin", "big"), 2]
+    rng = np.random.Generator(np.random.PCG64(key))
+    echoes = microdoppler.receive(*microdoppler.draw_hand("tapin", config, rng), config, rng)
+    decibels = microdoppler.spectrogram_db(echoes, config)
+    image = microdoppler.simulate("tapin", "val", 2, config)
+    assert np.abs(image - np.clip(decibels / 25, 0, 1) * 255).max() <= 0.5 and image.max() == 255
+
+
 @pytest.mark.parametrize("motion, first, then", [("push", -1, 0), ("pull", 1, 0), ("tapin", -1, 1), ("tapout", 1, -1)])
 def test_stroke_signature_is_on_its_side_of_zero_doppler(motion, first, then):
     speed = np.diff(away(motion))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -542,6 +543,7 @@ def test_adversarial_step_equals_its_formulas(tmp_path, kind, real_term, adaptiv
         update = -0.005 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(p.detach() - start, update, rtol=1e-2, atol=1e-6)
         assert p.grad is None
+    assert {"discriminator_grad_norm", "discriminator_param_norm"} <= logger.getkvs().keys()
     assert trainer.opt.param_groups[0]["betas"] == (0.5, 0.9) and trainer.opt.param_groups[0]["weight_decay"] == 0
 
 
@@ -639,6 +641,15 @@ def test_ema_follows_the_weights_step_by_step(tmp_path):
     for step in range(1, 5):
         average = 0.9 * average + 0.1 * weights_in(tmp_path, step)
         assert torch.allclose(files_of(tmp_path, step)[1]["weight"], average, atol=1e-7)
+
+
+def test_every_ema_has_its_own_rate(tmp_path):
+    torch.manual_seed(0)
+    start = torch.nn.Linear(3, 1, bias=False).weight.detach()
+    line(tmp_path, 1, ema_rate="0.9,0.5")
+    for rate in (0.9, 0.5):
+        expected = rate * start + (1 - rate) * weights_in(tmp_path, 1)
+        torch.testing.assert_close(files_of(tmp_path, 1, rate)[1]["weight"], expected)
 
 
 def test_ema_rate_may_hold_no_rate_or_several(tmp_path):
@@ -1178,6 +1189,15 @@ def test_log_contains_means_over_the_quarters_of_the_process(tmp_path):
     terms = {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0]), "unweighted": torch.zeros(4)}
     DiffusionObjective(rank_worker.process()).log(torch.tensor([0.0, 4.0]), times // 2, terms)
     assert logger.dumpkvs() == {"x0_std": 2.0, "loss": 4.0, "loss_q0": 2.0, "loss_q1": 5.0, "loss_q3": 7.0}
+
+
+def test_log_contains_the_steps_per_second_since_the_last_row(tmp_path, monkeypatch):
+    seconds = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
+    tick = lambda step: seconds.append(seconds.pop() + (0.25 if step <= 2 else 0.5))
+    line(tmp_path, 4, data=Points(hook=tick), formats=["csv"], log_interval=2)
+    with open(tmp_path / "progress.csv", newline="") as stream:
+        assert [float(row["steps_per_second"]) for row in csv.DictReader(stream)] == pytest.approx([4, 2])
 
 
 def test_log_counts_steps_and_samples(tmp_path):

@@ -116,6 +116,14 @@ def test_new_blocks_are_identities():
     assert torch.equal(unet.ResBlock(32, 8, 0.0)(x, torch.randn(1, 8)), x)
 
 
+def test_new_networks_return_zeros_and_ignore_the_time_of_the_condition():
+    x, t = inputs(2, 8, 8)
+    assert not unet.UNetModel(8, 2, out_channels=2, **TINY)(x, t).any()
+    assert not unet.EncoderUNetModel(8, 2, out_channels=5, pool="adaptive", **TINY)(x, t).any()
+    network = unet.SuperResModel(8, 2, out_channels=2, noised_condition=True, **TINY)
+    assert not network.low_res_embed(torch.randn(2, 32)).any()
+
+
 def test_channels_that_do_not_divide_into_heads_are_rejected():
     with pytest.raises(ValueError, match="32 channels do not divide into heads of 24; change --num_head_channels"):
         unet.AttentionBlock(32, num_head_channels=24)

@@ -121,6 +121,16 @@ def test_streamed_images_equal_untiled_ones(own, tile):
     assert streamed.approximations((24, 40)) == {}  # slabs are exact
 
 
+@pytest.mark.parametrize("tile, streams", [(8, True), (30, True), (40, False)])
+def test_images_are_streamed_if_their_longest_side_exceeds_the_tile(own, monkeypatch, tile, streams):
+    codec, slabs = vae(own[0], tile=tile), []
+    for name in ("moments", "decode"):
+        inner = getattr(codec._streamer, name)
+        monkeypatch.setattr(codec._streamer, name, lambda x, inner=inner: slabs.append(x.shape) or inner(x))
+    codec.decode_batch(codec.encode_batch(images(1, 1, 24, 40)))
+    assert slabs == ([(1, 1, 24, 40), (1, 3, 12, 20)] if streams else [])
+
+
 def test_tiled_diffusers_autoencoder_is_close_to_untiled(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -135,6 +145,7 @@ def test_tiled_diffusers_autoencoder_is_close_to_untiled(tmp_path):
     assert approximate.shape == latents.shape and (approximate - latents).abs().mean() < 0.5 * latents.std()
     assert tiled.decode_batch(latents).shape == x.shape and tiled.tile == 16
     assert tiled.approximations((24, 40)) == {"vae_tile": 16} and tiled.approximations((16, 16)) == {}
+    assert tiled.approximations((8, 40)) == {"vae_tile": 16}
     for tile in (2, 5):
         with pytest.raises(ValueError, match=r"--vae_tile must be 0, or a multiple of .* factors \(2, 2\) .*got ."):
             vae(tmp_path / "kl", tile=tile)
@@ -214,7 +225,8 @@ def test_pixel_codec_maps_to_two_x_minus_one_and_back():
 
 @pytest.mark.parametrize("corrupt, message", [
     (lambda x: 2 * x - 1, r"expected values in \[0, 1\] without NaN, got values from -\d"),
-    (lambda x: x * 255, "values from"),
+    (lambda x: x * 255, "values from"), (lambda x: x - x.min() - 2e-4, "values from"),
+    (lambda x: x / x.max() + 2e-4, "values from"),
     (lambda x: torch.full_like(x, torch.nan), "from nan to nan"),
     (lambda x: (255 * x).byte(), r"expected float values in \[0, 1\], got torch.uint8; divide 8-bit values by 255"),
 ])
@@ -395,8 +407,10 @@ def test_grayscale_images_are_repeated_and_averaged_back(tmp_path):
     assert codec.decode_batch(color).shape[1] == 3
     latents = codec.encode_batch(gray)
     torch.testing.assert_close(latents, color)
-    assert codec.decode_batch(latents).shape == gray.shape
-    assert codec.decode_batch(latents, channels=3).shape[1] == 3
+    in_color = codec.decode_batch(latents, channels=3)
+    assert in_color.shape[1] == 3 and in_color.std(1).max() > 0.01
+    unclipped = codec.network.decode(latents / codec.scale_factor)
+    torch.testing.assert_close(codec.decode_batch(latents), unclipped.mean(1, keepdim=True).clamp(0, 1))
     assert vae(path).decode_batch(latents, channels=1).shape == gray.shape
     assert codec.latent_shape((1, 8, 8)) == (3, 4, 4)
 
@@ -543,7 +557,8 @@ def test_unknown_normalizer_modes_are_rejected(mode):
 
 
 def test_constant_channels_are_rejected_in_channel_mode():
-    statistics = {**STATISTICS, "channel_std": [0.0, 4.0]}
+    assert LatentNormalizer.fit("channel", {**STATISTICS, "channel_std": [3e-4, 4.0]}).std == [3e-4, 4.0]
+    statistics = {**STATISTICS, "channel_std": [1e-4, 4.0]}     # below 1e-4 of the standard deviation over all
     with pytest.raises(ValueError, match=r"channels \[0\] are constant.*--normalizer auto"):
         LatentNormalizer.fit("channel", statistics)
     with pytest.raises(ValueError, match="std above 0"):
@@ -561,7 +576,9 @@ def test_latent_std_outside_its_limits_is_rejected_unless_allowed(std, rejected)
     normalizer = LatentNormalizer.fit("0.5", STATISTICS)
     check_latent_std(std, normalizer, allow=True)
     if rejected:
-        text = f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto.*--allow_latent_std"
+        number = f" or {std / 2:.5g}" if std == std else ""
+        text = (f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto{number}, or continue "
+                "with --allow_latent_std")
         with pytest.raises(ValueError, match=text):
             check_latent_std(std, normalizer)
     else:
