@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion_vae import dist_util
+from guided_diffusion_vae import dist_util, launchers
 from guided_diffusion_vae.dist_util import LaunchError, RankInfo, read_rank_info
 from guided_diffusion_vae.runs.run import script
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-VARIABLES = [name for names in dist_util.LAUNCHERS.values() for name in names]
+VARIABLES = [name for names in launchers.LAUNCHERS.values() for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -160,12 +160,12 @@ time.sleep(60)
 
 
 def test_launcher_pid_ranks_without_a_launcher_have_none(monkeypatch):
-    assert dist_util._launcher_pid(RankInfo("none", 0, 1, 0)) is None
-    assert dist_util._launcher_pid(RankInfo("Slurm", 0, 1, 0)) is None
+    assert launchers.launcher_pid(RankInfo("none", 0, 1, 0)) is None
+    assert launchers.launcher_pid(RankInfo("Slurm", 0, 1, 0)) is None
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert dist_util._launcher_pid(RankInfo("torchrun", 0, 2, 0)) is None
+    assert launchers.launcher_pid(RankInfo("torchrun", 0, 2, 0)) is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert dist_util._launcher_pid(RankInfo("torchrun", 0, 2, 0)) == os.getppid()
+    assert launchers.launcher_pid(RankInfo("torchrun", 0, 2, 0)) == os.getppid()
 
 
 def test_barrier_waits_for_ranks_that_work_but_not_for_stopped_ones():
@@ -270,11 +270,11 @@ def test_read_rank_info_reads_the_variables_of_the_launcher(environ, info):
 def test_select_mpi_library_follows_the_launcher_and_the_user():
     unset, library, abi = {}, {"MPI4PY_LIBMPI": "libmine.so"}, {"MPI4PY_MPIABI": "openmpi"}
     for environ in (unset, library, abi):
-        dist_util.select_mpi_library(RankInfo("Open MPI", 0, 2, 0), environ)
+        launchers.select_mpi_library(RankInfo("Open MPI", 0, 2, 0), environ)
     launcher = Path(os.readlink(f"/proc/{os.getppid()}/exe"))
     assert unset == {"MPI4PY_LIBMPI": f"{launcher.parents[1]}/lib/libmpi.so.40:libmpi.so.40"}
     assert library == {"MPI4PY_LIBMPI": "libmine.so"} and abi == {"MPI4PY_MPIABI": "openmpi"}
-    dist_util.select_mpi_library(RankInfo("MPICH", 0, 2, 0), mpich := {})
+    launchers.select_mpi_library(RankInfo("MPICH", 0, 2, 0), mpich := {})
     assert mpich == {}
 
 
@@ -305,15 +305,15 @@ def test_setup_dist_torchrun_requires_an_address(monkeypatch):
     ("gpu[07-09,12],login", "gpu07"), ("a,b", "a"), ("n1", "n1"), ("r[1-2]n[3,5]", "r1n3"),
 ])
 def test_first_host_expands_a_slurm_node_list(nodes, host):
-    assert dist_util.first_host(nodes) == host
+    assert launchers.first_host(nodes) == host
 
 
 def test_slurm_address_of_one_node_is_loopback():
     one = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "1", "SLURM_NNODES": "1", "SLURM_NODELIST": "gpu7"}
     two = one | {"SLURM_NNODES": "2", "SLURM_NODELIST": "gpu[7-8]"}
-    assert dist_util.slurm_address(one) == ("127.0.0.1", 20193)
-    assert dist_util.slurm_address(two) == ("gpu7", 20193)
-    assert dist_util.slurm_address(two | {"MASTER_ADDR": "ib7", "MASTER_PORT": "5"}) == ("ib7", 5)
+    assert launchers.slurm_address(one) == ("127.0.0.1", 20193)
+    assert launchers.slurm_address(two) == ("gpu7", 20193)
+    assert launchers.slurm_address(two | {"MASTER_ADDR": "ib7", "MASTER_PORT": "5"}) == ("ib7", 5)
 
 
 def test_single_process_gets_its_arguments_back(capsys):
