@@ -334,7 +334,8 @@ def signal_ranks(campaign, folder, rng, launcher, victim):
     """Signal the ranks or the launcher of a run on two ranks at a random time, then run it to its end."""
     expected = campaign.baseline(f"{launcher}-2", LONG, launcher)
     script, words, run, output = campaign.command(LONG, folder)
-    launch, end = Launch(launcher, script, words, output), time.monotonic() + HANG_S
+    options = ["--collective_timeout_minutes", "0.1"] if victim == "stopped" else []
+    launch, end = Launch(launcher, script, words + options, output), time.monotonic() + HANG_S
     while not (run / "state000002.json").exists() and launch.process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 1))
@@ -348,7 +349,8 @@ def signal_ranks(campaign, folder, rng, launcher, victim):
         time.sleep(rng.uniform(0, 3))
         launch.signal(ranks[:1], signal.SIGCONT)
     else:
-        launch.signal(ranks[rng.integers(2):][:1], {"killed": signal.SIGKILL, "raising": signal.SIGINT}[victim])
+        number = {"killed": signal.SIGKILL, "raising": signal.SIGINT, "stopped": signal.SIGSTOP}[victim]
+        launch.signal(ranks[rng.integers(2):][:1], number)
     status = launch.wait()
     if victim == "paused":
         require_success(status, output)
@@ -360,7 +362,7 @@ def signal_ranks(campaign, folder, rng, launcher, victim):
 
 
 # Kind of fault: {target: (function of a case, its further arguments)}
-VICTIMS = ("all", "launcher", "killed", "raising", "paused")
+VICTIMS = ("all", "launcher", "killed", "raising", "paused", "stopped")
 CASES = {
     "kills": {target: (kill_and_rerun, target) for target in SCRIPTS},
     "deleted": {target: (delete_folder, target) for target in SCRIPTS},
