@@ -16,6 +16,7 @@ from guided_diffusion_vae.sampling import (
     SAMPLERS, KeyedNoise, LowResConditioning, Sampler, SamplingConfig, decoded_shape, generate_samples,
     parse_classes, resolve_sampler,
 )
+from guided_diffusion_vae.sampling.generate import SETTINGS_FILE
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
@@ -257,10 +258,11 @@ def test_ranks_share_the_batches(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr("guided_diffusion_vae.dist_util.world_size", lambda: 2)
     for name in ("barrier", "broadcast_object"):
         monkeypatch.setattr(f"guided_diffusion_vae.dist_util.{name}", lambda *item: item[0] if item else None)
-    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "shards").mkdir(parents=True)
+    (tmp_path / "ranks" / "shards" / SETTINGS_FILE).touch()     # as rank 0 does at first
     monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 1)
     generate_samples(sampler, [0, 1, 2], SamplingConfig(**FIVE), tmp_path / "ranks", CPU)
-    assert [path.name for path in (tmp_path / "ranks/shards").glob("*")] == ["00000002-00000004.npy"]
+    assert [path.name for path in (tmp_path / "ranks/shards").glob("*.npy")] == ["00000002-00000004.npy"]
     # Rank 0 comes last here and must not start the folder again.
     monkeypatch.setattr("guided_diffusion_vae.sampling.generate._check_settings", lambda *args: None)
     monkeypatch.setattr("guided_diffusion_vae.dist_util.rank", lambda: 0)
