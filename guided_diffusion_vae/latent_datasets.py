@@ -101,7 +101,7 @@ class LatentCache(LatentSource):
         values = torch.from_numpy(self._gather(rows)).float()
         if not values.sum().isfinite():     # much faster than looking at each value
             bad = rows[~values.isfinite().flatten(1).all(1).numpy()].tolist()
-            require((not bad, f"{self.folder}: latents {bad[:3]} are not finite; {REENCODE_HINT}"))
+            require((not bad, f"{self._shard_path(bad)}: latents {bad[:3]} are not finite; {REENCODE_HINT}"))
         return values
 
     def _gather(self, rows):
@@ -137,7 +137,8 @@ class LatentCache(LatentSource):
         resident = torch.empty((self._entries, *stored_shape(self.manifest)), dtype=dtype, device=device)
         for first, shard in zip(self._firsts, self._shards):
             resident[first:first + len(shard)] = torch.from_numpy(np.array(shard)).to(device)
-        require((torch.isfinite(resident).all(), f"{self.folder}: some latents are not finite; {REENCODE_HINT}"))
+        bad = (~torch.isfinite(resident).flatten(1).all(1)).nonzero().flatten().tolist()
+        require((not bad, f"{self._shard_path(bad)}: latents {bad[:3]} are not finite; {REENCODE_HINT}"))
         self._resident = resident
         return True
 
@@ -154,6 +155,11 @@ class LatentCache(LatentSource):
                      f"{self.folder / name} is corrupt: its SHA-256 differs from the manifest; {REENCODE_HINT}"))
             if progress:
                 progress(done, len(files))
+
+    def _shard_path(self, rows):
+        """Return the path of the shard of the first of `rows`, the folder if there is none."""
+        owners = np.searchsorted(self._firsts, rows[:1], side="right") - 1
+        return self.folder / "".join(self.manifest["shards"][owner]["file"] for owner in owners)
 
     def _open_shard(self, shard):
         path, dtype = path_inside(self.folder, shard["file"]), self.manifest["dtype"]

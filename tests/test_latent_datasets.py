@@ -429,9 +429,9 @@ def test_latents_that_are_not_finite_are_found_on_reading(cached):
     shard[1, 0, 0, 0] = np.nan
     shard.flush()
     assert LatentCache(cache.folder).batch([0, 4])[0].isfinite().all()
-    with pytest.raises(ValueError, match=r"latents \[5\] are not finite"):
+    with pytest.raises(ValueError, match=r"cache/latents-00001-of-00003.npy: latents \[5\] are not finite"):
         LatentCache(cache.folder).batch([0, 5])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"cache/latents-00001-of-00003.npy: latents \[5\] are not finite"):
         LatentCache(cache.folder).on_device("cpu")
 
 

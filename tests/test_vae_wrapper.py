@@ -325,6 +325,9 @@ def test_paths_without_an_autoencoder_are_rejected(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="no complete checkpoint.*--vae_path"):
         vae(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name: "AutoencoderKL"}')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: is not JSON .*; check --vae_path"):
+        vae(tmp_path)
     monkeypatch.chdir(tmp_path)     # an empty path is not the current folder
     with pytest.raises(FileNotFoundError, match="no autoencoder is specified"):
         vae("")

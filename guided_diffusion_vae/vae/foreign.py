@@ -16,7 +16,7 @@ import torch
 from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from ..config import as_dict, from_dict, require, to_tuple
-from ..files import READ_ERRORS, read_yaml_file
+from ..files import READ_ERRORS, file_errors, read_yaml_file
 from .posterior import LOGVAR_RANGE
 
 FLAG = "--vae_path"
@@ -103,6 +103,10 @@ def _class_name(folder):
 
 def _open_run(source):
     """Open the EMA weights of a run folder's best or latest step."""
+    config = source.path / "config.json"
+    if not checkpoint_util.committed_steps(source.path):    # or a diffusers folder whose config.json is damaged
+        with file_errors(config, "is not JSON", f"check {FLAG}"):
+            json.loads(config.read_text())
     return open_autoencoder(str(checkpoint_util.latest_weights(source.path, FLAG)), source.vae_config)
 
 
