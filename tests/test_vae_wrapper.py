@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -459,6 +460,9 @@ def test_diffusers_folders_state_their_own_scale_and_shift(tmp_path, name, scale
     latents = codec.encode_batch(x)
     assert latents.shape[1:] == codec.latent_shape(x.shape[1:])
     torch.testing.assert_close(latents, (z - shift) * scale)
+    eps = torch.randn_like(z)
+    std = code.latent_dist.std if name == "AutoencoderKL" else torch.full_like(z, math.exp(-15))
+    torch.testing.assert_close(codec.encode_batch(x, eps), (z + std * eps - shift) * scale)
     torch.testing.assert_close(codec.decode_batch(latents), expected.clamp(0, 1), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"autoencoder inside, .*vae; check --vae_path"):
         vae(tmp_path)
