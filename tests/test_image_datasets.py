@@ -19,7 +19,7 @@ from PIL import Image
 from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, open_npz, parse_size, permute_indices,
-    map_labels, npz, open_archive, read_array, unpad,
+    map_labels, npz, open_archive, read_array, resizing, unpad,
 )
 from guided_diffusion_vae.data.decoding import read_header, read_values
 
@@ -846,6 +846,12 @@ def test_a_plan_without_shuffle_counts_up():
 def test_flip_mask_has_probability_one_half():
     heads = np.mean([BatchPlan(64, 64).flip_mask(step) for step in range(50)])
     assert abs(heads - 0.5) < 5 * 0.5 / np.sqrt(3200)
+
+
+def test_random_crops_start_at_every_offset():
+    pixels = ramp(5, 8)[..., None]
+    tops = {int(resizing.fit(pixels, 4, 8, "random", np.random.default_rng(seed))[0, 0, 0]) for seed in range(20)}
+    assert tops == {0, 8}
 
 
 def test_order_and_flips_depend_on_seed_and_step():

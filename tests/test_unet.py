@@ -383,10 +383,12 @@ def test_dropout_acts_before_the_last_convolution_in_training_only():
 
 @pytest.mark.parametrize("pool, hidden", [("spatial", F.relu), ("spatial_v2", F.silu), ("adaptive", F.silu)])
 def test_pools_average_the_last_grid_or_the_grids_of_all_levels(pool, hidden):
-    network, (x, t), grids = tiny_encoder(pool=pool), inputs(2, 8, 8), []
+    network, (x, t), grids, embeddings = tiny_encoder(pool=pool), inputs(2, 8, 8), [], []
+    network.middle_block[0].register_forward_hook(lambda module, args, h: embeddings.append(args[1]))
     for block in (*network.input_blocks, network.middle_block):
         block.register_forward_hook(lambda module, args, h: grids.append(h))
     actual = network(x, t)
+    torch.testing.assert_close(embeddings, [F.silu(network.embed(t))])
     first, *norm, last = [layer for layer in network.out if list(layer.parameters())]
     if pool == "adaptive":
         expected = F.silu(norm_by_hand(first, grids[-1])).mean((2, 3)) @ last.weight[:, :, 0, 0].T + last.bias

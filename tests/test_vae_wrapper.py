@@ -584,8 +584,8 @@ def test_latent_std_outside_its_limits_is_rejected_unless_allowed(std, rejected)
     check_latent_std(std, normalizer, allow=True)
     if rejected:
         number = f" or {std / 2:.5g}" if std == std else ""
-        text = (f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto{number}, or continue "
-                "with --allow_latent_std")
+        text = (f"measured standard deviation of {std:.4g} with --normalizer 0.5.*--normalizer auto{number}, or "
+                "continue with --allow_latent_std")
         with pytest.raises(ValueError, match=text):
             check_latent_std(std, normalizer)
     else:
