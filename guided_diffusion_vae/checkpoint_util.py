@@ -267,12 +267,11 @@ def find_weights(path, flag="--model_path", warn=print) -> tuple[Path | str, str
             if entry:
                 return path, entry["sha256"]
         return path, sha256_of_file(file) if file.is_file() else None     # `load` reports a missing file
-    steps, best = committed_steps(file)[::-1], None
-    for step in steps:
-        with contextlib.suppress(ValueError):
-            best = (read_marker(file, step, lambda marker: None).get("best") or {}).get("step")
-            break
-    marker = _first_intact(file, sorted(steps, key=lambda step: step != best), warn, _weights_name)
+    steps = committed_steps(file)[::-1]
+    marker = _first_intact(file, steps, warn, lambda marker: None)
+    if marker:
+        best, readable = (marker.get("best") or {}).get("step"), [step for step in steps if step <= marker["step"]]
+        marker = _first_intact(file, sorted(readable, key=lambda step: step != best), warn, _weights_name)
     require((marker is not None, f"{file} contains no complete checkpoint (stateNNNNNN.json); check {flag}"),
             error=FileNotFoundError)
     name = _weights_name(marker)

@@ -301,6 +301,14 @@ def test_find_weights_of_the_best_step_hashes_no_other_step(run, hashed):
     assert cu.find_weights(run, warn=lambda text: None)[0].name == "ema_0.9999_000006.pt"
 
 
+def test_corrupt_marker_is_reported_although_the_best_step_is_another(run):
+    cu.rewrite_marker(run, {**cu.read_marker(run, 4), "best": {"step": 2}})
+    (run / "state000006.json").write_text("corrupt")
+    seen = []
+    assert cu.find_weights(run, warn=seen.append)[0].name == "ema_0.9999_000002.pt"
+    assert len(seen) == 1 and "checkpoint 6 of" in seen[0] and "state000006.json: invalid JSON" in seen[0]
+
+
 def test_weights_file_that_differs_from_its_marker_raises(run):
     path = run / "ema_0.9_000004.pt"
     content = bytearray(path.read_bytes())

@@ -16,7 +16,7 @@ from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, classifier_features,
     inception_features, latent_features, open_sample_file,
 )
-from ..files import sha256_of_file
+from ..files import file_errors, sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
     OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, LowResConditioning, Sampler, SamplingConfig, Unconditional,
@@ -35,6 +35,7 @@ from .spaces import (
 # Flags of the model that do not change its weights, and may therefore differ from its header.
 SAMPLING_OVERRIDABLE = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
                         "classifier_use_fp16")
+_NOT_BUILT = "its header and the flags describe no model", "check the file and the flags of the model"
 
 
 # --- Models ---
@@ -63,11 +64,12 @@ def load_diffusion_model(weights, explicit=None, kind="diffusion", flag="--model
     header = weights.header
     checkpoint_util.require_kind(header, kind, weights.path, flag)
     flags = _flags_from_header(weights, explicit or {}, ("model", "diffusion", "super_res"))
-    model, diffusion_config = from_dict(ModelConfig, flags), from_dict(DiffusionConfig, flags)
-    super_res = from_dict(SuperResConfig, flags) if kind == "super_res" else None
-    network, diffusion = create_model_and_diffusion_vae(
-        tuple(header["latent_shape"]), model, diffusion_config, super_res, works_on_pixels(header)
-    )
+    with file_errors(weights.path, *_NOT_BUILT):
+        model, diffusion_config = from_dict(ModelConfig, flags), from_dict(DiffusionConfig, flags)
+        super_res = from_dict(SuperResConfig, flags) if kind == "super_res" else None
+        network, diffusion = create_model_and_diffusion_vae(
+            tuple(header["latent_shape"]), model, diffusion_config, super_res, works_on_pixels(header)
+        )
     return _prepare(network, weights, model.use_fp16, flag), diffusion
 
 
@@ -78,8 +80,9 @@ def load_classifier(weights, explicit=None, flag="--classifier_path"):
     checkpoint_util.require_kind(header, "classifier", weights.path, flag)
     own = {key: value for key, value in (explicit or {}).items() if key.startswith("classifier_")}
     flags = _flags_from_header(weights, own, ("model", "diffusion"))
-    config = from_dict(ClassifierConfig, flags)
-    model, _ = build_classifier(config, from_dict(DiffusionConfig, flags), header["latent_shape"])
+    with file_errors(weights.path, *_NOT_BUILT):
+        config = from_dict(ClassifierConfig, flags)
+        model, _ = build_classifier(config, from_dict(DiffusionConfig, flags), header["latent_shape"])
     return _prepare(model, weights, config.classifier_use_fp16, flag).requires_grad_(False)
 
 
