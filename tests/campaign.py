@@ -453,8 +453,8 @@ def main():
     counts = {
         "kills": (7, "runs of one process that are killed"),
         "flips": (110, "files with a checksum in which a bit is flipped"),
-        "mutations": (540, "files of all formats that are corrupted"),
-        "others": (7, "runs each whose folder is deleted, whose disk is full, and that meet another in their folder"),
+        "mutations": (270, "files of all formats that are corrupted"),
+        "others": (2, "runs each whose folder is deleted, whose disk is full, and that meet another in their folder"),
         "ranks": (0, "runs of two ranks under mpiexec and torchrun"),
     }
     for name, (default, text) in counts.items():

@@ -305,7 +305,7 @@ def assess(kind, path, expected):
     except USER_ERRORS as error:
         message = f"{error} {printed.getvalue()}"
         # Of a checkpoint or cache another file may be named, such as one that is missing.
-        require(f"{path.parent}/" in message, "error without file", f"{type(error).__name__}: {message}")
+        require(path.name in message or f"{path.parent}/" in message, "error without file", f"{type(error).__name__}: {message}")
         return "rejected"
     except BaseException as error:      # extensions in Rust raise errors that are not an Exception
         raise Failure(f"{type(error).__name__}: {error}") from error
