@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from . import deprecated_names
 from .config import require
 from .data.decoding import open_image
-from .data.listing import REFERENCE_EXTENSIONS, name_prefix, number_classes, require_data_dir, walk_files
+from .data.labels import name_prefix, number_classes
+from .data.listing import REFERENCE_EXTENSIONS, require_data_dir, walk_files
 from .data.resizing import center_window, downsample_to_cover
 from .files import file_extension
 

@@ -12,10 +12,8 @@ from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetc
 from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unpad
 from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder
-from .listing import (
-    format_classes, hash_lines, infer_classes, map_labels, missing_classes, require_data_dir,
-    require_labels,
-)
+from .labels import infer_classes, map_labels, missing_classes, require_labels
+from .listing import format_classes, hash_lines, require_data_dir
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
 from .statistics import RunningMoments
 from .volume_folders import VolumeFolder, write_nifti

@@ -13,7 +13,7 @@ import torch
 from ..config import require
 from ..interfaces import ImageSource, LatentSource
 from ..nn import keyed_randn, to_device
-from .listing import require_labels
+from .labels import require_labels
 
 ORDERED_AHEAD = 2**14                       # items whose order is computed at once
 BULK_ITEMS, BULK_ELEMENTS = 1024, 2**23     # latents, and elements of them, that are read and normalized at once

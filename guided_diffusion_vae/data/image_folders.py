@@ -13,6 +13,7 @@ from ..files import bf, file_extension
 from ..interfaces import ImageSource
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
+from .labels import infer_classes
 from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, hash_lines
 from .npz import archive_classes, open_archive
 from .resizing import fit
@@ -47,7 +48,7 @@ class ImageFolder(FileSource):
         else:
             headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS,
                                        functools.partial(read_header, max_pixels=config.max_pixels),
-                                       " (an .npz is specified by its own path)")
+                                       " (an .npz is specified by its own path)", infer_classes)
         self._check_files(headers, FULL_RANGE)
         gray, color = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
         require((config.image_channels or not (gray and color),

@@ -18,6 +18,7 @@ from ..files import (
 from ..nn import keyed_rng
 from .config import DataConfig, parse_spacing
 from .decoding import FULL_RANGE, FileHeader, check_size, load_npy, unit_scale
+from .labels import infer_classes
 from .listing import FileSource, file_stamp
 from .npz import open_archive, read_archive_headers
 
@@ -53,7 +54,7 @@ class VolumeFolder(FileSource):
         self.sides = config.sides
         headers = self._list_files(EXTENSIONS, _is_volume,
                                    functools.partial(_read_header, max_pixels=config.max_pixels),
-                                   ", or set --image_size to two sizes for images")
+                                   ", or set --image_size to two sizes for images", infer_classes)
         self._check_files(headers, FULL_RANGE)
         self._check_volumes(headers)
         self.spacings = [parse_spacing(config.spacing) if config.spacing else header.spacing for header in headers]
