@@ -561,7 +561,7 @@ def utility(tmp_path, monkeypatch):
 
     def measure(**paths):
         config = EvaluateConfig(**{name: str(path) for name, path in paths.items()}, tstr_iterations=2,
-                                tstr_batch_size=4, batch_size=5)
+                                tstr_batch_size=5, batch_size=6)
         classifier = ClassifierConfig(classifier_width=64, classifier_depth=1, classifier_channel_mult="1",
                                       classifier_attention_resolutions="")
         train_config = ClassifierTrainConfig(val_data_dir="nowhere", seed=3)
@@ -586,7 +586,7 @@ def test_classifiers_of_samples_and_training_images_are_tested_on_real_ones(util
         assert torch.equal(source.batch([3, 1])[0], torch.from_numpy(expected.images[[3, 1]] / np.float32(127.5) - 1
                                                                      ).permute(0, 3, 1, 2))
         train = inner[ClassifierTrainConfig]
-        assert (train.iterations, train.batch_size, train.noised, train.seed) == (2, 4, False, 3)
+        assert (train.iterations, train.batch_size, train.noised, train.seed) == (2, 5, False, 3)
         assert train.val_data_dir == ""
         assert header["step"] == 2 and header["noised"] is False and header["classes"] == NAMES
         real = open_npz(varied["reference"])
@@ -616,7 +616,7 @@ def test_sets_without_enough_images_or_with_volumes_are_rejected(utility, varied
     with pytest.raises(ValueError, match="statistics.npz contains statistics: --tstr_iterations expects images"):
         utility(**{**varied, "reference": tmp_path / "statistics.npz"})
     monkeypatch.setattr(dist_util, "world_size", lambda: 5)
-    with pytest.raises(ValueError, match="train_dir.* has 17 images: expected at least 20, one training step"):
+    with pytest.raises(ValueError, match="train_dir.* has 17 images: expected at least 25, one training step"):
         utility(**varied)
 
 
