@@ -195,7 +195,8 @@ def _open_diffusers(source):
     name = source.name.removeprefix("hub:")
     try:
         class_name = source.diffusers_class or diffusers.AutoencoderKL.load_config(name)["_class_name"]
-        require((class_name in _DIFFUSERS, f"it contains a {class_name}: expected one of: {', '.join(_DIFFUSERS)}"))
+        require((class_name in _DIFFUSERS, f"config.json contains a {class_name}: expected one of: "
+                                           f"{', '.join(_DIFFUSERS)}"))
         network = getattr(diffusers, class_name).from_pretrained(name, local_files_only=local, low_cpu_mem_usage=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
