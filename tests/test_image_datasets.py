@@ -510,6 +510,7 @@ def test_archives_that_unpack_to_much_more_are_rejected_before_they_are_unpacked
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, size - 1))
     with pytest.raises(ValueError, match=f"unpacks to {size} bytes, but .* has {size - 1} bytes free; .* TMPDIR"):
         ImageFolder(data_dir=path, image_size=8)
+    assert len(open_archive(path, in_memory=True)["images"]) == 16      # not on the disk
     np.savez(path, images=images)
     assert ImageFolder(data_dir=path, image_size=8, max_pixels=1).shape == (1, 8, 8)    # nothing is unpacked
     monkeypatch.undo()

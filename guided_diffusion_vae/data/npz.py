@@ -81,32 +81,25 @@ def _read_headers(archive):
     return headers
 
 
-def _check_unpacked_size(info, max_pixels):
-    size, limit = info.file_size, max(max_pixels, MAX_RATIO * info.compress_size)
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    require(
-        (size <= limit, f"{info.filename} unpacks from {info.compress_size} to {size} bytes: expected at most {limit}; "
-                        "save it without compression or set a larger --max_pixels"),
-        (size <= free, f"{info.filename} unpacks to {size} bytes, but {folder} has {free} bytes free; save it without "
-                       "compression or set TMPDIR to another folder"),
-    )
-
-
 def _read_member(path, archive, header, in_memory, max_pixels):
     shape, fortran_order, dtype, header_size, info = header
     packed = info.compress_type != zipfile.ZIP_STORED
-    if packed:
-        _check_unpacked_size(info, max_pixels)
+    size, limit = info.file_size, max(max_pixels, MAX_RATIO * info.compress_size)
+    require((not packed or size <= limit, f"{info.filename} unpacks from {info.compress_size} to {size} bytes: expected "
+             f"at most {limit}; save it without compression or set a larger --max_pixels"))
     if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape or packed and in_memory:
         with archive.open(info) as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
             read_to_end(stream)
             return array
     if packed:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        require((size <= free, f"{info.filename} unpacks to {size} bytes, but {folder} has {free} bytes free; save it "
+                               "without compression or set TMPDIR to another folder"))
         # A decompressed copy without a name: the file is deleted with the last reference to its memory map.
-        with archive.open(info) as packed, tempfile.NamedTemporaryFile() as copy:
-            shutil.copyfileobj(packed, copy, 1 << 22)
+        with archive.open(info) as stream, tempfile.NamedTemporaryFile() as copy:
+            shutil.copyfileobj(stream, copy, 1 << 22)
             copy.flush()
             return np.load(copy.name, mmap_mode="r", allow_pickle=False)
     status = os.stat(path)
