@@ -85,8 +85,8 @@ def _read_member(path, archive, header, in_memory, max_pixels):
     shape, fortran_order, dtype, header_size, info = header
     packed = info.compress_type != zipfile.ZIP_STORED
     size, limit = info.file_size, max(max_pixels, MAX_RATIO * info.compress_size)
-    require((not packed or size <= limit, f"{info.filename} unpacks from {info.compress_size} to {size} bytes: expected "
-             f"at most {limit}; save it without compression or set a larger --max_pixels"))
+    require((not packed or size <= limit, f"{info.filename} unpacks from {info.compress_size} to {size} bytes: "
+             f"expected at most {limit}; save it without compression or set a larger --max_pixels"))
     if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape or packed and in_memory:
         with archive.open(info) as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
