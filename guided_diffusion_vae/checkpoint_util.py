@@ -191,7 +191,13 @@ def marker_name(step):
 
 
 def commit(folder, step: int, files: dict[str, dict], state: dict) -> dict:
-    """Write and return the marker of a step: `state`, and what `save` returned of every file by name."""
+    """Write and return the marker of a step: `state`, and what `save` returned of every file by name.
+
+    :raises FileNotFoundError: if one of the files was removed meanwhile.
+    """
+    for name in files:
+        require(((Path(folder) / name).is_file(), f"{Path(folder) / name} was removed while step {step} was saved; "
+                 "resume from the step before, or start again"), error=FileNotFoundError)
     return rewrite_marker(folder, {"format": FORMAT, "step": step, "files": files, **state})
 
 

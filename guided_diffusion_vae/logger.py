@@ -164,10 +164,11 @@ class TensorBoardOutputFormat(KVWriter):
         # before its first row must not hide those of its predecessor.
         purge_step = None if resume_step is None else resume_step + 1
         self._open = functools.cache(lambda: SummaryWriter(dir, purge_step=purge_step))
-        self._dumps = 0
+        self._dir, self._dumps = dir, 0
 
     def writekvs(self, kvs):
         """Write the numbers in `kvs`; text is skipped."""
+        os.stat(self._dir)  # raises if it was removed: the thread of tensorboard would print a traceback
         self._dumps += 1
         step = int(kvs.get("step", self._dumps))
         for key, value in kvs.items():

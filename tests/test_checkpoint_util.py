@@ -244,6 +244,14 @@ def test_corrupt_marker_is_a_corrupt_step(run, text):
     assert cu.latest_marker(run, warn=lambda text: None)["step"] == 4
 
 
+def test_step_with_a_removed_file_is_not_committed(run):
+    entry = cu.save(run / "model000008.pt", {"w": torch.ones(2)})
+    (run / "model000008.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="model000008.pt was removed while step 8 was saved"):
+        cu.commit(run, 8, {"model000008.pt": entry}, {})
+    assert cu.committed_steps(run) == [2, 4, 6]
+
+
 def test_renamed_marker_raises(run):
     (run / "state000004.json").rename(run / "state000008.json")
     with pytest.raises(ValueError, match="state000008.json: expected format 1 and step 8, got format 1 and step 4"):

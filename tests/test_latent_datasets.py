@@ -234,6 +234,23 @@ def test_encoding_killed_after_its_manifest_leaves_no_records(tmp_path, cached, 
         path.name for path in cached("unbroken").folder.iterdir())
 
 
+def test_encoding_into_a_folder_that_is_emptied_raises_and_starts_again(tmp_path, cached, monkeypatch):
+    folder, write = tmp_path / "cache", cache_writer.write_record
+
+    def empty(path, content):
+        if path.name == "manifest.json":
+            for shard in folder.glob("latents-*"):
+                shard.unlink()
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "write_record", empty)
+        with pytest.raises(FileNotFoundError, match="latents-00000-of-00003.npy was removed while the cache"):
+            cached()
+    assert [path.name for path in folder.iterdir()] == []
+    cached().verify()
+
+
 def first_report(cached, **fields):
     seen = []
     cached(progress=lambda done, total: seen.append(done), **fields)

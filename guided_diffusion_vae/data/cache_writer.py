@@ -215,6 +215,11 @@ def _write_manifest(folder, shards, key, fields, dataset):
     files[FILENAMES] = stream.entry["sha256"]
     manifest = {**fields, "statistics": moments.statistics(), "made_from": key, "files": files, "shards": table}
     write_record(folder / MANIFEST, manifest)
+    missing = [shard["file"] for shard in shards if not (folder / shard["file"]).is_file()]
+    if missing:
+        for name in (MANIFEST, *files):
+            (folder / name).unlink(missing_ok=True)
+        raise FileNotFoundError(f"{folder / missing[0]} was removed while the cache was written; rerun the command")
 
 
 def _remove_leftovers(folder):
