@@ -1,4 +1,4 @@
-"""What a process knows of its launcher: rank information, address and MPI library from the environment, and its end."""
+"""Read rank information, address and MPI library from the environment of a launcher, and end with the launcher."""
 
 import contextlib
 import os
