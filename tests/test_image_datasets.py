@@ -849,6 +849,13 @@ def test_flip_mask_has_probability_one_half():
     assert abs(heads - 0.5) < 5 * 0.5 / np.sqrt(3200)
 
 
+@pytest.mark.parametrize("crop", ["center", "none"])
+def test_images_of_twice_the_size_are_averaged_over_blocks(crop):
+    pixels = np.random.default_rng(0).random((8, 12, 1), np.float32)
+    blocks = pixels.reshape(4, 2, 6, 2).mean((1, 3))[..., None]
+    np.testing.assert_allclose(resizing.fit(pixels, 4, 6, crop, None), blocks, atol=1e-6)
+
+
 def test_random_crops_start_at_every_offset():
     pixels = ramp(5, 8)[..., None]
     tops = {int(resizing.fit(pixels, 4, 8, "random", np.random.default_rng(seed))[0, 0, 0]) for seed in range(20)}

@@ -135,11 +135,14 @@ def test_loop_called_as_in_the_reference_trains_and_saves(tmp_path):
     diffusion = rank_worker.process()
     batches = iter(lambda: (torch.ones(2, 4, 8, 8), {"y": torch.tensor([0, 1])}), None)
     logger.configure(str(tmp_path), [])
-    TrainLoop(
+    sampler = UniformSampler(diffusion)
+    loop = TrainLoop(
         model=rank_worker.unet(), diffusion=diffusion, data=batches, batch_size=2, microbatch=-1, lr=1e-4,
         ema_rate="0.9", log_interval=10, save_interval=1, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3,
-        schedule_sampler=UniformSampler(diffusion), weight_decay=0.0, lr_anneal_steps=2,
-    ).run_loop()
+        schedule_sampler=sampler, weight_decay=0.0, lr_anneal_steps=2,
+    )
+    loop.run_loop()
+    assert loop.objective.schedule_sampler is sampler
     assert checkpoint_util.committed_steps(tmp_path) == [1, 2]
     assert checkpoint_util.load_weights(tmp_path / "model000002.pt")[1]["kind"] == "diffusion"
 
