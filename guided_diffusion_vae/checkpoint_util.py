@@ -358,7 +358,8 @@ def find_step(folder: str | Path, resume_checkpoint: str = "", warn=print) -> tu
         return marker, folder
     path = Path(resume_checkpoint)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --resume_checkpoint expects a model file (modelNNNNNN.pt)")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}; --resume_checkpoint expects a model file (modelNNNNNN.pt)")
     step = parse_resume_step_from_filename(path.name)
     if path.name != model_name(step):
         raise ValueError(f"{path}: --resume_checkpoint expects a file named like {model_name(step)}, from which the "

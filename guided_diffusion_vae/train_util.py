@@ -152,6 +152,8 @@ class ClassifierTrainConfig:
         "uniform", "distribution of training timesteps with --noised", choices=tuple(SCHEDULE_SAMPLERS))
     resume_checkpoint: str = option(
         "", "model file (modelNNNNNN.pt) to resume from; empty: the latest of the run folder, if any")
+    init_from: str = option(
+        "", "run or weights file to initialize a new run from, where names and shapes agree; other weights are listed")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
     eval_interval: int = option(
         5, "steps between measurements on --val_data_dir; 0: at every checkpoint; -1: never", minimum=-1)
@@ -173,7 +175,8 @@ def resolve_train_config(train: TrainConfig) -> TrainConfig:
     if not train.fast_dev_run:
         return train
     require((train.resume_checkpoint in ("", "auto"), "--fast_dev_run True and --resume_checkpoint "
-             f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one"))
+             f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one, "
+             "or to start from these weights, use --init_from"))
     steps = train.fast_dev_run_batches
     changes = {"max_val_samples": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
     preview_interval = steps if train.preview_interval >= 0 else -1
@@ -321,7 +324,8 @@ class TrainLoop:
         self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
         self.best, self.measured, self.losses = None, {}, torch.zeros(1)
         self.marker, self.reported = {}, set()      # of the step saved last; kinds of errors of previews
-        self.resume_step = self.step = self._resume(*checkpoint)
+        with _init_from_hint(resume_checkpoint):
+            self.resume_step = self.step = self._resume(*checkpoint)
         self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
         # `model` itself stays unwrapped: for checkpoints, and for previews, whose batches have other shapes.
         self.ddp_model = self._compiled(model) if self.compile else model
@@ -704,8 +708,23 @@ def init_from_weights(model: torch.nn.Module, path: str | Path) -> None:
 def find_checkpoint(folder: str | Path, resume_checkpoint: str = "") -> tuple[dict | None, Path]:
     """Return (marker, folder) of the step to resume from, or (None, folder) if training starts; see `find_step`."""
     # Rank 0 alone reads and hashes the files, so that all ranks resume from the same step.
-    checkpoint = checkpoint_util.find_step(folder, resume_checkpoint, logger.warn) if dist_util.rank() == 0 else None
+    checkpoint = None
+    if dist_util.rank() == 0:
+        with _init_from_hint(resume_checkpoint):
+            checkpoint = checkpoint_util.find_step(folder, resume_checkpoint, logger.warn)
     return dist_util.broadcast_object(checkpoint)
+
+
+@contextlib.contextmanager
+def _init_from_hint(resume_checkpoint):
+    """Add the alternative to errors about a checkpoint to resume from, if it was set."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if resume_checkpoint in ("", "auto"):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}; to start from these weights, use --init_from") from error
 
 
 def get_blob_logdir() -> str:

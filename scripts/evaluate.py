@@ -20,7 +20,8 @@ from guided_diffusion_vae.runs.run import drop_fields, script
 
 @script(
     __doc__, EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
-    drop_fields(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised", "resume_checkpoint"),
+    drop_fields(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised", "resume_checkpoint",
+                "init_from"),
     RunConfig,
 )
 def main(run):

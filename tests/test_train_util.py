@@ -1381,6 +1381,38 @@ def test_options_out_of_bounds_are_rejected_by_flag(tmp_path, options, problem):
         line(tmp_path, 2, **options)
 
 
+def test_errors_about_a_checkpoint_to_resume_from_name_init_from(tmp_path):
+    line(tmp_path / "run", 4)
+    names = "best.pt", "opt000009.pt", "ema_0.9_000009.pt", "model000009.pt"
+    for name in names:      # files of another project, without markers
+        torch.save({"weight": torch.zeros(1, 5)}, tmp_path / name)
+
+    def problem_of(resume_checkpoint, logdir="new", **options):
+        with pytest.raises((FileNotFoundError, ValueError)) as caught:
+            line(tmp_path / logdir, 6, resume_checkpoint=str(resume_checkpoint), **options)
+        text, hint = str(caught.value), "; to start from these weights, use --init_from"
+        assert text.count("--init_from") == 1 and text.endswith(hint)
+        return text
+
+    last = tmp_path / "run/model000004.pt"
+    assert "model000006.pt does not exist" in problem_of(tmp_path / "run/model000006.pt")
+    assert "run is a folder; --resume_checkpoint expects a model file" in problem_of(tmp_path / "run")
+    assert "expects a file named like" in problem_of(tmp_path / "best.pt")
+    assert "which is later than" in problem_of(tmp_path / "run/model000002.pt", "run")
+    assert "another configuration" in problem_of(last, header={**HEADER, "kind": "classifier"})
+    assert "weight: expected (1, 3), got (1, 5)" in problem_of(tmp_path / "model000009.pt")
+    assert "ema_0.5_000004.pt does not exist; --ema_rate must" in problem_of(last, ema_rate="0.5")
+    torch.save({"weight": torch.zeros(1, 3)}, tmp_path / "model000009.pt")
+    assert "ema_0.9_000009.pt has no weights in common" in problem_of(tmp_path / "model000009.pt")
+    assert "opt000009.pt: " in problem_of(tmp_path / "model000009.pt", ema_rate="")
+    (tmp_path / "opt000009.pt").unlink()
+    assert "opt000009.pt does not exist" in problem_of(tmp_path / "model000009.pt", ema_rate="")
+    corrupt(tmp_path / "run" / "opt000004.pt", "missing")
+    assert "opt000004.pt is missing" in problem_of(last)
+    with pytest.raises(ValueError, match="is 'classifier' now.*another --logdir$"):     # nothing was set
+        line(tmp_path / "run", 6, header={**HEADER, "kind": "classifier"})
+
+
 def test_incomplete_or_renamed_checkpoint_is_rejected(tmp_path):
     line(tmp_path, 4)
     resume = lambda name: line(tmp_path / "other", 6, resume_checkpoint=str(tmp_path / name))
