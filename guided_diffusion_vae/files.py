@@ -169,6 +169,13 @@ def load_tensors(path, map_location="cpu", flag="the path"):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        if other := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} contains more than tensors and plain values ({other[1]}), which weights_only=True rejects, as "
+                "reading it runs code of the file; use a .safetensors version of it, or if you trust it, load it with "
+                "weights_only=False where its packages are installed and save its state dict alone with torch.save; "
+                f"check {flag}"
+            ) from error
         raise ValueError(f"{path} is corrupt or truncated, or contains more than tensors and plain values, which "
                          f"weights_only=True rejects ({reason}); check {flag}") from error
 

@@ -646,6 +646,7 @@ class TrainLoop:
             require((path.is_file(), f"{path} does not exist; --ema_rate must list rates that the checkpoint has"),
                     error=FileNotFoundError)
             weights, _ = checkpoint_util.load_weights(path, device, RESUME_FLAG)
+            weights = checkpoint_util.select_weights(self.model, weights, path, RESUME_FLAG)
             values = self.mp_trainer.state_dict_to_master_params(weights)
             self.ema_params[i] = [dist_util.distribute_like(v.detach(), p) for v, p in zip(values, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)
@@ -677,7 +678,7 @@ class TrainLoop:
             own = self.model.state_dict()
             weights.update({name: dist_util.distribute_like(value, own[name]) for name, value in weights.items()
                             if name in own and value.shape == own[name].shape})
-        checkpoint_util.load_strict(self.model, weights, path, RESUME_FLAG)
+        weights = checkpoint_util.load_strict(self.model, weights, path, RESUME_FLAG)
         # With use_fp16 the model holds rounded weights, the masters continue with those of the file.
         with torch.no_grad():
             values = self.mp_trainer.state_dict_to_master_params(weights)
@@ -692,9 +693,9 @@ def init_from_weights(model: torch.nn.Module, path: str | Path) -> None:
     """
     path = checkpoint_util.latest_weights(path, "--init_from")
     source, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
+    source = checkpoint_util.select_weights(model, source, path, "--init_from")
     own = model.state_dict()
     common = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
-    require((common, f"{path} has no weights in common with this model; check --init_from"))
     own.update(common)
     # Modules migrate weights by the version stored with them; newly initialized ones have the module's own version.
     own._metadata = {**own._metadata, **source._metadata} if hasattr(source, "_metadata") else {}
