@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import deprecated_method, deprecated_names
+from . import deprecated_method, deprecated_names, logger
 from .autoencoder import latent_grid
 from .config import ParsedText, option, require
 from .interfaces import Codec
@@ -34,11 +34,13 @@ LATENT_STD_LIMITS = (0.9, 1.1)
 @dataclasses.dataclass
 class VAEConfig:
     vae_path: str = option(
-        "", "autoencoder: run of train_autoencoder.py or a weights file of one, a diffusers folder (or hub:owner/name "
-            "to download one), or MONAI weights next to a YAML file", essential=True)
+        "", "autoencoder: run of train_autoencoder.py or a weights file of one, a diffusers folder or a file in one "
+            "(or hub:owner/name to download one), a checkpoint of Stable Diffusion, or MONAI weights in a bundle "
+            "or next to a YAML file", essential=True)
     scale_factor: float = option(0.0, "factor that latents are multiplied by; 0: that of the autoencoder, else 0.18215",
                                  minimum=0, essential="out")
-    vae_config: str = option("", "YAML file with the arguments of MONAI weights; empty: the one next to them")
+    vae_config: str = option("", "YAML or JSON file with the arguments of MONAI weights; empty: the one next to them, "
+                                 "or of their bundle")
     vae_dtype: str = option("float32", "precision of the autoencoder", choices=tuple(DTYPES))
     vae_batch_size: int = option(
         0, "images per forward pass of the autoencoder; 0: whole batches", minimum=0, essential="store")
@@ -66,10 +68,13 @@ class NormalizerConfig:
 
 def create_vae(config: VAEConfig, device=None) -> "VAEInterface":
     """Open the autoencoder that a VAEConfig names."""
-    return VAEInterface(
+    codec = VAEInterface(
         config.vae_path, scale_factor=config.scale_factor or None, device=device, dtype=config.vae_dtype,
         batch_size=config.vae_batch_size, tile=config.vae_tile, vae_config=config.vae_config or None,
     )
+    if codec.remark:
+        logger.log_rank0(f"{FLAG} {config.vae_path}: {codec.remark}")
+    return codec
 
 
 class BaseCodec(Codec):
@@ -129,10 +134,12 @@ class VAEInterface(BaseCodec):
     `vae_path` names one of these (see `vae.foreign.KINDS`):
 
     - a run folder of `train_autoencoder.py`, of which the EMA weights are used, or one of its weights files;
-    - a folder saved by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC), or `hub:owner/name`, the only
-      spelling that uses the network;
+    - a folder saved by diffusers (AutoencoderKL, AutoencoderTiny, AutoencoderDC), a weights file in one, or
+      `hub:owner/name`, the only spelling that uses the network;
+    - a checkpoint of Stable Diffusion in the layout of CompVis, or of its autoencoder alone (.ckpt, .pt, .safetensors);
     - weights of MONAI's AutoencoderKL (.pt, .pth, .safetensors) with its arguments in a YAML file of the same stem, or
-      in `vae_config` (a path or a dictionary), which may set `image_range` and `scale_factor` as well.
+      in `vae_config` (a path or a dictionary), which may set `image_range` and `scale_factor` as well; or a bundle of
+      MONAI or weights inside of one, whose configs/inference.json or .yaml has the arguments.
 
     Latents are (z - shift_factor) * scale_factor. The scale factor is the argument, else the autoencoder's own, else
     0.18215; the shift is the autoencoder's own, else 0.
@@ -155,6 +162,7 @@ class VAEInterface(BaseCodec):
         require((dtype in DTYPES, f"--vae_dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"))
         opened = open_autoencoder(str(vae_path), vae_config)
         streams = opened.architecture is not None
+        remark = opened.remark if scale_factor is None else ""
         if scale_factor is None:
             scale_factor = opened.scale_factor or SCALE_FACTOR
         require(
@@ -167,6 +175,7 @@ class VAEInterface(BaseCodec):
         self.path, self.config, self.factors = opened.path, opened.config, opened.factors
         self.in_channels, self.latent_channels = opened.in_channels, opened.latent_channels
         self.scale_factor, self.shift_factor = float(scale_factor), float(opened.shift_factor)
+        self.remark = remark
         self.preprocessing = opened.preprocessing or {}
         self.architecture, self.image_range = opened.architecture, opened.image_range
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,4 +1,4 @@
-"""Open what --vae_path names: autoencoders of this project, of diffusers and of MONAI.
+"""Open what --vae_path names: autoencoders of this project, of diffusers, of Stable Diffusion and of MONAI.
 
 `KINDS` is the table of what can be opened. A new kind of autoencoder is one function that returns an
 `OpenedAutoencoder`, and one line in that table; `VAEInterface` makes a codec of it.
@@ -7,6 +7,7 @@
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from ..config import as_dict, from_dict, require, to_tuple
-from ..files import READ_ERRORS, file_errors, read_yaml_file
+from ..files import READ_ERRORS, file_errors, read_record, read_yaml_file
+from . import compvis
 from .posterior import LOGVAR_RANGE
 
 FLAG = "--vae_path"
@@ -28,7 +30,8 @@ class OpenedAutoencoder:
 
     `moments` maps images in `image_range` [N x C x ...] to (mean, log-variance), each [N x Z x ...], and `decode` maps
     z [N x Z x ...] to images in `image_range`. `config` is hashed into the fingerprint with the weights: JSON-able, and
-    stable over versions. `architecture` is set for an AutoencoderKL, which can be streamed and exported.
+    stable over versions. `architecture` is set for an AutoencoderKL, which can be streamed and exported. `remark` is a
+    sentence for the log, on what the scale factor is if the file does not state it.
     """
 
     network: torch.nn.Module
@@ -44,6 +47,7 @@ class OpenedAutoencoder:
     shift_factor: float = 0.0
     preprocessing: dict | None = None
     architecture: AutoencoderConfig | None = None
+    remark: str = ""
 
 
 class Source:
@@ -56,12 +60,22 @@ class Source:
     def is_run(self) -> bool:
         """Whether this is a run folder; `config.json` is written before the first checkpoint."""
         known = self.path.is_dir() and checkpoint_util.committed_steps(self.path)
-        return bool(known) or (self.path / "config.json").is_file()
+        return bool(known) or (self.path / "config.json").is_file() and not any(self.path.glob(f"{DIFFUSERS_STEM}*"))
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether this is a bundle of MONAI."""
+        return all((self.path / name).is_dir() for name in ("configs", "models"))
 
     @functools.cached_property
     def diffusers_class(self) -> str | None:
         """The class that the config.json of a diffusers folder names, None for anything else."""
-        return _class_name(self.path)
+        try:
+            return _read_config(self.path).get("_class_name")
+        except ValueError:
+            if checkpoint_util.committed_steps(self.path):  # of a run, whose weights describe themselves
+                return None
+            raise
 
     @functools.cached_property
     def weights(self) -> tuple[dict, dict | None]:
@@ -69,6 +83,16 @@ class Source:
         if not self.path.is_file():
             return {}, None
         return checkpoint_util.load_weights(checkpoint_util.latest_weights(self.path, FLAG), flag=FLAG)
+
+    @functools.cached_property
+    def compvis(self) -> dict:
+        """The autoencoders in the layout of CompVis that a weights file contains; see `compvis.find_autoencoders`."""
+        return compvis.find_autoencoders(self.weights[0])
+
+    @property
+    def has_diffusers_names(self) -> bool:
+        """Whether a weights file contains an AutoencoderKL of diffusers, or the network of a config next to it."""
+        return self.path.is_file() and (DIFFUSERS_MARKER in self.weights[0] or bool(_class_name(self.path.parent)))
 
 
 def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedAutoencoder:
@@ -91,10 +115,25 @@ def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedA
                      f"(no config.json with _class_name){hint}; check {FLAG}")
 
 
+def _read_config(folder):
+    """Return the config.json of a folder, {} if there is none.
+
+    :raises ValueError: if it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    with file_errors(path, "is not JSON", f"check {FLAG}"):
+        config = json.loads(path.read_text())
+        require((isinstance(config, dict), f"expected an object, got {type(config).__name__}"))
+    return config
+
+
 def _class_name(folder):
+    """Return the class that the config.json of a folder names, None if it cannot be read."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError):
+        return _read_config(folder).get("_class_name")
+    except ValueError:
         return None
 
 
@@ -103,10 +142,6 @@ def _class_name(folder):
 
 def _open_run(source):
     """Open the EMA weights of a run folder's best or latest step."""
-    config = source.path / "config.json"
-    if not checkpoint_util.committed_steps(source.path):    # or a diffusers folder whose config.json is damaged
-        with file_errors(config, "is not JSON", f"check {FLAG}"):
-            json.loads(config.read_text())
     return open_autoencoder(str(checkpoint_util.latest_weights(source.path, FLAG)), source.vae_config)
 
 
@@ -148,19 +183,35 @@ def _opened_kl(source, network, config, architecture, scale_factor, preprocessin
     )
 
 
+def _open_bundle(source):
+    """Open the weights of the autoencoder in a bundle of MONAI."""
+    files = sorted(path.name for path in (source.path / "models").iterdir() if path.suffix in WEIGHTS_SUFFIXES)
+    named = [name for name in files if "autoencoder" in name.lower()]
+    require((len(named) == 1, f"{source.path / 'models'} contains {', '.join(files) or 'no weights'}: expected one "
+             f"file with autoencoder in its name; set {FLAG} to the weights file"))
+    return open_autoencoder(str(source.path / "models" / named[0]), source.vae_config)
+
+
 # Arguments of MONAI that do not change the function of the weights (`include_fc` shows in the weights' names).
-_NO_EFFECT = ("_target_", "use_flash_attention", "include_fc", "use_combined_linear", "training")
+_NO_EFFECT = ("_target_", "_desc_", "_requires_", "_disabled_", "_mode_", "use_flash_attention", "include_fc",
+              "use_combined_linear", "training")
+SECTIONS = ("autoencoder_def", "autoencoder")   # in a bundle, `autoencoder` may be an expression about the first
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
 def _monai_arguments(source):
     """Return (the keyword arguments of AutoencoderKL, `image_range` and `scale_factor` if they are there, the path)."""
-    values, where = (source.vae_config,) * 2 if isinstance(source.vae_config, dict) else _read_yaml(source)
-    for section in ("autoencoder", "autoencoder_def"):
-        values = values.get(section, values)
+    contents, where = (source.vae_config,) * 2 if isinstance(source.vae_config, dict) else _read_arguments(source)
+    values, place = contents, ""
+    while section := next((name for name in SECTIONS if name in values), None):
+        place = f"{place}{section}::"
+        values = values[section]
+        if isinstance(values, str):
+            values = _resolve(values, contents, where, place.removesuffix("::"))
         require((isinstance(values, dict), f"{where}: expected arguments of AutoencoderKL as keys with values, got "
                                            f"{values!r}"))
-    arguments = {{"channels": "num_channels"}.get(key, key): to_tuple(value) for key, value in values.items()
-                 if key not in _NO_EFFECT}
+    arguments = {{"channels": "num_channels"}.get(key, key): to_tuple(_resolve(value, contents, where, f"{place}{key}"))
+                 for key, value in values.items() if key not in _NO_EFFECT}
     known = sorted({*inspect.signature(AutoencoderKL).parameters, "image_range", "scale_factor"})
     unknown = [key for key in arguments if key not in known]
     require(
@@ -170,45 +221,153 @@ def _monai_arguments(source):
     return arguments, where
 
 
-def _read_yaml(source):
-    """Return (contents of the YAML file with a MONAI network's arguments, its path)."""
-    candidates = [source.path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
-    path = Path(source.vae_config) if source.vae_config else next((p for p in candidates if p.is_file()), candidates[0])
-    if not path.is_file():
+def _resolve(value, contents, where, key, followed=()):
+    """Return a value of a bundle of MONAI with the references in it, such as @latent_channels or @net::channels::0.
+
+    :raises ValueError: naming the key, for an expression, which is not evaluated, and for references to nothing.
+    """
+    if isinstance(value, dict):
+        return {k: _resolve(v, contents, where, f"{key}::{k}", followed) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve(v, contents, where, f"{key}::{i}", followed) for i, v in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith(("@", "$", "%")):
+        return value
+    require((value.startswith("@"), f"{where}: {key} is {value!r}: expected a value, as expressions are not evaluated; "
+             "replace it by its value, or set --vae_config to a YAML file of the arguments"))
+    target = contents
+    for part in re.split("::|#", value[1:]):
+        try:
+            target = target[int(part) if isinstance(target, list) else part]
+        except (LookupError, TypeError, ValueError):
+            raise ValueError(f"{where}: {key} is {value!r}: expected a reference to a key of the file; correct it or "
+                             "set --vae_config") from None
+    require((value not in followed, f"{where}: {key} is {value!r}, which refers to itself; correct it or set "
+             "--vae_config"))
+    return _resolve(target, contents, where, f"{key}, a reference to {value[1:]},", (*followed, value))
+
+
+def _read_arguments(source):
+    """Return (contents of the YAML or JSON file with a MONAI network's arguments, its path)."""
+    candidates = [source.path.with_suffix(suffix) for suffix in (".yaml", ".yml", ".json")]
+    path = Path(source.vae_config) if source.vae_config else next((p for p in candidates if p.is_file()), None)
+    if path is None:    # in a bundle, whose files describe other networks too
+        described = ((_read_mapping(p), p) for p in _bundle_files(source.path.parent.parent))
+        if found := next((each for each in described if set(SECTIONS) & each[0].keys()), None):
+            return found
         raise FileNotFoundError(
-            f"{path} does not exist; check --vae_config" if source.vae_config else
-            f"{source.path} has no header of train_autoencoder.py, and {path.name} with the arguments of MONAI's "
-            "AutoencoderKL (spatial_dims, num_channels, ...) does not exist next to it; write one or set --vae_config"
+            f"{source.path} has no header of train_autoencoder.py, and {candidates[0].name} with the arguments of "
+            "MONAI's AutoencoderKL (spatial_dims, num_channels, ...) does not exist next to it; write one or set "
+            "--vae_config"
         )
-    return read_yaml_file(path), path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; check --vae_config")
+    return _read_mapping(path), path
+
+
+def _bundle_files(folder):
+    """Return the files of a bundle of MONAI that may define its autoencoder."""
+    paths = (folder / "configs" / f"{stem}{suffix}" for stem in ("inference_autoencoder", "inference")
+             for suffix in (".json", ".yaml", ".yml"))
+    return [path for path in paths if path.is_file()]
+
+
+def _read_mapping(path):
+    # YAML 1.1 reads numbers such as 1e-06, which are valid in JSON, as text.
+    return read_record(path, "check --vae_config") if path.suffix == ".json" else read_yaml_file(path)
 
 
 # --- diffusers ---
 
 
-def _open_diffusers(source):
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+DIFFUSERS_MARKER = "encoder.down_blocks.0.resnets.0.conv1.weight"
+# Names of attention weights before version 0.12 of diffusers.
+_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def _import_diffusers(source):
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(f"{FLAG} {source.name} requires diffusers: pip install diffusers") from error
+    return diffusers
+
+
+def _open_diffusers(source):
+    diffusers = _import_diffusers(source)
     local = not source.name.startswith("hub:")
     name = source.name.removeprefix("hub:")
+    variant = _variant(source.path) if local else None
     try:
         class_name = source.diffusers_class or diffusers.AutoencoderKL.load_config(name)["_class_name"]
         require((class_name in _DIFFUSERS, f"config.json contains a {class_name}: expected one of: "
                                            f"{', '.join(_DIFFUSERS)}"))
-        network = getattr(diffusers, class_name).from_pretrained(name, local_files_only=local, low_cpu_mem_usage=False)
+        network = getattr(diffusers, class_name).from_pretrained(
+            name, variant=variant, local_files_only=local, low_cpu_mem_usage=False
+        )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name} cannot be read as a diffusers autoencoder: {reason}; check {FLAG}") from error
+    return _opened_diffusers(network, class_name, str(source.path.resolve()) if local else source.name)
+
+
+def _variant(folder):
+    """Return the variant of the weights in a folder, such as fp16, None if there are some without.
+
+    :raises ValueError: if there are several variants only.
+    """
+    pattern = rf"{DIFFUSERS_STEM}(?:\.(?!bin|safetensors)(\w+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    variants = {m[1] for path in folder.iterdir() if (m := re.fullmatch(pattern, path.name))}
+    require((len(variants) < 2 or None in variants, f"{folder} contains weights of the variants "
+             f"{', '.join(sorted(filter(None, variants)))} only; set {FLAG} to one of the files"))
+    return variants.pop() if len(variants) == 1 else None
+
+
+def _open_diffusers_weights(source):
+    """Open a weights file of diffusers by the config.json next to it."""
+    diffusers, config = _import_diffusers(source), _read_config(source.path.parent)
+    class_name, where = config.get("_class_name"), source.path.parent / "config.json"
+    require((class_name, f"{source.path} contains weights of diffusers, and {where} with their _class_name does not "
+             "exist; download it to there"), error=FileNotFoundError)
+    require((class_name in _DIFFUSERS, f"{where} describes a {class_name}: expected one of: {', '.join(_DIFFUSERS)}; "
+             f"check {FLAG}"))
+    try:
+        network = getattr(diffusers, class_name).from_config(config)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where}: no {class_name} has this configuration ({reason}); check {FLAG}") from error
+    weights = source.weights[0]
+    if isinstance(network, diffusers.AutoencoderKL):
+        for old, new in _OLD_ATTENTION.items():
+            weights = {name.replace(old, new): value for name, value in weights.items()}
+    checkpoint_util.load_strict(network, weights, source.path, FLAG)
+    return _opened_diffusers(network, class_name, str(source.path.resolve()))
+
+
+def _open_compvis(source):
+    """Open the autoencoder of a Stable Diffusion checkpoint as one of diffusers."""
+    diffusers, path = _import_diffusers(source), source.path
+    require((len(source.compvis) == 1, f"{path} contains several autoencoders: {', '.join(source.compvis)}; save one "
+             f"of them with torch.save in a file of its own, and set {FLAG} to it"))
+    (weights, full), = source.compvis.values()
+    config = compvis.diffusers_config(weights, path)
+    scale = compvis.latent_scale(weights, full, _read_config(path.parent) if _class_name(path.parent) else {})
+    network = diffusers.AutoencoderKL(**config, scaling_factor=scale.scale_factor, shift_factor=scale.shift_factor)
+    converted = compvis.to_diffusers(weights, len(config["block_out_channels"]))
+    checkpoint_util.load_strict(network, converted, path, FLAG)
+    opened = _opened_diffusers(network, "AutoencoderKL", str(path.resolve()))
+    opened.remark = scale.remark
+    return opened
+
+
+def _opened_diffusers(network, class_name, path):
     config = {k: v for k, v in network.config.items() if k == "_class_name" or not k.startswith("_")}
     config = json.loads(json.dumps({"_class_name": class_name, **config}))
     moments, widths = _DIFFUSERS[class_name]
     return OpenedAutoencoder(
         network, functools.partial(moments, network), lambda z: network.decode(z).sample, config,
         config["in_channels"], config["latent_channels"], (2 ** (len(config[widths]) - 1),) * 2, (-1.0, 1.0),
-        str(source.path.resolve()) if local else source.name, config.get("scaling_factor"),
-        config.get("shift_factor") or 0.0,
+        path, config.get("scaling_factor"), config.get("shift_factor") or 0.0,
     )
 
 
@@ -233,7 +392,11 @@ _DIFFUSERS = {
 KINDS = {
     "hub:owner/name": (lambda source: source.name.startswith("hub:"), _open_diffusers),
     "a diffusers folder": (lambda source: source.diffusers_class, _open_diffusers),
+    "a MONAI bundle": (lambda source: source.is_bundle, _open_bundle),
     "a run folder of train_autoencoder.py": (lambda source: source.is_run, _open_run),
     "a weights file of one": (lambda source: source.weights[1] is not None, _open_own),
+    "a checkpoint of Stable Diffusion, or of its autoencoder": (lambda source: source.compvis, _open_compvis),
+    "a weights file of diffusers next to its config.json": (
+        lambda source: source.has_diffusers_names, _open_diffusers_weights),
     "weights of MONAI's AutoencoderKL": (lambda source: source.path.is_file(), _open_monai),
 }
