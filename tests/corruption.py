@@ -303,9 +303,9 @@ def assess(kind, path, expected):
         with contextlib.redirect_stdout(printed):
             found = digest(kind.read(path))
     except USER_ERRORS as error:
-        message = f"{error} {printed.getvalue()}"
+        message = f"{type(error).__name__}: {error} {printed.getvalue()}"
         # Of a checkpoint or cache another file may be named, such as one that is missing.
-        require(path.name in message or f"{path.parent}/" in message, "error without file", f"{type(error).__name__}: {message}")
+        require(path.name in message or f"{path.parent}/" in message, "error without file", message)
         return "rejected"
     except BaseException as error:      # extensions in Rust raise errors that are not an Exception
         raise Failure(f"{type(error).__name__}: {error}") from error

@@ -17,7 +17,7 @@ def read_carelessly(path):
     faults = {
         1: lambda: {}["missing"],
         2: lambda: np.load(path.parent / "nothing.npy"),
-        3: lambda: int("no file"),
+        3: lambda: int("nothing"),
         4: lambda: os.kill(os.getpid(), signal.SIGKILL),
         5: lambda: time.sleep(60),
         6: lambda: bytearray(2**27),
