@@ -61,7 +61,8 @@ def fork():
 class Format(NamedTuple):
     """Files of a folder below the root, and a function that reads one of them as the scripts do.
 
-    Corrupted is what `unpack` returns for a file; `pack` makes a file of it, whose checksums are valid.
+    Corrupted is what `unpack` returns for a file; `pack` makes a file of it, whose checksums are valid. If another
+    library reads the folder, errors may name the folder alone.
     """
 
     folder: str
@@ -70,6 +71,7 @@ class Format(NamedTuple):
     checksum: bool = False
     unpack: Callable = bytes
     pack: Callable = lambda content, original: content
+    foreign: bool = False
 
 
 def read_images(path, **fields):
@@ -171,7 +173,7 @@ MUTATIONS = {
     "pt": Format("formats/pt", "*", read_weights),
     "pt-header": Format("formats/pt", "*", read_model, unpack=header_of, pack=with_header),
     "safetensors": Format("formats/safetensors", "*", read_weights),
-    "diffusers": Format("formats/diffusers", "*", lambda path: read_autoencoder(path.parent)),
+    "diffusers": Format("formats/diffusers", "*", lambda path: read_autoencoder(path.parent), foreign=True),
 }
 
 
@@ -305,7 +307,8 @@ def assess(kind, path, expected):
     except USER_ERRORS as error:
         message = f"{type(error).__name__}: {error} {printed.getvalue()}"
         # Of a checkpoint or cache another file may be named, such as one that is missing.
-        require(path.name in message or f"{path.parent}/" in message, "error without file", message)
+        named = path.name in message or f"{path.parent}{'' if kind.foreign else '/'}" in message
+        require(named, "error without file", message)
         return "rejected"
     except BaseException as error:      # extensions in Rust raise errors that are not an Exception
         raise Failure(f"{type(error).__name__}: {error}") from error
