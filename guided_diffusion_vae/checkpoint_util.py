@@ -413,16 +413,18 @@ def latest_weights(folder, flag="--model_path") -> Path:
 
 
 def prune_checkpoints(folder, count: int, kept=()) -> None:
-    """Delete the files of all steps except the latest `count` and those in `kept`, each step's marker first."""
+    """Delete the files of all steps except the latest `count` and those in `kept`.
+
+    The marker of a step is deleted last, so that the next call deletes what an interrupted one has left.
+    """
     for step in set(committed_steps(folder)[:-count]) - set(kept):
         _remove_step(Path(folder), step)
 
 
 def _remove_step(folder, step):
-    (folder / marker_name(step)).unlink(missing_ok=True)
     # By name and not by the marker, which may be corrupt.
     named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
-    for path in [*(folder / name(step) for name in named), *folder.glob(ema_name("*", step))]:
+    for path in [*folder.glob(ema_name("*", step)), *(folder / name(step) for name in (*named, marker_name))]:
         path.unlink(missing_ok=True)
 
 

@@ -661,6 +661,7 @@ class TrainLoop:
             self.marker = marker
             if self.rank == 0:
                 checkpoint_util.remove_uncommitted(folder, step, logger.log)
+                self._prune()
         if self.discriminator:
             self.discriminator.load(folder, marker, self.device)
         logger.log(f"resuming from step {step} in {folder}")

@@ -335,6 +335,23 @@ def test_prune_keeps_the_latest_steps(run):
     assert names_in(run) == sorted([*kept, "config.json"])
 
 
+def test_prune_deletes_what_an_interrupted_one_has_left(run, monkeypatch):
+    kept, unlink, deleted = [name for name in names_in(run) if "000006" in name], Path.unlink, []
+
+    def fail_later(path, missing_ok=False):
+        deleted.append(path)
+        if len(deleted) == 3:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        cu.prune_checkpoints(run, 1)
+    assert len(cu.committed_steps(run)) == 3
+    cu.prune_checkpoints(run, 1)
+    assert names_in(run) == kept
+
+
 def test_prune_deletes_no_file_outside_the_folder(run):
     victim = run.parent / "victim.pt"
     victim.write_text("precious")
