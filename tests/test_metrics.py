@@ -358,10 +358,10 @@ def classifier(pool, channels=1):
     torch.manual_seed(0)
     model = EncoderUNetModel(
         image_size=16, in_channels=channels, model_channels=32, out_channels=5, num_res_blocks=1,
-        attention_resolutions=(2,), channel_mult=(1, 1), num_head_channels=16, pool=pool,
+        attention_resolutions=(2,), channel_mult=(1, 1), num_head_channels=16, pool=pool, use_scale_shift_norm=True,
     )
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+        torch.nn.init.normal_(parameter, std=0.3)   # far from 0: logits depend on images and timesteps
     return model
 
 

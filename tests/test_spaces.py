@@ -717,6 +717,7 @@ def upsample(tmp_path):
 
 def test_upsampler_is_conditioned_on_diffused_base_samples_and_their_classes(upsample, tmp_path):
     sampler, images = upsample()
+    assert sampler.clip_denoised is True        # x0 are pixels, and the flag was not set
     assert sampler.labels(range(4), None).tolist() == [0, 1, 1, 0]      # by name
     conditioning = sampler.low_res.condition([1, 5], CPU)
     alpha_bar = np.cumprod(1 - create_diffusion(PROCESS).betas)[4]      # of all timesteps, not of those sampled
