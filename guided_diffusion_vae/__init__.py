@@ -2,6 +2,7 @@
 
 __version__ = "0.2.0"
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -18,6 +19,28 @@ if "torch" not in sys.modules and gc.isenabled():
 
     gc.freeze()
     gc.enable()
+
+
+def _keep_freed_memory(environ):
+    """Let glibc keep freed memory; return whether it does.
+
+    By default it returns every tensor above 32 MiB to the system, whose pages are then zeroed again at each step. Not
+    changed if the environment configures malloc or preloads libraries; GDVAE_KEEP_MEMORY=0 turns it off.
+    """
+    configured = "LD_PRELOAD" in environ or "malloc" in environ.get("GLIBC_TUNABLES", "")
+    if configured or environ.get("GDVAE_KEEP_MEMORY") == "0" or any(name.startswith("MALLOC_") for name in environ):
+        return False
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):    # another system
+        return False
+    if not hasattr(libc, "gnu_get_libc_version"):   # another C library
+        return False
+    trim_threshold, mmap_max = -1, -4   # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 512 << 20))
+
+
+_keep_freed_memory(os.environ)
 
 
 class _DeprecatedModules:

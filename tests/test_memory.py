@@ -1,3 +1,4 @@
+import ctypes
 import dataclasses
 import itertools
 import re
@@ -5,6 +6,7 @@ import re
 import pytest
 import torch
 
+import guided_diffusion_vae
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import validate
@@ -283,3 +285,32 @@ def test_other_errors_are_unchanged():
 def test_plan_config_rejects_other_than_positive_numbers(flags):
     with pytest.raises(ValueError, match=f"--{next(iter(flags))} must be .* > 0, such as .*, got"):
         validate(PlanConfig(**flags))
+
+
+# --- The allocator ---
+
+
+@pytest.mark.parametrize("environ", [
+    {"MALLOC_ARENA_MAX": "2"}, {"LD_PRELOAD": "libjemalloc.so.2"}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"},
+    {"GDVAE_KEEP_MEMORY": "0"},
+])
+def test_a_configured_allocator_is_not_changed(environ, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("glibc is configured"))
+    assert guided_diffusion_vae._keep_freed_memory(environ) is False
+
+
+def test_freed_memory_is_kept_by_glibc():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2") or not guided_diffusion_vae._keep_freed_memory({}):
+        pytest.skip("requires glibc 2.33")
+
+    class Information(ctypes.Structure):
+        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+    libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = Information, ctypes.c_void_p, [ctypes.c_void_p]
+    mapped = libc.mallinfo2().hblks
+    block = libc.malloc(ctypes.c_size_t(200 << 20))
+    assert libc.mallinfo2().hblks == mapped     # taken from the heap, not mapped for itself
+    libc.free(block)
+    assert libc.mallinfo2().keepcost >= 200 << 20   # and still there
