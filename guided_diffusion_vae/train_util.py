@@ -620,8 +620,9 @@ class TrainLoop:
 
     def _prune(self):
         if self.keep_checkpoints:
-            best = {self.best["step"]} if self.best else set()
-            checkpoint_util.prune_checkpoints(self.folder, self.keep_checkpoints, best)
+            # The step that was saved or loaded last is kept even if later ones, which are corrupt, count as the latest.
+            kept = {record["step"] for record in (self.best, self.marker) if record}
+            checkpoint_util.prune_checkpoints(self.folder, self.keep_checkpoints, kept)
 
     def _gathered(self, tensors):
         """Return tensors unchanged or, if they are sharded, full ones in main memory on rank 0 and None elsewhere."""

@@ -1256,6 +1256,15 @@ def test_files_of_an_interrupted_save_are_ignored(tmp_path, capsys):
     assert "model000002.pt, model000006.pt but no marker" in capsys.readouterr().out
 
 
+def test_resuming_keeps_the_step_that_it_loads_if_later_ones_are_corrupt(tmp_path):
+    line(tmp_path, 4)
+    (tmp_path / "model000004.pt").write_bytes(b"corrupt")
+    assert line(tmp_path, 2, keep_checkpoints=1).resume_step == 2   # nothing is trained or saved
+    assert checkpoint_util.committed_steps(tmp_path) == [2, 4]
+    assert line(tmp_path, 6, keep_checkpoints=1).resume_step == 2
+    assert checkpoint_util.committed_steps(tmp_path) == [6]
+
+
 def test_failed_save_leaves_no_files_and_the_steps_before_it(tmp_path, monkeypatch):
     line(tmp_path, 2)
     before, save = sorted(tmp_path.iterdir()), checkpoint_util.save
