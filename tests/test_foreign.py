@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from guided_diffusion_vae import checkpoint_util
@@ -128,6 +129,60 @@ def test_compvis_weights_are_converted_as_by_diffusers(form):
     assert all(torch.equal(value, expected[name]) for name, value in converted.items())
 
 
+class PlainCompVis:
+    """The functions of an autoencoder of CompVis, written out from its names."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def conv(self, name, x, **arguments):
+        return F.conv2d(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **arguments)
+
+    def norm(self, name, x):
+        return F.group_norm(x, 32, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-6)
+
+    def block(self, name, x):
+        h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)), padding=1)
+        h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)), padding=1)
+        return h + (self.conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in self.weights else x)
+
+    def attention(self, name, x):
+        q, k, v = (self.conv(f"{name}.{part}", self.norm(f"{name}.norm", x)).flatten(2) for part in "qkv")
+        attended = v @ (q.mT @ k / q.shape[1] ** 0.5).softmax(-1).mT
+        return x + self.conv(f"{name}.proj_out", attended.view_as(x))
+
+    def level(self, name, x):
+        i = 0
+        while f"{name}.block.{i}.conv1.weight" in self.weights:
+            x = self.block(f"{name}.block.{i}", x)
+            x = self.attention(f"{name}.attn.{i}", x) if f"{name}.attn.{i}.q.weight" in self.weights else x
+            i += 1
+        return x
+
+    def middle(self, side, x):
+        x = self.attention(f"{side}.mid.attn_1", self.block(f"{side}.mid.block_1", x))
+        return self.block(f"{side}.mid.block_2", x)
+
+    def end(self, side, x):
+        return self.conv(f"{side}.conv_out", F.silu(self.norm(f"{side}.norm_out", x)), padding=1)
+
+    def encode(self, x, levels):
+        x = self.conv("encoder.conv_in", x, padding=1)
+        for i in range(levels):
+            x = self.level(f"encoder.down.{i}", x)
+            if i < levels - 1:
+                x = self.conv(f"encoder.down.{i}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
+        return self.conv("quant_conv", self.end("encoder", self.middle("encoder", x))).chunk(2, 1)[0]
+
+    def decode(self, z, levels):
+        x = self.middle("decoder", self.conv("decoder.conv_in", self.conv("post_quant_conv", z), padding=1))
+        for i in reversed(range(levels)):
+            x = self.level(f"decoder.up.{i}", x)
+            if i:
+                x = self.conv(f"decoder.up.{i}.upsample.conv", F.interpolate(x, scale_factor=2.0), padding=1)
+        return self.end("decoder", x)
+
+
 @pytest.mark.parametrize("form, name, wrapped", [
     ({}, "v1.ckpt", lambda w: {"state_dict": in_model(w, cond_stage_model__a=1), "epoch": 3, "global_step": 9}),
     ({}, "vae.pt", lambda w: {"state_dict": {**w, "loss.logvar": torch.zeros(())}}),
@@ -135,18 +190,20 @@ def test_compvis_weights_are_converted_as_by_diffusers(form):
     ({}, "v1.safetensors", lambda w: in_model(w, cond_stage_model__a=1)),
     ({}, "merged.safetensors", lambda w: in_model(w, "vae.", model__diffusion_model__a=1)),
 ])
-def test_compvis_files_encode_and_decode_like_the_network_of_diffusers(tmp_path, form, name, wrapped):
-    network = compvis_network(**form)
-    content, path = wrapped(compvis_weights(network)), tmp_path / name
-    save_file({k: v.contiguous() for k, v in content.items()}, path) if path.suffix == ".safetensors" else torch.save(
-        content, path)
-    codec, x = vae(path), images(2, 3, 16, 8)
-    z = network.encode(2 * x - 1).latent_dist.mode()
+def test_compvis_files_encode_and_decode_as_written_out(tmp_path, form, name, wrapped):
+    weights, levels, path = compvis_weights(compvis_network(**form)), form.get("levels", 2), tmp_path / name
+    content = wrapped(weights)
+    if path.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in content.items()}, path)
+    else:
+        torch.save(content, path)
+    codec, x, expected = vae(path), images(2, 3, 16, 8), PlainCompVis(weights)
+    z = expected.encode(2 * x - 1, levels)
     latents = codec.encode_batch(x)
     torch.testing.assert_close(latents, 0.18215 * z)
-    torch.testing.assert_close(codec.decode_batch(latents), ((network.decode(z).sample + 1) / 2).clamp(0, 1))
-    factor = 2 ** (form.get("levels", 2) - 1)
-    assert codec.factors == (factor, factor) and codec.path == str(path)
+    decoded = (expected.decode(z, levels) + 1) / 2
+    torch.testing.assert_close(codec.decode_batch(latents), decoded.clamp(0, 1))
+    assert decoded.std() > 0.03 and codec.factors == (2 ** (levels - 1),) * 2 and codec.path == str(path)
 
 
 WIDE = {"latent_channels": 16, "quantized": False}
