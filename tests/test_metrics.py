@@ -260,6 +260,12 @@ def test_precision_and_recall_separate_missing_and_extra_modes():
     assert precision_recall(clusters((0, 0)), clusters((50, 50))) == (0, 0)
 
 
+def test_radius_of_a_ball_is_the_distance_to_the_third_neighbor():
+    reference, samples = np.array([[0.0], [1], [3], [6], [10]]), np.array([[-6.0], [-6.5], [-5], [100]])
+    # The ball of 0 has radius 6 (2 neighbors: 3, 4 neighbors: 10); all others end above -5.
+    assert precision_recall(reference, samples)[0] == 0.5
+
+
 def test_precision_and_recall_do_not_depend_on_the_block():
     a, b = gaussian(70, 3), gaussian(50, 3, seed=1, mean=0.7)
     whole = precision_recall(a, b)

@@ -423,6 +423,12 @@ def test_decode_inverts_normalization_and_crops_padding(sampler):
     torch.testing.assert_close(sampler.decode(x0), images[:, :, :7])
 
 
+def test_decode_requests_the_channels_of_the_images(sampler):
+    codec = SimpleNamespace(decode_batch=lambda latents, channels: torch.zeros(len(latents), channels, 8, 8),
+                            is_pixels=False)
+    assert dataclasses.replace(sampler, codec=codec).decode(torch.zeros(2, 4, 8, 8)).shape == (2, 1, 7, 8)
+
+
 # --- Classes ---
 
 
