@@ -39,7 +39,7 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     files = _list_image_files_recursively(data_dir)
     require((files, f"{data_dir} contains no image ({', '.join(REFERENCE_EXTENSIONS)}); check --data_dir"),
             error=FileNotFoundError)
-    labels = number_classes([name_prefix(path) for path in files])[1] if class_cond else None
+    labels = number_classes([name_prefix(path) for path in files], sorted)[1] if class_cond else None
     dataset = ImageDataset(image_size, files, classes=labels, shard=shard, num_shards=num_shards,
                            random_crop=random_crop, random_flip=random_flip)
     require((len(dataset) >= batch_size,

@@ -6,7 +6,8 @@ defaults given here, and cannot be constructed while an abstract method is missi
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,8 +19,9 @@ class ImageSource(Protocol):
     """Images or volumes of one size, float32 in [0, 1], accessed by index; `data.SOURCES` lists the implementations.
 
     `shape` is (C, ...) of the result of `batch` and `unpadded_shape` the same without the padding of `--pad`. `labels`
-    are int64 [N] in the order of `class_names`, both None if the data has no classes. `names` holds one name per item,
-    `preprocessing` the settings that checkpoints record, `fingerprint` a hash of the names and sizes of the files.
+    are int64 [N] in the order of `class_names`, both None if the data has no classes; `attributes` are further numbers
+    of each item by name, float32 [N] with NaN where unknown. `names` holds one name per item, `preprocessing` the
+    settings that checkpoints record, `fingerprint` a hash of the names and sizes of the files.
     """
 
     folder: str
@@ -30,6 +32,7 @@ class ImageSource(Protocol):
     class_names: list[str] | None
     preprocessing: dict
     fingerprint: str
+    attributes: Mapping[str, np.ndarray] = MappingProxyType({})
     random_flip: bool = False   # training passes flips to `batch`
     random_crop: bool = False   # training passes rngs to `batch`
 
@@ -62,7 +65,8 @@ class LatentSource(Protocol):
 
     `read` gathers values on any thread, `latents` turns them into latents on the device. `latent_shape` is (Z, ...),
     `image_shape` and `unpadded_shape` (C, ...) or None if unknown, `statistics` mean and standard deviation over all
-    values and per channel ({} for pixels), `autoencoder` the description by its codec (None if unknown).
+    values and per channel ({} for pixels), `attributes` are those of `ImageSource`, `autoencoder` is the description by
+    its codec (None if unknown), `fingerprint` a hash of the files (None for a cache, which records it).
     """
 
     folder: Any
@@ -77,6 +81,8 @@ class LatentSource(Protocol):
     scale_factor: float
     autoencoder: dict | None
     statistics: dict
+    fingerprint: str | None = None
+    attributes: Mapping[str, np.ndarray] = MappingProxyType({})
     random_flip: bool = False           # `read` accepts flips
     random_crop: bool = False           # `read` uses rngs
     draws_posterior: bool = False       # `latents` uses eps

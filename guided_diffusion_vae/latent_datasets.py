@@ -16,9 +16,11 @@ import torch
 
 from . import deprecated_names, logger
 from .config import option, require
-from .data import Prefetcher, RunningMoments, infer_classes, missing_classes, permute_indices
+from .data import Prefetcher, RunningMoments, missing_classes, permute_indices
+from .data.labels import find_labels
+from .data.listing import file_stamp, hash_lines, is_skipped
 from .data.manifest import (
-    CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
+    ATTRIBUTES, CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
 from .files import file_errors, open_npy, require_folder, sha256_of_file
 from .interfaces import Codec, ImageSource, LatentSource
@@ -74,6 +76,7 @@ class LatentCache(LatentSource):
                  f"{self.folder / MANIFEST}: expected {self._entries} consecutive latents, the shards contain "
                  f"{starts[-1]}; {REENCODE_HINT}"))
         self.labels = None if self.class_names is None else self._open_labels()
+        self.attributes = self._open_attributes(manifest.get("attributes", []))
         self.nbytes = sum(shard.nbytes for shard in self._shards)
         self._resident = None
 
@@ -180,8 +183,19 @@ class LatentCache(LatentSource):
         return labels
 
 
+    def _open_attributes(self, names):
+        if not names:
+            return {}
+        path, expected = self.folder / ATTRIBUTES, (self.count, len(names))
+        values = _open_array(path, REENCODE_HINT)
+        require((values.dtype == np.float32 and values.shape == expected,
+                 f"{path}: expected float32 {expected} as in the manifest, got {values.dtype} {values.shape}; "
+                 f"{REENCODE_HINT}"))
+        return dict(zip(names, values.T))
+
+
 class LatentFolder(LatentSource):
-    """Latents stored as one `.npy` [Z x ...] per image; classes are inferred from names as in `ImageFolder`.
+    """Latents stored as one `.npy` [Z x ...] per image; labels and attributes are found as in `ImageFolder`.
 
     The files do not record their autoencoder: they must be scaled by `scale_factor` already, as `encode_batch` returns
     them. Statistics are measured over up to `max_measured` files, evenly spaced.
@@ -192,7 +206,8 @@ class LatentFolder(LatentSource):
     def __init__(self, folder, scale_factor=0.18215, max_measured=4096):
         self.folder = require_folder(folder, CACHE_FLAG)
         self.scale_factor, self.preprocessing = scale_factor, {}
-        self.paths = sorted(path for path in self.folder.rglob("*.npy") if not path.name.startswith("."))
+        self.paths = sorted(path for path in self.folder.rglob("*.npy")
+                            if not is_skipped(path.relative_to(self.folder).as_posix()))
         require((self.paths, f"{self.folder} contains neither {MANIFEST} nor .npy files; check {CACHE_FLAG}"),
                 error=FileNotFoundError)
         self.count = len(self.paths)
@@ -203,7 +218,9 @@ class LatentFolder(LatentSource):
                  f"{self.paths[0]}: expected a latent [Z x ...] with at most {MAX_CHANNELS} channels, got shape "
                  f"{self.latent_shape}; check {CACHE_FLAG} (images are read by --data_dir with --vae_path)"))
         self.filenames = [path.relative_to(self.folder).as_posix() for path in self.paths]
-        self.class_names, self.labels = infer_classes(self.filenames, str(self.folder))
+        self.class_names, self.labels, self.attributes, self.notes, _ = find_labels(self.filenames, str(self.folder))
+        stamps = map(file_stamp, map(str, self.paths))
+        self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.filenames, stamps))
         moments = RunningMoments()
         for index in np.unique(np.linspace(0, self.count - 1, min(self.count, max_measured)).astype(int)):
             moments.add(self.read([index]).numpy())
@@ -253,7 +270,8 @@ class EncodedImages(LatentSource):
         self.image_shape = tuple(dataset.shape)
         self.unpadded_shape = tuple(dataset.unpadded_shape)
         self.labels = dataset.labels
-        self.class_names = dataset.class_names
+        self.class_names, self.attributes = dataset.class_names, dataset.attributes
+        self.fingerprint = dataset.fingerprint
         self.filenames = dataset.names
         self.preprocessing = dataset.preprocessing
         self.scale_factor = codec.scale_factor
@@ -327,7 +345,7 @@ def require_finite(stored, name):
 def open_latents(folder) -> LatentSource:
     """Return the `LatentCache` in a folder, or the `LatentFolder` for a plain folder with one `.npy` per image.
 
-    Files of the latter without a class are logged if others have one.
+    It is logged where the labels of the latter come from, and which files have no class if others have one.
 
     :raises FileNotFoundError: if there is neither; an incomplete cache is not a plain folder of latents.
     """
@@ -336,8 +354,8 @@ def open_latents(folder) -> LatentSource:
     if is_cache(folder) or incomplete:
         return LatentCache(folder)
     source = LatentFolder(folder)
-    if missing := missing_classes(source):
-        logger.warn(missing)
+    for message in (*source.notes, *filter(None, [missing_classes(source)])):
+        logger.warn(message)
     return source
 
 

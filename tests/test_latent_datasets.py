@@ -6,6 +6,7 @@ import runpy
 import threading
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -714,6 +715,7 @@ class Ramps:
     """A new image source, in memory and without a base class: gray ramps in two classes."""
 
     folder, class_names, preprocessing, fingerprint = "memory:ramps", ["falling", "rising"], {}, "ramps"
+    attributes = MappingProxyType({})
     random_flip = random_crop = False
 
     def __init__(self, config, multiple=None, flag="--data_dir"):

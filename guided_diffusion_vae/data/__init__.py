@@ -7,16 +7,19 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 import dataclasses
 
 from .. import logger
+from ..config import require
 from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unpad
 from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder
-from .labels import infer_classes, map_labels, missing_classes, require_labels
-from .listing import format_classes, hash_lines, require_data_dir
+from .labels import infer_classes, keep_numbers, map_labels, missing_classes, require_labels
+from .listing import FileSource, format_classes, hash_lines, require_data_dir
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
 from .statistics import RunningMoments
 from .volume_folders import VolumeFolder, write_nifti
+
+MAX_LEFT_OUT = 0.1      # part of the files of a folder
 
 # Image sources: (whether a DataConfig describes one, class(config, multiple, flag)); the first that applies is opened.
 SOURCES = [
@@ -26,14 +29,37 @@ SOURCES = [
 
 
 def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **fields) -> ImageSource:
-    """Return the image source that a DataConfig describes, an entry of `SOURCES`; files without a class are logged.
+    """Return the image source that a DataConfig describes, an entry of `SOURCES`.
+
+    Logged are where its labels come from, the files that are left out, and files without a class if others have one.
 
     :param multiple: the factors per axis that must divide the size, used if `config.pad` is True.
     :param flag: the flag that specified the folder, for error messages.
     :param fields: fields of the config to replace.
+    :raises ValueError: if a file or label file is not understood, or more than MAX_LEFT_OUT of the files are not read.
     """
     config = dataclasses.replace(config, **fields)
     source = next(source for applies, source in SOURCES if applies(config))(config, multiple, flag)
+    if isinstance(source, FileSource):
+        for note in source.notes:
+            logger.log_rank0(note)
+        _report_left_out(source, config.allow_ignored)
     if missing := missing_classes(source):
         logger.warn(missing)
     return source
+
+
+def _report_left_out(source, allowed):
+    """Log the files of a folder that are not read.
+
+    :raises ValueError: if they are more than one and more than MAX_LEFT_OUT of all, unless that is `allowed`.
+    """
+    count = sum(source.left_out.values())
+    if count:
+        by_number = sorted(source.left_out.items(), key=lambda entry: -entry[1])
+        endings = ", ".join(f"{number} {ending}" for ending, number in by_number)
+        total = count + len(source.paths)
+        require((allowed or count <= max(1, MAX_LEFT_OUT * total),
+                 f"{source.folder}: {count} of {total} files are not read ({endings}), more than {MAX_LEFT_OUT:.0%}; "
+                 "convert or remove them, or set --allow_ignored True"))
+        logger.warn(f"{source.folder}: {count} files left out: {endings}")

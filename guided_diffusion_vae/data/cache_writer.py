@@ -17,9 +17,9 @@ from ..locks import locked_folder
 from ..latent_datasets import (
     LatentCache, add_stored, encode_for_storage, group_name, is_cache, require_finite, require_same_autoencoder,
 )
-from . import Prefetcher, RunningMoments
+from . import Prefetcher, RunningMoments, keep_numbers
 from .manifest import (
-    CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, read_manifest, stored_shape,
+    ATTRIBUTES, CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, read_manifest, stored_shape,
 )
 
 
@@ -66,6 +66,8 @@ def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, p
     latents = any(name == MANIFEST or name.startswith("latents-") for name in others)
     require((latents or not others, f"{folder} contains files of no cache ({', '.join(others[:1])}, {len(others)} in "
                                      f"total); set {CACHE_FLAG} to a separate folder"), error=FileExistsError)
+    if is_cache(folder):    # version 0.2 sorted numeric class names as text
+        keep_numbers(dataset, read_manifest(folder)["class_names"])
     fields = _manifest_fields(dataset, codec, config)
     key = _digest(fields)
     barrier = barrier or (lambda: None)
@@ -110,6 +112,7 @@ def _manifest_fields(dataset, codec, config):
         "image_shape": list(dataset.shape), "count": len(dataset), "flips": dataset.random_flip,
         "class_names": dataset.class_names, "preprocessing": dataset.describe(),
         **codec.approximations(dataset.shape[1:]),
+        **({"attributes": list(dataset.attributes)} if dataset.attributes else {}),
     }
 
 
@@ -206,10 +209,13 @@ def _write_manifest(folder, shards, key, fields, dataset):
         record = read_record(_record_path(folder, shard), f"all ranks must use the same {CACHE_FLAG}")
         moments.merge(RunningMoments.from_dict(record["moments"]))
         table.append({**shard, "sha256": record["sha256"]})
-    if dataset.labels is not None:
-        with atomic_stream(folder / LABELS) as stream:
-            np.save(stream, np.asarray(dataset.labels, np.int64))
-        files[LABELS] = stream.entry["sha256"]
+    arrays = {} if dataset.labels is None else {LABELS: np.asarray(dataset.labels, np.int64)}
+    if dataset.attributes:
+        arrays[ATTRIBUTES] = np.stack(list(dataset.attributes.values()), axis=1).astype(np.float32)     # [N x A]
+    for name, array in arrays.items():
+        with atomic_stream(folder / name) as stream:
+            np.save(stream, array)
+        files[name] = stream.entry["sha256"]
     with atomic_stream(folder / FILENAMES) as stream:
         stream.write("".join(f"{name}\n" for name in dataset.names).encode())
     files[FILENAMES] = stream.entry["sha256"]

@@ -49,6 +49,12 @@ class DataConfig:
     patches_per_volume: int = option(1, "patches per volume and epoch with --crop random", minimum=1)
     spacing: distances = option(
         "", "voxel spacing of volumes in mm, one number or one per axis; empty: that of the file (.nii), else 1")
+    label_column: str = option(
+        "", "column with the classes in a label file of the folder (dataset.json, labels.csv, metadata.csv or "
+            "metadata.jsonl); empty: the first of label, labels, class, class_name, category, target, y; none: classes "
+            "from names")
+    allow_ignored: bool = option(False, "accept a folder of which more than 10% of the files are not read")
+    verify_data: bool = option(False, "decode every file once before anything else, and list all faulty ones")
 
     def __post_init__(self):
         vars(self).update(translate_pairs(vars(self)))     # voxel_size is another name of image_size

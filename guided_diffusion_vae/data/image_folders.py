@@ -13,7 +13,7 @@ from ..files import bf, file_extension
 from ..interfaces import ImageSource
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
-from .labels import infer_classes
+from .labels import find_labels
 from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, hash_lines
 from .npz import archive_classes, open_archive
 from .resizing import fit
@@ -48,7 +48,7 @@ class ImageFolder(FileSource):
         else:
             headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS,
                                        functools.partial(read_header, max_pixels=config.max_pixels),
-                                       " (an .npz is specified by its own path)", infer_classes)
+                                       " (an .npz is specified by its own path)", find_labels)
         self._check_files(headers, FULL_RANGE)
         gray, color = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
         require((config.image_channels or not (gray and color),
@@ -104,6 +104,7 @@ class DownsampledImages(ImageSource):
         self.dataset, self.sides = dataset, tuple(sides)
         self.folder, self.names, self.fingerprint = dataset.folder, dataset.names, dataset.fingerprint
         self.labels, self.class_names, self.preprocessing = dataset.labels, dataset.class_names, dataset.preprocessing
+        self.attributes = dataset.attributes
         self.random_flip, self.random_crop = dataset.random_flip, dataset.random_crop
         self.shape = self.unpadded_shape = (dataset.shape[0], *self.sides)
 

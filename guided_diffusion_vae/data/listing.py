@@ -15,7 +15,10 @@ from ..files import bf, file_extension
 from ..interfaces import ImageSource
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
 MAX_LISTED_CLASSES = 20     # in a line of the log
+# Fields of a DataConfig that do not determine the values.
+_NOT_RECORDED = ("data_dir", "max_pixels", "random_flip", "allow_ignored", "verify_data")
 
 
 class FileSource(ImageSource):
@@ -34,21 +37,30 @@ class FileSource(ImageSource):
         self.value_limits = config.value_limits
         self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         require_data_dir(config.data_dir, flag)
+        # Set by `_list_files`: sentences for the log, the files that are not read by ending, the label file.
+        self.attributes, self.notes, self.left_out, self.label_record = {}, (), {}, {}
 
-    def _list_files(self, extensions, accepts, read_header, hint, find_classes):
+    def _list_files(self, extensions, accepts, read_header, hint, find_labels):
         """Set paths, names, classes and fingerprint; return the `FileHeader` of each file that `accepts(path)` selects.
 
         :param hint: what to check if there is no such file.
-        :param find_classes: function (names, folder) -> (class names or None, labels or None).
+        :param find_labels: function (names, folder, label column) -> `labels.Labels`.
         :raises FileNotFoundError: if no file is accepted.
         """
         files = list(walk_files(self.folder, extensions))
-        self.paths = [path for path in files if not bf.basename(path).startswith(".") and accepts(path)]
-        self.ignored = len(files) - len(self.paths)
+        visible = [(path, name) for path, name in zip(files, relative_names(self.folder, files))
+                   if not is_skipped(name)]
+        chosen = [accepts(path) for path, _ in visible]
+        self.paths = [path for (path, _), accepted in zip(visible, chosen) if accepted]
         require((self.paths, f"{self.folder} contains no {self.kind} ({', '.join(extensions)}) among {len(files)} "
                              f"files; check {self._flag}{hint}"), error=FileNotFoundError)
-        self.names = relative_names(self.folder, self.paths)
-        self.class_names, self.labels = find_classes(self.names, self.folder)
+        self.names = [name for (_, name), accepted in zip(visible, chosen) if accepted]
+        found = find_labels(self.names, self.folder, self.config.label_column)
+        self.class_names, self.labels, self.attributes, self.notes, self.label_record = found
+        read = found.record.get("file")
+        self.ignored = len(files) - len(self.paths) - (read is not None)
+        others = [path for (path, _), accepted in zip(visible, chosen) if not accepted and bf.basename(path) != read]
+        self.left_out = dict(collections.Counter(file_extension(path) or "without ending" for path in others))
         with ThreadPoolExecutor(self.header_threads) as pool:
             headers, stamps = zip(*pool.map(lambda path: (read_header(path), file_stamp(path)), self.paths))
         self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
@@ -98,18 +110,21 @@ class FileSource(ImageSource):
     @property
     def preprocessing(self):
         """The settings that map files to values, as recorded by checkpoints."""
-        return {k: v for k, v in as_dict(self.config).items() if k not in ("data_dir", "max_pixels", "random_flip")}
+        unset = () if self.config.label_column else ("label_column",)     # which older caches and headers do not have
+        return {k: v for k, v in as_dict(self.config).items() if k not in (*_NOT_RECORDED, *unset)}
 
     def describe(self):
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
+        labels = {"label_file": self.label_record} if self.label_record else {}
         return {**super().describe(), "random_flip": self.random_flip, "files": len(self.paths),
-                "ignored": self.ignored, "kinds": self.kinds}
+                "ignored": self.ignored, "kinds": self.kinds, **labels}
 
     def summary(self):
         """Return one line for the log: count, shape, types and classes."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
         ignored = f"; {self.ignored} other files ignored" if self.ignored else ""
-        return f"{self._content()} ({kinds}) in {self.folder}{format_classes(self)}{ignored}"
+        attributes = f"; attributes: {', '.join(self.attributes)}" if self.attributes else ""
+        return f"{self._content()} ({kinds}) in {self.folder}{format_classes(self)}{attributes}{ignored}"
 
     def _content(self):
         return f"{len(self)} {self.kind}s {format_shape(self.shape)}"
@@ -151,6 +166,11 @@ def _is_folder(path):
         return False
 
 
+def is_skipped(name: str) -> bool:
+    """Return whether a relative file name is hidden, or in a hidden folder or one of an operating system."""
+    return name.startswith(".") or "/." in name or "/" in name and not SYSTEM_FOLDERS.isdisjoint(name.split("/")[:-1])
+
+
 def relative_names(folder, paths):
     """Return the paths relative to `folder`, with forward slashes."""
     start = len(folder.rstrip("/")) + 1
@@ -183,9 +203,11 @@ def hash_lines(lines: Iterable[str]) -> str:
 
 
 def format_classes(source):
-    """Return "; classes: a 6, b 6" for a source with classes, else an empty text."""
+    """Return "; classes: a 6, b 6; numbers: a -> 0, b -> 1" for a source with classes, else an empty text."""
     if source.labels is None:
         return ""
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
-    shown = [f"{name} {count}" for name, count in zip(source.class_names[:MAX_LISTED_CLASSES], counts)]
-    return "; classes: " + ", ".join([*shown, *(["..."] if len(counts) > MAX_LISTED_CLASSES else [])])
+    counts, names = np.bincount(source.labels, minlength=len(source.class_names)), source.class_names
+    more = ["..."] if len(names) > MAX_LISTED_CLASSES else []
+    numbers = [f"{name} -> {number}" for number, name in enumerate(names[:MAX_LISTED_CLASSES])]
+    census = [f"{name} {count}" for name, count in zip(names[:MAX_LISTED_CLASSES], counts)]
+    return f"; classes: {', '.join(census + more)}; numbers: {', '.join(numbers + more)}"

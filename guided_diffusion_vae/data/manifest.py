@@ -7,7 +7,7 @@ from ..files import read_record
 
 CACHE_FLAG = "--cache_dir"
 FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
-MANIFEST, LABELS, FILENAMES = "manifest.json", "labels.npy", "filenames.txt"
+MANIFEST, LABELS, ATTRIBUTES, FILENAMES = "manifest.json", "labels.npy", "attributes.npy", "filenames.txt"
 REENCODE_HINT = "remove the cache and re-encode it with scripts/encode_dataset.py"
 EXACT = {"vae_dtype": "float32", "vae_tile": 0}     # settings of the autoencoder that are recorded if they differ
 
@@ -45,6 +45,7 @@ def read_manifest(folder):
         "shards": all(isinstance(s, dict) and _is_count(s.get("count")) and "first" in s and "sha256" in s
                       and "file" in s for s in manifest["shards"]),
         "autoencoder": {"sha256", "path"} <= set(manifest["autoencoder"]),
+        "attributes": _are_distinct_names(manifest.get("attributes", [])),
         "statistics": {"mean", "std", "channel_mean", "channel_std"} <= set(manifest["statistics"]),
     }.items() if not valid]
     require((not wrong, f"{path} is corrupt: {', '.join(wrong)} missing or invalid; {REENCODE_HINT}"))
@@ -55,6 +56,10 @@ def read_manifest(folder):
 
 def _is_count(value):
     return isinstance(value, int) and value > 0
+
+
+def _are_distinct_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
 
 
 def path_inside(folder, name):

@@ -18,7 +18,7 @@ from ..files import (
 from ..nn import keyed_rng
 from .config import DataConfig, parse_spacing
 from .decoding import FULL_RANGE, FileHeader, check_size, load_npy, unit_scale
-from .labels import infer_classes
+from .labels import find_labels
 from .listing import FileSource, file_stamp
 from .npz import open_archive, read_archive_headers
 
@@ -54,7 +54,7 @@ class VolumeFolder(FileSource):
         self.sides = config.sides
         headers = self._list_files(EXTENSIONS, _is_volume,
                                    functools.partial(_read_header, max_pixels=config.max_pixels),
-                                   ", or set --image_size to two sizes for images", infer_classes)
+                                   ", or set --image_size to two sizes for images", find_labels)
         self._check_files(headers, FULL_RANGE)
         self._check_volumes(headers)
         self.spacings = [parse_spacing(config.spacing) if config.spacing else header.spacing for header in headers]
@@ -66,8 +66,9 @@ class VolumeFolder(FileSource):
         self.items = [(file, corner) for file, file_corners in enumerate(corners) for corner in file_corners]
         self.names = [self.names[file] + ("" if corner is None else "[{},{},{}]".format(*corner))
                       for file, corner in self.items]
-        if self.labels is not None:
-            self.labels = self.labels[[file for file, _ in self.items]]
+        files = [file for file, _ in self.items]
+        self.labels = None if self.labels is None else self.labels[files]
+        self.attributes = {name: values[files] for name, values in self.attributes.items()}
 
     @property
     def spacing(self):
