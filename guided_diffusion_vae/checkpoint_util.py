@@ -456,7 +456,7 @@ def remove_uncommitted(folder, step: int, report=print) -> None:
 
 # Header entries that may differ when a run resumes: no weight changes its meaning with them.
 RESUME_OVERRIDABLE = ("step", "path", "timestep_respacing", "use_checkpoint", "use_checkpointing", "recompute_norms",
-                      "use_fp16", "classifier_use_fp16")
+                      "use_fp16", "classifier_use_fp16", "data_count", "data_fingerprint")
 
 
 def find_step(folder: str | Path, resume_checkpoint: str = "", warn=print) -> tuple[dict | None, Path]:

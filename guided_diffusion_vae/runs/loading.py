@@ -266,6 +266,8 @@ def sample(run, sampler: Sampler) -> None:
     """Generate the samples of a run into its folder; a dry run prints a summary of them."""
     config = run[SamplingConfig]
     classes = sampler.parse_classes(config.classes)
+    if config.classes:
+        log_rank0(f"classes: {sampler.format_classes(config.classes)}")
     log_rank0(sampler.summary())
     if not run.dry_run:
         path = generate_samples(sampler, classes, config, run.folder, dist_util.dev())
@@ -304,7 +306,7 @@ def open_set(path, data: DataConfig, flag: str) -> ImageSet:
         return opened
     if (Path(path) / OWNED_MARKER).exists():    # generated images have 8 bits, whatever the range of the real values
         data = dataclasses.replace(data, value_range="", value_window="", dynamic_range_db=0.0, reference_db="",
-                                   crop="center", patches_per_volume=1)
+                                   crop="center", patches_per_volume=1, label_column="", allow_ignored=True)
     return ImageSet(str(path), open_folder(data, flag=flag, data_dir=str(path)))
 
 

@@ -74,10 +74,13 @@ class Run:
     @property
     def resumed_header(self):
         """The header of the run that is resumed in the folder, {} if none is."""
-        path = self.folder and self.folder / CONFIG_FILE
-        if path and path.exists() and committed_steps(self.folder):
-            return read_record(path, "remove it: the checkpoints have their own headers").get("header", {})
-        return {}
+        return _read_header(self.folder) if self.folder and committed_steps(self.folder) else {}
+
+    @property
+    def previous_header(self):
+        """The header of the run that is resumed, in the folder or from --resume_checkpoint, {} if none is."""
+        marker, folder = self.checkpoint
+        return self.resumed_header or (_read_header(folder) if marker else {})
 
     def save_config(self, header):
         """Write config.json, from which the run can be rebuilt (rank 0).
@@ -164,6 +167,14 @@ OLD_KEYS = {
     "median_distance_samples": "median_distance_of_samples",  # alias
     "median_distance_reference": "median_distance_of_reference",  # alias
 }
+
+
+def _read_header(folder):
+    """Return the header in the config.json of a run folder, {} if there is none."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists():
+        return {}
+    return read_record(path, "remove it: the checkpoints have their own headers").get("header", {})
 
 
 def _renamed(report):

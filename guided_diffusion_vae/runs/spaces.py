@@ -14,7 +14,8 @@ import torch
 from .. import dist_util
 from ..config import format_shape, size, to_tuple
 from ..data import (
-    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, open_folder, parse_size, parse_spacing,
+    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, keep_numbers, open_folder, parse_size,
+    parse_spacing,
 )
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
@@ -330,8 +331,26 @@ def space_header(source, space):
         "latent_shape": list(source.latent_shape), "image_shape": source.unpadded_shape and list(source.unpadded_shape),
         "normalizer": space.normalizer.to_dict(), "autoencoder": autoencoder,
         "scale_factor": autoencoder["scale_factor"] if autoencoder else source.scale_factor,
-        "statistics": source.statistics, "data": source.preprocessing,
+        "statistics": source.statistics, "data": source.preprocessing, **data_header(source),
     }
+
+
+def data_header(source):
+    """Return the header entries by which a resumed run notices that files of an image or latent source changed."""
+    return {"data_count": len(source), "data_fingerprint": source.fingerprint} if source.fingerprint else {}
+
+
+def compare_with_resumed_data(run, source):
+    """Number the classes of a source as in the run that is resumed, and log if its files are not those of that run."""
+    before, now = run.previous_header, data_header(source)
+    if keep_numbers(source, before.get("classes")):
+        log_rank0(f"{source.folder}: classes are numbered as in the run that is resumed{format_classes(source)}")
+    if now and before.get("data_fingerprint", now["data_fingerprint"]) != now["data_fingerprint"]:
+        change = now["data_count"] - before["data_count"]
+        difference = f"{abs(change)} items were {'added' if change > 0 else 'removed'}" if change else (
+            "the number of items is the same, but names, sizes or times of files changed")
+        log_rank0(f"{source.folder} differs from the data of the run that is resumed: {difference}; training continues "
+                  "with the data as they are now")
 
 
 def works_on_pixels(header):

@@ -29,7 +29,7 @@ from .factories import (
 )
 from .memory import estimate_inference, estimate_training
 from .planning import Plan, PlanConfig, advice, counts, report, sizes
-from .spaces import Space, log_source, open_validation, space_header
+from .spaces import Space, compare_with_resumed_data, data_header, log_source, open_validation, space_header
 
 PREVIEW_STEPS = 50      # about this many sampling steps per preview
 VALIDATION_BATCH = 32   # images at a time, if training steps are no smaller
@@ -43,6 +43,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
 
     A dry run prints the memory that training takes and ends.
     """
+    compare_with_resumed_data(run, source)
     log_source(source)
     diffusion_config, train = run[DiffusionConfig], run[TrainConfig]
     model_config = infer_model_config(run[ModelConfig], source)
@@ -116,6 +117,7 @@ def train_autoencoder(run):
     config, _ = resolve(config, train)
     factors = total_factors(config, len(data.sides))
     images = open_folder(data, multiple=factors)
+    compare_with_resumed_data(run, images)
     channels = images.shape[0]
     config = dataclasses.replace(config, in_channels=config.in_channels or channels)
     if config.out_channels not in (0, channels):
@@ -147,7 +149,7 @@ def train_autoencoder(run):
 
     device = dist_util.dev()
     header = {"kind": "autoencoder", "autoencoder": as_dict(config), "image_shape": list(images.shape),
-              "data": images.preprocessing}
+              "data": images.preprocessing, **data_header(images)}
     hint = "; the perceptual loss takes memory in addition: try --use_perceptual_loss False" if distance else ""
     with _memory_advice(memory, hint):
         for module in filter(None, (network, discriminator, distance)):
@@ -175,6 +177,7 @@ def train_autoencoder(run):
 
 def train_classifier(run, source, space):
     """Train a classifier of the x0 of `source`; a dry run prints the memory that training takes and ends."""
+    compare_with_resumed_data(run, source)
     log_source(source)
     diffusion_config, train = run[DiffusionConfig], run[ClassifierTrainConfig]
     config = infer_classifier_config(run[ClassifierConfig], source)

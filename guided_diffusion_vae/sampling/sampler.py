@@ -78,6 +78,8 @@ class KeyedNoise:
 def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -> list[int] | None:
     """Return the class indices of comma-separated names or indices; empty: all; None if there are no classes.
 
+    A number that is the name of a class means that class.
+
     :raises ValueError: for a class that does not exist.
     """
     require((num_classes or not text, f"--classes {text}: the samples have no classes; omit the flag"))
@@ -193,6 +195,13 @@ class Sampler:
             require((not text, f"--classes {text} conflicts with --base_samples, which specify the classes; omit it"))
             return None
         return parse_classes(text, self.num_classes or self.guided_classes, self.class_names)
+
+    def format_classes(self, text):
+        """Return "a -> number 0, 3 -> number 3 (d)" for the classes that `--classes` requests."""
+        named = [f"{word} -> number {number}" + (f" ({self.class_names[number]})" if self.class_names
+                                                 and self.class_names[number] != word else "")
+                 for word, number in zip(words.parse(text, "classes"), self.parse_classes(text))]
+        return ", ".join(named)
 
     def labels(self, indices, classes):
         """Return the classes of the samples `indices`, int64 [N], None without classes."""
