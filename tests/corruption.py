@@ -158,6 +158,8 @@ FLIPS = {
     "png": Format("formats/png", "*", read_images, True),
     "npz": Format("formats/npz", "*", read_images, True),
     "nii.gz": Format("formats/nii.gz", "*", read_volumes, True),
+    "pt": Format("formats/pt", "*", read_weights, True),
+    "safetensors": Format("formats/safetensors", "*", read_weights, True),
 }
 MUTATIONS = {
     **FLIPS,
@@ -170,9 +172,7 @@ MUTATIONS = {
     "nii.gz-content": Format("formats/nii.gz", "*", read_volumes, unpack=gzip.decompress,
                              pack=lambda content, original: gzip.compress(content, 1)),
     "yaml": Format("formats/yaml", "*", read_settings),
-    "pt": Format("formats/pt", "*", read_weights),
     "pt-header": Format("formats/pt", "*", read_model, unpack=header_of, pack=with_header),
-    "safetensors": Format("formats/safetensors", "*", read_weights),
     "diffusers": Format("formats/diffusers", "*", lambda path: read_autoencoder(path.parent), foreign=True),
 }
 

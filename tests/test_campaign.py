@@ -2,13 +2,25 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import corruption
 from corruption import Failure, Format
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_short_campaign_finds_no_fault():
+    process = subprocess.run([sys.executable, ROOT / "tests" / "campaign.py"], capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=500)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "kills/train" in process.stdout and "mutations/yaml" in process.stdout
 
 
 def read_carelessly(path):
