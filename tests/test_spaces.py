@@ -172,7 +172,7 @@ def test_require_same_preprocessing_accepts_any_flag_for_a_plain_folder(tmp_path
 
 
 def test_open_cache_and_plain_folder_stay_on_cpu_if_the_gpu_is_full(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (400, 400))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (400, 10**9))   # free, total
     (tmp_path / "vae.pt").unlink()  # it could not be opened on the simulated GPU
     (tmp_path / "plain").mkdir()
     np.save(tmp_path / "plain" / "a_1.npy", np.ones((3, 4, 4), np.float32))
