@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, open_npz, parse_size, permute_indices,
-    map_labels, npz, open_archive, read_array, resizing, unpad,
+    image_folders, map_labels, npz, open_archive, read_array, resizing, unpad,
 )
-from guided_diffusion_vae.data.decoding import read_header, read_values
+from guided_diffusion_vae.data.decoding import exif_orientation, read_header, read_values
 
 
 def ramp(height, width, dtype=np.uint8, channels=0):
@@ -197,20 +197,201 @@ def test_palettes_become_rgb_and_opaque_alpha_is_dropped(tmp_path):
 
 def test_transparent_images_are_rejected(tmp_path):
     save(tmp_path, "a.png", np.full((8, 8, 4), 128, np.uint8))
-    with pytest.raises(ValueError, match="a.png: cannot be read .*transparent pixels .alpha down to 128.*flatten"):
+    with pytest.raises(ValueError, match="a.png: cannot be read .*transparent pixels .alpha down to 128 of 255.: set "
+                                         "--alpha white or --alpha black.*flatten"):
         folder_of(tmp_path).read(0)
 
 
-def test_16_bit_color_is_rejected_rather_than_reduced(tmp_path):
-    # Pillow cannot write such a file, so it is put together here: 16 bits, color type 2.
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def test_transparent_pixels_are_composited_onto_the_color_of_alpha(tmp_path):
+    for name, pixel, white, black in (("a", (100, 0, 200, 51), (224, 204, 244), (20, 0, 40)),
+                                      ("b", (10, 20, 30, 0), (255, 255, 255), (0, 0, 0)),
+                                      ("c", (10, 20, 30, 255), (10, 20, 30), (10, 20, 30))):
+        path = save(tmp_path, f"{name}.png", np.full((8, 8, 4), pixel, np.uint8))
+        assert read_values(path, alpha="white")[0, 0].tolist() == list(white)
+        assert read_values(path, alpha="black")[0, 0].tolist() == list(black)
+    folder = folder_of(tmp_path, alpha="white")
+    assert torch.allclose(folder.batch([0])[0, :, 0, 0], torch.tensor([224, 204, 244]) / 255)
+    assert folder.preprocessing["alpha"] == "white" and "alpha" not in folder_of(tmp_path).preprocessing
 
-    rows = b"".join(b"\0" + bytes(8 * 6) for _ in range(8))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
-    (tmp_path / "a.png").write_bytes(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-    with pytest.raises(ValueError, match="a.png: cannot be read .16 bits per channel in color"):
+
+@pytest.mark.parametrize("mode, pixel, options, expected", [
+    ("LA", (100, 51), {}, [224]), ("P", 1, {"transparency": 1}, [255, 255, 255]), ("L", 7, {"transparency": 7}, [255]),
+    ("RGB", (1, 2, 3), {"transparency": (1, 2, 3)}, [255, 255, 255]), ("PA", (1, 0), {}, [255, 255, 255]),
+])
+def test_every_kind_of_transparency_is_composited(tmp_path, mode, pixel, options, expected):
+    image = Image.new(mode, (8, 8), pixel)
+    if mode[0] == "P":
+        image.putpalette([0, 0, 0, 10, 20, 30])
+    path = tmp_path / ("a.tif" if mode == "PA" else "a.png")
+    image.save(path, **options)
+    assert read_values(str(path), alpha="white")[3, 4].tolist() == expected
+    with pytest.raises(ValueError, match="transparent pixels"):
+        read_values(str(path))
+
+
+@pytest.mark.parametrize("mode, pixel, name, expected", [
+    ("CMYK", (255, 0, 0, 0), "a.tif", [0, 255, 255]), ("CMYK", (0, 0, 0, 128), "a.tif", [127, 127, 127]),
+    ("YCbCr", (76, 85, 255), "a.jpg", [254, 0, 0]), ("RGB", (9, 8, 7), "a.bmp", [9, 8, 7]), ("L", 9, "a.bmp", [9]),
+    ("RGB", (9, 8, 7), "a.webp", [9, 8, 7]), ("RGBA", (9, 8, 7, 255), "a.webp", [9, 8, 7]),
+])
+def test_color_models_and_formats_become_rgb_or_gray(tmp_path, mode, pixel, name, expected):
+    Image.new(mode, (8, 8), pixel).save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
+    folder = folder_of(tmp_path)
+    assert (folder.batch([0])[0, :, 2, 3] * 255).round().tolist() == expected
+    assert folder.shape == (len(expected), 8, 8)
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def write_deep_png(path, values, before=b"", after=b""):
+    """Write uint16 [H x W x C] as a PNG of 16 bits, which Pillow does not in color, with chunks around the pixels."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + before +
+                     png_chunk(b"IDAT", zlib.compress(rows)) + after + png_chunk(b"IEND", b""))
+
+
+def write_deep_tiff(path, values, order="<", deflate=False, planes=1):
+    """Write uint16 [H x W x 3] as a TIFF of one strip; with 2 `planes` its header describes separate ones."""
+    height, width, _ = values.shape
+    data = values.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if deflate else data
+    bits, start = 14 + 12 * 10, 20 + 12 * 10      # after the directory of ten entries and the end of directories
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, bits), (259, 3, 1, 8 if deflate else 1),
+               (262, 3, 1, 2), (273, 4, 1, start), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(data)),
+               (284, 3, 1, planes)]
+    packed = b"".join(struct.pack(f"{order}HHI", *entry[:3]) + struct.pack(
+        f"{order}I" if entry[1] == 4 or entry[2] > 1 else f"{order}Hxx", entry[3]) for entry in entries)
+    path.write_bytes((b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, 10) + packed + bytes(4) +
+                     struct.pack(f"{order}3H", 16, 16, 16) + data)
+
+
+DEEP = np.random.default_rng(0).integers(0, 65536, (8, 8, 4)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.png", write_deep_png), ("a.tif", write_deep_tiff),
+    ("b.tif", lambda path, values: write_deep_tiff(path, values, ">")),
+    ("c.tif", lambda path, values: write_deep_tiff(path, values, deflate=True)),
+    ("d.tif", lambda path, values: write_deep_tiff(path, values, ">", deflate=True)),
+])
+def test_16_bit_color_keeps_every_value(tmp_path, name, write):
+    write(tmp_path / name, DEEP[..., :3])
+    folder = folder_of(tmp_path)
+    assert folder.kinds == {"uint16": 1} and folder.shape == (3, 8, 8)
+    assert (np.round(np.moveaxis(folder.read(0), 0, -1).astype(np.float64) * 65535) == DEEP[..., :3]).all()
+    assert np.array_equal(read_values(str(tmp_path / name)), DEEP[..., :3])
+
+
+def test_16_bit_alpha_and_transparent_colors_are_composited(tmp_path):
+    path = tmp_path / "a.png"
+    write_deep_png(path, DEEP)
+    weight = DEEP[..., 3:] / 65535
+    expected = np.rint(weight * DEEP[..., :3] + (1 - weight) * 65535)
+    assert np.array_equal(read_values(str(path), alpha="white"), expected)
+    with pytest.raises(ValueError, match=f"alpha down to {DEEP[..., 3].min()} of 65535"):
+        read_values(str(path))
+    for channels in (1, 3):
+        values = DEEP[..., :channels]
+        write_deep_png(path, values, png_chunk(b"tRNS", values[2, 5].astype(">u2").tobytes()))
+        composited = read_values(str(path), alpha="black")
+        assert (composited[2, 5] == 0).all() and (composited != values).sum() == channels
+
+
+@pytest.mark.parametrize("name, write, problem", [
+    ("a.png", lambda path: write_deep_png(path, DEEP[..., :2]), "16 bits per channel as LA;16B, of which Pillow keeps"),
+    ("a.tif", lambda path: write_deep_tiff(path, DEEP[..., :3], planes=2), "more than 8 bits per channel in separate"),
+])
+def test_other_16_bit_color_is_rejected_rather_than_reduced(tmp_path, name, write, problem):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read .{problem}"):
         folder_of(tmp_path)
+
+
+@pytest.mark.parametrize("highest, bits", [(4021, 12), (4095, 12), (4096, 14), (255, 8), (1000, 10), (16383, 14)])
+def test_ranges_of_16_bit_files_far_below_their_type_are_logged(tmp_path, monkeypatch, highest, bits):
+    for name, value in (("a", 3), ("b", highest), ("c", 5)):
+        save(tmp_path, f"{name}.png", np.full((8, 8), value, np.uint16))
+    logged = []
+    monkeypatch.setattr(logger, "warn", logged.append)
+    open_folder(DataConfig(image_size=8), data_dir=str(tmp_path))
+    assert logged == [f"values reach {highest:,} of 65,535: set --value_range 0,{2**bits - 1} if these are {bits}-bit "
+                      "data"]
+    assert folder_of(tmp_path, value_range=f"0,{2**bits - 1}").warnings() == []
+    save(tmp_path, "d.png", np.full((8, 8), 2**14, np.uint16))
+    assert folder_of(tmp_path).warnings() == []
+
+
+def test_ranges_are_those_of_evenly_spaced_files_with_few_pixels(tmp_path, monkeypatch):
+    for i in range(9):
+        save(tmp_path, f"{i}.png", np.full((8, 8), i, np.uint16))
+    monkeypatch.setattr(image_folders, "CENSUS_FILES", 5)
+    folder = folder_of(tmp_path)
+    assert [int(values.max()) for values in folder._census(range(9))] == [0, 2, 4, 6, 8]
+    monkeypatch.setattr(image_folders, "CENSUS_PIXELS", 100)
+    assert [int(values.max()) for values in folder._census(range(9))] == [0, 2]
+
+
+def test_types_of_values_that_differ_are_logged_with_an_example(tmp_path):
+    save(tmp_path, "a.png", ramp(8, 8))
+    for name in ("b.png", "c.png"):
+        save(tmp_path, name, np.full((8, 8), 60_000, np.uint16))
+    note, = folder_of(tmp_path).warnings()
+    assert note.startswith("files have several types of values: 1 uint8 (a.png), 2 uint16 (b.png); the full range of ")
+
+
+# EXIF orientation: the same image, as stored with each orientation
+
+UPRIGHT = ramp(8, 10) * 3
+STORED = {1: UPRIGHT, 2: UPRIGHT[:, ::-1], 3: UPRIGHT[::-1, ::-1], 4: UPRIGHT[::-1], 5: UPRIGHT.T,
+          6: np.rot90(UPRIGHT), 7: UPRIGHT[::-1, ::-1].T, 8: np.rot90(UPRIGHT, -1)}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jpg"])
+def test_orientation_is_applied_to_pixels_and_sizes(tmp_path, name, orientation):
+    stored = np.ascontiguousarray(STORED[orientation])
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 100}}.get(name, {})
+    path = save(tmp_path, name, stored, exif=exif, **options)
+    assert read_header(path).sides == (8, 10)
+    values = read_values(path)[..., 0].astype(int)
+    assert values.shape == (8, 10) and abs(values - UPRIGHT).max() <= (8 if name == "a.jpg" else 0)
+    assert (folder_of(tmp_path, image_size="8x10").read(0)[0] * 255).round().astype(int).tolist() == values.tolist()
+    with open(path, "rb") as stream, Image.open(stream) as image:    # what others decode
+        assert np.array_equal(read_values(path)[..., 0], np.asarray(ImageOps.exif_transpose(image).convert("L")))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("placement", ["before", "after"])
+def test_orientation_of_a_png_may_follow_its_pixels(tmp_path, order, placement):
+    exif = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IHHHIH", 8, 1, 274, 3, 1, 6) + bytes(6)
+    path = tmp_path / "a.png"
+    write_deep_png(path, DEEP[:6, :, :3], **{placement: png_chunk(b"eXIf", exif)})
+    assert read_header(str(path)).sides == (8, 6)
+    assert np.array_equal(read_values(str(path)), np.rot90(DEEP[:6, :, :3], -1))
+
+
+@pytest.mark.parametrize("exif", [
+    b"", b"II", b"Exif\0\0", b"JUNK" * 9, b"II*\0" + b"\xff" * 30,
+    b"II*\0" + struct.pack("<IHHHIH", 8, 1, 274, 3, 1, 9) + bytes(6),
+    b"II*\0" + struct.pack("<IHHHIH", 8, 1, 275, 3, 1, 6) + bytes(6),
+    b"II*\0" + struct.pack("<IHHHIH", 8, 9, 275, 3, 1, 6),
+])
+def test_orientation_is_1_if_exif_is_missing_or_corrupt(exif):
+    assert exif_orientation(exif) == 1
+
+
+def test_reference_loader_ignores_the_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 3
+    path = save(tmp_path, "a.png", UPRIGHT, exif=exif)
+    pixels, _ = image_datasets.ImageDataset(8, [path], random_flip=False)[0]
+    assert np.allclose(pixels[0], UPRIGHT[:, 1:9] / 127.5 - 1)
 
 
 def test_images_of_several_pages_are_rejected(tmp_path):
@@ -312,7 +493,7 @@ def test_invalid_ranges_are_rejected(flag, text):
 # Damage
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.npy", "a.tif", "a.gif"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.npy", "a.tif", "a.gif", "a.bmp", "a.webp"])
 def test_truncated_file_error_names_the_file(tmp_path, name):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     path = tmp_path / name

@@ -157,6 +157,7 @@ def test_open_cache_ignores_a_replaced_autoencoder(cache, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag, requested, recorded", [
     ("image_size", 16, 8), ("random_flip", True, False), ("crop", "none", "center"), ("pad", True, False),
+    ("alpha", "white", "refuse"),   # alias
 ])
 def test_open_cache_rejects_flags_that_conflict_with_its_preprocessing(cache, flag, requested, recorded):
     latents = LatentConfig(str(cache.folder))
@@ -168,7 +169,7 @@ def test_open_cache_rejects_flags_that_conflict_with_its_preprocessing(cache, fl
 
 def test_require_same_preprocessing_accepts_any_flag_for_a_plain_folder(tmp_path):
     np.save(tmp_path / "a_1.npy", np.ones((3, 4, 4), np.float32))
-    spaces.require_same_preprocessing(LatentFolder(tmp_path), {"image_size": 16, "random_flip": True})
+    spaces.require_same_preprocessing(LatentFolder(tmp_path), {"image_size": 16, "alpha": "white"})
 
 
 def test_open_cache_and_plain_folder_stay_on_cpu_if_the_gpu_is_full(cache, tmp_path, monkeypatch):

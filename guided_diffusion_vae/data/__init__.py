@@ -6,7 +6,7 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 
 import dataclasses
 
-from .. import logger
+from .. import dist_util, logger
 from ..config import require
 from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
@@ -31,7 +31,8 @@ SOURCES = [
 def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **fields) -> ImageSource:
     """Return the image source that a DataConfig describes, an entry of `SOURCES`.
 
-    Logged are where its labels come from, the files that are left out, and files without a class if others have one.
+    Logged are where its labels come from, the files that are left out, files without a class if others have one, and
+    `warnings` of the source.
 
     :param multiple: the factors per axis that must divide the size, used if `config.pad` is True.
     :param flag: the flag that specified the folder, for error messages.
@@ -44,6 +45,8 @@ def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **f
         for note in source.notes:
             logger.log_rank0(note)
         _report_left_out(source, config.allow_ignored)
+        for warning in source.warnings() if dist_util.rank() == 0 else ():
+            logger.warn(warning)
     if missing := missing_classes(source):
         logger.warn(missing)
     return source

@@ -15,12 +15,16 @@ decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text
                       lambda level: level is None or math.isfinite(level))
 
 
+# Fields of later versions: recorded only if set, so that the digests of earlier caches stay the same.
+RECORDED_IF_SET = ("label_column", "alpha")
+
+
 @dataclass
 class DataConfig:
     """Options of a dataset, and of the conversion of file values to [0, 1]."""
 
-    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, npy, npz, nii; subfolders are "
-                               "classes), or an .npz archive with images [N x H x W (x C)] and labels", essential=True)
+    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, webp, bmp, npy, npz, nii; subfolders "
+                               "are classes), or an .npz with images [N x H x W (x C)] and labels", essential=True)
     image_size: size = option(64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
                                   "downsampled", essential=True)
     voxel_size: tuple = option((), "size of volumes as a list such as [128,128,64]; another name of --image_size")
@@ -35,6 +39,9 @@ class DataConfig:
                                           "[reference - D, reference] dB become [0, 1], lower ones 0", minimum=0)
     reference_db: decibels = option(
         "", "level in dB that becomes 1 in complex .npy files; empty: maximum of each array")
+    alpha: str = option("refuse",   # alias
+                        "transparent pixels: refuse: an error; white, black: composited onto that color",   # alias
+                        choices=("refuse", "white", "black"))   # alias
     crop: str = option("center", "how inputs of another size are fitted: center or random crop; none: resize, ignoring "
                                  "the aspect ratio (volumes must match); grid: cover volumes with patches",
                        choices=("center", "random", "none", "grid"))
@@ -58,6 +65,11 @@ class DataConfig:
 
     def __post_init__(self):
         vars(self).update(translate_pairs(vars(self)))     # voxel_size is another name of image_size
+
+    def unset_later_fields(self):
+        """Return the names and defaults of the fields of `RECORDED_IF_SET` that have their default."""
+        defaults = {name: getattr(DataConfig, name) for name in RECORDED_IF_SET}
+        return {name: default for name, default in defaults.items() if getattr(self, name) == default}
 
     @property
     def sides(self):

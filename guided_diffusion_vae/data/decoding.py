@@ -7,6 +7,7 @@ import io
 import math
 import re
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -15,15 +16,21 @@ from PIL import Image
 from ..config import require
 from ..files import MAX_PIXELS, bf, check_array_size, file_errors, file_extension, read_npy_header
 
-# Channels of each Pillow mode as decoded here; palettes become RGB, an opaque alpha channel is dropped.
+# Channels of each Pillow mode as decoded here; palettes, CMYK and YCbCr become RGB, an alpha channel is dropped.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
                   "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _MODE_DTYPES = {"I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "I": "int32", "F": "float32"}
+# Raw modes of 16 bits per channel, of which Pillow keeps the higher byte -> those that keep the lower byte.
+_LOWER_BYTE = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA") for order, other in
+               (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
+BACKGROUNDS = {"white": 1, "black": 0}
 FULL_RANGE = {"bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FREE_PIXELS = 2**22     # decoded whatever the size of the file
 MAX_EXPANSION = 1032    # bytes that DEFLATE decodes from one byte, at most
-_TILE_WIDTH, _TILE_LENGTH = 322, 323    # tags of TIFF
+_BITS, _PLANES, _TILE_WIDTH, _TILE_LENGTH = 258, 284, 322, 323  # tags of TIFF
+_ORIENTATION = 274      # tag of TIFF and EXIF
+_INTEGERS = {1: "B", 3: "H", 4: "I"}    # types of values in EXIF
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's conversion to grayscale
 
 # Read without decoding a file: channels, sizes per spatial axis, NumPy type name, voxel spacing in mm.
@@ -45,7 +52,7 @@ def read_array(path: str, value_range: tuple[float, float] | None = None, dynami
 
 
 def read_header(path, max_pixels=MAX_PIXELS):
-    """Return the `FileHeader` of an image file.
+    """Return the `FileHeader` of an image file, its sides after the EXIF orientation is applied.
 
     :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
     """
@@ -59,7 +66,12 @@ def read_header(path, max_pixels=MAX_PIXELS):
             return FileHeader(channels, tuple(sides), dtype.name)
         with _open_pillow(stream, size, max_pixels) as image:
             _check_readable(image)
-            return FileHeader(_MODE_CHANNELS[image.mode], (image.height, image.width), _dtype(image))
+            # Pillow orients a TIFF, depending on its version its size when it is opened or when it is decoded.
+            is_tiff = image.format == "TIFF"
+            sides = (image.tag_v2[257], image.tag_v2[256]) if is_tiff else (image.height, image.width)
+            orientation = image.tag_v2.get(_ORIENTATION, 1) if is_tiff else _orientation(image, stream)
+            sides = sides[::-1] if orientation in (5, 6, 7, 8) else sides
+            return FileHeader(_MODE_CHANNELS[image.mode], sides, _dtype(image))
 
 
 def check_size(count, bits, stored_bytes, max_pixels=MAX_PIXELS):
@@ -105,7 +117,12 @@ def _open_pillow(stream, size, max_pixels):
 
 
 def _bits_per_pixel(image):
-    """Return the bits per pixel in a file, from the raw mode of its tiles such as L, L;4, 1;I or RGB;16B."""
+    """Return the bits per pixel in a file, from the raw mode of its tiles such as L, L;4, 1;I or RGB;16B.
+
+    0 for webp, which has no largest ratio of compression.
+    """
+    if image.format == "WEBP":
+        return 0
     args = image.tile[0][3] if image.tile else ""
     depth = re.search(r"^1|(?<=;)\d+", str(args if isinstance(args, str) else args[0]))
     return (int(depth[0]) if depth else 8) * len(image.getbands())
@@ -140,8 +157,14 @@ def _check_png(content):
         start = end + 4
 
 
-def read_values(path, max_pixels=MAX_PIXELS):
-    """Return the values of an image file [H x W x C] in their own type; 8-bit images are uint8, grayscale or RGB."""
+def read_values(path, max_pixels=MAX_PIXELS, alpha=""):
+    """Return the values of an image file [H x W x C] in their own type; 8-bit images are uint8, grayscale or RGB.
+
+    The EXIF orientation is applied. Palettes, CMYK and YCbCr become RGB, without color profiles.
+
+    :param alpha: a key of `BACKGROUNDS`, the color onto which transparent pixels are composited.
+    :raises ValueError: if a pixel is transparent and `alpha` is another text.
+    """
     if file_extension(path) == "npy":
         with file_errors(path), bf.BlobFile(path, "rb") as stream:
             values = load_npy(stream.read())
@@ -149,35 +172,119 @@ def read_values(path, max_pixels=MAX_PIXELS):
             return np.transpose(values, order).reshape(shape)
     with open_image(path, max_pixels) as image:
         _check_readable(image)
-        values = _pixels(image)
-    return values if values.ndim == 3 else values[..., None]
+        orientation = 1 if image.format == "TIFF" else _orientation(image, image.fp)    # Pillow orients a TIFF
+        values, opacity = _layers(image)
+        if opacity is not None:
+            values = _composite(values, opacity, alpha)
+    return _orient(values if values.ndim == 3 else values[..., None], orientation)
 
 
-def _pixels(image):
-    if image.mode in _MODE_DTYPES:
-        return np.asarray(image).astype(_dtype(image))
-    channels = _MODE_CHANNELS[image.mode]
-    if "A" in image.getbands() or "transparency" in image.info:
-        layers = np.asarray(image.convert("LA" if channels == 1 else "RGBA"))
-        low = layers[..., -1].min()
-        require((low == 255, f"transparent pixels (alpha down to {low}); flatten the image onto a background"))
-        return layers[..., :-1]
-    return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+def _layers(image):
+    """Return (values [H x W] or [H x W x C], opacity [H x W x 1] of the same type or None) of a Pillow image."""
+    if _drops_bits(image):
+        values = _wide_color(image)
+        if values.shape[-1] == 4:
+            return values[..., :3], values[..., 3:]
+    elif image.mode in _MODE_DTYPES:
+        values = np.asarray(image).astype(_dtype(image))
+    else:
+        channels = _MODE_CHANNELS[image.mode]
+        if "A" in image.getbands() or "transparency" in image.info:
+            layers = np.asarray(image.convert("LA" if channels == 1 else "RGBA"))
+            return layers[..., :-1], layers[..., -1:]
+        values = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    key = image.info.get("transparency")    # the transparent color of a 16-bit PNG
+    if key is None or values.dtype != np.uint16:
+        return values, None
+    values = values if values.ndim == 3 else values[..., None]
+    return values, np.where((values == key).all(-1, keepdims=True), 0, 65535).astype(np.uint16)
+
+
+def _wide_color(image):
+    """Return all 16 bits of a Pillow image in color, uint16 [H x W x C]: decoded once per byte of its values."""
+    content = image.fp.getvalue()
+    with Image.open(io.BytesIO(content)) as lower:
+        make = getattr(type(lower.tile[0]), "_make", tuple)     # tiles are plain tuples before Pillow 11
+        lower.tile = [make((codec, box, offset, _LOWER_BYTE[args] if isinstance(args, str) else
+                            (_LOWER_BYTE[args[0]], *args[1:]))) for codec, box, offset, args in lower.tile]
+        return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+
+
+def _composite(values, opacity, alpha):
+    """Return values [H x W x C] on a background, rounded to integers."""
+    top, low = np.iinfo(values.dtype).max, opacity.min()
+    require((low == top or alpha in BACKGROUNDS,
+             f"transparent pixels (alpha down to {low} of {top}): set --alpha white or --alpha black to composite them "
+             "onto that color, or flatten the image onto a background"))
+    if low == top:
+        return values
+    weight = opacity / top
+    return np.rint(weight * values + (1 - weight) * top * BACKGROUNDS[alpha]).astype(values.dtype)
+
+
+def _orientation(image, stream):
+    """Return the EXIF orientation, 1 to 8, of an image other than TIFF, of which nothing is decoded."""
+    return exif_orientation(_png_exif(stream) if image.format == "PNG" else image.info.get("exif", b""))
+
+
+def exif_orientation(exif):
+    """Return the orientation in the bytes of EXIF data, 1 to 8; 1 if there is none or the data are corrupt."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2], "<")
+    with contextlib.suppress(struct.error):
+        start, = struct.unpack_from(f"{order}I", exif, 4)
+        count, = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
+            if tag == _ORIENTATION:
+                value, = struct.unpack_from(order + _INTEGERS.get(kind, "H"), exif, entry + 8)
+                return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def _png_exif(stream):
+    """Return the EXIF data of a PNG, empty if it has none; the chunk may follow the pixels, which are skipped."""
+    stream.seek(len(PNG_SIGNATURE))
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"eXIf", b"IEND"):
+            return stream.read(length)
+        stream.seek(length + 4, io.SEEK_CUR)
+    return b""
+
+
+def _orient(values, orientation):
+    """Return values [H x W x C] as the EXIF orientation displays them."""
+    values = values.swapaxes(0, 1) if orientation >= 5 else values
+    values = values[::-1] if orientation in (3, 4, 7, 8) else values
+    return values[:, ::-1] if orientation in (2, 3, 6, 7) else values
 
 
 def _dtype(image):
     # Older Pillow versions open a 16-bit PNG as 32-bit integers.
-    return "uint16" if (image.format, image.mode) == ("PNG", "I") else _MODE_DTYPES.get(image.mode, "uint8")
+    if _drops_bits(image) or (image.format, image.mode) == ("PNG", "I"):
+        return "uint16"
+    return _MODE_DTYPES.get(image.mode, "uint8")
+
+
+def _drops_bits(image):
+    """Return whether Pillow reads 16-bit color by dropping the lower byte; only the raw mode of its tiles shows it."""
+    return ";16" in str(image.tile) and image.mode not in _MODE_DTYPES
 
 
 def _check_readable(image):
-    # Pillow reads 16-bit color by dropping the lower byte; only the raw mode of its tiles shows it.
-    drops_bits = ";16" in str(image.tile) and image.mode not in _MODE_DTYPES
-    pages = image.n_frames if image.format == "TIFF" else 1
+    raw_modes = {args if isinstance(args, str) else str(args[0]) for *_, args in image.tile}
+    is_tiff = image.format == "TIFF"
+    pages = image.n_frames if is_tiff else 1
+    # Pillow takes each plane as 8 bits per value, whatever it has.
+    deep_planes = is_tiff and image.tag_v2.get(_PLANES) == 2 and max(image.tag_v2.get(_BITS, (1,))) > 8
     require(
         (image.mode in _MODE_CHANNELS, f"color mode {image.mode}: expected one of: {', '.join(_MODE_CHANNELS)}"),
-        (not drops_bits, "16 bits per channel in color or with alpha, of which Pillow keeps 8; save the image as .npy "
-                         "[H x W x C] uint16"),
+        (not deep_planes, "more than 8 bits per channel in separate planes; save the image with interleaved channels "
+                          "(planar configuration 1)"),
+        (not _drops_bits(image) or raw_modes <= _LOWER_BYTE.keys(),
+         f"16 bits per channel as {', '.join(sorted(raw_modes))}, of which Pillow keeps 8: expected RGB or RGBA; save "
+         "the image as .npy [H x W x C] uint16"),
         (pages == 1, f"{pages} pages; save one image per file"),
     )
 

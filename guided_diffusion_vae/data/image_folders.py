@@ -18,7 +18,9 @@ from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, hash_lines
 from .npz import archive_classes, open_archive
 from .resizing import fit
 
-EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "npy")
+EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "webp", "bmp", "npy")
+CENSUS_FILES, CENSUS_PIXELS = 256, 2**26    # read to examine a folder, at most
+_USUAL_BITS = 8, 10, 12, 14     # of values in 16-bit files
 
 
 class ImageFolder(FileSource):
@@ -49,6 +51,7 @@ class ImageFolder(FileSource):
             headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS,
                                        functools.partial(read_header, max_pixels=config.max_pixels),
                                        " (an .npz is specified by its own path)", find_labels)
+        self._headers = headers
         self._check_files(headers, FULL_RANGE)
         gray, color = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
         require((config.image_channels or not (gray and color),
@@ -61,13 +64,46 @@ class ImageFolder(FileSource):
         :raises ValueError: if the file is corrupt, transparent, or has values outside the range.
         """
         path, (_, height, width) = self.paths[index], self.unpadded_shape
-        pixels = read_values(path, self.config.max_pixels) if self._archive is None else self._archive[index]
+        pixels = self._values(index)
         # 8-bit images are resized as 8-bit values, like guided-diffusion's; other types as float32 without rounding.
         as_stored = pixels.dtype == np.uint8 and not self.value_limits
         pixels = match_channels(pixels if as_stored else self._to_unit(pixels, path), self.shape[0])
         pixels = fit(pixels, height, width, self.config.crop, rng)
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels
         return np.ascontiguousarray(self._pad(np.moveaxis(pixels, -1, 0)))
+
+    def _values(self, index):
+        """Return the stored values [H x W x C] of image `index`."""
+        if self._archive is None:
+            return read_values(self.paths[index], self.config.max_pixels, self.config.alpha)
+        return self._archive[index]
+
+    def warnings(self):
+        """Return lines for the log on value ranges that are probably not meant; up to `CENSUS_FILES` are read."""
+        warnings, types = [], [header.dtype for header in self._headers]
+        if self.value_limits:
+            return warnings
+        if len(self.kinds) > 1:
+            each = ", ".join(f"{count} {kind} ({self.names[types.index(kind)]})" for kind, count in self.kinds.items())
+            warnings.append(f"files have several types of values: {each}; the full range of each type becomes [0, 1], "
+                            "convert them to one type if that is not meant")
+        if "uint16" in types:
+            deep = [i for i, kind in enumerate(types) if kind == "uint16"]
+            highest = max(int(values.max()) for values in self._census(deep))
+            bits = next((bits for bits in _USUAL_BITS if highest < 2**bits), 16)
+            if bits < 16:
+                warnings.append(f"values reach {highest:,} of 65,535: set --value_range 0,{2**bits - 1} if these are "
+                                f"{bits}-bit data")
+        return warnings
+
+    def _census(self, items):
+        """Yield the values of evenly spaced ones of some items, as many as `CENSUS_FILES` and `CENSUS_PIXELS` allow."""
+        pixels = 0
+        for i in np.linspace(0, len(items) - 1, min(CENSUS_FILES, len(items))).astype(int):
+            if pixels < CENSUS_PIXELS:
+                values = self._values(items[i])
+                pixels += values.size
+                yield values
 
     def batch(self, indices, flips=None, rngs=None):
         """Return images as float32 [n x C x H x W] in [0, 1]; see `ImageSource`."""

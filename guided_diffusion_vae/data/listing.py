@@ -110,8 +110,12 @@ class FileSource(ImageSource):
     @property
     def preprocessing(self):
         """The settings that map files to values, as recorded by checkpoints."""
-        unset = () if self.config.label_column else ("label_column",)     # which older caches and headers do not have
-        return {k: v for k, v in as_dict(self.config).items() if k not in (*_NOT_RECORDED, *unset)}
+        hidden = (*_NOT_RECORDED, *self.config.unset_later_fields())
+        return {k: v for k, v in as_dict(self.config).items() if k not in hidden}
+
+    def warnings(self):
+        """Return lines for the log on values that are probably not read as they are meant, for which files are read."""
+        return []
 
     def describe(self):
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""

@@ -181,7 +181,7 @@ def _check_same_items(low_res, source):
     if low_res.autoencoder != source.autoencoder:
         raise ValueError(f"{low_res.folder} and {source.folder} have different autoencoders, "
                          f"{low_res.autoencoder['path']} and {source.autoencoder['path']}; re-encode one of them")
-    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window"):
+    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window", "alpha"):
         values = low_res.preprocessing.get(key), source.preprocessing.get(key)
         if values[0] != values[1]:
             raise ValueError(f"{low_res.folder} was encoded with --{key} {values[0]}, {source.folder} with "
@@ -223,7 +223,8 @@ def require_same_preprocessing(cache, explicit):
 
     :raises ValueError: if they conflict.
     """
-    recorded, requested = cache.preprocessing, dict(explicit)
+    later = DataConfig().unset_later_fields() if cache.preprocessing else {}
+    recorded, requested = {**later, **cache.preprocessing}, dict(explicit)
     if requested.pop("voxel_size", None):
         requested["image_size"] = DataConfig(voxel_size=explicit["voxel_size"]).image_size
     if requested.get("spacing"):
