@@ -79,10 +79,27 @@ def remove_stale_parts(folder):
                 part.unlink()
 
 
+@contextlib.contextmanager
+def open_zip(stream):
+    """Yield the ZipFile of a seekable binary stream after comparing its directory with the number of its entries.
+
+    zipfile does not: a changed length in one entry of the directory would hide those that follow.
+
+    :raises zipfile.BadZipFile: if it is no zip file, or the numbers differ.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        stream.seek(-22 - len(archive.comment), os.SEEK_END)
+        end, found = stream.read(22), len(archive.infolist())
+        stated = int.from_bytes(end[10:12], "little")   # 65535: stated in a record of ZIP64
+        if not end.startswith(b"PK\5\6") or stated not in (found, 0xffff):
+            raise zipfile.BadZipFile(f"expected {stated} entries in its directory, got {found}")
+        yield archive
+
+
 def _check_zip(path):
     """Compare the content of a local zip file with its checksums, which torch ignores."""
     if "://" not in str(path) and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as stream, open_zip(stream) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"{bad} differs from its checksum")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from guided_diffusion_vae.data import DataConfig, ImageFolder, VolumeFolder, ope
 from guided_diffusion_vae.data.manifest import read_manifest
 from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig, write_dataset
 from guided_diffusion_vae.files import (
-    atomic_path, atomic_stream, file_errors, load_tensors, read_record,
+    atomic_path, atomic_stream, file_errors, load_tensors, open_zip, read_record,
     remove_stale_parts, require_folder, require_regular_file, require_writable_folder, sha256_of_file, write_json,
     write_record,
 )
@@ -166,6 +167,23 @@ def test_atomic_stream_hashes_what_is_written(tmp_path):
         np.save(stream, np.arange(5.0))
     assert stream.entry == {"bytes": 168, "sha256": sha256_of_file(tmp_path / "a.npy")}
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_zip_whose_directory_hides_entries_is_rejected(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, arr_0=np.zeros((2, 4, 4, 3), np.uint8), arr_1=np.arange(2))
+    original = bytearray(path.read_bytes())
+    assert open_npz(path).labels.tolist() == [0, 1]
+    entry = original.index(b"PK\1\2")
+    for field in (28, 30, 32):      # lengths of name, extra field and comment
+        corrupt = original.copy()
+        corrupt[entry + field + 1] ^= 0x40
+        path.write_bytes(corrupt)
+        with pytest.raises(ValueError, match="a.npz"):
+            open_npz(path)
+    with open(path, "rb") as stream, pytest.raises(zipfile.BadZipFile, match="expected 2 entries .* got 1"):
+        with open_zip(stream):
+            pass
 
 
 # Records

@@ -15,7 +15,7 @@ import torch
 
 from ..config import require
 from ..files import (
-    MAX_NPY_HEADER, MAX_PIXELS, atomic_path, bf, check_array_size, file_errors, read_npy_header, read_to_end,
+    MAX_NPY_HEADER, MAX_PIXELS, atomic_path, bf, check_array_size, file_errors, open_zip, read_npy_header, read_to_end,
 )
 
 MAX_CHECKED_BYTES = 2**30
@@ -65,7 +65,7 @@ def open_archive(path, names: Iterable[str] | None = None, in_memory: bool = Fal
 @contextlib.contextmanager
 def _open_zip(path):
     with file_errors(path, "cannot be read as an .npz archive"), bf.BlobFile(path, "rb") as stream:
-        with zipfile.ZipFile(stream) as archive:
+        with open_zip(stream) as archive:
             yield archive
 
 
