@@ -28,6 +28,8 @@ from PIL import Image, UnidentifiedImageError
 _SPECIAL_FILES = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
                   stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
 MAX_PIXELS = 2**29      # default of --max_pixels: an image of 23,170 x 23,170, a volume of 512 x 512 x 2048
+FREE_PIXELS = 2**22     # decoded whatever the size of the file
+MAX_EXPANSION = 1032    # bytes that DEFLATE decodes from one byte, at most
 MAX_NPY_HEADER = 10_000     # bytes, the limit of NumPy
 MAX_YAML_NODES = 100_000    # with every alias replaced by what it stands for
 OWN_SHA256 = "content_sha256"
@@ -312,6 +314,20 @@ def check_array_size(shape, dtype, stored_bytes):
     if min(shape, default=0) < 0 or not dtype.hasobject and expected > stored_bytes:
         raise ValueError(f"the header describes {dtype} values of shape {tuple(shape)}: expected {expected} bytes, got "
                          f"{stored_bytes}")
+
+
+def check_size(count, bits, stored_bytes, max_pixels=MAX_PIXELS):
+    """Check how many pixels or voxels of how many bits a header describes before memory is allocated for them.
+
+    :param stored_bytes: size of the file, which a header cannot exceed by more than the ratio of DEFLATE.
+    :raises ValueError: if there are more than `max_pixels`, or more than so few bytes can contain.
+    """
+    if count > max_pixels:
+        raise ValueError(f"the header describes {count} pixels: expected at most --max_pixels {max_pixels}; set a "
+                         "larger number if the header is right")
+    if count > FREE_PIXELS and count * bits > 8 * MAX_EXPANSION * stored_bytes:
+        raise ValueError(f"the header describes {count} pixels of {bits} bits, more than {stored_bytes} bytes can "
+                         "contain; it is corrupt, or the image is empty")
 
 
 def open_npy(path):

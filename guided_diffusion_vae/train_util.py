@@ -19,6 +19,7 @@ import torch
 from . import checkpoint_util, deprecated_names, dist_util, logger
 from .checkpoint_util import parse_resume_step_from_filename as parse_resume_step_from_filename  # the reference's place
 from .config import CommaSeparated, from_dict, option, require, resolve
+from .data.config import state_options
 from .fp16_util import MixedPrecisionTrainer
 from .interfaces import BatchSource, Objective
 from .logger import progress_bar
@@ -675,7 +676,7 @@ class TrainLoop:
             stored = header.get("step", step)
             require((stored == step, f"{path} contains step {stored}: the file was renamed; {RESUME_FLAG} expects "
                      f"{checkpoint_util.model_name(stored)} next to its optimizer and EMA files"))
-            checkpoint_util.require_same_model(header, self.header, folder)
+            checkpoint_util.require_same_model(state_options(header), state_options(self.header), folder)
         if self.fsdp:
             own = self.model.state_dict()
             weights.update({name: dist_util.distribute_like(value, own[name]) for name, value in weights.items()

@@ -1,18 +1,26 @@
-import dataclasses
 import gzip
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
+from PIL import Image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guided_diffusion_vae import config
+from guided_diffusion_vae.data import config as config_of_data
 from guided_diffusion_vae.data import npz, volume_folders
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, VolumeFolder, ImageStream, open_folder, unpad, write_nifti,
 )
-from guided_diffusion_vae.data.volume_folders import _values
+from guided_diffusion_vae.checkpoint_util import require_same_model
+from guided_diffusion_vae.data.volume_folders import read_volume
+from guided_diffusion_vae.files import write_record
+from guided_diffusion_vae.runs import spaces
+from guided_diffusion_vae.runs.run import Run
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -33,6 +41,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def images_beside(folder):
+    """Return a folder with one image."""
+    (folder / "images").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "images" / "a.png")
+    return folder / "images"
+
+
 def opened(folder, size="8x8x8", **fields):
     return VolumeFolder(DataConfig(str(folder), size, **fields))
 
@@ -42,7 +57,9 @@ def test_volumes_of_all_formats_have_classes_and_spacing(folder):
     assert len(volumes) == 3 and volumes.shape == (1, 8, 8, 8) and volumes.ignored == 1
     assert volumes.names == ["ct_0.npy", "mr_1.npz", "mr_2.nii.gz"] and volumes.class_names == ["ct", "mr"]
     assert volumes.labels.tolist() == [0, 1, 1] and volumes.kinds == {"uint16": 3}
-    assert volumes.spacings[2] == (2.0, 1.5, 1.5) and volumes.spacing == (1.0, 1.0, 1.0)
+    assert volumes.spacings == [(2.0, 1.5, 1.5)] * 3 and volumes.spacing == (2.0, 1.5, 1.5)
+    assert volumes.notes == [f"2 of 3 volumes state no directions, such as {folder}/ct_0.npy: they are read as stored, "
+                             "and count as RAS with the voxel spacing of the others"]
     batch = volumes.batch([1, 2])
     assert batch.shape == (2, 1, 8, 8, 8) and batch.dtype == torch.float32
     np.testing.assert_allclose(batch[0, 0] * 65535, ramp(8, 8, 8), atol=0.01)
@@ -177,7 +194,7 @@ def test_spacing_flag_overrides_the_files(folder):
 def test_volumes_on_disk_are_read_patch_by_patch(tmp_path):
     np.save(tmp_path / "a.npy", ramp(16, 16, 16))
     assert isinstance(opened(tmp_path), VolumeFolder)
-    assert isinstance(_values(str(tmp_path / "a.npy")).base, np.memmap)
+    assert isinstance(read_volume(str(tmp_path / "a.npy")).base, np.memmap)
 
 
 @pytest.mark.parametrize("make, fields, match", [
@@ -253,7 +270,7 @@ def test_sizes_of_a_nifti_are_bounded_before_it_is_read(tmp_path, position, layo
             opened(tmp_path, "4x4x4")
         if position == 42:
             with pytest.raises(ValueError, match=f"^{path}: cannot be read .*{match}"):
-                _values(str(path))
+                read_volume(str(path))
         path.unlink()
 
 
@@ -282,7 +299,7 @@ def test_compressed_archives_are_unpacked_once_and_not_for_their_header(tmp_path
     patches = volumes.batch(range(8))
     assert unpacked == ["volume.npy"]
     assert torch.equal(patches, volumes.batch(range(8, 16)))    # memory-mapped, not unpacked
-    assert isinstance(_values(str(tmp_path / "b_0.npz")).base, np.memmap)
+    assert isinstance(read_volume(str(tmp_path / "b_0.npz")).base, np.memmap)
     np.savez_compressed(tmp_path / "a_0.npz", volume=ramp(8, 8, 8) + 1)
     assert not torch.equal(opened(tmp_path, "4x4x4", crop="grid").batch(range(8)), patches)     # another file
 
@@ -316,10 +333,290 @@ def test_folder_without_volumes_is_rejected(tmp_path):
 def test_described_settings_are_those_of_earlier_caches(folder):
     """Every entry is hashed: another one would encode all caches again."""
     fields = {"files", "ignored", "kinds", "shape", "unpadded_shape", "fingerprint", "data_dir", "random_flip"}
-    volumes = opened(folder, random_flip=True, voxel_size=(8, 8, 8), crop="grid")
+    volumes = opened(folder, random_flip=True, voxel_size=(8, 8, 8), crop="grid", **DataConfig.VOLUME_OPTIONS)
     assert set(volumes.describe()) == fields | set(volumes.preprocessing)
-    not_hashed = {"data_dir", "max_pixels", "random_flip", "label_column", "allow_ignored", "verify_data"}
-    assert set(volumes.preprocessing) == {f.name for f in dataclasses.fields(DataConfig)} - not_hashed
+    assert set(volumes.preprocessing) == {"image_size", "voxel_size", "image_channels", "value_range", "value_window",
+                                          "dynamic_range_db", "reference_db", "crop", "pad", "patches_per_volume",
+                                          "spacing"}
     expected = {"image_size": "8x8x8", "voxel_size": [], "spacing": "1,1,1", "files": 3, "random_flip": True}
     assert {name: volumes.describe()[name] for name in expected} == expected
     assert len(volumes) > 3 and volumes.describe()["shape"] == [1, 8, 8, 8]
+    images = ImageFolder(DataConfig(str(images_beside(folder)), 8))
+    assert not set(DataConfig.VOLUME_OPTIONS) & set(images.preprocessing)
+
+
+# --- Directions ---
+
+SCENE = np.random.default_rng(0).integers(0, 256, (5, 6, 7), np.uint8)   # in the order R, A, S
+
+
+def save_nifti(path, values, code="RAS", spacing=(1, 1, 1), turn=None):
+    """Write values in the order R, A, S (x frames) with the spacing along R, A, S, stored in the directions `code`."""
+    affine = np.diag([*spacing, 1.0])
+    if turn is not None:
+        affine[:3, :3] = turn @ affine[:3, :3]
+    image = nibabel.Nifti1Image(values, affine)
+    orientations = nibabel.orientations
+    nibabel.save(image.as_reoriented(orientations.axcodes2ornt(code)), path)
+
+
+def turned(degrees):
+    """Return a rotation about the third axis."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("name", ["nii", "nii.gz"])
+@pytest.mark.parametrize("code, order, flips", [
+    ("RAS", (0, 1, 2), (1, 1, 1)), ("LPS", (0, 1, 2), (-1, -1, 1)), ("SLA", (2, 0, 1), (1, -1, 1)),
+])
+def test_a_scene_is_the_same_however_it_is_stored(tmp_path, name, code, order, flips):
+    for stored in ("RAS", "LAS", "LPI", "PIR"):
+        save_nifti(tmp_path / f"{stored}.{name}", SCENE, stored, (2, 3, 4))
+    expected = SCENE.transpose(order)[tuple(slice(None, None, step) for step in flips)]
+    volumes = opened(tmp_path, "x".join(map(str, expected.shape)), crop="none", orientation=code)
+    assert volumes.spacings == [tuple((2.0, 3.0, 4.0)[axis] for axis in order)] * 4 and not volumes.notes
+    assert all(np.array_equal(volumes.read(i)[0] * 255, expected) for i in range(4))
+    assert volumes.preprocessing["orientation"] == code and f" 4 volumes {code}, " in volumes.summary()
+
+
+def test_directions_as_stored_are_those_that_all_files_have(tmp_path):
+    for name in "ab":
+        save_nifti(tmp_path / f"{name}.nii", SCENE, "LPI", (2, 3, 4))
+    volumes = opened(tmp_path, "5x6x7", orientation="as_stored")
+    assert volumes.preprocessing["orientation"] == volumes.orientation == "LPI"
+    assert np.array_equal(volumes.read(0)[0] * 255, SCENE[::-1, ::-1, ::-1])
+    save_nifti(tmp_path / "c.nii", SCENE, "RAS")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/c.nii: expected axes in the directions LPI as in "
+                                         f"{tmp_path}/a.nii, got RAS; set --orientation LPI instead of as_stored$"):
+        opened(tmp_path, "5x6x7", orientation="as_stored")
+    np.save(tmp_path / "c.nii.npy", SCENE)
+    (tmp_path / "c.nii").unlink()
+    assert opened(tmp_path, "5x6x7", orientation="as_stored").orientation == "LPI"
+    for name in "ab":
+        (tmp_path / f"{name}.nii").unlink()
+    assert opened(tmp_path, "5x6x7", orientation="as_stored").orientation == "RAS"
+
+
+def test_without_a_record_of_directions_files_are_read_as_stored(tmp_path):
+    save_nifti(tmp_path / "a.nii", SCENE, "LPI")
+    save_nifti(tmp_path / "b.nii", SCENE, "RAS", (1, 1, 5))
+    volumes = opened(tmp_path, "5x6x7", orientation="")     # an old run, which must go on
+    assert np.array_equal(volumes.read(0)[0] * 255, SCENE[::-1, ::-1, ::-1]) and volumes.spacing == (1, 1, 3)
+    assert np.array_equal(volumes.read(1)[0] * 255, SCENE) and "orientation" not in volumes.preprocessing
+    assert volumes.notes == [f"{tmp_path}/b.nii: expected a voxel spacing of 1,1,1 mm as in {tmp_path}/a.nii, got "
+                             "1,1,5 mm; 1,1,3 mm is recorded"]
+
+
+@pytest.mark.parametrize("text", ["RAX", "RLS", "RA", "RASS", "RRS", "stored"])
+def test_directions_that_do_not_exist_are_rejected(tmp_path, text):
+    save_nifti(tmp_path / "a.nii", SCENE)
+    with pytest.raises(ValueError, match=f"--orientation must be three letters, one each of R or L.*got '{text}'"):
+        opened(tmp_path, "5x6x7", orientation=text)
+
+
+def test_directions_may_be_lower_case_on_the_command_line():
+    assert config.convert("orientation", config_of_data.directions, "lps") == "LPS"
+    assert config.convert("orientation", config_of_data.directions, "as_stored") == "as_stored"
+
+
+@pytest.mark.parametrize("degrees, noted", [(0.9, []), (12.0, ["up to 12.0 degrees"]), (46.0, ["up to 44.0 degrees"])])
+def test_oblique_volumes_have_the_nearest_directions(tmp_path, degrees, noted):
+    save_nifti(tmp_path / "a.nii", SCENE, turn=turned(degrees))
+    save_nifti(tmp_path / "b.nii", SCENE, "LAS")
+    volumes = opened(tmp_path, "5x5x5")
+    nearest = SCENE[:, ::-1].transpose(1, 0, 2) if degrees > 45 else SCENE      # R is then the old P
+    assert np.array_equal(volumes.read_volume(0)[0] * 255, nearest)
+    assert all(text in note and f"1 of 2 volumes have oblique axes, {text} in {tmp_path}/a.nii" in note
+               for text, note in zip(noted, volumes.notes)) and len(noted) == len(volumes.notes)
+
+
+def test_a_header_without_a_code_states_no_directions(tmp_path):
+    image = nibabel.Nifti1Image(SCENE, np.diag([2.0, 3, 4, 1]))
+    image.set_sform(None, 0)
+    nibabel.save(image, tmp_path / "a.nii")
+    assert nibabel.aff2axcodes(nibabel.load(tmp_path / "a.nii").affine) == ("L", "A", "S")  # assumed by nibabel
+    save_nifti(tmp_path / "b.nii", SCENE, "LPI", (2, 3, 4))
+    volumes = opened(tmp_path, "5x6x7")
+    assert all(np.array_equal(volumes.read(i)[0] * 255, SCENE) for i in range(2)) and volumes.spacing == (2, 3, 4)
+    assert volumes.notes[0].startswith(f"1 of 2 volumes state no directions, such as {tmp_path}/a.nii: they are read")
+
+
+def test_directions_that_do_not_span_the_space_are_rejected(tmp_path):
+    path = tmp_path / "a.nii"
+    save_nifti(path, SCENE)
+    content = bytearray(path.read_bytes())
+    content[296:312] = content[280:296]     # srow_y is srow_x
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: expected the directions of three axes that span the space, got "):
+        opened(tmp_path, "5x6x7")
+    assert np.array_equal(opened(tmp_path, "5x6x7", orientation="").read(0)[0] * 255, SCENE)
+
+
+def test_uncompressed_volumes_are_flipped_without_reading_them(tmp_path):
+    save_nifti(tmp_path / "a.nii", SCENE, "PIR")
+    values = opened(tmp_path, "2x2x2")._values(0)
+    base = values
+    while not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+
+
+@pytest.mark.parametrize("code, spacing", [("RAS", (3, 2, 1)), ("LAS", (3, 2, 1)), ("PIR", (1, 2, 3)),
+                                           ("SLA", (3, 1, 2))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_written_volumes_have_the_directions_of_the_data(tmp_path, code, spacing, channels):
+    values = np.random.default_rng(0).integers(0, 256, (channels, 4, 5, 6), np.uint8)
+    write_nifti(tmp_path / "a.nii.gz", values, spacing, code)
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert "".join(nibabel.aff2axcodes(image.affine)) == code and image.header.get_zooms()[:3] == spacing
+    assert image.header.get_xyzt_units()[0] == "mm"
+    volumes = opened(tmp_path, "4x5x6", crop="none", orientation=code)
+    assert volumes.spacing == spacing and np.array_equal(np.rint(volumes.read(0) * 255), values)
+    assert opened(tmp_path, "4x5x6", crop="none", orientation="as_stored").orientation == code
+    in_ras = nibabel.as_closest_canonical(image).dataobj
+    volumes = opened(tmp_path, "x".join(map(str, in_ras.shape[:3])), crop="none")
+    expected = np.asarray(in_ras) if channels == 3 else np.asarray(in_ras)[..., None]
+    assert np.array_equal(np.rint(volumes.read(0) * 255), np.moveaxis(expected, -1, 0))
+
+
+OLD = {"image_size": "5x6x7", "crop": "center", "spacing": "1,1,1"}    # the data of a header of version 0.2
+
+
+def test_later_commands_read_volumes_like_training():
+    apply = spaces.apply_trained_preprocessing
+    assert apply(DataConfig(), {}, OLD).orientation == ""
+    assert apply(DataConfig(), {"orientation": "RAS"}, OLD).orientation == "RAS"
+    trained = apply(DataConfig(), {}, {**OLD, "orientation": "LPS", "resample_spacing": "1,1,2"})
+    assert (trained.orientation, trained.resample_spacing) == ("LPS", "1,1,2")
+    assert apply(DataConfig(), {}, {}).orientation == "RAS"     # an autoencoder that records nothing
+    assert apply(DataConfig(), {}, {"image_size": 8}).orientation == "RAS"
+
+
+def test_flags_are_compared_with_the_directions_of_a_cache():
+    old, new, images = (SimpleNamespace(folder="cache", preprocessing=recorded) for recorded in (
+        OLD, {**OLD, "orientation": "LPS", "resample_spacing": "1,1,2"}, {"image_size": 8}))
+    for cache, flags in ((new, {"orientation": "LPS", "resample_spacing": "1.0,1,2"}), (images, {"orientation": "LPS"}),
+                         (new, {"orientation": "as_stored"}), (old, {"orientation": "as_stored"})):
+        spaces.require_same_preprocessing(cache, flags)
+    for cache, name, value, recorded in ((old, "orientation", "RAS", ""), (old, "resample_spacing", "1", ""),
+                                         (new, "orientation", "RAS", "LPS"), (new, "resample_spacing", "1", "1,1,2")):
+        with pytest.raises(ValueError, match=f"--{name} {value}.* conflicts with .*{name}={recorded};"):
+            spaces.require_same_preprocessing(cache, {name: value})
+
+
+def resumed(folder, data, explicit=None):
+    """Return the DataConfig of a run that resumes one in whose header are `data`."""
+    write_record(folder / "config.json", {"header": {"data": data}})
+    run = Run("train", (DataConfig("volumes", "5x6x7", **(explicit or {})),), explicit or {},
+              checkpoint=({"step": 2}, folder))
+    run._take_recorded_options()
+    return run[DataConfig]
+
+
+def test_a_resumed_run_reads_volumes_as_it_did(tmp_path):
+    assert resumed(tmp_path, OLD).orientation == "" and resumed(tmp_path, OLD).data_dir == "volumes"
+    assert resumed(tmp_path, {**OLD, "orientation": "LPS"}).orientation == "LPS"
+    assert resumed(tmp_path, {"image_size": 8}).orientation == "RAS"
+    with pytest.raises(ValueError, match=f"--orientation RAS conflicts with the run in {tmp_path}, which was trained"):
+        resumed(tmp_path, OLD, {"orientation": "RAS"})
+    current = {"data": {**OLD, "orientation": "RAS"}}
+    with pytest.raises(ValueError, match="data.orientation is 'RAS' now, '' in the checkpoint"):
+        require_same_model(config_of_data.state_options({"data": OLD}), config_of_data.state_options(current), tmp_path)
+
+
+# --- Voxel spacing ---
+
+
+@pytest.mark.parametrize("unit, factor", [("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)])
+def test_spacing_is_in_mm_whatever_the_unit_of_the_file(tmp_path, unit, factor):
+    image = nibabel.Nifti1Image(SCENE, np.diag([2.0, 3, 4, 1]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "a.nii")
+    np.testing.assert_allclose(opened(tmp_path, "5x6x7").spacing, [2 * factor, 3 * factor, 4 * factor])
+
+
+def test_files_of_another_spacing_are_rejected(tmp_path):
+    save_nifti(tmp_path / "a.nii", SCENE, "RAS", (1, 1, 1))
+    save_nifti(tmp_path / "b.nii", SCENE, "PIR", (1, 1.009, 1))
+    assert opened(tmp_path, "5x6x7").spacing == (1, pytest.approx(1.0045), 1)
+    save_nifti(tmp_path / "c.nii", SCENE, "LPI", (1, 1, 5))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/c.nii: expected a voxel spacing of 1,1,1 mm as in "
+                                         f"{tmp_path}/a.nii, got 1,1,5 mm; set --resample_spacing, such as 1,1,1, or "
+                                         "--spacing to ignore those of the files$"):
+        opened(tmp_path, "5x6x7")
+    assert opened(tmp_path, "5x6x7", spacing="1,1,2").spacing == (1, 1, 2)
+
+
+def test_resampled_volumes_have_the_size_and_values_of_the_new_spacing(tmp_path):
+    ramps = np.add.outer(np.add.outer(100 * np.arange(8), 10 * np.arange(6)), np.arange(4)).astype(np.int16)
+    for name, code in (("a", "RAS"), ("b", "PIR")):
+        save_nifti(tmp_path / f"{name}.nii", ramps, code, (1, 2, 3))
+    fields = dict(crop="none", value_range="0,1000")
+    volumes = opened(tmp_path, "4x12x4", resample_spacing="2,1,3", **fields)
+    found = volumes.read(0)[0] * 1000
+    # Linear functions are kept away from the border: means of pairs along R, quarters of steps along A.
+    expected = ramps.astype(float).reshape(4, 2, 6, 4).mean(1)
+    expected = np.stack([expected - 2.5, expected + 2.5], 2).reshape(4, 12, 4)
+    np.testing.assert_allclose(found[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-3)
+    assert np.abs(found - expected).max() < 30 and volumes.kinds == {"int16": 2}
+    np.testing.assert_allclose(volumes.read(1)[0] * 1000, found, atol=1e-3)
+    assert volumes.spacing == (2, 1, 3) and volumes.preprocessing["resample_spacing"] == "2,1,3"
+    assert opened(tmp_path, "2x3x4", spacing="1", resample_spacing="1,2,1", **fields | {"crop": "center"}
+                  ).read_volume(0).shape == (1, 8, 3, 4)     # --spacing replaces that of the files
+    with pytest.raises(ValueError, match="a.nii: size 4x12x4 is not 4x6x4, and --crop none"):
+        opened(tmp_path, "4x6x4", resample_spacing="2,1,3", **fields)
+
+
+def test_files_of_different_spacing_become_comparable(tmp_path):
+    blob = np.zeros((24, 24, 24))
+    blob[6:18, 6:18, 6:18] = 200
+    blob = scipy.ndimage.gaussian_filter(blob, 3)
+    save_nifti(tmp_path / "a.nii", blob.astype(np.uint8), spacing=(1, 1, 1))
+    save_nifti(tmp_path / "b.nii", blob.reshape(24, 24, 6, 4).mean(3).astype(np.uint8), spacing=(1, 1, 4))
+    volumes = opened(tmp_path, "12x12x12", resample_spacing="2")
+    fine, coarse = volumes.read_volume(0), volumes.read_volume(1)
+    assert fine.shape == coarse.shape == (1, 12, 12, 12)
+    assert np.abs(fine - coarse).max() < 0.06 and fine.max() > 0.6
+
+
+def test_resampling_averages_what_the_new_voxels_cover(tmp_path):
+    np.save(tmp_path / "a.npy", np.tile(np.uint8([0, 255]), (8, 8, 8)))      # [8 x 8 x 16], alternating along the last
+    volumes = opened(tmp_path, "8x8x4", spacing="1", resample_spacing="1,1,4", crop="none")
+    assert np.abs(volumes.read(0) - 0.5).max() < 0.07      # without a filter 0 or 1
+
+
+def test_resampled_values_stay_in_the_range_of_the_file(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((9, 9, 9), 255, np.uint8))
+    volumes = opened(tmp_path, "4x4x4", spacing="0.7", resample_spacing="0.9,1.3,0.4")
+    assert (volumes.read_volume(0) == 1).all() and volumes.read_volume(0).shape == (1, 7, 5, 16)
+
+
+def test_resampled_volumes_are_kept_in_memory_for_each_setting(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", SCENE)
+    made, resample = [], volume_folders._resample
+    monkeypatch.setattr(volume_folders, "_resample", lambda values, arrangement: made.append(arrangement.sides) or
+                        resample(values, arrangement))
+    for spacing in ("2", "2", "3", "2"):
+        volumes = opened(tmp_path, "2x2x2", crop="grid", spacing="1", resample_spacing=spacing)
+        volumes.batch(range(len(volumes)))
+    assert made == [(2, 3, 4), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("fields, match", [
+    ({}, "a.npy states no voxel spacing, which --resample_spacing requires; set --spacing$"),
+    ({"spacing": "1", "resample_spacing": "0.001"}, "a.npy: size 5x6x7 at 1,1,1 mm becomes 5000x6000x7000 at --"
+     "resample_spacing 0.001,0.001,0.001: expected at most --max_pixels 536870912 voxels, got 210000000000; "
+     "set a wider spacing$"),
+    ({"resample_spacing": "1,2"}, "--resample_spacing must be one or three distances above 0 in mm"),
+])
+def test_impossible_resampling_is_rejected(tmp_path, fields, match):
+    np.save(tmp_path / "a.npy", SCENE)
+    with pytest.raises(ValueError, match=match):
+        opened(tmp_path, "1x1x1", **{"resample_spacing": "2", **fields})
+
+
+def test_complex_volumes_are_not_resampled(tmp_path):
+    np.save(tmp_path / "a.npy", SCENE + 1j)
+    with pytest.raises(ValueError, match="a.npy: complex values are not resampled; omit --resample_spacing"):
+        opened(tmp_path, "1x1x1", spacing="1", resample_spacing="2", dynamic_range_db=40.0, reference_db="0")

@@ -10,14 +10,18 @@ from .. import dist_util, logger
 from ..config import require
 from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
-from .config import DataConfig, SmallCacheConfig, parse_size, parse_spacing, unpad
+from .config import (
+    DataConfig, SmallCacheConfig, format_spacing, parse_size, parse_spacing, recorded_options, take_recorded_options,
+    unpad,
+)
 from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder
 from .labels import infer_classes, keep_numbers, map_labels, missing_classes, require_labels
 from .listing import FileSource, format_classes, hash_lines, require_data_dir
+from .medical import write_nifti
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
 from .statistics import RunningMoments
-from .volume_folders import VolumeFolder, write_nifti
+from .volume_folders import VolumeFolder
 
 MAX_LEFT_OUT = 0.1      # part of the files of a folder
 

@@ -1,19 +1,24 @@
 """Configuration of image and volume folders, and the types of its text fields."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from collections.abc import Sequence
+from typing import ClassVar
 
 from ..config import CommaSeparated, ParsedText, option, require, size, translate_pairs
 from ..files import MAX_PIXELS
 
+_AXES = dict(zip("RLAPSI", (0, 0, 1, 1, 2, 2)))     # the axis of each direction
 interval = CommaSeparated("lo,hi", "two finite numbers, the lower first, such as -80,0", float,
                           lambda ends: not ends or len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf)
 distances = CommaSeparated("mm", "one or three distances above 0 in mm, such as 2,1.5,1.5", float,
                            lambda given: len(given) in (0, 1, 3) and all(0 < mm < math.inf for mm in given))
+directions = ParsedText("code", "three letters, one each of R or L, A or P, S or I, such as RAS, or as_stored", str,
+                        lambda text: text in ("", "as_stored") or len(text) == len({_AXES.get(c) for c in text}) == 3
+                        and set(text) <= set(_AXES), lambda text: text if text == "as_stored" else text.upper())
 decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text) if text else None,
                       lambda level: level is None or math.isfinite(level))
-
 
 # Fields of later versions: recorded only if set, so that the digests of earlier caches stay the same.
 RECORDED_IF_SET = ("label_column", "alpha")
@@ -55,13 +60,25 @@ class DataConfig:
                              minimum=1)
     patches_per_volume: int = option(1, "patches per volume and epoch with --crop random", minimum=1)
     spacing: distances = option(
-        "", "voxel spacing of volumes in mm, one number or one per axis; empty: that of the file (.nii), else 1")
+        "", "voxel spacing of volumes in mm, one number or one per axis, instead of that of the files; empty: that of "
+            "the files, which must agree within 1 percent, 1 if they state none (npy, npz)")
+    orientation: directions = option(
+        "RAS", "directions in which the axes D, H, W of volumes increase, to which the axes of files are flipped and "
+               "permuted, such as RAS (right, anterior, superior) or LPS; as_stored: those of the files, which must "
+               "agree. Files without directions (npy, npz) are read as stored")
+    resample_spacing: distances = option(
+        "", "voxel spacing in mm, one number or one per axis, to which volumes are resampled (linear, low-pass "
+            "filtered where it increases); empty: none")
     label_column: str = option(
         "", "column with the classes in a label file of the folder (dataset.json, labels.csv, metadata.csv or "
             "metadata.jsonl); empty: the first of label, labels, class, class_name, category, target, y; none: classes "
             "from names")
     allow_ignored: bool = option(False, "accept a folder of which more than 10% of the files are not read")
     verify_data: bool = option(False, "decode every file once before anything else, and list all faulty ones")
+
+    # Options of volumes that version 0.2 did not have, with the values that read files as it did. A header or a cache
+    # without an entry means these. None is recorded for them, so that the digests of earlier caches remain valid.
+    VOLUME_OPTIONS: ClassVar = {"orientation": "", "resample_spacing": ""}
 
     def __post_init__(self):
         vars(self).update(translate_pairs(vars(self)))     # voxel_size is another name of image_size
@@ -111,7 +128,31 @@ def parse_size(text: str | int, name: str = "image_size") -> tuple[int, ...]:
     return size.parse(text, name)
 
 
-def parse_spacing(text: str) -> tuple[float, ...]:
+def parse_spacing(text: str, name: str = "spacing") -> tuple[float, ...]:
     """Return the voxel spacing in mm per axis, from one number or one per axis."""
-    spacing = distances.parse(text, "spacing")
+    spacing = distances.parse(text, name)
     return spacing * 3 if len(spacing) == 1 else spacing
+
+
+def format_spacing(spacing: Sequence[float]) -> str:
+    """Return a voxel spacing as headers and caches record it, such as 2,1.5,1.5."""
+    return ",".join(f"{s:g}" for s in spacing)
+
+
+def recorded_options(preprocessing: dict) -> dict:
+    """Return the options of volumes that a header or a cache states or implies, {} for images or without a record."""
+    if len(parse_size(preprocessing.get("image_size", 64))) != 3:
+        return {}
+    return {name: preprocessing.get(name, implied) for name, implied in DataConfig.VOLUME_OPTIONS.items()}
+
+
+def take_recorded_options(data: DataConfig, explicit, preprocessing: dict) -> DataConfig:
+    """Return a config with the options of volumes of a header or a cache, except for flags that were set."""
+    recorded = recorded_options(preprocessing)
+    return dataclasses.replace(data, **{name: value for name, value in recorded.items() if name not in explicit})
+
+
+def state_options(header: dict) -> dict:
+    """Return a header in which the options of volumes are stated that it implies, to compare it with another."""
+    data = header.get("data") or {}
+    return {**header, "data": {**data, **recorded_options(data)}} if data else header

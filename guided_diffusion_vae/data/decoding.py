@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import require
-from ..files import MAX_PIXELS, bf, check_array_size, file_errors, file_extension, read_npy_header
+from ..files import MAX_PIXELS, bf, check_array_size, check_size, file_errors, file_extension, read_npy_header
 
 # Channels of each Pillow mode as decoded here; palettes, CMYK and YCbCr become RGB, an alpha channel is dropped.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
@@ -26,15 +26,13 @@ _LOWER_BYTE = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGB
 BACKGROUNDS = {"white": 1, "black": 0}
 FULL_RANGE = {"bool": (0, 1), "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-FREE_PIXELS = 2**22     # decoded whatever the size of the file
-MAX_EXPANSION = 1032    # bytes that DEFLATE decodes from one byte, at most
 _BITS, _PLANES, _TILE_WIDTH, _TILE_LENGTH = 258, 284, 322, 323  # tags of TIFF
 _ORIENTATION = 274      # tag of TIFF and EXIF
 _INTEGERS = {1: "B", 3: "H", 4: "I"}    # types of values in EXIF
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's conversion to grayscale
 
-# Read without decoding a file: channels, sizes per spatial axis, NumPy type name, voxel spacing in mm.
-FileHeader = collections.namedtuple("FileHeader", "channels sides dtype spacing", defaults=[None])
+# Read without decoding a file: channels, sizes per spatial axis, NumPy type name.
+FileHeader = collections.namedtuple("FileHeader", "channels sides dtype")
 
 
 def read_array(path: str, value_range: tuple[float, float] | None = None, dynamic_range_db: float = 0.0,
@@ -72,21 +70,6 @@ def read_header(path, max_pixels=MAX_PIXELS):
             orientation = image.tag_v2.get(_ORIENTATION, 1) if is_tiff else _orientation(image, stream)
             sides = sides[::-1] if orientation in (5, 6, 7, 8) else sides
             return FileHeader(_MODE_CHANNELS[image.mode], sides, _dtype(image))
-
-
-def check_size(count, bits, stored_bytes, max_pixels=MAX_PIXELS):
-    """Check how many pixels or voxels of how many bits a header describes before memory is allocated for them.
-
-    :param stored_bytes: size of the file, which a header cannot exceed by more than the ratio of DEFLATE.
-    :raises ValueError: if there are more than `max_pixels`, or more than so few bytes can contain.
-    """
-    require(
-        (count <= max_pixels, f"the header describes {count} pixels: expected at most --max_pixels {max_pixels}; set a "
-                              "larger number if the header is right"),
-        (count <= FREE_PIXELS or count * bits <= 8 * MAX_EXPANSION * stored_bytes,
-         f"the header describes {count} pixels of {bits} bits, more than {stored_bytes} bytes can contain; it is "
-         "corrupt, or the image is empty"),
-    )
 
 
 def load_npy(content):

@@ -110,7 +110,7 @@ class FileSource(ImageSource):
     @property
     def preprocessing(self):
         """The settings that map files to values, as recorded by checkpoints."""
-        hidden = (*_NOT_RECORDED, *self.config.unset_later_fields())
+        hidden = *_NOT_RECORDED, *self.config.VOLUME_OPTIONS, *self.config.unset_later_fields()
         return {k: v for k, v in as_dict(self.config).items() if k not in hidden}
 
     def warnings(self):

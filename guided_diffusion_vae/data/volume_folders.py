@@ -3,44 +3,58 @@
 import collections
 import dataclasses
 import functools
-import gzip
 import math
-import os
 import threading
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ..config import format_shape, require
-from ..files import (
-    MAX_PIXELS, bf, check_array_size, file_errors, file_extension, open_npy, read_to_end,
-)
+from ..files import MAX_PIXELS, bf, file_errors, file_extension, open_npy
 from ..nn import keyed_rng
-from .config import DataConfig, parse_spacing
-from .decoding import FULL_RANGE, FileHeader, check_size, load_npy, unit_scale
+from .config import DataConfig, directions, format_spacing, parse_spacing
+from .decoding import FULL_RANGE, load_npy, unit_scale
 from .labels import find_labels
 from .listing import FileSource, file_stamp
+from .medical import (
+    VolumeHeader, align_axes, axis_codes, load_nifti, nifti_header, orient, tilt_degrees, with_channels,
+)
 from .npz import open_archive, read_archive_headers
 
 EXTENSIONS = ("npy", "npz", "nii", "gz")
 CACHE_BYTES = 4 * 2**30     # of unpacked volumes kept in memory, as patches come from the same files again
+SPACING_TOLERANCE = 1.01    # ratio of spacings that count as the same
+TILT_DEGREES = 1.0          # above which oblique axes are logged
+DEFAULT_DIRECTIONS = "RAS"  # of files that state none, as --orientation as_stored
+AXES = (0, 1), (1, 1), (2, 1)
+
+
+class Arrangement(NamedTuple):
+    """Steps from the values of a file to a volume: its axes (see `align_axes`), then the size it is resampled to.
+
+    :param ratios: target voxel spacing per axis as a multiple of the file's; None: not resampled.
+    """
+
+    axes: tuple = AXES
+    sides: tuple = ()
+    ratios: tuple | None = None
 
 
 class VolumeFolder(FileSource):
     """Patches of one size from volumes as float32 [C x D x H x W] in [0, 1].
 
-    Files are `.npy` [D x H x W] or [C x D x H x W], `.npz` with one such array, `.nii` and `.nii.gz` (axes as stored).
-    `config.crop` defines an item: the center of a volume (center), a patch at a random position of each access
-    (random), each of the evenly spaced patches that cover a volume (grid), or the full volume, which then must have
-    the size (none). Uncompressed files on disk are read patch by patch. Compressed ones are unpacked on the first
-    access, which compares their checksums, and kept in memory up to `CACHE_BYTES` per process. Classes are inferred
-    from names as in `ImageFolder`.
+    Files are `.npy` [D x H x W] or [C x D x H x W], `.npz` with one such array, `.nii` and `.nii.gz`, whose axes are
+    permuted and flipped to `config.orientation`. `config.crop` defines an item: the center of a volume (center), a
+    patch at a random position of each access (random), each of the evenly spaced patches that cover a volume (grid), or
+    the full volume, which then must have the size (none). Uncompressed files on disk are read patch by patch.
+    Compressed and resampled ones are unpacked on the first access, which compares their checksums, and kept in memory
+    up to `CACHE_BYTES` per process. Classes are inferred from names as in `ImageFolder`.
 
     :param config: a `DataConfig`; `fields` replace single fields of it.
     :param multiple: factors per axis that must divide the size, used if `config.pad` is True.
     :raises FileNotFoundError: if there is no folder, or no volume in it.
-    :raises ValueError: if a file cannot be read, a volume is smaller than the size, or a required range is missing; the
-        message names the file and the flag.
+    :raises ValueError: if a file cannot be read, a volume is smaller than the size, directions or voxel spacings of the
+        files differ, or a required range is missing; the message names the file and the flag.
     """
 
     kind = "volume"
@@ -52,12 +66,12 @@ class VolumeFolder(FileSource):
         self._to_unit = unit_scale(config)
         super().__init__(config, flag)
         self.sides = config.sides
-        headers = self._list_files(EXTENSIONS, _is_volume,
-                                   functools.partial(_read_header, max_pixels=config.max_pixels),
-                                   ", or set --image_size to two sizes for images", find_labels)
+        stored = self._list_files(EXTENSIONS, _is_volume,
+                                  functools.partial(read_header, max_pixels=config.max_pixels),
+                                  ", or set --image_size to two sizes for images", find_labels)
+        headers = self._resample(self._orient(stored))
         self._check_files(headers, FULL_RANGE)
         self._check_volumes(headers)
-        self.spacings = [parse_spacing(config.spacing) if config.spacing else header.spacing for header in headers]
         self._set_shape(headers[0].channels, headers, multiple)
         # An item is (file, corner of a patch); the corner None is chosen on access.
         repeats = config.patches_per_volume if config.crop == "random" else 1
@@ -78,7 +92,9 @@ class VolumeFolder(FileSource):
     @property
     def preprocessing(self):
         """The settings that map files to values, as recorded by checkpoints."""
-        return {**super().preprocessing, "spacing": ",".join(f"{s:g}" for s in self.spacing)}
+        options = {"orientation": self.orientation, "resample_spacing": self.config.resample_spacing}
+        return {**super().preprocessing, "spacing": format_spacing(self.spacing),
+                **{name: value for name, value in options.items() if value != self.config.VOLUME_OPTIONS[name]}}
 
     def read(self, index, rng=None):
         """Return item `index` as float32 [C x D x H x W]; `rng` (NumPy Generator) positions a random patch.
@@ -86,7 +102,7 @@ class VolumeFolder(FileSource):
         By default a random patch has a fixed position that depends on the index.
         """
         file, corner = self.items[index]
-        volume = _values(self.paths[file], self.config.max_pixels)
+        volume = self._values(file)
         if corner is None:
             room = [n - m for n, m in zip(volume.shape[1:], self.sides)]
             if self.random_crop:
@@ -95,11 +111,11 @@ class VolumeFolder(FileSource):
             else:
                 corner = [r // 2 for r in room]
         window = tuple(slice(start, start + n) for start, n in zip(corner, self.sides))
-        return self._pad(self._to_unit(np.asarray(volume[(slice(None), *window)]), self.paths[file]))
+        return self._pad(self._unit(volume[(slice(None), *window)], file))
 
     def read_volume(self, file):
         """Return volume `file` (not an item) as float32 [C x D x H x W] at its own size."""
-        return self._to_unit(np.asarray(_values(self.paths[file], self.config.max_pixels)), self.paths[file])
+        return self._unit(self._values(file), file)
 
     def batch(self, indices, flips=None, rngs=None):
         """Return items as float32 [n x C x D x H x W] in [0, 1]; see `ImageSource`."""
@@ -107,8 +123,105 @@ class VolumeFolder(FileSource):
         return self._stack([self.read(int(i), rng) for i, rng in zip(indices, rngs)], flips)
 
     def _content(self):
-        return (f"{len(self)} items {format_shape(self.shape)} of {len(self.paths)} volumes, "
+        directions = f" {self.orientation}" if self.orientation else ""
+        return (f"{len(self)} items {format_shape(self.shape)} of {len(self.paths)} volumes{directions}, "
                 f"{' x '.join(f'{s:g}' for s in self.spacing)} mm")
+
+    def _note(self, sentence):
+        self.notes = [*self.notes, sentence]
+
+    def _values(self, file):
+        """Return the values of a file [C x D x H x W] in the directions and spacing of all, a view if possible."""
+        path, arrangement, max_pixels = self.paths[file], self._arrangements[file], self.config.max_pixels
+        if arrangement.ratios is None:
+            return orient(read_volume(path, max_pixels), arrangement.axes)
+        return cached(path, lambda: _resample(orient(load_volume(path, max_pixels), arrangement.axes), arrangement),
+                      arrangement)
+
+    def _unit(self, values, file):
+        # A resampled volume is float32, whatever the type of the file was.
+        limits = self.value_limits or FULL_RANGE.get(self._dtypes[file])
+        return self._to_unit(np.asarray(values), self.paths[file], value_range=limits)
+
+    def _orient(self, headers):
+        """Return the headers with the axes D, H, W in the order of `--orientation`; set what brings files to it."""
+        requested = directions.parse(self.config.orientation, "orientation")
+        oriented = [file for file, header in enumerate(headers) if header.directions is not None]
+        if not requested:   # as version 0.2 did
+            self.orientation, self._arrangements = "", [Arrangement()] * len(headers)
+            return headers
+        codes = {file: axis_codes(self.paths[file], headers[file].directions) for file in oriented}
+        if requested == "as_stored":
+            other = next((file for file in oriented if codes[file] != codes[oriented[0]]), None)
+            require((other is None, other is None or f"{self.paths[other]}: expected axes in the directions "
+                     f"{codes[oriented[0]]} as in {self.paths[oriented[0]]}, got {codes[other]}; set --orientation "
+                     f"{codes[oriented[0]]} instead of as_stored"))
+            requested = codes[oriented[0]] if oriented else DEFAULT_DIRECTIONS
+        self.orientation = requested
+        self._arrangements = [
+            Arrangement(align_axes(path, header.directions, requested) if file in codes else AXES)
+            for file, (path, header) in enumerate(zip(self.paths, headers))]
+        if oriented and len(oriented) < len(headers):
+            first = next(path for file, path in enumerate(self.paths) if file not in codes)
+            self._note(f"{len(headers) - len(oriented)} of {len(headers)} volumes state no directions, such as "
+                              f"{first}: they are read as stored, and "
+                              f"count as {requested} with the voxel spacing of the others")
+        tilts = {file: tilt_degrees(headers[file].directions) for file in oriented}
+        if tilted := [file for file in oriented if tilts[file] > TILT_DEGREES]:
+            most = max(tilted, key=tilts.get)
+            self._note(f"{len(tilted)} of {len(headers)} volumes have oblique axes, up to {tilts[most]:.1f} "
+                              f"degrees in {self.paths[most]}: their voxels are not rotated, and count as those of the "
+                              f"nearest axes of {requested}")
+        return [_permuted(header, arrangement.axes) for header, arrangement in zip(headers, self._arrangements)]
+
+    def _resample(self, headers):
+        """Return the headers with the sizes and spacing after `--resample_spacing`; set how files are resampled."""
+        config, self._dtypes = self.config, [header.dtype for header in headers]
+        stated = [parse_spacing(config.spacing) if config.spacing else header.spacing for header in headers]
+        target = config.resample_spacing and parse_spacing(config.resample_spacing, "resample_spacing")
+        if not target:
+            self._check_spacings(stated)
+            known = [spacing for spacing in stated if spacing]
+            # Version 0.2 took the median over 1 mm where a file states none.
+            usual = tuple(np.median(known, axis=0).tolist()) if known and self.orientation else (1.0, 1.0, 1.0)
+            self.spacings = [spacing or usual for spacing in stated]
+            return headers
+        resampled = []
+        for file, (path, header, spacing) in enumerate(zip(self.paths, headers, stated)):
+            require(
+                (spacing, f"{path} states no voxel spacing, which --resample_spacing requires; set --spacing"),
+                (not header.dtype.startswith("complex"), f"{path}: complex values are not resampled; omit "
+                                                         "--resample_spacing"),
+            )
+            ratios = tuple(to / since for to, since in zip(target, spacing))
+            sides = tuple(max(1, round(n / ratio)) for n, ratio in zip(header.sides, ratios))
+            require((math.prod(sides) <= config.max_pixels,
+                     f"{path}: size {format_shape(header.sides)} at {format_spacing(spacing)} mm becomes "
+                     f"{format_shape(sides)} at --resample_spacing {format_spacing(target)}: expected at most "
+                     f"--max_pixels {config.max_pixels} voxels, got {math.prod(sides)}; set a wider spacing"))
+            if max(max(ratio, 1 / ratio) for ratio in ratios) > SPACING_TOLERANCE:
+                self._arrangements[file] = self._arrangements[file]._replace(sides=sides, ratios=ratios)
+                header = header._replace(sides=sides)
+            resampled.append(header)
+        self.spacings = [target] * len(headers)
+        return resampled
+
+    def _check_spacings(self, spacings):
+        """Check that all files which state a voxel spacing have the same one; for old models a warning is noted."""
+        known = [file for file, spacing in enumerate(spacings) if spacing]
+        if not known:
+            return
+        values = np.array([spacings[file] for file in known])
+        axis = int(np.argmax(values.max(0) / values.min(0)))
+        low, high = sorted(known[i] for i in (values[:, axis].argmin(), values[:, axis].argmax()))
+        same = values[:, axis].max() <= SPACING_TOLERANCE * values[:, axis].min()
+        finest = ",".join(f"{s:g}" for s in values.min(0))
+        problem = (f"{self.paths[high]}: expected a voxel spacing of {format_spacing(spacings[low])} mm as in "
+                   f"{self.paths[low]}, got {format_spacing(spacings[high])} mm")
+        if not same and not self.orientation:
+            self._note(f"{problem}; {format_spacing(np.median(values, axis=0))} mm is recorded")
+        require((same or not self.orientation, f"{problem}; set --resample_spacing, such as {finest}, or --spacing to "
+                                               "ignore those of the files"))
 
     def _check_volumes(self, headers):
         channels, config = headers[0].channels, self.config
@@ -124,10 +237,6 @@ class VolumeFolder(FileSource):
             )
 
 
-def _is_volume(path):
-    return file_extension(path) in ("npy", "npz", "nii") or path.lower().endswith(".nii.gz")
-
-
 def _patch_corners(sides, patch):
     """Return the corners of the fewest patches that cover a volume, evenly spaced from one end to the other."""
     axes = []
@@ -137,100 +246,80 @@ def _patch_corners(sides, patch):
     return [tuple(int(v) for v in corner) for corner in np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)]
 
 
-def _with_channels(shape):
-    """Return the shape [C x D x H x W] for a stored shape.
+def _permuted(header, axes):
+    """Return a header with its sizes and spacing in another order of the axes."""
+    order = [axis for axis, _ in axes]
+    return header._replace(sides=tuple(header.sides[axis] for axis in order),
+                           spacing=header.spacing and tuple(header.spacing[axis] for axis in order))
 
-    :raises ValueError: if it is neither [D x H x W] nor [C x D x H x W].
+
+def _resample(values, arrangement):
+    """Return values [C x D x H x W] as float32 at the sides and ratios of an `Arrangement`, around the same center.
+
+    Axis by axis, with the triangular filter of bilinear resizing: linear interpolation where voxels become smaller, an
+    average over the width of the new voxels where they become larger.
     """
-    require((len(shape) == 3 or len(shape) == 4 and shape[0] <= 4,
-             f"shape {tuple(shape)}: expected [D x H x W] or [C x D x H x W] with up to 4 channels"))
-    return (1, *shape) if len(shape) == 3 else tuple(shape)
+    low, high = values.min(), values.max()
+    values = values.astype(np.float32)
+    for axis, (count, ratio) in enumerate(zip(arrangement.sides, arrangement.ratios), 1):
+        n = values.shape[axis]
+        centers = (n - 1) / 2 + (np.arange(count) - (count - 1) / 2) * ratio
+        weights = np.maximum(0, 1 - np.abs(np.arange(n) - centers.clip(0, n - 1)[:, None]) / max(ratio, 1))
+        weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+        values = np.moveaxis(np.tensordot(weights, values, (1, axis)), 0, axis)
+    return np.ascontiguousarray(values.clip(float(low), float(high)))   # rounding may exceed the range of the file
 
 
-def _read_header(path, max_pixels=MAX_PIXELS):
+def _is_volume(path):
+    """Return whether the name of a file is that of a volume."""
+    return file_extension(path) in ("npy", "npz", "nii") or path.lower().endswith(".nii.gz")
+
+
+def read_header(path, max_pixels=MAX_PIXELS):
+    """Return the `VolumeHeader` of a file.
+
+    :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
+    """
     with file_errors(path):
-        spacing = 1.0, 1.0, 1.0
         if file_extension(path) in ("nii", "gz"):
-            image = _nifti(path, max_pixels)
-            spacing = tuple(float(s) for s in image.header.get_zooms()[:3])
-            require((all(map(math.isfinite, spacing)), f"expected a finite voxel spacing, got {spacing}"))
-            shape, dtype = (*image.shape[3:], *image.shape[:3]), _scaled_dtype(image)
-        elif file_extension(path) == "npz":
-            shape, _, dtype, *_ = _volume_header(path)[1]
+            return nifti_header(path, max_pixels)
+        if file_extension(path) == "npz":
+            shape, _, dtype, *_ = _volume_in_archive(path)[1]
         else:
             values = _open_npy(path)
             shape, dtype = values.shape, values.dtype
-        channels, *sides = _with_channels(shape)
-        return FileHeader(channels, tuple(sides), str(dtype), spacing)
+        channels, *sides = with_channels(shape)
+        return VolumeHeader(channels, tuple(sides), str(dtype))
 
 
-def _scaled_dtype(image):
-    """Return the type of the values of a NIfTI image: a slope and an intercept turn stored integers into float32."""
-    unscaled = (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-    return image.get_data_dtype() if unscaled else np.dtype(np.float32)
+def read_volume(path, max_pixels=MAX_PIXELS):
+    """Return the values of a file [C x D x H x W], axes as stored; memory-mapped, or kept in memory, if possible."""
+    return cached(path, functools.partial(load_volume, path, max_pixels))
 
 
-def _values(path, max_pixels=MAX_PIXELS):
-    """Return the values of a file [C x D x H x W], memory-mapped if possible."""
+def load_volume(path, max_pixels=MAX_PIXELS):
+    """Return the values of a file [C x D x H x W], axes as stored; memory-mapped if possible."""
     with file_errors(path):
         if file_extension(path) == "npy":
             values = _open_npy(path)
+        elif file_extension(path) == "npz":
+            name = _volume_in_archive(path)[0]
+            values = open_archive(path, [name], in_memory=True, max_pixels=max_pixels)[name]
         else:
-            load = _load_archive if file_extension(path) == "npz" else _load_nifti
-            values = _load_cached(path, functools.partial(load, path, max_pixels))
-        return values.reshape(_with_channels(values.shape))
+            values = load_nifti(path, max_pixels)
+        return values.reshape(with_channels(values.shape))
 
 
-def _open_npy(path):
-    if "://" in str(path):
-        with bf.BlobFile(path, "rb") as stream:
-            return load_npy(stream.read())
-    return open_npy(path)
-
-
-def _volume_header(path):
-    """Return (name, `ArrayHeader`) of the volume in an .npz."""
-    headers = [item for item in read_archive_headers(path).items() if len(item[1].shape) in (3, 4)]
-    require((len(headers) == 1, f"expected one array of three or four axes, got {len(headers)}"))
-    return headers[0]
-
-
-def _load_archive(path, max_pixels):
-    name = _volume_header(path)[0]
-    return open_archive(path, [name], in_memory=True, max_pixels=max_pixels)[name]
-
-
-def _import_nibabel(path):
-    try:
-        import nibabel
-    except ImportError as error:
-        raise ImportError(f"{path} requires nibabel: pip install 'guided-diffusion-vae[volumes]'") from error
-    return nibabel
-
-
-def _nifti(path, max_pixels):
-    """Return the nibabel image of a NIfTI file, whose values are not read, after checking its number of voxels."""
-    nibabel = _import_nibabel(path)
-    try:
-        image = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        raise ValueError(str(error)) from error
-    size, dtype, shape = os.path.getsize(path), image.get_data_dtype(), [int(n) for n in image.shape]
-    require((min(shape, default=0) > 0, f"expected a shape of numbers above 0, got {tuple(shape)}"))
-    if file_extension(path) == "gz":
-        check_size(math.prod(shape), 8 * dtype.itemsize, size, max_pixels)
-    else:
-        check_array_size(shape, dtype, size - int(image.dataobj.offset))
-    return image
-
-
-_recent = collections.OrderedDict()     # (path, stamp) -> values of an unpacked file, the least recently used first
+_recent = collections.OrderedDict()     # (path, stamp, ...) -> unpacked values, the least recently used first
 _recent_lock = threading.Lock()         # training and validation data are read on different threads
 
 
-def _load_cached(path, load):
-    """Return what `load` returns for a file; recently used volumes stay in memory, unless they are memory-mapped."""
-    key = str(path), file_stamp(path)
+def cached(path, load, variant=None):
+    """Return what `load` returns for a file; recently used values stay in memory, unless they are memory-mapped.
+
+    :param variant: distinguishes other values made of the same file.
+    """
+    key = str(path), file_stamp(path), variant
     with _recent_lock:
         if key in _recent:
             _recent.move_to_end(key)
@@ -243,33 +332,15 @@ def _load_cached(path, load):
         return values
 
 
-def _load_nifti(path, max_pixels):
-    """Return the values of a NIfTI file, channels first."""
-    image = _nifti(path, max_pixels)
-    if file_extension(path) == "gz":
-        image, values = _gzipped_values(path, type(image))
-    else:
-        values = np.asarray(image.dataobj)
-    values = values.astype(_scaled_dtype(image), copy=False)
-    return values if values.ndim == 3 else np.moveaxis(values, -1, 0)
+def _open_npy(path):
+    if "://" in str(path):
+        with bf.BlobFile(path, "rb") as stream:
+            return load_npy(stream.read())
+    return open_npy(path)
 
 
-def _gzipped_values(path, kind):
-    """Return the image of class `kind` in a .nii.gz and its values; the stream is read to its checksum at the end."""
-    nibabel = _import_nibabel(path)
-    with gzip.open(path) as stream:
-        image = kind.from_file_map({"image": nibabel.FileHolder(fileobj=stream)})
-        values = np.asarray(image.dataobj)
-        read_to_end(stream)
-    return image, values
-
-
-def write_nifti(path, volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
-    """Write a volume [D x H x W] or [C x D x H x W] as .nii.gz, with the axes that `VolumeFolder` reads.
-
-    :raises ImportError: if nibabel is not installed (the extra `volumes`).
-    """
-    nibabel = _import_nibabel(path)
-    if volume.ndim == 4:
-        volume = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
-    nibabel.save(nibabel.Nifti1Image(volume, np.diag([*spacing, 1.0])), path)
+def _volume_in_archive(path):
+    """Return (name, `ArrayHeader`) of the volume in an .npz."""
+    headers = [item for item in read_archive_headers(path).items() if len(item[1].shape) in (3, 4)]
+    require((len(headers) == 1, f"expected one array of three or four axes, got {len(headers)}"))
+    return headers[0]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .. import dist_util, logger
 from ..checkpoint_util import committed_steps
-from ..config import as_dict, option, section_name
+from ..config import as_dict, option, require, section_name
+from ..data.config import DataConfig, recorded_options, take_recorded_options
 from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
 from ..locks import LOCK_FILE, locked_folder
 from ..train_util import find_checkpoint
@@ -120,6 +121,7 @@ class Run:
             self._lock(held, clear=self.setting("fast_dev_run"))
             if trains:
                 self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
+        self._take_recorded_options()
         marker = self.checkpoint[0]
         # Only training has curves; other scripts must not truncate those of a run in whose folder they write.
         formats = None if trains else [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",")
@@ -131,6 +133,22 @@ class Run:
             self._lock(held)
         if trains and not folder:   # a new folder has no curves to continue, but may branch off another run
             self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
+            self._take_recorded_options()
+
+    def _take_recorded_options(self):
+        """Read volumes as the run that is resumed did: one of version 0.2 read all of them as stored.
+
+        :raises ValueError: if a flag conflicts with that.
+        """
+        marker, folder = self.checkpoint
+        recorded = marker and self.previous_header.get("data") or {}
+        options = recorded_options(recorded)
+        for name in options.keys() & self.explicit.keys() - recorded.keys():
+            require((self.explicit[name] == options[name],
+                     f"--{name} {self.explicit[name]} conflicts with the run in {folder}, which was trained without "
+                     "it; omit the flag or set another --logdir"))
+        self.configs = tuple(take_recorded_options(config, self.explicit, recorded) if isinstance(config, DataConfig)
+                             else config for config in self.configs)
 
     def _lock(self, held, clear=False):
         """Lock the folder on rank 0 and remove what killed runs left in it, or all; other ranks wait until then."""

@@ -14,8 +14,8 @@ import torch
 from .. import dist_util
 from ..config import format_shape, size, to_tuple
 from ..data import (
-    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, keep_numbers, open_folder, parse_size,
-    parse_spacing,
+    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, format_spacing, keep_numbers, open_folder,
+    parse_size, parse_spacing, recorded_options, take_recorded_options,
 )
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
@@ -143,6 +143,7 @@ def open_validation(run, source, space):
         raise FileNotFoundError(f"{path}: the autoencoder that encodes these images is not available; set --vae_path, "
                                 "or --val_data_dir to a cache")
     data = dataclasses.replace(run[DataConfig], data_dir=path, random_flip=False)
+    data = take_recorded_options(data, run.explicit, source.preprocessing)
     return EncodedImages(open_images(data, run.explicit, space.codec, "--val_data_dir"), space.codec, statistics={})
 
 
@@ -181,7 +182,8 @@ def _check_same_items(low_res, source):
     if low_res.autoencoder != source.autoencoder:
         raise ValueError(f"{low_res.folder} and {source.folder} have different autoencoders, "
                          f"{low_res.autoencoder['path']} and {source.autoencoder['path']}; re-encode one of them")
-    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window", "alpha"):
+    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window", "alpha", "orientation",
+                "resample_spacing"):
         values = low_res.preprocessing.get(key), source.preprocessing.get(key)
         if values[0] != values[1]:
             raise ValueError(f"{low_res.folder} was encoded with --{key} {values[0]}, {source.folder} with "
@@ -212,7 +214,8 @@ def apply_trained_preprocessing(data, explicit, preprocessing):
     known = {f.name for f in dataclasses.fields(data)} - {"data_dir", "random_flip", "spacing"} - set(explicit)
     if "voxel_size" in explicit:    # another flag for image_size, which is recorded
         known -= {"image_size"}
-    data = dataclasses.replace(data, **{k: to_tuple(v) for k, v in preprocessing.items() if k in known})
+    recorded = {**preprocessing, **recorded_options(preprocessing)}
+    data = dataclasses.replace(data, **{k: to_tuple(v) for k, v in recorded.items() if k in known})
     if data.crop == "random" and "crop" not in explicit:
         data = dataclasses.replace(data, crop="grid" if len(data.sides) == 3 else "center")
     return data
@@ -224,11 +227,16 @@ def require_same_preprocessing(cache, explicit):
     :raises ValueError: if they conflict.
     """
     later = DataConfig().unset_later_fields() if cache.preprocessing else {}
-    recorded, requested = {**later, **cache.preprocessing}, dict(explicit)
+    recorded = {**later, **recorded_options(cache.preprocessing), **cache.preprocessing}
+    requested = dict(explicit)
     if requested.pop("voxel_size", None):
         requested["image_size"] = DataConfig(voxel_size=explicit["voxel_size"]).image_size
-    if requested.get("spacing"):
-        requested["spacing"] = ",".join(f"{s:g}" for s in parse_spacing(requested["spacing"]))
+    if requested.get("orientation") == "as_stored":     # recorded are the directions that this was
+        requested.pop("orientation")
+    for values in (recorded, requested):
+        for name in ("spacing", "resample_spacing"):
+            if values.get(name):
+                values[name] = format_spacing(parse_spacing(values[name], name))
     for key in requested.keys() & recorded.keys():
         if to_tuple(recorded[key]) != requested[key]:
             raise ValueError(f"--{key} {requested[key]} conflicts with the cache {cache.folder}, whose images were "

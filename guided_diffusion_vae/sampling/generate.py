@@ -54,7 +54,7 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
             labels = sampler.labels(indices, classes)
             for row, i in enumerate(indices):
                 prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
-                _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing)
+                _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing, sampler.orientation)
         with atomic_stream(_shard_path(shards, indices)) as stream:
             np.save(stream, np.moveaxis(images, 1, -1))
         logger.log(f"created {indices.stop} samples")
@@ -81,14 +81,14 @@ def _remove_surplus_files(count, folder):
                 path.unlink()
 
 
-def _write_one(folder, stem, image, spacing):
+def _write_one(folder, stem, image, spacing, orientation):
     """Write a sample uint8 [C x ...] as .png; for a volume its middle slices, and the volume as .nii.gz (or .npy)."""
     save_image(folder / "png" / f"{stem}.png", to_pil(image.astype(np.float32) / 255))
     if image.ndim == 4:
         try:
             with atomic_path(folder / "volumes" / f"{stem}.nii.gz") as part:
                 volume = part.with_name(part.name + ".nii.gz")   # the extension selects the compression
-                write_nifti(volume, image, spacing)
+                write_nifti(volume, image, spacing, orientation)
                 volume.rename(part)
         except ImportError:     # nibabel is an extra
             with atomic_stream(folder / "volumes" / f"{stem}.npy") as stream:

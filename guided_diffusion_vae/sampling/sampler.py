@@ -149,7 +149,7 @@ class Sampler:
     :param clip_denoised: clip the predicted x0 to [-1, 1]; None: if x0 are pixels.
     :param cond_fn: gradient of classifier guidance, toward one of `guided_classes`; the model may be unconditional.
     :param low_res: `LowResConditioning` of an upsampler.
-    :param spacing: voxel spacing of volumes in mm.
+    :param spacing: voxel spacing of volumes in mm; `orientation`: directions in which their axes increase.
     :param settings: JSON-able dictionary of the other settings that the samples depend on.
     """
 
@@ -169,6 +169,7 @@ class Sampler:
     low_res: LowResConditioning | None = None
     settings: dict = field(default_factory=dict)
     spacing: tuple = (1.0, 1.0, 1.0)
+    orientation: str = "RAS"
 
     def __post_init__(self):
         # Defaults that depend on other fields; a frozen dataclass sets them this way only.
@@ -183,9 +184,10 @@ class Sampler:
         :param space: the `Space` of its x0.
         :param fields: further fields.
         """
-        image_shape, spacing = decoded_shape(header, space.codec), (header.get("data") or {}).get("spacing")
-        if len(image_shape) == 4 and spacing:
-            fields["spacing"] = tuple(float(s) for s in spacing.split(","))
+        image_shape, data = decoded_shape(header, space.codec), header.get("data") or {}
+        if len(image_shape) == 4 and data.get("spacing"):
+            fields["spacing"] = tuple(float(s) for s in data["spacing"].split(","))
+            fields["orientation"] = data.get("orientation") or cls.orientation  # none in version 0.2
         return cls(model, diffusion, tuple(header["latent_shape"]), space.codec, space.normalizer, image_shape,
                    **{"num_classes": header["model"]["num_classes"], "class_names": header["classes"], **fields})
 
