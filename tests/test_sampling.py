@@ -388,10 +388,23 @@ def test_low_res_images_are_normalized_and_diffused_to_the_noise_level(sampler, 
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_upsampler_is_conditioned_on_the_noise_level_it_is_trained_with(steps):
-    model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=1)
+def test_upsampler_depends_on_every_condition_it_is_trained_with(steps):
+    model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", in_channels=1,
+                        class_cond=True, num_classes=3)
     network, _ = create_model_and_diffusion_vae((1, 8, 8), model, PROCESS, SuperResConfig(cond_noise_steps=steps))
     assert network.noised_condition == (steps > 0)
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=generator)
+    conditions = {"timesteps": torch.tensor([3, 70]), "y": torch.tensor([2, 0]),
+                  "low_res": torch.randn(2, 1, 4, 4, generator=generator)}
+    if steps:
+        conditions["low_res_times"] = torch.tensor([0, 3])
+    x = torch.randn(2, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        for name, value in conditions.items():
+            change = network(x, **conditions) - network(x, **{**conditions, name: value.flip(0)})
+            assert (change.flatten(1).std(1) > 0.01).all(), name
 
 
 def test_conditioning_noise_depends_on_the_sample_only():

@@ -557,10 +557,10 @@ def test_load_sampler_run_folder_hashes_and_opens_one_file_once(model_path, tmp_
     assert sampler.settings["model"] == marker["files"][path.name]["sha256"]
 
 
-def load_guided(path, classifier_path, **config):
+def load_guided(path, classifier_path, explicit=None, **config):
     """Return the sampler of a model that a classifier guides."""
     run = Run("classifier_sample", (SamplingConfig(str(path)), VAEConfig(), DataConfig(), ModelConfig(),
-                                    ClassifierConfig(), DiffusionConfig()), {})
+                                    ClassifierConfig(), DiffusionConfig()), explicit or {})
     return loading.load_sampler(run, guidance=GuidanceConfig(str(classifier_path), **config))
 
 
@@ -627,8 +627,9 @@ def test_classifier_of_another_process_space_or_classes_is_rejected(model_path, 
         load_guided(model_path, guiding(**change)[0])
 
 
-def test_classifier_may_have_another_respacing(model_path, guiding):
-    load_guided(model_path, guiding(process=dataclasses.replace(PROCESS, timestep_respacing="5"))[0])
+def test_classifier_may_have_another_respacing_and_prediction(model_path, guiding):
+    process = dataclasses.replace(PROCESS, timestep_respacing="5", learn_sigma=True)
+    load_guided(model_path, guiding(process=process)[0], {"learn_sigma": False})    # a flag of the model only
 
 
 # --- Settings of samplers ---
