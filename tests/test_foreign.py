@@ -344,6 +344,12 @@ def test_containers_keep_the_versions_of_modules(tmp_path):
     assert equal(network, source.state_dict())
 
 
+def test_parts_of_a_network_elsewhere_in_the_file_change_nothing():
+    weights, network = randomized(torch.nn.Linear(3, 2)).state_dict(), torch.nn.Linear(3, 2)
+    checkpoint_util.load_strict(network, {"model": weights, "head": {"bias": torch.ones(2)}}, "a.pt")
+    assert equal(network, weights)
+
+
 def test_several_sets_of_weights_that_fit_are_listed(tmp_path):
     weights = torch.nn.Linear(3, 2).state_dict()
     content = {"model": weights, "ema": prefixed("module.")(weights), "other": {"a": torch.ones(1)}}
