@@ -277,7 +277,7 @@ def _require_single(readings, path, flag):
 
 
 def _describe_contents(content):
-    return ", ".join(f"{len(state_dict)} tensors in {place or 'the file itself'} such as {next(iter(state_dict))}"
+    return ", ".join(f"{next(iter(state_dict))} and {len(state_dict) - 1} others in {place or 'the file itself'}"
                      for place, state_dict in iter_state_dicts(content))
 
 

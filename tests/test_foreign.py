@@ -238,6 +238,9 @@ def test_autoencoder_alone_uses_the_scale_stated_next_to_it(tmp_path, kl):
     (tmp_path / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025, "shift_factor": 0.5}))
     codec = vae(tmp_path / "sdxl_vae.pt")
     assert (codec.scale_factor, codec.shift_factor, codec.remark) == (0.13025, 0.5, "")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: is not JSON"):
+        vae(tmp_path / "sdxl_vae.pt")
 
 
 @pytest.mark.parametrize("form, scale, shift, remark", [
@@ -366,7 +369,7 @@ def test_containers_without_fitting_weights_list_what_they_contain(tmp_path):
     weights = torch.nn.Linear(3, 2).state_dict()
     torch.save({"net": prefixed("module.")(weights), "scale": torch.ones(1), "epoch": 3}, tmp_path / "a.pt")
     content, _ = checkpoint_util.load_weights(tmp_path / "a.pt")
-    contents = "it contains 1 tensors in the file itself such as scale, 2 tensors in net such as module.weight; check"
+    contents = "it contains scale and 0 others in the file itself, module.weight and 1 others in net; check"
     lines = r"1 of 2 entries differ; weight: expected \(2, 4\), got \(2, 3\)\)"
     with pytest.raises(ValueError, match=f"{lines}; {contents}"):
         checkpoint_util.load_strict(torch.nn.Linear(4, 2), content, "a.pt")
@@ -432,11 +435,14 @@ def test_folder_with_a_variant_only_opens(folder, kl):
     assert vae(folder).fingerprint == whole.fingerprint
 
 
-@pytest.mark.parametrize("name", [f"{STEM}.safetensors", "vae.safetensors", "vae.pt"])
+@pytest.mark.parametrize("name", [f"{STEM}.safetensors", "vae.safetensors", "vae.pt", "vae.ckpt"])
 def test_weights_file_in_a_folder_opens_by_its_config(folder, kl, name):
     whole, x = vae(folder), images(1, 3, 8, 8)
     content = checkpoint_util.load_weights(folder / f"{STEM}.safetensors")[0]
-    save_file(content, folder / name) if name.endswith(".safetensors") else torch.save(content, folder / name)
+    if name.endswith(".safetensors"):
+        save_file(content, folder / name)
+    else:
+        torch.save({"state_dict": prefixed("vae.")(content)} if name.endswith(".ckpt") else content, folder / name)
     codec = vae(folder / name)
     assert codec.fingerprint == whole.fingerprint and codec.path == str(folder / name)
     torch.testing.assert_close(codec.encode_batch(x), whole.encode_batch(x))
@@ -522,12 +528,15 @@ def test_bundles_open_with_their_references(bundle, name):
 
 
 @pytest.mark.parametrize("change, problem", [
-    ({"spatial_dims": "$1 + 1"}, r"autoencoder_def::spatial_dims, a reference to spatial_dims, is '\$1 \+ 1': "
-     "expected a value, as expressions are not evaluated; replace it .*--vae_config"),
+    ({"spatial_dims": "$1 + 1"}, r"autoencoder_def::spatial_dims, through @spatial_dims, is '\$1 \+ 1': "
+     "expected a value, as expressions are not run; replace it, .*--vae_config"),
     ({"image_channels": "%other.json::channels"}, "autoencoder_def::in_channels, .* is '%other.json::channels': expe"),
-    ({"groups": "@nothing"}, "autoencoder_def::norm_num_groups, a reference to groups, is '@nothing': expected a re"),
+    ({"groups": "@nothing"}, "autoencoder_def::norm_num_groups, through @groups, is '@nothing': expected a re"),
     ({"sizes": {"latent": []}}, "autoencoder_def::latent_channels is '@sizes#latent#0': expected a reference to a key"),
     ({"norm_groups": "@groups"}, "autoencoder_def::norm_num_groups, .* is '@groups', which refers to itself"),
+    ({"groups": [f"@g{i}" for i in range(40)], **{f"g{i}": [f"@g{i + 1}"] * 9 for i in range(40)},
+      "g40": 1}, "autoencoder_def::norm_num_groups, through @g39, refers to too many values"),
+    ({**{f"g{i}": f"@g{i + 1}" for i in range(999)}, "groups": "@g0"}, "through @g48, refers to too many values"),
     ({"autoencoder_def": "$make()"}, r"inference.json: autoencoder_def is '\$make\(\)': expected a value"),
     ({"autoencoder_def": {"channels": [4, "$2 * 4"]}}, r"autoencoder_def::channels::1 is '\$2 \* 4': expected a value"),
 ])
@@ -536,6 +545,15 @@ def test_expressions_and_references_to_nothing_are_rejected_by_key(bundle, chang
     (folder / "configs" / "inference.json").write_text(json.dumps({**BUNDLE, **change}))
     with pytest.raises(ValueError, match=problem):
         vae(path)
+
+
+def test_vae_config_counts_before_a_config_of_diffusers_next_to_the_file(bundle):
+    folder, path, network = bundle
+    (path.parent / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (folder / "arguments.json").write_text(json.dumps(MONAI))
+    x = images(2, 1, 8, 8)
+    codec = vae(path, vae_config=str(folder / "arguments.json"))
+    torch.testing.assert_close(codec.encode_batch(x), network.moments(x)[0] * 0.18215)
 
 
 def test_bundles_without_one_autoencoder_are_rejected(bundle):

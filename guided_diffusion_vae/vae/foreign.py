@@ -6,6 +6,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from ..config import as_dict, from_dict, require, to_tuple
-from ..files import READ_ERRORS, file_errors, read_record, read_yaml_file
+from ..files import MAX_YAML_NODES, READ_ERRORS, file_errors, read_record, read_yaml_file
 from . import compvis
 from .posterior import LOGVAR_RANGE
 
@@ -92,7 +93,10 @@ class Source:
     @property
     def has_diffusers_names(self) -> bool:
         """Whether a weights file contains an AutoencoderKL of diffusers, or the network of a config next to it."""
-        return self.path.is_file() and (DIFFUSERS_MARKER in self.weights[0] or bool(_class_name(self.path.parent)))
+        named = (name for _, weights in checkpoint_util.iter_state_dicts(self.weights[0]) for name in weights)
+        return self.path.is_file() and not self.vae_config and (
+            _class_name(self.path.parent) in _DIFFUSERS or any(name.endswith(DIFFUSERS_MARKER) for name in named)
+        )
 
 
 def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedAutoencoder:
@@ -196,6 +200,7 @@ def _open_bundle(source):
 _NO_EFFECT = ("_target_", "_desc_", "_requires_", "_disabled_", "_mode_", "use_flash_attention", "include_fc",
               "use_combined_linear", "training")
 SECTIONS = ("autoencoder_def", "autoencoder")   # in a bundle, `autoencoder` may be an expression about the first
+MAX_REFERENCES = 50     # from one to the next
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 
 
@@ -221,29 +226,35 @@ def _monai_arguments(source):
     return arguments, where
 
 
-def _resolve(value, contents, where, key, followed=()):
-    """Return a value of a bundle of MONAI with the references in it, such as @latent_channels or @net::channels::0.
+def _resolve(value, contents, where, key, followed=(), visited=None):
+    """Return a value of a bundle of MONAI with its references, such as @latent_channels or @net::channels::0, followed.
 
-    :raises ValueError: naming the key, for an expression, which is not evaluated, and for references to nothing.
+    :raises ValueError: naming the key, for an expression, which is not evaluated, and for references to nothing, to
+        themselves or to more than `MAX_YAML_NODES` values.
     """
-    if isinstance(value, dict):
-        return {k: _resolve(v, contents, where, f"{key}::{k}", followed) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolve(v, contents, where, f"{key}::{i}", followed) for i, v in enumerate(value)]
+    visited = visited or itertools.count()
+    name = f"{key}, through {followed[-1]}," if followed else key
+    require((next(visited) < MAX_YAML_NODES and len(followed) < MAX_REFERENCES, f"{where}: {name} refers to too many "
+             "values; set --vae_config to a YAML file of the arguments"))
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        values = {k: _resolve(v, contents, where, key if followed else f"{key}::{k}", followed, visited)
+                  for k, v in items}
+        return values if isinstance(value, dict) else list(values.values())
     if not isinstance(value, str) or not value.startswith(("@", "$", "%")):
         return value
-    require((value.startswith("@"), f"{where}: {key} is {value!r}: expected a value, as expressions are not evaluated; "
-             "replace it by its value, or set --vae_config to a YAML file of the arguments"))
+    require((value.startswith("@"), f"{where}: {name} is {value!r}: expected a value, as expressions are not run; "
+             "replace it, or set --vae_config to a YAML file of the arguments"))
+    require((value not in followed, f"{where}: {name} is {value!r}, which refers to itself; correct it or set "
+             "--vae_config"))
     target = contents
     for part in re.split("::|#", value[1:]):
         try:
             target = target[int(part) if isinstance(target, list) else part]
         except (LookupError, TypeError, ValueError):
-            raise ValueError(f"{where}: {key} is {value!r}: expected a reference to a key of the file; correct it or "
+            raise ValueError(f"{where}: {name} is {value!r}: expected a reference to a key of the file; correct it or "
                              "set --vae_config") from None
-    require((value not in followed, f"{where}: {key} is {value!r}, which refers to itself; correct it or set "
-             "--vae_config"))
-    return _resolve(target, contents, where, f"{key}, a reference to {value[1:]},", (*followed, value))
+    return _resolve(target, contents, where, key, (*followed, value), visited)
 
 
 def _read_arguments(source):
@@ -281,7 +292,7 @@ def _read_mapping(path):
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 DIFFUSERS_MARKER = "encoder.down_blocks.0.resnets.0.conv1.weight"
-# Names of attention weights before version 0.12 of diffusers.
+# Names of attention weights in files of early versions of diffusers.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -336,7 +347,7 @@ def _open_diffusers_weights(source):
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{where}: no {class_name} has this configuration ({reason}); check {FLAG}") from error
-    weights = source.weights[0]
+    weights = checkpoint_util.select_weights(network, source.weights[0], source.path, FLAG)
     if isinstance(network, diffusers.AutoencoderKL):
         for old, new in _OLD_ATTENTION.items():
             weights = {name.replace(old, new): value for name, value in weights.items()}
@@ -351,7 +362,7 @@ def _open_compvis(source):
              f"of them with torch.save in a file of its own, and set {FLAG} to it"))
     (weights, full), = source.compvis.values()
     config = compvis.diffusers_config(weights, path)
-    scale = compvis.latent_scale(weights, full, _read_config(path.parent) if _class_name(path.parent) else {})
+    scale = compvis.latent_scale(weights, full, _read_config(path.parent))
     network = diffusers.AutoencoderKL(**config, scaling_factor=scale.scale_factor, shift_factor=scale.shift_factor)
     converted = compvis.to_diffusers(weights, len(config["block_out_channels"]))
     checkpoint_util.load_strict(network, converted, path, FLAG)
