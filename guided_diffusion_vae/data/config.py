@@ -29,7 +29,8 @@ class DataConfig:
     """Options of a dataset, and of the conversion of file values to [0, 1]."""
 
     data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, webp, bmp, npy, npz, nii; subfolders "
-                               "are classes), or an .npz with images [N x H x W (x C)] and labels", essential=True)
+                               "are classes), a .zip or .tar of images, or an .npz with images [N x H x W (x C)] and "
+                               "labels", essential=True)
     image_size: size = option(64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
                                   "downsampled", essential=True)
     voxel_size: tuple = option((), "size of volumes as a list such as [128,128,64]; another name of --image_size")

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ..config import require
-from ..files import MAX_PIXELS, bf, check_array_size, check_size, file_errors, file_extension, read_npy_header
+from ..files import MAX_PIXELS, check_array_size, check_size, file_errors, file_extension, read_npy_header
+from .archives import open_file
 
 # Channels of each Pillow mode as decoded here; palettes, CMYK and YCbCr become RGB, an alpha channel is dropped.
 _MODE_CHANNELS = {"1": 1, "L": 1, "LA": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "F": 1,
@@ -54,7 +55,7 @@ def read_header(path, max_pixels=MAX_PIXELS):
 
     :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
     """
-    with file_errors(path), bf.BlobFile(path, "rb") as stream:
+    with file_errors(path), open_file(path, max_pixels) as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         if file_extension(path) == "npy":
@@ -118,7 +119,7 @@ def open_image(path, max_pixels=MAX_PIXELS):
     :raises ValueError: if the file cannot be read, or describes more than `max_pixels` or than the file can contain;
         the message names it.
     """
-    with file_errors(path), bf.BlobFile(path, "rb") as stream:
+    with file_errors(path), open_file(path, max_pixels) as stream:
         content = stream.read()
         if content.startswith(PNG_SIGNATURE):
             _check_png(content)
@@ -149,7 +150,7 @@ def read_values(path, max_pixels=MAX_PIXELS, alpha=""):
     :raises ValueError: if a pixel is transparent and `alpha` is another text.
     """
     if file_extension(path) == "npy":
-        with file_errors(path), bf.BlobFile(path, "rb") as stream:
+        with file_errors(path), open_file(path, max_pixels) as stream:
             values = load_npy(stream.read())
             order, shape = _channels_last(values.shape)
             return np.transpose(values, order).reshape(shape)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import require
-from ..files import bf, file_errors, sha256_of_json
+from ..files import MAX_PIXELS, bf, file_errors, sha256_of_json
 from ..interfaces import ImageSource, LatentSource
+from .archives import open_file, path_exists
 
 LABEL_FILES = ("dataset.json", "labels.csv", "metadata.csv", "metadata.jsonl")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "name")
@@ -168,12 +169,12 @@ def _find_label_file(folder, label_column):
     :raises ValueError: if there are two, or a dataset.json is not understood.
     """
     paths = [bf.join(folder, name) for name in LABEL_FILES]
-    found = [path for path in paths if bf.exists(path)
+    found = [path for path in paths if path_exists(path)
              and (path != paths[0] or label_column != NO_COLUMN and "simulation" not in _read_json(path))]
     require((len(found) < 2, f"{folder} contains two label files, {_shorten(map(bf.basename, found))}: expected one; "
                              "remove the others"),
-            (not bf.exists(bf.join(folder, "metadata.parquet")), f"{folder}/metadata.parquet is not read: expected one "
-             f"of {_shorten(LABEL_FILES)}; convert it to metadata.csv, or move it to another folder"))
+            (not path_exists(bf.join(folder, "metadata.parquet")), f"{folder}/metadata.parquet is not read: expected "
+             f"one of {_shorten(LABEL_FILES)}; convert it to metadata.csv, or move it to another folder"))
     return found[0] if found else None
 
 
@@ -284,7 +285,7 @@ def _read_table(path):
 
 
 def _read_text(path):
-    with bf.BlobFile(path, "rb") as stream:
+    with open_file(path, MAX_PIXELS) as stream:
         content = stream.read()
     try:
         require((b"\0" not in content, "it contains null bytes, as UTF-16 does"))

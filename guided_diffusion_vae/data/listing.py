@@ -13,6 +13,7 @@ import torch
 from ..config import as_dict, format_shape, require
 from ..files import bf, file_extension
 from ..interfaces import ImageSource
+from .archives import file_stamp, is_archive, list_members, require_readable
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
@@ -37,6 +38,8 @@ class FileSource(ImageSource):
         self.value_limits = config.value_limits
         self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         require_data_dir(config.data_dir, flag)
+        require((self.kind == "image" or not is_archive(config.data_dir),
+                 f"{config.data_dir}: {self.kind}s are not read from archives; unpack it and set {flag} to the folder"))
         # Set by `_list_files`: sentences for the log, the files that are not read by ending, the label file.
         self.attributes, self.notes, self.left_out, self.label_record = {}, (), {}, {}
 
@@ -135,12 +138,15 @@ class FileSource(ImageSource):
 
 
 def walk_files(folder, extensions, parents=()):
-    """Yield the paths of all files below a folder, entries in order of their names.
+    """Yield the paths of all files below a folder or in an archive, entries in order of their names.
 
     :param parents: resolved paths of the folders above.
     :raises ValueError: if a symbolic link leads back to a folder that contains it.
     :raises OSError: if a folder or an entry cannot be examined, such as a link to itself.
     """
+    if is_archive(folder):
+        yield from list_members(folder)
+        return
     resolved = folder if "://" in folder else os.path.realpath(folder)
     require((resolved not in parents, f"{folder} is a symbolic link to {resolved}, which contains it; remove the link"))
     for path, is_folder in _list_folder(folder, extensions):
@@ -182,23 +188,21 @@ def relative_names(folder, paths):
 
 
 def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
-    """Check that a folder, or an .npz file, exists.
+    """Check that a folder, an .npz, .zip or .tar file exists.
 
     :raises FileNotFoundError: if not; the message names `flag`.
+    :raises ValueError: if it is an archive that cannot be read in place.
     """
+    if is_archive(data_dir):
+        return
+    require_readable(data_dir, flag)
     require(
         (data_dir, f"no folder of images specified; set {flag}"),
         (not data_dir or bf.exists(data_dir), f"{data_dir} does not exist; check {flag}"),
         (not data_dir or bf.isdir(data_dir) or file_extension(data_dir) == "npz",
-         f"{data_dir} is a file; set {flag} to its folder, or to an .npz file"),
+         f"{data_dir} is a file; set {flag} to its folder, or to an .npz, .zip or .tar file"),
         error=FileNotFoundError,
     )
-
-
-def file_stamp(path):
-    """Return the size and the modification time of a file as text."""
-    status = bf.stat(path)
-    return f"{status.size} {status.mtime}"
 
 
 def hash_lines(lines: Iterable[str]) -> str:
