@@ -135,6 +135,9 @@ def test_header_describes_shape_and_spacing_of_volumes(sampler):
     assert built.image_shape == decoded_shape(header, codec) == (1, 8, 6, 8)
     assert built.spacing == (3.0, 2.0, 1.5) and built.class_names == ["a"] and built.shape == (1, 2, 3, 4)
     assert decoded_shape({**header, "image_shape": [1, 7, 6, 8]}, codec) == (1, 7, 6, 8)
+    for data in ({}, None, {"spacing": ""}):    # of latents without images, and of volumes without spacing
+        built = Sampler.from_header(None, sampler.diffusion, Space(codec, sampler.normalizer), {**header, "data": data})
+        assert built.spacing == (1.0, 1.0, 1.0)
 
 
 def test_x0_is_clipped_by_default_for_pixels_only(sampler):
@@ -301,6 +304,14 @@ def test_volumes_have_the_values_axes_and_spacing_of_the_samples(sampler, tmp_pa
     read = VolumeFolder(DataConfig(str(tmp_path / "volumes"), "8x6x4", value_range="0,255"))
     assert np.array_equal(np.rint(255 * read.batch([0, 1]).numpy()), samples.images.transpose(0, 4, 1, 2, 3))
     assert samples.images.std() > 10 and [tuple(spacing) for spacing in read.spacings] == [(3.0, 2.0, 1.5)] * 2
+
+
+def test_colors_are_the_last_axis_of_the_samples(sampler, tmp_path):
+    rgb = dataclasses.replace(sampler, model=lambda x, t: x, num_classes=0, class_names=None, shape=(3, 8, 8),
+                              codec=PixelCodec(3), image_shape=(3, 8, 6))
+    images = to_uint8(rgb.decode(rgb.sample_x0(range(3), None, CPU)))
+    assert np.array_equal(generate(rgb, tmp_path, None, num_samples=3).images, images.transpose(0, 2, 3, 1))
+    assert np.array_equal(pixels_of(tmp_path / "png" / "000002.png"), images[2].transpose(1, 2, 0))
 
 
 def test_new_samples_replace_images_of_earlier_ones(sampler, tmp_path):
