@@ -354,8 +354,9 @@ def read_to_end(stream):
 
 def file_extension(path):
     """Return the extension of a file name in lower case, without the dot."""
-    stem, dot, extension = bf.basename(path).rpartition(".")
-    return extension.lower() if dot else ""
+    path = os.fspath(path)
+    _, dot, extension = (bf.basename(path) if "://" in path else path).rpartition(".")  # blobfile is slow
+    return extension.lower() if dot and "/" not in extension and os.sep not in extension else ""
 
 
 def require_writable_folder(folder, flag):

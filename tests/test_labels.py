@@ -1,16 +1,25 @@
-"""Labels and attributes beside the data, folders that are no classes, and files that are left out."""
+"""Labels and attributes beside the data, folders that are no classes, files that are left out, and their index."""
 
+import io
 import json
 import math
+import os
+import pickle
 import re
+import threading
+import time
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from guided_diffusion_vae import logger
+from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.config import as_dict
-from guided_diffusion_vae.data import DataConfig, VolumeFolder, infer_classes, keep_numbers, map_labels, open_folder
+from guided_diffusion_vae.data import (
+    DataConfig, VolumeFolder, decoding, image_folders, infer_classes, keep_numbers, listing, map_labels, open_folder,
+)
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, _digest, _manifest_fields, write_cache
 from guided_diffusion_vae.data.labels import find_labels, number_classes
 from guided_diffusion_vae.files import write_record
@@ -458,3 +467,224 @@ def test_left_out_files_are_counted_by_ending_and_must_be_acknowledged(tmp_path,
     logged.clear()
     assert len(opened(tmp_path, allow_ignored=True)) == 18
     assert logged == [f"{tmp_path}: 4 files left out: 2 txt, 1 without ending, 1 mp4"]
+
+
+# Headers, their index, and large sets
+
+
+def png(mode="RGB", chunks=(), after=(), **options):
+    """Return the bytes of a PNG of 5 x 4 pixels with chunks (name, data) before and after its pixels."""
+    stream = io.BytesIO()
+    Image.new(mode, (4, 5)).save(stream, "PNG", **options)
+    content = stream.getvalue()
+    encode = lambda pairs: b"".join(len(data).to_bytes(4, "big") + name + data
+                                    + zlib.crc32(name + data).to_bytes(4, "big") for name, data in pairs)
+    return content[:33] + encode(chunks) + content[33:-12] + encode(after) + content[-12:]
+
+
+def png_of_type(bits, color, kind=b"\0\0\0"):
+    return png_header(b"\0\0\0\4\0\0\0\5" + bytes([bits, color]) + kind)
+
+
+def png_header(data):
+    """Return a PNG with this header, of which no pixel can be decoded."""
+    content = png()
+    return content[:16] + data + zlib.crc32(b"IHDR" + data).to_bytes(4, "big") + content[33:]
+
+
+def jpeg(mode="RGB", **options):
+    stream = io.BytesIO()
+    Image.new(mode, (4, 5)).save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+def exif(orientation):
+    data = Image.Exif()
+    data[274] = orientation
+    return data.tobytes()
+
+
+text = PngImagePlugin.PngInfo()
+text.add_text("Software", "Matplotlib")
+PLAIN = {
+    **{f"png {mode}": png(mode) for mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")},
+    **{f"png of {bits} bits, type {color}": png_of_type(bits, color) for bits, color in (
+        (1, 0), (2, 0), (4, 0), (16, 2), (16, 6), (1, 3), (4, 3))},
+    "png with text and density": png(pnginfo=text, dpi=(72, 72)), "png interlaced": png_of_type(8, 2, b"\0\0\1"),
+    "png with gamma": png(chunks=[(b"gAMA", b"\0\0\xb1\x8f"), (b"sRGB", b"\0")]),
+    "png with text after": png(after=[(b"tEXt", b"Comment\0x"), (b"zzZz", b"")]), "jpeg": jpeg(),
+    "jpeg gray": jpeg("L"), "jpeg progressive": jpeg(progressive=True),
+    "jpeg with comment": jpeg(comment=b"x"),
+    "jpeg optimized": jpeg(optimize=True, dpi=(300, 300)),
+}
+UNUSUAL = {
+    "png rotated": png(exif=exif(6)), "png rotated after": png(after=[(b"eXIf", exif(6).removeprefix(b"Exif\0\0"))]),
+    "png with profile": png(icc_profile=b"profile"), "png with transparency": png("L", transparency=3),
+    "png with raw profile": png(chunks=[(b"tEXt", b"Raw profile type exif\0x")]), "png of type 5": png_of_type(8, 5),
+    "png of 16 bits, type 4": png_of_type(16, 4), "png filter": png_of_type(8, 2, b"\0\1\0"),
+    "png of no size": png_header(b"\0\0\0\0\0\0\0\5\x08\2\0\0\0"),
+    "png of any size": png_header(b"\0\1\0\0\0\1\0\0\x08\2\0\0\0"),
+    "png corrupt": png()[:20] + b"x" + png()[21:], "png truncated": png()[:30], "png signature": png()[:8],
+    "empty": b"",
+    "png corrupt chunk": png(chunks=[(b"gAMA", b"\0\0\xb1\x8f")]).replace(b"gAMA\0", b"gAMA\1"),
+    "jpeg rotated": jpeg(exif=exif(8)), "jpeg cmyk": jpeg("CMYK"), "jpeg truncated": jpeg()[:100], "text": b"hello",
+    "jpeg of 12 bits": jpeg().replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+    "gif": b"GIF89a\4\0\5\0\0\0\0;",
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *UNUSUAL])
+def test_headers_without_pillow_are_those_of_pillow(tmp_path, name):
+    path = str(tmp_path / ("a.jpg" if "jpeg" in name else "a.png"))
+    (tmp_path / path).write_bytes({**PLAIN, **UNUSUAL}[name])
+    found = decoding.read_plain_header(path)
+    assert (found is not None) == (name in PLAIN)
+    try:
+        expected = decoding._read_header(path, 2**29)
+    except ValueError as error:
+        assert found is None
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            decoding.read_header(path)
+    else:
+        assert decoding.read_header(path) == expected and found in (None, expected)
+        assert all(type(a) is type(b) for a, b in zip(decoding.read_header(path).sides, expected.sides))
+    assert decoding.read_plain_header(path, max_pixels=19) is None
+
+
+def test_named_pipes_and_folders_are_not_opened(tmp_path, named_pipe):
+    named_pipe(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        assert decoding.read_plain_header(str(tmp_path / name)) is None
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Use an index for any number of files; return (its folder, function that opens and returns the files read)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(listing, "INDEX_MINIMUM", 1)
+    read = []
+    plain = decoding.read_plain_header
+
+    def read_plain_header(path, *args):
+        read.append(os.path.basename(path))
+        return plain(path, *args)
+
+    monkeypatch.setattr(decoding, "read_plain_header", read_plain_header)
+
+    def files_read(**fields):
+        read.clear()
+        source = opened(tmp_path / "data", image_channels=1, **fields)
+        files_read.source = source
+        return read
+
+    return tmp_path / "cache" / "guided_diffusion_vae", files_read
+
+
+def test_headers_are_read_again_only_if_a_file_changes(tmp_path, index):
+    folder, files_read = index
+    add(tmp_path / "data", "a_1.png", "b_2.png")
+    add(tmp_path / "data", "b_3.png", content=png("RGB").replace(b"", b""))
+    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(tmp_path / "data" / "b_3.png")
+    assert files_read() == ["a_1.png", "b_2.png", "b_3.png"]
+    first = files_read.source
+    assert files_read() == [] and list(tmp_path.rglob("*.json")) == list(folder.iterdir())
+    again = files_read.source
+    assert again.fingerprint == first.fingerprint and again.describe() == first.describe()
+    assert again._headers == first._headers == [(1, (8, 8), "uint8"), (1, (8, 8), "uint8"), (3, (9, 8), "uint8")]
+    assert {type(header) for header in again._headers} == {decoding.FileHeader}
+    os.utime(tmp_path / "data" / "a_1.png", ns=(1, 1))
+    assert len(files_read()) == 3 and files_read() == []
+    times = os.stat(tmp_path / "data" / "a_1.png")
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "data" / "a_1.png")
+    os.utime(tmp_path / "data" / "a_1.png", ns=(times.st_atime_ns, times.st_mtime_ns))     # same size and time
+    assert len(files_read()) == 3 and files_read() == []
+    add(tmp_path / "data", "c_1.png")
+    assert len(files_read()) == 4 and files_read() == []
+    (tmp_path / "data" / "c_1.png").rename(tmp_path / "data" / "d_1.png")
+    assert len(files_read()) == 4 and files_read() == []
+    assert len(files_read(max_pixels=1000)) == 4 and files_read(max_pixels=1000) == []
+    assert files_read.source.class_names == ["a", "b", "d"] and len(list(folder.iterdir())) == 1
+
+
+def test_an_index_that_cannot_be_used_is_not(tmp_path, index, monkeypatch):
+    folder, files_read = index
+    add(tmp_path / "data", "a_1.png", "b_2.png")
+    files_read()
+    (path,) = folder.iterdir()
+    content = path.read_text()
+    for corrupt in (content[:-9], content.replace('"numbers": "', '"numbers": "AQAA'), "[]", "{}", "\0"):
+        path.write_text(corrupt)
+        assert len(files_read()) == 2 and files_read() == []
+    path.unlink()
+    folder.rmdir()
+    folder.write_text("a file, not a folder")
+    assert len(files_read()) == 2 and len(files_read()) == 2
+    monkeypatch.setattr(listing, "INDEX_MINIMUM", 3)
+    folder.unlink()
+    assert len(files_read()) == 2 and not folder.exists()
+
+
+def test_files_are_read_on_threads_only_if_they_are_waited_for(monkeypatch):
+    def threads_of(function):
+        used = set()
+        assert listing._map_files(lambda n: (used.add(threading.get_ident()), function(n))[1], range(100)) == [
+            2 * n for n in range(100)]
+        return used
+
+    assert threads_of(lambda n: 2 * n) == {threading.get_ident()}
+    assert len(threads_of(lambda n: time.sleep(0.002) or 2 * n)) > 2
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    add(tmp_path, "a_1.png")
+    (tmp_path / "b_1.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises((OSError, ValueError), match="b_1.png"):
+        opened(tmp_path)
+
+
+def test_an_archive_of_a_million_images_opens_in_little_time_and_memory(tmp_path):
+    path = tmp_path / "set.npz"
+
+    def open_many(count):
+        np.savez(path, arr_0=np.zeros((count, 2, 2, 1), np.uint8), arr_1=np.arange(count) % 3)
+        start = time.process_time()
+        return open_folder(DataConfig(str(path), 2)), time.process_time() - start
+
+    tracemalloc.start()
+    open_many(10**5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    source, seconds = open_many(10**6)
+    assert seconds < 2 and peak < 100 * 2**20 / 10
+    assert len(source) == 10**6 and source.names[10**6 - 1] == "set.npz[999999]" == source.names[-1]
+    assert source.kinds == {"uint8": 10**6} and source.names[1:3] == ["set.npz[1]", "set.npz[2]"]
+    assert source.paths[7] == f"{path}[7]"
+    with pytest.raises(IndexError):
+        source.names[10**6]
+
+
+def test_names_of_items_are_compared_as_sequences():
+    names = listing.ItemNames("a.npz", 2)
+    assert names == ["a.npz[0]", "a.npz[1]"] and ["a.npz[0]", "a.npz[1]"] == names == listing.ItemNames("a.npz", 2)
+    assert names != ["a.npz[0]"] and names != ["a.npz[0]", "b"] and list(names) == names
+
+
+@pytest.mark.parametrize("packed", [None, np.savez, np.savez_compressed])
+def test_other_ranks_receive_the_source_of_rank_0(tmp_path, monkeypatch, packed):
+    if packed:
+        images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
+        packed(tmp_path / "set.npz", images=images, labels=[1, 0, 1])
+    else:
+        add(tmp_path, "a_1.png", "b_22.png", "b_3.png")
+        add(tmp_path, "labels.csv", content="file,label,x\na_1.png,v,1\nb_22.png,w,2\nb_3.png,v,3\n")
+    path, sent = tmp_path / "set.npz" if packed else tmp_path, []
+    monkeypatch.setattr(dist_util, "broadcast_object", lambda item: sent.append(pickle.dumps(item)) or item)
+    first = opened(path)
+    monkeypatch.setattr(dist_util, "rank", lambda: 1)
+    monkeypatch.setattr(dist_util, "broadcast_object", lambda item: pickle.loads(sent[0]))
+    monkeypatch.setattr(image_folders.ImageFolder, "__init__", None)    # only rank 0 reads the folder
+    second = opened(path)
+    assert second.describe() == first.describe() and second.class_names == first.class_names
+    assert second.labels.tolist() == first.labels.tolist() and second.attributes.keys() == first.attributes.keys()
+    assert np.array_equal(second.batch([2, 0]), first.batch([2, 0])) and len(sent[0]) < 5000

@@ -33,7 +33,7 @@ SOURCES = [
 
 
 def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **fields) -> ImageSource:
-    """Return the image source that a DataConfig describes, an entry of `SOURCES`.
+    """Return the image source that a DataConfig describes, an entry of `SOURCES`; called by all ranks at once.
 
     Logged are where its labels come from, the files that are left out, files without a class if others have one, and
     `warnings` of the source.
@@ -44,7 +44,11 @@ def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **f
     :raises ValueError: if a file or label file is not understood, or more than MAX_LEFT_OUT of the files are not read.
     """
     config = dataclasses.replace(config, **fields)
-    source = next(source for applies, source in SOURCES if applies(config))(config, multiple, flag)
+    make = next(source for applies, source in SOURCES if applies(config))
+    if isinstance(make, type) and issubclass(make, FileSource):     # one rank examines the files
+        source = dist_util.broadcast_object(make(config, multiple, flag) if dist_util.rank() == 0 else None)
+    else:
+        source = make(config, multiple, flag)
     if isinstance(source, FileSource):
         for note in source.notes:
             logger.log_rank0(note)

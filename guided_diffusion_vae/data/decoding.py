@@ -5,7 +5,9 @@ import contextlib
 import functools
 import io
 import math
+import os
 import re
+import stat
 import struct
 import sys
 import zlib
@@ -30,6 +32,12 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BITS, _PLANES, _TILE_WIDTH, _TILE_LENGTH = 258, 284, 322, 323  # tags of TIFF
 _ORIENTATION = 274      # tag of TIFF and EXIF
 _INTEGERS = {1: "B", 3: "H", 4: "I"}    # types of values in EXIF
+_START_BYTES = 4096     # that `read_plain_header` reads
+# (bits, color type) of a PNG: channels and type as decoded here; and the lengths of chunks that change neither.
+_PNG_TYPES = {**{(bits, color): (channels, "uint8") for bits in (1, 2, 4, 8) for color, channels in ((0, 1), (3, 3))},
+              (16, 0): (1, "uint16"), (8, 2): (3, "uint8"), (16, 2): (3, "uint16"), (8, 4): (1, "uint8"),
+              (8, 6): (3, "uint8"), (16, 6): (3, "uint16")}
+_PNG_CHUNKS = {b"IHDR": 13, b"sRGB": 1, b"gAMA": 4, b"cHRM": 32, b"pHYs": 9, b"tIME": 7}
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's conversion to grayscale
 
 # Read without decoding a file: channels, sizes per spatial axis, NumPy type name.
@@ -55,6 +63,91 @@ def read_header(path, max_pixels=MAX_PIXELS):
 
     :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
     """
+    return read_plain_header(path, max_pixels) or _read_header(path, max_pixels)
+
+
+def read_plain_header(path, max_pixels=MAX_PIXELS):
+    """Return the `FileHeader` of a plain PNG or JPEG as `read_header` does, ten times as fast; None for other files.
+
+    A plain file is local and regular, has nothing unusual before its pixels and no EXIF data.
+    """
+    if file_extension(path) not in ("png", "jpg", "jpeg") or "://" in path:
+        return None
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):    # opening a named pipe waits
+            return None
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            start = os.read(descriptor, _START_BYTES)
+            header = _plain_png_header(start, descriptor) if start.startswith(PNG_SIGNATURE) else (
+                _plain_jpeg_header(start) if start.startswith(b"\xff\xd8") else None)
+        finally:
+            os.close(descriptor)
+        if header is not None:
+            check_size(math.prod(header.sides), 64, status.st_size, max_pixels)     # of at most 64 bits
+        return header
+    except (OSError, LookupError, ValueError, struct.error):
+        return None     # `_read_header` names the problem, if it is one
+
+
+def _plain_png_header(start, descriptor):
+    """Return the `FileHeader` of a PNG from its first bytes, None if a chunk before its pixels is unusual."""
+    width, height, *kind = struct.unpack_from(">IIBBBBB", start, len(PNG_SIGNATURE) + 8)
+    channels, dtype = _PNG_TYPES[tuple(kind[:2])]
+    position, chunk = len(PNG_SIGNATURE), 0
+    while True:
+        length, name = struct.unpack_from(">I4s", start, position)
+        if (chunk == 0) != (name == b"IHDR"):
+            return None
+        if name == b"IDAT":
+            break
+        data = start[position + 4:position + 8 + length]
+        plain_text = name == b"tEXt" and b"\0" in data and not data.startswith(b"tEXtRaw profile")
+        crc, = struct.unpack_from(">I", start, position + 8 + length)
+        if crc != zlib.crc32(data) or _PNG_CHUNKS.get(name) != length and name != b"PLTE" and not plain_text:
+            return None
+        position, chunk = position + 12 + length, chunk + 1
+    if kind[2:4] != [0, 0] or width * height == 0:
+        return None
+    while name != b"IEND":      # EXIF data may follow the pixels
+        position += 12 + length
+        head = start[position:position + 8]
+        if len(head) < 8:
+            os.lseek(descriptor, position, os.SEEK_SET)
+            head = os.read(descriptor, 8)
+        if len(head) < 8:
+            break
+        length, name = struct.unpack(">I4s", head)
+        if name == b"eXIf":
+            return None
+    return FileHeader(channels, (height, width), dtype)
+
+
+def _plain_jpeg_header(start):
+    """Return the `FileHeader` of a JPEG from its first bytes, None if a segment before its pixels is unusual."""
+    position, header = 2, None
+    while True:
+        mark, kind, length = struct.unpack_from(">BBH", start, position)
+        data = start[position + 4:position + 2 + length]
+        if mark != 0xFF or length < 2 or len(data) != length - 2:
+            return None
+        if kind == 0xDA:    # the pixels follow
+            return header
+        if kind in (0xC0, 0xC1, 0xC2) and header is None:
+            bits, height, width, components = struct.unpack_from(">BHHB", data)
+            header = FileHeader(components, (height, width), "uint8")
+            if bits != 8 or components not in (1, 3) or len(data) != 6 + 3 * components or width * height == 0:
+                return None
+        elif kind == 0xDB:  # tables of 8-bit numbers
+            if len(data) % 65 or any(table >> 4 for table in data[::65]):
+                return None
+        elif kind not in (0xC4, 0xDD, 0xFE) and not (kind == 0xE0 and data.startswith(b"JFIF\0") and len(data) >= 14):
+            return None
+        position += 2 + length
+
+
+def _read_header(path, max_pixels):
     with file_errors(path), open_file(path, max_pixels) as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)

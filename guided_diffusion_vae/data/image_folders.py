@@ -14,7 +14,7 @@ from ..interfaces import ImageSource
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
 from .labels import find_labels
-from .listing import REFERENCE_EXTENSIONS, FileSource, file_stamp, hash_lines
+from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames, file_stamp, hash_lines
 from .npz import archive_classes, open_archive
 from .resizing import fit
 
@@ -37,6 +37,8 @@ class ImageFolder(FileSource):
         required range is missing; the message names the file and the flag.
     """
 
+    header_type = FileHeader
+
     def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         config = dataclasses.replace(config or DataConfig(), **fields)
         require((len(config.sides) == 2 and config.crop != "grid",
@@ -53,9 +55,10 @@ class ImageFolder(FileSource):
                                        " (an .npz is specified by its own path)", find_labels)
         self._headers = headers
         self._check_files(headers, FULL_RANGE)
-        gray, color = (next((p for p, h in zip(self.paths, headers) if h.channels == c), None) for c in (1, 3))
-        require((config.image_channels or not (gray and color),
-                 f"{gray} is grayscale and {color} is RGB; set --image_channels 1 or --image_channels 3"))
+        channels = [header.channels for header in headers]
+        if not config.image_channels and len(set(channels)) > 1:
+            gray, color = (self.paths[channels.index(number)] for number in (1, 3))
+            raise ValueError(f"{gray} is grayscale and {color} is RGB; set --image_channels 1 or --image_channels 3")
         self._set_shape(config.image_channels or headers[0].channels, headers, multiple)
 
     def read(self, index, rng=None):
@@ -113,16 +116,31 @@ class ImageFolder(FileSource):
         rngs = [None] * len(indices) if rngs is None else rngs
         return self._stack(list(apply(self.read, (int(i) for i in indices), rngs)), flips)
 
+    def __getstate__(self):
+        return {**vars(self), "_pool": None, "_archive": self._archive is not None}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._archive = self._open_images(self._open_arrays(self.folder)) if state["_archive"] else None
+
+    def _open_arrays(self, path):
+        return open_archive(path, max_pixels=self.config.max_pixels)
+
+    @staticmethod
+    def _open_images(arrays):
+        """Return the images of an archive [N x H x W x C], None if it has none."""
+        images = arrays.get("images", arrays.get("arr_0"))
+        return images if images is None or images.ndim != 3 else images[..., None]
+
     def _open_archive(self, path):
-        arrays = open_archive(path, max_pixels=self.config.max_pixels)
-        images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
+        arrays = self._open_arrays(path)
+        images, labels = self._open_images(arrays), arrays.get("labels", arrays.get("arr_1"))
         shapes = {name: array.shape for name, array in arrays.items()}
-        require((images is not None and (images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)),
+        require((images is not None and images.ndim == 4 and images.shape[3] in (1, 3),
                  f"{path}: expected 'images' (or 'arr_0') of shape [N x H x W] or [N x H x W x 1 or 3], got {shapes}"))
         require((len(images), f"{path} contains no image; check {self._flag}"), error=FileNotFoundError)
-        self._archive = images if images.ndim == 4 else images[..., None]
-        self.names = [f"{bf.basename(path)}[{i}]" for i in range(len(images))]
-        self.paths = [f"{path}[{i}]" for i in range(len(images))]
+        self._archive = images
+        self.names, self.paths = ItemNames(bf.basename(path), len(images)), ItemNames(path, len(images))
         self.ignored = 0
         self.labels = self.class_names = None
         if labels is not None:

@@ -1,22 +1,31 @@
 """List the files of a folder with their fingerprint: the base of the image and volume folders."""
 
+import base64
 import collections
+import contextlib
+import functools
 import hashlib
+import operator
 import os
 import stat
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import PIL
 import torch
 
-from ..config import as_dict, format_shape, require
-from ..files import bf, file_extension
+from ..config import as_dict, format_shape, require, to_tuple
+from ..files import READ_ERRORS, bf, file_extension, read_record, sha256_of_file, write_record
 from ..interfaces import ImageSource
 from .archives import file_stamp, is_archive, list_members, require_readable
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
+INDEX_MINIMUM = 1000    # files of a folder whose headers are kept in the index
+PROBED_FILES, THREADS_FROM_S = 32, 0.001    # threads read further files if one of these waits that long
 MAX_LISTED_CLASSES = 20     # in a line of the log
 # Fields of a DataConfig that do not determine the values.
 _NOT_RECORDED = ("data_dir", "max_pixels", "random_flip", "allow_ignored", "verify_data")
@@ -31,7 +40,7 @@ class FileSource(ImageSource):
     """
 
     kind = "image"
-    header_threads = 8      # opening a file waits for the disk or the network
+    header_type = None      # class of headers that are kept in the index: a named tuple, hashable and JSON-able
 
     def __init__(self, config, flag):
         self.config, self.folder, self._flag = config, config.data_dir, flag
@@ -64,27 +73,61 @@ class FileSource(ImageSource):
         self.ignored = len(files) - len(self.paths) - (read is not None)
         others = [path for (path, _), accepted in zip(visible, chosen) if not accepted and bf.basename(path) != read]
         self.left_out = dict(collections.Counter(file_extension(path) or "without ending" for path in others))
-        with ThreadPoolExecutor(self.header_threads) as pool:
-            headers, stamps = zip(*pool.map(lambda path: (read_header(path), file_stamp(path)), self.paths))
+        if "://" in self.folder or is_archive(self.folder):
+            headers, stamps = zip(*_map_files(lambda path: (read_header(path), file_stamp(path)), self.paths))
+        else:
+            statuses = _map_files(functools.partial(_status, read_header), self.paths)
+            stamps = (f"{status.st_size} {status.st_mtime}" for status in statuses)
+            headers = self._read_headers(read_header, statuses)
         self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
         return headers
+
+    def _read_headers(self, read_header, statuses):
+        """Return the header of each file, from the index if no name, size or time has changed since it was saved.
+
+        The index is a file in the cache folder of the user, for folders of at least INDEX_MINIMUM files whose headers
+        are of `header_type`. If it cannot be read, the headers are read from the files; that it cannot be written has
+        no consequence.
+        """
+        if self.header_type is None or len(self.paths) < INDEX_MINIMUM:
+            return _map_files(read_header, self.paths)
+        place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        index = os.path.join(place, "guided_diffusion_vae", hash_lines([os.path.abspath(self.folder)])[:32] + ".json")
+        key = _index_key(read_header, self.names, statuses)
+        with contextlib.suppress(*READ_ERRORS):
+            content = read_record(index)
+            if content["key"] == key:
+                distinct = [self.header_type(*to_tuple(fields)) for fields in content["headers"]]
+                numbers = np.frombuffer(base64.b64decode(content["numbers"]), "<i4")
+                return [distinct[number] for number in numbers.tolist()]
+        headers = _map_files(read_header, self.paths)
+        number = {header: i for i, header in enumerate(dict.fromkeys(headers))}
+        numbers = np.array([number[header] for header in headers], "<i4")
+        with contextlib.suppress(*READ_ERRORS):
+            write_record(index, {"key": key, "headers": list(number), "numbers": base64.b64encode(numbers).decode()})
+        distinct = list(number)
+        return [distinct[number] for number in numbers.tolist()]    # equal ones are one object
 
     def _check_files(self, headers, full_range):
         """Check that each file is large enough and has the range of values that its type requires."""
         config, sides = self.config, self.config.sides
-        small = sum(any(n < m for n, m in zip(header.sides, sides)) for header in headers)
-        for path, header in zip(self.paths, headers):
+        is_small = lambda header: any(n < m for n, m in zip(header.sides, sides))
+        for header in {id(header): header for header in headers}.values():  # few, of any number of files
             is_complex = header.dtype.startswith("complex")
-            require(
-                (all(n >= m for n, m in zip(header.sides, sides)),
-                 f"{path}: size {format_shape(header.sides)} is smaller than --image_size {format_shape(sides)} "
-                 f"({small} of {len(headers)} files are); nothing is upsampled, set a smaller size or remove them"),
-                (not is_complex or config.dynamic_range_db > 0,
-                 f"{path}: complex values require --dynamic_range_db (e.g. 40) to map their magnitude to [0, 1]"),
-                (is_complex or self.value_limits or header.dtype in full_range,
-                 f"{path}: {header.dtype} values require --value_range lo,hi, which become 0 and 1, or --value_window "
-                 "lo,hi, which also clips values outside"),
-            )
+            unlimited = not is_complex and not self.value_limits and header.dtype not in full_range
+            if is_small(header) or is_complex and not config.dynamic_range_db or unlimited:
+                path = next(path for path, other in zip(self.paths, headers) if other is header)
+                small = sum(map(is_small, headers))
+                require(
+                    (not is_small(header),
+                     f"{path}: size {format_shape(header.sides)} is smaller than --image_size {format_shape(sides)} "
+                     f"({small} of {len(headers)} files are); nothing is upsampled, set a smaller size or remove them"),
+                    (not is_complex or config.dynamic_range_db > 0,
+                     f"{path}: complex values require --dynamic_range_db (e.g. 40) to map their magnitude to [0, 1]"),
+                    (not unlimited,
+                     f"{path}: {header.dtype} values require --value_range lo,hi, which become 0 and 1, or "
+                     "--value_window lo,hi, which also clips values outside"),
+                )
 
     def _set_shape(self, channels, headers, multiple):
         """Set the shape of an item, with `--pad True` padded to sizes that `multiple` divides, and the value types."""
@@ -137,6 +180,53 @@ class FileSource(ImageSource):
         return f"{len(self)} {self.kind}s {format_shape(self.shape)}"
 
 
+class ItemNames(Sequence):
+    """The names `start`[0], `start`[1], ... of items in one file, made on access."""
+
+    def __init__(self, start, count):
+        self.start, self.numbers = start, range(count)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [f"{self.start}[{number}]" for number in self.numbers[index]]
+        return f"{self.start}[{self.numbers[index]}]"
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+
+def _status(read_header, path):
+    try:
+        return os.stat(path)
+    except OSError:
+        read_header(path)   # names the file in its error
+        raise
+
+
+def _map_files(function, paths):
+    """Return `function` of each path, on several threads if the first ones mostly wait: for a network or a disk."""
+    start, busy = time.perf_counter(), time.thread_time()
+    done = [function(path) for path in paths[:PROBED_FILES]]
+    waited = time.perf_counter() - start - (time.thread_time() - busy)
+    if waited < THREADS_FROM_S * len(done):     # threads would compete for the interpreter
+        return [*done, *map(function, paths[PROBED_FILES:])]
+    with ThreadPoolExecutor(8) as pool:
+        return [*done, *pool.map(function, paths[PROBED_FILES:])]
+
+
+def _index_key(read_header, names, statuses):
+    """Return a hash of the files, and of the code and arguments that read their headers."""
+    numbers = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in statuses]
+    digest = hashlib.sha256(np.array(numbers, np.int64).tobytes())
+    module = sys.modules[read_header.func.__module__].__file__
+    for text in (*names, PIL.__version__, repr(read_header.keywords), sha256_of_file(module)):
+        digest.update(f"{text}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def walk_files(folder, extensions, parents=()):
     """Yield the paths of all files below a folder or in an archive, entries in order of their names.
 
@@ -158,9 +248,12 @@ def walk_files(folder, extensions, parents=()):
 
 def _list_folder(folder, extensions):
     """Return [(path, whether it is a folder)] of the entries of a folder in order of their names."""
-    list_names = bf.listdir if "://" in folder else os.listdir
     try:
-        paths = [bf.join(folder, entry) for entry in sorted(list_names(folder))]
+        if "://" in folder:
+            paths = [bf.join(folder, entry) for entry in sorted(bf.listdir(folder))]
+        else:
+            start = os.path.join(folder, "")
+            paths = [start + entry for entry in sorted(os.listdir(folder))]
         # An entry with a known extension is a file without asking the file system, which is slow on clouds.
         return [(path, file_extension(path) not in extensions and _is_folder(path)) for path in paths]
     except OSError as error:
