@@ -649,6 +649,9 @@ class TrainLoop:
                     error=FileNotFoundError)
             weights, _ = checkpoint_util.load_weights(path, device, RESUME_FLAG)
             weights = checkpoint_util.select_weights(self.model, weights, path, RESUME_FLAG)
+            missing = sorted(self.model.state_dict().keys() - weights.keys())
+            require((not missing, f"{path} has no weights {', '.join(missing[:3])} ({len(missing)} in total) of the "
+                     "model: it is another model's; use the file of the same run"))
             values = self.mp_trainer.state_dict_to_master_params(weights)
             self.ema_params[i] = [dist_util.distribute_like(v.detach(), p) for v, p in zip(values, self.ema_params[i])]
         path = folder / checkpoint_util.optimizer_name(step)

@@ -1265,6 +1265,14 @@ def test_resuming_keeps_the_step_that_it_loads_if_later_ones_are_corrupt(tmp_pat
     assert checkpoint_util.committed_steps(tmp_path) == [6]
 
 
+def test_resuming_from_an_ema_file_with_a_part_of_the_weights_raises(tmp_path):
+    (tmp_path / "guided").mkdir()
+    torch.save({"weight": torch.ones(1, 3), "bias": torch.ones(1)}, tmp_path / "guided/model000002.pt")
+    torch.save({"weight": torch.ones(1, 3)}, tmp_path / "guided/ema_0.9_000002.pt")
+    with pytest.raises(ValueError, match=r"ema_0.9_000002.pt has no weights bias \(1 in total\) of the model"):
+        line(tmp_path / "run", 4, bias=True, resume_checkpoint=str(tmp_path / "guided/model000002.pt"))
+
+
 def test_failed_save_leaves_no_files_and_the_steps_before_it(tmp_path, monkeypatch):
     line(tmp_path, 2)
     before, save = sorted(tmp_path.iterdir()), checkpoint_util.save
