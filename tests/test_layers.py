@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 LAYERS = """
     config data.archives data.resizing data.statistics launchers locks runs.deprecated files interfaces losses nn
     vae.tiling
-    checkpoint_util data.augmentation data.config data.decoding data.labels data.listing data.manifest data.medical
-    data.npz dist_util
+    checkpoint_util data.augmentation data.config data.colormaps data.decoding data.labels data.listing data.manifest
+    data.medical data.npz dist_util
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
     autoencoder vae.compvis data.batching data.image_folders data.microdoppler data.volume_folders evaluation.figures
@@ -35,7 +35,7 @@ RESTRICTED = {
     "mpi4py": (["dist_util"], True),
     "argparse": (["runs.flags"], False),
     "yaml": (["files"], True),
-    "matplotlib": (["evaluation.figures"], False),
+    "matplotlib": (["evaluation.figures", "data.colormaps"], False),
     "tensorboard": (["logger"], True),
 }
 ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "lpips", "bitsandbytes"]

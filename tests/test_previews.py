@@ -108,7 +108,7 @@ def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monke
     sampler = Sampler(level_of_class, diffusion, (1, 8, 8), PixelCodec(1), LatentNormalizer([0], [1], "auto"),
                       (1, 8, 8), 3, ["a", "b", "c"])
     shown = []
-    monkeypatch.setattr(previews, "contact_sheet", lambda images, columns, row_labels: shown.append(
+    monkeypatch.setattr(previews, "contact_sheet", lambda images, columns, row_labels, colormap: shown.append(
         (images, columns, row_labels)) or Image.new("L", (1, 1)))
     preview = SamplePreview(sampler, tmp_path, CPU, decode_batch=4, columns=2)
     preview(1)

@@ -287,7 +287,8 @@ def test_images_and_contact_sheet_are_next_to_the_npz(sampler, tmp_path):
 
 def test_contact_sheet_has_one_row_per_requested_class(sampler, tmp_path, monkeypatch):
     sheets = []
-    record = lambda images, columns, row_labels: sheets.append((images, columns, row_labels)) or Image.new("L", (1, 1))
+    record = lambda images, columns, row_labels, colormap: sheets.append(
+        (images, columns, row_labels)) or Image.new("L", (1, 1))
     monkeypatch.setattr("guided_diffusion_vae.sampling.generate.contact_sheet", record)
     samples = generate(sampler, tmp_path, (2, 0), num_samples=7, batch_size=3)
     (images, columns, labels), = sheets

@@ -10,6 +10,7 @@ from .. import dist_util, logger
 from ..config import require
 from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
+from .colormaps import count_colors, fit_colormap, open_colormap, same_colormap
 from .config import (
     DataConfig, SmallCacheConfig, format_spacing, parse_size, parse_spacing, recorded_options, take_recorded_options,
     unpad,

@@ -21,7 +21,7 @@ decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text
                       lambda level: level is None or math.isfinite(level))
 
 # Fields of later versions: recorded only if set, so that the digests of earlier caches stay the same.
-RECORDED_IF_SET = ("label_column", "alpha")
+RECORDED_IF_SET = ("label_column", "alpha", "colormap", "colormap_tolerance")
 
 
 @dataclass
@@ -48,6 +48,12 @@ class DataConfig:
     alpha: str = option("refuse",   # alias
                         "transparent pixels: refuse: an error; white, black: composited onto that color",   # alias
                         choices=("refuse", "white", "black"))   # alias
+    colormap: str = option(
+        "", "colormap of RGB images (jet, parula, viridis, turbo, hot, plasma, inferno, magma, cividis, gray_r, or a "
+            "table such as jet/matlab64): they become scalars in [0, 1] of one channel, and samples are colored again; "
+            "auto: the nearest one; empty: none, images remain RGB")
+    colormap_tolerance: float = option(2.0, "largest distance of a color from --colormap in 8-bit values (at most "
+                                            "441); artifacts of JPEG require more", minimum=0)
     crop: str = option("center", "how inputs of another size are fitted: center or random crop; none: resize, ignoring "
                                  "the aspect ratio (volumes must match); grid: cover volumes with patches",
                        choices=("center", "random", "none", "grid"))

@@ -1,5 +1,6 @@
 """Read a folder or an .npz of images as float32 in [0, 1]."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from ..config import require
 from ..files import bf, file_extension
 from ..interfaces import ImageSource
+from .colormaps import MAX_COLORS, count_colors, fit_colormap, recognize_colormap
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
 from .labels import find_labels
@@ -19,7 +21,9 @@ from .npz import archive_classes, open_archive
 from .resizing import fit
 
 EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "webp", "bmp", "npy")
-CENSUS_FILES, CENSUS_PIXELS = 256, 2**26    # read to examine a folder, at most
+# Read to examine value ranges and colors of a folder, at most.
+CENSUS_FILES, CENSUS_PIXELS = 256, 2**26
+COLOR_FILES, COLOR_PIXELS = 64, 2**22
 _USUAL_BITS = 8, 10, 12, 14     # of values in 16-bit files
 
 
@@ -46,7 +50,7 @@ class ImageFolder(FileSource):
                  "volumes are read by VolumeFolder"))
         self._to_unit = unit_scale(config)
         super().__init__(config, flag)
-        self._archive = self._pool = None
+        self._archive = self._pool = self.colormap = self.recognized_colormap = None
         if config.data_dir.endswith(".npz") and not bf.isdir(config.data_dir):
             headers = self._open_archive(config.data_dir)
         else:
@@ -55,11 +59,15 @@ class ImageFolder(FileSource):
                                        " (an .npz is specified by its own path)", find_labels)
         self._headers = headers
         self._check_files(headers, FULL_RANGE)
+        if config.colormap and not (self._archive is not None and headers[0].channels == 1):    # scalars already
+            self._open_colormap()
         channels = [header.channels for header in headers]
-        if not config.image_channels and len(set(channels)) > 1:
+        if not config.image_channels and not self.colormap and len(set(channels)) > 1:
             gray, color = (self.paths[channels.index(number)] for number in (1, 3))
             raise ValueError(f"{gray} is grayscale and {color} is RGB; set --image_channels 1 or --image_channels 3")
-        self._set_shape(config.image_channels or headers[0].channels, headers, multiple)
+        self._set_shape(1 if self.colormap else config.image_channels or headers[0].channels, headers, multiple)
+        if set(channels) == {3} and not self.colormap:
+            self._recognize_colormap()
 
     def read(self, index, rng=None):
         """Return image `index` as float32 [C x H x W] in [0, 1]; `rng` (NumPy Generator) positions a random crop.
@@ -70,7 +78,10 @@ class ImageFolder(FileSource):
         pixels = self._values(index)
         # 8-bit images are resized as 8-bit values, like guided-diffusion's; other types as float32 without rounding.
         as_stored = pixels.dtype == np.uint8 and not self.value_limits
-        pixels = match_channels(pixels if as_stored else self._to_unit(pixels, path), self.shape[0])
+        if self.colormap:
+            pixels = self._to_scalars(pixels, path)
+        else:
+            pixels = match_channels(pixels if as_stored else self._to_unit(pixels, path), self.shape[0])
         pixels = fit(pixels, height, width, self.config.crop, rng)
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels
         return np.ascontiguousarray(self._pad(np.moveaxis(pixels, -1, 0)))
@@ -80,6 +91,68 @@ class ImageFolder(FileSource):
         if self._archive is None:
             return read_values(self.paths[index], self.config.max_pixels, self.config.alpha)
         return self._archive[index]
+
+    def _open_colormap(self):
+        """Set `colormap`, and in the config the name of its table, and check the colors of some images.
+
+        :raises ValueError: if colors are farther from it than --colormap_tolerance; the message names the file.
+        """
+        config = self.config
+        require((not self.value_limits and config.image_channels in (0, 1),
+                 f"--colormap {config.colormap} gives one channel in [0, 1]: omit --value_range, --value_window and "
+                 "--image_channels 3"))
+        chosen = self._spaced(range(len(self.paths)), COLOR_FILES)
+        images = list(self._census(chosen, COLOR_PIXELS))
+        for i, values in zip(chosen, images):
+            self._require_colors(values, self.paths[i])
+        self.colormap = fit_colormap(*count_colors([match_channels(values, 3) for values in images]), config.colormap)
+        self.config = dataclasses.replace(config, colormap=self.colormap.name)
+        distances = [self._distances(values)[1] for values in images]
+        farthest = int(np.argmax([each.max() for each in distances]))
+        self._to_scalars(images[farthest], self.paths[chosen[farthest]])
+        mean = np.mean([each.mean() for each in distances])
+        self.notes = (*self.notes, f"colormap {self.colormap.name}: colors of {len(images)} files are at most "
+                                   f"{distances[farthest].max():.1f} and on average {mean:.2f} (of 441) from it")
+
+    def _recognize_colormap(self):
+        """Set `recognized_colormap` to the table on which all colors of some RGB images lie, if there is one."""
+        colors, images = (), []
+        # An error is reported when the image is read for its values.
+        with contextlib.suppress(ValueError, OSError):
+            for values in self._census(self._spaced(range(len(self.paths)), COLOR_FILES), COLOR_PIXELS):
+                images.append(values)
+                colors = count_colors([values, *([] if len(images) == 1 else [colors[0]])])
+                if values.dtype != np.uint8 or len(colors[0]) > MAX_COLORS:
+                    return
+            recognized = recognize_colormap(*count_colors(images))
+            if recognized:
+                self.recognized_colormap, name = recognized.name, recognized.name.partition("/")[0]
+                self.notes = (*self.notes, f"all pixels of {len(images)} RGB files lie on colormap {name} "
+                                           f"({recognized.name}): --colormap {name} reads them as scalars")
+
+    def _require_colors(self, values, path):
+        require((values.dtype == np.uint8, f"{path}: --colormap {self.config.colormap} requires 8-bit RGB images, got "
+                                           f"{values.dtype}; omit the flag"))
+
+    def _distances(self, values):
+        return self.colormap.to_scalars(match_channels(values, 3))
+
+    def _to_scalars(self, values, path):
+        """Return the scalars float32 [H x W x 1] of 8-bit colors [H x W x C]."""
+        self._require_colors(values, path)
+        scalars, distances = self._distances(values)
+        farthest, tolerance = distances.max(), self.config.colormap_tolerance
+        require((farthest <= tolerance,
+                 f"{path}: a color is {farthest:.1f} (of 441) from colormap {self.colormap.name}: expected at most "
+                 f"--colormap_tolerance {tolerance:g}; set a larger tolerance for artifacts of JPEG, or omit "
+                 "--colormap"))
+        return scalars[..., None]
+
+    @property
+    def preprocessing(self):
+        """The settings that map files to values, and the colormap that RGB images lie on."""
+        recognized = {"recognized_colormap": self.recognized_colormap} if self.recognized_colormap else {}
+        return {**super().preprocessing, **recognized}
 
     def warnings(self):
         """Return lines for the log on value ranges that are probably not meant; up to `CENSUS_FILES` are read."""
@@ -92,20 +165,25 @@ class ImageFolder(FileSource):
                             "convert them to one type if that is not meant")
         if "uint16" in types:
             deep = [i for i, kind in enumerate(types) if kind == "uint16"]
-            highest = max(int(values.max()) for values in self._census(deep))
+            highest = max(int(values.max()) for values in self._census(self._spaced(deep, CENSUS_FILES), CENSUS_PIXELS))
             bits = next((bits for bits in _USUAL_BITS if highest < 2**bits), 16)
             if bits < 16:
                 warnings.append(f"values reach {highest:,} of 65,535: set --value_range 0,{2**bits - 1} if these are "
                                 f"{bits}-bit data")
         return warnings
 
-    def _census(self, items):
-        """Yield the values of evenly spaced ones of some items, as many as `CENSUS_FILES` and `CENSUS_PIXELS` allow."""
+    @staticmethod
+    def _spaced(items, count):
+        """Return up to `count` evenly spaced ones of a sequence."""
+        return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+    def _census(self, items, max_pixels):
+        """Yield the stored values of items until they have `max_pixels` in all."""
         pixels = 0
-        for i in np.linspace(0, len(items) - 1, min(CENSUS_FILES, len(items))).astype(int):
-            if pixels < CENSUS_PIXELS:
-                values = self._values(items[i])
-                pixels += values.size
+        for i in items:
+            if pixels < max_pixels:
+                values = self._values(i)
+                pixels += values.shape[0] * values.shape[1]
                 yield values
 
     def batch(self, indices, flips=None, rngs=None):

@@ -150,7 +150,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=None, names=None) -> None:
+def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=None, names=None, colormap="") -> None:
     """Write a file in guided-diffusion's layout: arr_0 [N x H x W x C] uint8, arr_1 labels [N].
 
     Equal arrays give bitwise identical files.
@@ -158,6 +158,7 @@ def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=No
     :param shape: of arr_0.
     :param parts: arrays that are concatenated in arr_0, one at a time in memory.
     :param names: class names, stored as `class_names` next to labels.
+    :param colormap: name of the table of a colormap that the images are scalars of, stored as `colormap`.
     """
     with atomic_path(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
@@ -168,6 +169,8 @@ def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=No
         arrays = {} if labels is None else {"arr_1": np.asarray(labels)}
         if names and labels is not None:
             arrays["class_names"] = np.array(names)
+        if colormap:
+            arrays["colormap"] = np.array(colormap)
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
@@ -175,12 +178,16 @@ def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=No
 
 @dataclass
 class Samples:
-    """An .npz of samples: images uint8 [N x H x W x C] on disk, labels int64 [N] or None, class names or None."""
+    """An .npz of samples: images uint8 [N x H x W x C] on disk, labels int64 [N] or None, class names or None.
+
+    With the name of the table of a `colormap`, images are scalars of it.
+    """
 
     folder: str     # path of the file, under the name of the same member of an image source
     images: np.ndarray
     labels: np.ndarray | None
     class_names: list | None
+    colormap: str = ""
 
 
 def open_npz(path, content=None) -> Samples:
@@ -203,4 +210,4 @@ def open_npz(path, content=None) -> Samples:
         archive_classes(path, labels, len(images), names)
     elif labels is not None:
         _check_labels(path, "arr_1", labels, len(images))
-    return Samples(path, images, labels, None if names is None else names.tolist())
+    return Samples(path, images, labels, None if names is None else names.tolist(), str(content.get("colormap", "")))

@@ -10,10 +10,12 @@ import torch
 
 from .. import dist_util
 from ..config import option, require
-from ..data import map_labels, open_archive, open_npz
+from ..data import count_colors, fit_colormap, map_labels, open_archive, open_npz
 from ..logger import progress
 from . import features, figures, set_metrics
 from .image_metrics import average_metrics, paired_metrics
+
+FITTED_IMAGES = 16      # to which the table of a colormap is fitted
 
 
 @dataclass
@@ -53,6 +55,13 @@ class ImageSet:
 
     def __len__(self):
         return 0 if self.images is None else len(self.images)
+
+    @property
+    def colormap(self):
+        """Name of the table of a colormap by which files were read, or that an archive states; else an empty text."""
+        if self.images is None or isinstance(self.images, SampleFile):
+            return self.images.colormap if self.images else ""
+        return self.images.preprocessing.get("colormap", "")
 
 
 class EvaluationClassifier(NamedTuple):
@@ -180,26 +189,36 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
 
 
 class SampleFile:
-    """Images of an .npz archive of samples, read on demand."""
+    """Images of an .npz archive of samples, read on demand.
 
-    def __init__(self, path, content=None):
+    :param colormap: a value of --colormap; RGB images become scalars of the nearest colors. Empty: they remain RGB.
+    """
+
+    def __init__(self, path, content=None, colormap=""):
         self.folder, samples = path, open_npz(path, content)
         self.images, self.labels, self.class_names = samples.images, samples.labels, samples.class_names
-        self.shape = self.images.shape[-1], *self.images.shape[1:-1]
+        self.colormap, self._nearest = samples.colormap, None
+        if colormap and self.images.ndim == 4 and self.images.shape[-1] == 3:
+            self._nearest = fit_colormap(*count_colors(list(self.images[:FITTED_IMAGES])), colormap)
+        self.shape = 1 if self._nearest else self.images.shape[-1], *self.images.shape[1:-1]
 
     def __len__(self):
         return len(self.images)
 
     def batch(self, indices):
         """Return images as float32 [n x C x ...] in [0, 1]."""
-        return torch.from_numpy(np.moveaxis(self.images[np.asarray(indices)], -1, 1).astype(np.float32) / 255)
+        images = self.images[np.asarray(indices)]
+        if self._nearest:
+            return torch.from_numpy(self._nearest.to_scalars(images)[0])[:, None]
+        return torch.from_numpy(np.moveaxis(images, -1, 1).astype(np.float32) / 255)
 
 
-def open_sample_file(path) -> ImageSet | None:
+def open_sample_file(path, colormap: str = "") -> ImageSet | None:
     """Return the `ImageSet` of an .npz archive with samples, statistics of Inception features, or both.
 
     None if it has neither.
 
+    :param colormap: see `SampleFile`.
     :raises ValueError: if it has statistics of spatial features only.
     """
     content, statistics = open_archive(path), {}
@@ -209,7 +228,7 @@ def open_sample_file(path) -> ImageSet | None:
     _require_pooled(path, statistics)
     if "arr_0" not in content and not statistics:
         return None
-    return ImageSet(path, SampleFile(path, content) if "arr_0" in content else None, statistics)
+    return ImageSet(path, SampleFile(path, content, colormap) if "arr_0" in content else None, statistics)
 
 
 def _require_pooled(path, statistics):

@@ -88,7 +88,8 @@ class SamplePreview:
         # Classes change fastest along the samples; on the sheet they are rows.
         images = images.reshape(self.columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
         names = self.sampler.class_names or [str(c) for c in classes or ()]
-        sheet = contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None)
+        sheet = contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None,
+                              colormap=self.sampler.colormap)
         save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
 
 

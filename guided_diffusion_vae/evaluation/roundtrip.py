@@ -58,7 +58,8 @@ def roundtrip(codec, source, config: RoundtripConfig, folder, device) -> dict:
         shape = len(chosen), *reconstructions[0].shape[1:]
         labels = None if source.labels is None else source.labels[chosen]
         path = Path(folder) / f"reconstructions_{'x'.join(map(str, shape))}.npz"
-        write_npz(path, shape, reconstructions, labels, source.class_names)
+        write_npz(path, shape, reconstructions, labels, source.class_names,
+                  source.preprocessing.get("colormap", ""))
     return {
         **average_metrics(scores), "max_error": float(np.max(errors)), "num_images": len(chosen),
         "latent_shape": list(codec.latent_shape(source.shape)), "scale_factor": codec.scale_factor,

@@ -11,7 +11,10 @@ import numpy as np
 
 from .. import checkpoint_util, dist_util
 from ..config import as_dict, format_shape, from_dict, require, size, to_tuple
-from ..data import DataConfig, map_labels, open_folder, open_npz, parse_size, require_data_dir, require_labels
+from ..data import (
+    DataConfig, map_labels, open_colormap, open_folder, open_npz, parse_size, require_data_dir, require_labels,
+    same_colormap,
+)
 from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, classifier_features,
     inception_features, latent_features, open_sample_file,
@@ -133,6 +136,9 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     fields = {"settings": {"model": weights.sha256, "sample_dtype": config.sample_dtype}}
     if "clip_denoised" in run.explicit:
         fields["clip_denoised"] = config.clip_denoised
+    projection = _projection(config.project_colormap, header, image_shape)
+    if projection:
+        fields["projection"] = fields["settings"]["project_colormap"] = projection
     model = _classifier_free_guidance(config, network, diffusion, weights, fields)
     if guidance:
         _classifier_guidance(run, guidance, weights, fields)
@@ -173,6 +179,21 @@ def _require_described(run, path, image_shape, normalizer):
     for flag, value in trained.items():
         if run.explicit.get(flag):
             _require_equal(flag, run.explicit[flag], value, path)
+
+
+def _projection(requested, header, image_shape):
+    """Return the name of the table that a value of --project_colormap requests for the samples of a model, or ""."""
+    if requested.lower() in ("", "false"):
+        return ""
+    recognized = (header.get("data") or {}).get("recognized_colormap", "")
+    by_name = requested.lower() != "true"
+    require(
+        (len(image_shape) == 3 and image_shape[0] == 3, f"--project_colormap {requested}: expected a model of RGB "
+         f"images, got samples of shape {tuple(image_shape)}; omit the flag"),
+        (recognized or by_name, f"--project_colormap {requested}: the model does not record a colormap of its training "
+         "images; set the name of one, such as --project_colormap jet"),
+    )
+    return recognized if not by_name or same_colormap(requested, recognized) else open_colormap(requested).name
 
 
 def _classifier_free_guidance(config, network, diffusion, weights, fields):
@@ -291,7 +312,16 @@ def open_sets(run) -> dict[str, ImageSet]:
     """Return the sets of an evaluation, {"reference": ImageSet, "samples": ImageSet} and optionally "training"."""
     config, data = run[EvaluateConfig], run[DataConfig]
     flags = {"reference": "reference", "samples": "samples", "training": "train_dir"}
-    return {name: open_set(vars(config)[flag], data, f"--{flag}") for name, flag in flags.items() if vars(config)[flag]}
+    samples = open_set(config.samples, data, "--samples")
+    requested = data.colormap or ("" if "colormap" in run.explicit else "auto")
+    if same_colormap(requested, samples.colormap):  # real images are read as the scalars that the samples are
+        data = dataclasses.replace(data, colormap=samples.colormap)
+    sets = {name: samples if name == "samples" else open_set(vars(config)[flag], data, f"--{flag}")
+            for name, flag in flags.items() if vars(config)[flag]}
+    if data.colormap and not samples.colormap:  # RGB samples, which are only near to the table of real images
+        data = dataclasses.replace(data, colormap=sets["reference"].colormap or data.colormap)
+        sets["samples"] = open_set(config.samples, data, "--samples")
+    return sets
 
 
 def open_set(path, data: DataConfig, flag: str) -> ImageSet:
@@ -301,7 +331,7 @@ def open_set(path, data: DataConfig, flag: str) -> ImageSet:
         archives = sorted(file for file in Path(path).glob("samples_*.npz") if SAMPLE_FILES.fullmatch(file.name))
     require((len(archives) < 2, f"{path} contains {', '.join(Path(file).name for file in archives)}; use one of them "
              f"as {flag}"))
-    opened = open_sample_file(archives[0]) if archives else None
+    opened = open_sample_file(archives[0], data.colormap) if archives else None
     if opened is not None:
         return opened
     if (Path(path) / OWNED_MARKER).exists():    # generated images have 8 bits, whatever the range of the real values

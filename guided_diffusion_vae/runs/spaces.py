@@ -15,7 +15,7 @@ from .. import dist_util
 from ..config import format_shape, size, to_tuple
 from ..data import (
     DataConfig, DownsampledImages, SmallCacheConfig, format_classes, format_spacing, keep_numbers, open_folder,
-    parse_size, parse_spacing, recorded_options, take_recorded_options,
+    parse_size, parse_spacing, recorded_options, same_colormap, take_recorded_options,
 )
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
@@ -182,8 +182,8 @@ def _check_same_items(low_res, source):
     if low_res.autoencoder != source.autoencoder:
         raise ValueError(f"{low_res.folder} and {source.folder} have different autoencoders, "
                          f"{low_res.autoencoder['path']} and {source.autoencoder['path']}; re-encode one of them")
-    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window", "alpha", "orientation",
-                "resample_spacing"):
+    for key in ("random_flip", "crop", "image_channels", "value_range", "value_window", "alpha", "colormap",
+                "orientation", "resample_spacing"):
         values = low_res.preprocessing.get(key), source.preprocessing.get(key)
         if values[0] != values[1]:
             raise ValueError(f"{low_res.folder} was encoded with --{key} {values[0]}, {source.folder} with "
@@ -216,6 +216,8 @@ def apply_trained_preprocessing(data, explicit, preprocessing):
         known -= {"image_size"}
     recorded = {**preprocessing, **recorded_options(preprocessing)}
     data = dataclasses.replace(data, **{k: to_tuple(v) for k, v in recorded.items() if k in known})
+    if same_colormap(data.colormap, preprocessing.get("colormap", "")):     # the table that --colormap jet was then
+        data = dataclasses.replace(data, colormap=preprocessing["colormap"])
     if data.crop == "random" and "crop" not in explicit:
         data = dataclasses.replace(data, crop="grid" if len(data.sides) == 3 else "center")
     return data
@@ -233,6 +235,8 @@ def require_same_preprocessing(cache, explicit):
         requested["image_size"] = DataConfig(voxel_size=explicit["voxel_size"]).image_size
     if requested.get("orientation") == "as_stored":     # recorded are the directions that this was
         requested.pop("orientation")
+    if same_colormap(requested.get("colormap", ""), recorded.get("colormap", "")):
+        requested.pop("colormap", None)
     for values in (recorded, requested):
         for name in ("spacing", "resample_spacing"):
             if values.get(name):

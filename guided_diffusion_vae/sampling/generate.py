@@ -9,7 +9,7 @@ import torch
 
 from .. import dist_util, logger
 from ..config import require, validate
-from ..data import open_npz, to_uint8, write_nifti, write_npz
+from ..data import open_colormap, open_npz, to_uint8, write_nifti, write_npz
 from ..files import atomic_path, atomic_stream, read_record, write_record
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 
@@ -46,7 +46,7 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
         require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the model "
                  "has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train with more "
                  "--diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
-        images = to_uint8(sampler.decode(x0))
+        images = _project(to_uint8(sampler.decode(x0)), sampler.projection)
         # Writing would create another folder, with a part of the samples and without their settings.
         require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun "
                  "the same command"), error=FileNotFoundError)
@@ -54,7 +54,7 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
             labels = sampler.labels(indices, classes)
             for row, i in enumerate(indices):
                 prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
-                _write_one(folder, f"{prefix}{i:06d}", images[row], sampler.spacing, sampler.orientation)
+                _write_one(folder, f"{prefix}{i:06d}", images[row], sampler)
         with atomic_stream(_shard_path(shards, indices)) as stream:
             np.save(stream, np.moveaxis(images, 1, -1))
         logger.log(f"created {indices.stop} samples")
@@ -64,12 +64,19 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
     if dist_util.rank() == 0:
         labels = sampler.labels(range(config.num_samples), classes)
         parts = (np.load(_shard_path(shards, b), mmap_mode="r", allow_pickle=False) for b in batches)
-        write_npz(path, shape, parts, labels, sampler.class_names)
+        write_npz(path, shape, parts, labels, sampler.class_names, sampler.colormap)
         _remove_surplus_files(config.num_samples, folder)
         _write_contact_sheet(folder / "contact_sheet.png", path, sampler, classes)
         shutil.rmtree(shards)
     dist_util.barrier()
     return path
+
+
+def _project(images, colormap):
+    """Return RGB images on the nearest colors of the table of this name; empty: unchanged.  uint8 [N x 3 x ...]"""
+    if not colormap:
+        return images
+    return np.moveaxis(open_colormap(colormap).project(np.moveaxis(images, 1, -1)), -1, 1)
 
 
 def _remove_surplus_files(count, folder):
@@ -81,14 +88,14 @@ def _remove_surplus_files(count, folder):
                 path.unlink()
 
 
-def _write_one(folder, stem, image, spacing, orientation):
+def _write_one(folder, stem, image, sampler):
     """Write a sample uint8 [C x ...] as .png; for a volume its middle slices, and the volume as .nii.gz (or .npy)."""
-    save_image(folder / "png" / f"{stem}.png", to_pil(image.astype(np.float32) / 255))
+    save_image(folder / "png" / f"{stem}.png", to_pil(image.astype(np.float32) / 255, sampler.colormap))
     if image.ndim == 4:
         try:
             with atomic_path(folder / "volumes" / f"{stem}.nii.gz") as part:
                 volume = part.with_name(part.name + ".nii.gz")   # the extension selects the compression
-                write_nifti(volume, image, spacing, orientation)
+                write_nifti(volume, image, sampler.spacing, sampler.orientation)
                 volume.rename(part)
         except ImportError:     # nibabel is an extra
             with atomic_stream(folder / "volumes" / f"{stem}.npy") as stream:
@@ -157,4 +164,4 @@ def _write_contact_sheet(path, npz, sampler, classes):
         chosen, names = np.arange(min(GRID_SIZE, len(samples.images))), None
         columns = min(8, len(chosen))
     unit = np.moveaxis(samples.images[chosen], -1, 1).astype(np.float32) / 255
-    save_image(path, contact_sheet(unit, columns, row_labels=names))
+    save_image(path, contact_sheet(unit, columns, row_labels=names, colormap=sampler.colormap))

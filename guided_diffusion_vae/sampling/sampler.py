@@ -36,6 +36,9 @@ class SamplingConfig:
     classes: words = option(
         "", "comma-separated names or indices of the classes to sample cyclically; empty: all", essential=True)
     seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
+    project_colormap: str = option(
+        "", "move RGB samples to the nearest colors of a colormap, so that they can be read as scalars: True: the one "
+            "of the training images, or the name of one, see --colormap")
     save_individual: bool = option(True, "also write every sample as a PNG file, every volume as .nii.gz")
 
 
@@ -150,6 +153,8 @@ class Sampler:
     :param cond_fn: gradient of classifier guidance, toward one of `guided_classes`; the model may be unconditional.
     :param low_res: `LowResConditioning` of an upsampler.
     :param spacing: voxel spacing of volumes in mm; `orientation`: directions in which their axes increase.
+    :param colormap: name of the table that samples of one channel are scalars of; empty: none.
+    :param projection: name of the table on whose colors RGB samples are moved; empty: none.
     :param settings: JSON-able dictionary of the other settings that the samples depend on.
     """
 
@@ -170,6 +175,8 @@ class Sampler:
     settings: dict = field(default_factory=dict)
     spacing: tuple = (1.0, 1.0, 1.0)
     orientation: str = "RAS"
+    colormap: str = ""
+    projection: str = ""
 
     def __post_init__(self):
         # Defaults that depend on other fields; a frozen dataclass sets them this way only.
@@ -188,6 +195,7 @@ class Sampler:
         if len(image_shape) == 4 and data.get("spacing"):
             fields["spacing"] = tuple(float(s) for s in data["spacing"].split(","))
             fields["orientation"] = data.get("orientation") or cls.orientation  # none in version 0.2
+        fields.setdefault("colormap", data.get("colormap", ""))
         return cls(model, diffusion, tuple(header["latent_shape"]), space.codec, space.normalizer, image_shape,
                    **{"num_classes": header["model"]["num_classes"], "class_names": header["classes"], **fields})
 

@@ -1,7 +1,8 @@
 """Contact sheets of images and volumes, rendered with Pillow.
 
-Images are [N x C x ...] in [0, 1]. Three channels are RGB, otherwise the first one is shown in grayscale. A volume is
-shown by the middle slices of its axes, side by side. Functions return a PIL image, which `save_image` writes.
+Images are [N x C x ...] in [0, 1]. Three channels are RGB, otherwise the first one is shown in grayscale, or in the
+colors of a colormap. A volume is shown by the middle slices of its axes, side by side. Functions return a PIL image,
+which `save_image` writes.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import require
+from ..data.colormaps import open_colormap
 from ..files import atomic_path
 
 MAX_ROWS = 16  # classes on a contact sheet
@@ -21,16 +23,17 @@ FONT_SIZE = 14  # minimum legible size on a screen
 BACKGROUND, FOREGROUND = "white", "black"
 
 
-def contact_sheet(images, columns: int, row_labels=None, header=None, scale=1) -> Image.Image:
+def contact_sheet(images, columns: int, row_labels=None, header=None, scale=1, colormap="") -> Image.Image:
     """Return a PIL image with `columns` tiles per row, labels to the left of the rows and `header` above.
 
     :param images: [N x C x ...], which fill the rows in order; the last row may be shorter. Values are clipped to [0,
         1].
     :param row_labels: one text per row.
     :param scale: repeat every pixel this many times.
+    :param colormap: name of the table that colors images of one channel; empty: grayscale.
     :raises ValueError: for NaN, no images, or a wrong number of labels.
     """
-    tiles = [_tile(image, scale) for image in to_numpy(images)]
+    tiles = [_tile(image, scale, colormap) for image in to_numpy(images)]
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     labels = [str(label) for label in row_labels or []]
@@ -57,9 +60,12 @@ def contact_sheet(images, columns: int, row_labels=None, header=None, scale=1) -
     return sheet
 
 
-def to_pil(image) -> Image.Image:
-    """Return a PIL image of one image [C x H x W] in [0, 1], or of the three middle slices of a volume."""
-    return _tile(to_numpy(image[None])[0], scale=1)
+def to_pil(image, colormap="") -> Image.Image:
+    """Return a PIL image of one image [C x H x W] in [0, 1], or of the three middle slices of a volume.
+
+    :param colormap: name of the table that colors an image of one channel; empty: grayscale.
+    """
+    return _tile(to_numpy(image[None])[0], 1, colormap)
 
 
 def save_image(path, image: Image.Image) -> None:
@@ -90,9 +96,11 @@ def to_numpy(images) -> np.ndarray:
     return images
 
 
-def _tile(image, scale):
+def _tile(image, scale, colormap):
     """Return one PIL tile of an image [C x H x W], or of the three middle slices of a volume [C x D x H x W]."""
     values = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+    if colormap and len(values) == 1:
+        values = np.moveaxis(open_colormap(colormap).to_colors(values[0] / 255), -1, 0)
     if values.ndim == 4:
         slices = [values.take(values.shape[axis] // 2, axis) for axis in (1, 2, 3)]
         height = max(part.shape[1] for part in slices)
