@@ -38,7 +38,7 @@ RESTRICTED = {
     "matplotlib": (["evaluation.figures", "data.colormaps"], False),
     "tensorboard": (["logger"], True),
 }
-ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "lpips", "bitsandbytes"]
+ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "SimpleITK", "lpips", "bitsandbytes"]
 
 
 def parse_module(module):

@@ -1,5 +1,6 @@
 import gzip
 import struct
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -620,3 +621,291 @@ def test_complex_volumes_are_not_resampled(tmp_path):
     np.save(tmp_path / "a.npy", SCENE + 1j)
     with pytest.raises(ValueError, match="a.npy: complex values are not resampled; omit --resample_spacing"):
         opened(tmp_path, "1x1x1", spacing="1", resample_spacing="2", dynamic_range_db=40.0, reference_db="0")
+
+
+# --- Frames ---
+
+
+def save_frames(path, count, unit="unknown"):
+    """Write `count` frames of the scene, in which frame k is the scene plus k; return them [T x D x H x W]."""
+    frames = np.stack([SCENE // 2 + k for k in range(count)])
+    image = nibabel.Nifti1Image(np.moveaxis(frames, 0, -1)[::-1], np.diag([-1.0, 1, 1, 1]))
+    image.header.set_xyzt_units("mm", unit)
+    nibabel.save(image, path)
+    return frames
+
+
+@pytest.mark.parametrize("name", ["mr_a.nii", "mr_a.nii.gz"])
+def test_each_frame_of_a_file_is_an_item(tmp_path, name):
+    frames = save_frames(tmp_path / name, 6, "sec")
+    np.save(tmp_path / "ct_b.npy", SCENE)
+    volumes = opened(tmp_path, "5x6x4", crop="grid", frames="all")
+    assert volumes.names == [f"ct_b.npy[0,0,{k}]" for k in (0, 3)] + [f"{name}[{t}][0,0,{k}]" for t in range(6)
+                                                                      for k in (0, 3)]
+    assert volumes.labels.tolist() == [0] * 2 + [1] * 12 and volumes.shape == (1, 5, 6, 4)
+    assert all(np.array_equal(volumes.read(2 + 2 * t)[0] * 255, frames[t][..., :4]) for t in range(6))
+    assert volumes.preprocessing["frames"] == "all" and np.array_equal(volumes.read_volume(1)[0] * 255, frames[0])
+    first = opened(tmp_path, "5x6x7", frames="first")
+    assert first.names == ["ct_b.npy", name] and np.array_equal(first.read(1)[0] * 255, frames[0])
+
+
+def test_frames_are_resampled(tmp_path):
+    frames = save_frames(tmp_path / "a.nii.gz", 5)
+    volumes = opened(tmp_path, "5x6x7", crop="none", frames="all", resample_spacing="1,1,1.0")
+    assert np.array_equal(volumes.read(4)[0] * 255, frames[4])
+    finer = opened(tmp_path, "10x6x7", crop="none", frames="all", resample_spacing="0.5,1,1")
+    difference = finer.batch([4]) - finer.batch([1])
+    assert len(finer) == 5 and torch.allclose(difference * 255, torch.tensor(3.0), atol=1e-3)
+
+
+def test_few_volumes_are_channels_unless_they_are_timed(tmp_path):
+    frames = save_frames(tmp_path / "a.nii", 3)
+    volumes = opened(tmp_path, "5x6x7")
+    assert volumes.shape == (3, 5, 6, 7) and np.array_equal(volumes.read(0) * 255, frames)
+    assert "frames" not in volumes.preprocessing    # as in earlier caches
+    save_frames(tmp_path / "a.nii", 3, "msec")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.nii: cannot be read .*, got 3 volumes of a series in time; "
+                                         "set --frames all to read each of them as an item, or --frames first.;"):
+        opened(tmp_path, "5x6x7")
+    assert opened(tmp_path, "5x6x7", frames="channels").shape == (3, 5, 6, 7)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.npy"])
+def test_many_volumes_in_a_file_require_the_flag(tmp_path, name):
+    frames = save_frames(tmp_path / "a.nii.gz", 5)
+    if name == "a.npy":
+        np.save(tmp_path / name, frames)
+        (tmp_path / "a.nii.gz").unlink()
+    for setting in ("", "channels"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/{name}: .* got 5 volumes; set --frames all to read each"):
+            opened(tmp_path, "5x6x7", frames=setting)
+    assert len(opened(tmp_path, "5x6x7", frames="all")) == 5
+
+
+@pytest.mark.parametrize("shape, channels", [((5, 6, 7, 1), 1), ((5, 6, 7, 1, 3), 3), ((5, 6, 7, 1, 1), 1)])
+@pytest.mark.parametrize("frames", ["", "all"])
+def test_fifth_axis_of_a_nifti_are_channels(tmp_path, shape, channels, frames):
+    values = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.header.set_xyzt_units("mm", "sec")
+    nibabel.save(image, tmp_path / "a.nii")
+    volumes = opened(tmp_path, "5x6x7", frames=frames)
+    expected = np.moveaxis(values.reshape(5, 6, 7, channels), -1, 0)
+    assert len(volumes) == 1 and np.array_equal(volumes.read(0) * 255, expected)
+
+
+def test_a_nifti_of_frames_with_channels_or_colors_is_rejected(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 2, 3), np.uint8), np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match="a.nii: cannot be read .*expected one axis after the first three, got 2"):
+        opened(tmp_path, "4x4x4", frames="all")
+    colors = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colors, np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match="a.nii: cannot be read .*expected numbers, got colors"):
+        opened(tmp_path, "4x4x4")
+
+
+# --- DICOM, NRRD and MetaImage ---
+
+
+@pytest.fixture
+def itk():
+    return pytest.importorskip("SimpleITK")
+
+
+def itk_image(itk, values, code="RAS", spacing=(1, 1, 1)):
+    """Return a SimpleITK image of values in the order R, A, S (x channels), stored in the directions `code`."""
+    image = nibabel.Nifti1Image(values, np.diag([*spacing, 1.0]))
+    stored = image.as_reoriented(nibabel.orientations.axcodes2ornt(code))
+    matrix = np.diag([-1, -1, 1]) @ stored.affine[:3, :3]
+    found = itk.GetImageFromArray(np.swapaxes(np.asarray(stored.dataobj), 0, 2), isVector=values.ndim == 4)
+    found.SetSpacing(np.linalg.norm(matrix, axis=0).tolist())
+    found.SetDirection((matrix / np.linalg.norm(matrix, axis=0)).flatten().tolist())
+    return found
+
+
+def save_series(itk, folder, values, code="RAS", spacing=(1.0, 1.0, 1.0), positions=None, series="1.2.3", intercept=0):
+    """Write values [R x A x S] as DICOM slices in the directions `code`, the names of files in a random order."""
+    folder.mkdir(exist_ok=True, parents=True)
+    image = itk_image(itk, values.astype(np.int16), code, spacing)
+    matrix = np.reshape(image.GetDirection(), (3, 3))
+    writer = itk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in range(image.GetDepth()):
+        position = k * image.GetSpacing()[2] if positions is None else positions[k]
+        part = image[:, :, k]
+        plane = itk.GetImageFromArray(itk.GetArrayFromImage(part)[None])    # the writer subtracts the intercept
+        plane.SetSpacing((*image.GetSpacing()[:2], 9.0))    # the thickness of a slice is not their distance
+        tags = {"0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{series}.{k}", "0020|000e": series,
+                "0020|000d": "1.2", "0008|0060": "CT", "0020|0013": "1", "0028|1052": str(intercept), "0028|1053": "1",
+                "0020|0032": "\\".join(f"{v:g}" for v in matrix[:, 2] * position),
+                "0020|0037": "\\".join(f"{v:g}" for v in (*matrix[:, 0], *matrix[:, 1])),
+                "0018|0050": "9"}
+        for tag, value in tags.items():
+            plane.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{series}_{(7 * k + 3) % 11:02d}.dcm"))
+        writer.Execute(plane)
+
+
+@pytest.mark.parametrize("name", ["nrrd", "mha", "mhd", "gz.nrrd", "gz.mha", "gz.mhd"])
+@pytest.mark.parametrize("code", ["RAS", "LAS", "LPI", "PIR"])
+def test_formats_of_itk_agree_with_nifti(itk, tmp_path, name, code):
+    itk.WriteImage(itk_image(itk, SCENE, code, (2, 3, 4)), str(tmp_path / f"a.{name}"), name.startswith("gz"))
+    save_nifti(tmp_path / "b.nii", SCENE, "PIR", (2, 3, 4))
+    volumes = opened(tmp_path, "5x6x7", crop="none")
+    assert len(volumes) == 2 and volumes.spacings == [pytest.approx((2, 3, 4))] * 2 and not volumes.notes
+    assert all(np.array_equal(volumes.read(i)[0] * 255, SCENE) for i in range(2)) and volumes.kinds == {"uint8": 2}
+    patches = opened(tmp_path, "2x2x2", crop="grid")
+    assert len(patches) == 2 * 3 * 3 * 4 and torch.equal(patches.batch(range(36)), patches.batch(range(36, 72)))
+
+
+def test_channels_and_frames_of_itk(itk, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
+    itk.WriteImage(itk_image(itk, values.swapaxes(0, 2).swapaxes(0, 2)), str(tmp_path / "a.nrrd"))
+    volumes = opened(tmp_path, "5x6x7")
+    assert np.array_equal(volumes.read(0) * 255, np.moveaxis(values, -1, 0))
+    (tmp_path / "a.nrrd").unlink()
+    frames = np.stack([SCENE // 2 + k for k in range(5)])
+    itk.WriteImage(itk.GetImageFromArray(frames.transpose(0, 3, 2, 1), isVector=False), str(tmp_path / "a.mha"))
+    volumes = opened(tmp_path, "5x6x7", frames="all", orientation="LPS")
+    assert len(volumes) == 5 and np.array_equal(volumes.read(3)[0] * 255, frames[3])
+    with pytest.raises(ValueError, match="a.mha: cannot be read .*got 5 volumes; set --frames all"):
+        opened(tmp_path, "5x6x7")
+
+
+def test_an_nrrd_without_a_space_states_no_directions(itk, tmp_path):
+    header = b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 5 6 7\nencoding: raw\n\n"
+    (tmp_path / "a.nrrd").write_bytes(header + SCENE.tobytes("F"))
+    save_nifti(tmp_path / "b.nii", SCENE, "LAS")
+    volumes = opened(tmp_path, "5x6x7")
+    assert all(np.array_equal(volumes.read(i)[0] * 255, SCENE) for i in range(2))
+    assert "1 of 2 volumes state no directions" in volumes.notes[0]
+
+
+@pytest.mark.parametrize("code", ["LPS", "RAS", "PIR", "SLA"])
+@pytest.mark.parametrize("intercept", [0, -1000])
+def test_a_dicom_series_is_one_volume(itk, tmp_path, code, intercept):
+    values = SCENE.astype(np.int16) * 8 - 1000
+    save_series(itk, tmp_path / "ct_1", values, code, (2.0, 3.0, 4.0), intercept=intercept)
+    save_series(itk, tmp_path / "mr" / "x_2", values, "RAS", (2.0, 3.0, 4.0))
+    save_nifti(tmp_path / "mr" / "y_3.nii", values, "LAS", (2, 3, 4))
+    stored = (tmp_path / "ct_1" / "1.2.3_03.dcm").read_bytes()[-40:]
+    assert (np.frombuffer(stored, "<i2").min() >= 0) == (intercept != 0)
+    volumes = opened(tmp_path, "5x6x7", crop="none", value_range="-1000,1040")
+    assert volumes.names == ["ct_1", "mr/x_2", "mr/y_3.nii"] and volumes.ignored == 0 and volumes.left_out == {}
+    assert volumes.spacings == [pytest.approx((2, 3, 4))] * 3 and not volumes.notes
+    for i in range(3):
+        np.testing.assert_array_equal(np.rint(volumes.read(i)[0] * 2040 - 1000), values)
+
+
+def test_the_folder_itself_may_be_a_series(itk, tmp_path):
+    save_series(itk, tmp_path / "scan", SCENE)
+    for folder in (f"{tmp_path}/scan", f"{tmp_path}/scan/"):
+        volumes = opened(folder, "5x6x7", value_range="0,255")
+        assert volumes.names == ["scan"] and np.array_equal(np.rint(volumes.read(0)[0] * 255), SCENE)
+
+
+def test_a_dicom_file_of_several_frames_is_a_volume(itk, tmp_path):
+    for name in "ab":
+        itk.WriteImage(itk_image(itk, SCENE, "LPS", (2, 3, 4)), str(tmp_path / f"{name}.dcm"))
+    volumes = opened(tmp_path, "5x6x7", crop="none")
+    assert volumes.names == ["a.dcm", "b.dcm"]
+    assert all(np.array_equal(volumes.read(i)[0] * 255, SCENE) for i in range(2))
+
+
+def test_oblique_series_have_the_nearest_directions(itk, tmp_path):
+    image = itk_image(itk, SCENE, "LPS", (2, 3, 4))
+    image.SetDirection(turned(10).flatten().tolist())
+    itk.WriteImage(image, str(tmp_path / "a.mha"))
+    volumes = opened(tmp_path, "5x6x7")
+    assert np.array_equal(volumes.read(0)[0] * 255, SCENE) and "up to 10.0 degrees" in volumes.notes[0]
+
+
+@pytest.mark.parametrize("make, match", [
+    (lambda itk, f: save_series(itk, f, SCENE, positions=[0, 1, 2, 4, 5, 6, 7]),
+     r"/s/1.2.3_02.dcm is 2 mm from .*/s/1.2.3_06.dcm: expected 1 mm, the median of the series; add the missing"),
+    (lambda itk, f: save_series(itk, f, SCENE, positions=[0, 1, 2, 2, 3, 4, 5]),
+     r"/s/1.2.3_0\d.dcm has the position of .*/s/1.2.3_0\d.dcm: expected one slice per position"),
+    (lambda itk, f: (save_series(itk, f, SCENE), save_series(itk, f, SCENE, series="1.2.4")),
+     r"/s/1.2.4_\d\d.dcm: expected the series of .*/s/1.2.3_\d\d.dcm, 1.2.3, got 1.2.4; put each series into"),
+    (lambda itk, f: (save_series(itk, f, SCENE), save_series(itk, f.with_name("t"), SCENE[:4]),
+                     (f.with_name("t") / "1.2.3_03.dcm").rename(f / "1.2.3_03.dcm")),
+     r"/s/1.2.3_03.dcm: expected the size of .*/s/1.2.3_01.dcm, .5, 6, 1, 1., got .4, 6, 1, 1.; put each"),
+    (lambda itk, f: (save_series(itk, f, SCENE), (f / "1.2.3_03.dcm").write_bytes(b"no image")),
+     r"/s/1.2.3_03.dcm: cannot be read .*; fix or remove the file"),
+    (lambda itk, f: (save_series(itk, f, SCENE), (f / "1.2.3_10.dcm").write_bytes(b"")),
+     r"/s/1.2.3_10.dcm: cannot be read .*; fix or remove the file"),
+])
+def test_faulty_series_are_rejected(itk, tmp_path, make, match):
+    make(itk, tmp_path / "s")
+    with pytest.raises(ValueError, match=f"^{tmp_path}{match}"):
+        opened(tmp_path, "2x2x2", value_range="0,255")
+
+
+def test_changed_slices_are_another_series(itk, tmp_path):
+    save_series(itk, tmp_path / "s", SCENE)
+    before = opened(tmp_path, "5x6x7", value_range="0,255")
+    assert np.array_equal(np.rint(before.read(0)[0] * 255), SCENE)
+    save_series(itk, tmp_path / "s", SCENE[::-1])
+    after = opened(tmp_path, "5x6x7", value_range="0,255")
+    assert np.array_equal(np.rint(after.read(0)[0] * 255), SCENE[::-1]) and after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "c.nrrd", "c.mha", "a.dcm"])
+def test_truncated_files_of_itk_are_errors_with_the_name(itk, tmp_path, name, capfd):
+    path = tmp_path / name
+    itk.WriteImage(itk_image(itk, SCENE), str(path), name.startswith("c"))
+    content = path.read_bytes()
+    for end in (0, 10, len(content) // 2, len(content) - 40):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read .*; fix or remove the file$"):
+            opened(tmp_path, "5x6x7").read(0)
+
+
+def test_changed_bits_of_compressed_files_of_itk_never_give_other_voxels(itk, tmp_path):
+    unchanged = 0
+    for name in ("c.nrrd", "c.mha", "c.mhd"):
+        path = tmp_path / name
+        itk.WriteImage(itk_image(itk, SCENE), str(path), True)
+        data = next(tmp_path.glob("c.zraw"), path)
+        content = data.read_bytes()
+        for position in np.random.default_rng(0).choice(8 * 200, 40, replace=False):
+            changed = bytearray(content)
+            changed[-1 - position // 8] ^= 1 << position % 8
+            data.write_bytes(changed)
+            volume_folders._recent.clear()
+            try:
+                assert np.array_equal(opened(tmp_path, "5x6x7").read(0)[0] * 255, SCENE), f"{name} {position}"
+                unchanged += 1
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: cannot be read (")
+        path.unlink()
+    assert unchanged < 20   # e.g. in the length at the end of a gzip stream
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("a.nrrd", b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2000 3000 4000\nencoding: gzip\n\n",
+     "24000000000 pixels: expected at most --max_pixels 536870912"),
+    ("a.nrrd", b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 200 300 400\nencoding: gzip\n\n",
+     "24000000 pixels of 8 bits, more than [0-9]+ bytes can contain"),
+    ("a.nrrd", b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 3 4\ndata file: /etc/passwd\nencoding: raw\n\n",
+     "expected values in the same file, got the name of another one"),
+    ("a.mhd", b"NDims = 3\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = ../b.raw\n",
+     "ElementDataFile ../b.raw: expected LOCAL or the name of one file in the same folder"),
+    ("a.mhd", b"NDims = 3\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = LIST\nx.raw\n",
+     "ElementDataFile LIST: expected LOCAL or the name of one file in the same folder"),
+    ("a.mhd", b"NDims = 3\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = b.raw\n", "No such file"),
+    ("a.mha", b"NDims = 2\nDimSize = 2 3\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n......",
+     "expected 3 or 4 axes, got 2"),
+])
+def test_headers_of_itk_are_checked_before_values_are_read(itk, tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{name}: cannot be read .*{match}.*; fix or remove the file$"):
+        opened(tmp_path, "2x2x2")
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.dcm"])
+def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    (tmp_path / name).write_bytes(b"values")
+    with pytest.raises(ImportError, match=rf"{name} requires SimpleITK: pip install 'guided-diffusion-vae\[medical\]'"):
+        opened(tmp_path, "2x2x2")

@@ -28,9 +28,9 @@ RECORDED_IF_SET = ("label_column", "alpha", "colormap", "colormap_tolerance")
 class DataConfig:
     """Options of a dataset, and of the conversion of file values to [0, 1]."""
 
-    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, webp, bmp, npy, npz, nii; subfolders "
-                               "are classes), a .zip or .tar of images, or an .npz with images [N x H x W (x C)] and "
-                               "labels", essential=True)
+    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, webp, bmp, npy, npz, nii, dcm, nrrd, "
+                               "mha, mhd; subfolders are classes), a .zip or .tar of images, or an .npz with images "
+                               "[N x H x W (x C)] and labels", essential=True)
     image_size: size = option(64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
                                   "downsampled", essential=True)
     voxel_size: tuple = option((), "size of volumes as a list such as [128,128,64]; another name of --image_size")
@@ -76,6 +76,10 @@ class DataConfig:
     resample_spacing: distances = option(
         "", "voxel spacing in mm, one number or one per axis, to which volumes are resampled (linear, low-pass "
             "filtered where it increases); empty: none")
+    frames: str = option(
+        "", "fourth axis of volume files; all: each frame is an item; first: the first frame is read; channels: up to "
+            "4 channels of one volume; empty: channels, if there are up to 4 and the file states no unit of time",
+        choices=("", "all", "first", "channels"))
     label_column: str = option(
         "", "column with the classes in a label file of the folder (dataset.json, labels.csv, metadata.csv or "
             "metadata.jsonl); empty: the first of label, labels, class, class_name, category, target, y; none: classes "
@@ -85,7 +89,7 @@ class DataConfig:
 
     # Options of volumes that version 0.2 did not have, with the values that read files as it did. A header or a cache
     # without an entry means these. None is recorded for them, so that the digests of earlier caches remain valid.
-    VOLUME_OPTIONS: ClassVar = {"orientation": "", "resample_spacing": ""}
+    VOLUME_OPTIONS: ClassVar = {"orientation": "", "resample_spacing": "", "frames": "channels"}
 
     def __post_init__(self):
         vars(self).update(translate_pairs(vars(self)))     # voxel_size is another name of image_size

@@ -68,17 +68,18 @@ class FileSource(ImageSource):
         require((self.paths, f"{self.folder} contains no {self.kind} ({', '.join(extensions)}) among {len(files)} "
                              f"files; check {self._flag}{hint}"), error=FileNotFoundError)
         self.names = [name for (_, name), accepted in zip(visible, chosen) if accepted]
+        self.paths, self.names = self._merge(self.paths, self.names)
         found = find_labels(self.names, self.folder, self.config.label_column)
         self.class_names, self.labels, self.attributes, self.notes, self.label_record = found
         read = found.record.get("file")
-        self.ignored = len(files) - len(self.paths) - (read is not None)
+        self.ignored = len(files) - sum(chosen) - (read is not None)
         others = [path for (path, _), accepted in zip(visible, chosen) if not accepted and bf.basename(path) != read]
         self.left_out = dict(collections.Counter(file_extension(path) or "without ending" for path in others))
         if "://" in self.folder or is_archive(self.folder):
-            headers, stamps = zip(*_map_files(lambda path: (read_header(path), file_stamp(path)), self.paths))
+            headers, stamps = zip(*_map_files(lambda path: (read_header(path), self._stamp(path)), self.paths))
         else:
             statuses = _map_files(functools.partial(_status, read_header), self.paths)
-            stamps = (f"{status.st_size} {status.st_mtime}" for status in statuses)
+            stamps = map(self._stamp, self.paths, statuses)
             headers = self._read_headers(read_header, statuses)
         self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
         return headers
@@ -108,6 +109,14 @@ class FileSource(ImageSource):
             write_record(index, {"key": key, "headers": list(number), "numbers": base64.b64encode(numbers).decode()})
         distinct = list(number)
         return [distinct[number] for number in numbers.tolist()]    # equal ones are one object
+
+    def _merge(self, paths, names):
+        """Return (paths, names) of what is read as one: here each file."""
+        return paths, names
+
+    def _stamp(self, path, status=None):
+        """Return a text that changes with the content of a path, of which `os.stat` may be known."""
+        return file_stamp(path) if status is None else f"{status.st_size} {status.st_mtime}"
 
     def _check_files(self, headers, full_range):
         """Check that each file is large enough and has the range of values that its type requires."""

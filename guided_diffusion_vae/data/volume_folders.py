@@ -1,6 +1,7 @@
 """Read volume files as patches for training or as full volumes, as float32 in [0, 1]."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,11 +18,12 @@ from .decoding import FULL_RANGE, load_npy, unit_scale
 from .labels import find_labels
 from .listing import FileSource, file_stamp
 from .medical import (
-    VolumeHeader, align_axes, axis_codes, load_nifti, nifti_header, orient, tilt_degrees, with_channels,
+    VolumeHeader, align_axes, axis_codes, is_medical, load_medical, merge_series, orient, path_stamp,
+    read_medical_header, split_frames, tilt_degrees,
 )
 from .npz import open_archive, read_archive_headers
 
-EXTENSIONS = ("npy", "npz", "nii", "gz")
+EXTENSIONS = ("npy", "npz", "nii", "gz", "dcm", "nrrd", "mha", "mhd")
 CACHE_BYTES = 4 * 2**30     # of unpacked volumes kept in memory, as patches come from the same files again
 SPACING_TOLERANCE = 1.01    # ratio of spacings that count as the same
 TILT_DEGREES = 1.0          # above which oblique axes are logged
@@ -67,20 +69,21 @@ class VolumeFolder(FileSource):
         super().__init__(config, flag)
         self.sides = config.sides
         stored = self._list_files(EXTENSIONS, _is_volume,
-                                  functools.partial(read_header, max_pixels=config.max_pixels),
+                                  functools.partial(read_header, max_pixels=config.max_pixels, frames=config.frames),
                                   ", or set --image_size to two sizes for images", find_labels)
         headers = self._resample(self._orient(stored))
         self._check_files(headers, FULL_RANGE)
         self._check_volumes(headers)
         self._set_shape(headers[0].channels, headers, multiple)
-        # An item is (file, corner of a patch); the corner None is chosen on access.
+        # An item is (file, frame, corner of a patch); the corner None is chosen on access.
         repeats = config.patches_per_volume if config.crop == "random" else 1
         corners = [_patch_corners(header.sides, self.sides) if config.crop == "grid" else [None] * repeats
                    for header in headers]
-        self.items = [(file, corner) for file, file_corners in enumerate(corners) for corner in file_corners]
-        self.names = [self.names[file] + ("" if corner is None else "[{},{},{}]".format(*corner))
-                      for file, corner in self.items]
-        files = [file for file, _ in self.items]
+        self.items = [(file, frame, corner) for file, header in enumerate(headers) for frame in range(header.frames)
+                      for corner in corners[file]]
+        self.names = [self.names[file] + (f"[{frame}]" if headers[file].frames > 1 else "")
+                      + ("" if corner is None else "[{},{},{}]".format(*corner)) for file, frame, corner in self.items]
+        files = [file for file, _, _ in self.items]
         self.labels = None if self.labels is None else self.labels[files]
         self.attributes = {name: values[files] for name, values in self.attributes.items()}
 
@@ -92,7 +95,8 @@ class VolumeFolder(FileSource):
     @property
     def preprocessing(self):
         """The settings that map files to values, as recorded by checkpoints."""
-        options = {"orientation": self.orientation, "resample_spacing": self.config.resample_spacing}
+        options = {"orientation": self.orientation, "resample_spacing": self.config.resample_spacing,
+                   "frames": self.config.frames or "channels"}
         return {**super().preprocessing, "spacing": format_spacing(self.spacing),
                 **{name: value for name, value in options.items() if value != self.config.VOLUME_OPTIONS[name]}}
 
@@ -101,8 +105,8 @@ class VolumeFolder(FileSource):
 
         By default a random patch has a fixed position that depends on the index.
         """
-        file, corner = self.items[index]
-        volume = self._values(file)
+        file, frame, corner = self.items[index]
+        volume = self._values(file, frame)
         if corner is None:
             room = [n - m for n, m in zip(volume.shape[1:], self.sides)]
             if self.random_crop:
@@ -114,7 +118,7 @@ class VolumeFolder(FileSource):
         return self._pad(self._unit(volume[(slice(None), *window)], file))
 
     def read_volume(self, file):
-        """Return volume `file` (not an item) as float32 [C x D x H x W] at its own size."""
+        """Return volume `file` (not an item), its first frame, as float32 [C x D x H x W] at its own size."""
         return self._unit(self._values(file), file)
 
     def batch(self, indices, flips=None, rngs=None):
@@ -130,13 +134,21 @@ class VolumeFolder(FileSource):
     def _note(self, sentence):
         self.notes = [*self.notes, sentence]
 
-    def _values(self, file):
-        """Return the values of a file [C x D x H x W] in the directions and spacing of all, a view if possible."""
+    def _values(self, file, frame=0):
+        """Return a volume [C x D x H x W] in the directions and spacing of all, a view of its file if possible."""
         path, arrangement, max_pixels = self.paths[file], self._arrangements[file], self.config.max_pixels
         if arrangement.ratios is None:
-            return orient(read_volume(path, max_pixels), arrangement.axes)
-        return cached(path, lambda: _resample(orient(load_volume(path, max_pixels), arrangement.axes), arrangement),
-                      arrangement)
+            values = orient(read_volume(path, max_pixels), arrangement.axes)
+        else:
+            load = lambda: _resample(orient(load_volume(path, max_pixels), arrangement.axes), arrangement)
+            values = cached(path, load, arrangement)
+        return values if self.shape[0] > 1 else values[frame:frame + 1]
+
+    def _merge(self, paths, names):
+        return merge_series(paths, names)
+
+    def _stamp(self, path, status=None):
+        return path_stamp(path, super()._stamp) if is_medical(path) else super()._stamp(path, status)
 
     def _unit(self, values, file):
         # A resampled volume is float32, whatever the type of the file was.
@@ -271,43 +283,53 @@ def _resample(values, arrangement):
 
 
 def _is_volume(path):
-    """Return whether the name of a file is that of a volume."""
-    return file_extension(path) in ("npy", "npz", "nii") or path.lower().endswith(".nii.gz")
+    extension = file_extension(path)
+    return extension in EXTENSIONS and (extension != "gz" or path.lower().endswith(".nii.gz"))
 
 
-def read_header(path, max_pixels=MAX_PIXELS):
-    """Return the `VolumeHeader` of a file.
+def volume_stamp(path):
+    """Return sizes and modification times of the files of a volume as text."""
+    return path_stamp(path, file_stamp) if is_medical(path) else file_stamp(path)
+
+
+def read_header(path, max_pixels=MAX_PIXELS, frames=""):
+    """Return the `VolumeHeader` of a file, or of the folder of a DICOM series.
 
     :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
     """
-    with file_errors(path):
-        if file_extension(path) in ("nii", "gz"):
-            return nifti_header(path, max_pixels)
+    with _volume_errors(path):
+        if is_medical(path):
+            return read_medical_header(path, max_pixels, frames)
         if file_extension(path) == "npz":
             shape, _, dtype, *_ = _volume_in_archive(path)[1]
         else:
             values = _open_npy(path)
             shape, dtype = values.shape, values.dtype
-        channels, *sides = with_channels(shape)
-        return VolumeHeader(channels, tuple(sides), str(dtype))
+        count, channels, *sides = split_frames(shape, frames)
+        return VolumeHeader(channels, tuple(sides), str(dtype), frames=count)
 
 
 def read_volume(path, max_pixels=MAX_PIXELS):
-    """Return the values of a file [C x D x H x W], axes as stored; memory-mapped, or kept in memory, if possible."""
+    """Return the channels or frames of a file [N x D x H x W]; memory-mapped, or kept in memory, if possible."""
     return cached(path, functools.partial(load_volume, path, max_pixels))
 
 
 def load_volume(path, max_pixels=MAX_PIXELS):
-    """Return the values of a file [C x D x H x W], axes as stored; memory-mapped if possible."""
-    with file_errors(path):
-        if file_extension(path) == "npy":
-            values = _open_npy(path)
+    """Return the channels or frames of a file [N x D x H x W], axes as stored; memory-mapped if possible."""
+    with _volume_errors(path):
+        if is_medical(path):
+            values = load_medical(path, max_pixels)
         elif file_extension(path) == "npz":
             name = _volume_in_archive(path)[0]
             values = open_archive(path, [name], in_memory=True, max_pixels=max_pixels)[name]
         else:
-            values = load_nifti(path, max_pixels)
-        return values.reshape(with_channels(values.shape))
+            values = _open_npy(path)
+        return values.reshape((-1, *values.shape[-3:]))
+
+
+def _volume_errors(path):
+    """Return a context that names the file in errors; a series names its slices itself."""
+    return contextlib.nullcontext() if path.endswith("/") else file_errors(path)
 
 
 _recent = collections.OrderedDict()     # (path, stamp, ...) -> unpacked values, the least recently used first
@@ -319,7 +341,7 @@ def cached(path, load, variant=None):
 
     :param variant: distinguishes other values made of the same file.
     """
-    key = str(path), file_stamp(path), variant
+    key = str(path), volume_stamp(path), variant
     with _recent_lock:
         if key in _recent:
             _recent.move_to_end(key)

@@ -183,7 +183,7 @@ def _check_same_items(low_res, source):
         raise ValueError(f"{low_res.folder} and {source.folder} have different autoencoders, "
                          f"{low_res.autoencoder['path']} and {source.autoencoder['path']}; re-encode one of them")
     for key in ("random_flip", "crop", "image_channels", "value_range", "value_window", "alpha", "colormap",
-                "orientation", "resample_spacing"):
+                "orientation", "resample_spacing", "frames"):
         values = low_res.preprocessing.get(key), source.preprocessing.get(key)
         if values[0] != values[1]:
             raise ValueError(f"{low_res.folder} was encoded with --{key} {values[0]}, {source.folder} with "
