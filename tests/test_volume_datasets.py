@@ -1,4 +1,5 @@
 import gzip
+import locale
 import struct
 import sys
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, VolumeFolder, ImageStream, open_folder, unpad, write_nifti,
 )
 from guided_diffusion_vae.checkpoint_util import require_same_model
+from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.data.volume_folders import read_volume
 from guided_diffusion_vae.files import write_record
 from guided_diffusion_vae.runs import spaces
 from guided_diffusion_vae.runs.run import Run
+from guided_diffusion_vae.vae_wrapper import PixelCodec
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -743,7 +746,9 @@ def save_series(itk, folder, values, code="RAS", spacing=(1.0, 1.0, 1.0), positi
         for tag, value in tags.items():
             plane.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}_{(7 * k + 3) % 11:02d}.dcm"))
+        encoding = locale.setlocale(locale.LC_CTYPE)
         writer.Execute(plane)
+        locale.setlocale(locale.LC_CTYPE, encoding)     # which the writer changes
 
 
 @pytest.mark.parametrize("name", ["nrrd", "mha", "mhd", "gz.nrrd", "gz.mha", "gz.mhd"])
@@ -841,6 +846,14 @@ def test_faulty_series_are_rejected(itk, tmp_path, make, match):
         opened(tmp_path, "2x2x2", value_range="0,255")
 
 
+def test_faulty_files_of_itk_are_read_by_one_thread_at_a_time(itk, tmp_path):
+    """Its NRRD reader crashes otherwise."""
+    for k in range(40):
+        (tmp_path / f"{k}.nrrd").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=f"^{tmp_path}/0.nrrd: cannot be read .*couldn't parse"):
+            opened(tmp_path, "2x2x2")
+
+
 def test_changed_slices_are_another_series(itk, tmp_path):
     save_series(itk, tmp_path / "s", SCENE)
     before = opened(tmp_path, "5x6x7", value_range="0,255")
@@ -909,3 +922,16 @@ def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path, name, monk
     (tmp_path / name).write_bytes(b"values")
     with pytest.raises(ImportError, match=rf"{name} requires SimpleITK: pip install 'guided-diffusion-vae\[medical\]'"):
         opened(tmp_path, "2x2x2")
+
+
+def test_an_old_cache_of_other_directions_is_named(tmp_path):
+    """The autoencoder records no preprocessing, so that the default of today differs from what version 0.2 did."""
+    folder, codec = tmp_path / "volumes", PixelCodec(1, dims=3)
+    folder.mkdir()
+    save_nifti(folder / "a.nii", np.tile(SCENE, (2, 2, 2))[:8, :8, :8], "LPS")
+    cache = LatentCacheConfig(cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):      # written, then verified
+        write_cache(opened(folder, orientation=""), codec, cache)
+    with pytest.raises(ValueError, match="contains a cache of other images or settings .*; orientation is 'RAS' now, "
+                                         "'' in the cache.; choose another"):
+        write_cache(opened(folder), codec, cache)

@@ -17,7 +17,7 @@ from ..locks import locked_folder
 from ..latent_datasets import (
     LatentCache, add_stored, encode_for_storage, group_name, is_cache, require_finite, require_same_autoencoder,
 )
-from . import Prefetcher, RunningMoments, keep_numbers
+from . import Prefetcher, RunningMoments, keep_numbers, recorded_options
 from .manifest import (
     ATTRIBUTES, CACHE_FLAG, EXACT, FILENAMES, FORMAT, LABELS, MANIFEST, VERSION, read_manifest, stored_shape,
 )
@@ -76,7 +76,7 @@ def write_cache(dataset: ImageSource, codec: Codec, config: LatentCacheConfig, p
         if not is_cache(folder):
             _encode(folder, key, fields, dataset, codec, config, part, progress, barrier, batch_size)
         elif rank == 0:
-            _check_finished(folder, key, codec)
+            _check_finished(folder, fields, key, codec)
         if rank == 0:
             _remove_leftovers(folder)
         barrier()
@@ -239,14 +239,19 @@ def _remove_leftovers(folder):
         record.unlink()
 
 
-def _check_finished(folder, key, codec):
-    """Check that a complete cache has the settings of `key`, and its files."""
+def _check_finished(folder, fields, key, codec):
+    """Check that a complete cache has the settings `fields` of `key`, and its files."""
     cache = LatentCache(folder)
     if cache.manifest["made_from"] != key:
         require_same_autoencoder(cache, codec)
         settings = {"store": cache.manifest["store"], "latent_dtype": cache.manifest["dtype"],
                     **{name: cache.manifest.get(name, exact) for name, exact in EXACT.items()}}
         flags = ", ".join(f"--{name} {value}" for name, value in settings.items())
+        stored, current = ({**data, **recorded_options(data)}
+                           for data in (cache.manifest["preprocessing"], fields["preprocessing"]))
+        changes = "".join(f"; {name} is {current.get(name)!r} now, {stored.get(name)!r} in the cache"
+                          for name in sorted(stored.keys() | current.keys())
+                          if stored.get(name) != current.get(name) and name != "data_dir")
         raise ValueError(f"{folder} contains a cache of other images or settings ({cache.count} images of shape "
-                         f"{cache.image_shape}, {flags}); choose another {CACHE_FLAG} or remove it")
+                         f"{cache.image_shape}, {flags}{changes}); choose another {CACHE_FLAG} or remove it")
     cache.verify()

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import math
 import os
+import threading
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +20,7 @@ _MILLIMETERS = {"meter": 1e3, "micron": 1e-3}
 _SECONDS = "sec", "msec", "usec"    # units of the fourth axis of a NIfTI file
 _READERS = {"dcm": "GDCMImageIO", "nrrd": "NrrdImageIO", "mha": "MetaImageIO", "mhd": "MetaImageIO"}    # of SimpleITK
 _RAS = np.diag([-1.0, -1.0, 1.0])   # from the axes of ITK and DICOM, which run to the left, posterior and superior
+_itk_lock = threading.Lock()
 _GAP = 0.01     # by which distances of slices may differ, as a part of them and in mm
 
 
@@ -243,13 +245,14 @@ def _import_itk(path):
 
 
 @contextlib.contextmanager
-def _itk_errors():
-    """Convert errors of SimpleITK, of which the last lines say what is wrong.
+def _calling_itk():
+    """Call SimpleITK from one thread at a time, as its NRRD reader crashes on two faulty files at once.
 
-    :raises ValueError: with these lines.
+    :raises ValueError: with the last lines of an error of SimpleITK, which say what is wrong.
     """
     try:
-        yield
+        with _itk_lock:
+            yield
     except RuntimeError as error:
         reason = " ".join(str(error).rpartition("ERROR: ")[2].split())
         raise ValueError(reason.partition("): ")[2] or reason) from error
@@ -267,7 +270,7 @@ def _open_itk(path, max_pixels):
     reader = itk.ImageFileReader()
     reader.SetImageIO(_READERS[extension])
     reader.SetFileName(str(path))
-    with _itk_errors():
+    with _calling_itk():
         reader.ReadImageInformation()
     require((reader.GetDimension() in (3, 4), f"expected 3 or 4 axes, got {reader.GetDimension()}"))
     components = reader.GetNumberOfComponents()
@@ -300,9 +303,9 @@ def _load_itk(path, max_pixels):
         reader, _ = _open_itk(path, max_pixels)
         if file_extension(path) in ("mha", "mhd"):
             _check_meta_data(path)
-        with _itk_errors():
+        with _calling_itk():
             image = reader.Execute()
-        values = _import_itk(path).GetArrayFromImage(image)     # the last axis first, but for channels
+        values = _import_itk(path).GetArrayFromImage(image)     # the last axis first, channels last
         if image.GetNumberOfComponentsPerPixel() > 1:
             return values.reshape(values.shape[-4:]).transpose(3, 2, 1, 0)
         return values.transpose(2, 1, 0) if values.ndim == 3 else values.transpose(0, 3, 2, 1)
