@@ -2,6 +2,7 @@ import gzip
 import locale
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -763,6 +764,18 @@ def test_formats_of_itk_agree_with_nifti(itk, tmp_path, name, code):
     assert len(patches) == 2 * 3 * 3 * 4 and torch.equal(patches.batch(range(36)), patches.batch(range(36, 72)))
 
 
+def test_data_files_of_headers_are_not_left_out(itk, tmp_path):
+    for name in "ab":
+        itk.WriteImage(itk_image(itk, SCENE), str(tmp_path / f"{name}.mhd"))
+    volumes = open_folder(DataConfig(str(tmp_path), "5x6x7"))
+    assert len(volumes) == 2 and volumes.ignored == 0 and volumes.left_out == {}
+    (tmp_path / "c.raw").write_bytes(b"")
+    assert open_folder(DataConfig(str(tmp_path), "5x6x7")).left_out == {"raw": 1}
+    (tmp_path / "b.raw").write_bytes(SCENE[::-1].tobytes("F"))
+    changed = open_folder(DataConfig(str(tmp_path), "5x6x7"))
+    assert changed.fingerprint != volumes.fingerprint and np.array_equal(changed.read(1)[0] * 255, SCENE[::-1])
+
+
 def test_channels_and_frames_of_itk(itk, tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
     itk.WriteImage(itk_image(itk, values.swapaxes(0, 2).swapaxes(0, 2)), str(tmp_path / "a.nrrd"))
@@ -848,10 +861,15 @@ def test_faulty_series_are_rejected(itk, tmp_path, make, match):
 
 def test_faulty_files_of_itk_are_read_by_one_thread_at_a_time(itk, tmp_path):
     """Its NRRD reader crashes otherwise."""
-    for k in range(40):
-        (tmp_path / f"{k}.nrrd").write_bytes(b"no image")
-        with pytest.raises(ValueError, match=f"^{tmp_path}/0.nrrd: cannot be read .*couldn't parse"):
-            opened(tmp_path, "2x2x2")
+    path = tmp_path / "a.nrrd"
+    path.write_bytes(b"no image")
+
+    def read(_):
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read .*couldn't parse"):
+            volume_folders.read_header(str(path))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(300)))
 
 
 def test_changed_slices_are_another_series(itk, tmp_path):

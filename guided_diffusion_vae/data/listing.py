@@ -72,8 +72,10 @@ class FileSource(ImageSource):
         found = find_labels(self.names, self.folder, self.config.label_column)
         self.class_names, self.labels, self.attributes, self.notes, self.label_record = found
         read = found.record.get("file")
-        self.ignored = len(files) - sum(chosen) - (read is not None)
-        others = [path for (path, _), accepted in zip(visible, chosen) if not accepted and bf.basename(path) != read]
+        parts = self._parts(self.paths)
+        self.ignored = len(files) - sum(chosen) - len(parts) - (read is not None)
+        others = [path for (path, _), accepted in zip(visible, chosen)
+                  if not accepted and path not in parts and bf.basename(path) != read]
         self.left_out = dict(collections.Counter(file_extension(path) or "without ending" for path in others))
         if "://" in self.folder or is_archive(self.folder):
             headers, stamps = zip(*_map_files(lambda path: (read_header(path), self._stamp(path)), self.paths))
@@ -113,6 +115,10 @@ class FileSource(ImageSource):
     def _merge(self, paths, names):
         """Return (paths, names) of what is read as one: here each file."""
         return paths, names
+
+    def _parts(self, paths):
+        """Return the set of the files that are read as parts of others: here none."""
+        return set()
 
     def _stamp(self, path, status=None):
         """Return a text that changes with the content of a path, of which `os.stat` may be known."""

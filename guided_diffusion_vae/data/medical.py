@@ -344,6 +344,16 @@ def _meta_data_file(path):
     return data
 
 
+def data_files(paths):
+    """Return the set of the files beside .mhd headers that contain their values."""
+    found = set()
+    for path in paths:
+        if file_extension(path) == "mhd":
+            with file_errors(path):
+                found.add(_meta_data_file(path))
+    return found - set(paths)
+
+
 def _check_meta_data(path):
     """Compare compressed values of a MetaImage with their checksum, which ITK ignores."""
     header, start = _read_meta_header(path)

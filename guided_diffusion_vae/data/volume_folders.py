@@ -18,7 +18,7 @@ from .decoding import FULL_RANGE, load_npy, unit_scale
 from .labels import find_labels
 from .listing import FileSource, file_stamp
 from .medical import (
-    VolumeHeader, align_axes, axis_codes, is_medical, load_medical, merge_series, orient, path_stamp,
+    VolumeHeader, align_axes, axis_codes, data_files, is_medical, load_medical, merge_series, orient, path_stamp,
     read_medical_header, split_frames, tilt_degrees,
 )
 from .npz import open_archive, read_archive_headers
@@ -146,6 +146,9 @@ class VolumeFolder(FileSource):
 
     def _merge(self, paths, names):
         return merge_series(paths, names)
+
+    def _parts(self, paths):
+        return data_files(paths)
 
     def _stamp(self, path, status=None):
         return path_stamp(path, super()._stamp) if is_medical(path) else super()._stamp(path, status)
