@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 # From the bottom up: a module imports only modules listed before it, so there are no circles.
 LAYERS = """
     config data.archives data.resizing data.statistics launchers locks runs.deprecated files interfaces losses nn
-    vae.tiling
+    state_dicts vae.tiling
     checkpoint_util data.augmentation data.config data.colormaps data.decoding data.labels data.listing data.manifest
     data.medical data.npz dist_util
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks

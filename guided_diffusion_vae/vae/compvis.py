@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoint_util import iter_state_dicts, without_prefix
 from ..config import require
+from ..state_dicts import iter_state_dicts, without_prefix
 
 MARKER = "encoder.down.0.block.0.conv1.weight"      # the end of a name that occurs in no other layout
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")     # others are losses and copies for training

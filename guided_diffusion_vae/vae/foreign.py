@@ -19,6 +19,7 @@ from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from ..config import as_dict, from_dict, require, to_tuple
 from ..files import MAX_YAML_NODES, READ_ERRORS, file_errors, read_record, read_yaml_file
+from ..state_dicts import iter_state_dicts
 from . import compvis
 from .posterior import LOGVAR_RANGE
 
@@ -93,7 +94,7 @@ class Source:
     @property
     def has_diffusers_names(self) -> bool:
         """Whether a weights file contains an AutoencoderKL of diffusers, or the network of a config next to it."""
-        named = (name for _, weights in checkpoint_util.iter_state_dicts(self.weights[0]) for name in weights)
+        named = (name for _, weights in iter_state_dicts(self.weights[0]) for name in weights)
         return self.path.is_file() and not self.vae_config and (
             _class_name(self.path.parent) in _DIFFUSERS or any(name.endswith(DIFFUSERS_MARKER) for name in named)
         )

@@ -1,0 +1,133 @@
+"""Find the state dict that fits a model: weights of other projects are in dictionaries, or have prefixes."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+
+from .config import require
+
+
+def load_strict(model: torch.nn.Module, weights: dict, path, flag="--model_path") -> dict:
+    """Load weights strictly and return their state dict; `weights` are what `load_weights` returned.
+
+    Weights inside of dictionaries, or whose names have a prefix, are loaded if only one state dict fits the model.
+
+    :raises ValueError: with the first differences, if keys or shapes do not match; with the names of the state dicts
+        that fit, if there are several.
+    """
+    if is_flat(weights):
+        try:
+            model.load_state_dict(weights)
+            return weights
+        except RuntimeError:
+            pass
+    expected = _shapes(model.state_dict())
+    readings = _readings(weights, expected)
+    errors = [_load_error(model, reading.state_dict) for reading in readings]
+    fitting = [reading for reading, error in zip(readings, errors) if error is None]
+    if len(fitting) == 1:
+        model.load_state_dict(fitting[0].state_dict)    # as later readings have left a part of their values
+        return fitting[0].state_dict
+    _require_single(fitting, path, flag)
+    readings += [Reading(place, state_dict, 0) for place, state_dict in iter_state_dicts(weights)]
+    closest = max(readings, key=lambda reading: (reading.matches, len(reading.state_dict)), default=Reading("", {}, 0))
+    found = _shapes(closest.state_dict)
+    lines = [f"{k}: expected {expected.get(k, 'nothing')}, got {found.get(k, 'nothing')}"
+             for k in sorted(expected.keys() | found.keys()) if found.get(k) != expected.get(k)]
+    contents = "" if is_flat(weights) else f"; it contains {_describe_contents(weights)}"
+    raise ValueError(f"{path} does not match the model ({len(lines)} of {len(expected)} entries differ; "
+                     f"{'; '.join(lines[:3])}){contents}; check {flag} and the flags of the model")
+
+
+def select_weights(model: torch.nn.Module, weights: dict, path, flag: str) -> dict:
+    """Return the state dict in what `load_weights` returned that has the most weights in common with a model.
+
+    :raises ValueError: if none has any, or several have the same number.
+    """
+    expected = _shapes(model.state_dict())
+    if is_flat(weights) and _count_matches(weights, expected):
+        return weights
+    readings = _readings(weights, expected)
+    most = max((reading.matches for reading in readings), default=0)
+    contents = "" if is_flat(weights) else f"; it contains {_describe_contents(weights)}"
+    require((most, f"{path} has no weights in common with this model{contents}; check {flag}"))
+    closest = [reading for reading in readings if reading.matches == most]
+    _require_single(closest, path, flag)
+    return closest[0].state_dict
+
+
+class Reading(NamedTuple):
+    """A state dict in a weights file, where it is, and the number of its weights that have the shape of the model's."""
+
+    place: str
+    state_dict: dict
+    matches: int
+
+
+def iter_state_dicts(content, place: str = "", depth: int = 4):
+    """Yield (place, state dict) of each dictionary of tensors within `content`, other than states of optimizers.
+
+    The place consists of keys, such as "model/ema"; `_orig_mod.`, which torch.compile adds to names, is removed.
+    """
+    if not isinstance(content, dict) or not depth:
+        return
+    tensors = OrderedDict((name.replace("_orig_mod.", ""), value) for name, value in content.items()
+                          if isinstance(name, str) and isinstance(value, torch.Tensor))
+    if tensors:
+        versions = getattr(content, "_metadata", None) or {}
+        tensors._metadata = {f"{name}.".replace("_orig_mod.", "")[:-1]: value for name, value in versions.items()}
+        yield place, tensors
+    for key, value in content.items():
+        if isinstance(key, str) and key != "state":     # of an optimizer
+            yield from iter_state_dicts(value, f"{place}/{key}".strip("/"), depth - 1)
+
+
+def without_prefix(state_dict: dict, prefix: str) -> dict:
+    """Return the weights whose names start with `prefix`, without it; versions of modules are kept."""
+    part = OrderedDict((name[len(prefix):], value) for name, value in state_dict.items() if name.startswith(prefix))
+    versions = getattr(state_dict, "_metadata", None) or {}
+    part._metadata = {name[len(prefix):]: value for name, value in versions.items() if f"{name}.".startswith(prefix)}
+    return part
+
+
+def _readings(content, expected):
+    """Return a `Reading` of each state dict and each prefix after which names are those of `expected`."""
+    found = []
+    for place, state_dict in iter_state_dicts(content):
+        ends = {name: [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")] for name in state_dict}
+        prefixes = {name[:end] for name in ends for end in ends[name] if name[end:] in expected}
+        for prefix in sorted(prefixes):
+            part = without_prefix(state_dict, prefix)
+            found.append(Reading(f"{place}/{prefix}*".strip("/"), part, _count_matches(part, expected)))
+    return found
+
+
+def _shapes(state_dict):
+    return {name: tuple(value.shape) for name, value in state_dict.items()}
+
+
+def _count_matches(state_dict, expected):
+    return sum(expected.get(name) == tuple(value.shape) for name, value in state_dict.items())
+
+
+def _load_error(model, state_dict):
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        return error
+
+
+def _require_single(readings, path, flag):
+    places = ", ".join(reading.place for reading in readings)
+    require((len(readings) < 2, f"{path} contains several sets of weights that fit the model: {places}; save one of "
+             f"them with torch.save in a file of its own, and set {flag} to it"))
+
+
+def _describe_contents(content):
+    return ", ".join(f"{next(iter(state_dict))} and {len(state_dict) - 1} others in {place or 'the file itself'}"
+                     for place, state_dict in iter_state_dicts(content))
+
+
+def is_flat(content):
+    return isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
