@@ -281,6 +281,7 @@ def test_help_all_shows_sections_choices_and_typed_defaults(capsys, monkeypatch)
     sections = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert sections == ["options", "data", "autoencoder", "autoencoder.training", "run"]
     assert "--num_channels TUPLE" in text and "(default: [32,64,64])" in text
+    assert "more than 10% of the files" in " ".join(text.split())
     assert "--recon_loss {l1,l2}" in text and "(default: 0.0001)" in text and "--dry_run BOOL" in text
 
 

@@ -68,7 +68,7 @@ class DataConfig:
     patches_per_volume: int = option(1, "patches per volume and epoch with --crop random", minimum=1)
     spacing: distances = option(
         "", "voxel spacing of volumes in mm, one number or one per axis, instead of that of the files; empty: that of "
-            "the files, which must agree within 1 percent, 1 if they state none (npy, npz)")
+            "the files, which must agree within 1%, 1 if they state none (npy, npz)")
     orientation: directions = option(
         "RAS", "directions in which the axes D, H, W of volumes increase, to which the axes of files are flipped and "
                "permuted, such as RAS (right, anterior, superior) or LPS; as_stored: those of the files, which must "

@@ -126,7 +126,7 @@ def argparser(doc, *classes):
             action = groups[selection.section].add_argument(
                 f"--{field.name}", default=field.default, type=_argument_type(functools.partial(read, field)),
                 metavar=f"{{{','.join(map(str, choices))}}}" if choices else kind.__name__.upper(),
-                help=field.metadata["help"],
+                help=field.metadata["help"].replace("%", "%%"),     # argparse formats the text
             )
             if essential is True or essential in flags:
                 parser.essential.append(action)
