@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae.data import ImageFolder, open_npz, write_npz
+from guided_diffusion_vae.data import ImageFolder, colormaps, open_npz, write_npz
 from guided_diffusion_vae.data.colormaps import (
     COLORMAPS, Colormap, _tables, count_colors, fit_colormap, open_colormap, recognize_colormap, same_colormap,
 )
-from guided_diffusion_vae.evaluation import EvaluateConfig
+from guided_diffusion_vae.evaluation import EvaluateConfig, RoundtripConfig, SamplePreview, roundtrip
 from guided_diffusion_vae.runs import loading, spaces
 from guided_diffusion_vae.runs.run import Run
 from guided_diffusion_vae.sampling import Sampler, SamplingConfig, generate_samples, to_pil
@@ -125,6 +125,12 @@ def test_the_most_frequent_colors_choose_the_table():
     jet, hot = open_colormap("jet/matlab64").table, open_colormap("hot").table
     colors, counts = count_colors([jet, jet, jet, jet, jet, hot])
     assert counts.sum() == 5 * 64 + 256 and fit_colormap(colors, counts).name.startswith("jet/")
+
+
+def test_rare_colors_do_not_choose_the_table(monkeypatch):
+    monkeypatch.setattr(colormaps, "MAX_FITTED", 64)
+    jet, hot = open_colormap("jet/matlab64").table, open_colormap("hot").table
+    assert fit_colormap(*count_colors([jet, jet, *[hot[8:]]])).name == "jet/matlab64"
 
 
 @pytest.mark.parametrize("name", ["jets", "jet/matlab65"])
@@ -334,6 +340,20 @@ def test_rgb_samples_are_moved_onto_the_map(tmp_path):
     assert np.array_equal(samples.images, table.project(noisy.clip(0, 255).astype(np.uint8)))
     with Image.open(tmp_path / "png" / "000001.png") as image:
         assert np.array_equal(np.asarray(image), samples.images[1])
+
+
+def test_previews_are_colored(tmp_path):
+    scalars = torch.from_numpy((SCALARS / 63).astype(np.float32))[:, None].repeat(3, 1, 1, 1)
+    sampler = sampler_of(scalars, colormap="jet/matlab64")
+    SamplePreview(sampler, tmp_path, "cpu", columns=2)(7)
+    with Image.open(tmp_path / "previews" / "000007.png") as sheet:
+        assert np.array_equal(np.asarray(sheet)[2:18, 2:18], open_colormap("jet/matlab64").table[SCALARS[0]])
+
+
+def test_reconstructions_of_scalars_state_their_colormap(tmp_path, colored):
+    source = folder_of(colored, colormap="jet")
+    roundtrip(PixelCodec(1), source, RoundtripConfig(save_npz=True), tmp_path, "cpu")
+    assert open_npz(tmp_path / "reconstructions_4x16x16x1.npz").colormap == "jet/matlab64"
 
 
 @pytest.mark.parametrize("requested, recognized, expected", [

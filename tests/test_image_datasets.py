@@ -374,6 +374,15 @@ def test_orientation_of_a_png_may_follow_its_pixels(tmp_path, order, placement):
     assert np.array_equal(read_values(str(path)), np.rot90(DEEP[:6, :, :3], -1))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind, letter", [(1, "B"), (3, "H"), (4, "I")])
+def test_orientation_is_an_integer_of_any_size(order, kind, letter):
+    value = struct.pack(order + letter, 8).ljust(4, b"\0")
+    exif = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, 2) + struct.pack(
+        f"{order}HHII", 271, 3, 1, 5) + struct.pack(f"{order}HHI", 274, kind, 1) + value
+    assert exif_orientation(exif) == exif_orientation(b"Exif\0\0" + exif) == 8
+
+
 @pytest.mark.parametrize("exif", [
     b"", b"II", b"Exif\0\0", b"JUNK" * 9, b"II*\0" + b"\xff" * 30,
     b"II*\0" + struct.pack("<IHHHIH", 8, 1, 274, 3, 1, 9) + bytes(6),
@@ -615,6 +624,9 @@ def test_images_that_compress_as_far_as_possible_are_decoded(tmp_path):
     Image.new("1", (3000, 3000)).save(tmp_path / "a.png", optimize=True)
     assert (tmp_path / "a.png").stat().st_size < 3000 * 3000 / 1032     # 1 bit per pixel
     assert read_values(str(tmp_path / "a.png")).shape == (3000, 3000, 1)
+    Image.new("RGB", (2100, 2100)).save(tmp_path / "a.webp", lossless=True)
+    assert (tmp_path / "a.webp").stat().st_size < 2100 * 2100 * 3 / 1032
+    assert read_values(str(tmp_path / "a.webp")).shape == (2100, 2100, 3)
 
 
 def npy_bytes(shape, size=144, dtype="|u1"):
