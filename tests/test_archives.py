@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import sys
 import tarfile
 import threading
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import scipy.io
 from PIL import Image
 
 from guided_diffusion_vae.data import ImageFolder, archives, open_folder
@@ -293,3 +295,207 @@ def test_threads_and_forked_processes_read_at_once(tmp_path, name, write):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert os.waitpid(child, 0)[1] == 0 and not wrong
+
+
+# arrays in MATLAB and HDF5 files
+
+
+def write_mat(path, values, **options):
+    scipy.io.savemat(path, values, **options)
+    return str(path)
+
+
+def write_mat73(path, values, classes=True):
+    """Write arrays as MATLAB does with -v7.3: HDF5 after a block of text, axes reversed, complex as (real, imag)."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, array in values.items():
+            array, kind = np.asarray(array).T, {"float64": "double", "float32": "single", "bool": "logical"}
+            if array.dtype.kind == "c":
+                pair = np.empty(array.shape, [("real", array.real.dtype), ("imag", array.real.dtype)])
+                pair["real"], pair["imag"] = array.real, array.imag
+                stored = file.create_dataset(name, data=pair)
+            else:
+                stored = file.create_dataset(name, data=array.astype(np.uint8) if array.dtype == bool else array)
+            if classes:
+                stored.attrs["MATLAB_class"] = np.bytes_(kind.get(array.real.dtype.name, array.real.dtype.name))
+    with open(path, "r+b") as stream:
+        stream.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM")
+    return str(path)
+
+
+def write_h5(path, values, **options):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for name, array in values.items():
+            file.create_dataset(name, data=array, **options)
+    return str(path)
+
+
+ARRAY_WRITERS = {"5.mat": write_mat, "7.mat": lambda path, values: write_mat(path, values, do_compression=True),
+                 "73.mat": write_mat73, "a.h5": write_h5,
+                 "a.HDF5": lambda path, values: write_h5(path, values, chunks=True, compression="gzip", shuffle=True)}
+TYPES = ["bool", "uint8", "uint16", "int16", "int32", "float32", "float64", "complex64", "complex128"]
+
+
+def random_array(shape, dtype):
+    values = RNG.normal(size=(2, *shape)) * 90
+    return (values[0] + 1j * values[1] if dtype.startswith("complex") else values[0] > 0 if dtype == "bool" else
+            values[0]).astype(dtype)
+
+
+def in_range(source):
+    return [source.read(i) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("name", ARRAY_WRITERS)
+@pytest.mark.parametrize("shape", [(9, 12), (8, 10, 3), (3, 8, 10), (1, 8, 9)])
+def test_the_same_matrix_has_the_same_values_in_every_format(tmp_path, name, shape):
+    settings = {"image_channels": 0, "dynamic_range_db": 40, "value_window": "-500,500"}
+    for dtype in TYPES:
+        array = random_array(shape, dtype)
+        for kind, write in (("files", ARRAY_WRITERS[name]), ("npy", lambda path, values: np.save(path, values["x"]))):
+            folder = tmp_path / kind / dtype
+            folder.mkdir(parents=True)
+            others = {"fs": np.full((1, 1), 4000.0), "time": np.ones((1, 9))}
+            write(folder / (name if kind == "files" else "a.npy"), {"x": array, **others})
+        found, expected = (open_images(tmp_path / kind / dtype, **settings) for kind in ("files", "npy"))
+        assert found.kinds == expected.kinds == {dtype: 1} and found.shape == expected.shape
+        assert np.array_equal(found._values(0), expected._values(0)) and found._values(0).dtype == dtype
+        assert np.array_equal(found.read(0), expected.read(0))
+
+
+@pytest.mark.parametrize("name", ARRAY_WRITERS)
+def test_one_of_several_arrays_is_named_by_array_key(tmp_path, name):
+    first, second = random_array((8, 8), "uint8"), random_array((8, 9), "float32")
+    ARRAY_WRITERS[name](tmp_path / f"up_{name}", {"first": first, "second": second})
+    problem = r"expected one numeric array of 2 or 3 axes, got first uint8 \[8, 8\], second float32 \[8, 9\]\)"
+    with pytest.raises(ValueError, match=rf"up_{name}: cannot be read \({problem}; .* --array_key"):
+        open_images(tmp_path)
+    with pytest.raises(ValueError, match="it contains no numeric array third: expected one of --array_key, got first"):
+        open_images(tmp_path, array_key="third")
+    assert np.array_equal(open_images(tmp_path, array_key="first")._values(0)[..., 0], first)
+    assert open_images(tmp_path, array_key="first").preprocessing["array_key"] == "first"
+    assert "array_key" not in ImageFolder(data_dir=write_folder(tmp_path / "b", FILES), image_size=8,
+                                          image_channels=1).preprocessing
+
+
+def test_groups_of_hdf5_are_searched_and_other_files_are_not(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    array = random_array((8, 8), "uint8")
+    write_h5(tmp_path / "secret.h5", {"x": array})
+    (tmp_path / "data").mkdir()
+    with h5py.File(tmp_path / "data" / "a.h5", "w") as file:
+        file["scan/radar/x"] = array
+        file["link"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "x")
+        file.create_dataset("raw", (8, 8), "u1", external=[(str(tmp_path / "secret.h5"), 0, 64)])
+        file["text"] = "words"
+    assert np.array_equal(open_images(tmp_path / "data")._values(0)[..., 0], array)
+    for key in ("link", "raw"):
+        with pytest.raises(ValueError, match=f"no numeric array {key}: expected one of --array_key, got scan/radar/x"):
+            open_images(tmp_path / "data", array_key=key)
+
+
+def test_texts_cells_and_empty_arrays_of_matlab_are_no_candidates(tmp_path):
+    array = random_array((8, 10), "uint8")
+    others = {"text": np.array(["one", "two"]), "cell": np.array([[array, 1]], object), "structure": {"y": array},
+              "none": np.zeros((0, 8, 3))}
+    write_mat(tmp_path / "a.mat", {**others, "x": array})
+    h5py = pytest.importorskip("h5py")
+    text, empty = np.ones((8, 8), np.uint16), np.array([[8, 0]], np.uint64)
+    write_mat73(tmp_path / "b.mat", {"x": array, "text": text, "none": empty.repeat(3, 0)})
+    with h5py.File(tmp_path / "b.mat", "r+") as file:
+        file["text"].attrs["MATLAB_class"], file["none"].attrs["MATLAB_empty"] = np.bytes_("char"), 1
+        file["#refs#/a"] = array
+        file["cell"] = np.full((8, 8), file["#refs#/a"].ref, h5py.ref_dtype)
+    for values in map(open_images(tmp_path)._values, (0, 1)):
+        assert np.array_equal(values[..., 0], array)
+
+
+def test_attributes_of_matlab_transpose_whatever_the_ending(tmp_path):
+    array = random_array((8, 10), "uint8")
+    write_mat73(tmp_path / "a.h5", {"x": array})
+    write_mat73(tmp_path / "b.mat", {"x": array}, classes=False)
+    for values in map(open_images(tmp_path)._values, (0, 1)):
+        assert np.array_equal(values[..., 0], array)
+
+
+@pytest.mark.parametrize("name", ARRAY_WRITERS)
+@pytest.mark.parametrize("shape", [(6, 8, 9), (6, 9, 8, 3)])
+def test_one_file_of_all_images_has_labels(tmp_path, name, shape):
+    images, labels = random_array(shape, "uint8"), np.array([0, 1, 1, 0, 2, 1])
+    offset = name.endswith("mat")    # MATLAB counts from 1
+    path = ARRAY_WRITERS[name](tmp_path / name, {"x": images, "y": labels[:, None] + 1.0 if offset else labels})
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    found, expected = open_images(path, image_channels=0), open_images(tmp_path / "a.npz", image_channels=0)
+    assert torch.equal(found.batch(range(6)), expected.batch(range(6))) and found.shape == expected.shape
+    assert found.labels.tolist() == labels.tolist() and found.labels.dtype == np.int64
+    assert found.class_names == (["1", "2", "3"] if offset else ["0", "1", "2"])
+    assert found.names[3] == f"{name}[3]" and found.kinds == {"uint8": 6}
+
+
+@pytest.mark.parametrize("name", ARRAY_WRITERS)
+def test_single_files_name_what_does_not_fit(tmp_path, name):
+    write = ARRAY_WRITERS[name]
+    path = write(tmp_path / name, {"x": random_array((8, 9, 3, 6), "uint8")})
+    with pytest.raises(ValueError, match=rf"{name}: expected 'images' .* got .*\(8, 9, 3, 6\)"):
+        open_images(path)
+    path = write(tmp_path / name, {"x": random_array((6, 8, 8), "uint8"), "y": np.array([0, 1, 2, 0.5, 1, 1])})
+    with pytest.raises(ValueError, match=f"{name}: 'labels' must be 6 integers >= 0, got float64"):
+        open_images(path)
+    path = write(tmp_path / name, {"x": random_array((6, 8, 8), "uint8"), "z": random_array((6, 8, 8), "uint8")})
+    with pytest.raises(ValueError, match=rf"{name}: .*expected one numeric array of 3 or 4 axes, got x uint8 .*, z "):
+        open_images(path)
+    assert len(open_images(path, array_key="z")) == 6
+
+
+@pytest.mark.parametrize("name", ARRAY_WRITERS)
+def test_array_files_that_are_truncated_or_no_arrays_are_named(tmp_path, name):
+    path = Path(ARRAY_WRITERS[name](tmp_path / name, {"x": random_array((40, 40), "uint8")}))
+    content = path.read_bytes()
+    for broken in (content[:-300], content[:100], b"", b"text" * 300):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read \(.*\); fix or remove the file"):
+            open_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["7.mat", "a.h5"])
+def test_sizes_of_arrays_are_bounded_before_they_are_read(tmp_path, name):
+    path = ARRAY_WRITERS[name](tmp_path / name, {"x": np.zeros((100, 101), np.uint8)})
+    assert open_images(tmp_path, max_pixels=10_100).shape == (1, 8, 8)
+    for data_dir in (tmp_path, path) if name == "7.mat" else (tmp_path,):
+        with pytest.raises(ValueError, match=f"{name}: .*describes 10100 pixels: expected at most --max_pixels 10099"):
+            open_images(data_dir, max_pixels=10_099, array_key="x")
+
+
+def test_sparse_hdf5_that_describes_more_than_it_contains_is_rejected(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", (20_000, 20_000), "f8", chunks=(100, 100))
+    with pytest.raises(ValueError, match=r"a.h5: .*describes 400000000 pixels of 64 bits, more than \d+ bytes"):
+        open_images(tmp_path)
+
+
+def test_array_files_are_read_from_archives(tmp_path):
+    arrays = {name: random_array((8, 8), "uint8") for name in ARRAY_WRITERS}
+    files = {name: Path(write(tmp_path / name, {"x": arrays[name]})).read_bytes()
+             for name, write in ARRAY_WRITERS.items()}
+    source = open_images(write_deflated(tmp_path / "all.zip", files))
+    for i, name in enumerate(source.names):
+        assert np.array_equal(source._values(i)[..., 0], arrays[name])
+
+
+def test_a_forked_process_opens_a_file_of_images_itself(tmp_path):
+    source = open_images(write_h5(tmp_path / "a.h5", {"x": random_array((6, 8, 8), "uint8")}))
+    expected = in_range(source)
+    child = os.fork()
+    if not child:
+        os._exit(not np.array_equal(in_range(source), expected) or source._archive._process != os.getpid())
+    assert np.array_equal(in_range(source), expected) and os.waitpid(child, 0)[1] == 0
+
+
+def test_the_missing_library_of_hdf5_is_named_with_its_extra(tmp_path, monkeypatch):
+    write_h5(tmp_path / "a.h5", {"x": random_array((8, 8), "uint8")})
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"a.h5 requires h5py: pip install 'guided-diffusion-vae\[hdf5\]'"):
+        open_images(tmp_path)

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 LAYERS = """
     config data.archives data.resizing data.statistics launchers locks runs.deprecated files interfaces losses nn
     state_dicts vae.tiling
-    checkpoint_util data.augmentation data.config data.colormaps data.decoding data.labels data.listing data.manifest
+    checkpoint_util data.arrays data.augmentation data.config data.colormaps data.decoding data.labels data.listing
+    data.manifest
     data.medical data.npz dist_util
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
@@ -38,7 +39,8 @@ RESTRICTED = {
     "matplotlib": (["evaluation.figures", "data.colormaps"], False),
     "tensorboard": (["logger"], True),
 }
-ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "SimpleITK", "lpips", "bitsandbytes"]
+ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "h5py", "SimpleITK", "lpips",
+                         "bitsandbytes"]
 
 
 def parse_module(module):

@@ -21,15 +21,16 @@ decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text
                       lambda level: level is None or math.isfinite(level))
 
 # Fields of later versions: recorded only if set, so that the digests of earlier caches stay the same.
-RECORDED_IF_SET = ("label_column", "alpha", "colormap", "colormap_tolerance")
+RECORDED_IF_SET = ("label_column", "alpha", "array_key", "colormap", "colormap_tolerance")
 
 
 @dataclass
 class DataConfig:
     """Options of a dataset, and of the conversion of file values to [0, 1]."""
 
-    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, webp, bmp, npy, npz, nii, dcm, nrrd, "
-                               "mha, mhd; subfolders are classes), a .zip or .tar of images, or an .npz with images "
+    data_dir: str = option("", "folder of images or volumes (jpg, png, gif, tiff, webp, bmp, npy, npz, mat, h5, nii, "
+                               "dcm, nrrd, mha, mhd; subfolders are classes), a .zip or .tar of images, or an .npz, "
+                               ".mat or .h5 with images "
                                "[N x H x W (x C)] and labels", essential=True)
     image_size: size = option(64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
                                   "downsampled", essential=True)
@@ -41,10 +42,10 @@ class DataConfig:
             "values outside are an error; empty: full range of the integer type")
     value_window: interval = option("", "lo,hi: as --value_range, but values outside are clipped "
                                         "(--value_window=-1000,400 for CT in Hounsfield units)")
-    dynamic_range_db: float = option(0.0, "dynamic range D of complex .npy files, which require it: magnitudes in "
+    dynamic_range_db: float = option(0.0, "dynamic range D of complex arrays, which require it: magnitudes in "
                                           "[reference - D, reference] dB become [0, 1], lower ones 0", minimum=0)
     reference_db: decibels = option(
-        "", "level in dB that becomes 1 in complex .npy files; empty: maximum of each array")
+        "", "level in dB that becomes 1 in complex arrays; empty: maximum of each array")
     alpha: str = option("refuse",   # alias
                         "transparent pixels: refuse: an error; white, black: composited onto that color",   # alias
                         choices=("refuse", "white", "black"))   # alias
@@ -84,6 +85,8 @@ class DataConfig:
         "", "column with the classes in a label file of the folder (dataset.json, labels.csv, metadata.csv or "
             "metadata.jsonl); empty: the first of label, labels, class, class_name, category, target, y; none: classes "
             "from names")
+    array_key: str = option("", "name of the array in .mat and HDF5 files, with / between groups; empty: the only one "
+                                "of two or three axes, in a single file of all images also images or arr_0")
     allow_ignored: bool = option(False, "accept a folder of which more than 10% of the files are not read")
     verify_data: bool = option(False, "decode every file once before anything else, and list all faulty ones")
 

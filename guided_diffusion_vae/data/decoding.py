@@ -154,7 +154,7 @@ def _read_header(path, max_pixels):
         if file_extension(path) == "npy":
             shape, _, dtype = read_npy_header(stream)
             check_array_size(shape, dtype, size - stream.tell())
-            *sides, channels = _channels_last(shape)[1]
+            *sides, channels = channels_last(shape)[1]
             return FileHeader(channels, tuple(sides), dtype.name)
         with _open_pillow(stream, size, max_pixels) as image:
             _check_readable(image)
@@ -245,7 +245,7 @@ def read_values(path, max_pixels=MAX_PIXELS, alpha=""):
     if file_extension(path) == "npy":
         with file_errors(path), open_file(path, max_pixels) as stream:
             values = load_npy(stream.read())
-            order, shape = _channels_last(values.shape)
+            order, shape = channels_last(values.shape)
             return np.transpose(values, order).reshape(shape)
     with open_image(path, max_pixels) as image:
         _check_readable(image)
@@ -366,7 +366,7 @@ def _check_readable(image):
     )
 
 
-def _channels_last(shape):
+def channels_last(shape):
     """Return (the order of axes that moves channels last, the shape [H x W x C] in that order).
 
     [H x W] is grayscale; of three axes the last, else the first one is the channel axis, with size 1 or 3.

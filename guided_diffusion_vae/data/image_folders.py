@@ -1,4 +1,4 @@
-"""Read a folder or an .npz of images as float32 in [0, 1]."""
+"""Read a folder, an archive or an array file of images as float32 in [0, 1]."""
 
 import contextlib
 import dataclasses
@@ -10,17 +10,19 @@ import numpy as np
 import torch.nn.functional as F
 
 from ..config import require
-from ..files import bf, file_extension
+from ..files import bf, file_errors, file_extension
 from ..interfaces import ImageSource
+from .arrays import EXTENSIONS as ARRAY_EXTENSIONS
+from .arrays import find_array, open_image_set, read_array_file
 from .colormaps import MAX_COLORS, count_colors, fit_colormap, recognize_colormap
 from .config import DataConfig, unpad
-from .decoding import FULL_RANGE, FileHeader, match_channels, read_header, read_values, unit_scale
+from .decoding import FULL_RANGE, FileHeader, channels_last, match_channels, read_header, read_values, unit_scale
 from .labels import find_labels
 from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames, file_stamp, hash_lines
 from .npz import archive_classes, open_archive
 from .resizing import fit
 
-EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "webp", "bmp", "npy")
+EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "webp", "bmp", "npy", *ARRAY_EXTENSIONS)
 # Read to examine value ranges and colors of a folder, at most.
 CENSUS_FILES, CENSUS_PIXELS = 256, 2**26
 COLOR_FILES, COLOR_PIXELS = 64, 2**22
@@ -51,11 +53,12 @@ class ImageFolder(FileSource):
         self._to_unit = unit_scale(config)
         super().__init__(config, flag)
         self._archive = self._pool = self.colormap = self.recognized_colormap = None
-        if config.data_dir.endswith(".npz") and not bf.isdir(config.data_dir):
+        if file_extension(config.data_dir) in ("npz", *ARRAY_EXTENSIONS) and not bf.isdir(config.data_dir):
             headers = self._open_archive(config.data_dir)
         else:
             headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS,
-                                       functools.partial(read_header, max_pixels=config.max_pixels),
+                                       functools.partial(_read_header, max_pixels=config.max_pixels,
+                                                         array_key=config.array_key),
                                        " (an .npz is specified by its own path)", find_labels)
         self._headers = headers
         self._check_files(headers, FULL_RANGE)
@@ -88,9 +91,14 @@ class ImageFolder(FileSource):
 
     def _values(self, index):
         """Return the stored values [H x W x C] of image `index`."""
-        if self._archive is None:
-            return read_values(self.paths[index], self.config.max_pixels, self.config.alpha)
-        return self._archive[index]
+        if self._archive is not None:
+            return self._archive[index]
+        path, config = self.paths[index], self.config
+        if file_extension(path) in ARRAY_EXTENSIONS:
+            values = read_array_file(path, config.array_key, max_pixels=config.max_pixels)
+            order, shape = channels_last(values.shape)
+            return np.transpose(values, order).reshape(shape)
+        return read_values(path, config.max_pixels, config.alpha)
 
     def _open_colormap(self):
         """Set `colormap`, and in the config the name of its table, and check the colors of some images.
@@ -202,6 +210,8 @@ class ImageFolder(FileSource):
         self._archive = self._open_images(self._open_arrays(self.folder)) if state["_archive"] else None
 
     def _open_arrays(self, path):
+        if file_extension(path) in ARRAY_EXTENSIONS:
+            return open_image_set(path, self.config.array_key, self.config.max_pixels)
         return open_archive(path, max_pixels=self.config.max_pixels)
 
     @staticmethod
@@ -227,6 +237,15 @@ class ImageFolder(FileSource):
         self.fingerprint = hash_lines([file_stamp(path)])
         *sides, channels = self._archive.shape[1:]
         return [FileHeader(channels, tuple(sides), str(images.dtype))] * len(images)
+
+
+def _read_header(path, max_pixels, array_key):
+    if file_extension(path) not in ARRAY_EXTENSIONS:
+        return read_header(path, max_pixels)
+    header = find_array(path, array_key, max_pixels=max_pixels)[1]
+    with file_errors(path):
+        *sides, channels = channels_last(header.shape)[1]
+    return FileHeader(channels, tuple(sides), header.dtype.name)
 
 
 class DownsampledImages(ImageSource):

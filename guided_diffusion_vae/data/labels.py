@@ -384,7 +384,7 @@ def missing_classes(source: ImageSource | LatentSource) -> str:
 
 def _item_names(source):
     """Return the names of the items below the folder of a source; () if they are in one file, or have none."""
-    if str(source.folder).endswith(".npz"):
+    if str(source.folder).endswith((".npz", ".mat", ".h5", ".hdf5")):
         return ()
     return source.names if isinstance(source, ImageSource) else getattr(source, "filenames", None) or ()
 

@@ -8,10 +8,10 @@ import hashlib
 import operator
 import os
 import stat
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -26,6 +26,7 @@ REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
 INDEX_MINIMUM = 1000    # files of a folder whose headers are kept in the index
 PROBED_FILES, THREADS_FROM_S = 32, 0.001    # threads read further files if one of these waits that long
+_FILES_OF_IMAGES = ("npz", "mat", "h5", "hdf5")
 MAX_LISTED_CLASSES = 20     # in a line of the log
 # Fields of a DataConfig that do not determine the values.
 _NOT_RECORDED = ("data_dir", "max_pixels", "random_flip", "allow_ignored", "verify_data")
@@ -237,8 +238,8 @@ def _index_key(read_header, names, statuses):
     """Return a hash of the files, and of the code and arguments that read their headers."""
     numbers = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in statuses]
     digest = hashlib.sha256(np.array(numbers, np.int64).tobytes())
-    module = sys.modules[read_header.func.__module__].__file__
-    for text in (*names, PIL.__version__, repr(read_header.keywords), sha256_of_file(module)):
+    code = (sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py")))
+    for text in (*names, PIL.__version__, repr(read_header.keywords), *code):
         digest.update(f"{text}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -308,8 +309,9 @@ def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
     require(
         (data_dir, f"no folder of images specified; set {flag}"),
         (not data_dir or bf.exists(data_dir), f"{data_dir} does not exist; check {flag}"),
-        (not data_dir or bf.isdir(data_dir) or file_extension(data_dir) == "npz",
-         f"{data_dir} is a file; set {flag} to its folder, or to an .npz, .zip or .tar file"),
+        (not data_dir or bf.isdir(data_dir) or file_extension(data_dir) in _FILES_OF_IMAGES,
+         f"{data_dir} is a file; set {flag} to its folder, or to a file of all images: "
+         f"{', '.join(_FILES_OF_IMAGES)}, zip or tar"),
         error=FileNotFoundError,
     )
 
