@@ -128,9 +128,11 @@ class ImageFolder(FileSource):
         # An error is reported when the image is read for its values.
         with contextlib.suppress(ValueError, OSError):
             for values in self._census(self._spaced(range(len(self.paths)), COLOR_FILES), COLOR_PIXELS):
+                if values.dtype != np.uint8:
+                    return
                 images.append(values)
                 colors = count_colors([values, *([] if len(images) == 1 else [colors[0]])])
-                if values.dtype != np.uint8 or len(colors[0]) > MAX_COLORS:
+                if len(colors[0]) > MAX_COLORS:
                     return
             recognized = recognize_colormap(*count_colors(images))
             if recognized:
