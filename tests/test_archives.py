@@ -13,7 +13,7 @@ import torch
 import scipy.io
 from PIL import Image
 
-from guided_diffusion_vae.data import ImageFolder, archives, open_folder
+from guided_diffusion_vae.data import ImageFolder, VolumeFolder, archives, open_folder
 from guided_diffusion_vae.data.decoding import read_header, read_values
 
 RNG = np.random.default_rng(0)
@@ -270,7 +270,7 @@ def test_archives_without_images_and_of_volumes_are_rejected(tmp_path):
     path = write_zip(tmp_path / "a.zip", {"a.txt": b""})
     with pytest.raises(FileNotFoundError, match="a.zip contains no image"):
         open_images(path)
-    with pytest.raises(ValueError, match="a.zip: volumes are not read from archives; unpack it and set --val_data_dir"):
+    with pytest.raises(ValueError, match="a.zip: expected a folder of volumes, got a file; set --val_data_dir to"):
         open_folder(ImageFolder(data_dir=write_zip(path, FILES), image_size=8, image_channels=1).config,
                     image_size="8x8x8", image_channels=0, flag="--val_data_dir")
 
@@ -378,6 +378,24 @@ def test_one_of_several_arrays_is_named_by_array_key(tmp_path, name):
     assert open_images(tmp_path, array_key="first").preprocessing["array_key"] == "first"
     assert "array_key" not in ImageFolder(data_dir=write_folder(tmp_path / "b", FILES), image_size=8,
                                           image_channels=1).preprocessing
+
+
+@pytest.mark.parametrize("name", ARRAY_WRITERS)
+@pytest.mark.parametrize("shape, settings", [((9, 10, 12), {}), ((2, 9, 10, 12), {}),
+                                             ((9, 10, 12), {"spacing": "1", "resample_spacing": "1,1,1.2"})])
+def test_volumes_have_the_same_values_in_every_format(tmp_path, name, shape, settings):
+    settings = {"image_size": "8x8x8", "value_window": "-300,300", "array_key": "x", **settings}
+    for dtype in ("uint8", "float32"):
+        array = random_array(shape, dtype)
+        for kind, write in (("files", ARRAY_WRITERS[name]), ("npy", lambda path, values: np.save(path, values["x"]))):
+            folder = tmp_path / kind / dtype
+            folder.mkdir(parents=True)
+            write(folder / (name if kind == "files" else "a.npy"), {"x": array, "y": array + 1})
+        found, expected = (VolumeFolder(data_dir=str(tmp_path / kind / dtype), **settings) for kind in ("files", "npy"))
+        assert found.kinds == expected.kinds == {dtype: 1} and found.shape == expected.shape
+        assert np.array_equal(found.read(0), expected.read(0))
+    with pytest.raises(ValueError, match=rf"{name}: .*expected one numeric array of 3 or 4 axes, got x float32 .*, y "):
+        VolumeFolder(data_dir=str(tmp_path / "files/float32"), **{**settings, "array_key": ""})
 
 
 def test_groups_of_hdf5_are_searched_and_other_files_are_not(tmp_path):

@@ -48,8 +48,9 @@ class FileSource(ImageSource):
         self.value_limits = config.value_limits
         self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         require_data_dir(config.data_dir, flag)
-        require((self.kind == "image" or not is_archive(config.data_dir),
-                 f"{config.data_dir}: {self.kind}s are not read from archives; unpack it and set {flag} to the folder"))
+        require((self.kind == "image" or "://" in config.data_dir or os.path.isdir(config.data_dir),
+                 f"{config.data_dir}: expected a folder of {self.kind}s, got a file; set {flag} to its folder, or unpack "
+                 "an archive"))
         require((not config.colormap or len(config.sides) == 2, f"--colormap {config.colormap} is for images; omit it"))
         # Set by `_list_files`: sentences for the log, the files that are not read by ending, the label file.
         self.attributes, self.notes, self.left_out, self.label_record = {}, (), {}, {}

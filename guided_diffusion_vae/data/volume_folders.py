@@ -13,6 +13,8 @@ import numpy as np
 from ..config import format_shape, require
 from ..files import MAX_PIXELS, bf, file_errors, file_extension, open_npy
 from ..nn import keyed_rng
+from .arrays import EXTENSIONS as ARRAY_EXTENSIONS
+from .arrays import find_array, read_array_file
 from .config import DataConfig, directions, format_spacing, parse_spacing
 from .decoding import FULL_RANGE, load_npy, unit_scale
 from .labels import find_labels
@@ -23,7 +25,7 @@ from .medical import (
 )
 from .npz import open_archive, read_archive_headers
 
-EXTENSIONS = ("npy", "npz", "nii", "gz", "dcm", "nrrd", "mha", "mhd")
+EXTENSIONS = ("npy", "npz", "nii", "gz", "dcm", "nrrd", "mha", "mhd", *ARRAY_EXTENSIONS)
 CACHE_BYTES = 4 * 2**30     # of unpacked volumes kept in memory, as patches come from the same files again
 SPACING_TOLERANCE = 1.01    # ratio of spacings that count as the same
 TILT_DEGREES = 1.0          # above which oblique axes are logged
@@ -69,7 +71,8 @@ class VolumeFolder(FileSource):
         super().__init__(config, flag)
         self.sides = config.sides
         stored = self._list_files(EXTENSIONS, _is_volume,
-                                  functools.partial(read_header, max_pixels=config.max_pixels, frames=config.frames),
+                                  functools.partial(read_header, max_pixels=config.max_pixels, frames=config.frames,
+                                                    array_key=config.array_key),
                                   ", or set --image_size to two sizes for images", find_labels)
         headers = self._resample(self._orient(stored))
         self._check_files(headers, FULL_RANGE)
@@ -136,12 +139,13 @@ class VolumeFolder(FileSource):
 
     def _values(self, file, frame=0):
         """Return a volume [C x D x H x W] in the directions and spacing of all, a view of its file if possible."""
-        path, arrangement, max_pixels = self.paths[file], self._arrangements[file], self.config.max_pixels
+        path, arrangement = self.paths[file], self._arrangements[file]
+        source = path, self.config.max_pixels, self.config.array_key
         if arrangement.ratios is None:
-            values = orient(read_volume(path, max_pixels), arrangement.axes)
+            values = orient(read_volume(*source), arrangement.axes)
         else:
-            load = lambda: _resample(orient(load_volume(path, max_pixels), arrangement.axes), arrangement)
-            values = cached(path, load, arrangement)
+            load = lambda: _resample(orient(load_volume(*source), arrangement.axes), arrangement)
+            values = cached(path, load, (arrangement, self.config.array_key))
         return values if self.shape[0] > 1 else values[frame:frame + 1]
 
     def _merge(self, paths, names):
@@ -295,7 +299,7 @@ def volume_stamp(path):
     return path_stamp(path, file_stamp) if is_medical(path) else file_stamp(path)
 
 
-def read_header(path, max_pixels=MAX_PIXELS, frames=""):
+def read_header(path, max_pixels=MAX_PIXELS, frames="", array_key=""):
     """Return the `VolumeHeader` of a file, or of the folder of a DICOM series.
 
     :raises ValueError: if it cannot be read, or describes more than `max_pixels` or than the file can contain.
@@ -305,6 +309,8 @@ def read_header(path, max_pixels=MAX_PIXELS, frames=""):
             return read_medical_header(path, max_pixels, frames)
         if file_extension(path) == "npz":
             shape, _, dtype, *_ = _volume_in_archive(path)[1]
+        elif file_extension(path) in ARRAY_EXTENSIONS:
+            shape, dtype, *_ = find_array(path, array_key, (3, 4), max_pixels)[1]
         else:
             values = _open_npy(path)
             shape, dtype = values.shape, values.dtype
@@ -312,12 +318,12 @@ def read_header(path, max_pixels=MAX_PIXELS, frames=""):
         return VolumeHeader(channels, tuple(sides), str(dtype), frames=count)
 
 
-def read_volume(path, max_pixels=MAX_PIXELS):
+def read_volume(path, max_pixels=MAX_PIXELS, array_key=""):
     """Return the channels or frames of a file [N x D x H x W]; memory-mapped, or kept in memory, if possible."""
-    return cached(path, functools.partial(load_volume, path, max_pixels))
+    return cached(path, functools.partial(load_volume, path, max_pixels, array_key), array_key)
 
 
-def load_volume(path, max_pixels=MAX_PIXELS):
+def load_volume(path, max_pixels=MAX_PIXELS, array_key=""):
     """Return the channels or frames of a file [N x D x H x W], axes as stored; memory-mapped if possible."""
     with _volume_errors(path):
         if is_medical(path):
@@ -325,6 +331,8 @@ def load_volume(path, max_pixels=MAX_PIXELS):
         elif file_extension(path) == "npz":
             name = _volume_in_archive(path)[0]
             values = open_archive(path, [name], in_memory=True, max_pixels=max_pixels)[name]
+        elif file_extension(path) in ARRAY_EXTENSIONS:
+            values = read_array_file(path, array_key, (3, 4), max_pixels)
         else:
             values = _open_npy(path)
         return values.reshape((-1, *values.shape[-3:]))
