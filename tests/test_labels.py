@@ -688,3 +688,46 @@ def test_other_ranks_receive_the_source_of_rank_0(tmp_path, monkeypatch, packed)
     assert second.describe() == first.describe() and second.class_names == first.class_names
     assert second.labels.tolist() == first.labels.tolist() and second.attributes.keys() == first.attributes.keys()
     assert np.array_equal(second.batch([2, 0]), first.batch([2, 0])) and len(sent[0]) < 5000
+
+
+# Faulty files
+
+
+def test_all_faulty_files_are_listed_before_anything_else(tmp_path, logged):
+    add(tmp_path, *[f"a_{i:02d}.png" for i in range(25)])
+    assert len(opened(tmp_path, verify_data=True)) == 25
+    assert logged == [f"{tmp_path}: all 25 files are read"]
+    for i in (3, 7):
+        path = tmp_path / f"a_{i:02d}.png"
+        path.write_bytes(path.read_bytes()[:-20])
+    opened(tmp_path)
+    with pytest.raises(ValueError) as error:
+        opened(tmp_path, verify_data=True)
+    first, *lines = str(error.value).splitlines()
+    assert first == f"{tmp_path}: 2 of 25 files cannot be read:"
+    assert [line.partition(":")[0] for line in lines] == [f"{tmp_path}/a_03.png", f"{tmp_path}/a_07.png"]
+    assert all("cannot be read (PNG is truncated" in line for line in lines)
+
+
+def test_at_most_twenty_faulty_files_are_listed_over_all_ranks(tmp_path, monkeypatch):
+    add(tmp_path, *[f"a_{i:02d}.png" for i in range(46)])
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist_util, "broadcast_object", lambda item: item)
+    monkeypatch.setattr(dist_util, "gather_objects", lambda part: [
+        part, [(number + 1, message.replace("a_", "b_")) for number, message in part]])
+    with pytest.raises(ValueError) as error:
+        opened(tmp_path, verify_data=True)
+    first, *lines, last = str(error.value).splitlines()
+    assert "46 of 46 files cannot be read" in first and len(lines) == 20 and last == "..."
+    assert lines[0].startswith(f"{tmp_path}/a_00.png") and lines[1].startswith(f"{tmp_path}/b_00.png")
+
+
+def test_volumes_are_verified(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((8, 8, 8), np.float32))
+    np.save(tmp_path / "b.npy", np.full((8, 8, 16), np.nan, np.float32))
+    config = DataConfig(str(tmp_path), "8x8x8", value_range="0,1", crop="random", patches_per_volume=9,
+                        verify_data=True)
+    with pytest.raises(ValueError, match="1 of 2 files cannot be read:\n.*b.npy: 1024 of 1024 values are not finite"):
+        open_folder(config)

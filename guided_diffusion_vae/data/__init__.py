@@ -5,9 +5,11 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 """
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 from .. import dist_util, logger
 from ..config import require
+from ..files import READ_ERRORS
 from ..interfaces import ImageSource
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .colormaps import count_colors, fit_colormap, open_colormap, same_colormap
@@ -25,6 +27,8 @@ from .statistics import RunningMoments
 from .volume_folders import VolumeFolder
 
 MAX_LEFT_OUT = 0.1      # part of the files of a folder
+MAX_FAULTS = 20         # files that --verify_data lists
+VERIFYING_THREADS = 4
 
 # Image sources: (whether a DataConfig describes one, class(config, multiple, flag)); the first that applies is opened.
 SOURCES = [
@@ -42,7 +46,8 @@ def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **f
     :param multiple: the factors per axis that must divide the size, used if `config.pad` is True.
     :param flag: the flag that specified the folder, for error messages.
     :param fields: fields of the config to replace.
-    :raises ValueError: if a file or label file is not understood, or more than MAX_LEFT_OUT of the files are not read.
+    :raises ValueError: if a file or label file is not understood, more than MAX_LEFT_OUT of the files are not read, or
+        with `config.verify_data` a file cannot be decoded.
     """
     config = dataclasses.replace(config, **fields)
     make = next(source for applies, source in SOURCES if applies(config))
@@ -54,11 +59,36 @@ def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **f
         for note in source.notes:
             logger.log_rank0(note)
         _report_left_out(source, config.allow_ignored)
+        if config.verify_data:
+            _verify(source)
         for warning in source.warnings() if dist_util.rank() == 0 else ():
             logger.warn(warning)
     if missing := missing_classes(source):
         logger.warn(missing)
     return source
+
+
+def _verify(source):
+    """Decode every file of a source once, each on one of the ranks.
+
+    :raises ValueError: if any cannot be read, with the messages of up to MAX_FAULTS.
+    """
+    faults, count = [], len(source.paths)
+
+    def verify(file):
+        try:
+            source.read_file(file)
+        except READ_ERRORS as error:
+            faults.append((file, str(error)))
+
+    own = range(count)[dist_util.rank()::dist_util.world_size()]
+    with logger.progress_bar(len(own), 0, "verifying files") as bar, ThreadPoolExecutor(VERIFYING_THREADS) as pool:
+        for _ in pool.map(verify, own):
+            bar.update()
+    faults = sorted(fault for part in dist_util.gather_objects(faults) for fault in part)
+    lines = [*(message for _, message in faults[:MAX_FAULTS]), *(["..."] if len(faults) > MAX_FAULTS else [])]
+    require((not faults, "\n".join([f"{source.folder}: {len(faults)} of {count} files cannot be read:", *lines])))
+    logger.log_rank0(f"{source.folder}: all {count} files are read")
 
 
 def _report_left_out(source, allowed):

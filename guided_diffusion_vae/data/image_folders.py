@@ -89,6 +89,10 @@ class ImageFolder(FileSource):
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels
         return np.ascontiguousarray(self._pad(np.moveaxis(pixels, -1, 0)))
 
+    def read_file(self, file):
+        """Return image `file` as `read` does."""
+        return self.read(file)
+
     def _values(self, index):
         """Return the stored values [H x W x C] of image `index`."""
         if self._archive is not None:

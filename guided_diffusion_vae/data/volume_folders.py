@@ -124,6 +124,10 @@ class VolumeFolder(FileSource):
         """Return volume `file` (not an item), its first frame, as float32 [C x D x H x W] at its own size."""
         return self._unit(self._values(file), file)
 
+    def read_file(self, file):
+        """Return volume `file` as `read_volume` does."""
+        return self.read_volume(file)
+
     def batch(self, indices, flips=None, rngs=None):
         """Return items as float32 [n x C x D x H x W] in [0, 1]; see `ImageSource`."""
         rngs = [None] * len(indices) if rngs is None else rngs
