@@ -212,6 +212,9 @@ def test_files_without_a_row_have_no_attributes(tmp_path):
     add(tmp_path, "labels.csv", content="file,speed\na_1.png,2\n")
     values = opened(tmp_path, label_column="none").attributes["speed"]
     assert np.array_equal(values, [2, math.nan], equal_nan=True)
+    add(tmp_path, "labels.csv", content="file,speed,room\na_1.png,,lab\n")
+    source = opened(tmp_path, label_column="none")
+    assert source.attributes == {} and "label_file" not in source.describe() and source.ignored == 1
 
 
 def test_a_column_without_a_label_file_is_logged(tmp_path, logged):
@@ -257,6 +260,7 @@ def test_numeric_names_sort_as_numbers():
     assert number_classes(sorted(names))[0] == names
     assert number_classes(["10.5", "-3", "9"])[0] == ["-3", "9", "10.5"]
     assert number_classes(["10", "9", "a"])[0] == ["10", "9", "a"]
+    assert number_classes(["10", "9"], sorted)[0] == ["10", "9"]     # guided-diffusion's load_data
     assert infer_classes(["10_x.png", "9_x.png"], "")[0] == ["9", "10"]
 
 
@@ -289,6 +293,17 @@ def resumed(tmp_path, **header):
     """Return a Run that resumes a run with this header from --resume_checkpoint."""
     write_record(tmp_path / CONFIG_FILE, {"header": header})
     return Run("image_train", (), {}, checkpoint=({"step": 2}, tmp_path))
+
+
+def test_the_header_of_the_folder_comes_before_that_of_the_checkpoint(tmp_path, monkeypatch):
+    run = resumed(tmp_path, classes=["a"])
+    assert run.previous_header == {"classes": ["a"]} and Run("image_train", (), {}).previous_header == {}
+    (tmp_path / "own").mkdir()
+    write_record(tmp_path / "own" / CONFIG_FILE, {"header": {"classes": ["b"]}})
+    run.folder = tmp_path / "own"
+    assert run.previous_header == {"classes": ["a"]}    # no step is committed there
+    monkeypatch.setattr("guided_diffusion_vae.runs.run.committed_steps", lambda folder: [2])
+    assert run.previous_header == {"classes": ["b"]}
 
 
 def test_a_resumed_run_keeps_the_numbers_of_its_classes(tmp_path, monkeypatch):
@@ -445,6 +460,9 @@ def test_splits_and_label_files_in_a_wrapper_folder_are_noticed(tmp_path):
     add(tmp_path, "set/train/1.png", "set/test/1.png")
     with pytest.raises(ValueError, match=f"^{tmp_path}/set contains dataset splits, not classes: test, train; .* as "
                                          f"{tmp_path}/set/test"):
+        opened(tmp_path)
+    add(tmp_path, "set/loose.png")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/set contains dataset splits, not classes: test, train"):
         opened(tmp_path)
     add(tmp_path / "other", "set/1.png", "set/2.png")
     add(tmp_path / "other", "set/labels.csv", content="file,label\n1.png,a\n2.png,b\n")
