@@ -35,7 +35,7 @@ _NOT_RECORDED = ("data_dir", "max_pixels", "random_flip", "allow_ignored", "veri
 class FileSource(ImageSource):
     """Shared part of `ImageFolder` and `VolumeFolder`: files, classes, checks, padding, descriptions.
 
-    A subclass calls `_list_files` and `_set_shape` when constructed, and adds `batch` and `read_file`, which decodes one
+    A subclass calls `_list_files` and `_set_shape` when constructed, and adds `batch` and `read_file`, which decodes a
     file of `paths`. Rank 0 constructs it and sends it to the other ranks, pickled.
 
     :raises FileNotFoundError: if the folder does not exist.
