@@ -135,6 +135,9 @@ def test_header_describes_shape_and_spacing_of_volumes(sampler):
     assert built.image_shape == decoded_shape(header, codec) == (1, 8, 6, 8)
     assert built.spacing == (3.0, 2.0, 1.5) and built.class_names == ["a"] and built.shape == (1, 2, 3, 4)
     assert decoded_shape({**header, "image_shape": [1, 7, 6, 8]}, codec) == (1, 7, 6, 8)
+    assert built.orientation == "RAS"   # version 0.2 recorded none
+    header["data"]["orientation"] = "LPI"
+    assert Sampler.from_header(None, sampler.diffusion, Space(codec, sampler.normalizer), header).orientation == "LPI"
     for data in ({}, None, {"spacing": ""}):    # of latents without images, and of volumes without spacing
         built = Sampler.from_header(None, sampler.diffusion, Space(codec, sampler.normalizer), {**header, "data": data})
         assert built.spacing == (1.0, 1.0, 1.0)
@@ -296,15 +299,17 @@ def test_contact_sheet_has_one_row_per_requested_class(sampler, tmp_path, monkey
     assert np.array_equal(images, samples.images[[0, 2, 4, 1, 3, 5]].transpose(0, 3, 1, 2) / np.float32(255))
 
 
-def test_volumes_have_the_values_axes_and_spacing_of_the_samples(sampler, tmp_path):
-    pytest.importorskip("nibabel")
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "SLA"])
+def test_volumes_have_the_values_axes_and_spacing_of_the_samples(sampler, tmp_path, orientation):
+    nibabel = pytest.importorskip("nibabel")
     volume = dataclasses.replace(
         sampler, model=lambda x, t: x, num_classes=0, class_names=None, shape=(1, 8, 6, 4), codec=PixelCodec(1, dims=3),
-        image_shape=(1, 8, 6, 4), spacing=(3.0, 2.0, 1.5))
+        image_shape=(1, 8, 6, 4), spacing=(3.0, 2.0, 1.5), orientation=orientation)
     samples = generate(volume, tmp_path, None, num_samples=2)
-    read = VolumeFolder(DataConfig(str(tmp_path / "volumes"), "8x6x4", value_range="0,255"))
+    read = VolumeFolder(DataConfig(str(tmp_path / "volumes"), "8x6x4", value_range="0,255", orientation=orientation))
     assert np.array_equal(np.rint(255 * read.batch([0, 1]).numpy()), samples.images.transpose(0, 4, 1, 2, 3))
     assert samples.images.std() > 10 and [tuple(spacing) for spacing in read.spacings] == [(3.0, 2.0, 1.5)] * 2
+    assert nibabel.aff2axcodes(nibabel.load(read.paths[0]).affine) == tuple(orientation)
 
 
 def test_colors_are_the_last_axis_of_the_samples(sampler, tmp_path):
