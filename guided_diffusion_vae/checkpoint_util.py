@@ -182,19 +182,22 @@ def marker_name(step):
 
 
 def commit(folder, step: int, files: dict[str, dict], state: dict) -> dict:
-    """Write and return the marker of a step: `state`, and what `save` returned of every file by name.
-
-    :raises FileNotFoundError: if one of the files was removed meanwhile.
-    """
-    for name in files:
-        require(((Path(folder) / name).is_file(), f"{Path(folder) / name} was removed while step {step} was saved; "
-                 "resume from the step before, or start again"), error=FileNotFoundError)
+    """Write and return the marker of a step: `state`, and what `save` returned of every file by name."""
     return rewrite_marker(folder, {"format": FORMAT, "step": step, "files": files, **state})
 
 
 def rewrite_marker(folder, marker: dict) -> dict:
-    """Write and return the marker of a step whose files are hashed already."""
-    write_record(Path(folder) / marker_name(marker["step"]), marker)
+    """Write and return the marker of a step whose files are hashed already.
+
+    :raises FileNotFoundError: if one of the files was removed meanwhile.
+    """
+    path = Path(folder) / marker_name(marker["step"])
+    write_record(path, marker)
+    missing = [name for name in marker["files"] if not (path.parent / name).is_file()]
+    if missing:     # looked for afterwards, as they may have been removed up to now
+        path.unlink(missing_ok=True)
+        raise FileNotFoundError(f"{path.parent / missing[0]} was removed while step {marker['step']} was saved; resume "
+                                "from the step before, or start again")
     return marker
 
 

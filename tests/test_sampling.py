@@ -12,6 +12,7 @@ from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig, GaussianDif
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_diffusion
 from guided_diffusion_vae.runs.spaces import Space
+from guided_diffusion_vae.sampling import generate as generate_module
 from guided_diffusion_vae.sampling import (
     SAMPLERS, KeyedNoise, LowResConditioning, Sampler, SamplingConfig, decoded_shape, generate_samples,
     parse_classes, resolve_sampler,
@@ -239,6 +240,24 @@ def test_folder_that_is_removed_while_sampling_raises_and_is_not_created_again(s
     with pytest.raises(FileNotFoundError, match="run/shards was removed while samples were written"):
         generate(dataclasses.replace(sampler, model=remove), tmp_path / "run", **FIVE)
     assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_is_removed_before_an_image_is_written_is_replaced_by_the_next_run(sampler, tmp_path, monkeypatch):
+    write, done = generate_module.save_image, []
+
+    def remove(path, image):
+        done.append(path)
+        if len(done) == 2:
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run/png").mkdir(parents=True)      # as saving did
+        write(path, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "save_image", remove)
+        with pytest.raises(FileNotFoundError):
+            generate(sampler, tmp_path / "run", **FIVE)
+    assert generate(sampler, tmp_path / "run", **FIVE).images.shape[0] == 5
+    assert len(list((tmp_path / "run/png").glob("*.png"))) == 5
 
 
 def test_resumed_run_may_have_more_samples(sampler, tmp_path):

@@ -100,6 +100,8 @@ def _write_one(folder, stem, image, sampler):
         except ImportError:     # nibabel is an extra
             with atomic_stream(folder / "volumes" / f"{stem}.npy") as stream:
                 np.save(stream, image)
+    for name in ("png", "volumes")[:image.ndim - 2]:
+        _claim(folder / name)   # again, as writing creates a folder that was removed meanwhile
 
 
 def _check_settings(shards, png, sampler, classes, config):
@@ -135,8 +137,13 @@ def _start_folders(shards, image_folders, count):
     for older in (shards, *(folder for folder in image_folders if (folder / OWNED_MARKER).exists())):
         shutil.rmtree(older, ignore_errors=True)
     for folder in image_folders[:count]:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / OWNED_MARKER).touch()
+        _claim(folder)
+
+
+def _claim(folder):
+    """Create a folder of images, and the marker by which the next run knows that it may replace it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OWNED_MARKER).touch()
 
 
 def _shard_path(shards, indices):
