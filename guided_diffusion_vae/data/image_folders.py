@@ -39,8 +39,8 @@ class ImageFolder(FileSource):
     :param config: a `DataConfig`; `fields` replace single fields of it.
     :param multiple: factors (one, or one per axis) that must divide the size, used if `config.pad` is True.
     :raises FileNotFoundError: if there is no folder, or no image in it.
-    :raises ValueError: if a header cannot be read, an image is smaller than the size, grayscale and RGB are mixed, or a
-        required range is missing; the message names the file and the flag.
+    :raises ValueError: if a header cannot be read, an image is smaller than the size, grayscale and RGB are mixed, a
+        required range is missing, or colors are not on `config.colormap`; the message names the file and the flag.
     """
 
     header_type = FileHeader
@@ -75,7 +75,7 @@ class ImageFolder(FileSource):
     def read(self, index, rng=None):
         """Return image `index` as float32 [C x H x W] in [0, 1]; `rng` (NumPy Generator) positions a random crop.
 
-        :raises ValueError: if the file is corrupt, transparent, or has values outside the range.
+        :raises ValueError: if the file is corrupt, transparent, or has values outside the range or the colormap.
         """
         path, (_, height, width) = self.paths[index], self.unpadded_shape
         pixels = self._values(index)
