@@ -275,7 +275,65 @@ def test_archives_without_images_and_of_volumes_are_rejected(tmp_path):
                     image_size="8x8x8", image_channels=0, flag="--val_data_dir")
 
 
-# threads, processes, speed
+# shards of webdataset, tables of datasets
+
+
+def write_shards(folder, classes, extra=""):
+    folder.mkdir()
+    images = list(FILES.items())
+    for shard in (0, 1):
+        files = {}
+        for i, (name, content) in enumerate(images[3 * shard:3 * shard + 3], 3 * shard):
+            files[f"{i:04}.{name.rpartition('.')[2]}"] = content
+            if classes:
+                files[f"{i:04}.cls"] = str(classes[i]).encode() + b"\n"
+        write_tar(folder / f"train-{shard:04}.tar", {**files, **({"0000.seg.png": files["0000.png"]} if extra else {})})
+        extra = ""
+    return str(folder)
+
+
+def test_shards_of_webdataset_are_one_set_with_the_classes_of_their_cls_files(tmp_path):
+    path = write_shards(tmp_path / "shards", [10, 2, 2, 10, 3, 2])
+    (tmp_path / "shards" / "sizes.json").write_text("{}")
+    expected = open_images(write_folder(tmp_path / "unpacked", FILES))
+    found = open_folder(expected.config, data_dir=path)
+    assert torch.equal(found.batch(range(6)), expected.batch(range(6)))
+    assert found.class_names == ["2", "3", "10"] and found.labels.tolist() == [2, 0, 0, 2, 1, 0]
+    assert found.names[3] == "train-0001.tar/0003.jpg" and found.ignored == 1
+    assert found.describe()["label_file"]["column"] == "cls"
+    shard = open_images(f"{path}/train-0001.tar")
+    assert shard.class_names == ["2", "3", "10"] and shard.names[0] == "0003.jpg"
+    assert open_images(write_shards(tmp_path / "plain", None)).labels is None
+    assert open_images(path, label_column="none").labels is None
+
+
+def test_samples_of_webdataset_have_one_image_and_one_class(tmp_path):
+    with pytest.raises(ValueError, match=r"train-0000.tar/0000.seg.png and train-0000.tar/0000.png are images of one"):
+        open_images(write_shards(tmp_path / "a", [1] * 6, extra="seg"))
+    files = {"0.png": FILES["cats/1.png"], "0.cls": b"1", "1.png": FILES["cats/2.png"]}
+    with pytest.raises(ValueError, match=r"a.tar/1.png has no class: expected it in .*a.tar/1.cls, as the first file"):
+        open_images(write_tar(tmp_path / "a.tar", files))
+    with pytest.raises(ValueError, match=r"a.tar/1.cls: cannot be read \(it is empty: expected a class\)"):
+        open_images(write_tar(tmp_path / "a.tar", {**files, "1.cls": b" "}))
+
+
+def test_tars_beside_images_or_folders_are_not_shards(tmp_path):
+    folder = write_folder(tmp_path / "a", FILES)
+    write_tar(tmp_path / "a" / "backup.tar", FILES)
+    assert open_images(folder).names == list(FILES)
+
+
+@pytest.mark.parametrize("name, split", [("dataset_dict.json", r"\['train'\]"), ("state.json", "")])
+def test_tables_of_datasets_are_rejected_with_a_way_to_export_them(tmp_path, name, split):
+    write_folder(tmp_path, {**FILES, "dataset_info.json": b"{}"})
+    assert len(open_images(tmp_path)) == 6
+    write_folder(tmp_path, {name: b"{}"})
+    with pytest.raises(ValueError, match=rf"was saved by Hugging Face datasets: expected image files, .*'\){split}"
+                                         r"\): row\['image'\].save"):
+        open_images(tmp_path)
+
+
+# threads, processes
 
 
 @pytest.mark.parametrize("name, write", WRITERS)

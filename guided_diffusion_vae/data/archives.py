@@ -65,9 +65,14 @@ def list_members(path: str) -> list[str]:
     return [f"{archive}/{name}" for name in sorted(names, key=lambda name: name.split("/"))]
 
 
+def is_member(path: str) -> bool:
+    """Return whether a path is that of a file in an archive."""
+    return _locate(path) is not None
+
+
 def path_exists(path: str) -> bool:
     """Return whether a file, or a file in an archive, exists."""
-    return _locate(path) is not None or (_bf().exists(path) if "://" in str(path) else os.path.exists(path))
+    return is_member(path) or (_bf().exists(path) if "://" in str(path) else os.path.exists(path))
 
 
 def file_stamp(path: str) -> str:

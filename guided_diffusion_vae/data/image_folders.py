@@ -17,7 +17,7 @@ from .arrays import find_array, open_image_set, read_array_file
 from .colormaps import MAX_COLORS, count_colors, fit_colormap, recognize_colormap
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, channels_last, match_channels, read_header, read_values, unit_scale
-from .labels import find_labels
+from .labels import class_files, find_labels
 from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames, file_stamp, hash_lines
 from .npz import archive_classes, open_archive
 from .resizing import fit
@@ -88,6 +88,9 @@ class ImageFolder(FileSource):
         pixels = fit(pixels, height, width, self.config.crop, rng)
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels
         return np.ascontiguousarray(self._pad(np.moveaxis(pixels, -1, 0)))
+
+    def _parts(self, paths):
+        return class_files(paths)
 
     def read_file(self, file):
         """Return image `file` as `read` does."""

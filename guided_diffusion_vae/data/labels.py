@@ -13,7 +13,7 @@ import numpy as np
 from ..config import require
 from ..files import MAX_PIXELS, bf, file_errors, sha256_of_json
 from ..interfaces import ImageSource, LatentSource
-from .archives import open_file, path_exists
+from .archives import is_archive, open_file, path_exists
 
 LABEL_FILES = ("dataset.json", "labels.csv", "metadata.csv", "metadata.jsonl")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path", "name")
@@ -54,12 +54,17 @@ class Table(NamedTuple):
 def find_labels(names: Sequence[str], folder: str, label_column: str = "") -> Labels:
     """Return the `Labels` of relative file names: from one of `LABEL_FILES` in the folder, else from the names.
 
-    A folder that contains all files in one subfolder, of several classes or with a label file, is entered.
+    Files with a .cls file beside them, as in webdataset, have its content as class; names of shards are no classes. A
+    folder that contains all files in one subfolder, of several classes or with a label file, is entered.
 
     :param label_column: column of the label file; empty: the first of `LABEL_COLUMNS`; "none": classes from names.
     :raises ValueError: if there are dataset splits, two label files, or one that is not understood; a file has no row,
         or two that differ.
     """
+    if label_column != NO_COLUMN and path_exists(bf.join(folder, _class_file(names[0]))):
+        return _labels_of_samples(names, folder)
+    if not is_archive(folder) and all(".tar/" in name for name in names):
+        names = [name.partition(".tar/")[2] for name in names]
     prefix, path = _enter(names, folder, label_column)
     place, notes = bf.join(folder, prefix[:-1]) if prefix else folder, []
     if prefix:
@@ -72,6 +77,35 @@ def find_labels(names: Sequence[str], folder: str, label_column: str = "") -> La
         notes.append(f"{folder} contains no label file ({_shorten(LABEL_FILES)}): {COLUMN_FLAG} {label_column} is not "
                      "used, classes are those of the names")
     return Labels(*infer_classes(names, place), {}, notes, {})
+
+
+def class_files(paths: Sequence[str]) -> set[str]:
+    """Return the paths of the .cls files beside files, the empty set if the first has none."""
+    return set(map(_class_file, paths)) if path_exists(_class_file(paths[0])) else set()
+
+
+def _class_file(name):
+    """Return the .cls file of a sample of webdataset, whose files have the same name up to the first dot."""
+    folder, slash, name = name.rpartition("/")
+    return folder + slash + name.partition(".")[0] + ".cls"
+
+
+def _labels_of_samples(names, folder):
+    """Return the `Labels` in the .cls files beside all files."""
+    classes, owner = [], {}
+    for name in names:
+        path = bf.join(folder, _class_file(name))
+        require((path not in owner, f"{bf.join(folder, name)} and {owner.get(path)} are images of one sample: expected "
+                                    "one image per sample; remove the others"),
+                (path_exists(path), f"{bf.join(folder, name)} has no class: expected it in {path}, as the first file "
+                                    f"has one; add it, or set {COLUMN_FLAG} {NO_COLUMN}"))
+        owner[path] = name
+        with file_errors(path):
+            classes.append(_read_text(path).strip())
+            require((classes[-1], "it is empty: expected a class"))
+    class_names, labels = number_classes(classes)
+    record = {"column": "cls", "sha256": sha256_of_json([class_names, labels.tolist()])}
+    return Labels(class_names, labels, {}, [f"{folder}: classes are those of the .cls files"], record)
 
 
 # --- Folders ---

@@ -20,7 +20,7 @@ import torch
 from ..config import as_dict, format_shape, require, to_tuple
 from ..files import READ_ERRORS, bf, file_extension, read_record, sha256_of_file, write_record
 from ..interfaces import ImageSource
-from .archives import file_stamp, is_archive, list_members, require_readable
+from .archives import file_stamp, is_archive, is_member, list_members, require_readable
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
@@ -50,8 +50,8 @@ class FileSource(ImageSource):
         self.random_flip, self.random_crop = config.random_flip, config.crop == "random"
         require_data_dir(config.data_dir, flag)
         require((self.kind == "image" or "://" in config.data_dir or os.path.isdir(config.data_dir),
-                 f"{config.data_dir}: expected a folder of {self.kind}s, got a file; set {flag} to its folder, or unpack "
-                 "an archive"))
+                 f"{config.data_dir}: expected a folder of {self.kind}s, got a file; set {flag} to its folder, or "
+                 "unpack an archive"))
         require((not config.colormap or len(config.sides) == 2, f"--colormap {config.colormap} is for images; omit it"))
         # Set by `_list_files`: sentences for the log, the files that are not read by ending, the label file.
         self.attributes, self.notes, self.left_out, self.label_record = {}, (), {}, {}
@@ -80,7 +80,7 @@ class FileSource(ImageSource):
         others = [path for (path, _), accepted in zip(visible, chosen)
                   if not accepted and path not in parts and bf.basename(path) != read]
         self.left_out = dict(collections.Counter(file_extension(path) or "without ending" for path in others))
-        if "://" in self.folder or is_archive(self.folder):
+        if "://" in self.folder or is_member(self.paths[0]):
             headers, stamps = zip(*_map_files(lambda path: (read_header(path), self._stamp(path)), self.paths))
         else:
             statuses = _map_files(functools.partial(_status, read_header), self.paths)
@@ -249,6 +249,8 @@ def _index_key(read_header, names, statuses):
 def walk_files(folder, extensions, parents=()):
     """Yield the paths of all files below a folder or in an archive, entries in order of their names.
 
+    Files of a folder of nothing but .tar shards, as webdataset writes them, are those in the shards.
+
     :param parents: resolved paths of the folders above.
     :raises ValueError: if a symbolic link leads back to a folder that contains it.
     :raises OSError: if a folder or an entry cannot be examined, such as a link to itself.
@@ -258,11 +260,19 @@ def walk_files(folder, extensions, parents=()):
         return
     resolved = folder if "://" in folder else os.path.realpath(folder)
     require((resolved not in parents, f"{folder} is a symbolic link to {resolved}, which contains it; remove the link"))
-    for path, is_folder in _list_folder(folder, extensions):
-        if is_folder:
+    entries = _list_folder(folder, extensions)
+    shards = _are_shards(entries)
+    for path, is_folder in entries:
+        if is_folder or shards and file_extension(path) == "tar":
             yield from walk_files(path, extensions, (*parents, resolved))
         else:
             yield path
+
+
+def _are_shards(entries):
+    visible = [(path, is_folder) for path, is_folder in entries if not bf.basename(path).startswith(".")]
+    endings = {"" if is_folder else file_extension(path) for path, is_folder in visible}
+    return "tar" in endings and endings <= {"tar", "json", "txt", "md"}
 
 
 def _list_folder(folder, extensions):
@@ -303,7 +313,7 @@ def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
     """Check that a folder, an .npz, .zip or .tar file exists.
 
     :raises FileNotFoundError: if not; the message names `flag`.
-    :raises ValueError: if it is an archive that cannot be read in place.
+    :raises ValueError: if it is an archive that cannot be read in place, or saved by Hugging Face datasets.
     """
     if is_archive(data_dir):
         return
@@ -316,6 +326,12 @@ def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
          f"{', '.join(_FILES_OF_IMAGES)}, zip or tar"),
         error=FileNotFoundError,
     )
+    has = lambda name: bf.exists(bf.join(data_dir, name))
+    split = "['train']" if has("dataset_dict.json") else ""
+    require((not split and not (has("state.json") and has("dataset_info.json")),
+             f"{data_dir} was saved by Hugging Face datasets: expected image files, got tables; export them, such as "
+             f"by for i, row in enumerate(datasets.load_from_disk('{data_dir}'){split}): "
+             "row['image'].save(f'images/{row[\"label\"]}_{i}.png')"))
 
 
 def hash_lines(lines: Iterable[str]) -> str:
