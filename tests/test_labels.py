@@ -318,8 +318,8 @@ def test_a_resumed_run_keeps_the_numbers_of_its_classes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("names, text", [
-    (("1.png", "2.png"), None), (("1.png",), "1 items were removed"), (("1.png", "2.png", "3.png", "4.png"),
-                                                                       "2 items were added"),
+    (("1.png", "2.png"), None), (("1.png",), "items removed: 1"), (("1.png", "2.png", "3.png", "4.png"),
+                                                                    "items added: 2"),
     (("1.png", "3.png"), "the number of items is the same, but names, sizes or times of files changed"),
 ])
 def test_changes_of_the_data_of_a_resumed_run_are_logged(tmp_path, monkeypatch, names, text):

@@ -360,7 +360,7 @@ def compare_with_resumed_data(run, source):
         log_rank0(f"{source.folder}: classes are numbered as in the run that is resumed{format_classes(source)}")
     if now and before.get("data_fingerprint", now["data_fingerprint"]) != now["data_fingerprint"]:
         change = now["data_count"] - before["data_count"]
-        difference = f"{abs(change)} items were {'added' if change > 0 else 'removed'}" if change else (
+        difference = f"items {'added' if change > 0 else 'removed'}: {abs(change)}" if change else (
             "the number of items is the same, but names, sizes or times of files changed")
         log_rank0(f"{source.folder} differs from the data of the run that is resumed: {difference}; training continues "
                   "with the data as they are now")
