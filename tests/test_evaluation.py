@@ -616,6 +616,7 @@ def test_sets_without_enough_images_or_with_volumes_are_rejected(utility, varied
     with pytest.raises(ValueError, match="statistics.npz contains statistics: --tstr_iterations expects images"):
         utility(**{**varied, "reference": tmp_path / "statistics.npz"})
     monkeypatch.setattr(dist_util, "world_size", lambda: 5)
+    monkeypatch.setattr(dist_util, "broadcast_object", lambda source: source)
     with pytest.raises(ValueError, match="train_dir.* has 17 images: expected at least 25, one training step"):
         utility(**varied)
 
