@@ -510,6 +510,12 @@ def test_one_file_of_all_images_has_labels(tmp_path, name, shape):
     assert found.names[3] == f"{name}[3]" and found.kinds == {"uint8": 6}
 
 
+def test_one_wrong_label_of_matlab_does_not_make_a_billion_classes(tmp_path):
+    path = write_mat(tmp_path / "a.mat", {"x": random_array((3, 8, 8), "uint8"), "y": np.array([1, 2, 10**9])})
+    with pytest.raises(ValueError, match="a.mat: 'labels' do not number 3 classes: expected 0 to 2, .*got 999999999"):
+        open_images(path)
+
+
 @pytest.mark.parametrize("name", ARRAY_WRITERS)
 def test_single_files_name_what_does_not_fit(tmp_path, name):
     write = ARRAY_WRITERS[name]

@@ -139,7 +139,7 @@ def open_image_set(path: str, key: str = "", max_pixels: int = MAX_PIXELS) -> di
             labels = found["labels"] = _to_integers(load_array(path, label_key, headers[label_key]))
             if file_extension(path) == "mat" and labels.dtype.kind in "iu" and labels.min(initial=1) == 1:
                 found["labels"] = labels - 1
-                found["class_names"] = np.arange(1, labels.max(initial=1) + 1).astype(str)
+                found["class_names"] = np.arange(1, len(np.unique(labels)) + 1).astype(str)
         return found
 
 
