@@ -1,6 +1,6 @@
 """Latent-space diffusion: guided-diffusion's UNet and process on the latents of a strided KL autoencoder."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 import ctypes
 import gc
