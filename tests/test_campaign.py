@@ -1,5 +1,6 @@
 """The short form of the fault campaign, and that the campaign notices what it looks for."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ def read_carelessly(path):
         3: lambda: int("nothing"),
         4: lambda: os.kill(os.getpid(), signal.SIGKILL),
         5: lambda: time.sleep(60),
-        6: lambda: bytearray(2**27),
+        6: lambda: mmap.mmap(-1, 2**27).write(bytes(2**27)),    # not from the memory that malloc keeps
     }
     faults.get(content[0], lambda: None)()
     return content
