@@ -150,8 +150,11 @@ dist_util.setup_dist()
 print("ready\\n", end="", flush=True)
 time.sleep(60)
 """)
-    ready = (line for line in process.stdout if line == "ready\n")
-    next(ready), next(ready)
+    seen = 0
+    while seen < 2:     # counted, as a rank may write within the line of another one
+        line = process.stdout.readline()
+        assert line, "the ranks have ended"
+        seen += line.count("ready")
     process.send_signal(number)
     _, err = process.communicate(timeout=20)    # returns when the ranks, which hold the pipes, have ended
     for rank in range(2):

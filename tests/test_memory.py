@@ -2,6 +2,7 @@ import ctypes
 import dataclasses
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,17 +300,11 @@ def test_a_configured_allocator_is_not_changed(environ, monkeypatch):
     assert guided_diffusion_vae._keep_freed_memory(environ) is False
 
 
-def test_freed_memory_is_kept_by_glibc():
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2") or not guided_diffusion_vae._keep_freed_memory({}):
-        pytest.skip("requires glibc 2.33")
-
-    class Information(ctypes.Structure):
-        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-
-    libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = Information, ctypes.c_void_p, [ctypes.c_void_p]
-    mapped = libc.mallinfo2().hblks
-    block = libc.malloc(ctypes.c_size_t(200 << 20))
-    assert libc.mallinfo2().hblks == mapped     # taken from the heap, to which it returns, not mapped for itself
-    libc.free(block)
+def test_freed_memory_is_kept_by_glibc(monkeypatch):
+    calls = []
+    libc = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda option, value: calls.append((option, value)) or 1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    assert guided_diffusion_vae._keep_freed_memory({"PATH": "/bin", "GDVAE_KEEP_MEMORY": "1"}) is True
+    assert calls == [(-4, 0), (-1, 512 * 2**20)]    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    del libc.gnu_get_libc_version   # musl
+    assert guided_diffusion_vae._keep_freed_memory({}) is False and len(calls) == 2
