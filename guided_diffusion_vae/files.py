@@ -259,6 +259,11 @@ def _count_yaml_nodes(node, counts):
     return counts[id(node)]
 
 
+def hash_lines(lines):
+    """Return the hexadecimal SHA-256 of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def sha256_of_file(path):
     """Return the hexadecimal SHA-256 of a file's bytes."""
     require_regular_file(path)

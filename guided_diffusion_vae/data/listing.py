@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import PIL
 import torch
 
 from ..config import as_dict, format_shape, require, to_tuple
-from ..files import READ_ERRORS, bf, file_extension, read_record, sha256_of_file, write_record
+from ..files import READ_ERRORS, bf, file_extension, hash_lines, read_record, sha256_of_file, write_record
 from ..interfaces import ImageSource
 from .archives import file_stamp, is_archive, is_member, list_members, require_readable
 
@@ -332,11 +332,6 @@ def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
              f"{data_dir} was saved by Hugging Face datasets: expected image files, got tables; export them, such as "
              f"by for i, row in enumerate(datasets.load_from_disk('{data_dir}'){split}): "
              "row['image'].save(f'images/{row[\"label\"]}_{i}.png')"))
-
-
-def hash_lines(lines: Iterable[str]) -> str:
-    """Return the hexadecimal SHA-256 of lines of text."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def format_classes(source):

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import gzip
-import hashlib
 import math
 import os
 import threading
@@ -14,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import require
-from ..files import check_array_size, check_size, file_errors, file_extension, read_to_end, require_regular_file
+from ..files import (
+    check_array_size, check_size, file_errors, file_extension, hash_lines, read_to_end, require_regular_file,
+)
 
 _MILLIMETERS = {"meter": 1e3, "micron": 1e-3}
 _SECONDS = "sec", "msec", "usec"    # units of the fourth axis of a NIfTI file
@@ -85,7 +86,7 @@ def load_medical(path, max_pixels):
 def path_stamp(path, stamp):
     """Return the stamps of the files of a volume as text; `stamp` is the function of a file."""
     if path.endswith("/"):
-        return hashlib.sha256("\n".join(f"{name} {stamp(name)}" for name in _slices(path)).encode()).hexdigest()
+        return hash_lines(f"{name} {stamp(name)}" for name in _slices(path))
     data = _meta_data_file(path) if file_extension(path) == "mhd" else path
     return stamp(path) if data == path else f"{stamp(path)} {stamp(data)}"
 
