@@ -23,7 +23,7 @@ from .labels import infer_classes, keep_numbers, map_labels, missing_classes, re
 from .listing import FileSource, format_classes, hash_lines, require_data_dir
 from .medical import write_nifti
 from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
-from .statistics import RunningMoments
+from .statistics import RunningMoments, evenly_spaced
 from .volume_folders import VolumeFolder
 
 MAX_LEFT_OUT = 0.1      # part of the files of a folder

@@ -1,6 +1,11 @@
-"""Running mean and variance."""
+"""Running mean and variance, and the choice of the items that are measured."""
 
 import numpy as np
+
+
+def evenly_spaced(total, count):
+    """Return the indices int64 [min(count, total)] of evenly spaced ones of `total` items, the ends among them."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 class RunningMoments:

@@ -10,7 +10,7 @@ import torch
 
 from .. import dist_util
 from ..config import option, require
-from ..data import count_colors, fit_colormap, map_labels, open_archive, open_npz
+from ..data import count_colors, evenly_spaced, fit_colormap, map_labels, open_archive, open_npz
 from ..logger import progress
 from . import features, figures, set_metrics
 from .image_metrics import average_metrics, paired_metrics
@@ -173,7 +173,7 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
     samples, training = sets["samples"].images, sets["training"].images
     bank = measured["training"].features.pooled
     distances, nearest = set_metrics.nearest_neighbors(measured["samples"].features.pooled, bank, k=1)
-    rows = np.linspace(0, len(samples) - 1, min(examples, len(samples))).round().astype(int)
+    rows = evenly_spaced(len(samples), examples)
     chosen, neighbors = samples.batch(rows), training.batch(nearest[rows, 0])
     grid = figures.neighbor_grid(chosen.numpy(), neighbors.numpy()[:, None], distances[rows])
     figures.save_image(Path(folder) / "nearest_neighbors.png", grid)

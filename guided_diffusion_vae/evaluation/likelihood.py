@@ -10,6 +10,7 @@ import torch
 
 from .. import dist_util, logger
 from ..config import option
+from ..data import evenly_spaced
 from ..files import atomic_path
 from ..nn import keyed_seed
 
@@ -45,7 +46,7 @@ def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, fo
     """
     source, space, labels = data
     name, unit = ("bits_per_dim", 1.0) if space.is_pixels else ("nats_per_latent_dim", math.log(2.0))
-    chosen = np.linspace(0, len(source) - 1, min(config.num_samples, len(source))).round().astype(int)
+    chosen = evenly_spaced(len(source), config.num_samples)
     if len(chosen) < config.num_samples:
         logger.log(f"{source.folder} has {len(source)} items, fewer than --num_samples {config.num_samples}")
     totals, terms = [], {"vb": [], "mse": [], "xstart_mse": []}

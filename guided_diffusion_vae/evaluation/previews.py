@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .. import logger
-from ..data import VolumeFolder, map_labels, require_labels, unpad
+from ..data import VolumeFolder, evenly_spaced, map_labels, require_labels, unpad
 from ..objectives import StepRNG
 from ..vae import blend_tiles, from_image_range, kl_divergence, to_image_range
 from .figures import MAX_ROWS, contact_sheet, reconstruction_grid, save_image
@@ -25,7 +25,7 @@ class ReconstructionValidation:
         # Autoencoders trained on patches of volumes are measured on full volumes.
         self.full_volumes = isinstance(source, VolumeFolder) and source.config.crop != "none" and not source.config.pad
         items = len(source.paths) if self.full_volumes else len(source)
-        self.chosen = np.linspace(0, items - 1, min(count, items)).round().astype(int)
+        self.chosen = evenly_spaced(items, count)
 
     @torch.no_grad()
     def __call__(self, step):
@@ -108,8 +108,7 @@ class ClassifierValidation:
         self.batch_size, self.seed, self.device = train.batch_size, train.seed, device
         self.interval = train.eval_interval or train.save_interval
         self.labels = map_labels(source, class_names)
-        spaced = np.linspace(0, len(source) - 1, min(train.max_val_samples, len(source))).round().astype(int)
-        self.chosen = spaced if train.max_val_samples else None
+        self.chosen = evenly_spaced(len(source), train.max_val_samples) if train.max_val_samples else None
 
     @torch.no_grad()
     def __call__(self, step):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..config import option
-from ..data import RunningMoments, to_uint8, unpad, write_npz
+from ..data import RunningMoments, evenly_spaced, to_uint8, unpad, write_npz
 from ..logger import progress
 from . import figures
 from .image_metrics import average_metrics, bicubic_baseline, max_error, paired_metrics
@@ -34,8 +34,7 @@ def roundtrip(codec, source, config: RoundtripConfig, folder, device) -> dict:
 
     :param source: an `ImageSource`.
     """
-    count = config.max_samples or len(source)
-    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    chosen = evenly_spaced(len(source), config.max_samples or len(source))
     scores, errors, moments, grid, reconstructions = [], [], RunningMoments(), None, []
     for start in progress(range(0, len(chosen), config.batch_size), "round trip"):
         images = source.batch(chosen[start:start + config.batch_size]).to(device)
