@@ -608,7 +608,7 @@ class StopSignal:
     its ranks, unless it is started with --signals-to-handle.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # not on Windows
 
     def __init__(self):
         self.received, self._pending = False, None

@@ -406,6 +406,8 @@ def require_folder(folder, flag):
 
 
 def _process_exists(process):
+    if os.name == "nt":     # os.kill would end the process
+        return True
     try:
         os.kill(process, 0)     # signal 0 is not sent, only checked
     except ProcessLookupError:

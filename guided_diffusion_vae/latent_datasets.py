@@ -7,7 +7,6 @@ them and selects the items of each step.
 
 import os
 import re
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,11 @@ from .files import file_errors, open_npy, require_folder, sha256_of_file
 from .interfaces import Codec, ImageSource, LatentSource
 from .nn import to_device
 from .vae.posterior import sample_moments
+
+try:
+    import resource
+except ImportError:     # Windows, whose processes may open any number of files
+    resource = None
 
 MAX_CHANNELS = 16       # of latents with one spatial axis: an array with more is an image without a channel axis
 SPARE_FILES = 256       # files that a process may open in addition to its caches
@@ -392,6 +396,8 @@ def _allow_open_files(count, folder):
 
     :raises ValueError: if the limit cannot be raised that far.
     """
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = len(os.listdir("/dev/fd"))     # among them the shards of other caches
     required = opened + count + SPARE_FILES
