@@ -4,20 +4,26 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import guided_diffusion_vae
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "guided_diffusion_vae"
-# Check the file of each module: an editable install may provide modules that the wheel lacks.
+# Check the file of each module: an editable install may provide modules that the wheel lacks. Modules and signals that
+# Windows lacks are hidden. torch asks for them by the system, so it comes first.
 IMPORT_ALL = """
-import importlib, sys
+import importlib, signal, sys
+import torch
+sys.modules.update(resource=None, fcntl=None)
+del signal.SIGUSR1
 folder, *names = sys.argv[1:]
 for name in names:
     file = importlib.import_module(name).__file__
@@ -71,6 +77,23 @@ def test_wheel_has_version_and_license(installed):
     assert distribution.version == guided_diffusion_vae.__version__
     assert distribution.metadata["License-Expression"] == "MIT"
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+
+
+def test_wheel_is_typed(installed):
+    assert (installed / PACKAGE.name / "py.typed").is_file()
+
+
+def test_citation_has_version_and_license():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (guided_diffusion_vae.__version__, "MIT")
+
+
+def test_workflow_covers_the_supported_versions_and_names_files_that_exist():
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    jobs = yaml.safe_load(workflow)["jobs"]
+    requires = re.search(r'requires-python = ">=(.+?)"', (ROOT / "pyproject.toml").read_text()).group(1)
+    assert jobs["linux"]["strategy"]["matrix"]["python"][0] == requires
+    assert all((ROOT / name).is_file() for name in re.findall(r"tests/\w+\.py", workflow))
 
 
 def test_version_is_a_literal_readable_without_torch():
