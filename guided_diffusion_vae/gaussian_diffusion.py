@@ -12,7 +12,8 @@ Tensors are [N x C x ...] with any number of spatial axes, t is int64 [N]. Argum
 * `denoised_fn`: maps the predicted x_0 to the one that is used.
 * `cond_fn`: called as cond_fn(x, timesteps, **model_kwargs), returns the gradient of log p(y | x_t), [N x C x ...].
 * `clip_denoised`: clamp the predicted x_0 to [-1, 1]; correct for images in that range, wrong for latents.
-* `noise_fn`: noise_fn(x) returns standard normal noise shaped like x; None: torch.randn_like.
+* `noise_fn`: noise_fn(x) returns standard normal noise shaped like x, and is called for noise that has an effect; None:
+  torch.randn_like, called as often as in guided-diffusion.
 """
 
 import collections
@@ -28,7 +29,7 @@ import torch
 
 from . import deprecated_names
 from .config import ParsedText, option, require
-from .interfaces import Process
+from .interfaces import PerTimestep, Process
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
 from .nn import mean_flat
 
@@ -251,6 +252,11 @@ class GaussianDiffusion(Process):
         original = self._schedule_on("timestep_map", t.device)[t]
         return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
 
+    def model_timestep(self, t):
+        """Return the number that `model_timesteps` returns for timestep t, computed on the host."""
+        original = np.float32(self.timestep_map[t])
+        return float(original * np.float32(1000.0 / self.original_num_steps) if self.rescale_timesteps else original)
+
     def noise_levels(self):
         """Return sigma_t = sqrt((1 - alpha-bar) / alpha-bar), the noise-to-signal ratio, float64 [T]."""
         with np.errstate(divide="ignore"):      # infinite if no signal is left
@@ -400,7 +406,7 @@ class GaussianDiffusion(Process):
         return (p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs))["pred_xstart"]
 
     # --- Single sampling steps ---
-    # Noise is sampled at every step, even if it is multiplied by zero, so that the number of draws never varies.
+    # As in guided-diffusion, torch.randn_like is called at every step, even if its noise is multiplied by zero.
 
     def p_sample(
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, noise_fn=None
@@ -424,7 +430,7 @@ class GaussianDiffusion(Process):
             raise ValueError(f"DDIM eta must be in [0, 1], got {eta}")
         x_0 = self.predict_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, x_0)
-        noise = (noise_fn or torch.randn_like)(x)
+        noise = torch.randn_like(x) if noise_fn is None else noise_fn(x) if eta > 0 else 0.0
         sigma = eta * self._extract("_posterior_std", t, x)        # Eq. 16; 0 at t = 0
         # With eta 1 rounding may leave the difference slightly below zero.
         along_eps = (self._extract("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0.0).sqrt()
@@ -450,7 +456,7 @@ class GaussianDiffusion(Process):
         device=None, progress=False, noise_fn=None,
     ):
         """Return x_0 of `shape` [N, C, ...], sampled by DDPM; arguments as in `p_sample_loop_progressive`."""
-        return _last_sample(self.p_sample_loop_progressive(
+        return last_sample(self.p_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn
         ))
 
@@ -466,17 +472,17 @@ class GaussianDiffusion(Process):
         :raises ValueError: if `noise` does not have `shape`.
         """
         step = functools.partial(
-            self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            self.p_sample, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
             model_kwargs=model_kwargs, noise_fn=noise_fn,
         )
-        return self._sample_progressive(step, model, shape, noise, device, progress, noise_fn)
+        return sample_progressive(self, step, model, shape, noise, device, progress, noise_fn)
 
     def ddim_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, eta=0.0, noise_fn=None,
     ):
         """Return x_0 of `shape` [N, C, ...], sampled by DDIM; arguments as in `ddim_sample_loop_progressive`."""
-        return _last_sample(self.ddim_sample_loop_progressive(
+        return last_sample(self.ddim_sample_loop_progressive(
             model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, noise_fn
         ))
 
@@ -486,26 +492,10 @@ class GaussianDiffusion(Process):
     ):
         """Yield the result of `ddim_sample` at each step; arguments as in `p_sample_loop_progressive`, and eta."""
         step = functools.partial(
-            self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
+            self.ddim_sample, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
             model_kwargs=model_kwargs, eta=eta, noise_fn=noise_fn,
         )
-        return self._sample_progressive(step, model, shape, noise, device, progress, noise_fn)
-
-    def _sample_progressive(self, step, model, shape, noise, device, progress, noise_fn):
-        """Yield step(x=x_t, t=t) for t from T - 1 to 0; x_{t-1} is the `sample` of step t."""
-        if device is None:
-            device = next(model.parameters()).device
-        x = initial_noise(tuple(shape), noise, device, noise_fn)
-        timesteps = range(self.num_timesteps - 1, -1, -1)
-        if progress:
-            from tqdm.auto import tqdm
-            timesteps = tqdm(timesteps)
-        for i in timesteps:
-            t = torch.full((len(x),), i, device=device)     # filled on the device, without a transfer
-            with torch.no_grad():
-                out = step(x=x, t=t)
-            yield out
-            x = out["sample"]
+        return sample_progressive(self, step, model, shape, noise, device, progress, noise_fn)
 
     # --- Losses and likelihoods ---
 
@@ -626,7 +616,28 @@ def initial_noise(shape, noise, device, noise_fn):
     return noise
 
 
-def _last_sample(steps):
+def sample_progressive(diffusion, step, model, shape, noise, device, progress, noise_fn):
+    """Yield step(model, x=x_t, t=t) for t from T - 1 to 0 of a process; x_{t-1} is the `sample` of step t.
+
+    :param model: a network, or a `PerTimestep` of which `step` receives the network at t.
+    """
+    if device is None:
+        device = next(model.parameters()).device
+    x = initial_noise(tuple(shape), noise, device, noise_fn)
+    timesteps = range(diffusion.num_timesteps - 1, -1, -1)
+    if progress:
+        from tqdm.auto import tqdm
+        timesteps = tqdm(timesteps)
+    for i in timesteps:
+        t = torch.full((len(x),), i, device=device)     # filled on the device, without a transfer
+        network = model.at(diffusion.model_timestep(i)) if isinstance(model, PerTimestep) else model
+        with torch.no_grad():
+            out = step(network, x=x, t=t)
+        yield out
+        x = out["sample"]
+
+
+def last_sample(steps):
     """Return the last sample of a sampling loop, without storing the others."""
     return collections.deque(steps, maxlen=1).pop()["sample"]
 

@@ -6,7 +6,7 @@ defaults given here, and cannot be constructed while an abstract method is missi
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -219,6 +219,10 @@ class Process(Protocol):
     def model_timesteps(self, t) -> torch.Tensor:
         """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
 
+    def model_timestep(self, t: int) -> float:
+        """Return the number that `model_timesteps` returns for timestep t, computed on the host."""
+        return float(self.model_timesteps(torch.tensor([t])))
+
     def noise_condition(self, low_res, t, noise) -> torch.Tensor:
         """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
         clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))
@@ -234,6 +238,15 @@ class Process(Protocol):
         :raises NotImplementedError: if the process defines no bound.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no likelihood")
+
+
+@runtime_checkable
+class PerTimestep(Protocol):
+    """A model of which other parts are evaluated at other timesteps, chosen without reading the device."""
+
+    @abstractmethod
+    def at(self, timestep) -> Callable:
+        """Return the network to call at a timestep, a number as `Process.model_timestep` returns it."""
 
 
 @runtime_checkable

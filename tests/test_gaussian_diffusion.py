@@ -278,19 +278,21 @@ def test_sampling_uses_device_of_model_and_keeps_gradients_enabled():
         assert torch.is_grad_enabled() and not step["sample"].requires_grad
 
 
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_keyed_noise_makes_a_sample_independent_of_its_batch(loop):
+@pytest.mark.parametrize("loop, options, draws", [
+    ("p_sample_loop", {}, 1 + STEPS), ("ddim_sample_loop", {"eta": 0.5}, 1 + STEPS), ("ddim_sample_loop", {}, 1),
+])
+def test_keyed_noise_makes_a_sample_independent_of_its_batch(loop, options, draws):
     model = torch.nn.Linear(4, 4)
 
     def run(slots):
-        calls = iter(range(1 + STEPS))
+        calls = iter(range(draws))
 
         def noise_fn(x):
             step = next(calls)
             return nn.keyed_randn(x.shape[1:], [(7, step, slot) for slot in slots]).to(x.device)
 
-        sample = getattr(process(), loop)(Timeless(model), (len(slots), 1, 4), noise_fn=noise_fn)
-        assert next(calls, None) is None      # once for the start, once per step
+        sample = getattr(process(), loop)(Timeless(model), (len(slots), 1, 4), noise_fn=noise_fn, **options)
+        assert next(calls, None) is None      # once for the start, once per step that adds noise
         return sample
 
     whole = run([0, 1, 2])

@@ -71,6 +71,26 @@ def test_model_is_evaluated_once_outside_the_interval():
     assert [count for count, *_ in model.calls] == [3, 6, 6, 3]
 
 
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_sampling_applies_an_interval_without_reading_the_device(loop):
+    process = create_gaussian_diffusion(steps=70, timestep_respacing="10", rescale_timesteps=True)
+    timesteps = timesteps_in_interval(process, tuple(process.noise_levels()[[3, 6]]))
+    sizes = []
+    # Tensors on the meta device have no values: reading one on the host fails.
+    network = lambda x, timesteps, y: sizes.append(len(x)) or 0 * x
+    sample_loop = getattr(process, loop)
+    sample_loop(ClassifierFreeGuidance(network, 7, 2.0, timesteps), (1, 1, 4), device="meta",
+                model_kwargs={"y": torch.empty(1, device="meta")})
+    assert sizes == [1] * 3 + [2] * 4 + [1] * 3
+
+
+@pytest.mark.parametrize("flags", [{}, {"rescale_timesteps": True}, {"timestep_respacing": "7"}])
+def test_timesteps_on_the_host_are_those_of_the_network(flags):
+    process = create_gaussian_diffusion(steps=70, **flags)
+    on_device = process.model_timesteps(torch.arange(process.num_timesteps)).tolist()
+    assert [process.model_timestep(t) for t in range(process.num_timesteps)] == on_device
+
+
 @pytest.mark.parametrize("rescale", [False, True])
 def test_intervals_are_noise_to_signal_ratios(rescale):
     process = create_gaussian_diffusion(steps=100, timestep_respacing="10", rescale_timesteps=rescale)

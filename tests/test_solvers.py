@@ -1,3 +1,4 @@
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -5,7 +6,7 @@ import torch
 from guided_diffusion_vae.gaussian_diffusion import ModelMeanType
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
 from guided_diffusion_vae.sampling import SAMPLERS, SOLVERS, STOCHASTIC, multistep_sample_loop
-from guided_diffusion_vae.sampling.solvers import applicable_samplers
+from guided_diffusion_vae.sampling.solvers import UniPC, applicable_samplers
 
 SHAPE, SPREAD = (16, 2, 8, 8), 0.3
 DETERMINISTIC = [solver for solver in SOLVERS if solver not in STOCHASTIC]
@@ -67,6 +68,26 @@ def test_solver_evaluates_network_once_per_kept_timestep(solver):
         _, network = sample(solver, respacing)
         kept = create_gaussian_diffusion(timestep_respacing=respacing).timestep_map
         assert network.calls == kept[::-1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_unipc_agrees_with_diffusers_to_the_last_bit(steps):
+    sigmas = torch.cat([torch.logspace(2, -2, steps), torch.zeros(1)])
+    scheduler = diffusers.UniPCMultistepScheduler(solver_order=3, prediction_type="sample", num_train_timesteps=steps)
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = sigmas
+    scheduler.set_begin_index(0)
+    mine, theirs, advance = *2 * [torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))], UniPC(sigmas)
+    for t in scheduler.timesteps:
+        mine, theirs = advance(mine.sin(), mine), scheduler.step(theirs.sin(), t, theirs).prev_sample
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_solver_reads_a_value_back_from_the_device(solver):
+    # Tensors on the meta device have no values: reading one on the host fails.
+    process = create_gaussian_diffusion(timestep_respacing="logsnr6")
+    assert multistep_sample_loop(process, lambda x, t: 0 * x, (2, 1, 4), solver, device="meta").shape == (2, 1, 4)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import option
+from ..interfaces import PerTimestep
 
 
 @dataclass
@@ -33,7 +34,7 @@ def classifier_cond_fn(classifier: Callable, scale: float = 1.0) -> Callable:
     return cond_fn
 
 
-class ClassifierFreeGuidance:
+class ClassifierFreeGuidance(PerTimestep):
     """A model guided by its unconditional prediction: u + scale (c - u).
 
     Ho and Salimans 2022 (arXiv:2207.12598), Eq. 6 with scale = w + 1; a scale of 1 disables it. Both predictions come
@@ -49,8 +50,14 @@ class ClassifierFreeGuidance:
         self.model, self.null_label, self.scale, self.timesteps = model, null_label, scale, timesteps
 
     def __call__(self, x, timesteps, y, **conditioning):
-        if self.timesteps is not None and not self.timesteps[0] <= float(timesteps[0]) <= self.timesteps[1]:
-            return self.model(x, timesteps, y=y, **conditioning)
+        network = self.at(float(timesteps[0])) if self.timesteps else self._guided
+        return network(x, timesteps, y=y, **conditioning)
+
+    def at(self, timestep):
+        inside = not self.timesteps or self.timesteps[0] <= timestep <= self.timesteps[1]
+        return self._guided if inside else self.model
+
+    def _guided(self, x, timesteps, y, **conditioning):
         labels = torch.cat([y, torch.full_like(y, self.null_label)])
         doubled = {name: torch.cat([value, value]) for name, value in conditioning.items()}
         output = self.model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=labels, **doubled)

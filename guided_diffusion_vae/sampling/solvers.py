@@ -1,4 +1,4 @@
-"""Sampling loops by name, among them the multi-step solvers of diffusers, driven by this project's processes.
+"""Sampling loops by name, among them multi-step solvers, driven by this project's processes.
 
 The process defines the timesteps (its respacing), the meaning of the network's output (noise, x_0 or velocity, with or
 without learned variances) and the effect of guidance and clipping. A solver receives predictions of x_0 and the noise
@@ -6,22 +6,105 @@ level of every step.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
 
-from ..gaussian_diffusion import GaussianDiffusion, initial_noise
+from ..gaussian_diffusion import GaussianDiffusion, last_sample, sample_progressive
+from ..nn import to_device
 
 # Noise level from which x_T counts as pure noise: solvers compute with its logarithm, and need a finite one.
 MAX_NOISE_LEVEL = np.sqrt((1 - 2.0**-24) / 2.0**-24)
 
 
-# Schedulers of diffusers and their settings: DPM-Solver++(2M) and SDE-DPM-Solver++(2M), arXiv:2211.01095, Alg. 2 and
-# App. A; UniPC-3, arXiv:2302.04867, Alg. 2.
+class DPMSolver:
+    """DPM-Solver++(2M) of diffusers (arXiv:2211.01095, Alg. 2): called with x_0 and x at each step, returns the next x.
+
+    :param sigmas: noise levels of the steps, float32 [T + 1] on the CPU, the last one 0.
+    :param algorithm_type: dpmsolver++, or sde-dpmsolver++ (App. A), which is called with noise too.
+    """
+
+    def __init__(self, sigmas, algorithm_type):
+        import diffusers
+
+        steps = len(sigmas) - 1
+        self.scheduler = diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=steps, prediction_type="sample", timestep_spacing="trailing", solver_order=2,
+            algorithm_type=algorithm_type,
+        )
+        self.scheduler.set_timesteps(steps)
+        self.timesteps = iter(self.scheduler.timesteps.tolist())
+        # The noise levels of the process replace those of the scheduler: its own are of another schedule, and rounded.
+        self.scheduler.sigmas = sigmas
+        self.scheduler.set_begin_index(0)
+
+    def __call__(self, x_0, x, noise=None):
+        return self.scheduler.step(x_0, next(self.timesteps), x, variance_noise=noise, return_dict=False)[0]
+
+
+class UniPC:
+    """UniPC-3, B(h) = e^h - 1 (arXiv:2302.04867, Alg. 1 and 2): called with x_0 and x at each step, returns the next x.
+
+    The coefficients of a step depend on the noise levels alone. They are computed on the CPU: solving for them on a
+    GPU, as diffusers does, waits for it.
+
+    :param sigmas: noise levels of the steps, float32 [T + 1] on the CPU, the last one 0.
+    """
+
+    ORDER = 3
+
+    def __init__(self, sigmas):
+        self.alphas = 1 / (sigmas**2 + 1) ** 0.5
+        self.stds = sigmas * self.alphas
+        self.log_snr = self.alphas.log() - self.stds.log()
+        self.outputs = []           # the last predictions of x_0, the newest first
+        self.step = 0
+        self.previous = None        # x and order of the previous step
+
+    def __call__(self, x_0, x, noise=None):
+        if self.previous:
+            x = self._update(self.step - 1, *self.previous, x_0)
+        self.outputs = [x_0, *self.outputs[:self.ORDER - 1]]
+        self.previous = x, min(len(self.outputs), len(self.log_snr) - 1 - self.step)
+        self.step += 1
+        return self._update(self.step - 1, *self.previous)
+
+    def _update(self, step, x, order, x_0=None):
+        """Return x after `step`: predicted, or corrected by the prediction `x_0` made there."""
+        h = self.log_snr[step + 1] - self.log_snr[step]
+        ratios = [(self.log_snr[step - i] - self.log_snr[step]) / h for i in range(1, order)]
+        slopes = [(older - self.outputs[0]) / ratio for older, ratio in zip(self.outputs[1:], ratios)]
+        scale = self.alphas[step + 1] * torch.expm1(-h)
+        moved = self.stds[step + 1] / self.stds[step] * x - scale * self.outputs[0]
+        if x_0 is not None:
+            ratios.append(torch.ones(()))
+        if not ratios:
+            return moved
+        weights = to_device(_unipc_weights(-h, torch.stack(ratios)).to(x.dtype), x.device)
+        change = torch.einsum("k,bkc...->bc...", weights[:len(slopes)], torch.stack(slopes, dim=1)) if slopes else 0
+        if x_0 is not None:
+            change = change + weights[-1] * (x_0 - self.outputs[0])
+        return moved - scale * change
+
+
+def _unipc_weights(h, ratios):
+    """Return the weights of differences of outputs at `ratios` of a step (Theorem 3.1), float32 [K] for K ratios."""
+    if len(ratios) == 1:
+        return torch.full((1,), 0.5)        # the authors' choice, which keeps the order of accuracy
+    phi, rows, values = torch.expm1(h) / h - 1, [], []
+    for k in range(1, len(ratios) + 1):
+        rows.append(ratios ** (k - 1))
+        values.append(phi * math.factorial(k) / torch.expm1(h))
+        phi = phi / h - 1 / math.factorial(k + 1)
+    return torch.linalg.solve(torch.stack(rows), torch.stack(values))
+
+
+# solver(sigmas) returns what is called as (x_0, x, noise) at each step.
 SOLVERS = {
-    "dpmpp": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 3}),
+    "dpmpp": functools.partial(DPMSolver, algorithm_type="dpmsolver++"),
+    "dpmpp_sde": functools.partial(DPMSolver, algorithm_type="sde-dpmsolver++"),
+    "unipc": UniPC,
 }
 STOCHASTIC = ("dpmpp_sde",)  # sample noise at every step
 
@@ -35,30 +118,15 @@ def multistep_sample_loop(
     The network is evaluated once per timestep of `diffusion`; spacing them by `logsnrN` suits these solvers. Only x_T
     is random, except for the STOCHASTIC solvers.
     """
-    import diffusers
-
-    if device is None:
-        device = next(model.parameters()).device
-    x = initial_noise(tuple(shape), noise, device, noise_fn)
-    name, settings = SOLVERS[solver]
-    scheduler = getattr(diffusers, name)(num_train_timesteps=diffusion.num_timesteps, prediction_type="sample",
-                                         timestep_spacing="trailing", **settings)
-    scheduler.set_timesteps(diffusion.num_timesteps, device=device)
-    # The noise levels of the process replace those of the scheduler: its own are of another schedule, and rounded.
     sigmas = np.append(np.minimum(diffusion.noise_levels(), MAX_NOISE_LEVEL)[::-1], 0.0)
-    scheduler.sigmas = torch.from_numpy(sigmas.astype(np.float32))
-    scheduler.set_begin_index(0)            # otherwise it searches the first timestep on the device and synchronizes
-    timesteps = scheduler.timesteps.tolist()
-    if progress:
-        from tqdm.auto import tqdm
-        timesteps = tqdm(timesteps)
-    for i in timesteps:
-        t = torch.full((len(x),), int(i), device=device)
-        with torch.no_grad():
-            x_0 = diffusion.predict_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-            variance = {"variance_noise": (noise_fn or torch.randn_like)(x)} if solver in STOCHASTIC else {}
-            x = scheduler.step(x_0, i, x, return_dict=False, **variance)[0]
-    return x
+    advance = SOLVERS[solver](torch.from_numpy(sigmas.astype(np.float32)))
+
+    def step(model, x, t):
+        x_0 = diffusion.predict_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        drawn = (noise_fn or torch.randn_like)(x) if solver in STOCHASTIC else None
+        return {"sample": advance(x_0, x, drawn), "pred_xstart": x_0}
+
+    return last_sample(sample_progressive(diffusion, step, model, shape, noise, device, progress, noise_fn))
 
 
 # The choices of --sampler: (class of the processes, loop(diffusion, model, shape, ...)). The first entry that applies
