@@ -1,14 +1,17 @@
 """Sample a diffusion model: sample i depends on (seed, i) only."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ..config import CommaSeparated, option, require, resolve, words
-from ..nn import keyed_randn, keyed_rng
+from ..nn import keyed_randn, keyed_rng, to_device
 from .solvers import SAMPLERS, applicable_samplers
 
+_drawing = ThreadPoolExecutor(1, "noise")
 START, CONDITION = 5, 8  # second number of the keys of sampling noise; training uses others
 noise_levels = CommaSeparated("lo,hi", "two noise levels, the lower first, such as 0.3,3", float,
                               lambda ends: not ends or len(ends) == 2 and 0 <= ends[0] < ends[1])
@@ -68,14 +71,28 @@ class KeyedNoise:
     """Standard normal noise for the samples `indices`, each from a separate stream.
 
     Called with x [N x C x ...], it returns the next draw of every stream, on the device of x.
+
+    :param shape: of a sample, [C x ...]: draws are then prepared on a background thread, the first one (x_T) at once,
+        and from the second one on (a solver that samples noise) the next one while this one is used.
+    :param pinned: prepare them in memory from which a GPU copies without waiting.
     """
 
-    def __init__(self, seed, indices):
+    def __init__(self, seed, indices, shape=None, pinned=False):
         self.streams = [keyed_rng(seed, START, i) for i in indices]
+        self.shape, self.pinned, self.draws = shape, pinned, 0
+        self.ahead = _drawing.submit(self._draw, shape) if shape else None
 
     def __call__(self, x):
-        draws = np.stack([s.standard_normal(x.shape[1:], dtype=np.float32) for s in self.streams])
-        return torch.from_numpy(draws).to(x.device, x.dtype)
+        drawn = self.ahead.result() if self.ahead else self._draw(x.shape[1:])
+        self.draws += 1
+        self.ahead = _drawing.submit(self._draw, self.shape) if self.shape and self.draws > 1 else None
+        return to_device(drawn, x.device).to(x.dtype)
+
+    def _draw(self, shape):
+        drawn = torch.empty(len(self.streams), *shape, pin_memory=self.pinned)
+        for stream, row in zip(self.streams, drawn.numpy()):
+            stream.standard_normal(out=row, dtype=np.float32)
+        return drawn
 
 
 def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -> list[int] | None:
@@ -219,24 +236,36 @@ class Sampler:
             classes = self.low_res.labels
         return None if classes is None else np.array([classes[i % len(classes)] for i in indices], np.int64)
 
+    def draw_noise(self, indices, device) -> KeyedNoise:
+        """Return the noise of the samples `indices`; drawing it begins in the background."""
+        return KeyedNoise(self.seed, indices, self.shape, pinned=torch.device(device).type == "cuda")
+
     @torch.no_grad()
-    def sample_x0(self, indices, classes, device, progress=False):
-        """Sample x0 for `indices`; return [N x *shape]."""
-        labels = self.labels(indices, classes)
-        conditioning = {} if labels is None else {"y": torch.from_numpy(labels).to(device)}
-        if self.low_res is not None:
-            conditioning.update(self.low_res.condition(indices, device))
-        noise = KeyedNoise(self.seed, indices)
+    def sample_x0(self, indices, classes, device, progress=False, noise=None):
+        """Sample x0 for `indices`; return [N x *shape].
+
+        :param noise: the result of `draw_noise` for them, if it was called ahead.
+        """
+        conditioning, cond_fn = self._conditioning(indices, classes, device)
+        noise = noise or self.draw_noise(indices, device)
         x = noise(torch.empty(len(indices), *self.shape, device=device))
         _, sample_loop = SAMPLERS[self.solver]
         return sample_loop(
-            self.diffusion, self._model_fn, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised,
-            cond_fn=self.cond_fn, model_kwargs=conditioning, device=device, noise_fn=noise, progress=progress,
+            self.diffusion, self.model, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised, cond_fn=cond_fn,
+            model_kwargs=conditioning, device=device, noise_fn=noise, progress=progress,
         )
 
-    def _model_fn(self, x, timesteps, y=None, **conditioning):
-        """Call the network; the class is passed only if it has classes."""
-        return self.model(x, timesteps, **({"y": y} if self.num_classes else {}), **conditioning)
+    def _conditioning(self, indices, classes, device):
+        """Return (conditioning dictionary of the network, cond_fn or None) for the samples `indices`."""
+        conditioning = {} if self.low_res is None else self.low_res.condition(indices, device)
+        labels, cond_fn = self.labels(indices, classes), self.cond_fn
+        if labels is not None:
+            y = to_device(torch.from_numpy(labels), device)
+            if self.num_classes:
+                conditioning["y"] = y
+            elif cond_fn:
+                cond_fn = functools.partial(cond_fn, y=y)
+        return conditioning, cond_fn
 
     def decode(self, x0):
         """Return images in [0, 1].  [N x *shape] -> [N x *image_shape]"""
