@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,26 @@ def test_keyed_noise_is_standard_normal_and_new_at_every_call():
     assert abs(first.mean()) < 0.03 and abs(first.std() - 1) < 0.03
     assert abs((first * second).mean()) < 0.03 and abs((first[:32] * first[32:]).mean()) < 0.03
     assert noise(torch.empty(64, 1, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_noise_that_is_drawn_ahead_is_the_same():
+    ahead, x = KeyedNoise(3, [4, 9], (1, 8, 8)), torch.empty(2, 1, 8, 8)
+    for call in range(4):
+        assert torch.equal(ahead(x), keyed_noise(3, [4, 9], call))
+
+
+@pytest.mark.parametrize("solver, steps, draws", [("ddpm", "", 6), ("ddim", "", 1), ("dpmpp_sde", "logsnr3", 5)])
+def test_noise_is_drawn_on_another_thread_and_only_if_it_is_used(sampler, monkeypatch, solver, steps, draws):
+    draw, threads = KeyedNoise._draw, []
+    monkeypatch.setattr(KeyedNoise, "_draw", lambda self, shape: threads.append(threading.current_thread().name)
+                        or draw(self, shape))
+    diffusion = create_diffusion(dataclasses.replace(PROCESS, timestep_respacing=steps))
+    sampler = dataclasses.replace(sampler, solver=solver, diffusion=diffusion)
+    noise = sampler.draw_noise([0], CPU)
+    sampler.sample_x0([0], [0], CPU, noise=noise)
+    if noise.ahead:     # one more than the steps use, as nothing tells that the last one was the last
+        noise.ahead.result()
+    assert threads.count("MainThread") == (draws > 1) and len(threads) == draws
 
 
 @pytest.fixture
@@ -230,6 +251,43 @@ def test_interrupted_run_resumes_from_shards_bitwise_identically(sampler, tmp_pa
                     for path in (tmp_path / name).rglob("*") if path.is_file()} for name in ("whole", "parts")}
     assert files["whole"] == files["parts"] and "samples_5x7x8x1.npz" in files["whole"]
     assert not (tmp_path / "parts/shards").exists()
+
+
+def test_batches_are_written_while_the_next_one_is_sampled(sampler, tmp_path, monkeypatch):
+    write, order, sampled = generate_module._write_batch, [], threading.Event()
+
+    def model(x, t, **conditioning):
+        if len(x) == 1:     # the last batch
+            sampled.set()
+        return sampler.model(x, t, **conditioning)
+
+    def wait(folder, indices, *rest):
+        order.append(threading.current_thread().name)
+        assert indices.start == 0 or indices.stop == 5 or sampled.wait(60)
+        write(folder, indices, *rest)
+
+    monkeypatch.setattr(generate_module, "_write_batch", wait)
+    whole = generate(dataclasses.replace(sampler, model=model), tmp_path, **FIVE)
+    assert len(whole.images) == 5 and len(order) == 3 and threading.current_thread().name not in order
+
+
+def test_batch_that_cannot_be_written_ends_the_run_and_the_next_run_repeats_it(sampler, tmp_path, monkeypatch):
+    write, calls = generate_module.atomic_stream, []
+
+    def fail(path):
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        return write(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "atomic_stream", fail)
+        with pytest.raises(OSError, match="No space left on device.*shards/00000002-00000004.npy"):
+            generate(sampler, tmp_path / "run", **{**FIVE, "num_samples": 9})
+    assert len(calls) == 2      # no later batch is written after it
+    assert [path.name for path in (tmp_path / "run/shards").glob("*.npy")] == ["00000000-00000002.npy"]
+    resumed = generate(sampler, tmp_path / "run", **{**FIVE, "num_samples": 9})
+    assert np.array_equal(resumed.images, generate(sampler, tmp_path / "whole", num_samples=9, batch_size=2).images)
 
 
 def test_folder_that_is_removed_while_sampling_raises_and_is_not_created_again(sampler, tmp_path):

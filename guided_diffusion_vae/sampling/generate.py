@@ -1,7 +1,9 @@
 """Generate samples on all ranks and write them; an interrupted run resumes."""
 
+import itertools
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,23 +43,7 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
     missing = dist_util.broadcast_object([b for b in batches if not _shard_path(shards, b).exists()])
     if len(missing) < len(batches):
         logger.log(f"skipping {len(batches) - len(missing)} of {len(batches)} batches, which already exist")
-    for indices in missing[dist_util.rank()::dist_util.world_size()]:
-        x0 = sampler.sample_x0(indices, classes, device, progress=dist_util.rank() == 0)
-        require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the model "
-                 "has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train with more "
-                 "--diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
-        images = _project(to_uint8(sampler.decode(x0)), sampler.projection)
-        # Writing would create another folder, with a part of the samples and without their settings.
-        require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun "
-                 "the same command"), error=FileNotFoundError)
-        if config.save_individual:  # before the shard, whose existence marks the batch as complete
-            labels = sampler.labels(indices, classes)
-            for row, i in enumerate(indices):
-                prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
-                _write_one(folder, f"{prefix}{i:06d}", images[row], sampler)
-        with atomic_stream(_shard_path(shards, indices)) as stream:
-            np.save(stream, np.moveaxis(images, 1, -1))
-        logger.log(f"created {indices.stop} samples")
+    _sample_batches(sampler, missing[dist_util.rank()::dist_util.world_size()], classes, config, folder, device)
     dist_util.barrier()
     shape = config.num_samples, *sampler.image_shape[1:], sampler.image_shape[0]
     path = folder / f"samples_{'x'.join(map(str, shape))}.npz"
@@ -70,6 +56,45 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
         shutil.rmtree(shards)
     dist_util.barrier()
     return path
+
+
+def _sample_batches(sampler, batches, classes, config, folder, device):
+    """Sample and decode batches on this rank; a batch is written, and the noise of the next one drawn, meanwhile.
+
+    At most one batch is in memory beside the one that is sampled. If it cannot be written, sampling ends with the error
+    when the next one is complete; if sampling ends with an error, the batch before is written first.
+    """
+    # The noise of a batch starts to be drawn when the pair of it and its predecessor is requested.
+    drawn = ((indices, sampler.draw_noise(indices, device)) for indices in batches)
+    with ThreadPoolExecutor(1, "writer") as writer:
+        written = None
+        for (indices, noise), _ in itertools.pairwise(itertools.chain(drawn, [None])):
+            x0 = sampler.sample_x0(indices, classes, device, progress=dist_util.rank() == 0, noise=noise)
+            require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the "
+                     "model has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train "
+                     "with more --diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
+            images = to_uint8(sampler.decode(x0))
+            if written:
+                written.result()
+            written = writer.submit(_write_batch, folder, indices, images, sampler, classes, config)
+        if written:
+            written.result()
+
+
+def _write_batch(folder, indices, images, sampler, classes, config):
+    """Write the samples `indices`, uint8 [N x C x ...]: as single files if requested, then as the shard."""
+    images, shards = _project(images, sampler.projection), folder / "shards"
+    # Writing would create another folder, with a part of the samples and without their settings.
+    require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun "
+             "the same command"), error=FileNotFoundError)
+    if config.save_individual:  # before the shard, whose existence marks the batch as complete
+        labels = sampler.labels(indices, classes)
+        for row, i in enumerate(indices):
+            prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
+            _write_one(folder, f"{prefix}{i:06d}", images[row], sampler)
+    with atomic_stream(_shard_path(shards, indices)) as stream:
+        np.save(stream, np.moveaxis(images, 1, -1))
+    logger.log(f"created {indices.stop} samples")
 
 
 def _project(images, colormap):
