@@ -219,9 +219,13 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
     A copy to the host does synchronize: it would be read there before it is complete.
     """
     device = torch.device(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    return pin(tensor, device).to(device, non_blocking=device.type != "cpu")
+
+
+def pin(tensor: torch.Tensor, device) -> torch.Tensor:
+    """Return a CPU tensor in pinned memory if `device` is a GPU, which takes a copy; other tensors unchanged."""
+    needed = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory() if needed else tensor
 
 
 # --- Activations and norms ---

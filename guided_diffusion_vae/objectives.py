@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from . import deprecated_names, logger
+from .data.batching import BatchStream
 from .interfaces import Objective
-from .nn import keyed_randn, keyed_rng, keyed_seed, to_device
+from .nn import keyed_randn, keyed_rng, keyed_seed, pin, to_device
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 
 # Second number of every key, so that streams of one seed differ. LatentStream has 1, sampling 5 and 8, evaluation 11,
@@ -19,34 +20,61 @@ NOISE, TIMESTEPS, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMESTEPS, CONDITION_NOIS
 
 
 class StepRNG:
-    """Random numbers of one step for the slots of the global batch in one forward pass."""
+    """Random numbers of one step for the slots of the global batch in one forward pass.
 
-    def __init__(self, seed, step, slots, global_batch):
+    :param drawn: {request: CPU tensors, with one row per slot} that `StepRNGs` has drawn ahead. Other numbers are drawn
+        on request.
+    :param requests: set to which each request for numbers that can be drawn ahead is added.
+    """
+
+    def __init__(self, seed, step, slots, global_batch, drawn=None, requests=None):
         self.seed, self.step, self.slots, self.global_batch = seed, step, slots, global_batch
+        self._drawn, self._requests = drawn or {}, set() if requests is None else requests
 
     def part(self, start: int, stop: int) -> "StepRNG":
         """Return the StepRNG of the samples start..stop of this rank's batch."""
-        return StepRNG(self.seed, self.step, self.slots[start:stop], self.global_batch)
+        drawn = {request: [rows[start:stop] for rows in tensors] for request, tensors in self._drawn.items()}
+        return StepRNG(self.seed, self.step, self.slots[start:stop], self.global_batch, drawn, self._requests)
 
     def normal(self, shape, device, stream: int = NOISE) -> torch.Tensor:
         """Return standard normal noise [n x *shape], one row per slot."""
-        keys = [(self.seed, stream, self.step, slot) for slot in self.slots]
-        return to_device(keyed_randn(shape, keys), device)
+        return self._numbers(device, StepRNG._draw_normal, tuple(shape), stream)[0]
 
     def timesteps(self, sampler: ScheduleSampler, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (timesteps [n], importance weights [n]) of a schedule sampler."""
-        # Sampled for the global batch and then sliced, so that any number of ranks gets the same timesteps.
-        t, weights = sampler.sample(self.global_batch, device, self._global_batch_rng(TIMESTEPS))
-        return t[self._rank_slice], weights[self._rank_slice]
+        if sampler.is_constant:
+            return self._numbers(device, StepRNG._draw_timesteps, sampler)
+        return tuple(to_device(rows, device) for rows in self._draw_timesteps(sampler))
 
     def uniform(self, stream: int, device) -> torch.Tensor:
         """Return numbers uniformly distributed over [0, 1), [n], one per slot."""
-        numbers = self._global_batch_rng(stream).random_sample(self.global_batch)[self._rank_slice]
-        return to_device(torch.from_numpy(numbers), device)
+        return self._numbers(device, StepRNG._draw_uniform, stream)[0]
 
     def generator(self, stream: int) -> np.random.Generator:
         """Return a NumPy Generator that depends on (seed, stream, step) alone, equal on all ranks."""
         return keyed_rng(self.seed, stream, self.step)
+
+    def draw(self, request) -> tuple[torch.Tensor, ...]:
+        """Return the CPU tensors of a request (method, *arguments) that was recorded in `requests`."""
+        method, *arguments = request
+        return method(self, *arguments)
+
+    def _numbers(self, device, *request):
+        self._requests.add(request)
+        drawn = self._drawn[request] if request in self._drawn else self.draw(request)
+        return tuple(to_device(rows, device) for rows in drawn)
+
+    def _draw_normal(self, shape, stream):
+        return keyed_randn(shape, [(self.seed, stream, self.step, slot) for slot in self.slots]),
+
+    def _draw_timesteps(self, sampler):
+        # Sampled for the global batch and then sliced, so that any number of ranks gets the same timesteps.
+        return tuple(rows[self._rank_slice] for rows in
+                     sampler.sample(self.global_batch, "cpu", self._global_batch_rng(TIMESTEPS)))
+
+    def _draw_uniform(self, stream):
+        numbers = self._global_batch_rng(stream).random_sample(self.global_batch)
+        return torch.from_numpy(numbers[self._rank_slice]),
 
     def _global_batch_rng(self, stream):
         return np.random.RandomState(keyed_seed(self.seed, stream, self.step) % 2**32)
@@ -54,6 +82,35 @@ class StepRNG:
     @property
     def _rank_slice(self):
         return slice(self.slots[0], self.slots[-1] + 1)
+
+
+class StepRNGs(BatchStream):
+    """The `StepRNG` of each step. Its numbers are drawn on a background thread, for a GPU into pinned memory.
+
+    All numbers that the previous step requested are drawn for the next ones. They depend on (seed, step, slot) alone:
+    it makes no difference when and where they are drawn.
+    """
+
+    def __init__(self, seed: int, slots: range, global_batch: int, device):
+        super().__init__()
+        self.seed, self.slots, self.global_batch, self.device = seed, slots, global_batch, device
+        self._requests, self._recorded = set(), set()   # of the previous step, and so far of the current one
+
+    def at(self, step: int) -> StepRNG:
+        """Return the StepRNG of a step."""
+        self._requests, self._recorded = self._recorded, set()
+        if not self._requests:      # it is not known yet what to draw
+            return self.finish((step, {}))
+        self.seek(step)
+        return next(self)
+
+    def make_batch(self, step):
+        rng = StepRNG(self.seed, step, self.slots, self.global_batch)
+        return step, {request: [pin(rows, self.device) for rows in rng.draw(request)] for request in self._requests}
+
+    def finish(self, prepared):
+        step, drawn = prepared
+        return StepRNG(self.seed, step, self.slots, self.global_batch, drawn, self._recorded)
 
 
 class _TimestepObjective(Objective):

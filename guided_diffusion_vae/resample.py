@@ -24,6 +24,8 @@ def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
 class ScheduleSampler(ABC):
     """Distribution over the timesteps of a process, given by the `weights` of a subclass."""
 
+    is_constant = False     # whether the weights never change, so that timesteps can be sampled steps ahead
+
     @abstractmethod
     def weights(self) -> np.ndarray:
         """Return one positive weight per timestep as a NumPy array [T]; their sum may differ from one."""
@@ -56,6 +58,8 @@ class ScheduleSampler(ABC):
 
 class UniformSampler(ScheduleSampler):
     """All timesteps have the same probability, and all importance weights are 1."""
+
+    is_constant = True
 
     def __init__(self, diffusion):
         self.diffusion = diffusion

@@ -24,7 +24,7 @@ from .fp16_util import MixedPrecisionTrainer
 from .interfaces import BatchSource, Objective
 from .logger import progress_bar
 from .nn import keyed_seed, to_device, update_ema
-from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, StepRNG
+from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, StepRNGs
 from .resample import SCHEDULE_SAMPLERS
 
 
@@ -309,6 +309,7 @@ class TrainLoop:
         self.rank = dist_util.rank()
         self.global_batch = batch_size * dist_util.world_size()
         self.slots = range(self.rank * batch_size, (self.rank + 1) * batch_size)
+        self.rngs = StepRNGs(self.seed, self.slots, self.global_batch, self.device)
 
         checkpoint = task.checkpoint or find_checkpoint(self.folder, resume_checkpoint)
         if checkpoint[0] is None and config.init_from:
@@ -403,6 +404,7 @@ class TrainLoop:
                                "resume")
                     break
         self.data.close()
+        self.rngs.close()
         return self.step
 
     def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
@@ -427,7 +429,7 @@ class TrainLoop:
         """Accumulate the gradient of the mean loss over the batch, one microbatch on the device at a time."""
         self.mp_trainer.zero_grad()
         torch.manual_seed(keyed_seed(self.seed, DROPOUT, self.step, self.rank))
-        rng = StepRNG(self.seed, self.step, self.slots, self.global_batch)
+        rng = self.rngs.at(self.step)
         parts = []      # (timesteps, losses) of each microbatch
         for start in range(0, len(batch), self.microbatch):
             stop = min(start + self.microbatch, len(batch))

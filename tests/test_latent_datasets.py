@@ -18,8 +18,8 @@ from guided_diffusion_vae import checkpoint_util, data, dist_util, latent_datase
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import (
-    BatchPlan, DataConfig, DownsampledImages, ImageFolder, LatentStream, VolumeFolder, batching, cache_writer,
-    open_folder,
+    BatchPlan, DataConfig, DownsampledImages, ImageFolder, ImageStream, LatentStream, VolumeFolder, batching,
+    cache_writer, open_folder,
 )
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.files import read_record, write_record
@@ -597,6 +597,21 @@ def test_batch_is_sent_to_the_device_without_synchronizing(cached, mode):
         x0, conditioning = next(stream)
     stream.close()
     assert x0.device.type == conditioning["y"].device.type == "meta" and launches.synchronizations == 0
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_thread_that_reads_them(cached, dataset, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    cache, plan = cached(), BatchPlan(COUNT, 4, seed=3)
+    normalizer = LatentNormalizer.fit("auto", cache.statistics)
+    for device, expected in (("cpu", 0), ("cuda", 4)):
+        stream = LatentStream(cache, normalizer, plan, device, with_labels=True, low_res=cache)
+        prepared = stream.make_batch(0)     # values, noise, labels, low resolution
+        assert len(pinned) == expected and set(map(id, pinned)) <= set(map(id, prepared))
+    pinned.clear()
+    for device, expected in (("cpu", 0), ("cuda", 1)):
+        images, _ = ImageStream(dataset, plan, device=device).make_batch(0)
+        assert [tensor is images for tensor in pinned] == [True] * expected
 
 
 def test_cache_is_not_written_among_other_files(dataset, cached):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 import rank_worker
-from guided_diffusion_vae import checkpoint_util, dist_util, logger, nn
+from guided_diffusion_vae import checkpoint_util, dist_util, logger, nn, objectives
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.data.augmentation import random_affine, random_flips
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.interfaces import BatchSource
-from guided_diffusion_vae.objectives import ClassifierObjective, DiffusionObjective, PlainObjective, StepRNG
+from guided_diffusion_vae.objectives import (
+    ClassifierObjective, DiffusionObjective, PlainObjective, StepRNG, StepRNGs,
+)
 from guided_diffusion_vae.resample import LossAwareSampler, LossSecondMomentResampler, UniformSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.runs.run import Run, RunConfig
@@ -395,8 +398,10 @@ def test_diffusion_objective_trains_any_process():
 class SkewedSampler(LossAwareSampler):
     """Sample the last timestep most often, and keep the losses of the last update."""
 
+    last_weight = 5.0
+
     def weights(self):
-        return np.array([1.0, 1.0, 1.0, 5.0])
+        return np.array([1.0, 1.0, 1.0, self.last_weight])
 
     def update_with_all_losses(self, ts, losses):
         self.update = ts, losses
@@ -458,6 +463,63 @@ def test_random_numbers_of_a_step_are_keyed_by_seed_stream_step_and_slot():
     for actual, expected in zip(rng.timesteps(SkewedSampler(), "cpu"), (t, weights)):
         assert torch.equal(actual, expected[2:6])
     assert list(rng.part(1, 3).slots) == [3, 4]
+
+
+@pytest.fixture
+def drawing_threads(monkeypatch):
+    """Return a list to which the thread of every `keyed_randn` of a training step is added."""
+    threads, draw = [], objectives.keyed_randn
+    monkeypatch.setattr(objectives, "keyed_randn",
+                        lambda *args: threads.append(threading.current_thread().name) or draw(*args))
+    return threads
+
+
+def test_numbers_drawn_ahead_equal_those_drawn_on_request(drawing_threads):
+    uniform, skewed = UniformSampler(Interpolation()), SkewedSampler()
+    rngs = StepRNGs(3, range(2, 6), 8, "cpu")
+
+    def numbers(rng, shape):
+        parts = [rng.part(0, 3), rng.part(3, 4)]
+        return [torch.cat([part.normal(shape, "cpu", stream) for part in parts]) for stream in (2, 10)] + [
+            torch.cat([part.uniform(7, "cpu") for part in parts]), rng.uniform(9, "cpu"),
+            *rng.timesteps(uniform, "cpu"), *rng.part(1, 4).timesteps(skewed, "cpu"),
+        ]
+
+    # In order, after a jump as on resuming, and with requests for another shape than the step before.
+    for step, shape in ((5, (2, 3)), (6, (2, 3)), (7, (2, 3)), (3, (2, 3)), (4, (1,)), (5, (2, 3))):
+        skewed.last_weight = 2 * step       # follows the losses of the steps before
+        for actual, expected in zip(numbers(rngs.at(step), shape), numbers(StepRNG(3, step, range(2, 6), 8), shape)):
+            assert torch.equal(actual, expected)
+    rngs.close()
+
+
+def test_training_draws_its_noise_beside_the_steps(tmp_path, drawing_threads):
+    logger.configure(str(tmp_path), [])
+    model = UNetModel(4, 1, 32, 1, 1, (), channel_mult=(1,))
+    batches = iter(lambda: (torch.zeros(4, 1, 4, 4), {}), None)
+    loop = TrainLoop(model=model, diffusion=Interpolation(), data=batches, batch_size=4, microbatch=2, lr=1e-4,
+                     config=TrainConfig(max_steps=4, preview_interval=-1, save_interval=9))
+    loop.run_loop()
+    assert drawing_threads[:2] == ["MainThread"] * 2    # the two parts of the first step
+    assert set(drawing_threads[2:]) == {"prefetch"} and 3 <= len(drawing_threads[2:]) <= 6
+
+
+@pytest.fixture
+def pinning_threads(monkeypatch):
+    """Let tensors be pinned without a GPU; return a list to which the thread of each is added."""
+    threads = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory",
+                        lambda tensor: threads.append(threading.current_thread().name) or tensor)
+    return threads
+
+
+def test_numbers_for_a_gpu_are_pinned_beside_the_steps(pinning_threads):
+    rngs = StepRNGs(3, range(4), 4, "cuda")
+    for step in range(3):
+        rng = rngs.at(step)
+        rng.normal((2,), "cpu"), rng.timesteps(UniformSampler(Interpolation()), "cpu")
+    rngs.close()
+    assert len(pinning_threads) >= 6 and set(pinning_threads) == {"prefetch"}
 
 
 def test_upsampler_condition_is_noised_with_its_own_timestep_and_noise():

@@ -12,7 +12,7 @@ import torch
 
 from ..config import require
 from ..interfaces import ImageSource, LatentSource
-from ..nn import keyed_randn, to_device
+from ..nn import keyed_randn, pin, to_device
 from .labels import require_labels
 
 ORDERED_AHEAD = 2**14                       # items whose order is computed at once
@@ -224,20 +224,22 @@ class BatchStream:
 class ImageStream(BatchStream):
     """Stream of (images [n x C x ...] in [0, 1], {"y": int64 [n]} or {}) from an image source.
 
-    Items, flips and random crops depend on (plan.seed, step, slot) alone.
+    Items, flips and random crops depend on (plan.seed, step, slot) alone. Batches are on the CPU, in pinned memory if
+    `device` is a GPU.
     """
 
-    def __init__(self, source: ImageSource, plan: BatchPlan, start_step: int = 0, with_labels: bool = False):
+    def __init__(self, source: ImageSource, plan: BatchPlan, start_step: int = 0, with_labels: bool = False,
+                 device="cpu"):
         require_labels(source, with_labels)
         super().__init__(start_step)
-        self.source, self.plan, self.with_labels = source, plan, with_labels
+        self.source, self.plan, self.with_labels, self.device = source, plan, with_labels, device
 
     def make_batch(self, step):
         indices = self.plan.indices(step)
         flips = self.plan.flip_mask(step) if self.source.random_flip else None
         rngs = self.plan.generators(step) if self.source.random_crop else None
         conditioning = {"y": torch.from_numpy(self.source.labels[indices])} if self.with_labels else {}
-        return self.source.batch(indices, flips, rngs), conditioning
+        return pin(self.source.batch(indices, flips, rngs), self.device), conditioning
 
 
 class LatentStream(BatchStream):
@@ -247,7 +249,7 @@ class LatentStream(BatchStream):
     `low_res` that has the same items at a lower resolution.
 
     Items, flips and posterior noise depend on (plan.seed, step, slot) alone. Reading and sampling run in the
-    background, encoding and normalizing on the thread of the caller.
+    background, for a GPU into pinned memory; encoding and normalizing run on the thread of the caller.
 
     :raises ValueError: if labels are required and missing, or the plan is for another number of items.
     """
@@ -274,7 +276,8 @@ class LatentStream(BatchStream):
             eps = keyed_randn(self.source.latent_shape, keys)
         labels = self.source.labels_of(indices) if self.with_labels else None
         low_res = None if self.low_res is None else self._read(self.low_res, indices, steps)
-        return self._read(self.source, indices, steps), eps, labels, low_res
+        prepared = self._read(self.source, indices, steps), eps, labels, low_res
+        return tuple(None if tensor is None else pin(tensor, self.device) for tensor in prepared)
 
     def _read(self, source, indices, steps):
         flips = np.concatenate([self.plan.flip_mask(step) for step in steps]) if source.random_flip else None

@@ -167,7 +167,7 @@ def train_autoencoder(run):
         bounds = {"val_psnr": train.stop_at_psnr, "val_l1": train.stop_at_l1}
         task = TrainTask(objective, header, preview, monitor="val_psnr", checkpoint=run.checkpoint,
                          early_stop={name: bound for name, bound in bounds.items() if bound})
-        loop = TrainLoop.from_config(network, ImageStream(images, plan), train, task)
+        loop = TrainLoop.from_config(network, ImageStream(images, plan, device=device), train, task)
         run.save_config(header)
         loop.run_loop()
 

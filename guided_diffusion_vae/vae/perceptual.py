@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from ..config import option, require, validate
 from ..files import load_tensors
+from ..nn import to_device
 
 BACKBONES = ("vgg", "alex", "squeeze")
 MIN_SIZE = 32   # pixels per side; the backbones downsample by up to 32
@@ -76,7 +77,7 @@ class PerceptualLoss(nn.Module):
             return self._distance(x, y)
         planes = []
         for axis in range(2, x.dim()):
-            positions = torch.as_tensor(rng.integers(x.shape[axis], size=self.slices), device=x.device)
+            positions = to_device(torch.from_numpy(rng.integers(x.shape[axis], size=self.slices)), x.device)
             pair = [v.index_select(axis, positions).movedim(axis, 1).flatten(0, 1) for v in (x, y)]
             planes.append(self._distance(*pair).view(len(x), -1))
         return torch.cat(planes, 1).mean(1)
