@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 
@@ -61,6 +63,53 @@ def test_device_holds_one_slab_at_a_time(monkeypatch):
     lengths.clear()
     Streamer(network, "cpu", 16).decode(mean)
     assert max(lengths[1:]) <= 16 + 2 * 4
+
+
+class Stream:
+    """Stand-in for a CUDA stream that records in `log` what it waits for and what happens on it."""
+
+    current = None
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def active(self):
+        before, Stream.current = Stream.current, self
+        yield
+        Stream.current = before
+
+
+class Event:
+    def record(self):
+        self.stream = Stream.current
+
+    def synchronize(self):
+        self.stream.log.append(f"host waits for {self.stream.name}")
+
+
+def test_slabs_are_copied_by_other_streams_while_one_is_processed(monkeypatch):
+    network = random_network(spatial_dims=2, attention_levels=(False,) * 3, with_decoder_nonlocal_attn=False)
+    log, x = [], torch.randn(1, 1, 96, 8)
+    with torch.no_grad():
+        expected = Streamer(network, "cpu", 16).moments(x)
+    compute, *copying = (Stream(name, log) for name in ("compute", "upload", "download"))
+    Stream.current, empty = compute, torch.empty
+    monkeypatch.setattr(torch.cuda, "stream", Stream.active)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    streamer = Streamer(network, "cpu", 16)
+    streamer.copies._streams = copying
+    for actual, value in zip(streamer.moments(x), expected):
+        assert torch.equal(actual, value)
+    # The first convolution: 6 slabs in, of which the host waits for one only after the next was processed.
+    slab = ["compute waits for upload", "kept for compute", "download waits for compute", "kept for download"]
+    assert log[:29] == slab + 5 * [*slab, "host waits for download"]
 
 
 def test_statistics_keep_precision_at_large_means():

@@ -3,9 +3,11 @@
 Tiles that are encoded independently show seams, since a norm sees the statistics of one tile only. Here one layer after
 the other processes the full input, a slab of its longest axis at a time: convolutions see as many rows beyond the slab
 as they need, and norms use statistics gathered over all slabs before. Full feature maps stay in host memory, slabs are
-on the device. The result equals that of a single pass up to rounding.
+on the device. The result equals that of a single pass up to rounding. On a GPU, slabs are copied while others are
+processed.
 """
 
+import functools
 import math
 
 import torch
@@ -26,6 +28,7 @@ class Streamer:
 
     def __init__(self, network, device, rows: int):
         self.network, self.device, self.rows = network, device, rows
+        self.copies = _Copies(device)
 
     @torch.no_grad()
     def moments(self, x):
@@ -75,17 +78,22 @@ class Streamer:
         """Apply a function with the receptive field of a kernel; `down` input rows become one, or one becomes `up`."""
         rows = max(int(self.rows / self.scale) // down, 1) * down
         halo = max(2, math.ceil((kernel - 1) / (down * up))) * down     # a multiple of the stride
-        length, result = x.shape[self.axis], None
+        length, result, previous = x.shape[self.axis], None, None
         for start in range(0, length, rows):
             stop = min(start + rows, length)
             first, last = max(start - halo, 0), min(stop + halo, length)
-            slab = x.narrow(self.axis, first, last - first).to(self.device, non_blocking=True)
+            slab = self.copies.to_device(x.narrow(self.axis, first, last - first))
             y = function(slab).narrow(self.axis, (start - first) * up // down, (stop - start) * up // down)
             if result is None:
                 shape = list(y.shape)
                 shape[self.axis] = length * up // down
                 result = x.new_empty(shape, dtype=y.dtype)
-            result.narrow(self.axis, start * up // down, y.shape[self.axis]).copy_(y)
+            target = result.narrow(self.axis, start * up // down, y.shape[self.axis])
+            arrived = self.copies.to_host(y)
+            if previous:    # a GPU has its next slab before the host waits for this one
+                previous[0].copy_(previous[1]())
+            previous = target, arrived
+        previous[0].copy_(previous[1]())
         self.scale *= down / up
         return result
 
@@ -98,13 +106,49 @@ class Streamer:
         rows = max(int(self.rows / self.scale), 1)
         parts = []
         for slab in x.split(rows, self.axis):
-            grouped = slab.to(self.device, torch.float32).reshape(len(x), norm.num_groups, -1)
+            grouped = self.copies.to_device(slab).float().reshape(len(x), norm.num_groups, -1)
             parts.append((grouped.shape[2], *(s.double() for s in torch.var_mean(grouped, dim=2, correction=0))))
         count = sum(n for n, _, _ in parts)
         mean = sum(n * m for n, _, m in parts) / count
         # The law of total variance: deviations are taken from the final mean, which keeps precision at large means.
         variance = sum(n * (var + (m - mean) ** 2) for n, var, m in parts) / count
         return mean.float(), torch.rsqrt(variance + norm.eps).float()
+
+
+class _Copies:
+    """Copies of slabs between host and device. A GPU makes them on two further streams, through pinned memory."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    @functools.cached_property
+    def _streams(self):
+        return [torch.cuda.Stream(self.device) for _ in range(2)] if self.device.type == "cuda" else None
+
+    def to_device(self, slab):
+        """Return a slab on the device."""
+        if self._streams is None:
+            return slab.to(self.device)
+        current, upload = torch.cuda.current_stream(self.device), self._streams[0]
+        pinned = torch.empty(slab.shape, dtype=slab.dtype, pin_memory=True).copy_(slab)
+        with torch.cuda.stream(upload):
+            copied = pinned.to(self.device, non_blocking=True)
+        current.wait_stream(upload)
+        copied.record_stream(current)   # otherwise its memory would be free for the next upload when it is dropped here
+        return copied
+
+    def to_host(self, y):
+        """Start a copy to the host; return a function that waits for it and returns it."""
+        if self._streams is None:
+            return lambda: y
+        download, done = self._streams[1], torch.cuda.Event()
+        download.wait_stream(torch.cuda.current_stream(self.device))
+        pinned = torch.empty(y.shape, dtype=y.dtype, pin_memory=True)
+        with torch.cuda.stream(download):
+            pinned.copy_(y, non_blocking=True)
+            done.record()
+        y.record_stream(download)
+        return lambda: done.synchronize() or pinned
 
 
 def _norm_from_statistics(norm, mean, rstd):
