@@ -522,7 +522,10 @@ def sync_params(params):
 def data_parallel(model, static_graph=False):
     """Return the model with gradients averaged over the ranks (DDP); for a single process unchanged.
 
-    :param static_graph: True if every step uses the same parameters and synchronizes.
+    :param model: a network, or a compiled one: PyTorch then splits its graph at the buckets of gradients, so that they
+        are averaged during the backward pass, as they are with the wrappers in the opposite order.
+    :param static_graph: True if every step uses the same parameters and synchronizes. Gradients of a compiled network
+        would then be averaged only after its backward pass.
     """
     if world_size() == 1:
         return model
@@ -532,20 +535,25 @@ def data_parallel(model, static_graph=False):
                                                      static_graph=static_graph, gradient_as_bucket_view=True)
 
 
-def shard_model(model):
+def shard_model(model, autocast_dtype=None):
     """Shard weights, gradients and optimizer state over the ranks (FSDP2), and return the model.
 
     Each entry of a module list is gathered for its own forward and backward pass only, the remaining parameters for
     those of the whole model. The parameters become DTensors on the device of this rank.
+
+    :param autocast_dtype: dtype of the autocast in which the model runs; None: none. Parameters are gathered in it,
+        half the bytes of float32; shards, gradients and their sum over the ranks stay float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(dev().type, (world_size(),))
+    # Autocast casts the inputs of the layers that compute in half precision, and no others.
+    policy = MixedPrecisionPolicy(autocast_dtype, autocast_dtype and torch.float32, cast_forward_inputs=False)
     for blocks in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
         for block in blocks:
-            fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def full_tensor(tensor):

@@ -317,7 +317,7 @@ class TrainLoop:
         self.compile, self.fsdp = config.compile, config.fsdp
         dist_util.sync_params(model.parameters())
         if self.fsdp:
-            dist_util.shard_model(model)
+            dist_util.shard_model(model, self.autocast_dtype)
         self.mp_trainer = MixedPrecisionTrainer(
             model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, grad_clip=config.grad_clip,
             scale_loss=self.autocast_dtype is torch.float16,
@@ -332,8 +332,8 @@ class TrainLoop:
         # `model` itself stays unwrapped: for checkpoints, and for previews, whose batches have other shapes.
         self.ddp_model = self._compiled(model) if self.compile else model
         if self.use_ddp:
-            # Steps differ if a discriminator starts later or only the last microbatch synchronizes, and a compiled
-            # network orders the buckets itself.
+            # Steps differ if a discriminator starts later or only the last microbatch synchronizes. For compiled
+            # networks see `data_parallel`.
             static = not (self.discriminator or self.compile or self.microbatch < self.batch_size)
             self.ddp_model = dist_util.data_parallel(self.ddp_model, static_graph=static)
 

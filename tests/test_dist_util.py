@@ -1,3 +1,4 @@
+import copy
 import datetime
 import os
 import pickle
@@ -347,6 +348,72 @@ def test_buckets_contain_one_dtype_and_all_tensors(monkeypatch):
     tensors.insert(1, torch.zeros(3, dtype=torch.half))
     sizes = [[t.numel() for t in bucket] for bucket in dist_util._buckets(tensors)]
     assert sizes == [[1 << 17, 1 << 17], [1 << 19], [1], [3]]
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """Connect this process alone through Gloo; `dist_util` counts two ranks, so that it wraps networks."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(dist_util, "_active_rank_info", RankInfo("none", 0, 2, 0))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Linear(torch.nn.Linear):
+    """A layer that records the dtypes of its input and of the weight it computes with."""
+
+    def forward(self, x):
+        self.dtypes = x.dtype, self.weight.dtype
+        return super().forward(x)
+
+
+class Layers(torch.nn.Module):
+    """A chain of layers in a list."""
+
+    def __init__(self, count, width):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Linear(width, width) for _ in range(count))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_sharded_parameters_are_gathered_in_the_dtype_of_autocast(group_of_one, monkeypatch):
+    monkeypatch.setattr(dist_util, "world_size", lambda: 1)
+    reference, x = Layers(2, 8), torch.randn(4, 8)
+    model = copy.deepcopy(reference)
+    dist_util.shard_model(model, torch.bfloat16)
+    for network in (reference, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            network(x).float().square().mean().backward()
+    assert [layer.dtypes[1] for layer in reference.layers] == [torch.float32] * 2
+    assert model.layers[0].dtypes == (torch.float32, torch.bfloat16) and model.layers[1].dtypes[1] == torch.bfloat16
+    for expected, p in zip(reference.parameters(), model.parameters()):
+        assert p.dtype == p.grad.dtype == torch.float32
+        torch.testing.assert_close(dist_util.full_tensor(p.grad), expected.grad, rtol=2e-2, atol=1e-3)
+
+
+def test_compiled_network_averages_gradients_during_its_backward_pass(group_of_one, monkeypatch):
+    torch.manual_seed(0)
+    model = Layers(3, 640)      # the first bucket of DDP has 1 MiB, each layer 1.6
+    network = dist_util.data_parallel(torch.compile(model, backend="aot_eager", dynamic=False))
+    ready, exchanged = [], []
+
+    def exchange(_, bucket):
+        exchanged.append(len(ready))
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    network.register_comm_hook(None, exchange)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(ready.append)
+    for _ in range(2):
+        ready.clear(), exchanged.clear()
+        network(torch.randn(2, 640)).sum().backward()
+    assert len(ready) == 6 and exchanged[0] < 6 and exchanged == sorted(exchanged)
 
 
 @pytest.mark.parametrize("error, message", [
