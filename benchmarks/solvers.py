@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/solvers.py --model_path runs/diffusion64
 
 All samplers start from the same noise. The error is the root mean square distance of x0 from the x0 of many steps (the
-converged path), in standard deviations of x0. For the quality of the samples, use `scripts/evaluate.py`.
+converged path), in standard deviations of x0. Solvers take steps even in log-SNR, those of a rectified flow even times.
+For the quality of the samples, use `scripts/evaluate.py`.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ from guided_diffusion_vae.config import integers, option
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.runs.factories import create_diffusion
 from guided_diffusion_vae.runs.loading import load_diffusion_model, open_weights
-from guided_diffusion_vae.sampling import SAMPLERS, STOCHASTIC
+from guided_diffusion_vae.sampling import SAMPLERS, SOLVERS, STOCHASTIC
+from guided_diffusion_vae.sampling.solvers import applicable_samplers
 
-DETERMINISTIC = [name for name in SAMPLERS if name not in ("ddpm", *STOCHASTIC)]
 
 
 @dataclasses.dataclass
@@ -48,17 +49,19 @@ def main():
                                device=device)
         return x0, time.process_time() - start
 
+    applicable = applicable_samplers(create_diffusion(header["diffusion"]))
+    deterministic = [name for name in applicable if name not in ("ddpm", *STOCHASTIC)]
     converged, _ = sample("unipc", f"logsnr{config.converged_steps}")
     std = converged.std()
     error = lambda x0: ((x0 - converged).square().mean().sqrt() / std).item()
     rows = [{"sampler": "dpmpp", "steps": config.converged_steps,
              "error": error(sample("dpmpp", f"logsnr{config.converged_steps}")[0]), "CPU s": ""}]
     for steps in integers.parse(config.steps, "steps"):
-        for name in DETERMINISTIC:
-            x0, cpu_s = sample(name, f"ddim{steps}" if name == "ddim" else f"logsnr{steps}")
+        for name in deterministic:
+            x0, cpu_s = sample(name, f"logsnr{steps}" if name in SOLVERS and "ddim" in applicable else f"ddim{steps}")
             rows.append({"sampler": name, "steps": steps, "error": error(x0), "CPU s": cpu_s})
-    x0, cpu_s = sample("ddim", "ddim250")
-    rows.append({"sampler": "ddim", "steps": 250, "error": error(x0), "CPU s": cpu_s})
+    x0, cpu_s = sample(deterministic[0], "ddim250")
+    rows.append({"sampler": deterministic[0], "steps": 250, "error": error(x0), "CPU s": cpu_s})
     common.report("solvers", rows, bench, device, **dataclasses.asdict(config))
 
 

@@ -83,15 +83,17 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return NOISE_SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 
-respacing = ParsedText("steps", "a count (250), counts per section (10,15,20), ddimN (ddim25) or logsnrN (logsnr20)",
-                       re.compile(r"((ddim|logsnr)?\d+|\d+( *, *\d+)*|) *").fullmatch, bool)
+respacing = ParsedText("steps", "a count (250), counts per section (10,15,20), ddimN (ddim25), logsnrN (logsnr20) or "
+                       "trailingN (trailing4)",
+                       re.compile(r"((ddim|logsnr|trailing)?\d+|\d+( *, *\d+)*|) *").fullmatch, bool)
 
 
 @dataclass
 class DiffusionConfig:
     """The noise schedule, what the network predicts, and how it is trained and sampled."""
 
-    process: str = option("gaussian", "diffusion process")
+    process: str = option("gaussian", "diffusion process: gaussian, or rectified_flow (straight paths between data and "
+                                      "noise, of which the network predicts the velocity; for few sampling steps)")
     learn_sigma: bool = option(False, "predict the variance of each reverse step too (twice the output channels), as "
                                       "good samples in few steps and likelihoods require")
     diffusion_steps: int = option(1000, "timesteps of the process that the network is trained on", minimum=1)
@@ -100,7 +102,8 @@ class DiffusionConfig:
                   "requires --predict_v or --predict_xstart", choices=tuple(NOISE_SCHEDULES))
     timestep_respacing: respacing = option(
         "", "steps to sample: a count (250), counts per equal section (10,15,20), ddimN (N steps at an integer stride, "
-            "for DDIM) or logsnrN (N steps evenly spaced in log-SNR, for multi-step solvers); empty: all",
+            "for DDIM), logsnrN (N steps evenly spaced in log-SNR, for solvers) or trailingN (N equal steps from the "
+            "last timestep, as a count for rectified_flow); empty: all",
         essential="num_samples")
     use_kl: bool = option(False, "train on the variational lower bound only, the loss of the best likelihood, instead "
                                  "of the squared error")
@@ -158,10 +161,47 @@ _FIXED_VARIANCES = {
 }
 
 
-class GaussianDiffusion(Process):
-    """Forward process q, reverse process p of a network, their sampling loops and losses; see `interfaces.Process`.
+class ScheduledProcess(Process):
+    """Base of processes whose schedules are NumPy float64 attributes [T].
 
-    Schedules are NumPy float64 attributes [T]. Steps gather from float32 copies, which are uploaded once per device.
+    Steps gather from float32 copies, which are uploaded once per device.
+
+    :param timestep_map: kept timesteps of the original process of `original_num_steps`, ascending.
+    :param rescale_timesteps: pass timesteps in [0, 1000) to models for any T.
+    """
+
+    def __init__(self, timestep_map, original_num_steps, rescale_timesteps=False):
+        self.num_timesteps, self.original_num_steps = len(timestep_map), original_num_steps
+        self.timestep_map, self.rescale_timesteps = timestep_map, rescale_timesteps
+        self._tables = {}       # (name of a schedule, device) -> tensor [T]
+
+    def _schedule_on(self, name, device):
+        """Return schedule `name` on `device`: float32, or int64 for integers; uploaded once."""
+        key = name, device
+        if key not in self._tables:
+            values = np.asarray(getattr(self, name))
+            dtype = np.int64 if values.dtype.kind == "i" else np.float32
+            with torch.inference_mode(False):       # a table created in a preview must work in training too
+                self._tables[key] = torch.from_numpy(values.astype(dtype)).to(device)
+        return self._tables[key]
+
+    def _extract(self, name, t, x):
+        """Return schedule `name` at timesteps t, broadcastable to x.  [N] -> [N x 1 x ...]"""
+        return self._schedule_on(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
+
+    def model_timesteps(self, t):
+        """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
+        original = self._schedule_on("timestep_map", t.device)[t]
+        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+
+    def model_timestep(self, t):
+        """Return the number that `model_timesteps` returns for timestep t, computed on the host."""
+        original = np.float32(self.timestep_map[t])
+        return float(original * np.float32(1000.0 / self.original_num_steps) if self.rescale_timesteps else original)
+
+
+class GaussianDiffusion(ScheduledProcess):
+    """Forward process q, reverse process p of a network, their sampling loops and losses; see `interfaces.Process`.
 
     :param betas: variance added by each step, [T] in (0, 1].
     :param rescale_timesteps: pass timesteps in [0, 1000) to models for any T.
@@ -177,13 +217,11 @@ class GaussianDiffusion(Process):
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
-        self.rescale_timesteps = rescale_timesteps
         self.min_snr_gamma = min_snr_gamma
         self.discrete_data = discrete_data
         self.betas = np.array(betas, dtype=np.float64)
-        self.num_timesteps = _check_betas(self.betas)
-        self.original_num_steps, self.timestep_map = self.num_timesteps, list(range(self.num_timesteps))
-        self._tables = {}       # (name of a schedule, device) -> tensor [T]
+        steps = _check_betas(self.betas)
+        super().__init__(list(range(steps)), steps, rescale_timesteps)
         with np.errstate(divide="ignore"):      # a last beta of 1 leaves no signal: 1 / sqrt(alpha-bar) is infinite
             self._derive_schedules()
         if loss_type is LossType.MIN_SNR:
@@ -231,31 +269,7 @@ class GaussianDiffusion(Process):
         self._sqrt_alphas_cumprod_next = np.sqrt(self.alphas_cumprod_next)
         self._sqrt_one_minus_alphas_cumprod_next = np.sqrt(1.0 - self.alphas_cumprod_next)
 
-    def _schedule_on(self, name, device):
-        """Return schedule `name` on `device`: float32, or int64 for integers; uploaded once."""
-        key = name, device
-        if key not in self._tables:
-            values = np.asarray(getattr(self, name))
-            dtype = np.int64 if values.dtype.kind == "i" else np.float32
-            with torch.inference_mode(False):       # a table created in a preview must work in training too
-                self._tables[key] = torch.from_numpy(values.astype(dtype)).to(device)
-        return self._tables[key]
-
-    def _extract(self, name, t, x):
-        """Return schedule `name` at timesteps t, broadcastable to x.  [N] -> [N x 1 x ...]"""
-        return self._schedule_on(name, t.device)[t].view(-1, *(1,) * (x.dim() - 1))
-
     # --- Interface to sampling and guidance, beyond the methods of guided-diffusion ---
-
-    def model_timesteps(self, t):
-        """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
-        original = self._schedule_on("timestep_map", t.device)[t]
-        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
-
-    def model_timestep(self, t):
-        """Return the number that `model_timesteps` returns for timestep t, computed on the host."""
-        original = np.float32(self.timestep_map[t])
-        return float(original * np.float32(1000.0 / self.original_num_steps) if self.rescale_timesteps else original)
 
     def noise_levels(self):
         """Return sigma_t = sqrt((1 - alpha-bar) / alpha-bar), the noise-to-signal ratio, float64 [T]."""
@@ -616,15 +630,16 @@ def initial_noise(shape, noise, device, noise_fn):
     return noise
 
 
-def sample_progressive(diffusion, step, model, shape, noise, device, progress, noise_fn):
+def sample_progressive(diffusion, step, model, shape, noise, device, progress, noise_fn, timesteps=None):
     """Yield step(model, x=x_t, t=t) for t from T - 1 to 0 of a process; x_{t-1} is the `sample` of step t.
 
     :param model: a network, or a `PerTimestep` of which `step` receives the network at t.
+    :param timesteps: other timesteps to take in this order.
     """
     if device is None:
         device = next(model.parameters()).device
     x = initial_noise(tuple(shape), noise, device, noise_fn)
-    timesteps = range(diffusion.num_timesteps - 1, -1, -1)
+    timesteps = timesteps or range(diffusion.num_timesteps - 1, -1, -1)
     if progress:
         from tqdm.auto import tqdm
         timesteps = tqdm(timesteps)

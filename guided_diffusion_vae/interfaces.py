@@ -223,6 +223,10 @@ class Process(Protocol):
         """Return the number that `model_timesteps` returns for timestep t, computed on the host."""
         return float(self.model_timesteps(torch.tensor([t])))
 
+    def scales(self) -> np.ndarray:
+        """Return sqrt(signal^2 + noise^2) of x_t at each timestep, float64 [T]: 1 in Gaussian processes."""
+        return np.ones(self.num_timesteps)
+
     def noise_condition(self, low_res, t, noise) -> torch.Tensor:
         """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
         clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))

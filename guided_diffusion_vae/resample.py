@@ -69,6 +69,26 @@ class UniformSampler(ScheduleSampler):
         return self._weights
 
 
+class LogitNormalSampler(ScheduleSampler):
+    """Logit-normal distribution, in which intermediate timesteps are the most probable: sigmoid(u), u ~ N(0, 1).
+
+    Importance weights are 1: the distribution weights the losses, as intended for rectified flows (arXiv:2403.03206,
+    Sec. 3.1, with m = 0 and s = 1). Timestep t is sampled with the density at (t + 0.5) / T.
+    """
+
+    def __init__(self, diffusion):
+        times = (np.arange(diffusion.num_timesteps) + 0.5) / diffusion.num_timesteps
+        logit = np.log(times / (1.0 - times))
+        self._weights = np.exp(-0.5 * logit**2) / (times * (1.0 - times))
+
+    def weights(self):
+        return self._weights
+
+    def sample(self, batch_size, device, rng=None):
+        t, weights = super().sample(batch_size, device, rng)
+        return t, torch.ones_like(weights)
+
+
 class LossAwareSampler(ScheduleSampler):
     """Distribution that follows the losses of training."""
 
@@ -143,7 +163,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
 
 # The choices of --schedule_sampler.
-SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler,
+                     "logit-normal": LogitNormalSampler}
 
 
 def _gather_rows(rows):

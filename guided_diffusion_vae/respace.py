@@ -23,19 +23,46 @@ def space_timesteps(num_timesteps: int, section_counts) -> set[int]:
         if section_counts.startswith("ddim"):
             return _uniform_stride(num_timesteps, _parse_counts(section_counts[len("ddim"):], section_counts)[0])
         section_counts = _parse_counts(section_counts, section_counts)
+    kept = set()
+    for start, size, count in _sections(num_timesteps, section_counts):
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Strides are accumulated, not multiplied: ties then round as in released runs.
+        offsets = accumulate(repeat(stride, count - 1), initial=0.0) if count > 0 else ()
+        kept.update(start + round(offset) for offset in offsets)
+    return kept
+
+
+def space_trailing(num_timesteps: int, section_counts) -> set[int]:
+    """Return the last timesteps of equal parts, a set of integers that contains num_timesteps - 1.
+
+    Sampling then starts at the noisiest timestep, also in one step, and takes equal steps down to x_0 (zero terminal
+    SNR, arXiv:2305.08891, Sec. 3.3).
+
+    :param section_counts: number of parts of each of as many sections, as in `space_timesteps`; "trailingN" and "ddimN"
+        mean N.
+    :raises ValueError: as `space_timesteps` does.
+    """
+    counts = section_counts
+    if isinstance(counts, str):
+        counts = _parse_counts(counts.removeprefix("trailing").removeprefix("ddim"), counts)
+    return {last for start, size, count in _sections(num_timesteps, counts)
+            for last in (start + round((part + 1) * size / count) - 1 for part in range(count))}
+
+
+def _sections(num_timesteps, section_counts):
+    """Yield (first timestep, size, count) of sections of (nearly) equal length.
+
+    :raises ValueError: if a section is shorter than its count.
+    """
     shortest, longer = divmod(num_timesteps, len(section_counts))
-    kept, start = set(), 0
+    start = 0
     for section, count in enumerate(section_counts):
         size = shortest + (section < longer)
         if count > size:
             raise ValueError(f"--timestep_respacing keeps {count} steps of section {section} of {len(section_counts)}, "
                              f"which has {size} of the {num_timesteps}; lower it, or increase --diffusion_steps")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Strides are accumulated, not multiplied: ties then round as in released runs.
-        offsets = accumulate(repeat(stride, count - 1), initial=0.0) if count > 0 else ()
-        kept.update(start + round(offset) for offset in offsets)
+        yield start, size, count
         start += size
-    return kept
 
 
 def space_by_log_snr(alphas_cumprod, count: int) -> set[int]:
@@ -78,7 +105,7 @@ def _parse_counts(text, flag_value):
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--timestep_respacing {flag_value!r}: expected a count (250), counts per section (10,15,20), "
-                         "ddimN (ddim25) or logsnrN (logsnr20)") from None
+                         "ddimN (ddim25), logsnrN (logsnr20) or trailingN (trailing4)") from None
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -105,7 +105,9 @@ class TrainConfig:
 
 @dataclass
 class DiffusionTrainConfig(TrainConfig):
-    schedule_sampler: str = option("uniform", "distribution of training timesteps", choices=tuple(SCHEDULE_SAMPLERS))
+    schedule_sampler: str = option(
+        "uniform", "distribution of training timesteps: uniform, loss-second-moment (by their losses), or logit-normal "
+                   "(intermediate ones are more probable, for rectified flows)", choices=tuple(SCHEDULE_SAMPLERS))
     fp16_scale_growth: float = option(1e-3, "growth of the log2 loss scale per step with --use_fp16")
     fsdp: bool = option(False, "shard weights, gradients, EMA weights and optimizer over the ranks (FSDP2), for models "
                                "larger than memory; checkpoints are the same files, but there are no previews")

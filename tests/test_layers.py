@@ -16,7 +16,7 @@ LAYERS = """
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
     autoencoder vae.compvis data.batching data.image_folders data.microdoppler data.volume_folders evaluation.figures
-    evaluation.set_metrics image_datasets logger respace runs.flags sampling.solvers vae
+    evaluation.set_metrics image_datasets logger rectified_flow respace runs.flags sampling.solvers vae
     vae.streaming
     data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
     runs.factories sampling.sampler vae.foreign

@@ -153,14 +153,15 @@ def test_toy_process_trains_on_a_latent_cache_with_its_normalizer(straight, call
 def test_process_is_read_from_the_table_and_absent_means_gaussian(straight):
     assert applicable_samplers(create_diffusion({"process": "straight"})) == ["euler"]
     assert "euler" not in applicable_samplers(create_diffusion({"diffusion_steps": 30}))
-    with pytest.raises(ValueError, match="--process curved: expected one of: gaussian, straight"):
+    with pytest.raises(ValueError, match="--process curved: expected one of: gaussian, rectified_flow, straight"):
         create_diffusion({"process": "curved"})
 
 
 @pytest.mark.parametrize("create", [lambda: create_diffusion({}), lambda: StraightLines(10, "")])
 def test_processes_have_every_member_of_the_interface(create):
     process = create()
-    assert isinstance(process, Process) and len(process.noise_levels()) == process.num_timesteps
+    assert isinstance(process, Process)
+    assert len(process.noise_levels()) == len(process.scales()) == process.num_timesteps
     x, noise, t = torch.zeros(2, 1, 4), torch.ones(2, 1, 4), torch.tensor([0, 3])
     diffused = process.noise_condition(noise, t, x)
     assert (diffused[0] == 1).all() and (diffused[1] < 1).all()

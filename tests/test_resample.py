@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from guided_diffusion_vae.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
+from guided_diffusion_vae.resample import (
+    LogitNormalSampler, LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler,
+)
 
 
 def process(steps):
@@ -25,6 +27,13 @@ def test_uniform_sampler_gives_weights_of_one():
     t, weights = UniformSampler(process(5)).sample(200, "cpu", np.random.default_rng(0))
     assert t.dtype == torch.int64 and weights.dtype == torch.float32
     assert set(t.tolist()) == set(range(5)) and (weights == 1).all()
+
+
+def test_logit_normal_sampler_has_the_quantiles_of_a_sigmoid_of_a_normal():
+    t, weights = LogitNormalSampler(process(1000)).sample(20000, "cpu", np.random.default_rng(0))
+    quantiles = np.quantile((t.numpy() + 0.5) / 1000, [0.0228, 0.1587, 0.5, 0.8413, 0.9772])
+    np.testing.assert_allclose(quantiles, 1 / (1 + np.exp(-np.arange(-2.0, 3.0))), atol=0.01)
+    assert (weights == 1).all()     # the distribution is meant to weight the losses
 
 
 def test_sample_depends_on_the_generator_by_default_the_global_one():

@@ -5,7 +5,7 @@ import torch
 from guided_diffusion_vae.gaussian_diffusion import (
     GaussianDiffusion, LossType, ModelMeanType, ModelVarType, get_named_beta_schedule,
 )
-from guided_diffusion_vae.respace import SpacedDiffusion, space_by_log_snr, space_timesteps
+from guided_diffusion_vae.respace import SpacedDiffusion, space_by_log_snr, space_timesteps, space_trailing
 from guided_diffusion_vae.runs.factories import choose_timesteps
 
 
@@ -28,6 +28,14 @@ def settings(steps, rescale=False):
 ])
 def test_space_timesteps_returns_known_timesteps(steps, text, expected):
     assert space_timesteps(steps, text) == set(expected)
+
+
+@pytest.mark.parametrize("steps, text, expected", [
+    (10, "1", [9]), (10, "trailing1", [9]), (10, "2", [4, 9]), (10, "ddim5", [1, 3, 5, 7, 9]), (10, "3", [2, 6, 9]),
+    (10, "1,5", [4, 5, 6, 7, 8, 9]), (7, [7], range(7)),
+])
+def test_trailing_spacing_keeps_the_last_timestep_of_each_part(steps, text, expected):
+    assert space_trailing(steps, text) == set(expected)
 
 
 def test_list_and_text_of_counts_are_equivalent():
@@ -85,6 +93,7 @@ def test_choose_timesteps_accepts_every_format():
     betas = get_named_beta_schedule("linear", 50)
     assert choose_timesteps(betas, "logsnr7") == space_by_log_snr(alpha_bar_by_name("linear", 50), 7)
     assert choose_timesteps(betas, "ddim5") == space_timesteps(50, "ddim5")
+    assert choose_timesteps(betas, "trailing5") == {9, 19, 29, 39, 49}
     assert choose_timesteps(betas, "") == set(range(50))
     with pytest.raises(ValueError, match="'logsnr': expected a count .*logsnrN"):
         choose_timesteps(betas, "logsnr")

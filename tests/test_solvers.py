@@ -141,9 +141,9 @@ def test_solver_applies_guidance_and_denoising(solver):
 
 
 def test_samplers_contain_loops_of_the_process_and_solvers():
-    assert set(SAMPLERS) == {"ddpm", "ddim", *SOLVERS}
+    assert set(SAMPLERS) == {"ddpm", "ddim", "euler", "heun", *SOLVERS}
     process = create_gaussian_diffusion(steps=25)
-    assert applicable_samplers(process) == list(SAMPLERS) and applicable_samplers(object()) == []
+    assert applicable_samplers(process) == ["ddpm", "ddim", *SOLVERS] and applicable_samplers(object()) == []
     torch.manual_seed(0)
     mine = SAMPLERS["ddpm"][1](process, lambda x, t: 0 * x, (1, 1, 3), device="cpu")
     torch.manual_seed(0)

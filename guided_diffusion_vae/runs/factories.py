@@ -8,7 +8,8 @@ import numpy as np
 from .. import gaussian_diffusion as gd
 from ..config import as_dict, from_dict, integers, numbers, require
 from ..gaussian_diffusion import DiffusionConfig
-from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps
+from ..rectified_flow import RectifiedFlow
+from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps, space_trailing
 from ..unet import (
     ClassifierConfig, EncoderUNetModel, ModelConfig, SuperResConfig as SuperResConfig, SuperResModel, UNetModel,
 )
@@ -216,8 +217,21 @@ def _create_gaussian(config, discrete_data):
     return create_gaussian_diffusion(steps=config.diffusion_steps, discrete_data=discrete_data, **flags)
 
 
+def _create_rectified_flow(config, discrete_data):
+    for flag in ("learn_sigma", "noise_schedule", "use_kl", "predict_xstart", "predict_v", "min_snr_gamma",
+                 "rescale_learned_sigmas"):
+        value, default = getattr(config, flag), getattr(DiffusionConfig, flag)
+        require((value == default, f"--{flag} {value} conflicts with --process rectified_flow, which has its own "
+                 f"prediction, loss and noise levels: expected {default}; omit the flag or set it to that"))
+    steps, text = config.diffusion_steps, str(config.timestep_respacing)
+    times = (np.arange(steps) + 1) / steps
+    alpha_bar = (1 - times) ** 2 / ((1 - times) ** 2 + times**2)    # of the same noise-to-signal ratio
+    kept = _space_by_log_snr(alpha_bar, text) or space_trailing(steps, text or [steps])
+    return RectifiedFlow(kept, steps, config.rescale_timesteps, discrete_data)
+
+
 # Diffusion processes by --process: functions of (DiffusionConfig, discrete_data), which return an `interfaces.Process`.
-PROCESSES = {"gaussian": _create_gaussian}
+PROCESSES = {"gaussian": _create_gaussian, "rectified_flow": _create_rectified_flow}
 
 
 def create_diffusion(config: DiffusionConfig | dict, discrete_data=True):
@@ -233,10 +247,16 @@ def create_diffusion(config: DiffusionConfig | dict, discrete_data=True):
 
 def choose_timesteps(betas, timestep_respacing) -> set[int]:
     """Return the timesteps that `--timestep_respacing` keeps of a schedule with these betas; empty: all."""
-    text = str(timestep_respacing)
-    if text.startswith("logsnr") and text[len("logsnr"):].isdigit():
-        return space_by_log_snr(np.cumprod(1.0 - betas), int(text[len("logsnr"):]))
-    return space_timesteps(len(betas), timestep_respacing or [len(betas)])
+    if str(timestep_respacing).startswith("trailing"):
+        return space_trailing(len(betas), timestep_respacing)
+    kept = _space_by_log_snr(np.cumprod(1.0 - betas), str(timestep_respacing))
+    return kept or space_timesteps(len(betas), timestep_respacing or [len(betas)])
+
+
+def _space_by_log_snr(alphas_cumprod, text):
+    """Return the timesteps that logsnrN keeps, None for a text of another form."""
+    count = text.removeprefix("logsnr")
+    return space_by_log_snr(alphas_cumprod, int(count)) if count != text and count.isdigit() else None
 
 
 def _strides(size, resolutions, flag="attention_resolutions"):

@@ -24,8 +24,9 @@ class SamplingConfig:
     num_samples: int = option(64, "number of samples", minimum=1, essential=True)
     batch_size: int = option(16, "samples in a batch per rank; does not change the samples", minimum=1, essential=True)
     sampler: str = option("", "ddpm (stochastic), ddim (deterministic), or a multi-step solver for 10 to 25 steps: "
-                              "dpmpp_sde (stochastic, tolerates model errors), dpmpp, unipc; empty: ddpm, or ddim with "
-                              "--use_ddim", choices=("", *SAMPLERS), essential=True)
+                              "dpmpp_sde (stochastic, tolerates model errors), dpmpp, unipc; of rectified flows euler, "
+                              "heun or one of these; empty: ddpm, with --use_ddim ddim; euler", choices=("", *SAMPLERS),
+                          essential=True)
     use_ddim: bool = option(False, "same as --sampler ddim, usually with --timestep_respacing ddim50")
     clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, the default there, but "
                                         "wrong for latents, a third of which are outside")

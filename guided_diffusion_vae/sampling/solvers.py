@@ -13,6 +13,7 @@ import torch
 
 from ..gaussian_diffusion import GaussianDiffusion, last_sample, sample_progressive
 from ..nn import to_device
+from ..rectified_flow import RectifiedFlow
 
 # Noise level from which x_T counts as pure noise: solvers compute with its logarithm, and need a finite one.
 MAX_NOISE_LEVEL = np.sqrt((1 - 2.0**-24) / 2.0**-24)
@@ -120,21 +121,25 @@ def multistep_sample_loop(
     """
     sigmas = np.append(np.minimum(diffusion.noise_levels(), MAX_NOISE_LEVEL)[::-1], 0.0)
     advance = SOLVERS[solver](torch.from_numpy(sigmas.astype(np.float32)))
+    scales = iter(diffusion.scales()[::-1].tolist())    # solvers have x_t of a Gaussian process, whose scale is 1
 
     def step(model, x, t):
-        x_0 = diffusion.predict_xstart(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        x_0 = diffusion.predict_xstart(model, next(scales) * x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         drawn = (noise_fn or torch.randn_like)(x) if solver in STOCHASTIC else None
         return {"sample": advance(x_0, x, drawn), "pred_xstart": x_0}
 
     return last_sample(sample_progressive(diffusion, step, model, shape, noise, device, progress, noise_fn))
 
 
-# The choices of --sampler: (class of the processes, loop(diffusion, model, shape, ...)). The first entry that applies
-# to a process is its default.
+# The choices of --sampler: (class or classes of the processes, loop(diffusion, model, shape, ...)). The first entry
+# that applies to a process is its default.
 SAMPLERS = {
     "ddpm": (GaussianDiffusion, GaussianDiffusion.p_sample_loop),
     "ddim": (GaussianDiffusion, GaussianDiffusion.ddim_sample_loop),
-    **{name: (GaussianDiffusion, functools.partial(multistep_sample_loop, solver=name)) for name in SOLVERS},
+    "euler": (RectifiedFlow, RectifiedFlow.euler_sample_loop),
+    "heun": (RectifiedFlow, RectifiedFlow.heun_sample_loop),
+    **{name: ((GaussianDiffusion, RectifiedFlow), functools.partial(multistep_sample_loop, solver=name))
+       for name in SOLVERS},
 }
 
 
