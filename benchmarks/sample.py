@@ -1,28 +1,44 @@
-"""Time one sampling step, plain and with classifier guidance, and compare 50-step DDIM runs.
+"""Time one sampling step, plain and with classifier guidance, runs that write samples, and compare 50-step DDIM runs.
 
     OMP_NUM_THREADS=1 python benchmarks/sample.py --reference ../guided-diffusion
     OMP_NUM_THREADS=1 python benchmarks/sample.py --reference ../guided-diffusion --whole_runs 3
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 python benchmarks/sample.py --size radar64 --compile_too True
+    OMP_NUM_THREADS=1 python benchmarks/sample.py --written_runs 7
 
 Both sides start from the same weights and the same noise. --whole_runs times runs of equal sample quality on the radar
-model of docs/results.md: 250 ancestral steps of the baseline, and 15 steps of dpmpp_sde here.
+model of docs/results.md: 250 ancestral steps of the baseline, and 15 steps of dpmpp_sde here. --written_runs times what
+image_sample_vae.py does: 15 steps, decoding, and files of two batches of that model; "sampling thread" is the part that
+the next batch waits for.
 """
 
 import copy
 import dataclasses
 import functools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
 
 import common
 import torch
 import torch.nn.functional as F
+from encode import random_network
 from train_step import SIZES
 
+from guided_diffusion_vae.autoencoder import AutoencoderConfig
 from guided_diffusion_vae.config import as_dict, option
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs.factories import create_classifier, create_model_and_diffusion_vae, create_diffusion
 from guided_diffusion_vae.sampling.guidance import classifier_cond_fn
-from guided_diffusion_vae.sampling import multistep_sample_loop
+from guided_diffusion_vae.sampling import Sampler, SamplingConfig, generate_samples, multistep_sample_loop
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
+from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEConfig, create_vae
 
+RADAR, STEPS = "radar64", 15    # the network of configs/microdoppler_small.yaml and its steps of dpmpp_sde
+RADAR_AUTOENCODER = AutoencoderConfig(in_channels=3, num_channels=(32, 64, 128), num_res_blocks=(3, 1, 1))
+SIZES = {**SIZES, RADAR: ((4, 16, 16), dict(num_channels=64, channel_mult="1,2,2", num_head_channels=32,
+                                            attention_resolutions="8,4"))}
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
                   classifier_num_classes=6)
 
@@ -34,6 +50,8 @@ class SampleConfig:
     size: str = option("16m122", "latent grid and network", choices=tuple(SIZES))
     bench_batch_size: int = option(16, "batch size")
     whole_runs: int = option(0, "measurements of whole runs of 250 and of 15 steps; 0: disabled")
+    compile_too: bool = option(False, "also measure steps of the compiled network, and when they pay off")
+    written_runs: int = option(0, "measurements of runs of 15 steps that write their samples; 0: disabled")
 
 
 def main():
@@ -69,12 +87,65 @@ def main():
         name = f"sample_{config.size}_{'guided' if guided else 'plain'}"
         common.report(name, common.speedup_table(times, next(iter(sides))), bench, device, guided=guided,
                       size=config.size, batch_size=config.bench_batch_size, baseline=next(iter(sides)))
+    if config.compile_too:
+        report_compiled({name: side for name, side in sides.items() if name != "guided-diffusion"}, x, bench, device)
+    if config.written_runs:
+        report_written_runs(config.written_runs, config.bench_batch_size, bench, device)
     if config.whole_runs:
         runs = whole_runs(sides, x, device)
         times = common.time_interleaved(runs, config.whole_runs, device, warmup=0)
         rows = common.speedup_table(times, next(iter(runs)))
         common.report(f"sample_{config.size}_whole", rows, bench, device, size=config.size, samples=len(x),
                       repetitions=config.whole_runs)
+
+
+def report_compiled(sides, x, bench, device):
+    """Report steps of the networks as they are and compiled, and after how many samples of 15 steps that pays off."""
+    for name, (network, spaced, _) in sides.items():
+        compiled = torch.compile(network, dynamic=False)
+        steps = {name: functools.partial(step, network, spaced, None, x, None),
+                 f"{name}, compiled": functools.partial(step, compiled, spaced, None, x, None)}
+        start = sum(os.times()[:4])     # of this process and of the compilers that it starts
+        steps[f"{name}, compiled"]()
+        first = sum(os.times()[:4]) - start
+        times = common.time_interleaved(steps, bench.repetitions, device)
+        plain, fast = map(statistics.median, times.values())
+        samples = (first - fast) / (plain - fast) / STEPS * len(x) if fast < plain else float("inf")
+        print(f"{name}: compiling took {first:.0f} s of CPU time, recovered after {samples:,.0f} samples\n", flush=True)
+        common.report(f"sample_compiled_{name}", common.speedup_table(times, name), bench, device,
+                      compile_seconds=first, samples_that_pay_it_back=samples)
+
+
+def report_written_runs(repetitions, batch_size, bench, device):
+    """Report runs of `generate_samples` by the precision of the network and of the autoencoder."""
+    shape, flags = SIZES[RADAR]
+    network, diffusion = create_model_and_diffusion_vae(
+        shape, ModelConfig(**flags), DiffusionConfig(timestep_respacing=f"logsnr{STEPS}"))
+    half = copy.deepcopy(common.randomize_zero_parameters(network).to(device).eval())
+    half.convert_to_bf16()
+    with common.silent() as folder:
+        path = random_network(Path(folder) / "vae.pt", RADAR_AUTOENCODER)
+        codecs = [create_vae(VAEConfig(vae_path=str(path), vae_dtype=dtype), device)
+                  for dtype in ("float32", "bfloat16")]
+        own = {"float32": (network, codecs[0]), "bfloat16, decoded in float32": (half, codecs[0]),
+               "bfloat16": (half, codecs[1])}
+        config = SamplingConfig(num_samples=2 * batch_size, batch_size=batch_size)
+        on_thread = {name: [] for name in own}
+
+        def run(name, model, codec):
+            sampler = Sampler(model, diffusion, shape, codec, LatentNormalizer([0], [1], "none"), (3, 64, 64),
+                              solver="dpmpp_sde")
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                start = time.thread_time()
+                generate_samples(sampler, None, config, out, device)
+                on_thread[name].append(time.thread_time() - start)
+
+        runs = {name: functools.partial(run, name, *parts) for name, parts in own.items()}
+        times = common.time_interleaved(runs, repetitions, device)
+    rows = common.speedup_table(times, "float32")
+    for row in rows:
+        row["sampling thread (ms)"] = 1e3 * statistics.median(on_thread[row["variant"]][1:])
+    common.report("sample_written", rows, bench, device, samples=2 * batch_size, repetitions=repetitions)
 
 
 def whole_runs(sides, x, device):

@@ -24,7 +24,7 @@ def test_benchmark_imports_and_documents_its_command(benchmark, path):
 
 
 @pytest.mark.parametrize("name, argv", [
-    ("sample", ["--bench_batch_size", "1", "--whole_runs", "1"]), ("train_step", ["--bench_batch_size", "2"]),
+    ("sample", ["--bench_batch_size", "1", "--whole_runs", "1", "--written_runs", "1"]), ("train_step", ["--bench_batch_size", "2"]),
     ("train_step", ["--bench_batch_size", "2", "--reference", "diffusers"]),
     ("encode", ["--bench_batch_sizes", "1,2", "--bench_image_size", "16"]),
     ("encode", ["--bench_batch_sizes", "1", "--bench_image_size", "16x16x16"]),

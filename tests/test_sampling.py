@@ -15,7 +15,7 @@ from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, 
 from guided_diffusion_vae.runs.spaces import Space
 from guided_diffusion_vae.sampling import generate as generate_module
 from guided_diffusion_vae.sampling import (
-    SAMPLERS, KeyedNoise, LowResConditioning, Sampler, SamplingConfig, decoded_shape, generate_samples,
+    SAMPLERS, CompiledNetwork, KeyedNoise, LowResConditioning, Sampler, SamplingConfig, decoded_shape, generate_samples,
     parse_classes, resolve_sampler,
 )
 from guided_diffusion_vae.sampling.generate import SETTINGS_FILE
@@ -136,6 +136,22 @@ def keyed_noise(seed, indices, call, shape=(1, 8, 8)):
     """Return draw number `call` of the stream (seed, 5, i) of every sample i."""
     draws = keyed_randn((call + 1, *shape), [(seed, 5, i) for i in indices])
     return draws[:, call]
+
+
+def test_compiled_network_gets_batches_of_its_size_only(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda x, *args, **conditioning: "compiled")
+    network = CompiledNetwork(lambda x, t, y: "plain", {2, 4})
+    assert [network(torch.empty(n), None, y=None) for n in (1, 2, 3, 4)] == ["plain", "compiled"] * 2
+
+
+def test_missing_compiler_raises_before_the_first_step(monkeypatch):
+    def fail(x, *args):
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no working C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: fail)
+    with pytest.raises(RuntimeError, match="--compile True does not work here: expected a compiler for cpu, got .*no "
+                                           r"working C\+\+ compiler.* set \$CXX\), or omit the flag"):
+        CompiledNetwork(None, {1})(torch.empty(1), None)
 
 
 def test_guidance_of_an_unconditional_model_gets_the_classes(sampler):
@@ -271,8 +287,9 @@ def test_batches_are_written_while_the_next_one_is_sampled(sampler, tmp_path, mo
     assert len(whole.images) == 5 and len(order) == 3 and threading.current_thread().name not in order
 
 
-def test_batch_that_cannot_be_written_ends_the_run_and_the_next_run_repeats_it(sampler, tmp_path, monkeypatch):
-    write, calls = generate_module.atomic_stream, []
+@pytest.mark.parametrize("count", [9, 4])   # the second batch cannot be written: one of five, and the last one
+def test_batch_that_cannot_be_written_ends_the_run_and_is_repeated(sampler, tmp_path, monkeypatch, count):
+    write, calls, config = generate_module.atomic_stream, [], {"num_samples": count, "batch_size": 2}
 
     def fail(path):
         calls.append(path.name)
@@ -283,11 +300,11 @@ def test_batch_that_cannot_be_written_ends_the_run_and_the_next_run_repeats_it(s
     with monkeypatch.context() as patch:
         patch.setattr(generate_module, "atomic_stream", fail)
         with pytest.raises(OSError, match="No space left on device.*shards/00000002-00000004.npy"):
-            generate(sampler, tmp_path / "run", **{**FIVE, "num_samples": 9})
+            generate(sampler, tmp_path / "run", **config)
     assert len(calls) == 2      # no later batch is written after it
     assert [path.name for path in (tmp_path / "run/shards").glob("*.npy")] == ["00000000-00000002.npy"]
-    resumed = generate(sampler, tmp_path / "run", **{**FIVE, "num_samples": 9})
-    assert np.array_equal(resumed.images, generate(sampler, tmp_path / "whole", num_samples=9, batch_size=2).images)
+    resumed = generate(sampler, tmp_path / "run", **config)
+    assert np.array_equal(resumed.images, generate(sampler, tmp_path / "whole", **config).images)
 
 
 def test_folder_that_is_removed_while_sampling_raises_and_is_not_created_again(sampler, tmp_path):

@@ -23,7 +23,9 @@ from guided_diffusion_vae.runs.factories import build_classifier, create_diffusi
 from guided_diffusion_vae.runs.flags import parse_explicit
 from guided_diffusion_vae.runs.run import Run, RunConfig
 from guided_diffusion_vae.runs.spaces import Space
-from guided_diffusion_vae.sampling import BaseConfig, GuidanceConfig, SamplingConfig, generate_samples
+from guided_diffusion_vae.sampling import (
+    BaseConfig, CompiledNetwork, GuidanceConfig, SamplingConfig, generate_samples,
+)
 from guided_diffusion_vae.train_util import (
     ClassifierTrainConfig, DiffusionTrainConfig, TrainLoop, seed_initialization,
 )
@@ -465,6 +467,29 @@ def test_sample_dtype_bfloat16_equals_float32_up_to_rounding(model_path):
     assert 0 < (one - other).abs().max() and (one - other).std() < 0.05 * one.std()
     with pytest.raises(ValueError, match="--sample_dtype bfloat16 and --use_fp16 are mutually exclusive"):
         load(model_path, "--sample_dtype", "bfloat16", "--use_fp16", True)
+
+
+@pytest.mark.parametrize("flags, dtype", [
+    ({}, "float32"), ({"sample_dtype": "bfloat16"}, "bfloat16"), ({"vae_dtype": "bfloat16"}, "bfloat16"),
+    ({"sample_dtype": "bfloat16", "vae_dtype": "float32"}, "float32"),
+])
+def test_samples_are_decoded_in_the_precision_of_the_network_unless_another_is_set(model_path, flags, dtype):
+    sampler = load(model_path, *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    assert sampler.codec.dtype is getattr(torch, dtype)
+    assert sampler.settings.get("vae_dtype", "float32") == dtype    # an unfinished run is not continued with another
+
+
+@pytest.mark.parametrize("config, sizes", [
+    ({}, {16}), ({"num_samples": 5}, {5}), ({"cfg_scale": 0}, {16}), ({"cfg_scale": 2}, {32}),
+    ({"cfg_scale": 2, "cfg_interval": "0.1,9"}, {16, 32}), ({"cfg_scale": 0, "cfg_interval": "0.1,9"}, {16, 32}),
+])
+def test_network_is_compiled_for_the_sizes_of_its_batches(config, sizes):
+    assert loading._compiled(SamplingConfig(**config), None).sizes == sizes
+
+
+def test_compiled_samples_are_not_mixed_with_others(model_path):
+    sampler = load(model_path, "--compile", True)
+    assert isinstance(sampler.model, CompiledNetwork) and sampler.settings["compile"] is True
 
 
 @pytest.mark.parametrize("flags, match", [

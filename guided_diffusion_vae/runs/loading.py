@@ -22,8 +22,9 @@ from ..evaluation import (
 from ..files import file_errors, sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
-    OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, LowResConditioning, Sampler, SamplingConfig, Unconditional,
-    classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler, timesteps_in_interval,
+    OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler, SamplingConfig,
+    Unconditional, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
+    timesteps_in_interval,
 )
 from .factories import (
     NUM_CLASSES, ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig, build_classifier, create_diffusion,
@@ -121,6 +122,8 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     :param base: a BaseConfig, if the model is an upsampler.
     """
     config, explicit = run[SamplingConfig], run.explicit
+    if "vae_dtype" not in explicit:
+        run = run.override(dataclasses.replace(run[VAEConfig], vae_dtype=config.sample_dtype))
     weights, space = open_weights(config.model_path), None
     if weights.header is None:
         space, explicit = _space_from_flags(run, weights.path, scale), {}
@@ -133,7 +136,13 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     if config.sample_dtype == "bfloat16":
         require((not network.use_fp16, "--sample_dtype bfloat16 and --use_fp16 are mutually exclusive; set only one"))
         network.convert_to_bf16()
-    fields = {"settings": {"model": weights.sha256, "sample_dtype": config.sample_dtype}}
+    settings = {"model": weights.sha256, "sample_dtype": config.sample_dtype}
+    if not space.is_pixels and run[VAEConfig].vae_dtype != "float32":   # runs of version 0.3 recorded no defaults
+        settings["vae_dtype"] = run[VAEConfig].vae_dtype
+    if config.compile:
+        settings["compile"] = True
+        network = _compiled(config, network)
+    fields = {"settings": settings}
     if "clip_denoised" in run.explicit:
         fields["clip_denoised"] = config.clip_denoised
     projection = _projection(config.project_colormap, header, image_shape)
@@ -146,6 +155,14 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
         _low_res_conditioning(run, base, header, space, image_shape, fields)
     return Sampler.from_header(model, diffusion, space, header, solver=resolve_sampler(config, diffusion),
                                seed=config.seed, **fields)
+
+
+def _compiled(config, network):
+    """Return the network, compiled for the sizes that batches of a SamplingConfig have."""
+    log_rank0("--compile True: the first step takes minutes, which pay off after thousands of samples")
+    size = min(config.batch_size, config.num_samples)
+    guided = config.cfg_scale not in (0, 1) or config.cfg_interval      # evaluates batches of twice the size
+    return CompiledNetwork(network, {2 * size if guided else size, *([size] if config.cfg_interval else [])})
 
 
 def _space_from_flags(run, path, scale):

@@ -4,8 +4,8 @@ from .. import deprecated_names
 from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples
 from .guidance import ClassifierFreeGuidance, GuidanceConfig, Unconditional, classifier_cond_fn, timesteps_in_interval
 from .sampler import (
-    BaseConfig, KeyedNoise, LowResConditioning, PixelSamplingConfig, Sampler, SamplingConfig, decoded_shape,
-    noise_levels, parse_classes, resolve_sampler,
+    BaseConfig, CompiledNetwork, KeyedNoise, LowResConditioning, PixelSamplingConfig, Sampler, SamplingConfig,
+    decoded_shape, noise_levels, parse_classes, resolve_sampler,
 )
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, multistep_sample_loop

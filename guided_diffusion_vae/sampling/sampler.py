@@ -35,8 +35,11 @@ class SamplingConfig:
                               essential=True)
     cfg_interval: noise_levels = option(
         "", "lo,hi: noise levels (sigma) in which --cfg_scale is active, such as 0.3,3; empty: all")
-    sample_dtype: str = option("float32", "precision of the network; bfloat16 is about twice as fast, with slightly "
-                                          "different samples", choices=("float32", "bfloat16"))
+    sample_dtype: str = option("float32", "precision of the network, and of the autoencoder unless --vae_dtype is set; "
+                                          "bfloat16 is about twice as fast, with slightly different samples",
+                               choices=("float32", "bfloat16"))
+    compile: bool = option(False, "compile the network, which takes minutes and then makes steps about 1.3 times as "
+                                  "fast: pays off after thousands of samples")
     classes: words = option(
         "", "comma-separated names or indices of the classes to sample cyclically; empty: all", essential=True)
     seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
@@ -94,6 +97,27 @@ class KeyedNoise:
         for stream, row in zip(self.streams, drawn.numpy()):
             stream.standard_normal(out=row, dtype=np.float32)
         return drawn
+
+
+class CompiledNetwork:
+    """A network that is compiled for batches of `sizes`; others, such as the last batch, use it as it is.
+
+    :raises RuntimeError: at the first call, if torch.compile has no working compiler.
+    """
+
+    def __init__(self, network, sizes):
+        self.network, self.sizes = network, sizes
+        self.compiled = torch.compile(network, dynamic=False)
+
+    def __call__(self, x, timesteps, **conditioning):
+        if len(x) not in self.sizes:
+            return self.network(x, timesteps, **conditioning)
+        try:
+            return self.compiled(x, timesteps, **conditioning)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.inner_exception).splitlines()[0]
+            raise RuntimeError(f"--compile True does not work here: expected a compiler for {x.device.type}, got "
+                               f"{reason}; install one (for the CPU g++, or set $CXX), or omit the flag") from error
 
 
 def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -> list[int] | None:
