@@ -35,10 +35,8 @@ from guided_diffusion_vae.sampling import Sampler, SamplingConfig, generate_samp
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEConfig, create_vae
 
-RADAR, STEPS = "radar64", 15    # the network of configs/microdoppler_small.yaml and its steps of dpmpp_sde
-RADAR_AUTOENCODER = AutoencoderConfig(in_channels=3, num_channels=(32, 64, 128), num_res_blocks=(3, 1, 1))
-SIZES = {**SIZES, RADAR: ((4, 16, 16), dict(num_channels=64, channel_mult="1,2,2", num_head_channels=32,
-                                            attention_resolutions="8,4"))}
+# Of configs/microdoppler_small.yaml, and the steps of dpmpp_sde that suffice for it.
+AUTOENCODER, STEPS = AutoencoderConfig(in_channels=3, num_channels=(32, 64, 128), num_res_blocks=(3, 1, 1)), 15
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
                   classifier_num_classes=6)
 
@@ -118,13 +116,13 @@ def report_compiled(sides, x, bench, device):
 
 def report_written_runs(repetitions, batch_size, bench, device):
     """Report runs of `generate_samples` by the precision of the network and of the autoencoder."""
-    shape, flags = SIZES[RADAR]
+    shape, flags = SIZES["radar64"]
     network, diffusion = create_model_and_diffusion_vae(
         shape, ModelConfig(**flags), DiffusionConfig(timestep_respacing=f"logsnr{STEPS}"))
     half = copy.deepcopy(common.randomize_zero_parameters(network).to(device).eval())
     half.convert_to_bf16()
     with common.silent() as folder:
-        path = random_network(Path(folder) / "vae.pt", RADAR_AUTOENCODER)
+        path = random_network(Path(folder) / "vae.pt", AUTOENCODER)
         codecs = [create_vae(VAEConfig(vae_path=str(path), vae_dtype=dtype), device)
                   for dtype in ("float32", "bfloat16")]
         own = {"float32": (network, codecs[0]), "bfloat16, decoded in float32": (half, codecs[0]),
@@ -133,8 +131,8 @@ def report_written_runs(repetitions, batch_size, bench, device):
         on_thread = {name: [] for name in own}
 
         def run(name, model, codec):
-            sampler = Sampler(model, diffusion, shape, codec, LatentNormalizer([0], [1], "none"), (3, 64, 64),
-                              solver="dpmpp_sde")
+            sampler = Sampler(model, diffusion, shape, codec, LatentNormalizer([0], [1], "none"),
+                              (3, *(4 * n for n in shape[1:])), solver="dpmpp_sde")
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 start = time.thread_time()
                 generate_samples(sampler, None, config, out, device)

@@ -24,7 +24,8 @@ def test_benchmark_imports_and_documents_its_command(benchmark, path):
 
 
 @pytest.mark.parametrize("name, argv", [
-    ("sample", ["--bench_batch_size", "1", "--whole_runs", "1", "--written_runs", "1"]), ("train_step", ["--bench_batch_size", "2"]),
+    ("sample", ["--bench_batch_size", "1", "--whole_runs", "1", "--written_runs", "1"]),
+    ("train_step", ["--bench_batch_size", "2"]),
     ("train_step", ["--bench_batch_size", "2", "--reference", "diffusers"]),
     ("encode", ["--bench_batch_sizes", "1,2", "--bench_image_size", "16"]),
     ("encode", ["--bench_batch_sizes", "1", "--bench_image_size", "16x16x16"]),
@@ -33,7 +34,8 @@ def test_benchmark_prints_a_table_and_writes_json(benchmark, monkeypatch, tmp_pa
     if name in ("sample", "train_step"):  # small networks for tests
         sizes = benchmark("train_step").SIZES
         tiny = (4, 8, 8), {"num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "4"}
-        monkeypatch.setitem(sizes, "16m122", tiny)
+        for size in ("16m122", "radar64"):
+            monkeypatch.setitem(sizes, size, tiny)
     monkeypatch.setattr(sys, "argv", [name, *argv, "--repetitions", "1", "--out", str(tmp_path)])
     benchmark(name).main()
     assert "| variant |" in capsys.readouterr().out
