@@ -3,6 +3,8 @@
     python scripts/image_sample_vae.py --model_path runs/diffusion/ema_0.999_010000.pt
     mpiexec -n 2 python scripts/image_sample_vae.py --model_path ... --classes tapin,tapout \\
         --sampler dpmpp_sde --timestep_respacing logsnr20 --cfg_scale 2
+    python scripts/image_sample_vae.py --model_path runs/diffusion --cfg_scale 1.5 \\
+        --guide_model_path runs/diffusion/ema_0.999_002000.pt
 
 A checkpoint contains its settings, and conflicting flags are an error. A bare state dict, such as one of
 guided-diffusion, requires the model flags, --vae_path, --image_size and --normalizer. Rerun the same command to resume

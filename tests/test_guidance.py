@@ -9,7 +9,7 @@ from guided_diffusion_vae.objectives import ClassifierObjective, StepRNG
 from guided_diffusion_vae.resample import ScheduleSampler
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
 from guided_diffusion_vae.sampling import (
-    ClassifierFreeGuidance, SamplingConfig, classifier_cond_fn, noise_levels, timesteps_in_interval,
+    Autoguidance, ClassifierFreeGuidance, SamplingConfig, classifier_cond_fn, noise_levels, timesteps_in_interval,
 )
 
 LABELS = torch.tensor([2, 0, 1])
@@ -69,6 +69,35 @@ def test_model_is_evaluated_once_outside_the_interval():
     for t in (4, 5, 9, 10):
         guided(normal(3, 1, 4), torch.full((3,), t), y=LABELS)
     assert [count for count, *_ in model.calls] == [3, 6, 6, 3]
+
+
+def test_rescaling_restores_the_standard_deviation_of_the_conditional_prediction():
+    network = lambda x, t, y: x * (1 + y.view(-1, 1, 1)) + (y == 7).view(-1, 1, 1) * x.flip(2)
+    x, t = normal(3, 2, 8), torch.full((3,), 9)
+    guided = lambda rescale: ClassifierFreeGuidance(network, 7, 3.0, rescale=rescale)(x, t, y=LABELS)
+    std = network(x, t, LABELS).std((1, 2))
+    plain, half, full = guided(0.0), guided(0.5), guided(1.0)
+    assert (plain.std((1, 2)) / std - 1).abs().min() > 0.1
+    torch.testing.assert_close(full.std((1, 2)), std)
+    torch.testing.assert_close(half, (plain + full) / 2)
+    torch.testing.assert_close(full / plain, (full / plain)[:, :1, :1].expand(-1, 2, 8))    # one factor per sample
+    constant = ClassifierFreeGuidance(lambda x, t, y: torch.zeros_like(x), 7, 3.0, rescale=1.0)(x, t, y=LABELS)
+    assert (constant == 0).all()
+
+
+def test_autoguidance_extrapolates_from_the_guide():
+    model, guide = LabelModel(heads=2), LabelModel()
+    x, t, low_res = normal(3, 1, 4), torch.full((3,), 9), normal(3, 1, 2)
+    guide_of = lambda x, t, y, low_res: guide(x, t, y, low_res) - 5.0
+    out = Autoguidance(model, guide_of, 3.0)(x, t, y=LABELS, low_res=low_res)
+    torch.testing.assert_close(out[:, 0], (LABELS + 10.0).view(3, 1).expand(3, 4))
+    torch.testing.assert_close(out[:, 1], -LABELS.float().view(3, 1).expand(3, 4))  # the variance is the model's
+    assert guide.calls == [(3, [9] * 3, LABELS.tolist(), low_res)]
+    assert torch.equal(Autoguidance(model, guide_of, 1.0)(x, t, y=LABELS, low_res=low_res), model(x, t, LABELS))
+    inside = Autoguidance(model, guide_of, 3.0, timesteps=(5, 8))
+    assert torch.equal(inside(x, t, y=LABELS, low_res=low_res), model(x, t, LABELS))
+    without = Autoguidance(model, lambda x, t: x * 0, 2.0, guide_has_classes=False)(x, t, y=LABELS)
+    torch.testing.assert_close(without[:, 0], (2.0 * LABELS).view(3, 1).expand(3, 4))
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])

@@ -714,6 +714,63 @@ def test_scale_zero_gives_unconditional_samples_without_labels(guided_path, tmp_
     assert inside.parse_classes("a") == [0]
 
 
+@pytest.fixture
+def guide(tmp_path, cache):
+    """Write a smaller model of the classes of the cache with random weights; return its path."""
+    def write(process=PROCESS, class_cond=True, **header):
+        config = dataclasses.replace(MODEL, class_cond=class_cond, num_res_blocks=MODEL.num_res_blocks + 1)
+        model = training.infer_model_config(config, cache)
+        torch.manual_seed(3)
+        network = randomize(create_model_and_diffusion_vae(cache.latent_shape, model, process)[0])
+        space = Space(None, spaces.fit_normalizer(NormalizerConfig(), cache))
+        header = {**training.diffusion_header(cache, space, model, process), **header}
+        checkpoint_util.save_weights(tmp_path / "guide.pt", network.state_dict(), header)
+        return tmp_path / "guide.pt"
+    return write
+
+
+@pytest.mark.parametrize("class_cond", [True, False])
+def test_autoguidance_extrapolates_from_another_checkpoint(model_path, guide, class_cond):
+    path = guide(class_cond=class_cond)
+    plain, weaker = load(model_path), load(path)
+    guided = load(model_path, "--cfg_scale", 3, "--guide_model_path", path, "--cfg_rescale", 0.7)
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([3, 3]), torch.tensor([1, 0])
+    with torch.no_grad():
+        strong, weak = plain.model(x, t, y=y), weaker.model(x, t, **({"y": y} if class_cond else {}))
+        mixed = weak + 3 * (strong - weak)
+        ratio = strong.std((1, 2, 3), keepdim=True) / mixed.std((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(guided.model(x, t, y=y), mixed * (0.7 * ratio + 0.3), atol=1e-4, rtol=1e-4)
+        assert torch.equal(load(model_path, "--guide_model_path", path).model(x, t, y=y), strong)   # at scale 1
+    sha256 = loading.open_weights(path).sha256
+    assert guided.settings.items() >= {"cfg_scale": 3.0, "cfg_rescale": 0.7, "guide_model": sha256}.items()
+    # A flag of the model does not describe the guide, whose size may differ.
+    load(model_path, "--cfg_scale", 3, "--guide_model_path", path, "--num_res_blocks", MODEL.num_res_blocks)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"process": dataclasses.replace(PROCESS, diffusion_steps=30)}, "--diffusion_steps 30"),
+    ({"process": dataclasses.replace(PROCESS, predict_xstart=True)}, "--predict_xstart True, the .* with False"),
+    ({"process": dataclasses.replace(PROCESS, process="rectified_flow", noise_schedule="linear")},
+     "--process rectified_flow, the diffusion model with gaussian"),
+    ({"classes": ["b", "a"]}, "the classes of the model, a, b; got b, a"),
+    ({"normalizer": {"mode": "none", "shift": [0.0], "std": [1.0]}},
+     "guide_model_path. does not match the diffusion model: expected normalizer"),
+    ({"kind": "classifier"}, "guide_model_path"),
+])
+def test_guide_of_another_process_space_or_classes_is_rejected(model_path, guide, change, match):
+    with pytest.raises(ValueError, match=match):
+        load(model_path, "--cfg_scale", 3, "--guide_model_path", guide(**change))
+
+
+def test_guidance_flags_without_effect_are_rejected(guided_path, tmp_path):
+    for scale in (0, 1):
+        with pytest.raises(ValueError, match=f"--cfg_rescale 0.5 has no effect with --cfg_scale {scale}; set another"):
+            load(guided_path, "--cfg_scale", scale, "--cfg_rescale", 0.5)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="bare.pt has no header; --guide_model_path expects a checkpoint of this"):
+        load(guided_path, "--cfg_scale", 2, "--guide_model_path", tmp_path / "bare.pt")
+
+
 # --- Upsamplers ---
 
 

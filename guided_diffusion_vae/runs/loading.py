@@ -22,8 +22,8 @@ from ..evaluation import (
 from ..files import file_errors, sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
-    OWNED_MARKER, SAMPLE_FILES, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler, SamplingConfig,
-    Unconditional, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
+    OWNED_MARKER, SAMPLE_FILES, Autoguidance, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler,
+    SamplingConfig, Unconditional, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
     timesteps_in_interval,
 )
 from .factories import (
@@ -140,6 +140,7 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     if not space.is_pixels and run[VAEConfig].vae_dtype != "float32":   # runs of version 0.3 recorded no defaults
         settings["vae_dtype"] = run[VAEConfig].vae_dtype
     if config.compile:
+        log_rank0("--compile True: the first step takes minutes, which pay off after thousands of samples")
         settings["compile"] = True
         network = _compiled(config, network)
     fields = {"settings": settings}
@@ -148,7 +149,7 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     projection = _projection(config.project_colormap, header, image_shape)
     if projection:
         fields["projection"] = fields["settings"]["project_colormap"] = projection
-    model = _classifier_free_guidance(config, network, diffusion, weights, fields)
+    model = _guided_network(run, config, network, diffusion, weights, fields)
     if guidance:
         _classifier_guidance(run, guidance, weights, fields)
     if base:
@@ -159,10 +160,9 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
 
 def _compiled(config, network):
     """Return the network, compiled for the sizes that batches of a SamplingConfig have."""
-    log_rank0("--compile True: the first step takes minutes, which pay off after thousands of samples")
     size = min(config.batch_size, config.num_samples)
-    guided = config.cfg_scale not in (0, 1) or config.cfg_interval      # evaluates batches of twice the size
-    return CompiledNetwork(network, {2 * size if guided else size, *([size] if config.cfg_interval else [])})
+    doubled = (config.cfg_scale not in (0, 1) or config.cfg_interval) and not config.guide_model_path
+    return CompiledNetwork(network, {2 * size if doubled else size, *([size] if config.cfg_interval else [])})
 
 
 def _space_from_flags(run, path, scale):
@@ -213,24 +213,82 @@ def _projection(requested, header, image_shape):
     return recognized if not by_name or same_colormap(requested, recognized) else open_colormap(requested).name
 
 
-def _classifier_free_guidance(config, network, diffusion, weights, fields):
-    """Return the network, with classifier-free guidance if `--cfg_scale` requests it."""
-    trained = weights.header["model"]
-    require((config.cfg_scale != 1 or not config.cfg_interval,
-             f"--cfg_interval {config.cfg_interval} has no effect with --cfg_scale 1; set --cfg_scale"))
-    if config.cfg_scale == 1:
+def _guided_network(run, config, network, diffusion, weights, fields):
+    """Return the network, with classifier-free guidance or autoguidance if `--cfg_scale` requests it."""
+    trained, scale, settings = weights.header["model"], config.cfg_scale, fields["settings"]
+    require(
+        (scale != 1 or not config.cfg_interval,
+         f"--cfg_interval {config.cfg_interval} has no effect with --cfg_scale 1; set --cfg_scale"),
+        (scale not in (0, 1) or not config.cfg_rescale,
+         f"--cfg_rescale {config.cfg_rescale} has no effect with --cfg_scale {scale:g}; set another --cfg_scale"),
+    )
+    guide, guide_sha256 = _open_guide(config, run.explicit, weights)
+    if scale == 1:
         return network
     interval = noise_levels.parse(config.cfg_interval, "cfg_interval")
     timesteps = timesteps_in_interval(diffusion, interval) if interval else None
-    require((trained.get("class_dropout"), f"--cfg_scale {config.cfg_scale} requires a model trained with "
-             f"--class_dropout > 0; {weights.path} was not and has no unconditional prediction"),
+    require((guide or trained.get("class_dropout"), f"--cfg_scale {scale} requires a model trained with "
+             f"--class_dropout > 0; {weights.path} was not and has no unconditional prediction; alternatively set "
+             "--guide_model_path"),
             (timesteps or not interval, f"--cfg_interval {config.cfg_interval}: none of the {diffusion.num_timesteps} "
              "steps has a noise level inside; use a wider interval"))
-    fields["settings"].update(cfg_scale=config.cfg_scale, cfg_interval=config.cfg_interval)
-    if config.cfg_scale == 0 and not interval:
+    settings.update(cfg_scale=scale, cfg_interval=config.cfg_interval)
+    if config.cfg_rescale:      # only then, so that samplings that version 0.3 has started are resumed
+        settings["cfg_rescale"] = config.cfg_rescale
+    if guide:
+        settings["guide_model"] = guide_sha256
+        compiled = _compiled(config, guide) if config.compile else guide
+        return Autoguidance(network, compiled, scale, timesteps, config.cfg_rescale, bool(guide.num_classes))
+    if scale == 0 and not interval:
         fields.update(num_classes=0, class_names=None)  # labels would claim classes that the samples do not have
         return Unconditional(network, trained["num_classes"])
-    return ClassifierFreeGuidance(network, trained["num_classes"], config.cfg_scale, timesteps)
+    return ClassifierFreeGuidance(network, trained["num_classes"], scale, timesteps, config.cfg_rescale)
+
+
+def _open_guide(config, explicit, weights):
+    """Return (network of --guide_model_path, its SHA-256), (None, None) if it is not set.
+
+    :raises ValueError: if its x0, process, prediction or classes are not those of the model that it guides.
+    """
+    flag, header = "--guide_model_path", weights.header
+    if not config.guide_model_path:
+        return None, None
+    opened = open_weights(config.guide_model_path, flag)
+    require((opened.header, f"{opened.path} has no header; {flag} expects a checkpoint of this project"))
+    described = opened.header
+    explicit = {name: explicit[name] for name in ("use_fp16",) if name in explicit}     # others describe the model
+    guide, _ = load_diffusion_model(opened, explicit, header["kind"], flag)
+    require_same_space(header, described, opened.path, flag)
+    _require_same_flags(header, described, opened.path, (*_NOISE_FLAGS, "predict_xstart", "predict_v"),
+                        "so that predictions differ; use a guide trained like the model")
+    low_res = [(each.get("super_res") or {}).get("small_size") for each in (header, described)]
+    classes = [(each["model"]["num_classes"], each["classes"]) for each in (header, described)]
+    require(
+        (low_res[0] == low_res[1], f"{opened.path} ({flag}): expected an upsampler of low-resolution images of size "
+         f"{low_res[0]}, got {low_res[1]}"),
+        (not guide.num_classes or classes[0] == classes[1], f"{opened.path} ({flag}): expected the classes of the "
+         f"model, {_describe_classes(*classes[0])}; got {_describe_classes(*classes[1])}"),
+    )
+    if config.sample_dtype == "bfloat16":
+        guide.convert_to_bf16()
+    return guide, opened.sha256
+
+
+def _describe_classes(count, names):
+    return ", ".join(names) if names else f"{count} without names" if count else "none"
+
+
+# Flags of a process on which the noise of a timestep depends.
+_NOISE_FLAGS = ("process", "diffusion_steps", "noise_schedule", "rescale_timesteps")
+
+
+def _require_same_flags(header, other, path, flags, advice):
+    """Check that the processes of two headers, of the diffusion model and of the model at `path`, agree in `flags`."""
+    processes = [from_dict(DiffusionConfig, each["diffusion"]) for each in (header, other)]
+    for flag in flags:
+        expected, found = (vars(config)[flag] for config in processes)
+        require((expected == found, f"{path} was trained with --{flag} {found}, the diffusion model with {expected}, "
+                 f"{advice}"))
 
 
 def _classifier_guidance(run, guidance, weights, fields):
@@ -250,11 +308,8 @@ def _classifier_guidance(run, guidance, weights, fields):
              "requires a classifier trained with --noised True"))
     if not bare:
         require_same_space(header, described, opened.path, "--classifier_path")
-        processes = [from_dict(DiffusionConfig, each["diffusion"]) for each in (header, described)]
-        for flag in ("process", "diffusion_steps", "noise_schedule", "rescale_timesteps"):
-            expected, found = (vars(config)[flag] for config in processes)
-            require((expected == found, f"{opened.path} was trained with --{flag} {found}, the diffusion model with "
-                     f"{expected}, so that timesteps differ in noise; train the classifier with the latter"))
+        _require_same_flags(header, described, opened.path, _NOISE_FLAGS,
+                            "so that timesteps differ in noise; train the classifier with the latter")
     names = described["classes"], header["classes"]
     require((not all(names) or names[0] == names[1], f"{opened.path}: expected the classes of the diffusion model, "
              f"{', '.join(names[1] or ())}; got {', '.join(names[0] or ())}"))

@@ -2,7 +2,9 @@
 
 from .. import deprecated_names
 from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples
-from .guidance import ClassifierFreeGuidance, GuidanceConfig, Unconditional, classifier_cond_fn, timesteps_in_interval
+from .guidance import (
+    Autoguidance, ClassifierFreeGuidance, GuidanceConfig, Unconditional, classifier_cond_fn, timesteps_in_interval,
+)
 from .sampler import (
     BaseConfig, CompiledNetwork, KeyedNoise, LowResConditioning, PixelSamplingConfig, Sampler, SamplingConfig,
     decoded_shape, noise_levels, parse_classes, resolve_sampler,

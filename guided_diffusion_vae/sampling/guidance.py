@@ -1,4 +1,4 @@
-"""Guide sampling toward classes: classifier guidance and classifier-free guidance."""
+"""Guide sampling: classifier guidance, classifier-free guidance and autoguidance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,37 +34,75 @@ def classifier_cond_fn(classifier: Callable, scale: float = 1.0) -> Callable:
     return cond_fn
 
 
-class ClassifierFreeGuidance(PerTimestep):
-    """A model guided by its unconditional prediction: u + scale (c - u).
+class _Guidance(PerTimestep):
+    """A model whose prediction is extrapolated from a weaker one: weak + scale (strong - weak); scale 1 disables it.
 
-    Ho and Salimans 2022 (arXiv:2207.12598), Eq. 6 with scale = w + 1; a scale of 1 disables it. Both predictions come
-    from one batch of twice the size; a variance head is that of the conditional one. Noise, x_0 and velocity are
-    linear in each other, so that the rule holds for each of them.
+    Noise, x_0 and velocity are linear in each other, so that the rule holds for each of them. A variance head is that
+    of the stronger prediction. Subclasses return both.
 
-    :param null_label: the null class, which replaces dropped labels in training.
     :param timesteps: (lowest, highest) timesteps, as passed to the model, between which guidance applies; outside the
         model is evaluated once (Kynkäänniemi et al. 2024, arXiv:2404.07724). None: all.
+    :param rescale: fraction in which the result is rescaled to the standard deviation of the stronger prediction, per
+        sample (Lin et al. 2023, arXiv:2305.08891, Eq. 15 and 16).
     """
 
-    def __init__(self, model: Callable, null_label: int, scale: float, timesteps: tuple | None = None):
-        self.model, self.null_label, self.scale, self.timesteps = model, null_label, scale, timesteps
+    def __init__(self, model: Callable, scale: float, timesteps: tuple | None = None, rescale: float = 0.0):
+        self.model, self.scale, self.timesteps, self.rescale = model, scale, timesteps, rescale
 
-    def __call__(self, x, timesteps, y, **conditioning):
+    def __call__(self, x, timesteps, **conditioning):
         network = self.at(float(timesteps[0])) if self.timesteps else self._guided
-        return network(x, timesteps, y=y, **conditioning)
+        return network(x, timesteps, **conditioning)
 
     def at(self, timestep):
         inside = not self.timesteps or self.timesteps[0] <= timestep <= self.timesteps[1]
         return self._guided if inside else self.model
 
-    def _guided(self, x, timesteps, y, **conditioning):
+    def _guided(self, x, timesteps, **conditioning):
+        output, weak = self._predictions(x, timesteps, **conditioning)
+        channels = x.shape[1]
+        strong = output[:, :channels]
+        prediction = weak[:, :channels].lerp(strong, self.scale)
+        if self.rescale:
+            axes = tuple(range(1, x.dim()))
+            ratio = strong.std(axes, keepdim=True) / prediction.std(axes, keepdim=True).clamp(min=1e-8)
+            prediction = prediction * (1.0 + self.rescale * (ratio - 1.0))
+        return torch.cat([prediction, output[:, channels:]], dim=1)
+
+
+class ClassifierFreeGuidance(_Guidance):
+    """A model guided by its unconditional prediction (Ho and Salimans 2022, arXiv:2207.12598, Eq. 6, scale = w + 1).
+
+    Both predictions come from one batch of twice the size.
+
+    :param null_label: the null class, which replaces dropped labels in training.
+    """
+
+    def __init__(self, model: Callable, null_label: int, scale: float, timesteps: tuple | None = None,
+                 rescale: float = 0.0):
+        super().__init__(model, scale, timesteps, rescale)
+        self.null_label = null_label
+
+    def _predictions(self, x, timesteps, y, **conditioning):
         labels = torch.cat([y, torch.full_like(y, self.null_label)])
         doubled = {name: torch.cat([value, value]) for name, value in conditioning.items()}
-        output = self.model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=labels, **doubled)
-        conditional, unconditional = output.chunk(2)
-        channels = x.shape[1]
-        prediction = unconditional[:, :channels].lerp(conditional[:, :channels], self.scale)
-        return torch.cat([prediction, conditional[:, channels:]], dim=1)
+        return self.model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=labels, **doubled).chunk(2)
+
+
+class Autoguidance(_Guidance):
+    """A model guided by a weaker one, such as an earlier checkpoint (Karras et al. 2024, arXiv:2406.02507, Eq. 3).
+
+    :param guide: the weaker model, with the same conditioning. Without classes it is called without `y`; guidance then
+        is classifier-free, with a model of its own for the unconditional prediction.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, scale: float, timesteps: tuple | None = None,
+                 rescale: float = 0.0, guide_has_classes: bool = True):
+        super().__init__(model, scale, timesteps, rescale)
+        self.guide, self.guide_has_classes = guide, guide_has_classes
+
+    def _predictions(self, x, timesteps, **conditioning):
+        shared = {name: value for name, value in conditioning.items() if name != "y" or self.guide_has_classes}
+        return self.model(x, timesteps, **conditioning), self.guide(x, timesteps, **shared)
 
 
 class Unconditional:

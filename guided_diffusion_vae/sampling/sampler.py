@@ -35,6 +35,12 @@ class SamplingConfig:
                               essential=True)
     cfg_interval: noise_levels = option(
         "", "lo,hi: noise levels (sigma) in which --cfg_scale is active, such as 0.3,3; empty: all")
+    cfg_rescale: float = option(0.0, "fraction in which predictions guided by --cfg_scale are rescaled to the standard "
+                                     "deviation of unguided ones, against oversaturation; such as 0.7; 0: none",
+                                minimum=0, maximum=1)
+    guide_model_path: str = option(
+        "", "weaker model that --cfg_scale guides away from instead of the unconditional prediction (autoguidance), an "
+            "earlier or smaller one of the same data: run or weights file; requires no --class_dropout; empty: none")
     sample_dtype: str = option("float32", "precision of the network, and of the autoencoder unless --vae_dtype is set; "
                                           "bfloat16 is about twice as fast, with slightly different samples",
                                choices=("float32", "bfloat16"))
