@@ -31,7 +31,7 @@ from . import deprecated_names
 from .config import ParsedText, option, require
 from .interfaces import PerTimestep, Process
 from .losses import discretized_gaussian_log_likelihood, gaussian_log_density, normal_kl
-from .nn import mean_flat
+from .nn import mean_flat, to_device
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps: int, alpha_bar, max_beta=0.999) -> np.ndarray:
@@ -182,7 +182,7 @@ class ScheduledProcess(Process):
             values = np.asarray(getattr(self, name))
             dtype = np.int64 if values.dtype.kind == "i" else np.float32
             with torch.inference_mode(False):       # a table created in a preview must work in training too
-                self._tables[key] = torch.from_numpy(values.astype(dtype)).to(device)
+                self._tables[key] = to_device(torch.from_numpy(values.astype(dtype)), device)
         return self._tables[key]
 
     def _extract(self, name, t, x):

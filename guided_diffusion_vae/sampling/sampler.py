@@ -182,10 +182,10 @@ class LowResConditioning:
         """Return the conditioning of the samples `indices`: {low_res [n x C x ...], low_res_times [n]}."""
         rows = [i % len(self.images) for i in indices]
         images = self.codec.pad_to_factors(torch.from_numpy(self.images[rows].astype(np.float32) / 255))
-        low_res = self.normalizer.normalize(self.codec.encode_batch(images).to(device))
+        low_res = self.normalizer.normalize(to_device(self.codec.encode_batch(images), device))
         if not self.noise_level:
             return {"low_res": low_res}
-        noise = keyed_randn(low_res.shape[1:], [(self.seed, CONDITION, i) for i in indices]).to(device)
+        noise = to_device(keyed_randn(low_res.shape[1:], [(self.seed, CONDITION, i) for i in indices]), device)
         t = torch.full((len(rows),), self.noise_level, device=device)
         return {"low_res": self.diffusion.noise_condition(low_res, t, noise), "low_res_times": t}
 
