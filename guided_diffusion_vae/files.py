@@ -261,7 +261,7 @@ def _count_yaml_nodes(node, counts):
 
 def hash_lines(lines):
     """Return the hexadecimal SHA-256 of lines of text."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()    # of any file name
 
 
 def sha256_of_file(path):

@@ -15,13 +15,14 @@ import torch
 
 from . import deprecated_names, logger
 from .config import option, require
-from .data import Prefetcher, RunningMoments, missing_classes, permute_indices
+from .data import Prefetcher, RunningMoments, evenly_spaced, missing_classes, permute_indices
+from .data.archives import file_stamp
 from .data.labels import find_labels
-from .data.listing import file_stamp, hash_lines, is_skipped
+from .data.listing import is_skipped
 from .data.manifest import (
     ATTRIBUTES, CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
-from .files import file_errors, open_npy, require_folder, sha256_of_file
+from .files import file_errors, hash_lines, open_npy, require_folder, sha256_of_file
 from .interfaces import Codec, ImageSource, LatentSource
 from .nn import to_device
 from .vae.posterior import sample_moments
@@ -226,7 +227,7 @@ class LatentFolder(LatentSource):
         stamps = map(file_stamp, map(str, self.paths))
         self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.filenames, stamps))
         moments = RunningMoments()
-        for index in np.unique(np.linspace(0, self.count - 1, min(self.count, max_measured)).astype(int)):
+        for index in evenly_spaced(self.count, max_measured):
             moments.add(self.read([index]).numpy())
         self.statistics = moments.statistics()
 

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import pickle
 import sys
 import tarfile
 import threading
@@ -13,7 +14,7 @@ import torch
 import scipy.io
 from PIL import Image
 
-from guided_diffusion_vae.data import ImageFolder, VolumeFolder, archives, open_folder
+from guided_diffusion_vae.data import ImageFolder, VolumeFolder, archives, image_folders, listing, open_folder
 from guided_diffusion_vae.data.decoding import read_header, read_values
 
 RNG = np.random.default_rng(0)
@@ -155,6 +156,56 @@ def test_names_of_a_zip_that_its_directory_hides_are_noticed(tmp_path):
         open_images(path)
 
 
+# the saved index
+
+
+@pytest.fixture
+def reads(tmp_path, monkeypatch):
+    """Give archives of any size an index; return the list of the directories and headers that are read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(listing, "INDEX_MINIMUM", 1)
+    paths, directory, header = [], archives.read_directory, image_folders.read_header
+    monkeypatch.setattr(listing, "read_directory", lambda path: paths.append(path) or directory(path))
+    monkeypatch.setattr(archives, "read_directory", listing.read_directory)
+    monkeypatch.setattr(image_folders, "read_header", lambda path, *args: paths.append(path) or header(path, *args))
+    return paths
+
+
+@pytest.mark.parametrize("name, write", WRITERS)
+def test_directory_and_headers_of_an_archive_are_read_again_only_if_it_changes(tmp_path, reads, name, write):
+    path = write(tmp_path / name, FILES)
+    first = open_images(path)
+    assert len(reads) == 1 + len(FILES)
+    members = archives.open_directory(path)
+    for folder in ("", "/cats"):    # whose headers have an index of their own
+        reads.clear()
+        archives._directories.clear()
+        again = open_images(path + folder)
+        assert reads == [f"{path}/cats/{i}.png" for i in (1, 2) if folder]
+        assert archives.open_directory(path) == members
+        assert [type(value) for value in members["dogs/1.tif"]] == [
+            type(value) for value in archives.open_directory(path)["dogs/1.tif"]]
+        assert torch.equal(again.batch([0, 1]), first.batch([0, 1]))
+    assert open_images(path).fingerprint == first.fingerprint and len(list((tmp_path / "cache").rglob("*.json"))) == 3
+    status = os.stat(path)
+    write(path, {**FILES, "dogs/2.jpg": FILES["cats/2.png"]})
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    reads.clear()
+    open_images(path)
+    assert len(reads) == 1 + len(FILES)
+
+
+@pytest.mark.parametrize("name, write", WRITERS)
+def test_other_processes_receive_the_directory_of_an_archive(tmp_path, reads, name, write):
+    source = open_images(write(tmp_path / name, FILES))
+    sent = pickle.dumps(source)
+    reads.clear()
+    archives._directories.clear()
+    assert torch.equal(pickle.loads(sent).batch(range(6)), source.batch(range(6))) and not reads
+    write(tmp_path / name, {name: FILES[name] for name in reversed(FILES)})     # another copy has other positions
+    assert torch.equal(pickle.loads(sent).batch(range(6)), source.batch(range(6))) and len(reads) == 1
+
+
 # corrupt and hostile archives
 
 
@@ -165,7 +216,7 @@ def test_every_changed_byte_of_a_zip_is_noticed_or_harmless(tmp_path, name, writ
     content, expected, errors = path.read_bytes(), original.batch([0, 1]), 0
     for byte in range(0, len(content), 7):
         path.write_bytes(content[:byte] + bytes([content[byte] ^ 4]) + content[byte + 1:])
-        archives._read_directory.cache_clear()
+        archives._directories.clear()
         try:
             found = open_images(path)
             if found.names == original.names:
@@ -290,6 +341,19 @@ def write_shards(folder, classes, extra=""):
         write_tar(folder / f"train-{shard:04}.tar", {**files, **({"0000.seg.png": files["0000.png"]} if extra else {})})
         extra = ""
     return str(folder)
+
+
+def test_each_shard_is_listed_once_however_many_there_are(tmp_path, monkeypatch):
+    listed = []
+    read = archives.read_directory
+    monkeypatch.setattr(archives, "read_directory", lambda path: listed.append(path) or read(path))
+    monkeypatch.setattr(listing, "read_directory", archives.read_directory)
+    (tmp_path / "shards").mkdir()
+    for i in range(20):
+        write_tar(tmp_path / "shards" / f"{i:02d}.tar", {f"{i}.png": FILES["cats/2.png"]})
+    source = open_images(tmp_path / "shards")
+    source.batch([*range(20), *range(20)])
+    assert len(listed) == len(source) == 20
 
 
 def test_shards_of_webdataset_are_one_set_with_the_classes_of_their_cls_files(tmp_path):

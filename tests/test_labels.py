@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zlib
 
+import blobfile
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -651,6 +652,19 @@ def test_files_are_read_on_threads_only_if_they_are_waited_for(monkeypatch):
 
     assert threads_of(lambda n: 2 * n) == {threading.get_ident()}
     assert len(threads_of(lambda n: time.sleep(0.002) or 2 * n)) > 2
+    monkeypatch.setattr(listing, "_count_waits", lambda: 0)     # the core was given to other processes
+    assert threads_of(lambda n: time.sleep(0.002) or 2 * n) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("names", [["a/{}.png", "b/{}.png"], ["{}.png", "a_{}.png"]])
+def test_calls_of_the_remote_path_library_do_not_grow_with_the_files(tmp_path, monkeypatch, names):
+    calls = []
+    for name in ("basename", "dirname", "join", "isdir", "exists", "stat"):
+        function = getattr(blobfile, name)
+        monkeypatch.setattr(blobfile, name, lambda *args, f=function: calls.append(args) or f(*args))
+    add(tmp_path, *(name.format(i) for name in names for i in range(50)))
+    opened(tmp_path)
+    assert len(calls) < 20
 
 
 def test_a_link_to_nothing_is_named(tmp_path):

@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import locale
+import os
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from guided_diffusion_vae import config
 from guided_diffusion_vae.data import config as config_of_data
-from guided_diffusion_vae.data import npz, volume_folders
+from guided_diffusion_vae.data import listing, npz, volume_folders
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, VolumeFolder, ImageStream, open_folder, unpad, write_nifti,
 )
@@ -792,6 +793,27 @@ def test_formats_of_itk_agree_with_nifti(itk, tmp_path, name, code):
     assert all(np.array_equal(volumes.read(i)[0] * 255, SCENE) for i in range(2)) and volumes.kinds == {"uint8": 2}
     patches = opened(tmp_path, "2x2x2", crop="grid")
     assert len(patches) == 2 * 3 * 3 * 4 and torch.equal(patches.batch(range(36)), patches.batch(range(36, 72)))
+
+
+def test_headers_of_volumes_are_read_again_only_if_a_file_changes(itk, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(listing, "INDEX_MINIMUM", 10)   # as many as slices
+    folder, read, header = tmp_path / "data", [], volume_folders.read_header
+    monkeypatch.setattr(volume_folders, "read_header", lambda path, **kw: read.append(path) or header(path, **kw))
+    save_series(itk, folder / "a", SCENE, "LPI", (2.0, 3.0, 4.0))
+    itk.WriteImage(itk_image(itk, SCENE.astype(np.int16), "PIR", (2, 3, 4)), str(folder / "b.mhd"))
+    save_nifti(folder / "c.nii.gz", SCENE.astype(np.int16), "LAS", (2, 3, 4))
+    np.save(folder / "d.npy", SCENE.astype(np.int16))
+    first = opened(folder, "5x6x7")
+    assert len(read) == 4
+    again = opened(folder, "5x6x7")
+    assert len(read) == 4 and torch.equal(again.batch(range(4)), first.batch(range(4)))
+    assert (again.spacings, again.notes, again.preprocessing) == (first.spacings, first.notes, first.preprocessing)
+    for path in (folder / "a" / sorted(os.listdir(folder / "a"))[3], folder / "b.raw"):
+        os.utime(path)
+        read.clear()
+        opened(folder, "5x6x7")
+        assert len(read) == 4
 
 
 def test_data_files_of_headers_are_not_left_out(itk, tmp_path):

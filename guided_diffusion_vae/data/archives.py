@@ -1,6 +1,5 @@
 """Read files in place from .zip and .tar archives, whose members have paths such as data.zip/cats/1.png."""
 
-import functools
 import io
 import os
 import posixpath
@@ -36,9 +35,13 @@ class Member(NamedTuple):
     encrypted: bool = False
 
 
+# Path of an archive -> (its `file_stamps` when it was read, {name: Member}), of every archive that this process reads.
+_directories = {}
+
+
 def is_archive(path: str) -> bool:
     """Return whether a path is that of a .zip or .tar file on a local disk, or of a folder inside of one."""
-    found = _split(path)
+    found = split_archive(path)
     return found is not None and (not found[1] or bool(list_members(path)))
 
 
@@ -59,10 +62,41 @@ def list_members(path: str) -> list[str]:
 
     :raises ValueError: if it cannot be read, two members have one name, or a name leads out of the archive.
     """
-    archive, folder = _split(path)
+    archive, folder = split_archive(path)
     prefix = folder and f"{folder}/"
-    names = [name for name in _read_directory(archive, *_stamp(os.stat(archive))) if name.startswith(prefix)]
+    names = [name for name in open_directory(archive) if name.startswith(prefix)]
     return [f"{archive}/{name}" for name in sorted(names, key=lambda name: name.split("/"))]
+
+
+def iter_members(paths):
+    """Yield (path of the archive, `Member`) of the paths of files in archives, as they are listed."""
+    start, members = None, {}
+    for path in paths:
+        if start is None or not path.startswith(start):
+            archive, _ = split_archive(path)
+            start, members = f"{archive}/", open_directory(archive)
+        yield archive, members[path[len(start):]]
+
+
+def open_directory(archive, read=None):
+    """Return {name: Member} of the files in an archive, read again only if its state has changed.
+
+    :param read: function to read it instead of `read_directory`.
+    """
+    state = _stamps(os.stat(archive))[1]
+    if archive not in _directories or _directories[archive][0] != state:
+        _directories[archive] = state, (read or read_directory)(archive)
+    return _directories[archive][1]
+
+
+def export_directories(archives):
+    """Return the directories of archives; `import_directories` in another process saves reading them there."""
+    return {archive: _directories[archive] for archive in archives}
+
+
+def import_directories(directories):
+    """Use what `export_directories` returned, of archives that have the same state here."""
+    _directories.update(directories)
 
 
 def is_member(path: str) -> bool:
@@ -80,13 +114,17 @@ def file_stamp(path: str) -> str:
 
     :raises FileNotFoundError: if there is no such file.
     """
+    return file_stamps(path)[0]
+
+
+def file_stamps(path: str) -> tuple[str, str]:
+    """Return (`file_stamp`, for a local file text that changes whenever it is written: also the time of its status)."""
     if found := _locate(path):
-        return found[1].stamp
+        return found[1].stamp, found[1].stamp
     if "://" in str(path):
         status = _bf().stat(path)
-        return f"{status.size} {status.mtime}"
-    status = os.stat(path)
-    return f"{status.st_size} {status.st_mtime}"
+        return (f"{status.size} {status.mtime}",) * 2
+    return _stamps(os.stat(path))
 
 
 def open_file(path: str, max_pixels: int):
@@ -176,7 +214,11 @@ def _bf():
     return blobfile
 
 
-def _split(path):
+def _stamps(status):
+    return f"{status.st_size} {status.st_mtime}", f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def split_archive(path):
     """Return (path of an archive on a local disk, name inside of it) for the first one in a path, None without one."""
     path = str(path)
     for end in _ARCHIVES.finditer(path):
@@ -187,19 +229,17 @@ def _split(path):
 
 def _locate(path):
     """Return (path of the archive, `Member`) for a file in an archive, None for other paths."""
-    archive, name = _split(path) or (None, "")
-    member = _read_directory(archive, *_stamp(os.stat(archive))).get(name) if name else None
+    archive, name = split_archive(path) or (None, "")
+    member = open_directory(archive).get(name) if name else None
     return member and (archive, member)
 
 
-def _stamp(status):
-    return status.st_size, status.st_mtime_ns
+def read_directory(path):
+    """Return {name: Member} of the files in an archive.
 
-
-@functools.lru_cache(maxsize=16)
-def _read_directory(path, size, changed):
-    """Return {name: Member} of the files in an archive of this size and modification time."""
-    kind = path[-4:].lower()
+    :raises ValueError: as `list_members`.
+    """
+    kind, size = path[-4:].lower(), os.path.getsize(path)
     members = {}
     try:
         for stored_name, member in (_read_zip if kind == ".zip" else _read_tar)(path):

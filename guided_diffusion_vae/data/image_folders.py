@@ -10,17 +10,19 @@ import numpy as np
 import torch.nn.functional as F
 
 from ..config import require
-from ..files import bf, file_errors, file_extension
+from ..files import bf, file_errors, file_extension, hash_lines
 from ..interfaces import ImageSource
+from .archives import file_stamp
 from .arrays import EXTENSIONS as ARRAY_EXTENSIONS
 from .arrays import find_array, open_image_set, read_array_file
 from .colormaps import MAX_COLORS, count_colors, fit_colormap, recognize_colormap
 from .config import DataConfig, unpad
 from .decoding import FULL_RANGE, FileHeader, channels_last, match_channels, read_header, read_values, unit_scale
 from .labels import class_files, find_labels
-from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames, file_stamp, hash_lines
+from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames
 from .npz import archive_classes, open_archive
 from .resizing import fit
+from .statistics import evenly_spaced
 
 EXTENSIONS = (*REFERENCE_EXTENSIONS, "tif", "tiff", "webp", "bmp", "npy", *ARRAY_EXTENSIONS)
 # Read to examine value ranges and colors of a folder, at most.
@@ -116,7 +118,7 @@ class ImageFolder(FileSource):
         require((not self.value_limits and config.image_channels in (0, 1),
                  f"--colormap {config.colormap} gives one channel in [0, 1]: omit --value_range, --value_window and "
                  "--image_channels 3"))
-        chosen = self._spaced(range(len(self.paths)), COLOR_FILES)
+        chosen = evenly_spaced(len(self.paths), COLOR_FILES)
         images = list(self._census(chosen, COLOR_PIXELS))
         for i, values in zip(chosen, images):
             self._require_colors(values, self.paths[i])
@@ -134,7 +136,7 @@ class ImageFolder(FileSource):
         colors, images = (), []
         # An error is reported when the image is read for its values.
         with contextlib.suppress(ValueError, OSError):
-            for values in self._census(self._spaced(range(len(self.paths)), COLOR_FILES), COLOR_PIXELS):
+            for values in self._census(evenly_spaced(len(self.paths), COLOR_FILES), COLOR_PIXELS):
                 if values.dtype != np.uint8:
                     return
                 images.append(values)
@@ -182,17 +184,13 @@ class ImageFolder(FileSource):
                             "convert them to one type if that is not meant")
         if "uint16" in types:
             deep = [i for i, kind in enumerate(types) if kind == "uint16"]
-            highest = max(int(values.max()) for values in self._census(self._spaced(deep, CENSUS_FILES), CENSUS_PIXELS))
+            chosen = [deep[i] for i in evenly_spaced(len(deep), CENSUS_FILES)]
+            highest = max(int(values.max()) for values in self._census(chosen, CENSUS_PIXELS))
             bits = next((bits for bits in _USUAL_BITS if highest < 2**bits), 16)
             if bits < 16:
                 warnings.append(f"values reach {highest:,} of 65,535: set --value_range 0,{2**bits - 1} if these are "
                                 f"{bits}-bit data")
         return warnings
-
-    @staticmethod
-    def _spaced(items, count):
-        """Return up to `count` evenly spaced ones of a sequence."""
-        return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
     def _census(self, items, max_pixels):
         """Yield the stored values of items until they have `max_pixels` in all."""
@@ -212,10 +210,10 @@ class ImageFolder(FileSource):
         return self._stack(list(apply(self.read, (int(i) for i in indices), rngs)), flips)
 
     def __getstate__(self):
-        return {**vars(self), "_pool": None, "_archive": self._archive is not None}
+        return {**super().__getstate__(), "_pool": None, "_archive": self._archive is not None}
 
     def __setstate__(self, state):
-        vars(self).update(state)
+        super().__setstate__(state)
         self._archive = self._open_images(self._open_arrays(self.folder)) if state["_archive"] else None
 
     def _open_arrays(self, path):

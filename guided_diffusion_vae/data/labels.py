@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -174,7 +175,7 @@ def _classes_by_name(names):
 
 def name_prefix(path):
     """Return the part of a file name before the first underscore, guided-diffusion's class name."""
-    return bf.basename(path).partition("_")[0]
+    return os.path.basename(path).partition("_")[0]
 
 
 def number_classes(classes: Sequence[str], order: Callable | None = None) -> tuple[list[str], np.ndarray]:
@@ -409,7 +410,7 @@ def missing_classes(source: ImageSource | LatentSource) -> str:
         return ""
     names = _item_names(source)
     # The rule that most files follow: in a subfolder, or CLASS_rest.
-    rules = (lambda name: "/" in name), (lambda name: "_" in bf.basename(name))
+    rules = (lambda name: "/" in name), (lambda name: "_" in os.path.basename(name))
     without = min(([name for name in names if not rule(name)] for rule in rules), key=len)
     return "" if len(without) in (0, len(names)) else (
         f"{bf.join(str(source.folder), without[0])} has no class: expected CLASS_rest or a subfolder for each file, "

@@ -4,9 +4,9 @@ import base64
 import collections
 import contextlib
 import functools
-import hashlib
 import operator
 import os
+import resource
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +20,14 @@ import torch
 from ..config import as_dict, format_shape, require, to_tuple
 from ..files import READ_ERRORS, bf, file_extension, hash_lines, read_record, sha256_of_file, write_record
 from ..interfaces import ImageSource
-from .archives import file_stamp, is_archive, is_member, list_members, require_readable
+from .archives import (
+    Member, export_directories, file_stamps, import_directories, is_archive, is_member, iter_members, list_members,
+    open_directory, read_directory, require_readable, split_archive,
+)
 
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
-INDEX_MINIMUM = 1000    # files of a folder whose headers are kept in the index
+INDEX_MINIMUM = 1000    # files of a folder or an archive that has an index
 PROBED_FILES, THREADS_FROM_S = 32, 0.001    # threads read further files if one of these waits that long
 _FILES_OF_IMAGES = ("npz", "mat", "h5", "hdf5")
 MAX_LISTED_CLASSES = 20     # in a line of the log
@@ -42,7 +45,7 @@ class FileSource(ImageSource):
     """
 
     kind = "image"
-    header_type = None      # class of headers that are kept in the index: a named tuple, hashable and JSON-able
+    header_type: type       # class of the headers: a named tuple of JSON-able and hashable values
 
     def __init__(self, config, flag):
         self.config, self.folder, self._flag = config, config.data_dir, flag
@@ -55,6 +58,7 @@ class FileSource(ImageSource):
         require((not config.colormap or len(config.sides) == 2, f"--colormap {config.colormap} is for images; omit it"))
         # Set by `_list_files`: sentences for the log, the files that are not read by ending, the label file.
         self.attributes, self.notes, self.left_out, self.label_record = {}, (), {}, {}
+        self._archives = ()     # that contain the files
 
     def _list_files(self, extensions, accepts, read_header, hint, find_labels):
         """Set paths, names, classes and fingerprint; return the `FileHeader` of each file that `accepts(path)` selects.
@@ -78,42 +82,35 @@ class FileSource(ImageSource):
         parts = self._parts(self.paths)
         self.ignored = len(files) - sum(chosen) - len(parts) - (read is not None)
         others = [path for (path, _), accepted in zip(visible, chosen)
-                  if not accepted and path not in parts and bf.basename(path) != read]
+                  if not accepted and path not in parts and os.path.basename(path) != read]
         self.left_out = dict(collections.Counter(file_extension(path) or "without ending" for path in others))
-        if "://" in self.folder or is_member(self.paths[0]):
-            headers, stamps = zip(*_map_files(lambda path: (read_header(path), self._stamp(path)), self.paths))
+        if is_member(self.paths[0]):
+            located = list(iter_members(self.paths))
+            self._archives = list(dict.fromkeys(archive for archive, _ in located))
+            stamps = [member.stamp for _, member in located]
+            states = [*stamps, *(file_stamps(archive)[1] for archive in self._archives)]
         else:
-            statuses = _map_files(functools.partial(_status, read_header), self.paths)
-            stamps = map(self._stamp, self.paths, statuses)
-            headers = self._read_headers(read_header, statuses)
+            stamps, states = zip(*_map_files(functools.partial(self._require_stamps, read_header), self.paths))
         self.fingerprint = hash_lines(f"{name} {stamp}" for name, stamp in zip(self.names, stamps))
-        return headers
+        return self._read_headers(read_header, states, sum(chosen))
 
-    def _read_headers(self, read_header, statuses):
-        """Return the header of each file, from the index if no name, size or time has changed since it was saved.
+    def _read_headers(self, read_header, states, count):
+        """Return the header of each file; those of `count` files, which may be parts of fewer, are in an index."""
+        def read():
+            headers = _map_files(read_header, self.paths)
+            number = {header: i for i, header in enumerate(dict.fromkeys(headers))}
+            return {"headers": list(number), "numbers": _to_text([number[header] for header in headers])}, count
 
-        The index is a file in the cache folder of the user, for folders of at least INDEX_MINIMUM files whose headers
-        are of `header_type`. If it cannot be read, the headers are read from the files; that it cannot be written has
-        no consequence.
-        """
-        if self.header_type is None or len(self.paths) < INDEX_MINIMUM:
-            return _map_files(read_header, self.paths)
-        place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        index = os.path.join(place, "guided_diffusion_vae", hash_lines([os.path.abspath(self.folder)])[:32] + ".json")
-        key = _index_key(read_header, self.names, statuses)
-        with contextlib.suppress(*READ_ERRORS):
-            content = read_record(index)
-            if content["key"] == key:
-                distinct = [self.header_type(*to_tuple(fields)) for fields in content["headers"]]
-                numbers = np.frombuffer(base64.b64decode(content["numbers"]), "<i4")
-                return [distinct[number] for number in numbers.tolist()]
-        headers = _map_files(read_header, self.paths)
-        number = {header: i for i, header in enumerate(dict.fromkeys(headers))}
-        numbers = np.array([number[header] for header in headers], "<i4")
-        with contextlib.suppress(*READ_ERRORS):
-            write_record(index, {"key": key, "headers": list(number), "numbers": base64.b64encode(numbers).decode()})
-        distinct = list(number)
-        return [distinct[number] for number in numbers.tolist()]    # equal ones are one object
+        content = _indexed(self.folder, "", [*self.names, *states, PIL.__version__, repr(read_header.keywords)], read)
+        distinct = [self.header_type(*to_tuple(fields)) for fields in content["headers"]]
+        return [distinct[number] for number in _from_text(content["numbers"]).tolist()]   # equal ones are one object
+
+    def __getstate__(self):
+        return {**vars(self), "_directories": export_directories(self._archives)}
+
+    def __setstate__(self, state):
+        import_directories(state.pop("_directories"))
+        vars(self).update(state)
 
     def _merge(self, paths, names):
         """Return (paths, names) of what is read as one: here each file."""
@@ -123,9 +120,16 @@ class FileSource(ImageSource):
         """Return the set of the files that are read as parts of others: here none."""
         return set()
 
-    def _stamp(self, path, status=None):
-        """Return a text that changes with the content of a path, of which `os.stat` may be known."""
-        return file_stamp(path) if status is None else f"{status.st_size} {status.st_mtime}"
+    def _stamps(self, path):
+        """Return the `file_stamps` of a path."""
+        return file_stamps(path)
+
+    def _require_stamps(self, read_header, path):
+        try:
+            return self._stamps(path)
+        except OSError:
+            read_header(path)   # names the file in its error
+            raise
 
     def _check_files(self, headers, full_range):
         """Check that each file is large enough and has the range of values that its type requires."""
@@ -217,33 +221,77 @@ class ItemNames(Sequence):
         return len(self) == len(other) and all(map(operator.eq, self, other))
 
 
-def _status(read_header, path):
-    try:
-        return os.stat(path)
-    except OSError:
-        read_header(path)   # names the file in its error
-        raise
-
-
 def _map_files(function, paths):
     """Return `function` of each path, on several threads if the first ones mostly wait: for a network or a disk."""
-    start, busy = time.perf_counter(), time.thread_time()
+    start, busy, waits = time.perf_counter(), time.thread_time(), _count_waits()
     done = [function(path) for path in paths[:PROBED_FILES]]
     waited = time.perf_counter() - start - (time.thread_time() - busy)
-    if waited < THREADS_FROM_S * len(done):     # threads would compete for the interpreter
+    # Time in which other processes had the core is no wait, and threads would compete for the interpreter.
+    if waited < THREADS_FROM_S * len(done) or _count_waits() - waits < len(done) // 2:
         return [*done, *map(function, paths[PROBED_FILES:])]
     with ThreadPoolExecutor(8) as pool:
         return [*done, *pool.map(function, paths[PROBED_FILES:])]
 
 
-def _index_key(read_header, names, statuses):
-    """Return a hash of the files, and of the code and arguments that read their headers."""
-    numbers = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in statuses]
-    digest = hashlib.sha256(np.array(numbers, np.int64).tobytes())
-    code = (sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py")))
-    for text in (*names, PIL.__version__, repr(read_header.keywords), *code):
-        digest.update(f"{text}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+def _count_waits():
+    """Return how often this thread gave up its core to wait."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_nvcsw
+
+
+def _indexed(source, kind, state, read):
+    """Return what `read` returns first, from the index of a folder or an archive if it was saved in the same state.
+
+    The index is a file in the cache folder of the user. If it cannot be read, `read` is called; that it cannot be
+    written has no consequence.
+
+    :param kind: end of the name of the index.
+    :param state: texts that change with what is read. The code of this room counts, too.
+    :param read: returns (JSON-able dictionary, number of files that were read), of which INDEX_MINIMUM have an index.
+    """
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = hash_lines([source if "://" in source else os.path.abspath(source)])[:32]
+    index = os.path.join(place, "guided_diffusion_vae", f"{name}{kind}.json")
+    key = hash_lines([*state, *(sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py")))])
+    with contextlib.suppress(*READ_ERRORS):
+        content = read_record(index)
+        if content["key"] == key:
+            return content
+    content, count = read()
+    if count >= INDEX_MINIMUM:
+        with contextlib.suppress(*READ_ERRORS):
+            write_record(index, {"key": key, **content})
+    return content
+
+
+def _to_text(numbers):
+    return base64.b64encode(np.array(numbers, "<i8")).decode()
+
+
+def _from_text(text):
+    return np.frombuffer(base64.b64decode(text), "<i8")
+
+
+def _is_archive(path):
+    """Return `is_archive`; the directory of a large archive is read from its index."""
+    if found := split_archive(path):
+        open_directory(found[0], _read_directory)
+    return is_archive(path)
+
+
+def _read_directory(archive):
+    """Return {name: Member} of an archive, of a large one from its index."""
+    def read():
+        members = read_directory(archive)
+        numbers = [(start, stored, size, method, -1 if crc is None else crc, encrypted)
+                   for start, stored, size, _, method, crc, encrypted in members.values()]
+        return {"names": "\0".join(members), "stamps": "\0".join(member.stamp for member in members.values()),
+                "numbers": _to_text(numbers)}, len(members)
+
+    content = _indexed(archive, "-members", [file_stamps(archive)[1]], read)
+    rows = _from_text(content["numbers"]).reshape(-1, 6).tolist()
+    return {name: Member(start, stored, size, stamp, method, None if crc < 0 else crc, bool(encrypted))
+            for name, stamp, (start, stored, size, method, crc, encrypted)
+            in zip(content["names"].split("\0"), content["stamps"].split("\0"), rows)}
 
 
 def walk_files(folder, extensions, parents=()):
@@ -255,7 +303,7 @@ def walk_files(folder, extensions, parents=()):
     :raises ValueError: if a symbolic link leads back to a folder that contains it.
     :raises OSError: if a folder or an entry cannot be examined, such as a link to itself.
     """
-    if is_archive(folder):
+    if _is_archive(folder):
         yield from list_members(folder)
         return
     resolved = folder if "://" in folder else os.path.realpath(folder)
@@ -270,7 +318,8 @@ def walk_files(folder, extensions, parents=()):
 
 
 def _are_shards(entries):
-    visible = [(path, is_folder) for path, is_folder in entries if not bf.basename(path).startswith(".")]
+    # Names are compared without blobfile, which examines each path for several clouds.
+    visible = [(path, is_folder) for path, is_folder in entries if not os.path.basename(path).startswith(".")]
     endings = {"" if is_folder else file_extension(path) for path, is_folder in visible}
     return "tar" in endings and endings <= {"tar", "json", "txt", "md"}
 
@@ -315,7 +364,7 @@ def require_data_dir(data_dir: str, flag: str = "--data_dir") -> None:
     :raises FileNotFoundError: if not; the message names `flag`.
     :raises ValueError: if it is an archive that cannot be read in place, or saved by Hugging Face datasets.
     """
-    if is_archive(data_dir):
+    if _is_archive(data_dir):
         return
     require_readable(data_dir, flag)
     require(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import require
+from ..config import require, to_tuple
 from ..files import (
     check_array_size, check_size, file_errors, file_extension, hash_lines, read_to_end, require_regular_file,
 )
@@ -32,15 +32,15 @@ class VolumeHeader(NamedTuple):
     :param sides: size per axis.
     :param dtype: name of the type of the values.
     :param spacing: voxel spacing per axis in mm, None if the file states none.
-    :param directions: [3 x 3], whose column k is the step along axis k toward right, anterior and superior; None if the
-        file states none.
+    :param directions: rows of a matrix [3 x 3], whose column k is the step along axis k toward right, anterior and
+        superior; None if the file states none.
     """
 
     channels: int
     sides: tuple
     dtype: str
     spacing: tuple | None = None
-    directions: np.ndarray | None = None
+    directions: tuple | None = None
     frames: int = 1
 
 
@@ -111,6 +111,7 @@ def align_axes(path, directions, code):
 
 
 def _orientation(path, directions):
+    directions = np.array(directions)
     require((np.isfinite(directions).all() and np.linalg.matrix_rank(directions) == 3,
              f"{path}: expected the directions of three axes that span the space, got {directions.tolist()}; fix the "
              "affine of its header, or set --orientation \"\" to read all files as stored"))
@@ -121,7 +122,7 @@ def _orientation(path, directions):
 
 def tilt_degrees(directions):
     """Return the largest angle in degrees between an axis and the nearest of the three directions."""
-    cosines = np.abs(directions / np.linalg.norm(directions, axis=0)).max(0)
+    cosines = np.abs(np.array(directions) / np.linalg.norm(directions, axis=0)).max(0)
     return float(np.degrees(np.arccos(cosines.clip(0, 1))).max())
 
 
@@ -176,7 +177,7 @@ def _nifti_header(path, max_pixels, frames):
     stated = any(int(image.header[code]) for code in ("sform_code", "qform_code"))
     return VolumeHeader(channels, tuple(sides), str(_scaled_dtype(image)),
                         tuple(scale * s for s in spacing) if min(spacing) > 0 else None,
-                        scale * image.affine[:3, :3] if stated else None, count)
+                        to_tuple((scale * image.affine[:3, :3]).tolist()) if stated else None, count)
 
 
 def _frames_first(shape):
@@ -296,7 +297,8 @@ def _itk_header(path, max_pixels, frames):
 def _directions(reader):
     """Return the directions of a `VolumeHeader`."""
     axes = reader.GetDimension()
-    return _RAS @ np.reshape(reader.GetDirection(), (axes, axes))[:3, :3] * reader.GetSpacing()[:3]
+    directions = _RAS @ np.reshape(reader.GetDirection(), (axes, axes))[:3, :3] * reader.GetSpacing()[:3]
+    return to_tuple(directions.tolist())
 
 
 def _load_itk(path, max_pixels):
@@ -432,7 +434,8 @@ class _Series:
         require((count <= max_pixels, f"{folder}: {count} voxels: expected at most --max_pixels {max_pixels}; set a "
                                       "larger number"))
         spacing = tuple(float(s) for s in np.linalg.norm(directions, axis=0))
-        self.header = VolumeHeader(reader.GetNumberOfComponents(), sides, self.dtype.name, spacing, directions)
+        self.header = VolumeHeader(reader.GetNumberOfComponents(), sides, self.dtype.name, spacing,
+                                   to_tuple(directions.tolist()))
 
     def _check_gaps(self, gaps):
         usual = np.median(gaps) if len(gaps) else 0

@@ -13,12 +13,13 @@ import numpy as np
 from ..config import format_shape, require
 from ..files import MAX_PIXELS, bf, file_errors, file_extension, open_npy
 from ..nn import keyed_rng
+from .archives import file_stamp, file_stamps
 from .arrays import EXTENSIONS as ARRAY_EXTENSIONS
 from .arrays import find_array, read_array_file
 from .config import DataConfig, directions, format_spacing, parse_spacing
 from .decoding import FULL_RANGE, load_npy, unit_scale
 from .labels import find_labels
-from .listing import FileSource, file_stamp
+from .listing import FileSource
 from .medical import (
     VolumeHeader, align_axes, axis_codes, data_files, is_medical, load_medical, merge_series, orient, path_stamp,
     read_medical_header, split_frames, tilt_degrees,
@@ -62,6 +63,7 @@ class VolumeFolder(FileSource):
     """
 
     kind = "volume"
+    header_type = VolumeHeader
 
     def __init__(self, config=None, multiple=None, flag="--data_dir", **fields):
         config = dataclasses.replace(config or DataConfig(), **fields)
@@ -158,8 +160,10 @@ class VolumeFolder(FileSource):
     def _parts(self, paths):
         return data_files(paths)
 
-    def _stamp(self, path, status=None):
-        return path_stamp(path, super()._stamp) if is_medical(path) else super()._stamp(path, status)
+    def _stamps(self, path):
+        if not is_medical(path):
+            return super()._stamps(path)
+        return path_stamp(path, file_stamp), path_stamp(path, lambda file: file_stamps(file)[1])
 
     def _unit(self, values, file):
         # A resampled volume is float32, whatever the type of the file was.
