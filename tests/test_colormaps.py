@@ -300,7 +300,7 @@ def sampler_of(images, **fields):
     x0 = images * 2 - 1
 
     class Fixed(Sampler):
-        def sample_x0(self, indices, classes, device, progress=False):
+        def sample_x0(self, indices, classes, device, progress=False, noise=None):
             return x0[list(indices)]
 
     process = type("Process", (), {"timestep_map": [0], "num_timesteps": 1, "unclipped_warning": lambda self: None})()

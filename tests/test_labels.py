@@ -643,7 +643,7 @@ def test_an_index_that_cannot_be_used_is_not(tmp_path, index, monkeypatch):
     assert len(files_read()) == 2 and not folder.exists()
 
 
-def test_files_are_read_on_threads_only_if_they_are_waited_for(monkeypatch):
+def test_files_are_read_on_threads_only_if_they_are_waited_for():
     def threads_of(function):
         used = set()
         assert listing._map_files(lambda n: (used.add(threading.get_ident()), function(n))[1], range(100)) == [
@@ -652,8 +652,8 @@ def test_files_are_read_on_threads_only_if_they_are_waited_for(monkeypatch):
 
     assert threads_of(lambda n: 2 * n) == {threading.get_ident()}
     assert len(threads_of(lambda n: time.sleep(0.002) or 2 * n)) > 2
-    monkeypatch.setattr(listing, "_count_waits", lambda: 0)     # the core was given to other processes
-    assert threads_of(lambda n: time.sleep(0.002) or 2 * n) == {threading.get_ident()}
+    # At times another process has the core.
+    assert threads_of(lambda n: n % 4 == 0 and time.sleep(0.01) or 2 * n) == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("names", [["a/{}.png", "b/{}.png"], ["{}.png", "a_{}.png"]])

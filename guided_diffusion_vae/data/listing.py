@@ -6,7 +6,6 @@ import contextlib
 import functools
 import operator
 import os
-import resource
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from .archives import (
 REFERENCE_EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}      # beside the hidden ones, which start with a dot
 INDEX_MINIMUM = 1000    # files of a folder or an archive that has an index
-PROBED_FILES, THREADS_FROM_S = 32, 0.001    # threads read further files if one of these waits that long
+PROBED_FILES, THREADS_FROM_S = 32, 0.001    # threads read further files if most of these wait that long
 _FILES_OF_IMAGES = ("npz", "mat", "h5", "hdf5")
 MAX_LISTED_CLASSES = 20     # in a line of the log
 # Fields of a DataConfig that do not determine the values.
@@ -223,19 +222,16 @@ class ItemNames(Sequence):
 
 def _map_files(function, paths):
     """Return `function` of each path, on several threads if the first ones mostly wait: for a network or a disk."""
-    start, busy, waits = time.perf_counter(), time.thread_time(), _count_waits()
-    done = [function(path) for path in paths[:PROBED_FILES]]
-    waited = time.perf_counter() - start - (time.thread_time() - busy)
-    # Time in which other processes had the core is no wait, and threads would compete for the interpreter.
-    if waited < THREADS_FROM_S * len(done) or _count_waits() - waits < len(done) // 2:
+    done, waits = [], []
+    for path in paths[:PROBED_FILES]:
+        start, busy = time.perf_counter(), time.thread_time()
+        done.append(function(path))
+        waits.append(time.perf_counter() - start - (time.thread_time() - busy))
+    # Threads would compete for the interpreter. A few long waits are those for a core that other processes have.
+    if not waits or np.median(waits) < THREADS_FROM_S:
         return [*done, *map(function, paths[PROBED_FILES:])]
     with ThreadPoolExecutor(8) as pool:
         return [*done, *pool.map(function, paths[PROBED_FILES:])]
-
-
-def _count_waits():
-    """Return how often this thread gave up its core to wait."""
-    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_nvcsw
 
 
 def _indexed(source, kind, state, read):
