@@ -40,7 +40,7 @@ def _keep_freed_memory(environ):
     return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 512 << 20))
 
 
-_keep_freed_memory(os.environ)
+KEEPS_FREED_MEMORY = _keep_freed_memory(os.environ)
 
 
 class _DeprecatedModules:

@@ -144,6 +144,8 @@ class Codec(Protocol):
     preprocessing: dict
     has_posterior: bool = True      # an image has more than one latent
     is_pixels: bool = False         # latents are the images themselves, in [-1, 1]
+    max_side: int = 0               # pixels of the longest axis that are processed at a time; 0: all
+    nbytes: int = 0                 # of weights on a device
 
     @abstractmethod
     def encode_moments(self, images) -> torch.Tensor:

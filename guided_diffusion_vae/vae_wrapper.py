@@ -181,10 +181,12 @@ class VAEInterface(BaseCodec):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self.batch_size = DTYPES[dtype], batch_size
         self.tile, self.slab = (0, tile) if streams else (tile, 0)
+        self.max_side = tile
         self.network = opened.network.float().eval().requires_grad_(False).to(self.device)
         if self.dtype is not torch.float32:
             # The layout in which convolutions in half precision are fastest.
             self.network.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}.get(len(self.factors)))
+        self.nbytes = sum(p.nbytes for p in self.network.parameters())
         self._moments, self._decode = opened.moments, opened.decode
         self._streamer = Streamer(self.network, self.device, tile) if self.slab else None
         self._gray_input = False

@@ -10,7 +10,9 @@ import torch
 import guided_diffusion_vae
 from guided_diffusion_vae import dist_util, logger
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import validate
+from guided_diffusion_vae.checkpoint_util import save_weights
+from guided_diffusion_vae.config import as_dict, validate
+from guided_diffusion_vae.evaluation import ReconstructionValidation
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import memory, planning
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae
@@ -23,6 +25,7 @@ from guided_diffusion_vae.train_util import (
 from guided_diffusion_vae.unet import ModelConfig, SuperResConfig
 from guided_diffusion_vae.vae.objective import AutoencoderObjective, DiscriminatorTrainer
 from guided_diffusion_vae.vae import AutoencoderLossConfig, DiscriminatorConfig
+from guided_diffusion_vae.vae_wrapper import PixelCodec, VAEInterface
 
 NETWORK = AutoencoderConfig(num_channels=(16, 32), downsample_factors=(4,), attention_levels=(False, True))
 
@@ -139,6 +142,58 @@ def test_accumulation_holds_one_forward_pass_at_a_time(discriminator_config, tmp
         assert actual <= 1.02 * (planned.peak - planned.parameters - planned.averages), parts
 
 
+class Images:
+    """Four random images, as much of a source as validation reads."""
+
+    shape = unpadded_shape = (1, 64, 64)
+
+    def __len__(self):
+        return 4
+
+    def batch(self, indices):
+        return torch.rand(len(indices), *self.shape)
+
+
+def test_validation_of_an_autoencoder_is_counted_in_float32(tmp_path):
+    plan = autoencoder_plan(Images.shape, train={"mixed_precision": True})
+    estimate = plan.training()
+    network = create_autoencoder(plan.network).eval()
+    validation = ReconstructionValidation(network, (-1, 1), Images(), 4, tmp_path, "cpu", plan.forward_size)
+    with logger.scoped_configure(str(tmp_path), []), memory._StorageTracker(network) as tracker:
+        validation(0)
+    assert tracker.peak + estimate.parameters == pytest.approx(estimate.preview, rel=0.05)
+    assert plan.with_flags(preview_interval=-1).training().preview == 0
+
+
+def test_previews_of_a_diffusion_model_count_samples_decoder_and_its_weights(tmp_path):
+    network = create_autoencoder(dataclasses.replace(NETWORK, in_channels=1))
+    header = {"kind": "autoencoder", "autoencoder": as_dict(dataclasses.replace(NETWORK, in_channels=1))}
+    save_weights(tmp_path / "vae.pt", network.state_dict(), header)
+    plan = diffusion_plan(train={"batch_size": 1})
+    small, alone = dataclasses.replace(plan, codec=PixelCodec(4)).training(), plan.training()
+    assert alone.preview == alone.codec == 0    # without an autoencoder
+    model = plan.build()[0].eval()
+    with memory._StorageTracker(model) as tracker, torch.no_grad():
+        model(torch.zeros(16, 4, 16, 16), torch.zeros(16))
+    assert small.preview == pytest.approx(tracker.peak + small.parameters, rel=0.02)
+    # In addition to weights, gradients, AdamW and EMA weights; a step with a single sample takes less.
+    assert small.peak == small.parameters * 5 + small.preview > alone.peak and " of a preview" in small.summary()
+
+    codec = VAEInterface(tmp_path / "vae.pt", device="cpu")
+    plan = dataclasses.replace(plan.with_flags(batch_size=16), codec=codec)
+    whole = plan.training()
+    assert whole.codec == codec.nbytes == sum(p.nbytes for p in network.parameters())
+    with memory._StorageTracker(model) as tracker:
+        codec.decode_batch(torch.zeros(16, 4, 16, 16))
+    assert whole.preview == pytest.approx(tracker.peak + whole.parameters, rel=0.02)
+    assert " of a preview" not in whole.summary()
+    codec.max_side = 32     # below 64 pixels: slab by slab
+    assert plan.training().preview == small.preview
+    upsampler = dataclasses.replace(plan, super_res=SuperResConfig(), low_res_shape=(4, 8, 8))
+    for other in (upsampler, plan.with_flags(fsdp=True), plan.with_flags(preview_interval=-1)):
+        assert not other.has_previews
+
+
 def test_half_precision_has_weights_and_master_weights():
     full, half = (diffusion_plan(use_fp16=use_fp16).training() for use_fp16 in (False, True))
     assert half.parameters == full.parameters and 0.5 < half.copies / half.parameters < 0.6
@@ -212,6 +267,16 @@ def test_advice_is_the_least_lossy_saving_that_fits(remembered):
     assert "--mixed_precision True would take" in advice(plan, required[1])
     assert "--mixed_precision True --recompute_norms True would take" in advice(plan, required[2])
     assert "no flag brings" in advice(plan, 0.1 * GIB)
+    on_cpu = [estimate.resident for _, estimate in estimated(plan)]
+    assert f"about {on_cpu[0] / GIB:.1f} GiB as configured" in advice(plan, on_cpu[1], "cpu")
+
+
+def test_memory_of_a_cpu_includes_freed_memory_that_is_kept():
+    estimate, ratio = Estimate(parameters=GIB), 2.6 if guided_diffusion_vae.KEEPS_FREED_MEMORY else 1.5
+    assert estimate.resident == estimate.required_on("cpu") == 0.25 * GIB + ratio * GIB
+    assert estimate.required_on("cuda") == estimate.required
+    assert estimate.fits(1.7 * GIB) and not estimate.fits(1.7 * GIB, "cpu") and estimate.fits(3 * GIB, "cpu")
+    assert f"up to {estimate.resident / GIB:.2f} resident on a CPU" in estimate.summary()
 
 
 def test_estimate_includes_the_overhead_of_a_gpu():

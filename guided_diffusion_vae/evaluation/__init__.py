@@ -7,7 +7,7 @@ from .features import (
 )
 from .image_metrics import PAIRED_METRICS, bicubic_baseline, l1, max_error, paired_metrics, psnr, ssim
 from .likelihood import HeldOutData, LikelihoodConfig, likelihood
-from .previews import ClassifierValidation, ReconstructionValidation, SamplePreview
+from .previews import PREVIEW_IMAGES, ClassifierValidation, ReconstructionValidation, SamplePreview
 from .roundtrip import RoundtripConfig, failed_thresholds, roundtrip
 from .set_metrics import (
     FeatureStatistics, class_agreement, classification_report, confusion_matrix, frechet_distance, inception_score,

@@ -17,11 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import nn as nn_util
+from .. import KEEPS_FREED_MEMORY, nn as nn_util
 
 GIB = 2**30
 # In addition to allocations: a CUDA context with its kernels, and fragmentation of the memory that the allocator holds.
 CONTEXT_BYTES, FRAGMENTATION = 0.6 * GIB, 1.05
+# On CPUs: a process that has imported the package, and the largest measured ratio of further resident memory to the
+# allocations of PyTorch, with freed memory kept by glibc (see docs/results.md) and returned. Libraries take the rest.
+PROCESS_BYTES, RESIDENT_RATIO = 0.25 * GIB, 2.6 if KEEPS_FREED_MEMORY else 1.5
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.04}     # of state per parameter; 8-bit state has scales per block
 
 
@@ -35,32 +38,46 @@ class Estimate:
     averages: int = 0
     copies: int = 0             # weights in half precision, if `parameters` are float32 master weights
     activations: int = 0        # saved for backward, inputs included
-    workspace: int = 0          # all other tensors at the peak
+    workspace: int = 0          # all other tensors at the peak of a step
+    preview: int = 0            # tensors at the peak of a preview, among them a copy of the weights
+    codec: int = 0              # weights of the autoencoder that makes latents
     layers: dict = field(default_factory=dict)      # activations by layer
 
     @property
     def peak(self) -> int:
-        """The peak of PyTorch's allocations."""
-        return (self.parameters + self.gradients + self.optimizer + self.averages + self.copies + self.activations
-                + self.workspace)
+        """The peak of PyTorch's allocations, in a step or in a preview."""
+        return (self.parameters + self.gradients + self.optimizer + self.averages + self.copies + self.codec
+                + max(self.activations + self.workspace, self.preview))
 
     @property
     def required(self) -> float:
         """Memory that a device must have: the peak, fragmentation and a CUDA context."""
         return self.peak * FRAGMENTATION + CONTEXT_BYTES
 
-    def fits(self, budget_bytes: float) -> bool:
+    @property
+    def resident(self) -> float:
+        """Upper bound of the resident memory on a CPU."""
+        return PROCESS_BYTES + RESIDENT_RATIO * self.peak
+
+    def fits(self, budget_bytes: float, device_type: str = "cuda") -> bool:
         """Return whether a device with this much memory is enough."""
-        return self.required <= budget_bytes
+        return self.required_on(device_type) <= budget_bytes
+
+    def required_on(self, device_type: str) -> float:
+        """Return `required` for a GPU, `resident` for a CPU."""
+        return self.resident if device_type == "cpu" else self.required
 
     def summary(self) -> str:
         """Return the parts of the memory of training as text."""
         mib = lambda size: f"{size / 2**20:.1f}"
+        preview = f", or {mib(self.preview)} of a preview" if self.preview > self.activations + self.workspace else ""
+        codec = f", {mib(self.codec)} of the autoencoder" if self.codec else ""
         return (
             f"{self.parameters / 4e6:.2f} M parameters; {mib(self.parameters + self.copies)} MiB of weights, "
             f"{mib(self.gradients)} of gradients, {mib(self.optimizer)} of AdamW, {mib(self.averages)} of EMA weights, "
-            f"{mib(self.activations)} of activations, {mib(self.workspace)} of workspace at the peak: "
-            f"{self.peak / GIB:.2f} GiB, {self.required / GIB:.2f} with the overhead of a GPU"
+            f"{mib(self.activations)} of activations with {mib(self.workspace)} of workspace at the peak{preview}"
+            f"{codec}: {self.peak / GIB:.2f} GiB, {self.required / GIB:.2f} with the overhead of a GPU, up to "
+            f"{self.resident / GIB:.2f} resident on a CPU"
         )
 
 
@@ -168,13 +185,17 @@ def saved_activations(network, forward, amp=None) -> dict[str, int]:
     return tracker.at_backward
 
 
-def estimate_training(networks, step, optimizer: str = "adamw", averages: int = 1, amp=None) -> Estimate:
+def estimate_training(
+    networks, step, optimizer: str = "adamw", averages: int = 1, amp=None, preview=None, codec: int = 0
+) -> Estimate:
     """Return the `Estimate` of a training step.
 
     :param networks: the trained networks, which cannot be used afterwards.
     :param step: a function of the (fake) networks that computes losses and calls `backward` as training does.
     :param averages: number of EMA copies of the first network.
     :param amp: dtype of autocast, None without.
+    :param preview: a function of the first network that computes what a preview does; None: no previews.
+    :param codec: bytes of the autoencoder that makes latents.
     """
     count = [sum(p.numel() for p in network.parameters()) for network in networks]
     half = any(p.dtype is torch.float16 for network in networks for p in network.parameters())
@@ -186,13 +207,23 @@ def estimate_training(networks, step, optimizer: str = "adamw", averages: int = 
             step(*networks)
         weights = [p for network in networks for p in network.parameters()]
         gradients = sum(p.grad.untyped_storage().nbytes() for p in weights if p.grad is not None)
+        previewed = _preview_bytes(networks[0], preview) if preview else 0
     activations = sum(tracker.at_backward.values())
     return Estimate(
         parameters=4 * sum(count), gradients=gradients, optimizer=round(OPTIMIZER_BYTES[optimizer] * sum(count)),
         averages=4 * averages * count[0], copies=copies, activations=activations, layers=tracker.at_backward,
+        preview=previewed, codec=codec,
         # Master weights get separate gradients, after the backward pass.
         workspace=max(tracker.peak - gradients - activations, half * 4 * sum(count) - activations, 0),
     )
+
+
+def _preview_bytes(network, preview):
+    """Return the bytes of a preview: its tensors, and the weights of training while the EMA weights are in place."""
+    network.eval()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _StorageTracker(network) as tracker:
+        preview(network)
+    return tracker.peak + sum(p.nbytes for p in network.parameters())
 
 
 def estimate_inference(network, forward, amp=None) -> Estimate:

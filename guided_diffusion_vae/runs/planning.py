@@ -26,7 +26,8 @@ class Plan:
     """A training run whose memory is planned; subclasses (in `training`) build its networks and compute its step.
 
     `shape` is (C, ...) of the network's input, `network` and `train` are the configs whose flags `memory_savings`
-    changes. `build()` returns the networks, the trained one first; `step(*networks)` computes losses and gradients.
+    changes. `build()` returns the networks, the trained one first; `step(*networks)` computes losses and gradients,
+    `preview(network)` what a preview computes.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Plan:
 
     CHECKPOINTING = ""      # the flag of `network` that recomputes blocks
     half_precision = False  # weights are float16 already
+    codec_bytes = 0         # of the autoencoder that makes latents
 
     def with_flags(self, **changes) -> "Plan":
         """Return a plan with other values of the flags `changes`, whichever config has them."""
@@ -47,8 +49,14 @@ class Plan:
         with torch.device("meta"):
             networks = self.build()
         return estimate_training(
-            networks, self.step, self.train.optimizer, len(self.train.ema_rates), self.train.autocast_dtype
+            networks, self.step, self.train.optimizer, len(self.train.ema_rates), self.train.autocast_dtype,
+            self.preview if self.has_previews else None, self.codec_bytes,
         )
+
+    @property
+    def has_previews(self) -> bool:
+        """Whether previews are made."""
+        return self.train.preview_interval >= 0
 
     @property
     def forward_size(self) -> int:
@@ -110,14 +118,15 @@ def estimated(plan: Plan) -> Iterator[tuple[MemorySaving, Estimate]]:
             continue
 
 
-def advice(plan: Plan, budget_bytes: float) -> str:
+def advice(plan: Plan, budget_bytes: float, device_type: str = "cuda") -> str:
     """Return a sentence with the first of `memory_savings` that fits a device of this memory."""
     configured, budget = None, f"{budget_bytes / GIB:.1f} GiB"
     for saving, estimate in estimated(plan):
-        configured = configured or estimate
-        if saving.flags and estimate.fits(budget_bytes):
-            return (f"training takes about {configured.required / GIB:.1f} GiB as configured; of {budget}, {saving} "
-                    f"would take {estimate.required / GIB:.1f} (plan ahead with scripts/plan_memory.py)")
+        required = estimate.required_on(device_type) / GIB
+        configured = configured or required
+        if saving.flags and estimate.fits(budget_bytes, device_type):
+            return (f"training takes about {configured:.1f} GiB as configured; of {budget}, {saving} would take "
+                    f"{required:.1f} (plan ahead with scripts/plan_memory.py)")
     return f"no flag brings this configuration below {budget}: train on smaller images, or on patches"
 
 

@@ -9,7 +9,8 @@ from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
 from ..config import as_dict, format_shape, resolve
 from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, missing_classes, open_folder
-from ..evaluation import ClassifierValidation, ReconstructionValidation, SamplePreview
+from ..evaluation import PREVIEW_IMAGES, ClassifierValidation, ReconstructionValidation, SamplePreview
+from ..interfaces import Codec
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
@@ -49,7 +50,8 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
     model_config = infer_model_config(run[ModelConfig], source)
     _check_compile(train, model_config)
     memory = DiffusionPlan(
-        source.latent_shape, model_config, train, diffusion_config, super_res, low_res and low_res.latent_shape
+        source.latent_shape, model_config, train, diffusion_config, super_res, low_res and low_res.latent_shape,
+        space.codec,
     )
     train = resolve_train_config(train)
     seed_initialization(train.seed)     # here: opening an autoencoder, if there is one, has drawn random numbers
@@ -212,6 +214,7 @@ def _estimate_classifier(model, config, shape):
     if config.classifier_use_fp16:
         model.convert_to_fp16()
     x0, timesteps = torch.empty(shape), torch.zeros(shape[0], dtype=torch.long)
+    # No preview: validation computes the forward pass of a step.
     return estimate_training([model], lambda network: network(x0, timesteps).mean().backward(), averages=0)
 
 
@@ -226,7 +229,7 @@ def _plan_batches(count, train):
 
 def _memory_advice(plan, hint=""):
     """Return a context in which running out of memory ends in the flags that would fit."""
-    return dist_util.oom_advice(lambda budget: advice(plan, budget) + hint)
+    return dist_util.oom_advice(lambda budget: advice(plan, budget, dist_util.dev().type) + hint)
 
 
 def _check_compile(train, network_config):
@@ -277,11 +280,15 @@ def _apply_facts(config, facts, folder):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionPlan(Plan):
-    """The training of a UNet on x0 of `shape`; `super_res` and `low_res_shape` are set for an upsampler."""
+    """The training of a UNet on x0 of `shape`; `super_res` and `low_res_shape` are set for an upsampler.
+
+    `codec` decodes previews, None: there are none.
+    """
 
     diffusion_config: DiffusionConfig = None
     super_res: SuperResConfig | None = None
     low_res_shape: tuple | None = None
+    codec: Codec | None = None
 
     CHECKPOINTING = "use_checkpoint"
 
@@ -304,6 +311,22 @@ class DiffusionPlan(Plan):
         x0, noise = torch.empty(n, *self.shape), torch.empty(n, *self.shape)
         terms = create_diffusion(self.diffusion_config).training_losses(model, x0, t, model_kwargs, noise)
         terms["loss"].mean().backward()
+
+    @property
+    def codec_bytes(self):
+        return self.codec.nbytes if self.codec else 0
+
+    @property
+    def has_previews(self):
+        return super().has_previews and self.codec is not None and self.super_res is None and not self.train.fsdp
+
+    def preview(self, model):
+        """Compute a sampling step of `SamplePreview`, and its decoding unless slabs or tiles bound it."""
+        t = torch.zeros(PREVIEW_IMAGES, dtype=torch.long)
+        model(torch.empty(len(t), *self.shape), t, **({"y": t} if self.network.class_cond else {}))
+        sides = [n * factor for n, factor in zip(self.shape[1:], self.codec.factors)]
+        if not 0 < self.codec.max_side < max(sides):
+            self.codec.decode_batch(torch.empty(min(PREVIEW_IMAGES, self.forward_size), *self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +366,11 @@ class AutoencoderPlan(Plan):
         if discriminator is not None:
             logits = discriminator(torch.cat([x, fake])).float().chunk(2)
             discriminator_losses(kind, *logits).mean().backward()
+
+    def preview(self, network):
+        """Compute a batch of `ReconstructionValidation`."""
+        mean, _ = network.moments(torch.empty(min(VALIDATION_BATCH, self.forward_size), *self.shape))
+        network.decode(mean)
 
     def _without_memory(self):
         """Return the network on the meta device."""
