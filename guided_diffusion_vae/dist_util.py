@@ -11,6 +11,7 @@ reads the variable when torch is imported: set it in the environment, it has no 
 import atexit
 import contextlib
 import datetime
+import json
 import os
 import signal
 import socket
@@ -188,7 +189,11 @@ def _connect(store, timeout):
     store = dist.PrefixStore(f"attempt{attempt}", store)
     # Send Python objects and flags over Gloo even with GPUs: control messages must not synchronize the device.
     # NCCL does not support two ranks on one GPU; Gloo transfers their tensors, too, more slowly.
-    shared = torch.cuda.is_available() and len(set(_all_devices(store))) < world_size()
+    names = [name for names in _all_devices(store) for name in names]
+    shared = len(set(names)) < len(names)
+    if dev().type == "cuda" and shared and rank() == 0:
+        print("ranks share a GPU, so that tensors are exchanged through Gloo, which is slow; start one rank per GPU",
+              flush=True)
     backend = "cpu:gloo,cuda:nccl" if dev().type == "cuda" and not shared else "gloo"
     try:
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world_size(),
@@ -199,12 +204,28 @@ def _connect(store, timeout):
 
 
 def _all_devices(store):
-    """Return "host device" of every rank, exchanged through the store: there is no group yet."""
+    """Return `_device_names()` of every rank, exchanged through the store: there is no group yet."""
     try:
-        store.set(f"device/{rank()}", f"{socket.gethostname()} {dev()}")
-        return [store.get(f"device/{other}").decode() for other in range(world_size())]
+        store.set(f"device/{rank()}", json.dumps(_device_names()))
+        return [json.loads(store.get(f"device/{other}")) for other in range(world_size())]
     except RuntimeError as error:
         raise _rendezvous_error(_rank_info(), "the common store", error) from error
+
+
+def _device_names():
+    """Return names of the GPU of this rank that all ranks on it have, and no others; [] on a CPU.
+
+    Its index is none: each rank may see its own GPU alone, as cuda:0. NCCL accepts one rank per PCI address, which the
+    slices of a GPU (MIG) share, although each has its UUID.
+    """
+    if dev().type != "cuda":
+        return []
+    properties = torch.cuda.get_device_properties(dev())
+    names = [str(properties.uuid)]
+    if hasattr(properties, "pci_bus_id"):   # not in all versions of PyTorch
+        address = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
+        names.append(f"{socket.gethostname()} {address}")
+    return names
 
 
 def _own_address():

@@ -1,5 +1,6 @@
 import copy
 import datetime
+import json
 import os
 import pickle
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +204,49 @@ def test_objects_are_exchanged_once_all_ranks_have_arrived(monkeypatch):
     dist_util.gather_objects(1)
     dist_util.broadcast_object(1)
     assert calls == ["barrier", "all_gather_object", "barrier", "broadcast_object_list"]
+
+
+def connect_gpus(monkeypatch, ranks):
+    """Return the backend of ranks (host, index of the GPU, its UUID, PCI address), which talk through one store."""
+    store, backends = dist_util.dist.HashStore(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist_util, "world_size", lambda: len(ranks))
+    monkeypatch.setattr(dist_util, "_ControlGroup", lambda *arguments: None)
+    monkeypatch.setattr(dist_util, "_control_group", None)
+    monkeypatch.setattr(dist_util.dist, "init_process_group", lambda backend, **options: backends.append(backend))
+
+    def become(rank):
+        host, index, uuid, address = ranks[rank]
+        pci = {} if address is None else dict(pci_domain_id=0, pci_bus_id=address, pci_device_id=0)
+        monkeypatch.setattr(dist_util, "rank", lambda: rank)
+        monkeypatch.setattr(dist_util.socket, "gethostname", lambda: host)
+        monkeypatch.setattr(dist_util, "dev", lambda: torch.device("cuda", index))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid, **pci))
+
+    for other in range(1, len(ranks)):
+        become(other)
+        store.set(f"attempt0/device/{other}", json.dumps(dist_util._device_names()))
+    become(0)
+    dist_util._connect(store, datetime.timedelta(minutes=3))
+    return backends
+
+
+NCCL, GLOO = ["cpu:gloo,cuda:nccl"], ["gloo"]
+
+
+@pytest.mark.parametrize("ranks, backend", [
+    pytest.param([("a", 0, "u0", 1), ("a", 1, "u1", 2)], NCCL, id="two GPUs"),
+    pytest.param([("a", 0, "u0", 1), ("a", 0, "u1", 2)], NCCL, id="srun --gpus-per-task=1"),
+    pytest.param([("a", 0, "u0", 1), ("b", 0, "u1", 1)], NCCL, id="two hosts, equal addresses"),
+    pytest.param([("a", 0, "u0", None), ("a", 0, "u1", None)], NCCL, id="no addresses"),
+    pytest.param([("a", 0, "u0", 1), ("a", 0, "u0", 1)], GLOO, id="one GPU"),
+    pytest.param([("a", 0, "u0", 1), ("a", 1, "u0", 1), ("a", 0, "u1", 2)], GLOO, id="one GPU, seen as two"),
+    pytest.param([("a", 0, "u0", None), ("b", 0, "u0", None)], GLOO, id="one GPU, two containers"),
+    pytest.param([("a", 0, "u0", 1), ("a", 0, "u1", 1)], GLOO, id="two slices of one GPU"),
+])
+def test_ranks_use_nccl_if_each_has_a_gpu_of_its_own(ranks, backend, monkeypatch, capsys):
+    assert connect_gpus(monkeypatch, ranks) == backend
+    assert ("ranks share a GPU" in capsys.readouterr().out) == (backend == GLOO)
 
 
 def test_collective_timeout_is_that_of_the_process_group(monkeypatch):
