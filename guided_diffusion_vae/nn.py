@@ -67,10 +67,28 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         return y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
 
 
+class AvgPool3d(nn.AvgPool3d):
+    """nn.AvgPool3d that also has a deterministic gradient on GPUs and half precision on CPUs, unlike PyTorch 2.13's.
+
+    Means of blocks are used if deterministic algorithms are on, and for half precision: equal up to rounding.
+    """
+
+    def forward(self, x):
+        factors = per_axis(self.kernel_size, 3)
+        are_blocks = factors == per_axis(self.stride, 3) and not any(per_axis(self.padding, 3))
+        half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+        if not (are_blocks and (half_on_cpu or torch.are_deterministic_algorithms_enabled())):
+            return super().forward(x)
+        for axis, factor in zip((-3, -2, -1), factors):
+            blocks = x.shape[axis] // factor
+            x = x.narrow(axis, 0, blocks * factor).unflatten(axis, (blocks, factor))
+        return x.mean((-5, -3, -1))
+
+
 _LAYERS = {
     "convolution": (nn.Conv1d, nn.Conv2d, Conv3d),
     "transposed convolution": (nn.ConvTranspose1d, nn.ConvTranspose2d, ConvTranspose3d),
-    "average pooling": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    "average pooling": (nn.AvgPool1d, nn.AvgPool2d, AvgPool3d),
     "adaptive average pooling": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 }
 _LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -205,6 +223,27 @@ def resize_linear(x: torch.Tensor, size) -> torch.Tensor:
     """Interpolate linearly along every axis, with aligned outer edges.  [N x C x ...] -> [N x C x *size]."""
     size = tuple(size)
     return F.interpolate(x, size=size, mode=_LINEAR_MODES[len(size)], align_corners=False)
+
+
+def adaptive_channel_mean(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Average adjacent channels to `count` of them, as adaptive_avg_pool1d does.  [N x C x ...] -> [N x count x ...].
+
+    If deterministic algorithms are on, by other operations, equal up to rounding: PyTorch's has no such gradient on
+    GPUs.
+    """
+    channels = x.shape[1]
+    if not torch.are_deterministic_algorithms_enabled():
+        pooled = F.adaptive_avg_pool1d(x.flatten(2).mT, count)          # [N x positions x count]
+        return pooled.mT.reshape(len(x), count, *x.shape[2:])
+    starts = np.arange(count) * channels // count
+    lengths = -(-np.arange(1, count + 1) * channels // count) - starts
+    window = np.arange(lengths.max())
+    inside = window < lengths[:, None]                                  # [count x W], W channels in the longest window
+    index = (starts[:, None] + window).clip(max=channels - 1).flatten()
+    on_device = lambda array: to_device(torch.from_numpy(array), x.device)
+    over_grid = lambda array: on_device(array).to(x.dtype).view(*array.shape, *(1,) * (x.dim() - 2))
+    windows = x.index_select(1, on_device(index)).unflatten(1, inside.shape)
+    return (windows * over_grid(inside)).sum(2) / over_grid(lengths)
 
 
 def _layer(name, dims):

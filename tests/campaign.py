@@ -29,7 +29,8 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE",
+                  CUDA_VISIBLE_DEVICES="")   # bits are promised on CPUs
 
 import numpy as np
 import yaml

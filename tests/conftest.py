@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+# Bits and recorded numbers are those of CPUs, on a machine with a GPU, too.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
+
 from guided_diffusion_vae import dist_util, logger
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +27,22 @@ def one_process(monkeypatch):
     yield
     dist_util._active_rank_info = None
     logger.reset()
+
+
+@pytest.fixture
+def numerics(monkeypatch):
+    """Restore the settings of PyTorch that `dist_util.set_numerics` changes; start without TF32 and determinism."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    before = (cudnn.allow_tf32, cuda.matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark,
+              torch.utils.deterministic.fill_uninitialized_memory, cuda.cudnn_sdp_enabled())
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn.allow_tf32 = cuda.matmul.allow_tf32 = False
+    yield
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    torch.use_deterministic_algorithms(False)
+    (cudnn.allow_tf32, cuda.matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark,
+     torch.utils.deterministic.fill_uninitialized_memory, sdp) = before
+    cuda.enable_cudnn_sdp(sdp)
 
 
 def to_words(flags):

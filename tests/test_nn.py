@@ -57,6 +57,53 @@ def test_layers_exist_for_one_to_three_axes(dims, shape):
     assert nn.resize_linear(x, half).shape == (2, 3, *half)
 
 
+def value_and_gradient(function, x):
+    x = x.clone().requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos())[0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 15, 20, 36])
+def test_deterministic_channel_means_equal_adaptive_pooling(count, numerics):
+    for grid in ((4,), (2, 3), (2, 1, 3)):
+        x = torch.randn(2, 15, *grid)
+        expected = value_and_gradient(lambda x: nn.adaptive_channel_mean(x, count), x)
+        torch.use_deterministic_algorithms(True)
+        for found, wanted in zip(value_and_gradient(lambda x: nn.adaptive_channel_mean(x, count), x), expected):
+            torch.testing.assert_close(found, wanted)
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("factors, grid", [((1, 2, 2), (3, 4, 6)), ((2, 2, 2), (5, 4, 7)), (3, (3, 6, 8))])
+def test_deterministic_pooling_of_volumes_equals_that_of_pytorch(factors, grid, numerics):
+    x, pool = torch.randn(2, 3, *grid), nn.avg_pool_nd(3, kernel_size=factors, stride=factors)
+    expected = value_and_gradient(pool, x)
+    assert all(torch.equal(*pair) for pair in zip(expected, value_and_gradient(torch.nn.AvgPool3d(factors), x)))
+    half = pool(x.bfloat16())       # PyTorch has no such kernel for CPUs
+    torch.testing.assert_close(half, expected[0].bfloat16(), atol=0.02, rtol=0.02)
+    torch.use_deterministic_algorithms(True)
+    for found, wanted in zip(value_and_gradient(pool, x), expected):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_overlapping_pooling_of_volumes_is_that_of_pytorch(numerics):
+    torch.use_deterministic_algorithms(True)
+    x = torch.randn(1, 2, 5, 5, 5)
+    for options in ({"stride": 1}, {"padding": 1}):
+        assert torch.equal(nn.avg_pool_nd(3, 3, **options)(x), F.avg_pool3d(x, 3, **options))
+
+
+def test_without_tf32_restores_both_settings(numerics):
+    flags = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    nn.allow_tf32(True)
+    assert flags() == (True, True)
+    torch.backends.cuda.matmul.allow_tf32 = False       # PyTorch's default
+    with pytest.raises(KeyError), nn.without_tf32():
+        assert flags() == (False, False)
+        raise KeyError
+    assert flags() == (True, False)
+
+
 def test_convolutions_accept_one_number_per_axis():
     convolve = nn.conv_nd(3, 1, 2, (1, 3, 5), stride=(1, 2, 4), padding=(0, 1, 2))
     assert convolve(torch.zeros(1, 1, 4, 8, 16)).shape == (1, 2, 4, 4, 4)

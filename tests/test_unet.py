@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from guided_diffusion_vae import unet
+from guided_diffusion_vae.autoencoder import AutoencoderKL
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.runs import memory
+from guided_diffusion_vae.vae import PatchDiscriminator
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 TINY = dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 1), num_heads=2)
@@ -421,3 +423,49 @@ def test_defaults_equal_guided_diffusion():
     names = expected.keys() - recorded["diffusion_defaults"].keys() - {"image_size"}    # the size belongs to the data
     defaults = {**as_dict(unet.ModelConfig()), **as_dict(unet.ClassifierConfig())}
     assert {name: defaults[name] for name in names} == {name: expected[name] for name in names}
+
+
+# Operations whose gradients on CUDA PyTorch lists as not deterministic (torch.use_deterministic_algorithms).
+NONDETERMINISTIC = (
+    "AvgPool3D", "AdaptiveAvgPool", "AdaptiveMaxPool", "FractionalMaxPool", "MaxUnpool", "UpsampleLinear",
+    "UpsampleBilinear", "UpsampleBicubic", "UpsampleTrilinear", "ReflectionPad", "GridSampler", "NllLoss2D", "Cumsum",
+    "Put", "EmbeddingBag",
+)
+
+
+def nondeterministic_gradients(loss):
+    """Return the operations of a graph whose gradients may differ from run to run on GPUs."""
+    found, seen, nodes = set(), set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            found |= {name for name in NONDETERMINISTIC if node.name().startswith(name)}
+    return found
+
+
+def losses(dims):
+    """Yield losses of networks of all kinds."""
+    (x, t), y = inputs(2, *(8,) * dims), torch.tensor([0, 2])
+    for changes in ({}, {"conv_resample": False, "num_classes": 3}, {"resblock_updown": True}):
+        model = unet.UNetModel(8, 2, out_channels=2, dims=dims, **{**TINY, **changes})
+        yield model(x, t, **({"y": y} if model.num_classes else {})).mean()
+    upsampler = unet.SuperResModel(8, 2, out_channels=2, dims=dims, noised_condition=True, **TINY)
+    yield upsampler(x, t, low_res=x[..., ::2], low_res_times=t).mean()
+    for pool in unet.POOLS:
+        encoder = unet.EncoderUNetModel(8, 2, out_channels=5, dims=dims, pool=pool, conv_resample=False,
+                                        **TINY, num_head_channels=16)
+        yield F.cross_entropy(encoder(x, t), y, reduction="none").mean()
+    for changes in ({}, {"space_to_channel": True, "num_channels": (4, 6)}, {"use_convtranspose": True}):
+        options = {"num_channels": (4, 4), "num_res_blocks": 1, "attention_levels": True, **changes}
+        autoencoder = AutoencoderKL(dims, 2, 2, norm_num_groups=2, **options)
+        yield sum(part.mean() for part in autoencoder(x))
+    yield PatchDiscriminator(dims, 2, channels=8, layers=1)(x).mean()
+
+
+def test_deterministic_networks_have_deterministic_gradients_on_gpus(numerics):
+    found = lambda dims: {name for loss in losses(dims) for name in nondeterministic_gradients(loss)}
+    assert found(2) == {"AdaptiveAvgPool"} and found(3) == {"AdaptiveAvgPool", "AvgPool3D"}
+    torch.use_deterministic_algorithms(True)
+    assert found(2) == found(3) == set()

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..nn import conv_nd, recomputed_conv, upsample_conv, conv_transpose_nd, per_axis
+from ..nn import adaptive_channel_mean, conv_nd, recomputed_conv, upsample_conv, conv_transpose_nd, per_axis
 
 
 class Conv(nn.Module):
@@ -70,10 +70,7 @@ class ChannelToSpace(nn.Module):
 
 def _match_channels(x, count):
     """Average or repeat adjacent channels until there are `count`; their order stays."""
-    if x.shape[1] == count:
-        return x
-    pooled = F.adaptive_avg_pool1d(x.flatten(2).mT, count)              # [N x positions x count]
-    return pooled.mT.reshape(len(x), count, *x.shape[2:])
+    return x if x.shape[1] == count else adaptive_channel_mean(x, count)
 
 
 def _pixel_shuffle(y):
