@@ -32,19 +32,38 @@ from .launchers import (
     LAUNCHERS as LAUNCHERS, MPI_LAUNCHERS, OPEN_MPI_LIBRARY, LaunchError, RankInfo, end_with_launcher, read_rank_info,
     first_host as first_host, select_mpi_library, slurm_address,
 )
+from .nn import allow_tf32
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks are connected
 HEARTBEAT_S = 20    # between two signs of life of a rank
 REPORT_S = 300      # between two reports of a rank that waits for others
 BUCKET_MIB = 32     # tensors are copied into buckets of about this size: one collective per bucket, not per tensor
 
+CUBLAS_WORKSPACES = ":4096:8", ":16:8"     # with which cuBLAS is deterministic, the faster first
+TF32_HELP = ("compute float32 convolutions and matrix products on GPUs in TF32: several times as fast, but operands "
+             "have 10 bits of mantissa instead of 23")
+
+
 @dataclass
 class LaunchConfig:
+    """Options of all scripts: connection of the ranks, precision and determinism of their GPUs."""
+
     SECTION = "device"
 
     collective_timeout_minutes: float = option(
         30.0, "minutes after which a rank ends if another one does not take part in a tensor exchange or, if it waits "
               "for the work of another rank, which may take longer, gives no sign of life", above=0, maximum=10**6)
+    tf32: bool = option(False, TF32_HELP)
+    deterministic: bool = option(
+        False, "use GPU kernels that give the same bits each time, as those of CPUs do, so that a run can be repeated "
+               "and resumed bitwise; slower")
+
+
+@dataclass
+class FastLaunchConfig(LaunchConfig):
+    """The LaunchConfig of scripts that train or sample, which differ from others in their default of `tf32`."""
+
+    tf32: bool = option(True, TF32_HELP)
 
 
 MEMORY_ADVICE = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
@@ -82,6 +101,44 @@ def dev():
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+# --- Precision and determinism ---
+
+
+def set_numerics(config: LaunchConfig) -> None:
+    """Set how GPUs compute; call it before `setup_dist`, which initializes CUDA.
+
+    :raises ValueError: if it is too late for deterministic kernels, or the environment conflicts with them.
+    """
+    allow_tf32(config.tf32)
+    if not config.deterministic:
+        return
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    default, _ = CUBLAS_WORKSPACES
+    require(
+        (workspace or not torch.cuda.is_initialized(), "--deterministic True was set after CUDA was initialized: "
+         f"cuBLAS does not read CUBLAS_WORKSPACE_CONFIG any more; set CUBLAS_WORKSPACE_CONFIG={default} before"),
+        (workspace in (None, "", *CUBLAS_WORKSPACES), f"CUBLAS_WORKSPACE_CONFIG={workspace} conflicts with "
+         f"--deterministic True: expected {' or '.join(CUBLAS_WORKSPACES)}; unset it"),
+    )
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or default
+    # Flash and memory-efficient attention then use their deterministic gradients; cuDNN's has none.
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # No result depends on memory that was not initialized, and filling it would write every tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def describe_numerics(config: LaunchConfig, explicit=()) -> list[str]:
+    """Return lines for the log: precision and determinism of a GPU, and which of the flags set a CPU does not need."""
+    if dev().type == "cuda":
+        lines = ["float32 on GPUs: " + ("TF32 with 10 bits of mantissa (--tf32 False: 23 bits)" if config.tf32 else
+                                        "23 bits of mantissa (--tf32 True: 10 bits, faster)")]
+        return [*lines, "deterministic kernels on GPUs"] if config.deterministic else lines
+    no_effect = ["--tf32 True has no effect on CPUs"] if config.tf32 and "tf32" in explicit else []
+    return [*no_effect, "CPUs are deterministic without --deterministic True"] if config.deterministic else no_effect
 
 
 # --- Start and end ---

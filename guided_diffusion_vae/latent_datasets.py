@@ -24,7 +24,7 @@ from .data.manifest import (
 )
 from .files import file_errors, hash_lines, open_npy, require_folder, sha256_of_file
 from .interfaces import Codec, ImageSource, LatentSource
-from .nn import to_device
+from .nn import to_device, without_tf32
 from .vae.posterior import sample_moments
 
 try:
@@ -295,11 +295,13 @@ class EncodedImages(LatentSource):
         return self.dataset.batch(indices, flips, rngs)
 
     @torch.no_grad()
+    @without_tf32()     # so that training on the fly computes the latents that a cache has
     def latents(self, values, eps=None, device="cpu"):
         """Return scaled latents [n x Z x ...] of images on `device`; see `LatentSource`."""
         # The images stay on the host: the codec checks their values there without synchronizing a GPU.
         return to_device(self.codec.encode_batch(values, eps), device).float()
 
+    @without_tf32()
     def _measure(self, count, seed, batch_size, progress):
         chosen = np.sort(permute_indices(np.arange(count), self.count, seed, 0).astype(np.int64))
         groups = [chosen[start:start + batch_size] for start in range(0, count, batch_size)]

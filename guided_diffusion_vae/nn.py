@@ -132,6 +132,25 @@ def _digest(key):
     return hashlib.sha256(repr(tuple(int(part) for part in key)).encode()).digest()
 
 
+# --- Precision ---
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round the operands of float32 convolutions and matrix products to 10 bits of mantissa (TF32), or not."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """Return a context, or decorator, in which float32 has its full precision on GPUs, too."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 # --- Layers by rank ---
 
 

@@ -1,7 +1,8 @@
 """One training loop for diffusion models, classifiers and autoencoders; the losses come from an `Objective`.
 
 Dropout is keyed by (seed, step, rank), all other random numbers by (seed, step, slot in the global batch): an
-interruption changes no result, the number of ranks only dropout masks.
+interruption changes no result, the number of ranks only dropout masks. On GPUs that holds for bits if PyTorch's
+deterministic algorithms are on (`--deterministic True`).
 """
 
 import contextlib
@@ -263,7 +264,7 @@ def _check_conflicts(config, use_fp16, discriminator, early_stop):
 
 
 class TrainLoop:
-    """Train until `max_steps` (or `lr_anneal_steps`, or a signal), saving checkpoints that resume bit-exactly.
+    """Train until `max_steps` (or `lr_anneal_steps`, or a signal), saving checkpoints that resume bit-exactly on CPUs.
 
     The arguments are guided-diffusion's, plus:
 

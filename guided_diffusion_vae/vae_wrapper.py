@@ -229,6 +229,8 @@ class VAEInterface(BaseCodec):
 
     def approximations(self, sides) -> dict:
         flags = {"vae_dtype": str(self.dtype).removeprefix("torch.")} if self.dtype is not torch.float32 else {}
+        if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32 and not flags:
+            flags["tf32"] = True
         # A tile that covers the image changes nothing; slabs give the exact result.
         return {**flags, "vae_tile": self.tile} if 0 < self.tile < max(sides) else flags
 

@@ -20,7 +20,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
 
 @script(
     __doc__, PixelSamplingConfig, GuidanceConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig,
-    ModelConfig, ClassifierConfig, DiffusionConfig, RunConfig,
+    ModelConfig, ClassifierConfig, DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, guidance=run[GuidanceConfig])

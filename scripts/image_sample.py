@@ -17,7 +17,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
 
 @script(
     __doc__, PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
-    DiffusionConfig, RunConfig,
+    DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     loading.sample(run, loading.load_sampler(run))

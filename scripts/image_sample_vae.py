@@ -20,7 +20,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
 
 @script(
     __doc__, SamplingConfig, VAEConfig, select_fields(NormalizerConfig, "normalizer"),
-    select_fields(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig, RunConfig,
+    select_fields(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, scale=run[NormalizerConfig])

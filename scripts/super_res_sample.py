@@ -15,7 +15,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
 
 @script(
     __doc__, PixelSamplingConfig, BaseConfig, SuperResConfig, select_fields(DataConfig, "image_channels"), VAEConfig,
-    ModelConfig, DiffusionConfig, RunConfig,
+    ModelConfig, DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, base=run[BaseConfig])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from guided_diffusion_vae import dist_util, launchers
-from guided_diffusion_vae.dist_util import LaunchError, RankInfo, read_rank_info
+from guided_diffusion_vae.dist_util import FastLaunchConfig, LaunchConfig, LaunchError, RankInfo, read_rank_info
 from guided_diffusion_vae.runs.run import script
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +247,63 @@ NCCL, GLOO = ["cpu:gloo,cuda:nccl"], ["gloo"]
 def test_ranks_use_nccl_if_each_has_a_gpu_of_its_own(ranks, backend, monkeypatch, capsys):
     assert connect_gpus(monkeypatch, ranks) == backend
     assert ("ranks share a GPU" in capsys.readouterr().out) == (backend == GLOO)
+
+
+def test_deterministic_sets_what_pytorch_requires(numerics):
+    torch.backends.cudnn.benchmark = True
+    dist_util.set_numerics(LaunchConfig())
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    dist_util.set_numerics(LaunchConfig(deterministic=True))
+    cudnn = torch.backends.cudnn
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert cudnn.deterministic and not cudnn.benchmark and not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_deterministic_must_precede_cuda(numerics, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    dist_util.set_numerics(LaunchConfig())
+    with pytest.raises(ValueError, match="--deterministic True was set after CUDA .*set CUBLAS_WORKSPACE_CONFIG=:4096"):
+        dist_util.set_numerics(LaunchConfig(deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    dist_util.set_numerics(LaunchConfig(deterministic=True))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_deterministic_rejects_other_workspaces(numerics, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG=:4096:2 conflicts with --deterministic True"):
+        dist_util.set_numerics(LaunchConfig(deterministic=True))
+
+
+@pytest.mark.parametrize("device, config, explicit, lines", [
+    ("cuda", LaunchConfig(), [], ["float32 on GPUs: 23 bits"]),
+    ("cuda", FastLaunchConfig(deterministic=True), [], ["float32 on GPUs: TF32", "deterministic kernels on GPUs"]),
+    ("cpu", FastLaunchConfig(), ["deterministic"], []),
+    ("cpu", LaunchConfig(tf32=True), ["tf32"], ["--tf32 True has no effect on CPUs"]),
+    ("cpu", LaunchConfig(deterministic=True), [], ["CPUs are deterministic without --deterministic True"]),
+])
+def test_log_states_precision_and_determinism(device, config, explicit, lines, monkeypatch):
+    monkeypatch.setattr(dist_util, "dev", lambda: torch.device(device))
+    found = dist_util.describe_numerics(config, explicit)
+    assert len(found) == len(lines) and all(line.startswith(start) for line, start in zip(found, lines))
+
+
+def test_scripts_set_precision_before_they_use_a_gpu(numerics, monkeypatch, capsys):
+    state = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+                     torch.are_deterministic_algorithms_enabled())
+    states = []
+    monkeypatch.setattr(dist_util, "setup_dist", lambda minutes: states.append(state()))
+    for words, options in ([], {"trains": True}), ([], {"samples": True}), ([], {}), (["--tf32", "True"], {}), (
+            ["--tf32", "False", "--deterministic", "True"], {"trains": True}):
+        monkeypatch.setattr(sys, "argv", ["script", *words])
+        script("", **options)(lambda run: states.append(state()))()
+    assert states[::2] == states[1::2]
+    assert states[::2] == [(True, True, False)] * 2 + [(False, False, False), (True, True, False), (False, False, True)]
+    printed = capsys.readouterr().out
+    assert "--tf32 True has no effect on CPUs" in printed and "CPUs are deterministic without" in printed
 
 
 def test_collective_timeout_is_that_of_the_process_group(monkeypatch):

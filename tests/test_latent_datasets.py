@@ -27,7 +27,7 @@ from guided_diffusion_vae.interfaces import Codec, ImageSource, LatentSource
 from guided_diffusion_vae.latent_datasets import (
     EncodedImages, LatentCache, LatentFolder, open_latents, require_same_autoencoder,
 )
-from guided_diffusion_vae.nn import keyed_randn
+from guided_diffusion_vae.nn import allow_tf32, keyed_randn
 from guided_diffusion_vae.vae.posterior import sample_moments
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec, VAEInterface
 from launches import Launches
@@ -272,9 +272,9 @@ def test_shards_with_other_settings_are_not_reused(tmp_path, cached, dataset):
     assert first_report(cached, name="data") == 0
 
 
-def less_exact(dtype="float32", tile=0, **options):
+def less_exact(dtype="float32", tile=0, device="cpu", **options):
     codec = HalvingCodec(**options)
-    codec.dtype, codec.tile = getattr(torch, dtype), tile
+    codec.dtype, codec.tile, codec.device = getattr(torch, dtype), tile, torch.device(device)
     codec.approximations = functools.partial(VAEInterface.approximations, codec)
     return codec
 
@@ -291,8 +291,34 @@ def test_shards_of_another_precision_are_not_reused(tmp_path, cached):
 def test_complete_cache_of_another_precision_is_rejected(cached):
     cached(codec=less_exact("bfloat16", 4))
     assert cached(codec=less_exact("bfloat16", 4, fail_after=0)).manifest["vae_dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="other images or settings .*--vae_dtype bfloat16, --vae_tile 4.; choose"):
+    with pytest.raises(ValueError, match="other images or settings .*--vae_dtype bfloat16, --vae_tile 4, --tf32 False.;"
+                                         " choose"):
         cached()
+
+
+def test_caches_record_tf32_on_gpus(cached, numerics):
+    allow_tf32(True)
+    assert "tf32" not in cached("cpu", codec=less_exact()).manifest
+    assert "tf32" not in cached("half", codec=less_exact("bfloat16", device="cuda")).manifest
+    assert cached(codec=less_exact(device="cuda")).manifest["tf32"] is True
+    allow_tf32(False)
+    with pytest.raises(ValueError, match="other images or settings .*--tf32 True.; choose"):
+        cached(codec=less_exact(device="cuda"))
+
+
+def test_images_are_encoded_on_the_fly_without_tf32(dataset, numerics):
+    allowed = []
+
+    class Codec(HalvingCodec):
+        def encode_moments(self, images):
+            allowed.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+            return super().encode_moments(images)
+
+    allow_tf32(True)
+    source = EncodedImages(dataset, Codec(), batch_size=4)      # measures the statistics
+    source.latents(source.read([0, 1]))
+    assert len(allowed) > 1 and not any(allowed)
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def test_parts_of_a_killed_encoding_are_removed(tmp_path, cached, monkeypatch):

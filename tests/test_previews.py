@@ -11,7 +11,7 @@ from guided_diffusion_vae.evaluation import (
 )
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import EncodedImages
-from guided_diffusion_vae.nn import keyed_randn
+from guided_diffusion_vae.nn import allow_tf32, keyed_randn
 from guided_diffusion_vae.objectives import ClassifierObjective
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.runs import training
@@ -37,6 +37,17 @@ def source(tmp_path):
         pixels = np.random.default_rng(i).integers(0, 256, (15, 16), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / f"{'ba'[i % 2]}_{i}.png")
     return ImageFolder(DataConfig(str(tmp_path / "data"), "15x16", pad=True), multiple=(2, 2))
+
+
+def test_reconstructions_are_measured_without_tf32(source, tmp_path, numerics, monkeypatch):
+    network, allowed = create_autoencoder(AutoencoderConfig(in_channels=1, num_channels=(4, 4), norm_num_groups=2)), []
+    for name in ("moments", "decode"):
+        inner = getattr(network, name)
+        monkeypatch.setattr(network, name, lambda x, inner=inner: allowed.append(
+            torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32) or inner(x))
+    allow_tf32(True)
+    ReconstructionValidation(network.eval(), (-1.0, 1.0), source, 3, tmp_path, CPU, batch_size=2)(7)
+    assert allowed == [False] * 4 and torch.backends.cudnn.allow_tf32
 
 
 def test_reconstructions_are_shown_and_measured_without_padding(source, tmp_path):

@@ -290,7 +290,10 @@ def configs_of(script):
     return runpy.run_path(str(script))["main"].argparser.args[1:]
 
 
-@pytest.mark.parametrize("script", sorted((CONFIGS.parent / "scripts").glob("*.py")), ids=lambda path: path.stem)
+SCRIPTS = sorted((CONFIGS.parent / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_help_is_one_screen_of_essential_flags(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     classes = configs_of(script)
@@ -306,6 +309,13 @@ def test_help_is_one_screen_of_essential_flags(script, capsys, monkeypatch):
     assert shown <= {"config", *names} and pages[0].endswith(f"\n--help_all lists all {len(names) + 1} flags\n")
     assert not shown & {"in_channels", "out_channels", "num_classes", "dims", "spatial_dims", "classifier_dims",
                         "classifier_in_channels", "classifier_num_classes"}
+
+
+def test_scripts_that_train_or_sample_use_tf32():
+    defaults = {script.stem: parse("doc", *configs_of(script), argv=[])[-1].tf32 for script in SCRIPTS}
+    fast = {"train_autoencoder", *(name for name in defaults if name.endswith(("_train", "_train_vae", "_sample",
+                                                                               "_sample_vae")))}
+    assert len(fast) == 9 and defaults == {name: name in fast for name in defaults}
 
 
 def test_essential_may_depend_on_another_flag():

@@ -9,7 +9,7 @@ CACHE_FLAG = "--cache_dir"
 FORMAT, VERSION = "guided_diffusion_vae latent cache", 1
 MANIFEST, LABELS, ATTRIBUTES, FILENAMES = "manifest.json", "labels.npy", "attributes.npy", "filenames.txt"
 REENCODE_HINT = "remove the cache and re-encode it with scripts/encode_dataset.py"
-EXACT = {"vae_dtype": "float32", "vae_tile": 0}     # settings of the autoencoder that are recorded if they differ
+EXACT = {"vae_dtype": "float32", "vae_tile": 0, "tf32": False}  # settings of encoding that are recorded if they differ
 
 _KINDS = {"autoencoder": dict, "scale_factor": (int, float), "store": str, "dtype": str, "latent_shape": list,
           "image_shape": list, "count": int, "flips": bool, "class_names": (list, type(None)), "preprocessing": dict,

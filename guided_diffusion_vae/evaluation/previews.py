@@ -5,6 +5,7 @@ import torch
 
 from .. import logger
 from ..data import VolumeFolder, evenly_spaced, map_labels, require_labels, unpad
+from ..nn import without_tf32
 from ..objectives import StepRNG
 from ..vae import blend_tiles, from_image_range, kl_divergence, to_image_range
 from .figures import MAX_ROWS, contact_sheet, reconstruction_grid, save_image
@@ -28,6 +29,7 @@ class ReconstructionValidation:
         self.chosen = evenly_spaced(items, count)
 
     @torch.no_grad()
+    @without_tf32()     # the metrics select a step, and are compared with those of a round trip
     def __call__(self, step):
         scores, grid = [], None
         for images in self._batches():

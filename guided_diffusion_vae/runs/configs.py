@@ -4,7 +4,7 @@ from ..autoencoder import AutoencoderConfig
 from ..data.cache_writer import LatentCacheConfig
 from ..data import DataConfig, SmallCacheConfig
 from ..data.microdoppler import MicrodopplerConfig
-from ..dist_util import LaunchConfig
+from ..dist_util import FastLaunchConfig, LaunchConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
@@ -20,7 +20,7 @@ from .run import RunConfig
 CONFIGS = (
     AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
     ClassifierTrainConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig, EvaluateConfig,
-    ExportConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LaunchConfig, LikelihoodConfig, MicrodopplerConfig,
-    ModelConfig, NormalizerConfig, PerceptualConfig, PixelSamplingConfig, PlanConfig, RoundtripConfig, RunConfig,
-    SamplingConfig, SmallCacheConfig, SuperResConfig, TrainConfig, VAEConfig,
+    ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LaunchConfig, LikelihoodConfig,
+    MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig, PixelSamplingConfig, PlanConfig,
+    RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig, SuperResConfig, TrainConfig, VAEConfig,
 )

@@ -209,26 +209,31 @@ def _print_nested(report, indent=""):
             logger.log_rank0(f"{indent}{key}: {f'{value:.5g}' if isinstance(value, float) else value}")
 
 
-def script(doc, *classes, trains=False):
+def script(doc, *classes, trains=False, samples=False):
     """Return a decorator that turns `body(run)` into a script with the flags of these config classes.
 
     Called without arguments, the function parses the command line, connects the ranks, opens the run folder and its log
     if there is a RunConfig, and runs the body. The folder is printed first and last. A script that `trains` resumes the
-    run in its folder and continues its curves; others write log.txt only. `argparser()` returns the parser.
+    run in its folder and continues its curves; others write log.txt only. One that `trains` or `samples` computes in
+    TF32 by default. `argparser()` returns the parser.
 
     :param doc: text of `--help`.
     :raises OSError: if the folder cannot be written.
     """
-    classes = *classes, dist_util.LaunchConfig
+    classes = *classes, dist_util.FastLaunchConfig if trains or samples else dist_util.LaunchConfig
 
     def decorate(body):
         @functools.wraps(body)
         def main():
             run = Run(Path(body.__code__.co_filename).stem, *parse_explicit(doc, *classes), flags=flag_names(*classes))
-            dist_util.setup_dist(run[dist_util.LaunchConfig].collective_timeout_minutes)
+            launch = run[dist_util.LaunchConfig]
+            dist_util.set_numerics(launch)
+            dist_util.setup_dist(launch.collective_timeout_minutes)
             with contextlib.ExitStack() as held:
                 if RunConfig in run:
                     run.open_folder(trains, held)
+                for line in dist_util.describe_numerics(launch, run.explicit):
+                    logger.log_rank0(line)
                 try:
                     body(run)
                 except SystemExit:      # a failed check, not an error: its folder is of interest, too

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..config import CommaSeparated, option, require, resolve, words
-from ..nn import keyed_randn, keyed_rng, to_device
+from ..nn import keyed_randn, keyed_rng, to_device, without_tf32
 from .solvers import SAMPLERS, applicable_samplers
 
 _drawing = ThreadPoolExecutor(1, "noise")
@@ -178,6 +178,7 @@ class LowResConditioning:
     noise_level: int = 0
     seed: int = 0
 
+    @without_tf32()     # low-resolution latents as in training
     def condition(self, indices, device):
         """Return the conditioning of the samples `indices`: {low_res [n x C x ...], low_res_times [n]}."""
         rows = [i % len(self.images) for i in indices]
