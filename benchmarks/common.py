@@ -7,9 +7,9 @@ OMP_NUM_THREADS=1: waiting threads consume CPU time, too.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.config import option
+from guided_diffusion_vae.files import write_json
 from guided_diffusion_vae.runs.flags import drop_fields, parse
 
 import torch  # isort: skip
@@ -62,6 +63,7 @@ def machine(device):
             f"Python {platform.python_version()}, torch {torch.__version__}")
 
 
+@functools.cache
 def environment():
     """Return the package versions and environment variables that affect speed."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "diffusers")}
@@ -122,10 +124,13 @@ def speedup_table(measured, baseline, per=1):
     return rows
 
 
-def matrix_product(device):
-    """Return a function that multiplies large bfloat16 matrices; its attribute `flops` is the operation count."""
-    side, count = (8192, 20) if device.type == "cuda" else (1024, 20)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matrix_product(device, dtype=torch.bfloat16, side=0, count=20):
+    """Return a function that multiplies large matrices; its attribute `flops` is the operation count.
+
+    :param side: rows and columns of the matrices; 0: 8192 on a GPU, 1024 on a CPU.
+    """
+    side = side or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def product():
         for _ in range(count):
@@ -163,21 +168,26 @@ def print_operators(variants, device, rows=10):
 
 
 def report(name, rows, bench, device, **settings):
-    """Print rows (dictionaries with the same keys) as a Markdown table, and write them with settings as JSON."""
+    """Print rows (dictionaries) as a Markdown table, and write them with settings as JSON."""
     print(table(rows), flush=True)
-    folder = Path(bench.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), **environment(),
-               "settings": settings, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(f"\nwrote {folder / name}.json\n", flush=True)
+    print(f"\nwrote {write(name, bench, device, settings=settings, rows=rows)}\n", flush=True)
+
+
+def write(name, bench, device, **content):
+    """Write a dictionary with the command, the machine and the versions as JSON; return the path."""
+    path = Path(bench.out) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(device), **environment(),
+                      **content})
+    return path
 
 
 def table(rows):
-    """Return rows as a Markdown table, with numbers to three digits."""
+    """Return rows as a Markdown table, with numbers to three digits; a value that a row does not have is empty."""
     text = lambda value: f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else (
-        f"{value:,.0f}" if isinstance(value, float) else str(value))
-    lines = [list(rows[0]), ["---"] * len(rows[0])] + [[text(v) for v in row.values()] for row in rows]
+        f"{value:,.0f}" if isinstance(value, float) else "" if value is None else str(value))
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys)] + [[text(row.get(key)) for key in keys] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

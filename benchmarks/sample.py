@@ -24,7 +24,7 @@ import common
 import torch
 import torch.nn.functional as F
 from encode import random_network
-from train_step import SIZES
+from train_step import SIZES, reference_unet
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig
 from guided_diffusion_vae.config import as_dict, option
@@ -187,18 +187,13 @@ def compare_runs(sides, x, device):
 def reference_side(folder, shape, flags, weights, device):
     """Return guided-diffusion's network, processes by spacing, and cond_fn, on the same weights."""
     reference = common.open_reference(folder)
-    multipliers = tuple(int(m) for m in flags["channel_mult"].split(","))
-    attention = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
-    shared = dict(image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], num_res_blocks=2,
-                 use_scale_shift_norm=True)
-    network = reference.unet.UNetModel(out_channels=shape[0], attention_resolutions=attention, channel_mult=multipliers,
-                                       num_heads=4, **shared)
+    network = reference_unet(reference, shape, flags)
     network.load_state_dict(weights[0])
     own = ClassifierConfig()
     classifier = reference.unet.EncoderUNetModel(
-        **{**shared, "model_channels": own.classifier_width, "num_res_blocks": own.classifier_depth}, out_channels=6,
-        attention_resolutions=(shape[-1] // 8,), channel_mult=(1, 2, 2), num_head_channels=64, resblock_updown=True,
-        pool="attention",
+        image_size=shape[-1], in_channels=shape[0], model_channels=own.classifier_width, out_channels=6,
+        num_res_blocks=own.classifier_depth, attention_resolutions=(shape[-1] // 8,), channel_mult=(1, 2, 2),
+        num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True, pool="attention",
     )
     classifier.load_state_dict(weights[1])
     network, classifier = network.to(device).eval(), classifier.to(device).eval()

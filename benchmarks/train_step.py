@@ -105,11 +105,14 @@ def main():
     common.report(f"train_step_{config.size}_{config.bench_batch_size}", rows, bench, device, **settings)
 
 
-def own_side(shape, flags, weights, batch_size, device, **options):
-    model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
+def own_side(shape, flags, weights, batch_size, device, memory_format=torch.preserve_format, cls=TrainLoop, **options):
+    """Return a Side with a TrainLoop, or a subclass `cls`, and the options of its TrainConfig."""
+    with torch.device(device):  # initializes large networks faster than a CPU does
+        model, diffusion = create_model_and_diffusion_vae(shape, ModelConfig(**flags), DiffusionConfig())
     model.load_state_dict(weights)
-    loop = TrainLoop(model=model.to(device), diffusion=diffusion, data=iter(()), batch_size=batch_size, lr=LR,
-                     ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, config=TrainConfig(**options))
+    loop = cls(model=model.to(device, memory_format=memory_format), diffusion=diffusion, data=iter(()),
+               batch_size=batch_size, lr=LR, ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9,
+               config=TrainConfig(**options))
     return Side(loop.run_step, loop.ddp_model, diffusion, loop.autocast_dtype)
 
 
@@ -123,25 +126,33 @@ def references(reference, shape, flags, model, batch_size, device):
     return {"guided-diffusion": reference_side(reference, shape, flags, model, batch_size, device)}
 
 
-def reference_side(folder, shape, flags, model, batch_size, device):
+def reference_side(folder, shape, flags, model, batch_size, device, use_fp16=False):
     """Return a Side with the TrainLoop of guided-diffusion."""
     reference = common.open_reference(folder)
     reference.dist_util.dev = lambda: device
     defaults = reference.script_util.model_and_diffusion_defaults()
     _, diffusion = reference.script_util.create_model_and_diffusion(**{**defaults, "image_size": 64})
-    widths = tuple(int(m) for m in flags["channel_mult"].split(","))
-    attention = tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(","))
-    network = reference.unet.UNetModel(
-        image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], out_channels=shape[0],
-        num_res_blocks=2, attention_resolutions=attention, channel_mult=widths, num_heads=4, use_scale_shift_norm=True,
-    ).to(device)
+    with torch.device(device):
+        network = reference_unet(reference, shape, flags, use_fp16)
     network.load_state_dict(model.state_dict())
+    if use_fp16:
+        network.convert_to_fp16()
     reference.logger.configure(dir=common.logger.get_dir(), format_strs=["csv"])
     loop = reference.train_util.TrainLoop(
         model=network, diffusion=diffusion, data=iter(()), batch_size=batch_size, microbatch=-1, lr=LR,
-        ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, resume_checkpoint="",
+        ema_rate=EMA_RATE, log_interval=10**9, save_interval=10**9, resume_checkpoint="", use_fp16=use_fp16,
     )
     return Side(loop.run_step, network, diffusion)
+
+
+def reference_unet(reference, shape, flags, use_fp16=False):
+    """Return guided-diffusion's UNet of these flags; `reference` is its package."""
+    return reference.unet.UNetModel(
+        image_size=shape[-1], in_channels=shape[0], model_channels=flags["num_channels"], out_channels=shape[0],
+        num_res_blocks=flags.get("num_res_blocks", 2), num_heads=4, use_scale_shift_norm=True, use_fp16=use_fp16,
+        attention_resolutions=tuple(shape[-1] // int(r) for r in flags["attention_resolutions"].split(",")),
+        channel_mult=tuple(int(m) for m in flags["channel_mult"].split(",")),
+    )
 
 
 class EpsilonLoss:

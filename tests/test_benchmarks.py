@@ -1,5 +1,9 @@
+import copy
+import gc
 import importlib
+import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,3 +56,88 @@ def test_every_variant_of_strides_builds_and_has_a_curve(benchmark, dims):
     curves = {name: strides.curve_name(name) for name in strides.variants(dims)}
     assert curves["8x: [4,2], space_to_channel"] == "between levels, space_to_channel"
     assert curves["8x: 2 + [2,2], shuffle"] == "initial factor" != curves["8x: [4,2], 16 channels"]
+
+
+@pytest.fixture
+def gpu(benchmark):
+    return benchmark("gpu")
+
+
+def test_gpu_benchmark_runs_all_sections_on_a_cpu(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # requires a C++ compiler, and minutes
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.delitem(gpu.TRAININGS, "UNet")      # the same with other flags follows
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "True", "--repetitions", "1",
+                                      "--minutes", "60", "--out", str(tmp_path)])
+    gpu.main()
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["sections"].keys() == gpu.SECTIONS.keys()
+    assert [row for rows in content["sections"].values() for row in rows if "error" in row] == []
+    assert {row["outputs, float32"] for row in content["sections"]["agreement"]} == {0}
+    assert {row["same bits resumed"] for row in content["sections"]["resumption"]} == {True}
+    assert {row["measured MiB"] for row in content["sections"]["planner"]} == {None}
+    assert max(row["difference"] for row in content["sections"]["slabs"]) < 1e-5
+    assert "| no training step waits | 0 | True |" in capsys.readouterr().out
+
+
+def test_gpu_benchmark_records_a_failure_and_stops_a_section_at_its_deadline(gpu, monkeypatch):
+    clock = iter(range(0, 10**6, 10))                       # every look at the clock takes 10 s
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    saved = []
+
+    def cases(setup):
+        yield "fails", lambda: 1 / 0
+        yield "measured", lambda: {"ms": 1.0}
+        for number in range(100):
+            yield f"{number}", dict
+
+    def broken(setup):
+        yield from ()
+        raise ValueError("no set-up")
+
+    setup = gpu.Setup(torch.device("cpu"), gpu.TINY)
+    results = gpu.run_sections({"first": (1, cases), "second": (1, broken)}, setup, 4,
+                               lambda sections: saved.append(copy.deepcopy(sections)))
+    first, measured, *_, last = results["first"]
+    assert first["error"].startswith("ZeroDivisionError: division by zero (test_benchmarks.py:")
+    assert measured["ms"] == 1 and "error" not in measured and "out of time" in last["error"]
+    assert len(results["first"]) < 10 and results["second"][0]["error"].startswith("ValueError: no set-up")
+    assert [sum(map(len, sections.values())) for sections in saved] == list(range(1, len(saved) + 1))
+    assert saved[-1] == results
+
+
+def test_gpu_benchmark_rejects_unknown_sections(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--only", "waits,speed", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--only must be comma-separated names among matrix_rate, agreement," in capsys.readouterr().err
+
+
+def test_gpu_benchmark_lists_the_places_of_waits(gpu, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with gpu.recorded_waits(torch.device("cuda")) as places:
+        for message in ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "slow"):
+            warnings.warn(message, stacklevel=1)
+    assert modes == ["warn", "default"]
+    assert [place.split(":")[0] for place in places] == ["test_benchmarks.py"] * 2
+
+
+def test_goals_are_compared_with_the_best_rows_of_this_project(gpu):
+    step = lambda case, **row: {"case": case, "relative to": "guided-diffusion, float32", **row}
+    results = {
+        "train_step": [step("32adm256, batch of 64, guided-diffusion, float16", speedup=9.0, **{"matrix rate": 0.9}),
+                       step("32adm256, batch of 64, diffusers, bfloat16", speedup=9.0, **{"matrix rate": 0.9}),
+                       step("32adm256, batch of 64, bfloat16", speedup=4.0, **{"matrix rate": 0.4}),
+                       step("32adm256, batch of 256, bfloat16", error="out of memory")],
+        "compiled_step": [step("32m1224, batch of 64, bfloat16, compiled", speedup=6.0, **{"matrix rate": 0.7})],
+        "planner": [{"case": "a", "planned / measured": 1.1}, {"case": "b", "planned / measured": 0.5}],
+        "waits": [{"case": "training step, UNet", "waits": 0}, {"case": "encoding", "waits": 3}],
+        "agreement": [{"case": "UNet 2D, TF32 off", "outputs, float32": 1e-6},
+                      {"case": "UNet 2D, TF32 on", "outputs, float32": 1e-3}],
+    }
+    found = {row["goal"].split()[0]: (row["measured"], row["reached"]) for row in gpu.goals(results)}
+    assert found["5"] == (6.0, True) and found["3"] == (None, None) and found["50%"] == (0.4, False)
+    assert found["planned"] == (2.0, False) and found["no"] == (0, True) and found["deterministic"] == (None, None)
+    assert found["float32"] == (1e-6, True)
