@@ -286,6 +286,11 @@ def pin(tensor: torch.Tensor, device) -> torch.Tensor:
     return tensor.pin_memory() if needed else tensor
 
 
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Round images in [0, 1] to 0..255; a NumPy array.  [N x C x ...] -> same."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
 # --- Activations and norms ---
 
 

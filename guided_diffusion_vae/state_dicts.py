@@ -1,5 +1,6 @@
 """Find the state dict that fits a model: weights of other projects are in dictionaries, or have prefixes."""
 
+import re
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -7,11 +8,15 @@ import torch
 
 from .config import require
 
+# Keys of EMA weights in checkpoints of other projects, which contain the last weights, too.
+EMA_NAMES = {"ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "model_ema_state_dict", "params_ema"}
+
 
 def load_strict(model: torch.nn.Module, weights: dict, path, flag="--model_path") -> dict:
     """Load weights strictly and return their state dict; `weights` are what `load_weights` returned.
 
-    Weights inside of dictionaries, or whose names have a prefix, are loaded if only one state dict fits the model.
+    Weights inside of dictionaries, or whose names have a prefix, are loaded if only one state dict fits the model, or
+    only one of those that fit is named as EMA weights.
 
     :raises ValueError: with the first differences, if keys or shapes do not match; with the names of the state dicts
         that fit, if there are several.
@@ -26,10 +31,10 @@ def load_strict(model: torch.nn.Module, weights: dict, path, flag="--model_path"
     readings = _readings(weights, expected)
     errors = [_load_error(model, reading.state_dict) for reading in readings]
     fitting = [reading for reading, error in zip(readings, errors) if error is None]
-    if len(fitting) == 1:
-        model.load_state_dict(fitting[0].state_dict)    # as later readings have left a part of their values
-        return fitting[0].state_dict
-    _require_single(fitting, path, flag)
+    if fitting:
+        chosen = _choose(fitting, path, flag)
+        model.load_state_dict(chosen)   # as later readings have left a part of their values
+        return chosen
     readings += [Reading(place, state_dict, 0) for place, state_dict in iter_state_dicts(weights)]
     closest = max(readings, key=lambda reading: (reading.matches, len(reading.state_dict)), default=Reading("", {}, 0))
     found = _shapes(closest.state_dict)
@@ -43,7 +48,7 @@ def load_strict(model: torch.nn.Module, weights: dict, path, flag="--model_path"
 def select_weights(model: torch.nn.Module, weights: dict, path, flag: str) -> dict:
     """Return the state dict in what `load_weights` returned that has the most weights in common with a model.
 
-    :raises ValueError: if none has any, or several have the same number.
+    :raises ValueError: if none has any, or several have the same number and not one of them is named as EMA weights.
     """
     expected = _shapes(model.state_dict())
     if is_flat(weights) and _count_matches(weights, expected):
@@ -52,9 +57,7 @@ def select_weights(model: torch.nn.Module, weights: dict, path, flag: str) -> di
     most = max((reading.matches for reading in readings), default=0)
     contents = "" if is_flat(weights) else f"; it contains {_describe_contents(weights)}"
     require((most, f"{path} has no weights in common with this model{contents}; check {flag}"))
-    closest = [reading for reading in readings if reading.matches == most]
-    _require_single(closest, path, flag)
-    return closest[0].state_dict
+    return _choose([reading for reading in readings if reading.matches == most], path, flag)
 
 
 class Reading(NamedTuple):
@@ -118,10 +121,28 @@ def _load_error(model, state_dict):
         return error
 
 
-def _require_single(readings, path, flag):
-    places = ", ".join(reading.place for reading in readings)
-    require((len(readings) < 2, f"{path} contains several sets of weights that fit the model: {places}; save one of "
-             f"them with torch.save in a file of its own, and set {flag} to it"))
+def _choose(readings, path, flag):
+    places = {reading.place: reading.state_dict for reading in readings}
+    return places[choose_place(list(places), path, flag, "sets of weights that fit the model")]
+
+
+def choose_place(places: list[str], path, flag: str, contents: str) -> str:
+    """Return the only one of the places of some contents in a file, else the only one that is named as EMA weights.
+
+    That the EMA weights are chosen is printed.
+
+    :raises ValueError: if there are several, and not one of them is.
+    """
+    averaged = [place for place in places if not EMA_NAMES.isdisjoint(re.split("[/.]", place))]
+    listed = ", ".join(places)
+    require((len(places) == 1 or len(averaged) == 1,
+             f"{path} contains several {contents}: {listed}; save one of them with torch.save in a file of its own, "
+             f"and set {flag} to it"))
+    if len(places) == 1:
+        return places[0]
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(f"{path} contains several {contents}: {listed}; the EMA weights are used", flush=True)
+    return averaged[0]
 
 
 def _describe_contents(content):

@@ -245,7 +245,7 @@ def test_autoencoder_alone_uses_the_scale_stated_next_to_it(tmp_path, kl):
 
 @pytest.mark.parametrize("form, scale, shift, remark", [
     ({}, 0.18215, 0, "0.18215 of Stable Diffusion 1 and 2 is used; set --scale_factor 0.13025 if .* SDXL"),
-    (WIDE, 0.3611, 0.1159, "scale 0.3611 and shift 0.1159 of FLUX.1 .* Stable Diffusion 3, .* --scale_factor 1.5305"),
+    (WIDE, 0.3611, 0.1159, "scale 0.3611 and shift 0.1159 of FLUX.1 .* Stable Diffusion 3, .* put the config.json of"),
 ])
 def test_autoencoder_alone_that_could_be_of_two_models_is_reported(tmp_path, capsys, form, scale, shift, remark):
     path = tmp_path / "vae.pt"
@@ -255,6 +255,30 @@ def test_autoencoder_alone_that_could_be_of_two_models_is_reported(tmp_path, cap
     assert re.search(f"--vae_path .*vae.pt: the .*{remark}", capsys.readouterr().out)
     assert create_vae(VAEConfig(vae_path=str(path), scale_factor=0.5), "cpu").scale_factor == 0.5
     assert capsys.readouterr().out == ""
+
+
+def test_the_configuration_that_the_remark_names_gives_scale_and_shift_of_stable_diffusion_3(tmp_path):
+    path, weights = tmp_path / "vae.pt", compvis_weights(compvis_network(**WIDE))
+    torch.save(weights, path)
+    flux = vae(path)
+    (tmp_path / "config.json").write_text(re.search(r"\((\{.*\})\)", flux.remark)[1])
+    codec, images = vae(path), torch.rand(1, 3, 32, 32)
+    assert (codec.scale_factor, codec.shift_factor, codec.remark) == (1.5305, 0.0609, "")
+    mean, (latents, other) = codec.network.encode(images * 2 - 1).latent_dist.mean, (
+        each.encode_batch(images) for each in (codec, flux))
+    torch.testing.assert_close(latents, (mean - 0.0609) * 1.5305)
+    torch.testing.assert_close(other, (mean - 0.1159) * 0.3611)
+    torch.testing.assert_close(codec.decode_batch(latents), flux.decode_batch(other))
+    assert codec.describe()["shift_factor"] == 0.0609 and codec.fingerprint != flux.fingerprint
+
+
+def test_ema_weights_of_an_autoencoder_in_a_checkpoint_are_used(tmp_path, capsys, kl):
+    other = {name: value + 1 for name, value in kl[1].items()}
+    torch.save({"state_dict": other, "model_ema": kl[1]}, tmp_path / "vae.ckpt")
+    codec = vae(tmp_path / "vae.ckpt")
+    assert torch.equal(codec.network.decoder.conv_in.weight, kl[0].decoder.conv_in.weight)
+    assert "contains several autoencoders: state_dict/*, model_ema/*; the EMA weights are used" in (
+        capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("change, problem", [
@@ -353,12 +377,27 @@ def test_parts_of_a_network_elsewhere_in_the_file_change_nothing():
     assert equal(network, weights)
 
 
-def test_several_sets_of_weights_that_fit_are_listed(tmp_path):
+@pytest.mark.parametrize("key, prefix", [("ema", "module."), ("state_dict_ema", ""), ("other", "model_ema.")])
+def test_ema_weights_in_containers_are_used(tmp_path, capsys, key, prefix):
+    last = randomized(torch.nn.Linear(3, 2)).state_dict()
+    averaged = {name: value + 1 for name, value in last.items()}
+    torch.save({"model": last, key: prefixed(prefix)(averaged)}, tmp_path / "a.pt")
+    content, _ = checkpoint_util.load_weights(tmp_path / "a.pt")
+    strict, started = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    assert checkpoint_util.load_strict(strict, content, "a.pt").keys() == averaged.keys() and equal(strict, averaged)
+    assert capsys.readouterr().out == ("a.pt contains several sets of weights that fit the model: model/*, "
+                                       f"{key}/{prefix}*; the EMA weights are used\n")
+    init_from_weights(started, tmp_path / "a.pt")
+    assert equal(started, averaged) and "the EMA weights are used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["generator", "ema_decay"])
+def test_several_sets_of_weights_that_fit_are_listed(tmp_path, key):
     weights = torch.nn.Linear(3, 2).state_dict()
-    content = {"model": weights, "ema": prefixed("module.")(weights), "other": {"a": torch.ones(1)}}
+    content = {"model": weights, key: prefixed("module.")(weights), "other": {"a": torch.ones(1)}}
     torch.save(content, tmp_path / "a.pt")
     content, _ = checkpoint_util.load_weights(tmp_path / "a.pt")
-    text = r"contains several sets of weights that fit the model: model/\*, ema/module.\*; save one .*set {}"
+    text = rf"contains several sets of weights that fit the model: model/\*, {key}/module.\*; save one .*set {{}}"
     with pytest.raises(ValueError, match=text.format("--model_path")):
         checkpoint_util.load_strict(torch.nn.Linear(3, 2), content, "a.pt")
     with pytest.raises(ValueError, match=text.format("--init_from")):

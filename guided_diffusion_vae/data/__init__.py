@@ -11,6 +11,7 @@ from .. import dist_util, logger
 from ..config import require
 from ..files import READ_ERRORS
 from ..interfaces import ImageSource
+from ..nn import to_uint8 as to_uint8
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .colormaps import count_colors, fit_colormap, open_colormap, same_colormap
 from .config import (
@@ -22,7 +23,7 @@ from .image_folders import DownsampledImages, ImageFolder
 from .labels import infer_classes, keep_numbers, map_labels, missing_classes, require_labels
 from .listing import FileSource, format_classes, hash_lines, require_data_dir
 from .medical import write_nifti
-from .npz import Samples, open_archive, open_npz, to_uint8, write_npz
+from .npz import Samples, open_archive, open_npz, write_npz
 from .statistics import RunningMoments, evenly_spaced
 from .volume_folders import VolumeFolder
 

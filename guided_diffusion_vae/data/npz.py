@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..config import require
 from ..files import (
@@ -143,11 +142,6 @@ def _check_labels(path, name, labels, count):
 
 def _shorten(numbers):
     return ", ".join([*map(str, numbers[:3].tolist()), *(["..."] if len(numbers) > 3 else [])])
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Round images in [0, 1] to 0..255; a NumPy array.  [N x C x ...] -> same."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=None, names=None, colormap="") -> None:

@@ -10,8 +10,9 @@ from torch.nn import Conv1d, Conv2d, Conv3d, Linear
 
 from ..config import require
 from ..files import sha256_of_file
+from ..nn import to_uint8
 from ..unet import AttentionPool2d
-from .image_metrics import to_bytes, to_tensor
+from .image_metrics import to_tensor
 from .set_metrics import FeatureStatistics
 
 
@@ -55,7 +56,7 @@ def inception_features(path, device=None, sha256: str = INCEPTION_SHA256) -> Cal
 
     @torch.no_grad()
     def extract(images):
-        values = torch.from_numpy(to_bytes(to_tensor(images))).to(next(network.parameters()).device)
+        values = torch.from_numpy(to_uint8(to_tensor(images))).to(next(network.parameters()).device)
         outputs.clear()
         pooled, logits = network(values.expand(-1, 3, -1, -1))
         return Features(pooled.float(), logits.float(), outputs[0][:, :SPATIAL_CHANNELS].flatten(1).float())

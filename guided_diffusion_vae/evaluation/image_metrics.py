@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from ..config import format_shape, require
+from ..nn import to_uint8
 
 
 def paired_metrics(a, b, prefix="") -> dict[str, torch.Tensor]:
@@ -97,7 +98,7 @@ def bicubic_baseline(images, factor) -> np.ndarray:
     factors = (factor,) * len(sizes) if isinstance(factor, int) else tuple(factor)
     require((len(factors) == len(sizes) and not any(n % f for n, f in zip(sizes, factors)),
              f"factor {format_shape(factors)} does not divide size {format_shape(sizes)}; crop, or use another factor"))
-    values = to_bytes(images)
+    values = to_uint8(images)
     for target in ([n // f for n, f in zip(sizes, factors)], sizes):
         for axis in reversed(range(len(sizes))):
             values = _resize_axis(values, axis + 2, target[axis])
@@ -128,10 +129,6 @@ def _paired(a, b):
 def _difference(a, b):
     a, b = _paired(a, b)
     return (a.double() - b.double()).flatten(1)
-
-
-def to_bytes(images):
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 # Metrics of image pairs: functions of two equal tensors [N x C x ...] that return float64 [N].

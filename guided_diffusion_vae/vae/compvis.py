@@ -125,5 +125,6 @@ def latent_scale(weights: dict, full: dict, stated: dict) -> LatentScale:
         _, _, scale, shift = MODELS["FLUX.1"]
         return LatentScale(scale, shift, f"the scale {scale} and shift {shift} of FLUX.1 are used; if this is the "
                            "autoencoder of Stable Diffusion 3, which has the same shapes, set --vae_path to the full "
-                           "model or to its diffusers folder, or --scale_factor 1.5305")
+                           "model or to its diffusers folder, or put the config.json of that folder next to the file "
+                           '({"scaling_factor": 1.5305, "shift_factor": 0.0609, "latent_channels": 16})')
     return LatentScale(None)

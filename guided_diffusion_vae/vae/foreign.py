@@ -19,7 +19,7 @@ from .. import checkpoint_util
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, create_autoencoder
 from ..config import as_dict, from_dict, require, to_tuple
 from ..files import MAX_YAML_NODES, READ_ERRORS, file_errors, read_record, read_yaml_file
-from ..state_dicts import iter_state_dicts
+from ..state_dicts import choose_place, iter_state_dicts
 from . import compvis
 from .posterior import LOGVAR_RANGE
 
@@ -359,9 +359,7 @@ def _open_diffusers_weights(source):
 def _open_compvis(source):
     """Open the autoencoder of a Stable Diffusion checkpoint as one of diffusers."""
     diffusers, path = _import_diffusers(source), source.path
-    require((len(source.compvis) == 1, f"{path} contains several autoencoders: {', '.join(source.compvis)}; save one "
-             f"of them with torch.save in a file of its own, and set {FLAG} to it"))
-    (weights, full), = source.compvis.values()
+    weights, full = source.compvis[choose_place(list(source.compvis), path, FLAG, "autoencoders")]
     config = compvis.diffusers_config(weights, path)
     scale = compvis.latent_scale(weights, full, _read_config(path.parent))
     network = diffusers.AutoencoderKL(**config, scaling_factor=scale.scale_factor, shift_factor=scale.shift_factor)
