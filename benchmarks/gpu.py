@@ -34,8 +34,9 @@ from train_step import SIZES, Side, diffusers_side, flops, own_side, reference_s
 
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import CommaSeparated, option
+from guided_diffusion_vae.dist_util import CUBLAS_WORKSPACES, FastLaunchConfig, set_numerics
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.nn import GroupNorm32, conv_nd, upsample_conv, upsample_nearest
+from guided_diffusion_vae.nn import GroupNorm32, allow_tf32, conv_nd, upsample_conv, upsample_nearest
 from guided_diffusion_vae.objectives import ClassifierObjective, DiffusionObjective
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.runs.factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
@@ -191,31 +192,29 @@ def describe_gpu(device):
 
 
 @contextlib.contextmanager
-def tf32(enabled):
-    """Allow or forbid TF32 in convolutions and matrix products inside; None: PyTorch's default, convolutions only."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    if enabled is not None:
-        for backend in backends:
-            backend.allow_tf32 = enabled
+def restored_numerics():
+    """Restore on leaving the settings that `dist_util.set_numerics` and `nn.allow_tf32` change."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    owners = [(cudnn, "allow_tf32"), (cuda.matmul, "allow_tf32"), (cudnn, "deterministic"), (cudnn, "benchmark"),
+              (torch.utils.deterministic, "fill_uninitialized_memory")]
+    before = [getattr(owner, name) for owner, name in owners]
+    algorithms, attention = torch.are_deterministic_algorithms_enabled(), cuda.cudnn_sdp_enabled()
     try:
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        for (owner, name), value in zip(owners, before):
+            setattr(owner, name, value)
+        torch.use_deterministic_algorithms(algorithms)
+        cuda.enable_cudnn_sdp(attention)
 
 
 @contextlib.contextmanager
-def deterministic(enabled):
-    """Choose deterministic algorithms inside, if `enabled`."""
-    benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(enabled)
-    torch.backends.cudnn.benchmark = benchmark and not enabled
-    try:
+def tf32(enabled):
+    """Allow or forbid TF32 inside; None: PyTorch's default, in convolutions only."""
+    with restored_numerics():
+        if enabled is not None:
+            allow_tf32(enabled)
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = benchmark
 
 
 @contextlib.contextmanager
@@ -435,7 +434,8 @@ def resumption(setup):
 
 
 def _compare_runs(setup, build, enabled):
-    with deterministic(enabled):
+    with restored_numerics():
+        set_numerics(FastLaunchConfig(deterministic=enabled))
         first, repeated, resumed = (_train(setup, build, stop) for stop in (None, None, setup.sizes.steps // 2))
     return {"same bits repeated": torch.equal(first, repeated), "same bits resumed": torch.equal(first, resumed),
             "difference": ((first - resumed).norm() / first.norm()).item()}
@@ -841,8 +841,8 @@ def main():
     names = sections.parse(config.only, "only") or tuple(SECTIONS)
     if config.reference:
         common.open_reference(config.reference)
-    # Deterministic products of cuBLAS require it; it is read at the first product.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Deterministic products require it; it is read at the first one.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or CUBLAS_WORKSPACES[0]
     setup = Setup(device, TINY if config.tiny else FULL, bench.repetitions, config.reference)
     save = functools.partial(common.write, "gpu", bench, device, settings=dataclasses.asdict(config),
                              gpu=describe_gpu(device))

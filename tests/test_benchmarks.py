@@ -67,7 +67,7 @@ def test_gpu_benchmark_runs_all_sections_on_a_cpu(gpu, monkeypatch, tmp_path, ca
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # requires a C++ compiler, and minutes
     monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.delitem(gpu.TRAININGS, "UNet")      # the same with other flags follows
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")   # restored afterwards
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "True", "--repetitions", "1",
                                       "--minutes", "60", "--out", str(tmp_path)])
     gpu.main()
