@@ -33,6 +33,7 @@ def test_benchmark_imports_and_documents_its_command(benchmark, path):
     ("train_step", ["--bench_batch_size", "2", "--reference", "diffusers"]),
     ("encode", ["--bench_batch_sizes", "1,2", "--bench_image_size", "16"]),
     ("encode", ["--bench_batch_sizes", "1", "--bench_image_size", "16x16x16"]),
+    ("evaluation", ["--counts", "9", "--features", "2"]),
 ])
 def test_benchmark_prints_a_table_and_writes_json(benchmark, monkeypatch, tmp_path, capsys, name, argv):
     if name in ("sample", "train_step"):  # small networks for tests

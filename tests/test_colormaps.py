@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae.data import ImageFolder, colormaps, open_npz, write_npz
+from guided_diffusion_vae.data import ImageFolder, colormaps, npz, open_npz, write_npz
 from guided_diffusion_vae.data.colormaps import (
     COLORMAPS, Colormap, _tables, count_colors, fit_colormap, open_colormap, recognize_colormap, same_colormap,
 )
@@ -399,6 +399,17 @@ def test_rgb_samples_are_evaluated_as_scalars_with_a_colormap(tmp_path, colored)
     sets = open_sets(tmp_path, tmp_path / "s.npz", colored, {"colormap": "jet"}, colormap="jet")
     assert sets["samples"].images.shape == sets["reference"].images.shape == (1, 16, 16)
     assert np.array_equal(sets["samples"].images.batch([1, 2]).numpy()[:, 0], (SCALARS[1:3] / 63).astype(np.float32))
+
+
+def test_archives_of_an_evaluation_are_unpacked_once(tmp_path, colored, monkeypatch):
+    colors = open_colormap("jet/matlab64").table[SCALARS]
+    np.savez_compressed(tmp_path / "s.npz", arr_0=colors)
+    np.savez_compressed(tmp_path / "r.npz", images=colors)
+    opened, read = [], npz._read_member
+    monkeypatch.setattr(npz, "_read_member", lambda path, *rest: opened.append(path) or read(path, *rest))
+    sets = open_sets(tmp_path, tmp_path / "s.npz", tmp_path / "r.npz", {"colormap": "jet"}, colormap="jet")
+    assert sets["samples"].images.shape == sets["reference"].images.shape == (1, 16, 16)
+    assert sorted(opened) == [str(tmp_path / "r.npz"), str(tmp_path / "s.npz")]
 
 
 def test_headers_color_the_samples_of_a_sampler():

@@ -15,8 +15,8 @@ from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data import DataConfig, ImageFolder, open_npz, to_uint8, write_npz
 from guided_diffusion_vae.evaluation import (
     PAIRED_METRICS, EvaluateConfig, EvaluationClassifier, Features, FeatureStatistics, HeldOutData, ImageSet,
-    LikelihoodConfig, RoundtripConfig, bicubic_baseline, evaluate, failed_thresholds, frechet_distance, inception_score,
-    likelihood, open_sample_file, roundtrip, set_metrics,
+    LikelihoodConfig, RoundtripConfig, SampleFile, bicubic_baseline, comparison, evaluate, failed_thresholds,
+    frechet_distance, inception_score, likelihood, open_sample_file, roundtrip, set_metrics,
 )
 from guided_diffusion_vae.nn import keyed_seed
 from guided_diffusion_vae.runs import loading, tstr
@@ -338,7 +338,7 @@ def test_evaluate_reports_numbers_of_the_definitions(run, varied, monkeypatch):
         expected = [[pairs.count((row, column)) for column in range(2)] for row in range(2)]
         assert report[key]["confusion"] == expected and expected[0][1] != expected[1][0]
         assert report[key]["count"] == len(pairs)
-    monkeypatch.setattr(set_metrics, "kernel_distance", lambda a, b, seed: seed)
+    monkeypatch.setattr(set_metrics, "kernel_distance", lambda a, b, seed, progress: seed)
     assert run(**varied, seed=7)["kernel"] == 7
 
 
@@ -354,6 +354,24 @@ def test_two_ranks_report_the_numbers_of_one(run, varied, on_two_ranks, distinct
     images = open_sample_file(varied["samples"]).images     # classes are those of the classifier in both cases
     predicted = extract(images.batch(range(30))).logits.argmax(1).numpy()
     assert one["/class_agreement/accuracy"] == np.mean(predicted == images.labels)
+
+
+def test_images_are_read_once_for_features_and_classes(run, varied, monkeypatch):
+    read, batch = [], SampleFile.batch
+    monkeypatch.setattr(SampleFile, "batch", lambda self, rows: read.extend((self.folder, row) for row in rows)
+                        or batch(self, rows))
+    monkeypatch.setattr(comparison, "_nearest_neighbor_report", lambda *args: {})
+    report = run(extract_features=inception, **varied)
+    assert {"inception_score", "class_agreement", "classifier_accuracy"} <= set(report)
+    counts = {varied["reference"]: 23, varied["samples"]: 30, varied["train_dir"]: 17}
+    assert sorted(read) == sorted((path, row) for path, count in counts.items() for row in range(count))
+
+
+def test_radii_of_a_set_are_computed_once(run, varied, monkeypatch):
+    lengths, radii = [], set_metrics.ball_radii
+    monkeypatch.setattr(set_metrics, "ball_radii", lambda x, **kwargs: lengths.append(len(x)) or radii(x, **kwargs))
+    run(**varied)
+    assert sorted(lengths) == [17, 23, 30]
 
 
 def test_copies_of_training_images_are_at_distance_zero(run, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from guided_diffusion_vae.evaluation import (
     Features, FeatureStatistics, bicubic_baseline, class_agreement, classification_report, classifier_features,
@@ -276,6 +277,104 @@ def test_precision_and_recall_do_not_depend_on_the_block():
 def test_exact_copies_are_covered_by_balls_of_radius_zero():
     a = np.full((10, 50), 1e3 / 3)
     assert precision_recall(a, a) == (1, 1)
+
+
+def features_of_kind(kind, seed):
+    """Return features float32 [N x 40] whose distances float32 resolves well, badly or not at all."""
+    features = gaussian(230 - 40 * seed, 40, seed=seed, std=1 + 0.1 * seed)
+    if kind == "far from zero":
+        features += 3e3
+    elif kind == "a few points many times":
+        features = np.round(gaussian(12, 40))[np.random.default_rng(seed).integers(0, 12, len(features))]
+    elif kind == "on a coarse grid":
+        features = np.random.default_rng(seed).integers(0, 2, features.shape) / 4
+    elif kind == "almost one point":
+        features = 1 + 1e-4 * features
+    elif kind == "on two scales":
+        features[::2] *= 1e-4
+    return (features * {"too small to square": 1e-24, "too large to square": 1e24}.get(kind, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [
+    "ordinary", "far from zero", "a few points many times", "on a coarse grid", "almost one point", "on two scales",
+    "too small to square", "too large to square",
+])
+def test_precision_and_recall_equal_a_direct_computation_in_float64(kind):
+    a, b = (features_of_kind(kind, seed) for seed in (0, 1))
+    distances = lambda x, y: np.stack([((y.astype(float) - row) ** 2).sum(1) for row in x.astype(float)])
+    covered = lambda x, y: (distances(x, y) <= np.sort(distances(y, y), 1)[:, 3]).any(1).mean()
+    assert precision_recall(a, b, block=64) == (covered(b, a), covered(a, b))
+
+
+def test_radii_of_balls_are_exact_where_neighbors_are_almost_equally_far():
+    corners = np.concatenate([np.eye(5) + 10 * center for center in range(30)])     # in groups of five, all at sqrt(2)
+    features = corners + 1e-7 * gaussian(150, 5)
+    expected = np.sort([((features - row) ** 2).sum(1) for row in features], 1)[:, 3]
+    assert np.allclose(set_metrics.ball_radii(features), expected, rtol=1e-12)
+
+
+def test_few_distances_are_computed_again_in_float64(monkeypatch):
+    exact, rows = set_metrics._squared_distances, []
+    monkeypatch.setattr(set_metrics, "_squared_distances", lambda p, q: rows.append(len(p)) or exact(p, q))
+    precision_recall(gaussian(500, 20, mean=100), gaussian(500, 20, seed=1, mean=100))
+    assert sum(rows) < 50
+
+
+def test_set_distances_have_recorded_values():
+    # Recorded with every distance in float64 and statistics of all features at once.
+    a = gaussian(700, 24, seed=3, mean=5).astype(np.float32)
+    b = gaussian(500, 24, seed=4, mean=5.2, std=0.9).astype(np.float32)
+    assert precision_recall(a, b) == (0.866, 0.47285714285714286)
+    assert precision_recall(a, b, k=5) == (0.926, 0.5771428571428572)
+    assert kernel_distance(a, b, subsets=20, subset_size=200) == pytest.approx(279.8292656566176, rel=1e-12)
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(1.803913466645227, rel=1e-12)
+
+
+class Operators(TorchFunctionMode):
+    """Records the entries of matrix products in float32, and the bytes of the largest tensor that is not a view."""
+
+    products = largest = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        owners = [each.untyped_storage().data_ptr() for each in (result, *args) if isinstance(each, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and owners[0] not in owners[1:]:
+            self.largest = max(self.largest, result.nbytes)
+        if function is torch.addmm:
+            self.products += result.numel()
+        return result
+
+
+def test_every_pair_of_features_is_multiplied_once():
+    with Operators() as operators:
+        precision_recall(gaussian(320, 8), gaussian(256, 8, seed=1), block=64)
+    triangles = sum(count * (count + 64) // 2 for count in (320, 256))     # with the blocks on the diagonal
+    assert operators.products == 320 * 256 + triangles
+
+
+@pytest.mark.parametrize("measure", [
+    lambda a, b: frechet_distance(statistics(a), statistics(b)),
+    lambda a, b: kernel_distance(a, b, subsets=2, subset_size=100),
+    lambda a, b: precision_recall(a, b, block=100),
+    lambda a, b: nearest_neighbors(a, b, block=100),
+    lambda a, b: inception_score(a, split_size=100),
+], ids=["frechet", "kernel", "precision and recall", "nearest neighbors", "inception score"])
+def test_no_tensor_grows_with_the_product_of_count_and_length(measure, monkeypatch):
+    monkeypatch.setattr(set_metrics, "BLOCK", 100)
+    a, b = (gaussian(1000, 100, seed=seed).astype(np.float32) for seed in (0, 1))
+    with Operators() as operators:
+        measure(a, b)
+    assert operators.largest <= 100 * 100 * 8 < a.nbytes / 4
+
+
+def test_progress_of_long_computations_is_shown():
+    labels, (a, b) = [], (gaussian(300, 3), gaussian(200, 3, seed=1))
+    progress = lambda items, label: labels.append((label, len(items))) or items
+    precision_recall(a, b, block=100, progress=progress)
+    nearest_neighbors(a, b, block=100, progress=progress)
+    kernel_distance(a, b, subsets=9, subset_size=50, progress=progress)
+    assert labels == [("radii", 3), ("radii", 2), ("precision and recall", 3), ("nearest neighbors", 3),
+                      ("kernel distance", 9)]
 
 
 def test_precision_rejects_sets_without_k_neighbors():

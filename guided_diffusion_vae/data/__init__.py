@@ -23,7 +23,7 @@ from .image_folders import DownsampledImages, ImageFolder
 from .labels import infer_classes, keep_numbers, map_labels, missing_classes, require_labels
 from .listing import FileSource, format_classes, hash_lines, require_data_dir
 from .medical import write_nifti
-from .npz import Samples, open_archive, open_npz, write_npz
+from .npz import Samples, open_archive, open_npz, read_archive_headers, write_npz
 from .statistics import RunningMoments, evenly_spaced
 from .volume_folders import VolumeFolder
 

@@ -1,5 +1,6 @@
 """Compare samples with real images."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from .. import dist_util
 from ..config import option, require
-from ..data import count_colors, evenly_spaced, fit_colormap, map_labels, open_archive, open_npz
+from ..data import count_colors, evenly_spaced, fit_colormap, map_labels, open_archive, open_npz, read_archive_headers
 from ..logger import progress
 from . import features, figures, set_metrics
 from .image_metrics import average_metrics, paired_metrics
@@ -89,10 +90,10 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
     """
     reference, samples, training = (sets.get(name) for name in ("reference", "samples", "training"))
     _check_sets(config, sets, classifier)
-    labeled = [(name, sets[name], map_labels(sets[name].images, classifier.class_names))
-               for name in ("reference", "samples")
-               if classifier and len(sets[name]) and sets[name].images.labels is not None]
-    measured = {name: _measure(extract, images, config.batch_size, name) for name, images in sets.items()}
+    labels = {name: map_labels(sets[name].images, classifier.class_names) for name in ("reference", "samples")
+              if classifier and len(sets[name]) and sets[name].images.labels is not None}
+    measured = {name: _measure(extract, classifier.extract if name in labels else None, images, config.batch_size, name)
+                for name, images in sets.items()}
     real, generated = measured["reference"], measured["samples"]
     report = {"num_reference": len(reference), "num_samples": len(samples), **_distances(real, generated, seed)}
     if config.paired:
@@ -100,10 +101,8 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
         batches = [range(start, min(start + config.batch_size, len(samples))) for start in starts]
         report.update(average_metrics([paired_metrics(reference.images.batch(rows), samples.images.batch(rows))
                                        for rows in batches]))
-    for name, images, labels in labeled:
-        same = classifier.extract is extract
-        read = measured[name].features if same else _extract(classifier.extract, images, config.batch_size, "classes")
-        result = set_metrics.classification_report(read.logits.argmax(1), labels, classifier.class_names)
+    for name in labels:
+        result = set_metrics.classification_report(measured[name].classes, labels[name], classifier.class_names)
         report["classifier_accuracy" if name == "reference" else "class_agreement"] = result
         if dist_util.rank() == 0 and len(classifier.class_names) <= figures.MAX_CLASSES:
             plot = figures.confusion_plot(np.array(result["confusion"]), classifier.class_names)
@@ -137,19 +136,26 @@ def _check_sets(config, sets, classifier):
 
 @dataclass
 class _SetFeatures:
-    """Features of a set (None if only statistics are known) and their statistics."""
+    """Features of a set (None if only statistics are known), their statistics, and classes int64 [N] or None."""
 
     features: features.Features | None
     statistics: set_metrics.FeatureStatistics
     spatial: set_metrics.FeatureStatistics | None
+    classes: np.ndarray | None
+
+    @functools.cached_property
+    def radii(self):
+        """The radii of the balls for precision and recall."""
+        return set_metrics.ball_radii(self.features.pooled, progress=progress)
 
 
-def _measure(extract, images, batch_size, label):
+def _measure(extract, classify, images, batch_size, label):
     """Return the `_SetFeatures` of an ImageSet; the statistics that it comes with are used for Inception features."""
-    read = _extract(extract, images, batch_size, label) if len(images) else None
+    read, classes = _extract(extract, classify, images, batch_size, label) if len(images) else (None, None)
     if images.statistics and (read is None or read.spatial is not None):
-        return _SetFeatures(read, images.statistics["pooled"], images.statistics.get("spatial", read and read.spatial))
-    return _SetFeatures(read, set_metrics.FeatureStatistics().update(read.pooled), read.spatial)
+        spatial = images.statistics.get("spatial", read and read.spatial)
+        return _SetFeatures(read, images.statistics["pooled"], spatial, classes)
+    return _SetFeatures(read, set_metrics.FeatureStatistics().update(read.pooled), read.spatial, classes)
 
 
 def _distances(real, generated, seed):
@@ -163,8 +169,9 @@ def _distances(real, generated, seed):
         report["inception_score"] = set_metrics.inception_score(generated.features.logits)
     if real.features is not None:
         pair = real.features.pooled, generated.features.pooled
-        report[names[1]] = set_metrics.kernel_distance(*pair, seed=seed)
-        report["precision"], report["recall"] = set_metrics.precision_recall(*pair)
+        report[names[1]] = set_metrics.kernel_distance(*pair, seed=seed, progress=progress)
+        report["precision"], report["recall"] = set_metrics.precision_recall(
+            *pair, radii=(real.radii, generated.radii), progress=progress)
     return report
 
 
@@ -172,7 +179,7 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
     """Return distances to the nearest training image: of samples, and of held-out images as the baseline."""
     samples, training = sets["samples"].images, sets["training"].images
     bank = measured["training"].features.pooled
-    distances, nearest = set_metrics.nearest_neighbors(measured["samples"].features.pooled, bank, k=1)
+    distances, nearest = set_metrics.nearest_neighbors(measured["samples"].features.pooled, bank, progress=progress)
     rows = evenly_spaced(len(samples), examples)
     chosen, neighbors = samples.batch(rows), training.batch(nearest[rows, 0])
     grid = figures.neighbor_grid(chosen.numpy(), neighbors.numpy()[:, None], distances[rows])
@@ -181,7 +188,7 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
     report = {"median_distance_samples": float(np.median(distances)), "example_indices": rows.tolist(),
               "example_pixel_l1": pixels}
     if measured["reference"].features is not None:
-        held_out, _ = set_metrics.nearest_neighbors(measured["reference"].features.pooled, bank, k=1)
+        held_out, _ = set_metrics.nearest_neighbors(measured["reference"].features.pooled, bank, progress=progress)
         report["median_distance_reference"] = float(np.median(held_out))
         # Samples closer to a training image than 99% of the held-out images are, which cannot be copies.
         report["memorized_fraction"] = float((distances[:, 0] < np.quantile(held_out, 0.01)).mean())
@@ -197,7 +204,12 @@ class SampleFile:
     def __init__(self, path, content=None, colormap=""):
         self.folder, samples = path, open_npz(path, content)
         self.images, self.labels, self.class_names = samples.images, samples.labels, samples.class_names
-        self.colormap, self._nearest = samples.colormap, None
+        self.colormap = samples.colormap
+        self.set_colormap(colormap)
+
+    def set_colormap(self, colormap):
+        """Return RGB images as scalars of a value of --colormap from now on, or as they are with an empty text."""
+        self._nearest = None
         if colormap and self.images.ndim == 4 and self.images.shape[-1] == 3:
             self._nearest = fit_colormap(*count_colors(list(self.images[:FITTED_IMAGES])), colormap)
         self.shape = 1 if self._nearest else self.images.shape[-1], *self.images.shape[1:-1]
@@ -221,6 +233,9 @@ def open_sample_file(path, colormap: str = "") -> ImageSet | None:
     :param colormap: see `SampleFile`.
     :raises ValueError: if it has statistics of spatial features only.
     """
+    members = set(read_archive_headers(path))
+    if not members & {"arr_0", "mu", "mu_s"}:   # not opened, as `open_folder` may unpack it
+        return None
     content, statistics = open_archive(path), {}
     for name, mean, covariance in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mean in content and covariance in content:
@@ -236,20 +251,35 @@ def _require_pooled(path, statistics):
              f"{path}: expected statistics mu and sigma with mu_s and sigma_s, got mu_s, sigma_s; use another file"))
 
 
-def _extract(extract, images, batch_size, label):
-    """Return the `Features` of an ImageSet on every rank; each rank extracts every n-th batch."""
-    starts = range(0, len(images), batch_size)[dist_util.rank()::dist_util.world_size()]
-    rows, spatial = [], None
-    for start in progress(starts, label):
-        batch = images.images.batch(range(start, min(start + batch_size, len(images))))
+def _extract(extract, classify, images, batch_size, label):
+    """Return on every rank the `Features` and classes (None without `classify`) of an ImageSet, which is read once.
+
+    Each rank extracts every n-th batch. Logits are kept for the Inception Score, which a reference does not have.
+    """
+    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    shares = [batches[rank::dist_util.world_size()] for rank in range(dist_util.world_size())]
+    own, arrays, spatial, done = shares[dist_util.rank()], {}, None, 0
+    for rows in progress(own, label):
+        batch = images.images.batch(rows)
         read = features.collect_features(extract, [batch])
-        rows.append((start, read.pooled, read.logits))
+        parts = {"pooled": read.pooled}
+        if classify:
+            classified = read if classify is extract else features.collect_features(classify, [batch])
+            parts["classes"] = classified.logits.argmax(1)
         if read.spatial is not None:
             spatial = read.spatial if spatial is None else spatial.merge(read.spatial)
-    gathered = dist_util.gather_objects((rows, spatial))
-    rows = sorted((row for rank_rows, _ in gathered for row in rank_rows), key=lambda row: row[0])
-    spatial, *others = [part for _, part in gathered if part is not None] or [None]
-    for part in others:
-        spatial.merge(part)
-    logits = None if rows[0][2] is None else np.concatenate([row[2] for row in rows])
-    return features.Features(np.concatenate([row[1] for row in rows]), logits, spatial)
+            if label != "reference":
+                parts["logits"] = read.logits
+        for name, part in parts.items():
+            if name not in arrays:  # allocated once, as arrays that grow are copied
+                arrays[name] = np.empty((sum(map(len, own)), *part.shape[1:]), part.dtype)
+            arrays[name][done:done + len(rows)] = part
+        done += len(rows)
+    gathered = dist_util.gather_objects((arrays, spatial))
+    if len(gathered) > 1:
+        order = np.argsort(np.concatenate([list(rows) for share in shares for rows in share]))
+        arrays = {name: np.concatenate([part[name] for part, _ in gathered if part])[order] for name in gathered[0][0]}
+        spatial, *others = [part for _, part in gathered if part is not None] or [None]
+        for part in others:
+            spatial.merge(part)
+    return features.Features(arrays["pooled"], arrays.get("logits"), spatial), arrays.get("classes")

@@ -1,6 +1,10 @@
-"""Compare sets of images by their features, and classes by their labels."""
+"""Compare sets of images by their features, and classes by their labels.
 
-import itertools
+Features are processed in blocks of rows, so that the memory beyond them does not grow with their number. `progress` of
+long computations is a function of (items, description) that returns an iterator over the items, such as
+`logger.progress`.
+"""
+
 import warnings
 
 import numpy as np
@@ -9,6 +13,10 @@ import torch
 from ..config import require
 from ..data.statistics import RunningMoments
 from .image_metrics import to_tensor
+
+BLOCK = 2048    # rows of features that are processed at once
+_silently = lambda items, description: items
+_SPARE = 4      # neighbors that a search in float32 keeps beyond those that are needed
 
 
 class FeatureStatistics(RunningMoments):
@@ -21,10 +29,11 @@ class FeatureStatistics(RunningMoments):
 
         :raises ValueError: if they are not finite, or D differs from that of the features before.
         """
-        features = _features(features)
-        mean = features.mean(0)
-        centered = features - mean
-        return self.merge(FeatureStatistics(len(features), mean, centered.T @ centered))
+        for part in _features(features).split(BLOCK):
+            mean = part.double().mean(0)
+            centered = part - mean
+            self.merge(FeatureStatistics(len(part), mean, centered.T @ centered))
+        return self
 
     def merge(self, other):
         """Add the features of other statistics and return self."""
@@ -83,7 +92,7 @@ def _factor(covariance):
     return vectors * values.clamp(min=0).sqrt()
 
 
-def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=0) -> float:
+def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=0, progress=_silently) -> float:
     """Return the kernel distance (KID on Inception features): the unbiased MMD^2, averaged over random subsets.
 
     Kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Sec. 4). Subsets are sampled without replacement, of `subset_size` or
@@ -94,13 +103,14 @@ def kernel_distance(reference, samples, subsets=100, subset_size=1000, seed=0) -
     size = min(subset_size, len(reference), len(samples))
     require((size >= 2, f"kernel distance: expected at least 2 samples, got {len(reference)} and {len(samples)}"))
     if max(len(reference), len(samples)) <= subset_size:
-        return _mmd_squared(reference, samples)
+        return _mmd_squared(reference.double(), samples.double())
     rng = np.random.default_rng(seed)
 
     def subset(features):
-        return features[torch.from_numpy(rng.permutation(len(features))[:size]).to(features.device)]
+        return features[torch.from_numpy(rng.permutation(len(features))[:size]).to(features.device)].double()
 
-    return float(np.mean([_mmd_squared(subset(reference), subset(samples)) for _ in range(subsets)]))
+    return float(np.mean([_mmd_squared(subset(reference), subset(samples))
+                          for _ in progress(range(subsets), "kernel distance")]))
 
 
 def _mmd_squared(x, y):
@@ -115,31 +125,99 @@ def _cubic_kernel(x, y):
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def precision_recall(reference, samples, k=3, block=2048) -> tuple[float, float]:
+def precision_recall(reference, samples, k=3, block=BLOCK, radii=None, progress=_silently) -> tuple[float, float]:
     """Return (precision, recall) in [0, 1] of a set of samples (Kynkäänniemi et al. 2019, equations 1 and 2).
 
     Precision is the fraction of samples inside a ball of the reference set, recall the fraction of references inside a
     ball of the samples. The radius of a ball is the distance of its center to the k-th nearest neighbor in its own set.
-    Distances are computed `block` by `block`.
+    Distances are computed `block` by `block` in float32, and again in float64 where rounding could change the result.
 
+    :param radii: `ball_radii` of both sets with the same `k`, if they are known.
     :raises ValueError: if a set has at most k entries.
     """
-    reference, samples = _feature_pair(reference, samples)
-    require((min(len(reference), len(samples)) > k, f"precision and recall: expected more than {k} references and "
-             f"samples, got {len(reference)} and {len(samples)}"))
-    return (_fraction_covered(samples, reference, k, block), _fraction_covered(reference, samples, k, block))
+    reference, samples = pair = _feature_pair(reference, samples)
+    require((min(map(len, pair)) > k, f"precision and recall: expected more than {k} references and samples, got "
+             f"{len(reference)} and {len(samples)}"))
+    radii = radii or [ball_radii(features, k, block, progress) for features in pair]
+    covered = [torch.zeros(len(features), dtype=torch.bool, device=features.device) for features in pair]
+    rounded = [_Rounded(features, reference.mean(0)) for features in pair]
+    slices = progress(_slices(len(reference), block), "precision and recall")
+    for rows, columns, squared, error in _rounded_distances(*rounded, slices, block):
+        parts = reference[rows], samples[columns]
+        _mark_covered(covered[0][rows], *parts, radii[1][columns], squared, error)
+        _mark_covered(covered[1][columns], *reversed(parts), radii[0][rows], squared.T, error)
+    recall, precision = (flags.double().mean().item() for flags in covered)
+    return precision, recall
 
 
-def _fraction_covered(points, centers, k, block):
+def ball_radii(features, k=3, block=BLOCK, progress=_silently) -> torch.Tensor:
+    """Return the squared distances float64 [N] of features [N x D] to their k-th nearest neighbors among the others.
+
+    The neighbors are searched in float32, and their distances computed in float64. Where rounding could have hidden a
+    neighbor, the search is repeated in float64.
+
+    :raises ValueError: if there are at most k features.
+    """
+    features = _features(features)
+    require((len(features) > k, f"radii of balls: expected more than {k} features, got {len(features)}"))
     # Every point is its own nearest at distance 0, so that column k is the k-th neighbor among the others.
-    radii = _nearest(centers, centers, k + 1, block)[0][:, k]
-    covered = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-    for rows, columns, squared in _distance_blocks(points, centers, block):
-        covered[rows] |= (squared <= radii[columns]).any(1)
-    return covered.double().mean().item()
+    best, indices = _no_neighbors(features, min(k + 1 + _SPARE, len(features)), torch.float32)
+    errors, rounded = torch.zeros_like(best[:, 0]), _Rounded(features, features.mean(0))
+    slices = progress(_slices(len(features), block), "radii")
+    for rows, columns, squared, error in _rounded_distances(rounded, rounded, slices, block):
+        for points, others, distances in ((rows, columns, squared), (columns, rows, squared.T))[:1 + (rows != columns)]:
+            _keep_nearest(best[points], indices[points], distances, others.start)
+            errors[points] = errors[points].clamp(min=error)
+    radii = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for rows in _slices(len(features), block):
+        points = features[rows].double()
+        exact = torch.stack([((features[column] - points) ** 2).sum(1) for column in indices[rows].T], 1)
+        radii[rows] = exact.sort(1).values[:, k]
+    hidden = ~(best[:, -1] - errors > radii) if best.shape[1] < len(features) else torch.zeros_like(radii).bool()
+    if hidden.any():
+        radii[hidden] = _nearest(features[hidden], features, k + 1, block)[0][:, k]
+    return radii
 
 
-def nearest_neighbors(queries, bank, k=1, block=2048) -> tuple[np.ndarray, np.ndarray]:
+class _Rounded:
+    """Features [N x D] rounded to float32 on access, after a shift that makes their squared norms [N] small."""
+
+    def __init__(self, features, shift):
+        self.features, self.shift = features, shift
+        self.norms = torch.cat([(self[rows] ** 2).sum(1) for rows in _slices(len(features), BLOCK)])
+
+    def __getitem__(self, rows):
+        return (self.features[rows] - self.shift).float()
+
+
+def _rounded_distances(a, b, slices, block):
+    """Yield (rows of a, rows of b, squared distances float32 between them, bound of their error) for slices of rows.
+
+    Of one set with itself these are the blocks on the diagonal of the matrix and above.
+    """
+    limits = torch.finfo(torch.float32)
+    for rows in slices:
+        p = a[rows]
+        for columns in _slices(len(b.norms), block, rows.start if a is b else 0):
+            squared = torch.addmm(b.norms[columns], p, b[columns].T, alpha=-2).add_(a.norms[rows, None])
+            # A sum of D rounded products is off by at most D eps / 2 of its magnitudes (Higham 2002, Sec. 3.1), that of
+            # the norms and that of the product; 8 more for the shift, the remaining sums, and a radius to compare with.
+            largest = a.norms[rows].max() + b.norms[columns].max()
+            yield rows, columns, squared, ((p.shape[1] + 8) * (limits.eps * largest + limits.tiny)).item()
+
+
+def _mark_covered(covered, points, centers, radii, squared, error):
+    """Set the flags [n] of points that are in a ball, from rounded squared distances [n x m] to its centers."""
+    margins = (squared - radii.float()).amin(1)     # a comparison with NaN, of an overflow, is uncertain
+    inside, outside = margins < -error, margins > error
+    uncertain = ~(covered | inside | outside)
+    covered |= inside
+    if uncertain.any():
+        exact = _squared_distances(points[uncertain].double(), centers.double())
+        covered[uncertain] = (exact <= radii).any(1)
+
+
+def nearest_neighbors(queries, bank, k=1, block=BLOCK, progress=_silently) -> tuple[np.ndarray, np.ndarray]:
     """Return (distances [Q x k] float64, indices [Q x k] int64) of the k nearest entries of `bank`, nearest first.
 
     Euclidean, over all axes after the first one, for images and features. Memory grows with `block` squared, not with
@@ -151,30 +229,44 @@ def nearest_neighbors(queries, bank, k=1, block=2048) -> tuple[np.ndarray, np.nd
     require((len(bank) >= k, f"nearest neighbors: expected a bank of at least {k} entries, got {len(bank)}"),
             (queries.shape[1] == bank.shape[1], f"nearest neighbors: expected equal lengths of queries and bank, got "
              f"{queries.shape[1]} and {bank.shape[1]}"))
-    squared, indices = _nearest(queries, bank, k, block)
+    squared, indices = _nearest(queries, bank, k, block, progress)
     return squared.sqrt().cpu().numpy(), indices.cpu().numpy()
 
 
-def _nearest(queries, bank, k, block):
-    best = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
-    indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    for rows, columns, squared in _distance_blocks(queries, bank, block):
-        numbers = torch.arange(len(bank), device=queries.device)[columns].expand(len(squared), -1)
-        candidates = torch.cat([best[rows], squared], 1)
-        best[rows], order = candidates.topk(k, dim=1, largest=False)
-        indices[rows] = torch.cat([indices[rows], numbers], 1).gather(1, order)
+def _nearest(queries, bank, k, block, progress=_silently):
+    best, indices = _no_neighbors(queries, k, torch.float64)
+    for rows in progress(_slices(len(queries), block), "nearest neighbors"):
+        points = queries[rows].double()
+        for columns in _slices(len(bank), block):
+            squared = _squared_distances(points, bank[columns].double())
+            _keep_nearest(best[rows], indices[rows], squared, columns.start)
     return best, indices
 
 
-def _distance_blocks(a, b, block):
-    """Yield (rows of a, rows of b, squared distances between them), one block at a time."""
-    for i, j in itertools.product(range(0, len(a), block), range(0, len(b), block)):
-        rows, columns = slice(i, i + block), slice(j, j + block)
-        p, q = a[rows].double(), b[columns].double()
-        norms = (p * p).sum(1)[:, None] + (q * q).sum(1)
-        squared = norms - 2 * p @ q.T
-        # Differences below rounding are 0: otherwise copies had the square root of the rounding error as distance.
-        yield rows, columns, torch.where(squared < 1e-13 * norms, 0, squared)
+def _no_neighbors(queries, k, dtype):
+    """Return (squared distances [Q x k], indices [Q x k]) before a search."""
+    best = torch.full((len(queries), k), torch.inf, dtype=dtype, device=queries.device)
+    return best, torch.zeros(best.shape, dtype=torch.int64, device=queries.device)
+
+
+def _keep_nearest(best, indices, squared, first):
+    """Update the nearest neighbors [n x k] in place by squared distances [n x m] to the entries from `first` on."""
+    nearest, order = squared.topk(min(best.shape[1], squared.shape[1]), dim=1, largest=False)
+    values, chosen = torch.cat([best, nearest], 1).topk(best.shape[1], dim=1, largest=False)
+    indices.copy_(torch.cat([indices, order + first], 1).gather(1, chosen))
+    best.copy_(values)
+
+
+def _slices(count, block, start=0):
+    return [slice(i, min(i + block, count)) for i in range(start, count, block)]
+
+
+def _squared_distances(p, q):
+    """Return squared distances [n x m] of float64 features [n x D] and [m x D]."""
+    norms = (p * p).sum(1)[:, None] + (q * q).sum(1)
+    squared = norms - 2 * p @ q.T
+    # Differences below rounding are 0: otherwise copies had the square root of the rounding error as distance.
+    return torch.where(squared < 1e-13 * norms, 0, squared)
 
 
 def inception_score(logits, split_size=5000) -> float:
@@ -183,18 +275,20 @@ def inception_score(logits, split_size=5000) -> float:
     exp of the mean divergence of the class distribution of an image from that of the set, averaged over splits of
     `split_size` images, as in guided-diffusion's evaluator.
     """
-    log_p = torch.log_softmax(_features(logits), dim=1)
     scores = []
-    for part in log_p.split(split_size):
-        log_mean = part.logsumexp(0) - np.log(len(part))
-        scores.append((part.exp() * (part - log_mean)).sum(1).mean().exp())
+    for part in _features(logits).split(split_size):
+        log_p = torch.log_softmax(part.double(), dim=1)
+        log_mean = log_p.logsumexp(0) - np.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
     return torch.stack(scores).mean().item()
 
 
 def _features(values):
-    values = to_tensor(values).double()
+    values = to_tensor(values)
+    values = values if values.dtype in (torch.float32, torch.float64) else values.double()
     require((values.ndim == 2 and len(values) > 0, f"features: expected shape [N x D], got {list(values.shape)}"),
-            (torch.isfinite(values).all(), "features contain NaN or infinity; check the samples, or use float32"))
+            (all(torch.isfinite(part).all() for part in values.split(BLOCK)),
+             "features contain NaN or infinity; check the samples, or use float32"))
     return values
 
 

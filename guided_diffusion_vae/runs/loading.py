@@ -16,7 +16,7 @@ from ..data import (
     same_colormap,
 )
 from ..evaluation import (
-    EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, classifier_features,
+    EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, SampleFile, classifier_features,
     inception_features, latent_features, open_sample_file,
 )
 from ..files import file_errors, sha256_of_file
@@ -392,7 +392,10 @@ def open_sets(run) -> dict[str, ImageSet]:
             for name, flag in flags.items() if vars(config)[flag]}
     if data.colormap and not samples.colormap:  # RGB samples, which are only near to the table of real images
         data = dataclasses.replace(data, colormap=sets["reference"].colormap or data.colormap)
-        sets["samples"] = open_set(config.samples, data, "--samples")
+        if isinstance(samples.images, SampleFile):
+            samples.images.set_colormap(data.colormap)
+        else:
+            sets["samples"] = open_set(config.samples, data, "--samples")
     return sets
 
 
