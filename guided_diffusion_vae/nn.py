@@ -471,6 +471,22 @@ def cast_convolutions(module: nn.Module, dtype: torch.dtype) -> None:
 # --- Functions of tensors ---
 
 
+def drop_conditioning(conditioning: dict, dropped: torch.Tensor, null_label: int | None) -> dict:
+    """Return the conditioning of a network, replaced by that of an unconditional prediction for some samples.
+
+    The class becomes `null_label`, a condition image 0. What describes the data itself, such as `low_res`, stays.
+
+    :param dropped: which samples, bool [N].
+    """
+    null = {}
+    if "y" in conditioning:
+        null["y"] = conditioning["y"].masked_fill(dropped, null_label)
+    if "condition" in conditioning:
+        image = conditioning["condition"]
+        null["condition"] = image.masked_fill(dropped.view(-1, *(1,) * (image.dim() - 1)), 0.0)
+    return {**conditioning, **null}
+
+
 def mean_flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return the mean over all axes except the first.  [N x ...] -> [N]."""
     return tensor.flatten(1).mean(dim=1)

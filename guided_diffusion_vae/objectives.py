@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from . import deprecated_names, logger
 from .data.batching import BatchStream
 from .interfaces import Objective
-from .nn import keyed_randn, keyed_rng, keyed_seed, pin, to_device
+from .nn import drop_conditioning, keyed_randn, keyed_rng, keyed_seed, pin, to_device
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 
 # Second number of every key, so that streams of one seed differ. LatentStream has 1, sampling 5 and 8, evaluation 11,
@@ -135,7 +135,8 @@ class DiffusionObjective(_TimestepObjective):
     """The `training_losses` of a diffusion process at sampled timesteps, times importance weights.
 
     :param diffusion: a `Process`.
-    :param class_dropout: probability that a label is replaced by `null_label`, for classifier-free guidance.
+    :param class_dropout: probability that the conditioning of a sample is dropped (see `nn.drop_conditioning`), for
+        classifier-free guidance. A dropped label becomes `null_label`.
     :param cond_noise_steps: diffuse the `low_res` of an upsampler to a timestep below this, passed to the network.
     :raises ValueError: if the process has fewer steps.
     """
@@ -155,11 +156,11 @@ class DiffusionObjective(_TimestepObjective):
         return {**{name: losses * weights for name, losses in terms.items()}, "unweighted": unweighted}, t
 
     def _model_kwargs(self, cond, rng):
-        """Return the conditioning with dropped labels and noised low-resolution images."""
+        """Return the conditioning, dropped for some samples, with noised low-resolution images."""
         model_kwargs = dict(cond)
-        if self.class_dropout and "y" in cond:
-            dropped = rng.uniform(CLASSES, cond["y"].device) < self.class_dropout
-            model_kwargs["y"] = cond["y"].masked_fill(dropped, self.null_label)
+        if self.class_dropout and cond:
+            dropped = rng.uniform(CLASSES, next(iter(cond.values())).device) < self.class_dropout
+            model_kwargs = drop_conditioning(cond, dropped, self.null_label)
         if self.cond_noise_steps:
             low_res = cond["low_res"]
             t = (rng.uniform(CONDITION_TIMESTEPS, low_res.device) * self.cond_noise_steps).long()

@@ -517,13 +517,14 @@ class UNetModel(_TimeConditionedNetwork):
     :param resblock_updown: resample inside residual blocks.
     :param use_new_attention_order: see `QKVAttention`.
     :param resample_depth: volumes: downsample the first spatial axis as well.
+    :param condition_channels: channels of an image or label map that is concatenated to the input.
     """
 
     def __init__(
         self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
         channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None, use_checkpoint=False, use_fp16=False,
         num_heads=1, num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
-        use_new_attention_order=False, resample_depth=False, recompute_norms=False,
+        use_new_attention_order=False, resample_depth=False, recompute_norms=False, condition_channels=0,
     ):
         super().__init__()
         blocks = _Blocks(
@@ -534,6 +535,7 @@ class UNetModel(_TimeConditionedNetwork):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.image_size, self.use_fp16 = image_size, use_fp16
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
+        self.condition_channels = condition_channels
         factors = resampling_factors(dims, resample_depth)
         self.spatial_divisors = tuple(factor ** (len(widths) - 1) for factor in factors)
 
@@ -541,19 +543,28 @@ class UNetModel(_TimeConditionedNetwork):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
         self.input_blocks, skips = blocks.contracting(
-            in_channels, widths, num_res_blocks, attention_resolutions, num_heads
+            in_channels + condition_channels, widths, num_res_blocks, attention_resolutions, num_heads
         )
         self.middle_block = blocks.middle(widths[-1], num_heads)
         self.output_blocks = blocks.expanding(skips, widths, num_res_blocks, attention_resolutions, heads_up)
         last = zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(widths[0]), SiLU(), last)
 
-    def forward(self, x, timesteps, y=None):
+    def forward(self, x, timesteps, y=None, condition=None):
         """Apply the network.  x [N x C x ...], timesteps [N], y [N] class indices -> [N x out_channels x ...].
 
-        :raises ValueError: if labels are missing or unexpected, or the levels do not divide the grid.
+        :param condition: [N x condition_channels x ...] on the grid of x.
+        :raises ValueError: if labels or a condition are missing or unexpected, or the levels do not divide the grid.
         """
-        return self._denoise(x, self._embed_conditioning(timesteps, y))
+        return self._denoise(self._concatenate(x, condition), self._embed_conditioning(timesteps, y))
+
+    def _concatenate(self, x, condition):
+        """Return the input with its condition, if the network has one.  [N x C x ...] -> [N x C + K x ...]"""
+        expected = (len(x), self.condition_channels, *x.shape[2:])
+        found = (len(x), 0, *x.shape[2:]) if condition is None else tuple(condition.shape)
+        require((found == expected, f"condition: expected shape {expected}, got {found}; a network that was trained "
+                 "with --condition_dir requires it, no other one has a condition"))
+        return x if condition is None else torch.cat([x, condition.to(x.dtype)], dim=1)
 
     def _embed_conditioning(self, timesteps, y):
         """Return the embedding of timesteps and classes for the residual blocks.  [N], [N] -> [N x E]."""

@@ -70,17 +70,21 @@ def _split_diffusion(learn_sigma, flags):
     return diffusion, {key: value for key, value in flags.items() if key not in known}
 
 
-def create_model_and_diffusion_vae(latent_shape, model, diffusion_config, super_res=None, discrete_data=False):
+def create_model_and_diffusion_vae(latent_shape, model, diffusion_config, super_res=None, discrete_data=False,
+                                   condition_channels=0):
     """Return (UNet of x0 [C x ...], process) of a ModelConfig and a DiffusionConfig.
 
     :param super_res: a SuperResConfig, for an upsampler to this grid.
     :param discrete_data: x0 are 8-bit images.
+    :param condition_channels: see `UNetModel`; not for an upsampler.
     """
     flags = {**as_dict(model), "in_channels": latent_shape[0], "dims": len(latent_shape) - 1}
     size = max(latent_shape[1:])
     diffusion = create_diffusion(diffusion_config, discrete_data)
     if super_res is None:
-        return create_model(size, learn_sigma=diffusion_config.learn_sigma, **flags), diffusion
+        network = create_model(size, learn_sigma=diffusion_config.learn_sigma, condition_channels=condition_channels,
+                               **flags)
+        return network, diffusion
     known = inspect.signature(sr_create_model).parameters
     flags = {key: value for key, value in flags.items() if key in known}
     network = sr_create_model(size, None, learn_sigma=diffusion_config.learn_sigma,
@@ -93,6 +97,7 @@ def create_model(
     use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
     in_channels=0, num_classes=0, dims=0, resample_depth=False, class_dropout=0.0, recompute_norms=False,
+    condition_channels=0,
 ):
     """Return the UNet of a grid of `image_size`, the size of latents for latent diffusion.
 
@@ -137,14 +142,16 @@ def _create_unet(cls, size, default_multipliers, *, num_channels, channel_mult, 
         out_channels=in_channels * (2 if learn_sigma else 1),
         attention_resolutions=_strides(size, attention_resolutions),
         channel_mult=_multipliers(size, channel_mult, default_multipliers), dims=dims or 2,
-        num_classes=_embedded_classes(class_cond, num_classes, class_dropout), **options,
+        num_classes=_embedded_classes(class_cond, num_classes, class_dropout, options.get("condition_channels")),
+        **options,
     )
 
 
-def _embedded_classes(class_cond, num_classes, class_dropout):
+def _embedded_classes(class_cond, num_classes, class_dropout, condition_channels=0):
     """Return the number of class embeddings of a network, None for an unconditional one."""
     require(
-        (not class_dropout or class_cond, f"--class_dropout {class_dropout} requires --class_cond True"),
+        (not class_dropout or class_cond or condition_channels, f"--class_dropout {class_dropout} requires "
+         "--class_cond True or --condition_dir"),
         (0 <= class_dropout < 1, f"--class_dropout must be in [0, 1), got {class_dropout}"),
     )
     return (num_classes or NUM_CLASSES) + (class_dropout > 0) if class_cond else None

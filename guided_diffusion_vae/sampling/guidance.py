@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..config import option
 from ..interfaces import PerTimestep
+from ..nn import drop_conditioning
 
 
 @dataclass
@@ -82,10 +83,10 @@ class ClassifierFreeGuidance(_Guidance):
         super().__init__(model, scale, timesteps, rescale)
         self.null_label = null_label
 
-    def _predictions(self, x, timesteps, y, **conditioning):
-        labels = torch.cat([y, torch.full_like(y, self.null_label)])
-        doubled = {name: torch.cat([value, value]) for name, value in conditioning.items()}
-        return self.model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), y=labels, **doubled).chunk(2)
+    def _predictions(self, x, timesteps, **conditioning):
+        null = _null_conditioning(conditioning, x, self.null_label)
+        doubled = {name: torch.cat([value, null[name]]) for name, value in conditioning.items()}
+        return self.model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), **doubled).chunk(2)
 
 
 class Autoguidance(_Guidance):
@@ -106,17 +107,23 @@ class Autoguidance(_Guidance):
 
 
 class Unconditional:
-    """The unconditional prediction of a model with classes: guidance with scale 0, at the cost of one evaluation.
+    """The unconditional prediction of a model: guidance with scale 0, at the cost of one evaluation.
 
-    :param null_label: the null class, which replaces dropped labels in training.
+    :param null_label: the null class, which replaces dropped labels in training; None without classes.
     """
 
-    def __init__(self, model: Callable, null_label: int):
+    def __init__(self, model: Callable, null_label: int | None):
         self.model, self.null_label = model, null_label
 
     def __call__(self, x, timesteps, **conditioning):
-        labels = torch.full((len(x),), self.null_label, device=x.device)
-        return self.model(x, timesteps, y=labels, **conditioning)
+        if self.null_label is not None:
+            conditioning["y"] = torch.full((len(x),), self.null_label, device=x.device)
+        return self.model(x, timesteps, **_null_conditioning(conditioning, x, self.null_label))
+
+
+def _null_conditioning(conditioning, x, null_label):
+    dropped = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return drop_conditioning(conditioning, dropped, null_label)
 
 
 def timesteps_in_interval(diffusion, interval: tuple[float, float]) -> tuple | None:
