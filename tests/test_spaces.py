@@ -335,8 +335,8 @@ def test_validation_cache_must_have_the_autoencoder_and_scale_of_the_run(encode,
     space = Space(codec, LatentNormalizer([0], [1], "none"))
     assert open_validation(cache.folder, cache, space).count == 4
     other, scaled = encode("other", vae="other.pt"), encode("scaled", scale_factor=0.5)
-    with pytest.raises(ValueError, match="other: expected latents of the autoencoder of this run, got a cache of .*"
-                                         "other.pt; set --val_data_dir to images or another cache"):
+    with pytest.raises(ValueError, match=r"other: expected latents of the autoencoder of this run \(.*vae.pt\), got a "
+                                         ".*other.pt; set --val_data_dir to images or another cache"):
         open_validation(other.folder, cache, space)
     with pytest.raises(ValueError, match="scaled: expected latents scaled by 0.18215 as those of this run, got 0.5"):
         open_validation(scaled.folder, cache, space)
@@ -353,6 +353,16 @@ def test_validation_images_are_encoded_in_the_space_without_flips(encode, cache,
                                *spaces.open_pixels(ImageFolder(images)))
     with pytest.raises(FileNotFoundError, match="the autoencoder that encodes these images is not available"):
         open_validation(images.data_dir, cache, Space(None, None))
+
+
+def test_validation_cache_may_contain_pixels_if_the_run_does(cache, images, tmp_path):
+    pixels, space = spaces.open_pixels(ImageFolder(images))
+    stored = write_cache(pixels.dataset, space.codec, LatentCacheConfig(str(tmp_path / "pixels"), latent_dtype="float32"))
+    for source in (pixels, stored):
+        assert torch.equal(open_validation(stored.folder, source, space).batch([2])[0], pixels.batch([2])[0])
+    for path, source, own in (cache.folder, pixels, space), (stored.folder, cache, Space(None, space.normalizer)):
+        with pytest.raises(ValueError, match=r"autoencoder of this run \(.*\), got a cache of .*(none: pixels|vae.pt)"):
+            open_validation(path, source, own)
 
 
 # --- Low-resolution data ---

@@ -132,9 +132,9 @@ def open_validation(run, source, space):
     path = run.setting("val_data_dir")
     if is_cache(path):
         cache, expected = open_latents(path), space_header(source, space)["autoencoder"]
-        if space.is_pixels or expected and cache.autoencoder["sha256"] != expected["sha256"]:
-            raise ValueError(f"{path}: expected latents of the autoencoder of this run, got a cache of autoencoder "
-                             f"{cache.autoencoder['path']}; set --val_data_dir to images or another cache")
+        if expected and cache.autoencoder["sha256"] != expected["sha256"]:
+            raise ValueError(f"{path}: expected latents of the autoencoder of this run ({_place(expected)}), got a cache "
+                             f"of autoencoder {_place(cache.autoencoder)}; set --val_data_dir to images or another cache")
         if expected and cache.scale_factor != expected["scale_factor"]:
             raise ValueError(f"{path}: expected latents scaled by {expected['scale_factor']} as those of this run, got "
                              f"{cache.scale_factor}; set --val_data_dir to images or another cache")
@@ -369,6 +369,10 @@ def compare_with_resumed_data(run, source):
 def works_on_pixels(header):
     """Return whether x0 of the model with this header are images."""
     return bool(header["autoencoder"]) and header["autoencoder"]["config"].get("class") == "PixelCodec"
+
+
+def _place(autoencoder):
+    return "none: pixels" if works_on_pixels({"autoencoder": autoencoder}) else autoencoder["path"]
 
 
 def _short(value):
