@@ -105,4 +105,4 @@ def _report_left_out(source, allowed):
         require((allowed or count <= max(1, MAX_LEFT_OUT * total),
                  f"{source.folder}: {count} of {total} files are not read ({endings}), more than {MAX_LEFT_OUT:.0%}; "
                  "convert or remove them, or set --allow_ignored True"))
-        logger.warn(f"{source.folder}: {count} files left out: {endings}")
+        logger.warn(f"{source.folder}: {count} file{'s' if count > 1 else ''} left out: {endings}")

@@ -61,7 +61,8 @@ class ImageFolder(FileSource):
             headers = self._list_files(EXTENSIONS, lambda path: file_extension(path) in EXTENSIONS,
                                        functools.partial(_read_header, max_pixels=config.max_pixels,
                                                          array_key=config.array_key),
-                                       " (an .npz is specified by its own path)", find_labels)
+                                       " (an .npz is specified by its own path, and volumes require three sizes in "
+                                       "--image_size)", find_labels)
         self._headers = headers
         self._check_files(headers, FULL_RANGE)
         if config.colormap and not (self._archive is not None and headers[0].channels == 1):    # scalars already

@@ -332,9 +332,9 @@ def _read_text(path):
 def _read_json(path):
     with file_errors(path, "invalid JSON", f"fix it, or set {COLUMN_FLAG} {NO_COLUMN} to ignore it"):
         content = json.loads(_read_text(path))
+        found = f"the keys {_shorten(content)}" if content and isinstance(content, dict) else json.dumps(content)[:40]
         require((isinstance(content, dict) and ("labels" in content or "simulation" in content),
-                 'not understood: expected an object {"labels": [[file, class], ...]}, got '
-                 f"{'the keys ' + _shorten(content) if isinstance(content, dict) else type(content).__name__}"))
+                 f'not understood: expected an object {{"labels": [[file, class], ...]}}, got {found}'))
         return content
 
 
