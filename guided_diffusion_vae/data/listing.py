@@ -247,7 +247,7 @@ def _indexed(source, kind, state, read):
     place = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     name = hash_lines([source if "://" in source else os.path.abspath(source)])[:32]
     index = os.path.join(place, "guided_diffusion_vae", f"{name}{kind}.json")
-    key = hash_lines([*state, *(sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py")))])
+    key = hash_lines([*state, _hash_of_code()])
     with contextlib.suppress(*READ_ERRORS):
         content = read_record(index)
         if content["key"] == key:
@@ -257,6 +257,11 @@ def _indexed(source, kind, state, read):
         with contextlib.suppress(*READ_ERRORS):
             write_record(index, {"key": key, **content})
     return content
+
+
+@functools.cache
+def _hash_of_code():
+    return hash_lines(sha256_of_file(path) for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def _to_text(numbers):
