@@ -133,8 +133,9 @@ def open_validation(run, source, space):
     if is_cache(path):
         cache, expected = open_latents(path), space_header(source, space)["autoencoder"]
         if expected and cache.autoencoder["sha256"] != expected["sha256"]:
-            raise ValueError(f"{path}: expected latents of the autoencoder of this run ({_place(expected)}), got a cache "
-                             f"of autoencoder {_place(cache.autoencoder)}; set --val_data_dir to images or another cache")
+            raise ValueError(f"{path}: expected latents of the autoencoder of this run ({_place(expected)}), got a "
+                             f"cache of autoencoder {_place(cache.autoencoder)}; set --val_data_dir to images or "
+                             "another cache")
         if expected and cache.scale_factor != expected["scale_factor"]:
             raise ValueError(f"{path}: expected latents scaled by {expected['scale_factor']} as those of this run, got "
                              f"{cache.scale_factor}; set --val_data_dir to images or another cache")
