@@ -17,6 +17,7 @@ Tensors are [N x C x ...] with any number of spatial axes, t is int64 [N]. Argum
 """
 
 import collections
+import copy
 import enum
 import functools
 import itertools
@@ -175,6 +176,12 @@ class ScheduledProcess(Process):
         self.timestep_map, self.rescale_timesteps = timestep_map, rescale_timesteps
         self._tables = {}       # (name of a schedule, device) -> tensor [T]
 
+    def truncated(self, count):
+        """Return the process on its first `count` timesteps; see `Process.truncated`."""
+        part = copy.copy(self)
+        part.num_timesteps, part.timestep_map = count, self.timestep_map[:count]
+        return part
+
     def _schedule_on(self, name, device):
         """Return schedule `name` on `device`: float32, or int64 for integers; uploaded once."""
         key = name, device
@@ -274,11 +281,11 @@ class GaussianDiffusion(ScheduledProcess):
     def noise_levels(self):
         """Return sigma_t = sqrt((1 - alpha-bar) / alpha-bar), the noise-to-signal ratio, float64 [T]."""
         with np.errstate(divide="ignore"):      # infinite if no signal is left
-            return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+            return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)[:self.num_timesteps]
 
     def unclipped_warning(self):
         """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
-        first = self.alphas_cumprod[-1]
+        first = self.alphas_cumprod[self.num_timesteps - 1]
         if self.model_mean_type is not ModelMeanType.EPSILON or first >= MIN_UNCLIPPED_ALPHA_BAR:
             return None
         return (f"x0 is not clipped and {math.sqrt(first):.1g} of the signal is left at the first sampling step: x0 "

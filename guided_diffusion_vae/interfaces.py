@@ -229,6 +229,13 @@ class Process(Protocol):
         """Return sqrt(signal^2 + noise^2) of x_t at each timestep, float64 [T]: 1 in Gaussian processes."""
         return np.ones(self.num_timesteps)
 
+    def truncated(self, count: int) -> "Process":
+        """Return the process on its first `count` timesteps, whose sampling starts at data noised to the last of them.
+
+        :raises NotImplementedError: if the process has no such part.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot start at noised data")
+
     def noise_condition(self, low_res, t, noise) -> torch.Tensor:
         """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
         clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))

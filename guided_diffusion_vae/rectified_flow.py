@@ -37,11 +37,11 @@ class RectifiedFlow(ScheduledProcess):
     def noise_levels(self):
         """Return sigma_t = s / (1 - s), the noise-to-signal ratio, float64 [T]."""
         with np.errstate(divide="ignore"):
-            return self.times / self._signal
+            return (self.times / self._signal)[:self.num_timesteps]
 
     def scales(self):
         """Return sqrt((1 - s)^2 + s^2), float64 [T]."""
-        return np.hypot(self._signal, self.times)
+        return np.hypot(self._signal, self.times)[:self.num_timesteps]
 
     def q_sample(self, x_start, t, noise=None):
         """Return x_s, [N x C x ...].

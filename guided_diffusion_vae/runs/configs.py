@@ -9,6 +9,7 @@ from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
 from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig
+from ..sampling.editing import EditingConfig
 from ..train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
 from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig
@@ -19,8 +20,8 @@ from .run import RunConfig
 
 CONFIGS = (
     AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
-    ClassifierTrainConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig, EvaluateConfig,
-    ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LaunchConfig, LikelihoodConfig,
-    MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig, PixelSamplingConfig, PlanConfig,
-    RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig, SuperResConfig, TrainConfig, VAEConfig,
+    ClassifierTrainConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig, EditingConfig,
+    EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LaunchConfig,
+    LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig, PixelSamplingConfig,
+    PlanConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig, SuperResConfig, TrainConfig, VAEConfig,
 )

@@ -5,12 +5,13 @@ header is made. Flags that conflict with the header of a checkpoint are rejected
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 
 from .. import checkpoint_util, dist_util
-from ..config import as_dict, format_shape, from_dict, require, size, to_tuple
+from ..config import as_dict, format_shape, from_dict, integers, require, size, to_tuple
 from ..data import (
     DataConfig, map_labels, open_colormap, open_folder, open_npz, parse_size, require_data_dir, require_labels,
     same_colormap,
@@ -23,9 +24,10 @@ from ..files import file_errors, sha256_of_file
 from ..logger import log_rank0
 from ..sampling import (
     OWNED_MARKER, SAMPLE_FILES, Autoguidance, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler,
-    SamplingConfig, Unconditional, classifier_cond_fn, decoded_shape, generate_samples, noise_levels, resolve_sampler,
-    timesteps_in_interval,
+    SamplingConfig, Unconditional, applicable_samplers, classifier_cond_fn, decoded_shape, generate_samples,
+    noise_levels, resolve_sampler, save_image, timesteps_in_interval,
 )
+from ..sampling.editing import EDITS, EditingConfig, box, require_mode
 from .factories import (
     NUM_CLASSES, ClassifierConfig, DiffusionConfig, ModelConfig, SuperResConfig, build_classifier, create_diffusion,
     create_model_and_diffusion_vae,
@@ -115,13 +117,15 @@ def _prepare(network, weights, use_fp16, flag):
 
 
 def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
-    """Return the Sampler of a sampling script.
+    """Return the Sampler of a sampling script, an `ImageEdit` if the run has an EditingConfig.
 
     :param scale: a NormalizerConfig, if a bare state dict works on latents; None: on pixels.
     :param guidance: a GuidanceConfig, if a classifier guides the model.
     :param base: a BaseConfig, if the model is an upsampler.
     """
     config, explicit = run[SamplingConfig], run.explicit
+    if EditingConfig in run:
+        require_mode(config, explicit, run[DataConfig].data_dir)
     if "vae_dtype" not in explicit:
         run = run.override(dataclasses.replace(run[VAEConfig], vae_dtype=config.sample_dtype))
     weights, space = open_weights(config.model_path), None
@@ -154,13 +158,15 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
         _classifier_guidance(run, guidance, weights, fields)
     if base:
         _low_res_conditioning(run, base, header, space, image_shape, fields)
-    return Sampler.from_header(model, diffusion, space, header, solver=resolve_sampler(config, diffusion),
-                               seed=config.seed, **fields)
+    kind, solver = Sampler, resolve_sampler(config, diffusion)
+    if EditingConfig in run:
+        kind, diffusion, solver = _image_edit(run, header, diffusion, solver, fields)
+    return kind.from_header(model, diffusion, space, header, solver=solver, seed=config.seed, **fields)
 
 
 def _compiled(config, network):
     """Return the network, compiled for the sizes that batches of a SamplingConfig have."""
-    size = min(config.batch_size, config.num_samples)
+    size = min(config.batch_size, config.num_samples or config.batch_size)
     doubled = (config.cfg_scale not in (0, 1) or config.cfg_interval) and not config.guide_model_path
     return CompiledNetwork(network, {2 * size if doubled else size, *([size] if config.cfg_interval else [])})
 
@@ -355,8 +361,91 @@ def _base_labels(path, samples, num_classes, class_names):
     return samples.labels
 
 
-def sample(run, sampler: Sampler) -> None:
-    """Generate the samples of a run into its folder; a dry run prints a summary of them."""
+def _image_edit(run, header, diffusion, solver, fields):
+    """Return (class of the sampler, process, solver) of an EditingConfig, and add the fields of the class."""
+    config, settings, seeds = run[EditingConfig], fields["settings"], integers.parse(run[EditingConfig].seeds, "seeds")
+    settings["mode"] = config.mode
+    if not seeds:
+        source = fields["source"] = _edited_images(run, header)
+        settings["images"] = source.fingerprint
+        inverts = config.mode in ("interpolate", "invert")
+        num_classes = fields.get("num_classes", header["model"]["num_classes"])     # none with --cfg_scale 0
+        if num_classes and source.labels is not None and (inverts or not config.classes):
+            fields["source_labels"] = map_labels(source, header["classes"]) if header["classes"] else source.labels
+        require((not (inverts and num_classes) or source.labels is not None,
+                 f"{source.folder} has no classes, but --mode {config.mode} finds the noise of an image with its own "
+                 "class; expected images with the classes of the model"))
+    own = {"inpaint": {"times": config.resampling, "section": config.resampling_steps},
+           "variation": {"strength": config.strength}, "invert": {"refinements": config.refinements},
+           "interpolate": {"refinements": config.refinements, "frames": config.num_frames, "seeds": seeds}}[config.mode]
+    fields.update(own)
+    settings.update(own, seeds=list(seeds))
+    if config.mode == "inpaint":
+        fields["region"], settings["region"] = _region(config, run[DataConfig], source)
+    if config.mode == "variation":
+        diffusion = diffusion.truncated(max(1, round(config.strength * diffusion.num_timesteps)))
+    if config.mode in ("invert", "interpolate"):
+        require((diffusion.num_timesteps > 1, "--timestep_respacing: expected 2 steps or more for an inversion, got 1"))
+        solver = next(name for name in applicable_samplers(diffusion) if name in ("ddim", "euler"))
+        require((config.sampler in ("", solver), f"--sampler {config.sampler} does not apply to the process of the "
+                 f"model: expected {solver}; omit it"))
+    pairs = len(source) - 1 if config.mode == "interpolate" and not seeds else math.inf
+    require(
+        (pairs > 0, f"{run[DataConfig].data_dir} has one image: --mode interpolate expects at least two"),
+        (config.num_samples <= pairs * config.num_frames, f"--num_samples {config.num_samples}: expected at most "
+         f"{pairs * config.num_frames}, --num_frames {config.num_frames} for each of {pairs} pairs of images"),
+    )
+    return EDITS[config.mode], diffusion, solver
+
+
+def _edited_images(run, header):
+    """Return the source of the images that an EditingConfig edits, read as the model was trained, without padding."""
+    shape, explicit = header["image_shape"], run.explicit
+    data = apply_trained_preprocessing(run[DataConfig], explicit, header.get("data") or {})
+    source = open_folder(data, pad=False)
+    require((list(source.shape) == list(shape), f"{source.folder}: expected images of shape {tuple(shape)}, on which "
+             f"the model was trained, got {tuple(source.shape)}; check --data_dir, --image_size and --image_channels"))
+    return source
+
+
+def _region(config, data, source):
+    """Return (region of an `Inpainting`, its setting) by --mask_box or --mask_dir."""
+    sides = source.shape[1:]
+    if config.mask_box:
+        ranges = box.parse(config.mask_box, "mask_box")
+        require((len(ranges) == len(sides) and all(stop <= n for (_, stop), n in zip(ranges, sides)),
+                 f"--mask_box {config.mask_box}: expected {len(sides)} ranges within {format_shape(sides)}"))
+        region = np.zeros(sides, bool)
+        region[tuple(slice(*each) for each in ranges)] = True
+        return region, config.mask_box
+    masks = open_folder(DataConfig(
+        data_dir=config.mask_dir, image_size=format_shape(sides), image_channels=1 if len(sides) == 2 else 0,
+        crop=source.config.crop, label_column="none", orientation=data.orientation, allow_ignored=True,
+    ), flag="--mask_dir")
+    stem = lambda name: Path(str(name)).name.split(".")[0]
+    if len(masks) > 1:
+        require((len(masks) == len(source), f"{config.mask_dir} has {len(masks)} masks: expected one, or one for each "
+                 f"of {len(source)} images of {source.folder}"))
+        for mask, image in zip(masks.names, source.names):
+            require((stem(mask) == stem(image), f"{config.mask_dir}: expected a mask named {stem(image)} for the image "
+                     f"{image}, got {mask}; rename it"))
+    return masks, masks.fingerprint
+
+
+def edit(run, sampler) -> None:
+    """Write the edited images of a run into its folder, with a sheet and a report; a dry run prints a summary."""
+    config = run[EditingConfig]
+    config = dataclasses.replace(config, num_samples=config.num_samples or sampler.count)
+    path = sample(run.override(config), sampler)
+    if path and dist_util.rank() == 0:
+        results = np.moveaxis(open_npz(path).images, -1, 1)
+        save_image(run.folder / "edits.png", sampler.sheet(results))
+        run.write_report({"mode": config.mode, **sampler.report(results)})
+    dist_util.barrier()
+
+
+def sample(run, sampler: Sampler) -> Path | None:
+    """Generate the samples of a run into its folder and return their path; a dry run prints a summary of them."""
     config = run[SamplingConfig]
     classes = sampler.parse_classes(config.classes)
     if config.classes:
@@ -365,6 +454,7 @@ def sample(run, sampler: Sampler) -> None:
     if not run.dry_run:
         path = generate_samples(sampler, classes, config, run.folder, dist_util.dev())
         log_rank0(f"saved {config.num_samples} samples to {path}")
+        return path
 
 
 # --- Evaluations ---

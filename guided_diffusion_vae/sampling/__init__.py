@@ -1,4 +1,7 @@
-"""The sampling room: solvers, guidance, the sampler, sample files and contact sheets. Other rooms import from here."""
+"""The sampling room: solvers, guidance, the sampler, sample files and contact sheets. Other rooms import from here.
+
+`editing` is imported by its own name, which keeps import chains short.
+"""
 
 from .. import deprecated_names
 from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples
@@ -10,6 +13,6 @@ from .sampler import (
     decoded_shape, noise_levels, parse_classes, resolve_sampler,
 )
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
-from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, multistep_sample_loop
+from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, applicable_samplers, multistep_sample_loop
 
 __getattr__ = deprecated_names("sampling")

@@ -73,7 +73,7 @@ def _sample_batches(sampler, batches, classes, config, folder, device):
             require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the "
                      "model has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train "
                      "with more --diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
-            images = to_uint8(sampler.decode(x0))
+            images = to_uint8(sampler.complete(indices, sampler.decode(x0)))
             if written:
                 written.result()
             written = writer.submit(_write_batch, folder, indices, images, sampler, classes, config)

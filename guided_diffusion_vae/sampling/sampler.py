@@ -44,8 +44,8 @@ class SamplingConfig:
     sample_dtype: str = option("float32", "precision of the network, and of the autoencoder unless --vae_dtype is set; "
                                           "bfloat16 is about twice as fast, with slightly different samples",
                                choices=("float32", "bfloat16"))
-    compile: bool = option(False, "compile the network, which takes minutes and then makes steps about 1.3 times as "
-                                  "fast: pays off after thousands of samples")
+    compile: bool = option(False, "compile the network, which takes minutes and makes steps 1.1 to 1.3 times as fast: "
+                                  "pays off after 3,700 to 6,700 samples of a small model")
     classes: words = option(
         "", "comma-separated names or indices of the classes to sample cyclically; empty: all", essential=True)
     seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
@@ -278,19 +278,23 @@ class Sampler:
 
         :param noise: the result of `draw_noise` for them, if it was called ahead.
         """
-        conditioning, cond_fn = self._conditioning(indices, classes, device)
+        conditioning, cond_fn = self.conditioning(indices, self.labels(indices, classes), device)
         noise = noise or self.draw_noise(indices, device)
-        x = noise(torch.empty(len(indices), *self.shape, device=device))
-        _, sample_loop = SAMPLERS[self.solver]
-        return sample_loop(
-            self.diffusion, self.model, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised, cond_fn=cond_fn,
-            model_kwargs=conditioning, device=device, noise_fn=noise, progress=progress,
+        return self.walk(
+            indices, noise(torch.empty(len(indices), *self.shape, device=device)), noise_fn=noise, cond_fn=cond_fn,
+            model_kwargs=conditioning, device=device, progress=progress,
         )
 
-    def _conditioning(self, indices, classes, device):
-        """Return (conditioning dictionary of the network, cond_fn or None) for the samples `indices`."""
+    def walk(self, indices, x, **arguments):
+        """Return x0 [N x *shape] of the samples `indices` by a sampling loop that starts at x_T = `x`."""
+        _, sample_loop = SAMPLERS[self.solver]
+        return sample_loop(self.diffusion, self.model, tuple(x.shape), noise=x, clip_denoised=self.clip_denoised,
+                           **arguments)
+
+    def conditioning(self, indices, labels, device):
+        """Return (conditioning dictionary of the network, cond_fn or None) for samples with `labels` [N] or None."""
         conditioning = {} if self.low_res is None else self.low_res.condition(indices, device)
-        labels, cond_fn = self.labels(indices, classes), self.cond_fn
+        cond_fn = self.cond_fn
         if labels is not None:
             y = to_device(torch.from_numpy(labels), device)
             if self.num_classes:
@@ -303,6 +307,10 @@ class Sampler:
         """Return images in [0, 1].  [N x *shape] -> [N x *image_shape]"""
         images = self.codec.decode_batch(self.normalizer.denormalize(x0), channels=self.image_shape[0])
         return images[(..., *(slice(n) for n in self.image_shape[1:]))]
+
+    def complete(self, indices, images):
+        """Return the decoded images of the samples `indices` as they are written.  [N x *image_shape] -> same"""
+        return images
 
     def summary(self):
         """Return one line for the log."""

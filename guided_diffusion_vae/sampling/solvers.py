@@ -121,7 +121,10 @@ def multistep_sample_loop(
     """
     sigmas = np.append(np.minimum(diffusion.noise_levels(), MAX_NOISE_LEVEL)[::-1], 0.0)
     advance = SOLVERS[solver](torch.from_numpy(sigmas.astype(np.float32)))
-    scales = iter(diffusion.scales()[::-1].tolist())    # solvers have x_t of a Gaussian process, whose scale is 1
+    scales = diffusion.scales()[::-1].tolist()      # solvers have x_t of a Gaussian process, whose scale is 1
+    if noise is not None:
+        noise = noise / scales[0]
+    scales = iter(scales)
 
     def step(model, x, t):
         x_0 = diffusion.predict_xstart(model, next(scales) * x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
