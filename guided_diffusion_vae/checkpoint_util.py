@@ -161,6 +161,9 @@ def model_name(step):
     return f"model{step:06d}.pt"
 
 
+PROFILE = "profile"     # begins the rate in the names of snapshots of EMA profiles
+
+
 def ema_name(rate, step):
     return f"ema_{rate}_{step:06d}.pt"
 
@@ -289,18 +292,19 @@ def latest_weights(folder, flag="--model_path") -> Path:
 
 
 def prune_checkpoints(folder, count: int, kept=()) -> None:
-    """Delete the files of all steps except the latest `count` and those in `kept`.
+    """Delete the files of all steps except the latest `count`, those in `kept` and snapshots of EMA profiles.
 
     The marker of a step is deleted last, so that the next call deletes what an interrupted one has left.
     """
     for step in set(committed_steps(folder)[:-count]) - set(kept):
-        _remove_step(Path(folder), step)
+        _remove_step(Path(folder), step, snapshots=False)
 
 
-def _remove_step(folder, step):
+def _remove_step(folder, step, snapshots=True):
     # By name and not by the marker, which may be corrupt.
     named = model_name, optimizer_name, discriminator_name, discriminator_optimizer_name
-    for path in [*folder.glob(ema_name("*", step)), *(folder / name(step) for name in (*named, marker_name))]:
+    averages = folder.glob(ema_name("*" if snapshots else "[0-9]*", step))
+    for path in [*averages, *(folder / name(step) for name in (*named, marker_name))]:
         path.unlink(missing_ok=True)
 
 

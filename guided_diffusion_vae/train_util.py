@@ -21,6 +21,7 @@ from . import checkpoint_util, deprecated_names, dist_util, logger
 from .checkpoint_util import parse_resume_step_from_filename as parse_resume_step_from_filename  # the reference's place
 from .config import CommaSeparated, from_dict, option, require, resolve
 from .data.config import state_options
+from .ema_profiles import profile_decay, relative_stds, snapshot_name
 from .fp16_util import MixedPrecisionTrainer
 from .interfaces import BatchSource, Objective
 from .logger import progress_bar
@@ -72,6 +73,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(
         1, "forward passes of batch_size each per step, the inverse way to set --microbatch", minimum=1)
     ema_rate: decays = option("0.9999", "comma-separated decays of the EMA weights; empty: none")
+    ema_profiles: relative_stds = option(
+        "", "comma-separated relative standard deviations of power-function EMA weights, such as 0.05,0.10, of which "
+            "every checkpoint keeps a snapshot; reconstruct_ema.py then gives EMA weights of any length; empty: none")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "number of latest checkpoints to keep; 0: all", minimum=0)
@@ -102,6 +106,11 @@ class TrainConfig:
     def ema_rates(self):
         """The decays of the EMA weights."""
         return decays.parse(self.ema_rate, "ema_rate")
+
+    @property
+    def ema_profile_stds(self):
+        """The relative standard deviations of the EMA profiles."""
+        return relative_stds.parse(self.ema_profiles, "ema_profiles")
 
 
 @dataclass
@@ -298,7 +307,7 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_warmup_steps, self.lr_anneal_steps = lr, config.lr_warmup_steps, lr_anneal_steps
         self.max_steps = config.max_steps or math.inf
-        self.ema_rate = list(config.ema_rates)
+        self.ema_rate, self.ema_profiles = list(config.ema_rates), list(config.ema_profile_stds)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview_interval = config.preview_interval or save_interval
         self.preview = task.preview if self.preview_interval > 0 else None
@@ -326,7 +335,9 @@ class TrainLoop:
             scale_loss=self.autocast_dtype is torch.float16,
         )
         self.opt = OPTIMIZERS[config.optimizer](self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
-        self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params] for _ in self.ema_rate]
+        self.ema_params = [[p.detach().clone() for p in self.mp_trainer.master_params]
+                           for _ in (*self.ema_rate, *self.ema_profiles)]
+        self.snapshots = {}     # of EMA profiles in this folder: what `checkpoint_util.save` returned, by file name
         self.best, self.measured, self.losses = None, {}, torch.zeros(1)
         self.marker, self.reported = {}, set()      # of the step saved last; kinds of errors of previews
         with _init_from_hint(resume_checkpoint):
@@ -467,8 +478,14 @@ class TrainLoop:
     def _autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
+    def _ema_names(self, step):
+        """Return the file names of the EMA weights of a step, in the order of `ema_params`."""
+        return [*(checkpoint_util.ema_name(rate, step) for rate in self.ema_rate),
+                *(snapshot_name(std, step) for std in self.ema_profiles)]
+
     def _update_ema(self):
-        for rate, params in zip(self.ema_rate, self.ema_params):
+        rates = [*self.ema_rate, *(profile_decay(std, self.step + 1) for std in self.ema_profiles)]
+        for rate, params in zip(rates, self.ema_params):
             update_ema(params, self.mp_trainer.master_params, rate=rate)
 
     @property
@@ -591,8 +608,7 @@ class TrainLoop:
 
     def _write_step(self, sets, optimizer, preview_due):
         """Write the gathered weights of model and EMA, the state of the optimizer, and the marker."""
-        names = [checkpoint_util.model_name(self.step)]
-        names += [checkpoint_util.ema_name(rate, self.step) for rate in self.ema_rate]
+        names = [checkpoint_util.model_name(self.step), *self._ema_names(self.step)]
         header = {**self.header, "step": self.step}
         files = {}
         for name, params in zip(names, sets):
@@ -605,6 +621,9 @@ class TrainLoop:
         if self.discriminator:
             its_files, entries = self.discriminator.save(self.folder, self.step, header)
             files, state = {**files, **its_files}, {**state, **entries}
+        if self.ema_profiles:
+            self.snapshots.update({name: files[name] for name in names[1 + len(self.ema_rate):]})
+            state["profiles"] = self.snapshots
         if preview_due:
             state["preview_due"] = True
         # The marker makes the step exist: an interruption before this line leaves the previous checkpoint valid.
@@ -648,9 +667,10 @@ class TrainLoop:
                             "differs from an uninterrupted one")
         device = "cpu" if self.fsdp else self.device    # no device may have room for a full model that is sharded
         self._load_model(folder, step, device)
-        for i, rate in enumerate(self.ema_rate):
-            path = folder / checkpoint_util.ema_name(rate, step)
-            require((path.is_file(), f"{path} does not exist; --ema_rate must list rates that the checkpoint has"),
+        for i, name in enumerate(self._ema_names(step)):
+            path, listed = folder / name, "--ema_rate must list rates" if i < len(self.ema_rate) else (
+                "--ema_profiles must list standard deviations")
+            require((path.is_file(), f"{path} does not exist; {listed} that the checkpoint has"),
                     error=FileNotFoundError)
             weights, _ = checkpoint_util.load_weights(path, device, RESUME_FLAG)
             weights = checkpoint_util.select_weights(self.model, weights, path, RESUME_FLAG)
@@ -668,7 +688,7 @@ class TrainLoop:
         self.objective.load_state_dict(marker.get("objective", {}))
         self.best, self.measured = marker.get("best"), marker.get("measured", {})
         if folder.resolve() == self.folder.resolve():   # else the run branches off there
-            self.marker = marker
+            self.marker, self.snapshots = marker, dict(marker.get("profiles", {}))
             if self.rank == 0:
                 checkpoint_util.remove_uncommitted(folder, step, logger.log)
                 self._prune()

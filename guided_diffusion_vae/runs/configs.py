@@ -5,6 +5,7 @@ from ..data.cache_writer import LatentCacheConfig
 from ..data import DataConfig, SmallCacheConfig
 from ..data.microdoppler import MicrodopplerConfig
 from ..dist_util import FastLaunchConfig, LaunchConfig
+from ..ema_profiles import ReconstructConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
@@ -23,5 +24,6 @@ CONFIGS = (
     ClassifierTrainConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig, EditingConfig,
     EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LaunchConfig,
     LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig, PixelSamplingConfig,
-    PlanConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig, SuperResConfig, TrainConfig, VAEConfig,
+    PlanConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig, SuperResConfig,
+    TrainConfig, VAEConfig,
 )

@@ -49,8 +49,8 @@ class Plan:
         with torch.device("meta"):
             networks = self.build()
         return estimate_training(
-            networks, self.step, self.train.optimizer, len(self.train.ema_rates), self.train.autocast_dtype,
-            self.preview if self.has_previews else None, self.codec_bytes,
+            networks, self.step, self.train.optimizer, len(self.train.ema_rates) + len(self.train.ema_profile_stds),
+            self.train.autocast_dtype, self.preview if self.has_previews else None, self.codec_bytes,
         )
 
     @property
