@@ -125,6 +125,36 @@ class LatentSource(Protocol):
 
 
 @runtime_checkable
+class ConditionSource(Protocol):
+    """Conditions of items by index: images or label maps [K x ...] on the grid of x0; see `data.conditions`.
+
+    `names` holds the name of each one, `shape` is (K, ...), `fingerprint` a hash of the files.
+    """
+
+    shape: tuple[int, ...]
+    names: Sequence[str]
+    fingerprint: str
+    random_flip: bool       # `read` accepts flips
+    random_crop: bool       # `read` uses rngs
+
+    def __len__(self) -> int:
+        """Return the number of conditions."""
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, indices, flips=None, rngs=None) -> torch.Tensor:
+        """Return what `on_device` needs of some items, on the CPU; safe to call on a background thread."""
+
+    @abstractmethod
+    def on_device(self, values, device) -> torch.Tensor:
+        """Return conditions [n x K x ...] float32 on `device` from the result of `read`."""
+
+    def of_samples(self, indices, device) -> torch.Tensor:
+        """Return the conditions of samples, [n x K x ...]: that of sample i is condition i modulo their number."""
+        return self.on_device(self.read([i % len(self) for i in indices]), device)
+
+
+@runtime_checkable
 class Codec(Protocol):
     """Encode images in [0, 1] as scaled latents and decode them; see `vae_wrapper`.
 

@@ -12,15 +12,16 @@ diffusion model may be unconditional."""
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.configs import (
-    ClassifierConfig, DataConfig, DiffusionConfig, GuidanceConfig, ModelConfig, PixelSamplingConfig, RunConfig,
-    VAEConfig,
+    ClassifierConfig, ConditionConfig, DataConfig, DiffusionConfig, GuidanceConfig, ModelConfig, PixelSamplingConfig,
+    RunConfig, VAEConfig,
 )
 from guided_diffusion_vae.runs.run import script, select_fields
 
 
 @script(
-    __doc__, PixelSamplingConfig, GuidanceConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig,
-    ModelConfig, ClassifierConfig, DiffusionConfig, RunConfig, samples=True,
+    __doc__, PixelSamplingConfig, GuidanceConfig, select_fields(DataConfig, "image_size", "image_channels"),
+    select_fields(ConditionConfig, "condition_dir"), VAEConfig, ModelConfig, ClassifierConfig, DiffusionConfig,
+    RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, guidance=run[GuidanceConfig])

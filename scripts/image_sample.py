@@ -10,14 +10,14 @@ command to resume an interrupted run."""
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.configs import (
-    DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, VAEConfig,
+    ConditionConfig, DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, VAEConfig,
 )
 from guided_diffusion_vae.runs.run import script, select_fields
 
 
 @script(
-    __doc__, PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"), VAEConfig, ModelConfig,
-    DiffusionConfig, RunConfig, samples=True,
+    __doc__, PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"),
+    select_fields(ConditionConfig, "condition_dir"), VAEConfig, ModelConfig, DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     loading.sample(run, loading.load_sampler(run))

@@ -13,14 +13,15 @@ an interrupted run."""
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.configs import (
-    DataConfig, DiffusionConfig, ModelConfig, NormalizerConfig, RunConfig, SamplingConfig, VAEConfig,
+    ConditionConfig, DataConfig, DiffusionConfig, ModelConfig, NormalizerConfig, RunConfig, SamplingConfig, VAEConfig,
 )
 from guided_diffusion_vae.runs.run import script, select_fields
 
 
 @script(
     __doc__, SamplingConfig, VAEConfig, select_fields(NormalizerConfig, "normalizer"),
-    select_fields(DataConfig, "image_size", "image_channels"), ModelConfig, DiffusionConfig, RunConfig, samples=True,
+    select_fields(DataConfig, "image_size", "image_channels"),
+    select_fields(ConditionConfig, "condition_dir"), ModelConfig, DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, scale=run[NormalizerConfig])

@@ -6,8 +6,8 @@
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs.configs import (
-    DataConfig, DiffusionConfig, DiffusionTrainConfig, LatentConfig, ModelConfig, NormalizerConfig, RunConfig,
-    VAEConfig,
+    ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, LatentConfig, ModelConfig, NormalizerConfig,
+    RunConfig, VAEConfig,
 )
 from guided_diffusion_vae.runs.run import script
 from guided_diffusion_vae.runs.spaces import open_latent_data
@@ -15,8 +15,8 @@ from guided_diffusion_vae.runs.training import train_diffusion
 
 
 @script(
-    __doc__, LatentConfig, NormalizerConfig, VAEConfig, DataConfig, ModelConfig, DiffusionConfig, DiffusionTrainConfig,
-    RunConfig, trains=True,
+    __doc__, LatentConfig, NormalizerConfig, VAEConfig, DataConfig, ConditionConfig, ModelConfig, DiffusionConfig,
+    DiffusionTrainConfig, RunConfig, trains=True,
 )
 def main(run):
     train_diffusion(run, *open_latent_data(run))

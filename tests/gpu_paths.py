@@ -27,7 +27,7 @@ import guided_diffusion_vae
 from guided_diffusion_vae import checkpoint_util, logger, vae_wrapper
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict, from_dict
-from guided_diffusion_vae.data import BatchPlan, ImageFolder, ImageStream, LatentStream
+from guided_diffusion_vae.data import BatchPlan, Conditions, ImageFolder, ImageStream, LatentStream
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig, write_cache
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.latent_datasets import EncodedImages, LatentCache
@@ -36,6 +36,7 @@ from guided_diffusion_vae.resample import create_named_schedule_sampler
 from guided_diffusion_vae.runs.factories import (
     PROCESSES, build_classifier, create_diffusion, create_model_and_diffusion_vae,
 )
+from guided_diffusion_vae.runs.spaces import Space
 from guided_diffusion_vae.sampling import (
     ClassifierFreeGuidance, LowResConditioning, Sampler, classifier_cond_fn, timesteps_in_interval,
 )
@@ -83,7 +84,8 @@ class Watch(TorchDispatchMode):
         if func is aten._to_copy.default:
             return self.copy(func, args, kwargs, tensors[0], target.type, kwargs.get("non_blocking"))
         if func is aten.copy_.default:
-            return self.copy(func, args, kwargs, args[1], args[0].device.type, kwargs.get("non_blocking", any(args[2:])))
+            non_blocking = kwargs.get("non_blocking", any(args[2:]))
+            return self.copy(func, args, kwargs, args[1], args[0].device.type, non_blocking)
         # A tensor without axes on the CPU is passed to kernels as a number.
         if on_gpu and any(t.device.type == "cpu" and t.dim() for t in tensors):
             self.record(f"{func} mixes devices")
@@ -228,11 +230,12 @@ def open_codec(folder, dims=2, **options):
     return VAEInterface(folder / f"vae{dims}.pt", device=GPU, **options)
 
 
-def build_unet(shape, process=None, super_res=None, **model):
+def build_unet(shape, process=None, super_res=None, condition_channels=0, **model):
     """Return (network on the GPU, process) for x0 of `shape`."""
     options = {"num_channels": 32, "channel_mult": "1", "num_res_blocks": 1, "attention_resolutions": "", **model}
     config = ModelConfig(in_channels=shape[0], dims=len(shape) - 1, **options)
-    network, diffusion = create_model_and_diffusion_vae(shape, config, process or DiffusionConfig(), super_res)
+    network, diffusion = create_model_and_diffusion_vae(shape, config, process or DiffusionConfig(), super_res,
+                                                        condition_channels=condition_channels)
     return network.to(GPU), diffusion
 
 
@@ -285,6 +288,16 @@ def build_small_classifier(shape):
     )
     classifier, diffusion = build_classifier(config, DiffusionConfig(), shape)
     return classifier.to(GPU), diffusion
+
+
+@scenario("train a UNet with conditions", backward=True)
+def train_unet_with_conditions(folder):
+    images, space = images_in(folder), Space.of_pixels(1)
+    network, diffusion = build_unet(images.shape, condition_channels=1)
+    conditions = Conditions(images, np.arange(len(images)), images.shape, space.encode)
+    stream = LatentStream(EncodedImages(images, space.codec), space.normalizer, BatchPlan(len(images), BATCH), GPU,
+                          condition=conditions)
+    return training_step(network, DiffusionObjective(diffusion, class_dropout=0.1), stream)
 
 
 @scenario("train a classifier", backward=True)

@@ -12,7 +12,7 @@ LAYERS = """
     state_dicts vae.tiling
     checkpoint_util data.arrays data.augmentation data.config data.colormaps data.decoding data.labels data.listing
     data.manifest
-    data.medical data.npz dist_util ema_profiles
+    data.conditions data.medical data.npz dist_util ema_profiles
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
     autoencoder vae.compvis data.batching data.image_folders data.microdoppler data.volume_folders evaluation.figures

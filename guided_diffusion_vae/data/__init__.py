@@ -5,6 +5,8 @@ Other rooms import from here. `cache_writer` and `microdoppler` are imported by 
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from .. import dist_util, logger
@@ -14,18 +16,19 @@ from ..interfaces import ImageSource
 from ..nn import to_uint8 as to_uint8
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .colormaps import count_colors, fit_colormap, open_colormap, same_colormap
+from .conditions import ConditionConfig, Conditions, match_conditions, require_same_sizes
 from .config import (
     DataConfig, SmallCacheConfig, format_spacing, parse_size, parse_spacing, recorded_options, take_recorded_options,
     unpad,
 )
 from .decoding import read_array
-from .image_folders import DownsampledImages, ImageFolder
+from .image_folders import DownsampledImages, ImageFolder, LabelImages
 from .labels import infer_classes, keep_numbers, map_labels, missing_classes, require_labels
-from .listing import FileSource, format_classes, hash_lines, require_data_dir
+from .listing import FileSource, LabelMaps, format_classes, hash_lines, require_data_dir
 from .medical import write_nifti
 from .npz import Samples, open_archive, open_npz, read_archive_headers, write_npz
 from .statistics import RunningMoments, evenly_spaced
-from .volume_folders import VolumeFolder
+from .volume_folders import LabelVolumes, VolumeFolder
 
 MAX_LEFT_OUT = 0.1      # part of the files of a folder
 MAX_FAULTS = 20         # files that --verify_data lists
@@ -52,7 +55,17 @@ def open_folder(config: DataConfig, multiple=None, flag: str = "--data_dir", **f
     """
     config = dataclasses.replace(config, **fields)
     make = next(source for applies, source in SOURCES if applies(config))
-    if isinstance(make, type) and issubclass(make, FileSource):     # one rank examines the files
+    return _open(make, isinstance(make, type) and issubclass(make, FileSource), config, multiple, flag)
+
+
+def open_label_maps(config: DataConfig, values: Sequence[int], multiple=None, flag: str = "--condition_dir"):
+    """Return the source of one-hot label maps with these label values; see `open_folder`."""
+    make = functools.partial(LabelVolumes if len(config.sides) == 3 else LabelImages, values)
+    return _open(make, True, config, multiple, flag)
+
+
+def _open(make, is_file_source, config, multiple, flag):
+    if is_file_source:      # one rank examines the files
         source = dist_util.broadcast_object(make(config, multiple, flag) if dist_util.rank() == 0 else None)
     else:
         source = make(config, multiple, flag)

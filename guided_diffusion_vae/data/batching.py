@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..config import require
-from ..interfaces import ImageSource, LatentSource
+from ..interfaces import ConditionSource, ImageSource, LatentSource
 from ..nn import keyed_randn, pin, to_device
 from .labels import require_labels
 
@@ -246,7 +246,7 @@ class LatentStream(BatchStream):
     """Stream of (normalized x0 [n x Z x ...] on `device`, conditioning dictionary) from a latent source.
 
     The conditioning is {"y": int64 [n]} `with_labels`, and {"low_res": [n x Z x smaller ...]} with a second source
-    `low_res` that has the same items at a lower resolution.
+    `low_res` that has the same items at a lower resolution, and {"condition": [n x K x ...]} with a `ConditionSource`.
 
     Items, flips and posterior noise depend on (plan.seed, step, slot) alone. Reading and sampling run in the
     background, for a GPU into pinned memory; encoding and normalizing run on the thread of the caller.
@@ -255,7 +255,7 @@ class LatentStream(BatchStream):
     """
 
     def __init__(self, source: LatentSource, normalizer, plan: BatchPlan, device, with_labels: bool = False,
-                 low_res: LatentSource | None = None, start_step: int = 0):
+                 low_res: LatentSource | None = None, start_step: int = 0, condition: ConditionSource | None = None):
         require_labels(source, with_labels)
         for latents in filter(None, (source, low_res)):
             require((plan.count == latents.count,
@@ -263,9 +263,10 @@ class LatentStream(BatchStream):
         # Latents of a cache are so small that transferring single batches between threads would dominate.
         elements = plan.batch_size * math.prod(source.latent_shape)
         bulk_steps = max(1, min(BULK_ITEMS // plan.batch_size, BULK_ELEMENTS // elements))
-        super().__init__(start_step, bulk_steps if source.supports_bulk_reads else 1)
+        # Condition images are files; thousands of them, and as images instead of latents, would be read at once.
+        super().__init__(start_step, bulk_steps if source.supports_bulk_reads and not condition else 1)
         self.source, self.normalizer, self.plan, self.device = source, normalizer, plan, device
-        self.with_labels, self.low_res = with_labels, low_res
+        self.with_labels, self.low_res, self.condition = with_labels, low_res, condition
 
     def make_batch(self, step):
         steps = range(step, step + self.steps_per_read)
@@ -275,8 +276,8 @@ class LatentStream(BatchStream):
             keys = [(self.plan.seed, _POSTERIOR, s, slot) for s in steps for slot in self.plan.slots]
             eps = keyed_randn(self.source.latent_shape, keys)
         labels = self.source.labels_of(indices) if self.with_labels else None
-        low_res = None if self.low_res is None else self._read(self.low_res, indices, steps)
-        prepared = self._read(self.source, indices, steps), eps, labels, low_res
+        images = (source and self._read(source, indices, steps) for source in (self.low_res, self.condition))
+        prepared = self._read(self.source, indices, steps), eps, labels, *images
         return tuple(None if tensor is None else pin(tensor, self.device) for tensor in prepared)
 
     def _read(self, source, indices, steps):
@@ -285,10 +286,12 @@ class LatentStream(BatchStream):
         return source.read(indices, flips, rngs)
 
     def finish(self, prepared):
-        values, eps, labels, low_res = prepared
+        values, eps, labels, low_res, condition = prepared
         conditioning = {} if labels is None else {"y": to_device(labels, self.device)}
         if low_res is not None:
             conditioning["low_res"] = self.normalizer.normalize(self.low_res.latents(low_res, device=self.device))
+        if condition is not None:
+            conditioning["condition"] = self.condition.on_device(condition, self.device)
         x0 = self.normalizer.normalize(self.source.latents(values, eps, self.device))
         if self.steps_per_read == 1:
             return x0, conditioning

@@ -17,9 +17,11 @@ from .arrays import EXTENSIONS as ARRAY_EXTENSIONS
 from .arrays import find_array, open_image_set, read_array_file
 from .colormaps import MAX_COLORS, count_colors, fit_colormap, recognize_colormap
 from .config import DataConfig, unpad
-from .decoding import FULL_RANGE, FileHeader, channels_last, match_channels, read_header, read_values, unit_scale
+from .decoding import (
+    FULL_RANGE, FileHeader, channels_last, match_channels, open_image, read_header, read_values, unit_scale,
+)
 from .labels import class_files, find_labels
-from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames
+from .listing import REFERENCE_EXTENSIONS, FileSource, ItemNames, LabelMaps
 from .npz import archive_classes, open_archive
 from .resizing import fit
 from .statistics import evenly_spaced
@@ -271,3 +273,27 @@ class DownsampledImages(ImageSource):
         """Return images as float32 [n x C x *sides] in [0, 1], computed without the padding of the other source."""
         images = unpad(self.dataset.batch(indices, flips, rngs), self.dataset.unpadded_shape)
         return F.interpolate(images, size=self.sides, mode="area")
+
+
+class LabelImages(LabelMaps, ImageFolder):
+    """Label maps of images; of an image with a palette the indices are read."""
+
+    def read(self, index, rng=None):
+        """Return one-hot maps of item `index`, float32 [K x H x W]; `rng` positions a random crop."""
+        path, (_, height, width) = self.paths[index], self.unpadded_shape
+        labels = self._values(index)
+        require((labels.shape[-1] == 1, f"{path}: expected a label map of one channel, got colors; save the labels as "
+                 "grayscale values or with a palette"))
+        maps = fit(self.one_hot(labels[..., 0], path), height, width, self.config.crop, rng)
+        return np.ascontiguousarray(self._pad(np.moveaxis(maps, -1, 0)))
+
+    def _recognize_colormap(self):
+        """Palettes of label maps are not looked up."""
+
+    def _values(self, index):
+        path = self.paths[index]
+        if self._archive is None and file_extension(path) not in ("npy", *ARRAY_EXTENSIONS):
+            with open_image(path, self.config.max_pixels) as image:
+                if image.mode == "P":
+                    return np.asarray(image)[..., None]
+        return super()._values(index)

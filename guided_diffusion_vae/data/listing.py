@@ -3,6 +3,7 @@
 import base64
 import collections
 import contextlib
+import dataclasses
 import functools
 import operator
 import os
@@ -154,11 +155,16 @@ class FileSource(ImageSource):
     def _set_shape(self, channels, headers, multiple):
         """Set the shape of an item, with `--pad True` padded to sizes that `multiple` divides, and the value types."""
         self.kinds = dict(collections.Counter(header.dtype for header in headers))
+        self.file_sides = [header.sides for header in headers]
         sides = self.config.sides
         self.shape = self.unpadded_shape = (channels, *sides)
         if self.config.pad and multiple is not None:
             factors = (multiple,) * len(sides) if isinstance(multiple, int) else multiple
             self.shape = (channels, *(-(-n // factor) * factor for n, factor in zip(sides, factors)))
+
+    def item_sides(self, index):
+        """Return the sizes per spatial axis of the file of an item, before it is resized or cropped."""
+        return self.file_sides[index]
 
     def _pad(self, item):
         """Return an item [C x ...] padded to `shape` by repeating its last rows along each axis."""
@@ -200,6 +206,29 @@ class FileSource(ImageSource):
 
     def _content(self):
         return f"{len(self)} {self.kind}s {format_shape(self.shape)}"
+
+
+class LabelMaps:
+    """Items are one-hot maps [K x ...] of K label values; they are resized and cropped like images."""
+
+    def __init__(self, values, config, multiple=None, flag="--condition_dir"):
+        self.values = np.array(values)
+        # The range lets all types of files be opened; values are compared with the labels when they are read.
+        config = dataclasses.replace(config, image_channels=1, value_range=f"{min(values)},{max(values)}")
+        super().__init__(config, multiple, flag)
+        require((len(self.shape) == 3 or self.shape[0] == 1,
+                 f"{self.folder} ({flag}): expected label maps of one channel, got {self.shape[0]}; omit "
+                 "--condition_labels for images"))
+        self.shape, self.unpadded_shape = ((len(values), *shape[1:]) for shape in (self.shape, self.unpadded_shape))
+
+    def one_hot(self, labels, path):
+        """Return label values [...] as float32 [... x K]."""
+        one_hot = labels[..., None] == self.values
+        if not one_hot.any(-1).all():
+            found = ", ".join(f"{value:g}" for value in np.setdiff1d(labels, self.values)[:3])
+            raise ValueError(f"{path}: expected labels {', '.join(map(str, self.values))} (--condition_labels), got "
+                             f"{found}; set all values of the label maps, or omit the flag for images")
+        return one_hot.astype(np.float32)
 
 
 class ItemNames(Sequence):

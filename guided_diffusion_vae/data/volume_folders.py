@@ -19,7 +19,7 @@ from .arrays import find_array, read_array_file
 from .config import DataConfig, directions, format_spacing, parse_spacing
 from .decoding import FULL_RANGE, load_npy, unit_scale
 from .labels import find_labels
-from .listing import FileSource
+from .listing import FileSource, LabelMaps
 from .medical import (
     VolumeHeader, align_axes, axis_codes, data_files, is_medical, load_medical, merge_series, orient, path_stamp,
     read_medical_header, split_frames, tilt_degrees,
@@ -121,6 +121,9 @@ class VolumeFolder(FileSource):
                 corner = [r // 2 for r in room]
         window = tuple(slice(start, start + n) for start, n in zip(corner, self.sides))
         return self._pad(self._unit(volume[(slice(None), *window)], file))
+
+    def item_sides(self, index):
+        return self.file_sides[self.items[index][0]]
 
     def read_volume(self, file):
         """Return volume `file` (not an item), its first frame, as float32 [C x D x H x W] at its own size."""
@@ -262,6 +265,13 @@ class VolumeFolder(FileSource):
                 (not header.dtype.startswith("complex") or config.reference_level is not None,
                  f"{path}: complex values require --reference_db, the level in dB that becomes 1 in all patches"),
             )
+
+
+class LabelVolumes(LabelMaps, VolumeFolder):
+    """Label maps of volumes, or of their patches."""
+
+    def _unit(self, values, file):
+        return np.moveaxis(self.one_hot(np.asarray(values)[0], self.paths[file]), -1, 0)
 
 
 def _patch_corners(sides, patch):

@@ -2,7 +2,7 @@
 
 from ..autoencoder import AutoencoderConfig
 from ..data.cache_writer import LatentCacheConfig
-from ..data import DataConfig, SmallCacheConfig
+from ..data import ConditionConfig, DataConfig, SmallCacheConfig
 from ..data.microdoppler import MicrodopplerConfig
 from ..dist_util import FastLaunchConfig, LaunchConfig
 from ..ema_profiles import ReconstructConfig
@@ -21,9 +21,9 @@ from .run import RunConfig
 
 CONFIGS = (
     AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
-    ClassifierTrainConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig, EditingConfig,
-    EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig, LaunchConfig,
-    LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig, PixelSamplingConfig,
-    PlanConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig, SuperResConfig,
-    TrainConfig, VAEConfig,
+    ClassifierTrainConfig, ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig,
+    EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig,
+    LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
+    PixelSamplingConfig, PlanConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig,
+    SuperResConfig, TrainConfig, VAEConfig,
 )

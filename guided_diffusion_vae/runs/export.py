@@ -41,6 +41,8 @@ def export_model(config: ExportConfig, weights: checkpoint_util.Weights, vae: VA
         save_folder(codec_to_diffusers(codec), out)
         return f"AutoencoderKL of {path}, scaling_factor {codec.scale_factor}"
     checkpoint_util.require_kind(header, "diffusion", path, "--format diffusers")
+    require((not header.get("condition"), f"{path} was trained with --condition_dir, which pipelines of diffusers do "
+             "not support; set --format safetensors"))
     network, _ = load_diffusion_model(weights)
     space = open_space(header, vae, "cpu")
     pipeline = pipeline_to_diffusers(network.cpu(), header, space.codec, space.normalizer)

@@ -13,8 +13,8 @@ import numpy as np
 from .. import checkpoint_util, dist_util
 from ..config import as_dict, format_shape, from_dict, integers, require, size, to_tuple
 from ..data import (
-    DataConfig, map_labels, open_colormap, open_folder, open_npz, parse_size, require_data_dir, require_labels,
-    same_colormap,
+    ConditionConfig, DataConfig, map_labels, open_colormap, open_folder, open_npz, parse_size, require_data_dir,
+    require_labels, same_colormap,
 )
 from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, SampleFile, classifier_features,
@@ -34,8 +34,8 @@ from .factories import (
 )
 from .spaces import (
     EncodedImages, LatentConfig, LatentNormalizer, Space, VAEConfig,
-    apply_trained_preprocessing, create_vae, open_cache, open_pixels, open_space, require_same_space, space_header,
-    works_on_pixels,
+    apply_trained_preprocessing, create_vae, open_cache, open_pixels, open_sample_conditions, open_space,
+    require_same_space, space_header, works_on_pixels,
 )
 
 # Flags of the model that do not change its weights, and may therefore differ from its header.
@@ -74,7 +74,8 @@ def load_diffusion_model(weights, explicit=None, kind="diffusion", flag="--model
         model, diffusion_config = from_dict(ModelConfig, flags), from_dict(DiffusionConfig, flags)
         super_res = from_dict(SuperResConfig, flags) if kind == "super_res" else None
         network, diffusion = create_model_and_diffusion_vae(
-            tuple(header["latent_shape"]), model, diffusion_config, super_res, works_on_pixels(header)
+            tuple(header["latent_shape"]), model, diffusion_config, super_res, works_on_pixels(header),
+            (header.get("condition") or {}).get("channels", 0),
         )
     return _prepare(network, weights, model.use_fp16, flag), diffusion
 
@@ -158,6 +159,8 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
         _classifier_guidance(run, guidance, weights, fields)
     if base:
         _low_res_conditioning(run, base, header, space, image_shape, fields)
+    else:
+        _condition(run, header, space, fields)
     kind, solver = Sampler, resolve_sampler(config, diffusion)
     if EditingConfig in run:
         kind, diffusion, solver = _image_edit(run, header, diffusion, solver, fields)
@@ -247,7 +250,7 @@ def _guided_network(run, config, network, diffusion, weights, fields):
         return Autoguidance(network, compiled, scale, timesteps, config.cfg_rescale, bool(guide.num_classes))
     if scale == 0 and not interval:
         fields.update(num_classes=0, class_names=None)  # labels would claim classes that the samples do not have
-        return Unconditional(network, trained["num_classes"])
+        return Unconditional(network, trained["num_classes"] if trained["class_cond"] else None)
     return ClassifierFreeGuidance(network, trained["num_classes"], scale, timesteps, config.cfg_rescale)
 
 
@@ -267,9 +270,12 @@ def _open_guide(config, explicit, weights):
     require_same_space(header, described, opened.path, flag)
     _require_same_flags(header, described, opened.path, (*_NOISE_FLAGS, "predict_xstart", "predict_v"),
                         "so that predictions differ; use a guide trained like the model")
+    conditions = [each.get("condition") for each in (header, described)]
     low_res = [(each.get("super_res") or {}).get("small_size") for each in (header, described)]
     classes = [(each["model"]["num_classes"], each["classes"]) for each in (header, described)]
     require(
+        (conditions[0] == conditions[1], f"{opened.path} ({flag}): expected the conditions (--condition_dir) of the "
+         f"model, {conditions[0]}, got {conditions[1]}"),
         (low_res[0] == low_res[1], f"{opened.path} ({flag}): expected an upsampler of low-resolution images of size "
          f"{low_res[0]}, got {low_res[1]}"),
         (not guide.num_classes or classes[0] == classes[1], f"{opened.path} ({flag}): expected the classes of the "
@@ -322,6 +328,18 @@ def _classifier_guidance(run, guidance, weights, fields):
     fields.update(cond_fn=classifier_cond_fn(classifier, guidance.classifier_scale),
                   guided_classes=classifier.out_channels, class_names=names[1] or names[0])
     fields["settings"].update(classifier=opened.sha256, classifier_scale=guidance.classifier_scale)
+
+
+def _condition(run, header, space, fields):
+    """Add the field of a Sampler whose samples have the conditions of `--condition_dir`."""
+    if ConditionConfig not in run:
+        require((not header.get("condition"), "the model was trained with --condition_dir, which this script does not "
+                 "have; use a sampling script"))
+        return
+    condition = open_sample_conditions(run[ConditionConfig], run[DataConfig], header, space)
+    if condition is not None:
+        fields["condition"] = condition
+        fields["settings"]["condition"] = condition.fingerprint
 
 
 def _low_res_conditioning(run, base, header, space, image_shape, fields):
@@ -542,6 +560,8 @@ def load_model_and_data(run):
                   "diffusion": as_dict(run[DiffusionConfig]), **space_header(source, space)}
         network, diffusion = load_diffusion_model(weights._replace(header=header))
     else:
+        require((not header.get("condition"), f"{weights.path} was trained with --condition_dir, of which likelihoods "
+                 "are not computed"))
         network, diffusion = load_diffusion_model(weights, run.explicit)
         data = apply_trained_preprocessing(data, run.explicit, header["data"])
         pixels = works_on_pixels(header)

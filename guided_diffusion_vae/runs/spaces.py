@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from .. import dist_util
-from ..config import format_shape, size, to_tuple
+from ..config import format_shape, integers, require, size, to_tuple
 from ..data import (
-    DataConfig, DownsampledImages, SmallCacheConfig, format_classes, format_spacing, keep_numbers, open_folder,
-    parse_size, parse_spacing, recorded_options, same_colormap, take_recorded_options,
+    ConditionConfig, Conditions, DataConfig, DownsampledImages, LabelMaps, SmallCacheConfig,
+    format_classes, format_spacing, keep_numbers, match_conditions, open_folder, open_label_maps, parse_size,
+    parse_spacing, recorded_options, require_same_sizes, same_colormap, take_recorded_options,
 )
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
@@ -189,6 +190,95 @@ def _check_same_items(low_res, source):
         if values[0] != values[1]:
             raise ValueError(f"{low_res.folder} was encoded with --{key} {values[0]}, {source.folder} with "
                              f"{values[1]}; encode both with the same flags except for --image_size")
+
+
+def open_conditions(run, source, space):
+    """Return the `Conditions` of the items of `source` from `--condition_dir`, None if it is not set.
+
+    :raises ValueError: if an item has none, or they do not fit the items.
+    """
+    if ConditionConfig not in run or not run[ConditionConfig].condition_dir:
+        return None
+    require((source.filenames is not None and source.image_shape, f"{source.folder} does not record the images of its "
+             "latents, to which --condition_dir belongs; use a cache of encode_dataset.py"))
+    opened = _open_condition_source(run[ConditionConfig], run[DataConfig], source.preprocessing, source.image_shape,
+                                    random_flip=source.random_flip, random_crop=source.random_crop)
+    rows = match_conditions(source.filenames, opened, source.folder)
+    if isinstance(source, EncodedImages):
+        require_same_sizes(source.dataset, opened, rows)
+    log_rank0(f"conditions: {opened.summary()}")
+    return _conditions(opened, rows, source.latent_shape, space)
+
+
+def open_sample_conditions(config, data, header, space):
+    """Return the `Conditions` of samples from the `--condition_dir` of a ConditionConfig, None for a model without.
+
+    :raises ValueError: if the model requires conditions that are not set, or has none.
+    """
+    described, folder = header.get("condition"), config.condition_dir
+    if not described:
+        require((not folder, f"--condition_dir {folder}: the model was trained without conditions; omit the flag"))
+        return None
+    require((folder, f"--condition_dir is not set: the model was trained with {_describe_conditions(described)}"),
+            error=FileNotFoundError)
+    config = dataclasses.replace(config, condition_labels=",".join(map(str, described["labels"])),
+                                 condition_value_range=described["value_range"])
+    sides = [n * factor for n, factor in zip(header["latent_shape"][1:], space.codec.factors)]
+    opened = _open_condition_source(config, data, header["data"], (0, *sides))
+    conditions = _conditions(opened, np.arange(len(opened)), header["latent_shape"], space)
+    require((conditions.shape[0] == described["channels"], f"{folder} (--condition_dir): expected "
+             f"{_describe_conditions(described)}, got {conditions.shape[0]} channels"))
+    return conditions
+
+
+def condition_header(conditions, config):
+    """Return the entry of a header that describes the conditions of a model."""
+    return {"channels": conditions.shape[0], "value_range": config.condition_value_range,
+            "labels": list(integers.parse(config.condition_labels, "condition_labels"))}
+
+
+def _describe_conditions(described):
+    labels = ", ".join(map(str, described["labels"]))
+    return f"label maps of {labels}" if labels else f"images of {described['channels']} channels on the grid of x0"
+
+
+def _open_condition_source(config, data, preprocessing, padded_shape, random_flip=False, random_crop=False):
+    """Return the image source of conditions, read like images of `preprocessing` that have `padded_shape`."""
+    data = apply_trained_preprocessing(data, {}, preprocessing)
+    labels = integers.parse(config.condition_labels, "condition_labels")
+    require(
+        (not labels or len(set(labels)) == len(labels) > 1,
+         f"--condition_labels {config.condition_labels}: expected two or more different values"),
+        (not labels or not data.resample_spacing, f"--resample_spacing {data.resample_spacing} conflicts with "
+         "--condition_labels: label maps are not resampled; resample both beforehand"),
+        (not labels or not config.condition_value_range, "--condition_labels and --condition_value_range are mutually "
+         "exclusive; set only one"),
+    )
+    data = dataclasses.replace(
+        data, data_dir=config.condition_dir, image_channels=0, value_range=config.condition_value_range,
+        value_window="", dynamic_range_db=0.0, reference_db="", colormap="", label_column="none",
+        random_flip=random_flip, crop="random" if random_crop else data.crop, patches_per_volume=1,
+    )
+    # The side itself as the multiple pads to it.
+    multiple = tuple(padded_shape[1:])
+    if labels:
+        return open_label_maps(data, labels, multiple)
+    return open_folder(data, multiple, "--condition_dir")
+
+
+def _conditions(opened, rows, x0_shape, space):
+    """Return the `Conditions` of an image source on the grid of x0."""
+    grid = tuple(x0_shape[1:])
+    if isinstance(opened, LabelMaps):
+        return Conditions(opened, rows, (opened.shape[0], *grid), None)
+    if space.is_pixels:
+        return Conditions(opened, rows, opened.shape, Space.of_pixels(opened.shape[0], len(grid)).encode)
+    require((space.codec is not None, f"{opened.folder} (--condition_dir): images are encoded by the autoencoder of "
+             "the latents, which is not available; set --vae_path"), error=FileNotFoundError)
+    try:
+        return Conditions(opened, rows, tuple(space.codec.latent_shape(opened.shape)), space.encode)
+    except ValueError as error:
+        raise ValueError(f"{opened.folder} (--condition_dir): {error}") from error
 
 
 def infer_sizes(run, source, low_res):

@@ -8,7 +8,9 @@ import torch
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
 from ..config import as_dict, format_shape, resolve
-from ..data import BatchPlan, DataConfig, ImageStream, LatentStream, missing_classes, open_folder
+from ..data import (
+    BatchPlan, ConditionConfig, DataConfig, ImageStream, LatentStream, evenly_spaced, missing_classes, open_folder,
+)
 from ..evaluation import PREVIEW_IMAGES, ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..interfaces import Codec
 from ..logger import log_rank0
@@ -30,9 +32,13 @@ from .factories import (
 )
 from .memory import estimate_inference, estimate_training
 from .planning import Plan, PlanConfig, advice, counts, report, sizes
-from .spaces import Space, compare_with_resumed_data, data_header, log_source, open_validation, space_header
+from .spaces import (
+    Space, compare_with_resumed_data, condition_header, data_header, log_source, open_conditions, open_validation,
+    space_header,
+)
 
 PREVIEW_STEPS = 50      # about this many sampling steps per preview
+PREVIEW_CONDITIONS = 6  # images or label maps that the samples of a preview are conditioned on, if any
 VALIDATION_BATCH = 32   # images at a time, if training steps are no smaller
 
 
@@ -49,14 +55,17 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
     diffusion_config, train = run[DiffusionConfig], run[TrainConfig]
     model_config = infer_model_config(run[ModelConfig], source)
     _check_compile(train, model_config)
+    condition = open_conditions(run, source, space)
+    channels = condition.shape[0] if condition else 0
     memory = DiffusionPlan(
         source.latent_shape, model_config, train, diffusion_config, super_res, low_res and low_res.latent_shape,
-        space.codec,
+        space.codec, channels,
     )
     train = resolve_train_config(train)
     seed_initialization(train.seed)     # here: opening an autoencoder, if there is one, has drawn random numbers
     model, diffusion = create_model_and_diffusion_vae(
-        source.latent_shape, model_config, diffusion_config, super_res, discrete_data=space.is_pixels
+        source.latent_shape, model_config, diffusion_config, super_res, discrete_data=space.is_pixels,
+        condition_channels=channels,
     )
     model.require_grid(source.latent_shape[1:])
     plan = _plan_batches(source.count, train)
@@ -64,6 +73,8 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
         return log_rank0(memory.training().summary())
 
     header = diffusion_header(source, space, model_config, diffusion_config, super_res)
+    if condition:
+        header["condition"] = condition_header(condition, run[ConditionConfig])
     device = dist_util.dev()
     objective = DiffusionObjective(
         diffusion, create_named_schedule_sampler(train.schedule_sampler, diffusion), model_config.class_dropout,
@@ -77,9 +88,10 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
             model.to(device)    # FSDP moves it shard by shard
             if space.codec is not None and super_res is None:
                 preview = SamplePreview(
-                    preview_sampler(model, space.codec, header), run.folder, device, memory.forward_size
+                    preview_sampler(model, space.codec, header, condition), run.folder, device, memory.forward_size
                 )
-        data = LatentStream(source, space.normalizer, plan, device, model_config.class_cond, low_res)
+        data = LatentStream(source, space.normalizer, plan, device, model_config.class_cond, low_res,
+                            condition=condition)
         task = TrainTask(objective, header, preview, checkpoint=run.checkpoint)
         loop = TrainLoop.from_config(model, data, train, task, use_fp16=model_config.use_fp16)
         run.save_config(header)     # after TrainLoop has accepted the checkpoint in the folder
@@ -94,8 +106,10 @@ def diffusion_header(source, space, model_config, diffusion_config, super_res=No
     return {**header, "super_res": as_dict(super_res)} if super_res else header
 
 
-def preview_sampler(model, codec, header):
+def preview_sampler(model, codec, header, condition=None):
     """Return a Sampler of the model in training with about PREVIEW_STEPS evenly spaced steps.
+
+    :param condition: `Conditions` of the data, of which evenly spaced ones become those of the samples.
 
     DDIM's spacing starts below the last timestep, whose latents are almost pure noise: there the unclipped prediction
     of x0 of an unfinished model diverges.
@@ -104,7 +118,8 @@ def preview_sampler(model, codec, header):
     spaced = len(range(0, steps, -(-steps // PREVIEW_STEPS)))
     diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": f"ddim{spaced}"})
     space = Space(codec, LatentNormalizer.from_dict(header["normalizer"]))
-    return Sampler.from_header(model, diffusion, space, header)
+    condition = condition and condition.select(evenly_spaced(len(condition), PREVIEW_CONDITIONS))
+    return Sampler.from_header(model, diffusion, space, header, condition=condition)
 
 
 # --- Autoencoders ---
@@ -289,6 +304,7 @@ class DiffusionPlan(Plan):
     super_res: SuperResConfig | None = None
     low_res_shape: tuple | None = None
     codec: Codec | None = None
+    condition_channels: int = 0
 
     CHECKPOINTING = "use_checkpoint"
 
@@ -297,7 +313,8 @@ class DiffusionPlan(Plan):
         return self.network.use_fp16
 
     def build(self):
-        model, _ = create_model_and_diffusion_vae(self.shape, self.network, self.diffusion_config, self.super_res)
+        model, _ = create_model_and_diffusion_vae(self.shape, self.network, self.diffusion_config, self.super_res,
+                                                  condition_channels=self.condition_channels)
         if self.network.use_fp16:
             model.convert_to_fp16()
         return [model]
@@ -308,6 +325,8 @@ class DiffusionPlan(Plan):
         model_kwargs = {"y": t} if self.network.class_cond else {}
         if self.super_res:
             model_kwargs["low_res"] = torch.empty(n, *self.low_res_shape)
+        if self.condition_channels:
+            model_kwargs["condition"] = torch.empty(n, self.condition_channels, *self.shape[1:])
         x0, noise = torch.empty(n, *self.shape), torch.empty(n, *self.shape)
         terms = create_diffusion(self.diffusion_config).training_losses(model, x0, t, model_kwargs, noise)
         terms["loss"].mean().backward()

@@ -19,6 +19,7 @@ GRID_SIZE = 64  # samples on a contact sheet without classes
 # Files in folders that sampling has created, and may therefore replace.
 SETTINGS_FILE = "making.json"  # alias
 OWNED_MARKER = ".sampling"
+CONDITIONS_FILE = "conditions.txt"  # name of the condition of each sample, one per line
 SAMPLE_FILES = re.compile(r"samples_(\d+x)+\d+\.npz")
 _SHARD_FILES = re.compile(rf"\d{{8}}-\d{{8}}\.npy|{re.escape(SETTINGS_FILE)}|\..*\.part")
 
@@ -26,8 +27,9 @@ _SHARD_FILES = re.compile(rf"\d{{8}}-\d{{8}}\.npy|{re.escape(SETTINGS_FILE)}|\..
 def generate_samples(sampler, classes: list[int] | None, config, folder, device) -> Path:
     """Generate all samples on all ranks and write them; return the path of samples_NxHxWxC.npz.
 
-    contact_sheet.png is written next to it, with `config.save_individual` also png/ and volumes/. Until the end shards/
-    contains one file per batch; the same call again generates the missing ones.
+    contact_sheet.png is written next to it, with `config.save_individual` also png/ and volumes/, and conditions.txt if
+    the samples have conditions. Until the end shards/ contains one file per batch; the same call again generates the
+    missing ones.
 
     :raises ValueError: if shards/ contains samples with other settings.
     :raises FloatingPointError: if samples are not finite.
@@ -52,6 +54,11 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
         parts = (np.load(_shard_path(shards, b), mmap_mode="r", allow_pickle=False) for b in batches)
         write_npz(path, shape, parts, labels, sampler.class_names, sampler.colormap)
         _remove_surplus_files(config.num_samples, folder)
+        if sampler.condition is not None:
+            names = sampler.condition.names
+            lines = (f"{names[i % len(names)]}\n" for i in range(config.num_samples))
+            with atomic_stream(folder / CONDITIONS_FILE) as stream:
+                stream.write("".join(lines).encode(errors="surrogateescape"))
         _write_contact_sheet(folder / "contact_sheet.png", path, sampler, classes)
         shutil.rmtree(shards)
     dist_util.barrier()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..config import CommaSeparated, option, require, resolve, words
+from ..interfaces import ConditionSource
 from ..nn import keyed_randn, keyed_rng, to_device, without_tf32
 from .solvers import SAMPLERS, applicable_samplers
 
@@ -201,6 +202,7 @@ class Sampler:
     :param clip_denoised: clip the predicted x0 to [-1, 1]; None: if x0 are pixels.
     :param cond_fn: gradient of classifier guidance, toward one of `guided_classes`; the model may be unconditional.
     :param low_res: `LowResConditioning` of an upsampler.
+    :param condition: `ConditionSource` of a model that was trained with --condition_dir, used cyclically.
     :param spacing: voxel spacing of volumes in mm; `orientation`: directions in which their axes increase.
     :param colormap: name of the table that samples of one channel are scalars of; empty: none.
     :param projection: name of the table on whose colors RGB samples are moved; empty: none.
@@ -226,6 +228,7 @@ class Sampler:
     orientation: str = "RAS"
     colormap: str = ""
     projection: str = ""
+    condition: ConditionSource | None = None
 
     def __post_init__(self):
         # Defaults that depend on other fields; a frozen dataclass sets them this way only.
@@ -294,6 +297,8 @@ class Sampler:
     def conditioning(self, indices, labels, device):
         """Return (conditioning dictionary of the network, cond_fn or None) for samples with `labels` [N] or None."""
         conditioning = {} if self.low_res is None else self.low_res.condition(indices, device)
+        if self.condition is not None:
+            conditioning["condition"] = self.condition.of_samples(indices, device)
         cond_fn = self.cond_fn
         if labels is not None:
             y = to_device(torch.from_numpy(labels), device)
@@ -317,4 +322,5 @@ class Sampler:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
         latents, images = ("x".join(map(str, shape)) for shape in (self.shape, self.image_shape))
         steps = f"{self.diffusion.num_timesteps} steps of {self.solver}"
-        return f"latents {latents} -> images {images}, {classes}, {steps}"
+        conditions = "" if self.condition is None else f", {len(self.condition)} conditions"
+        return f"latents {latents} -> images {images}, {classes}{conditions}, {steps}"
