@@ -163,7 +163,7 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
         _condition(run, header, space, fields)
     kind, solver = Sampler, resolve_sampler(config, diffusion)
     if EditingConfig in run:
-        kind, diffusion, solver = _image_edit(run, header, diffusion, solver, fields)
+        kind, diffusion, solver = _image_edit(run, header, image_shape, diffusion, solver, fields)
     return kind.from_header(model, diffusion, space, header, solver=solver, seed=config.seed, **fields)
 
 
@@ -379,12 +379,12 @@ def _base_labels(path, samples, num_classes, class_names):
     return samples.labels
 
 
-def _image_edit(run, header, diffusion, solver, fields):
+def _image_edit(run, header, image_shape, diffusion, solver, fields):
     """Return (class of the sampler, process, solver) of an EditingConfig, and add the fields of the class."""
     config, settings, seeds = run[EditingConfig], fields["settings"], integers.parse(run[EditingConfig].seeds, "seeds")
     settings["mode"] = config.mode
     if not seeds:
-        source = fields["source"] = _edited_images(run, header)
+        source = fields["source"] = _edited_images(run, header.get("data") or {}, image_shape)
         settings["images"] = source.fingerprint
         inverts = config.mode in ("interpolate", "invert")
         num_classes = fields.get("num_classes", header["model"]["num_classes"])     # none with --cfg_scale 0
@@ -399,7 +399,7 @@ def _image_edit(run, header, diffusion, solver, fields):
     fields.update(own)
     settings.update(own, seeds=list(seeds))
     if config.mode == "inpaint":
-        fields["region"], settings["region"] = _region(config, run[DataConfig], source)
+        fields["region"], settings["region"] = _region(config, source)
     if config.mode == "variation":
         diffusion = diffusion.truncated(max(1, round(config.strength * diffusion.num_timesteps)))
     if config.mode in ("invert", "interpolate"):
@@ -416,17 +416,15 @@ def _image_edit(run, header, diffusion, solver, fields):
     return EDITS[config.mode], diffusion, solver
 
 
-def _edited_images(run, header):
-    """Return the source of the images that an EditingConfig edits, read as the model was trained, without padding."""
-    shape, explicit = header["image_shape"], run.explicit
-    data = apply_trained_preprocessing(run[DataConfig], explicit, header.get("data") or {})
-    source = open_folder(data, pad=False)
-    require((list(source.shape) == list(shape), f"{source.folder}: expected images of shape {tuple(shape)}, on which "
+def _edited_images(run, preprocessing, shape):
+    """Return the source of the images that are edited, read as the model was trained, without padding."""
+    source = open_folder(apply_trained_preprocessing(run[DataConfig], run.explicit, preprocessing), pad=False)
+    require((tuple(source.shape) == tuple(shape), f"{source.folder}: expected images of shape {tuple(shape)}, on which "
              f"the model was trained, got {tuple(source.shape)}; check --data_dir, --image_size and --image_channels"))
     return source
 
 
-def _region(config, data, source):
+def _region(config, source):
     """Return (region of an `Inpainting`, its setting) by --mask_box or --mask_dir."""
     sides = source.shape[1:]
     if config.mask_box:
@@ -438,7 +436,7 @@ def _region(config, data, source):
         return region, config.mask_box
     masks = open_folder(DataConfig(
         data_dir=config.mask_dir, image_size=format_shape(sides), image_channels=1 if len(sides) == 2 else 0,
-        crop=source.config.crop, label_column="none", orientation=data.orientation, allow_ignored=True,
+        crop=source.config.crop, label_column="none", orientation=source.config.orientation, allow_ignored=True,
     ), flag="--mask_dir")
     stem = lambda name: Path(str(name)).name.split(".")[0]
     if len(masks) > 1:
