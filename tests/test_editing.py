@@ -69,7 +69,7 @@ def test_levels_are_those_of_the_process(name):
     assert levels(process)[0][-1] == 1 and levels(process)[1][-1] == 0
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", ["v", "flow"])
 def test_inversion_of_normal_data_gives_normal_noise_that_samples_the_same_data(name):
     process, network = create_diffusion(PROCESSES[name]), exact(PROCESSES[name])
     x_0 = MEAN + STD * normal(500, 1, 4)
@@ -88,8 +88,7 @@ def test_sections_are_walked_several_times():
     assert resampling_timesteps(3, 1, 1) == resampling_timesteps(3, 9, 1) == [2, 1, 0]
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("section, times", [(1, 1), (4, 3)])
+@pytest.mark.parametrize("name, section, times", [("eps", 1, 1), ("v", 4, 3), ("flow", 4, 3)])
 def test_inpainting_keeps_the_known_part_and_samples_the_rest(name, section, times):
     process = create_diffusion(dataclasses.replace(PROCESSES[name], timestep_respacing="200"))
     known, region = torch.full((2000, 1, 2), 3.0, dtype=torch.float64), torch.tensor([[[False, True]]])
