@@ -20,7 +20,7 @@ from guided_diffusion_vae.runs.run import script, select_fields
 
 @script(
     __doc__, EditingConfig, DataConfig, VAEConfig, select_fields(NormalizerConfig, "normalizer"), ModelConfig,
-    DiffusionConfig, RunConfig,
+    DiffusionConfig, RunConfig, samples=True,
 )
 def main(run):
     scale = run[NormalizerConfig] if run[VAEConfig].vae_path else None

@@ -16,7 +16,7 @@ from ..config import CommaSeparated, integers, option, require
 from ..data import unpad
 from ..gaussian_diffusion import last_sample, sample_progressive
 from ..interfaces import ImageSource
-from ..nn import to_device
+from ..nn import to_device, without_tf32
 from .guidance import Autoguidance, ClassifierFreeGuidance
 from .sampler import KeyedNoise, Sampler, SamplingConfig
 from .sheets import contact_sheet
@@ -169,6 +169,7 @@ class ImageEdit(Sampler):
         """Return images of the source.  [n x *image_shape] in [0, 1]"""
         return unpad(self.source.batch(np.array(items)), self.image_shape)
 
+    @without_tf32()     # latents as in training
     def encode(self, images, device):
         """Return x0 of images of the source.  [n x *image_shape] -> [n x *shape]"""
         return self.normalizer.normalize(self.codec.encode_batch(self.codec.pad_to_factors(images)).to(device))
