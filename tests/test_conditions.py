@@ -258,6 +258,18 @@ def test_images_condition_latents_of_a_cache(pairs, call):
     assert status and "has no condition for 1 of 6 items" in error and "such as 3.png" in error
 
 
+def test_flags_of_conditions_are_checked_together(pairs, call):
+    flags = {**FLAGS, "data_dir": pairs / "images", "image_size": "16x24", "logdir": pairs / "run"}
+    np.save(pairs / "masks" / "0.npy", np.zeros((16, 24), np.float32))
+    for options, message in (
+        ({"condition_labels": "0,1"}, "--condition_labels and --condition_value_range have no effect without"),
+        ({"condition_labels": "3", "condition_dir": pairs / "masks"}, "3: expected two or more different values"),
+        ({"condition_dir": pairs / "masks"}, "for --condition_dir the flag is --condition_value_range"),
+    ):
+        status, _, error = call("image_train", **flags, **options)
+        assert status and message in error
+
+
 def test_condition_of_a_model_without_is_rejected(pairs, call):
     flags = {**FLAGS, "data_dir": pairs / "images", "image_size": "16x24", "logdir": pairs / "run"}
     assert call("image_train", **flags, preview_interval=-1)[0] == 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..config import format_shape, integers, option, require
 from ..interfaces import ConditionSource, ImageSource
-from ..nn import to_device
+from ..nn import to_device, without_tf32
 from .config import interval
 from .listing import FileSource
 
@@ -51,6 +51,7 @@ class Conditions(ConditionSource):
         images = self.source.batch(self.rows[np.asarray(indices)], flips, rngs)
         return F.interpolate(images, size=self.shape[1:], mode="area") if self.encode is None else images
 
+    @without_tf32()     # the same latents in training and in sampling
     def on_device(self, values, device):
         return to_device(values if self.encode is None else self.encode(values), device)
 

@@ -197,11 +197,16 @@ def open_conditions(run, source, space):
 
     :raises ValueError: if an item has none, or they do not fit the items.
     """
-    if ConditionConfig not in run or not run[ConditionConfig].condition_dir:
+    if ConditionConfig not in run:
+        return None
+    config = run[ConditionConfig]
+    if not config.condition_dir:
+        require((not config.condition_labels and not config.condition_value_range, "--condition_labels and "
+                 "--condition_value_range have no effect without --condition_dir; set it, or omit them"))
         return None
     require((source.filenames is not None and source.image_shape, f"{source.folder} does not record the images of its "
              "latents, to which --condition_dir belongs; use a cache of encode_dataset.py"))
-    opened = _open_condition_source(run[ConditionConfig], run[DataConfig], source.preprocessing, source.image_shape,
+    opened = _open_condition_source(config, run[DataConfig], source.preprocessing, source.image_shape,
                                     random_flip=source.random_flip, random_crop=source.random_crop)
     rows = match_conditions(source.filenames, opened, source.folder)
     if isinstance(source, EncodedImages):
@@ -263,7 +268,11 @@ def _open_condition_source(config, data, preprocessing, padded_shape, random_fli
     multiple = tuple(padded_shape[1:])
     if labels:
         return open_label_maps(data, labels, multiple)
-    return open_folder(data, multiple, "--condition_dir")
+    try:
+        return open_folder(data, multiple, "--condition_dir")
+    except ValueError as error:
+        advice = "; for --condition_dir the flag is --condition_value_range" if "--value_range" in str(error) else ""
+        raise ValueError(f"{error}{advice}") from error
 
 
 def _conditions(opened, rows, x0_shape, space):
