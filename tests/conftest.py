@@ -14,9 +14,16 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 from guided_diffusion_vae import dist_util, logger
+from forks import FORKS, LAUNCHER_NAMES
 
 ROOT = Path(__file__).parents[1]
-LAUNCHER_NAMES = [name for names in dist_util.LAUNCHERS.values() for name in names]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks():
+    """Processes for scripts on several ranks that share one import of the package."""
+    yield FORKS
+    FORKS.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Train the small networks of test_train_util.py, which runs this under mpiexec and imports it for one rank.
+"""Train the small networks of test_train_util.py, which runs this on two ranks and imports it for one.
 
     mpiexec -n 2 python tests/rank_worker.py FOLDER first|again
 """

@@ -16,6 +16,7 @@ import torch
 from guided_diffusion_vae import dist_util, launchers
 from guided_diffusion_vae.dist_util import FastLaunchConfig, LaunchConfig, LaunchError, RankInfo, read_rank_info
 from guided_diffusion_vae.runs.run import script
+from forks import FORKS
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -321,8 +322,8 @@ def test_any_rank_requires_connected_ranks(monkeypatch):
         dist_util.any_rank(True)
 
 
-def test_stop_signal_ends_all_ranks_at_the_same_step():
-    script = """
+def test_stop_signal_ends_all_ranks_at_the_same_step(tmp_path):
+    (tmp_path / "script.py").write_text("""
 import os, signal
 from guided_diffusion_vae import dist_util
 def main():
@@ -334,8 +335,8 @@ def main():
             if stop.received_on_any_rank():
                 return print(f"stopped after {step}\\n", end="")
 dist_util.launch(main)
-"""
-    process = run_under("mpiexec", script)
+""")
+    process = FORKS.run([tmp_path / "script.py"], ranks=2)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("stopped after 4") == 2
 

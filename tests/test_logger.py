@@ -2,7 +2,6 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.logger import CSVOutputFormat, JSONOutputFormat, Logger, TensorBoardOutputFormat
+from forks import FORKS
 from launches import Launches
 
 ROOT = Path(__file__).parents[1]
@@ -275,10 +275,8 @@ def test_dumpkvs_weights_means_of_ranks(monkeypatch):
 
 
 def test_two_ranks_share_folder_and_means(tmp_path):
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    if not mpiexec.exists():
-        pytest.skip("no mpiexec next to the interpreter")
-    script = """
+    script = tmp_path / "script.py"
+    script.write_text("""
 import torch
 from guided_diffusion_vae import dist_util, logger
 def main():
@@ -288,10 +286,8 @@ def main():
     logger.logkv("step", 4)
     assert logger.dumpkvs() == {"loss": 1.5, "step": 4}
 dist_util.launch(main)
-"""
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "log,csv"}
-    process = subprocess.run([mpiexec, "-n", "2", sys.executable, "-c", script], env=environ, cwd=tmp_path,
-                             capture_output=True, text=True, timeout=240)
+""")
+    process = FORKS.run([script], ranks=2, environ={**os.environ, "OPENAI_LOG_FORMAT": "log,csv"}, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     folder, = (tmp_path / "runs").iterdir()
     assert sorted(os.listdir(folder)) == ["log-rank001.txt", "log.txt", "progress.csv"]

@@ -1,4 +1,7 @@
-"""Every script from end to end on tiny data: the main pipeline in processes, most errors within this process."""
+"""Every script from end to end on tiny data: the main pipeline in processes, most errors within this process.
+
+Its first run of each step is under mpiexec; other runs on several ranks are forks.
+"""
 
 import collections
 import csv
@@ -26,7 +29,8 @@ from guided_diffusion_vae.resample import LossSecondMomentResampler
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.factories import create_model
 from guided_diffusion_vae.train_util import TrainLoop
-from conftest import LAUNCHER_NAMES, ROOT, to_words
+from conftest import ROOT, to_words
+from forks import FORKS, LAUNCHER_NAMES
 
 BIN = Path(sys.executable).parent
 COUNT = 12
@@ -56,15 +60,19 @@ def environment():
     return {**environ, "OMP_NUM_THREADS": "1"}
 
 
-def launch(script, ranks=1, timeout=240, **flags):
+def launch(script, ranks=1, **flags):
     """Run a script in one process, or in several under mpiexec; return the completed process."""
-    return subprocess.run(command(script, ranks, flags), env=environment(), capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run(command(script, ranks, flags), env=environment(), capture_output=True, text=True, timeout=240)
 
 
-def run(script, ranks=1, **flags):
-    """Run a script like `launch`, assert that it succeeds, and return its standard output."""
-    process = launch(script, ranks, **flags)
+def fork(script, ranks=1, **flags):
+    """Run a script like `launch`, in forks."""
+    return FORKS.run([ROOT / "scripts" / f"{script}.py", *to_words(flags)], ranks)
+
+
+def run(script, ranks=1, start=fork, **flags):
+    """Run a script, assert that it succeeds, and return its standard output."""
+    process = start(script, ranks, **flags)
     assert process.returncode == 0, process.stdout + process.stderr
     assert not error_lines(process.stderr) and "Traceback" not in process.stderr, process.stderr
     return process.stdout
@@ -96,30 +104,10 @@ def listing(folder):
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
 
 
-# Run a script that sends a signal to itself when it has renamed this many files whose name contains a text.
-INTERRUPTED = """
-import os, runpy, signal, sys
-text, remaining, *sys.argv = sys.argv[1:]
-remaining, replace = int(remaining), os.replace
-
-def counting(source, target):
-    global remaining
-    replace(source, target)
-    remaining -= text in os.path.basename(target)
-    if not remaining:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace = counting
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def kill_after(text, count, script, ranks=1, **flags):
     """Run a script of which the first rank to rename `count` files named *text* kills itself."""
-    words = command(script, ranks, flags)
-    at = words.index(sys.executable) + 1
-    process = subprocess.run([*words[:at], "-c", INTERRUPTED, text, str(count), *words[at:]], env=environment(),
-                             capture_output=True, text=True, timeout=240)
+    interrupted = [ROOT / "tests" / "interrupted.py", text, count, ROOT / "scripts" / f"{script}.py", *to_words(flags)]
+    process = FORKS.run(interrupted, ranks)
     assert process.returncode != 0 and "Traceback" not in process.stderr, process.stderr
 
 
@@ -141,7 +129,7 @@ class Chain:
             raise AssertionError(f"{script} has failed before") from self._failed[name]
         if name not in self.printed:
             try:
-                self.printed[name] = run(script, ranks, **flags)
+                self.printed[name] = run(script, ranks, launch, **flags)
             except Exception as error:
                 self._failed[name] = error
                 raise
@@ -1227,7 +1215,7 @@ def test_unknown_flag_ends_all_ranks_before_the_rendezvous():
 def test_bad_images_end_both_ranks(chain, tmp_path, script, kind):
     flags = {"vae_path": chain.autoencoder, "data_dir": bad_data(kind, tmp_path / "data"), "config": chain.config}
     output = {"cache_dir": tmp_path / "cache", "shard_size": 2} if "encode" in script else {"logdir": tmp_path / "run"}
-    process = launch(script, ranks=2, **flags, **output)
+    process = fork(script, ranks=2, **flags, **output)
     assert process.returncode != 0 and "Traceback" not in process.stderr
     assert any(BAD_DATA[kind] in line for line in error_lines(process.stderr)), process.stderr
     assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("state*.json"))

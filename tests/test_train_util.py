@@ -38,6 +38,7 @@ from guided_diffusion_vae.vae import (
     AutoencoderLossConfig, DiscriminatorConfig, PatchDiscriminator, create_discriminator,
 )
 from guided_diffusion_vae.vae.objective import AutoencoderObjective, DiscriminatorTrainer
+from forks import FORKS
 from launches import Launches
 from rank_worker import END, GLOBAL_BATCH, KINDS, MICRO_STEPS, STOP, WITHOUT_DROPOUT, create_loop, schedule_of, train
 
@@ -62,16 +63,10 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(prepared):
-    """Run rank_worker.py twice under mpiexec: the second start resumes after a signal ended the first."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        pytest.skip("no mpiexec")
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """Run rank_worker.py twice: the second start resumes after a signal ended the first."""
     stopped = None
     for part in ("first", "again"):
-        command = [mpiexec, "-n", "2", sys.executable, str(ROOT / "tests/rank_worker.py"), str(prepared), part]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+        done = FORKS.run([ROOT / "tests/rank_worker.py", prepared, part], ranks=2, timeout=300)
         assert done.returncode == 0, done.stderr
         stopped = stopped or {kind: checkpoint_util.committed_steps(prepared / f"2/{kind}-resumed") for kind in KINDS}
     return stopped
