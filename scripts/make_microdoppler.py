@@ -2,9 +2,9 @@
 
     python scripts/make_microdoppler.py --out_dir runs/microdoppler --num_train 300 --num_val 60 --seed 0
 
-Writes 8-bit grayscale images <class>_<index>.png to train/ and val/, and all parameters to dataset.json. Rows are
-Doppler frequencies: the highest positive one is at the top, motion toward the sensor is below the middle. Columns are
-time. An existing dataset is not changed."""
+Writes 8-bit grayscale images <class>_<index>.png to train/ and val/, with speed, range and aspect of each in
+metadata.csv, and all parameters to dataset.json. Rows are Doppler frequencies: the highest positive one is at the top,
+motion toward the sensor is below the middle. Columns are time. An existing dataset is not changed."""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.data.microdoppler import write_dataset

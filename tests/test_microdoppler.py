@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data import microdoppler
+from guided_diffusion_vae.data import DataConfig, ImageFolder, microdoppler
 from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig
 from forks import FORKS
 
@@ -214,10 +214,10 @@ def test_parameters_and_seed_determine_every_byte(tmp_path):
         assert microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path / name), seed=seed)) == 6
     a, b, c = (contents(tmp_path / name) for name in "abc")
     assert a == b and set(a) == set(c)
-    assert sorted(map(str, a)) == ["dataset.json", "train/still_00000.png", "train/still_00001.png",
-                                   "train/tapin_00000.png", "train/tapin_00001.png",
-                                   "val/still_00000.png", "val/tapin_00000.png"]
-    assert len({*a.values(), *c.values()}) == 14
+    assert sorted(map(str, a)) == ["dataset.json", "train/metadata.csv", "train/still_00000.png",
+                                   "train/still_00001.png", "train/tapin_00000.png", "train/tapin_00001.png",
+                                   "val/metadata.csv", "val/still_00000.png", "val/tapin_00000.png"]
+    assert len({*a.values(), *c.values()}) == 18
     with Image.open(tmp_path / "a" / "train" / "tapin_00000.png") as image:
         assert image.mode == "L" and image.size == (32, 32)
         assert (np.asarray(image) == microdoppler.simulate("tapin", "train", 0, TINY)).all()
@@ -296,6 +296,23 @@ def test_metadata_contains_all_parameters_and_the_axes(tmp_path):
     assert not (tmp_path / "val").exists()
 
 
+def test_label_file_has_classes_and_physical_parameters(tmp_path):
+    config = with_(TINY, out_dir=str(tmp_path), num_train=3, num_val=0)
+    microdoppler.write_dataset(config)
+    images = ImageFolder(DataConfig(str(tmp_path / "train"), image_size=32))
+    assert images.class_names == ["still", "tapin"] and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert list(images.attributes) == ["speed_mps", "range_m", "aspect_deg"]
+    for row, name in enumerate(images.names):
+        parameters = microdoppler.physical_parameters(name.partition("_")[0], "train", row % 3, config)
+        for key, values in images.attributes.items():
+            assert values[row] == pytest.approx(parameters[key], rel=1e-5)
+    speeds, ranges = images.attributes["speed_mps"], images.attributes["range_m"]
+    assert speeds[:3].max() < 0.02 and 0.2 < speeds[3:].min() < speeds[3:].max() < config.speed_max_mps + 0.02
+    assert config.range_min_m <= ranges.min() < ranges.max() <= config.range_max_m
+    (tmp_path / "train" / "metadata.csv").unlink()      # as in version 0.3
+    assert microdoppler.write_dataset(config) == 0 and not (tmp_path / "train" / "metadata.csv").exists()
+
+
 def run_script(monkeypatch, *flags):
     script = Path(__file__).parents[1] / "scripts" / "make_microdoppler.py"
     monkeypatch.setattr("sys.argv", [str(script), *flags])
@@ -321,7 +338,7 @@ def test_one_of_several_ranks_writes_the_folder(tmp_path):
     done = FORKS.run([script, *flags], ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 images written") == 1 and "already exists" not in done.stdout
-    assert len(contents(tmp_path / "set")) == 5
+    assert len(contents(tmp_path / "set")) == 6
 
 
 # ---- parameters that do not go together ----

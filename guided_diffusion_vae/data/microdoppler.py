@@ -33,7 +33,7 @@ SIMULATION = 1              # increased when the same parameters and seed give o
 SPEED_OF_LIGHT = 299_792_458.0
 SPLITS = ("train", "val")
 WAVEFORMS = ("cw", "fmcw")
-METADATA_FILE = "dataset.json"
+METADATA_FILE, TABLE_FILE = "dataset.json", "metadata.csv"
 STAGING = ".microdoppler.part"
 
 SLOWER_STROKE = 0.65        # minimum speed of the slower stroke of a tap, as a fraction of the faster one
@@ -270,6 +270,11 @@ def draw_hand(motion, config, rng):
     The last scatterer is the static clutter. Amplitudes are in units of the standard deviation of the noise in a
     sample.
     """
+    return _draw_hand(motion, config, rng)[:2]
+
+
+def _draw_hand(motion, config, rng):
+    """Return what `draw_hand` does, the range of the hand at rest in m, and its aspect in radians."""
     path, lever, _ = MOTIONS[motion]
     window, _, samples = sampling(config)
     t = np.arange(samples) / config.prf_hz
@@ -293,7 +298,7 @@ def draw_hand(motion, config, rng):
     amplitudes *= np.sqrt(level / np.sum(amplitudes ** 2))
     clutter = math.sqrt(10 ** ((config.clutter_db + rng.uniform(-3, 3)) / 10) * bin_noise)
     clutter_range = rng.uniform(config.range_min_m, config.range_max_m)
-    return np.vstack([ranges, np.full(samples, clutter_range)]), np.append(amplitudes, clutter)
+    return np.vstack([ranges, np.full(samples, clutter_range)]), np.append(amplitudes, clutter), rest, aspect
 
 
 def receive(ranges, amplitudes, config, rng=None):
@@ -347,17 +352,34 @@ def spectrogram_db(received, config):
 
 def simulate(motion, split, index, config):
     """Return image `index` of a motion in "train" or "val", uint8 [rows x columns]."""
-    key = [config.seed, SPLITS.index(split), int.from_bytes(motion.encode(), "big"), index]
-    rng = np.random.Generator(np.random.PCG64(key))
+    rng = _generator(motion, split, index, config)
     decibels = spectrogram_db(receive(*draw_hand(motion, config, rng), config, rng), config)
     return np.rint(np.clip(decibels / config.dynamic_range_db, 0, 1) * 255).astype(np.uint8)
+
+
+def physical_parameters(motion, split, index, config):
+    """Return {name: number} of image `index` of a motion: what happened in front of the sensor.
+
+    `speed_mps` is the highest speed of a scatterer of the hand along the line of sight, which determines the extent in
+    Doppler frequency; `range_m` the range of the hand at rest, `aspect_deg` the angle of its motion to the line of
+    sight.
+    """
+    ranges, _, rest, aspect = _draw_hand(motion, config, _generator(motion, split, index, config))
+    speed = np.abs(np.diff(ranges)).max() * config.prf_hz
+    return {"speed_mps": float(speed), "range_m": float(rest), "aspect_deg": float(np.rad2deg(aspect))}
+
+
+def _generator(motion, split, index, config):
+    key = [config.seed, SPLITS.index(split), int.from_bytes(motion.encode(), "big"), index]
+    return np.random.Generator(np.random.PCG64(key))
 
 
 def write_dataset(config):
     """Write `config.out_dir`: train/ and val/ with <class>_<index>.png, and dataset.json; return the number of images.
 
-    A complete folder with this dataset is unchanged (0 is returned), an interrupted one is completed. Each of train/
-    and val/ is renamed to its name when complete.
+    Each of train/ and val/ also has a label file metadata.csv, with the class and `physical_parameters` of each image.
+    A complete folder with this dataset is unchanged (0 is returned; those of version 0.3 have no metadata.csv), an
+    interrupted one is completed. Each of train/ and val/ is renamed to its name when complete.
 
     :raises ValueError: if the folder contains anything else, or parameters conflict.
     :raises OSError: if the folder is not writable, or another process writes into it.
@@ -381,11 +403,17 @@ def _write_missing(folder, config):
     try:
         with tqdm(total=sum(map(len, missing.values())), desc="simulating", unit="image", disable=None) as progress:
             for split, images in missing.items():
+                rows = []
                 for name in images:
                     motion, index = name.removesuffix(".png").split("_")
                     with files.atomic_path(staging / split / name) as part:
                         Image.fromarray(simulate(motion, split, int(index), config)).save(part, format="PNG")
+                    parameters = physical_parameters(motion, split, int(index), config)
+                    rows.append({"file_name": name, "label": motion} | {k: f"{v:.6g}" for k, v in parameters.items()})
                     progress.update()
+                table = [",".join(row) for row in (rows[0].keys(), *(row.values() for row in rows))]
+                with files.atomic_path(staging / split / TABLE_FILE) as part:
+                    part.write_text("\n".join(table) + "\n")
                 os.replace(staging / split, folder / split)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -440,7 +468,7 @@ def _is_complete(folder, names):
     """
     if not folder.exists():
         return False
-    found = {path.name for path in folder.iterdir()}
+    found = {path.name for path in folder.iterdir()} - {TABLE_FILE}
     require((found == set(names), f"{folder} contains {len(found & set(names))} of its {len(names)} images and "
                                   f"{len(found - set(names))} other files; delete that folder to recreate it, or set "
                                   "--out_dir to another one"))
