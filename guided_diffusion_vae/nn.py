@@ -474,13 +474,16 @@ def cast_convolutions(module: nn.Module, dtype: torch.dtype) -> None:
 def drop_conditioning(conditioning: dict, dropped: torch.Tensor, null_label: int | None) -> dict:
     """Return the conditioning of a network, replaced by that of an unconditional prediction for some samples.
 
-    The class becomes `null_label`, a condition image 0. What describes the data itself, such as `low_res`, stays.
+    The class becomes `null_label`, attributes unknown (NaN), a condition image 0. What describes the data itself, such
+    as `low_res`, stays.
 
     :param dropped: which samples, bool [N].
     """
     null = {}
     if "y" in conditioning:
         null["y"] = conditioning["y"].masked_fill(dropped, null_label)
+    if "attributes" in conditioning:
+        null["attributes"] = conditioning["attributes"].masked_fill(dropped[:, None], math.nan)
     if "condition" in conditioning:
         image = conditioning["condition"]
         null["condition"] = image.masked_fill(dropped.view(-1, *(1,) * (image.dim() - 1)), 0.0)

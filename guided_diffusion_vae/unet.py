@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import integers, numbers, option, require, size
+from .config import integers, numbers, option, require, size, words
 from .nn import (
     SiLU, adaptive_avg_pool_nd, avg_pool_nd, cast_convolutions, checkpoint, conv_nd, linear, normalization, per_axis,
     recomputed_conv, resampling_factors, resize_linear, timestep_embedding, upsample_conv, upsample_nearest,
@@ -53,8 +53,10 @@ class ModelConfig:
     use_new_attention_order: bool = option(False, "split qkv before heads; must match the checkpoint")
     in_channels: int = option(0, "channels of x0; 0: those of the data (3 without data)", minimum=0)
     num_classes: int = option(0, "classes to condition on; 0: those of the data or the checkpoint", minimum=0)
-    class_dropout: float = option(0.0, "probability of dropping the class of a training sample, which --cfg_scale "
-                                       "requires; usually 0.1", minimum=0, below=1)
+    class_dropout: float = option(0.0, "probability of dropping the class and attributes of a training sample, which "
+                                       "--cfg_scale requires; usually 0.1", minimum=0, below=1)
+    condition_on: words = option("", "comma-separated attributes to condition on, numeric columns of the label file; "
+                                     "unknown values are allowed")
     dims: int = option(
         0, "spatial axes: 2 for images, 3 for volumes; 0: those of the data (2 without data)", choices=(0, 1, 2, 3))
     resample_depth: bool = option(False, "also halve the first spatial axis of volumes (guided-diffusion does not)")
@@ -447,6 +449,23 @@ class _Blocks:
         return nn.ModuleList(sections)
 
 
+class AttributeEmbedding(nn.Module):
+    """Embed A numbers per sample, each by a network of its own, an unknown one (NaN) by a learned vector.
+
+    The result is the sum over the attributes.  [N x A] -> [N x width].
+    """
+
+    def __init__(self, count, width):
+        super().__init__()
+        self.known = nn.ModuleList(nn.Sequential(linear(1, width), SiLU(), linear(width, width)) for _ in range(count))
+        self.unknown = nn.Parameter(torch.zeros(count, width))
+
+    def forward(self, values):
+        filled = values.nan_to_num(0.0).to(self.unknown.dtype)
+        columns = zip(self.known, self.unknown, filled.split(1, dim=1), values.isnan().split(1, dim=1))
+        return sum(torch.where(is_unknown, null, embed(value)) for embed, null, value, is_unknown in columns)
+
+
 class _TimeConditionedNetwork(nn.Module):
     """The common parts of UNet and classifier: the time embedding, and the dtype of the inner layers."""
 
@@ -507,6 +526,7 @@ class UNetModel(_TimeConditionedNetwork):
     :param conv_resample: resample by learned convolutions instead of pooling and nearest neighbors.
     :param dims: spatial axes, 1 to 3.
     :param num_classes: number of classes to condition on; None: unconditional.
+    :param num_attributes: number of continuous attributes to condition on.
     :param use_checkpoint: recompute blocks in the backward pass.
     :param recompute_norms: recompute only norms, activations and dropout.
     :param use_fp16: recorded for the caller, who has to call `convert_to_fp16`.
@@ -525,6 +545,7 @@ class UNetModel(_TimeConditionedNetwork):
         channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None, use_checkpoint=False, use_fp16=False,
         num_heads=1, num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
         use_new_attention_order=False, resample_depth=False, recompute_norms=False, condition_channels=0,
+        num_attributes=0,
     ):
         super().__init__()
         blocks = _Blocks(
@@ -535,13 +556,15 @@ class UNetModel(_TimeConditionedNetwork):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.image_size, self.use_fp16 = image_size, use_fp16
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
-        self.condition_channels = condition_channels
+        self.condition_channels, self.num_attributes = condition_channels, num_attributes
         factors = resampling_factors(dims, resample_depth)
         self.spatial_divisors = tuple(factor ** (len(widths) - 1) for factor in factors)
 
         self._init_time_embedding(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+        if num_attributes:
+            self.attribute_emb = AttributeEmbedding(num_attributes, 4 * model_channels)
         self.input_blocks, skips = blocks.contracting(
             in_channels + condition_channels, widths, num_res_blocks, attention_resolutions, num_heads
         )
@@ -550,13 +573,15 @@ class UNetModel(_TimeConditionedNetwork):
         last = zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(widths[0]), SiLU(), last)
 
-    def forward(self, x, timesteps, y=None, condition=None):
+    def forward(self, x, timesteps, y=None, condition=None, attributes=None):
         """Apply the network.  x [N x C x ...], timesteps [N], y [N] class indices -> [N x out_channels x ...].
 
         :param condition: [N x condition_channels x ...] on the grid of x.
-        :raises ValueError: if labels or a condition are missing or unexpected, or the levels do not divide the grid.
+        :param attributes: normalized values [N x A], NaN where they are unknown; None: all are.
+        :raises ValueError: if labels or a condition are missing or unexpected, attributes are unexpected, or the levels
+            do not divide the grid.
         """
-        return self._denoise(self._concatenate(x, condition), self._embed_conditioning(timesteps, y))
+        return self._denoise(self._concatenate(x, condition), self._embed_conditioning(timesteps, y, attributes))
 
     def _concatenate(self, x, condition):
         """Return the input with its condition, if the network has one.  [N x C x ...] -> [N x C + K x ...]"""
@@ -566,11 +591,19 @@ class UNetModel(_TimeConditionedNetwork):
                  "with --condition_dir requires it, no other one has a condition"))
         return x if condition is None else torch.cat([x, condition.to(x.dtype)], dim=1)
 
-    def _embed_conditioning(self, timesteps, y):
-        """Return the embedding of timesteps and classes for the residual blocks.  [N], [N] -> [N x E]."""
+    def _embed_conditioning(self, timesteps, y, attributes=None):
+        """Return the embedding of timesteps, classes and attributes.  [N], [N], [N x A] -> [N x E]."""
         self._require_labels(y, len(timesteps))
         emb = self.embed(timesteps)
-        return emb if y is None else emb + self.label_emb(y)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        expected = len(timesteps), self.num_attributes
+        if attributes is not None and attributes.shape != expected:
+            raise ValueError(f"attributes: expected {self.num_attributes} per sample (--condition_on), shape "
+                             f"{expected}, got {tuple(attributes.shape)}")
+        if not self.num_attributes:
+            return emb
+        return emb + self.attribute_emb(emb.new_full(expected, math.nan) if attributes is None else attributes)
 
     def _denoise(self, x, emb):
         self.require_grid(x.shape[2:])
@@ -626,7 +659,7 @@ class SuperResModel(UNetModel):
             last = zero_module(linear(width, width))    # at first this timestep has no effect
             self.low_res_embed = nn.Sequential(linear(self.model_channels, width), SiLU(), last)
 
-    def forward(self, x, timesteps, low_res=None, low_res_times=None, y=None):
+    def forward(self, x, timesteps, low_res=None, low_res_times=None, y=None, attributes=None):
         """x [N x C x ...], low_res [N x C x smaller ...], low_res_times [N] (None: 0); otherwise as in `UNetModel`.
 
         :raises ValueError: if `low_res` is missing, or `low_res_times` is passed without `noised_condition`.
@@ -634,7 +667,7 @@ class SuperResModel(UNetModel):
         if low_res is None:
             raise ValueError("an upsampler requires low-resolution images (low_res); set --base_samples")
         upsampled = resize_linear(low_res, x.shape[2:]).to(x.dtype)
-        emb = self._embed_conditioning(timesteps, y)
+        emb = self._embed_conditioning(timesteps, y, attributes)
         if self.noised_condition:
             low_res_times = torch.zeros_like(timesteps) if low_res_times is None else low_res_times
             waves = timestep_embedding(low_res_times, self.model_channels)

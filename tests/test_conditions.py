@@ -279,5 +279,6 @@ def test_condition_of_a_model_without_is_rejected(pairs, call):
 
 
 def test_class_dropout_requires_something_to_drop():
-    with pytest.raises(ValueError, match="--class_dropout 0.1 requires --class_cond True or --condition_dir"):
+    message = "--class_dropout 0.1 requires --class_cond True, --condition_on or --condition_dir"
+    with pytest.raises(ValueError, match=message):
         create_model_and_diffusion_vae((1, 8, 8), ModelConfig(class_dropout=0.1, channel_mult="1"), DiffusionConfig())

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 LAYERS = """
     config data.archives data.resizing data.statistics launchers locks runs.deprecated files interfaces losses nn
     state_dicts vae.tiling
-    checkpoint_util data.arrays data.augmentation data.config data.colormaps data.decoding data.labels data.listing
-    data.manifest
+    checkpoint_util data.arrays data.attributes data.augmentation data.config data.colormaps data.decoding data.labels
+    data.listing data.manifest
     data.conditions data.medical data.npz dist_util ema_profiles
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior

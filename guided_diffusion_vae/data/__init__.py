@@ -14,6 +14,7 @@ from ..config import require
 from ..files import READ_ERRORS
 from ..interfaces import ImageSource
 from ..nn import to_uint8 as to_uint8
+from .attributes import Attributes, attribute_ranges, sample_attributes
 from .batching import BatchPlan, BatchStream, ImageStream, LatentStream, Prefetcher, permute_indices
 from .colormaps import count_colors, fit_colormap, open_colormap, same_colormap
 from .conditions import ConditionConfig, Conditions, match_conditions, require_same_sizes

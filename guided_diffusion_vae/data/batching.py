@@ -245,8 +245,9 @@ class ImageStream(BatchStream):
 class LatentStream(BatchStream):
     """Stream of (normalized x0 [n x Z x ...] on `device`, conditioning dictionary) from a latent source.
 
-    The conditioning is {"y": int64 [n]} `with_labels`, and {"low_res": [n x Z x smaller ...]} with a second source
-    `low_res` that has the same items at a lower resolution, and {"condition": [n x K x ...]} with a `ConditionSource`.
+    The conditioning is {"y": int64 [n]} `with_labels`, {"low_res": [n x Z x smaller ...]} with a second source
+    `low_res` that has the same items at a lower resolution, {"condition": [n x K x ...]} with a `ConditionSource`, and
+    {"attributes": float32 [n x A]} with those of all items.
 
     Items, flips and posterior noise depend on (plan.seed, step, slot) alone. Reading and sampling run in the
     background, for a GPU into pinned memory; encoding and normalizing run on the thread of the caller.
@@ -255,7 +256,8 @@ class LatentStream(BatchStream):
     """
 
     def __init__(self, source: LatentSource, normalizer, plan: BatchPlan, device, with_labels: bool = False,
-                 low_res: LatentSource | None = None, start_step: int = 0, condition: ConditionSource | None = None):
+                 low_res: LatentSource | None = None, start_step: int = 0, condition: ConditionSource | None = None,
+                 attributes: np.ndarray | None = None):
         require_labels(source, with_labels)
         for latents in filter(None, (source, low_res)):
             require((plan.count == latents.count,
@@ -267,6 +269,7 @@ class LatentStream(BatchStream):
         super().__init__(start_step, bulk_steps if source.supports_bulk_reads and not condition else 1)
         self.source, self.normalizer, self.plan, self.device = source, normalizer, plan, device
         self.with_labels, self.low_res, self.condition = with_labels, low_res, condition
+        self.attributes = attributes
 
     def make_batch(self, step):
         steps = range(step, step + self.steps_per_read)
@@ -277,7 +280,8 @@ class LatentStream(BatchStream):
             eps = keyed_randn(self.source.latent_shape, keys)
         labels = self.source.labels_of(indices) if self.with_labels else None
         images = (source and self._read(source, indices, steps) for source in (self.low_res, self.condition))
-        prepared = self._read(self.source, indices, steps), eps, labels, *images
+        attributes = None if self.attributes is None else torch.from_numpy(self.attributes[indices])
+        prepared = self._read(self.source, indices, steps), eps, labels, attributes, *images
         return tuple(None if tensor is None else pin(tensor, self.device) for tensor in prepared)
 
     def _read(self, source, indices, steps):
@@ -286,8 +290,10 @@ class LatentStream(BatchStream):
         return source.read(indices, flips, rngs)
 
     def finish(self, prepared):
-        values, eps, labels, low_res, condition = prepared
+        values, eps, labels, attributes, low_res, condition = prepared
         conditioning = {} if labels is None else {"y": to_device(labels, self.device)}
+        if attributes is not None:
+            conditioning["attributes"] = to_device(attributes, self.device)
         if low_res is not None:
             conditioning["low_res"] = self.normalizer.normalize(self.low_res.latents(low_res, device=self.device))
         if condition is not None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -144,7 +144,8 @@ def _shorten(numbers):
     return ", ".join([*map(str, numbers[:3].tolist()), *(["..."] if len(numbers) > 3 else [])])
 
 
-def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=None, names=None, colormap="") -> None:
+def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=None, names=None, colormap="",
+              attributes=None) -> None:
     """Write a file in guided-diffusion's layout: arr_0 [N x H x W x C] uint8, arr_1 labels [N].
 
     Equal arrays give bitwise identical files.
@@ -153,6 +154,7 @@ def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=No
     :param parts: arrays that are concatenated in arr_0, one at a time in memory.
     :param names: class names, stored as `class_names` next to labels.
     :param colormap: name of the table of a colormap that the images are scalars of, stored as `colormap`.
+    :param attributes: {name: numbers [N]}, stored as `attributes` float32 [N x A] and `attribute_names`.
     """
     with atomic_path(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
@@ -165,6 +167,9 @@ def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=No
             arrays["class_names"] = np.array(names)
         if colormap:
             arrays["colormap"] = np.array(colormap)
+        if attributes:
+            arrays["attributes"] = np.stack(list(attributes.values()), axis=1).astype(np.float32)
+            arrays["attribute_names"] = np.array(list(attributes))
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
@@ -174,7 +179,7 @@ def write_npz(path, shape: Sequence[int], parts: Iterable[np.ndarray], labels=No
 class Samples:
     """An .npz of samples: images uint8 [N x H x W x C] on disk, labels int64 [N] or None, class names or None.
 
-    With the name of the table of a `colormap`, images are scalars of it.
+    With the name of the table of a `colormap`, images are scalars of it. `attributes` are {name: float32 [N]}.
     """
 
     folder: str     # path of the file, under the name of the same member of an image source
@@ -182,6 +187,7 @@ class Samples:
     labels: np.ndarray | None
     class_names: list | None
     colormap: str = ""
+    attributes: dict = field(default_factory=dict)
 
 
 def open_npz(path, content=None) -> Samples:
@@ -204,4 +210,15 @@ def open_npz(path, content=None) -> Samples:
         archive_classes(path, labels, len(images), names)
     elif labels is not None:
         _check_labels(path, "arr_1", labels, len(images))
-    return Samples(path, images, labels, None if names is None else names.tolist(), str(content.get("colormap", "")))
+    return Samples(path, images, labels, None if names is None else names.tolist(), str(content.get("colormap", "")),
+                   _open_attributes(path, content, len(images)))
+
+
+def _open_attributes(path, content, count):
+    values, names = (content.get(name) for name in ("attributes", "attribute_names"))
+    if values is None or names is None:     # an array of that name may be anything in a file of another program
+        return {}
+    matching = values.shape == (count, *names.shape) and len(set(names.tolist())) == values.shape[-1]
+    require((values.dtype.kind == "f" and matching, f"{path}: expected attributes as numbers {(count, *names.shape)} "
+             f"with distinct attribute_names, got {values.dtype} of shape {values.shape}"))
+    return dict(zip(names.tolist(), np.asarray(values, np.float32).T))

@@ -30,11 +30,15 @@ class LikelihoodConfig:
 
 
 class HeldOutData(NamedTuple):
-    """Data to measure a model on: a latent source, the `Space` of its x0, and labels int64 [N] or None."""
+    """Data to measure a model on: a latent source, the `Space` of its x0, and what the model is conditioned on.
+
+    These are labels int64 [N], and normalized attributes float32 [N x A]; None: the model has none.
+    """
 
     source: object
     space: object
     labels: np.ndarray | None
+    attributes: np.ndarray | None = None
 
 
 def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, folder) -> dict:
@@ -44,7 +48,7 @@ def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, fo
     vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz contain means over the items, arr_0 [T] from the last timestep
     to the first.
     """
-    source, space, labels = data
+    source, space, *_ = data
     name, unit = ("bits_per_dim", 1.0) if space.is_pixels else ("nats_per_latent_dim", math.log(2.0))
     chosen = evenly_spaced(len(source), config.num_samples)
     if len(chosen) < config.num_samples:
@@ -55,7 +59,8 @@ def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, fo
         torch.manual_seed(keyed_seed(config.seed, LIKELIHOOD, start))
         with torch.no_grad():
             x0 = space.normalizer.normalize(source.latents(source.read(items), device=dist_util.dev()))
-        conditioning = {} if labels is None else {"y": torch.from_numpy(labels[items]).to(x0.device)}
+        conditioning = {name: torch.from_numpy(values[items]).to(x0.device) for name, values in
+                        (("y", data.labels), ("attributes", data.attributes)) if values is not None}
         bound = diffusion.calc_bpd_loop(model, x0, config.clip_denoised, conditioning)
         totals += (bound["total_bpd"] * unit).tolist()
         for key, rows in terms.items():

@@ -202,6 +202,7 @@ def unet_to_diffusers(network: UNetModel, flags: dict):
         (widths[0] == network.model_channels,
          f"its first level has {widths[0]} channels and its timestep embedding {network.model_channels} "
          "(--channel_mult does not start with 1)"),
+        (not network.num_attributes, "it is conditioned on attributes (--condition_on)"),
         (len(heads) == 1, f"its attention heads have {sorted(heads)} channels instead of one size "
                           "(--num_head_channels)"),
     )

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 
 from .. import gaussian_diffusion as gd
-from ..config import as_dict, from_dict, integers, numbers, require
+from ..config import as_dict, from_dict, integers, numbers, require, words
 from ..gaussian_diffusion import DiffusionConfig
 from ..rectified_flow import RectifiedFlow
 from ..respace import SpacedDiffusion, space_by_log_snr, space_timesteps, space_trailing
@@ -97,7 +97,7 @@ def create_model(
     use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,
     in_channels=0, num_classes=0, dims=0, resample_depth=False, class_dropout=0.0, recompute_norms=False,
-    condition_channels=0,
+    condition_channels=0, condition_on="",
 ):
     """Return the UNet of a grid of `image_size`, the size of latents for latent diffusion.
 
@@ -120,7 +120,7 @@ def sr_create_model(
     large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
     resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False, in_channels=0, num_classes=0, dims=0,
-    resample_depth=False, class_dropout=0.0, noised_condition=False, recompute_norms=False,
+    resample_depth=False, class_dropout=0.0, noised_condition=False, recompute_norms=False, condition_on="",
 ):
     """Return an upsampler to `large_size`, to whose input channels the low-resolution image is concatenated.
 
@@ -134,7 +134,7 @@ def sr_create_model(
 
 
 def _create_unet(cls, size, default_multipliers, *, num_channels, channel_mult, learn_sigma, attention_resolutions,
-                 in_channels, dims, class_cond, num_classes, class_dropout, **options):
+                 in_channels, dims, class_cond, num_classes, class_dropout, condition_on, **options):
     """Return a network of class `cls` on a grid of `size`; `options` have the names that the class gives them."""
     in_channels = in_channels or 3
     return cls(
@@ -142,16 +142,17 @@ def _create_unet(cls, size, default_multipliers, *, num_channels, channel_mult, 
         out_channels=in_channels * (2 if learn_sigma else 1),
         attention_resolutions=_strides(size, attention_resolutions),
         channel_mult=_multipliers(size, channel_mult, default_multipliers), dims=dims or 2,
-        num_classes=_embedded_classes(class_cond, num_classes, class_dropout, options.get("condition_channels")),
-        **options,
+        num_classes=_embedded_classes(class_cond, num_classes, class_dropout,
+                                      condition_on or options.get("condition_channels")),
+        num_attributes=len(words.parse(condition_on, "condition_on")), **options,
     )
 
 
-def _embedded_classes(class_cond, num_classes, class_dropout, condition_channels=0):
+def _embedded_classes(class_cond, num_classes, class_dropout, is_conditioned=False):
     """Return the number of class embeddings of a network, None for an unconditional one."""
     require(
-        (not class_dropout or class_cond or condition_channels, f"--class_dropout {class_dropout} requires "
-         "--class_cond True or --condition_dir"),
+        (not class_dropout or class_cond or is_conditioned, f"--class_dropout {class_dropout} requires "
+         "--class_cond True, --condition_on or --condition_dir"),
         (0 <= class_dropout < 1, f"--class_dropout must be in [0, 1), got {class_dropout}"),
     )
     return (num_classes or NUM_CLASSES) + (class_dropout > 0) if class_cond else None

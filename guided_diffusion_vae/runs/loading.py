@@ -13,8 +13,8 @@ import numpy as np
 from .. import checkpoint_util, dist_util
 from ..config import as_dict, format_shape, from_dict, integers, require, size, to_tuple
 from ..data import (
-    ConditionConfig, DataConfig, map_labels, open_colormap, open_folder, open_npz, parse_size, require_data_dir,
-    require_labels, same_colormap,
+    Attributes, ConditionConfig, DataConfig, map_labels, open_colormap, open_folder, open_npz, parse_size,
+    require_data_dir, require_labels, same_colormap,
 )
 from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, SampleFile, classifier_features,
@@ -70,6 +70,8 @@ def load_diffusion_model(weights, explicit=None, kind="diffusion", flag="--model
     header = weights.header
     checkpoint_util.require_kind(header, kind, weights.path, flag)
     flags = _flags_from_header(weights, explicit or {}, ("model", "diffusion", "super_res"))
+    require((not flags.get("condition_on") or header.get("attributes"), f"{weights.path} has no statistics of the "
+             "attributes of --condition_on; omit the flag, or use a checkpoint of this project"))
     with file_errors(weights.path, *_NOT_BUILT):
         model, diffusion_config = from_dict(ModelConfig, flags), from_dict(DiffusionConfig, flags)
         super_res = from_dict(SuperResConfig, flags) if kind == "super_res" else None
@@ -154,6 +156,7 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     projection = _projection(config.project_colormap, header, image_shape)
     if projection:
         fields["projection"] = fields["settings"]["project_colormap"] = projection
+    _request_attributes(config, header, fields)
     model = _guided_network(run, config, network, diffusion, weights, fields)
     if guidance:
         _classifier_guidance(run, guidance, weights, fields)
@@ -165,6 +168,19 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     if EditingConfig in run:
         kind, diffusion, solver = _image_edit(run, header, image_shape, diffusion, solver, fields)
     return kind.from_header(model, diffusion, space, header, solver=solver, seed=config.seed, **fields)
+
+
+def _request_attributes(config, header, fields):
+    """Add the fields of a Sampler with the ranges of `--attributes`, and log those that were not trained."""
+    attributes = Attributes.from_dict(header.get("attributes"))
+    require((attributes or not config.attributes, f"--attributes {config.attributes}: the model was trained without "
+             "--condition_on; omit the flag"))
+    if attributes:
+        ranges = attributes.parse_ranges(config.attributes)
+        for line in attributes.warnings(ranges, header["model"].get("class_dropout", 0) > 0):
+            log_rank0(f"warning: {line}; such samples are extrapolated")
+        fields["attribute_ranges"] = ranges
+        fields["settings"]["attributes"] = config.attributes
 
 
 def _compiled(config, network):
@@ -247,11 +263,20 @@ def _guided_network(run, config, network, diffusion, weights, fields):
     if guide:
         settings["guide_model"] = guide_sha256
         compiled = _compiled(config, guide) if config.compile else guide
+        if network.num_attributes and not guide.num_attributes:
+            compiled = _without_attributes(compiled)
         return Autoguidance(network, compiled, scale, timesteps, config.cfg_rescale, bool(guide.num_classes))
     if scale == 0 and not interval:
-        fields.update(num_classes=0, class_names=None)  # labels would claim classes that the samples do not have
+        # Labels and attributes would claim what the samples do not have.
+        require((not config.attributes, f"--attributes {config.attributes} has no effect with --cfg_scale 0; omit it"))
+        fields.update(num_classes=0, class_names=None, attributes=None)
         return Unconditional(network, trained["num_classes"] if trained["class_cond"] else None)
     return ClassifierFreeGuidance(network, trained["num_classes"], scale, timesteps, config.cfg_rescale)
+
+
+def _without_attributes(network):
+    """Return a network that ignores attributes: the guide may have been trained without."""
+    return lambda x, timesteps, attributes=None, **conditioning: network(x, timesteps, **conditioning)
 
 
 def _open_guide(config, explicit, weights):
@@ -276,6 +301,8 @@ def _open_guide(config, explicit, weights):
     require(
         (conditions[0] == conditions[1], f"{opened.path} ({flag}): expected the conditions (--condition_dir) of the "
          f"model, {conditions[0]}, got {conditions[1]}"),
+        (described.get("attributes") in (None, header.get("attributes")), f"{opened.path} ({flag}): expected the "
+         "attributes of the model, or none, trained on the same data; use another guide"),
         (low_res[0] == low_res[1], f"{opened.path} ({flag}): expected an upsampler of low-resolution images of size "
          f"{low_res[0]}, got {low_res[1]}"),
         (not guide.num_classes or classes[0] == classes[1], f"{opened.path} ({flag}): expected the classes of the "
@@ -579,4 +606,5 @@ def load_model_and_data(run):
     if network.num_classes:
         require_labels(source, True)
         labels = map_labels(source, header["classes"])
-    return network, diffusion, HeldOutData(source, space, labels)
+    attributes = Attributes.from_dict(header.get("attributes"))
+    return network, diffusion, HeldOutData(source, space, labels, attributes and attributes.of_items(source))

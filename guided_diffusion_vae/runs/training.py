@@ -7,9 +7,10 @@ import torch
 
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
-from ..config import as_dict, format_shape, resolve
+from ..config import as_dict, format_shape, resolve, words
 from ..data import (
-    BatchPlan, ConditionConfig, DataConfig, ImageStream, LatentStream, evenly_spaced, missing_classes, open_folder,
+    Attributes, BatchPlan, ConditionConfig, DataConfig, ImageStream, LatentStream, evenly_spaced, missing_classes,
+    open_folder,
 )
 from ..evaluation import PREVIEW_IMAGES, ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..interfaces import Codec
@@ -54,6 +55,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
     log_source(source)
     diffusion_config, train = run[DiffusionConfig], run[TrainConfig]
     model_config = infer_model_config(run[ModelConfig], source)
+    attributes = _open_attributes(run, model_config, source)
     _check_compile(train, model_config)
     condition = open_conditions(run, source, space)
     channels = condition.shape[0] if condition else 0
@@ -72,7 +74,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
     if run.dry_run:
         return log_rank0(memory.training().summary())
 
-    header = diffusion_header(source, space, model_config, diffusion_config, super_res)
+    header = diffusion_header(source, space, model_config, diffusion_config, super_res, attributes)
     if condition:
         header["condition"] = condition_header(condition, run[ConditionConfig])
     device = dist_util.dev()
@@ -91,18 +93,27 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
                     preview_sampler(model, space.codec, header, condition), run.folder, device, memory.forward_size
                 )
         data = LatentStream(source, space.normalizer, plan, device, model_config.class_cond, low_res,
-                            condition=condition)
+                            condition=condition, attributes=attributes and attributes.of_items(source))
         task = TrainTask(objective, header, preview, checkpoint=run.checkpoint)
         loop = TrainLoop.from_config(model, data, train, task, use_fp16=model_config.use_fp16)
         run.save_config(header)     # after TrainLoop has accepted the checkpoint in the folder
         loop.run_loop()
 
 
-def diffusion_header(source, space, model_config, diffusion_config, super_res=None):
+def _open_attributes(run, model_config, source):
+    """Return the `Attributes` of --condition_on, None without; a resumed run keeps those of its start."""
+    names = words.parse(model_config.condition_on, "condition_on")
+    recorded = Attributes.from_dict(run.previous_header.get("attributes"))
+    return recorded if recorded and recorded.names == names else Attributes.of_source(source, names)
+
+
+def diffusion_header(source, space, model_config, diffusion_config, super_res=None, attributes=None):
     """Return the header of the checkpoints of a diffusion model or upsampler."""
     header = {"kind": "super_res" if super_res else "diffusion", "model": as_dict(model_config),
               "diffusion": as_dict(diffusion_config),
               "classes": source.class_names if model_config.class_cond else None, **space_header(source, space)}
+    if attributes:
+        header["attributes"] = as_dict(attributes)
     return {**header, "super_res": as_dict(super_res)} if super_res else header
 
 

@@ -52,7 +52,9 @@ def generate_samples(sampler, classes: list[int] | None, config, folder, device)
     if dist_util.rank() == 0:
         labels = sampler.labels(range(config.num_samples), classes)
         parts = (np.load(_shard_path(shards, b), mmap_mode="r", allow_pickle=False) for b in batches)
-        write_npz(path, shape, parts, labels, sampler.class_names, sampler.colormap)
+        attributes = sampler.attributes and dict(zip(sampler.attributes.names,
+                                                     sampler.attribute_values(range(config.num_samples)).T))
+        write_npz(path, shape, parts, labels, sampler.class_names, sampler.colormap, attributes)
         _remove_surplus_files(config.num_samples, folder)
         if sampler.condition is not None:
             names = sampler.condition.names

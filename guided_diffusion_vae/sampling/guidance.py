@@ -73,7 +73,8 @@ class _Guidance(PerTimestep):
 class ClassifierFreeGuidance(_Guidance):
     """A model guided by its unconditional prediction (Ho and Salimans 2022, arXiv:2207.12598, Eq. 6, scale = w + 1).
 
-    Both predictions come from one batch of twice the size.
+    Both predictions come from one batch of twice the size. The unconditional one has the null class, and unknown
+    attributes.
 
     :param null_label: the null class, which replaces dropped labels in training.
     """

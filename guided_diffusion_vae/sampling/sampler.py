@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..config import CommaSeparated, option, require, resolve, words
+from ..data.attributes import Attributes, attribute_ranges, sample_attributes
 from ..interfaces import ConditionSource
 from ..nn import keyed_randn, keyed_rng, to_device, without_tf32
 from .solvers import SAMPLERS, applicable_samplers
@@ -49,6 +50,9 @@ class SamplingConfig:
                                   "pays off after 3,700 to 6,700 samples of a small model")
     classes: words = option(
         "", "comma-separated names or indices of the classes to sample cyclically; empty: all", essential=True)
+    attributes: attribute_ranges = option(
+        "", "comma-separated NAME=VALUE, NAME=LOW..HIGH (uniformly distributed) or NAME=unknown, of a model trained "
+            "with --condition_on; omitted ones are distributed over the range of training")
     seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
     project_colormap: str = option(
         "", "move RGB samples to the nearest colors of a colormap, so that they can be read as scalars: True: the one "
@@ -203,6 +207,8 @@ class Sampler:
     :param cond_fn: gradient of classifier guidance, toward one of `guided_classes`; the model may be unconditional.
     :param low_res: `LowResConditioning` of an upsampler.
     :param condition: `ConditionSource` of a model that was trained with --condition_dir, used cyclically.
+    :param attributes: the `Attributes` that the model is conditioned on, None if there are none; `attribute_ranges` are
+        (low, high) of each, within which samples have them; empty: as in training.
     :param spacing: voxel spacing of volumes in mm; `orientation`: directions in which their axes increase.
     :param colormap: name of the table that samples of one channel are scalars of; empty: none.
     :param projection: name of the table on whose colors RGB samples are moved; empty: none.
@@ -223,6 +229,8 @@ class Sampler:
     cond_fn: callable = None
     guided_classes: int = 0
     low_res: LowResConditioning | None = None
+    attributes: Attributes | None = None
+    attribute_ranges: tuple = ()
     settings: dict = field(default_factory=dict)
     spacing: tuple = (1.0, 1.0, 1.0)
     orientation: str = "RAS"
@@ -249,7 +257,8 @@ class Sampler:
             fields["orientation"] = data.get("orientation") or cls.orientation  # none in version 0.2
         fields.setdefault("colormap", data.get("colormap", ""))
         return cls(model, diffusion, tuple(header["latent_shape"]), space.codec, space.normalizer, image_shape,
-                   **{"num_classes": header["model"]["num_classes"], "class_names": header["classes"], **fields})
+                   **{"num_classes": header["model"]["num_classes"], "class_names": header["classes"],
+                      "attributes": Attributes.from_dict(header.get("attributes")), **fields})
 
     def parse_classes(self, text):
         """Return the class indices that `--classes` requests; None without classes, or if `low_res` has the labels."""
@@ -270,6 +279,12 @@ class Sampler:
         if self.low_res is not None and self.low_res.labels is not None:
             classes = self.low_res.labels
         return None if classes is None else np.array([classes[i % len(classes)] for i in indices], np.int64)
+
+    def attribute_values(self, indices):
+        """Return the attributes of the samples `indices`, float32 [N x A] with NaN if unknown; None without any."""
+        if self.attributes is None:
+            return None
+        return sample_attributes(self.attribute_ranges or self.attributes.parse_ranges(""), self.seed, indices)
 
     def draw_noise(self, indices, device) -> KeyedNoise:
         """Return the noise of the samples `indices`; drawing it begins in the background."""
@@ -299,6 +314,9 @@ class Sampler:
         conditioning = {} if self.low_res is None else self.low_res.condition(indices, device)
         if self.condition is not None:
             conditioning["condition"] = self.condition.of_samples(indices, device)
+        values = self.attribute_values(indices)
+        if values is not None:
+            conditioning["attributes"] = to_device(torch.from_numpy(self.attributes.normalize(values)), device)
         cond_fn = self.cond_fn
         if labels is not None:
             y = to_device(torch.from_numpy(labels), device)
@@ -320,6 +338,8 @@ class Sampler:
     def summary(self):
         """Return one line for the log."""
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
+        if self.attributes:
+            classes += f", attributes {', '.join(self.attributes.names)}"
         latents, images = ("x".join(map(str, shape)) for shape in (self.shape, self.image_shape))
         steps = f"{self.diffusion.num_timesteps} steps of {self.solver}"
         conditions = "" if self.condition is None else f", {len(self.condition)} conditions"
