@@ -319,9 +319,20 @@ def test_invalid_boxes_are_rejected(text):
 # --- The script ---
 
 
+def write_model(folder, size):
+    """Write model.pt into a folder: a tiny, untrained model of the data in its subfolder images."""
+    source, space = spaces.open_pixels(open_folder(DataConfig(data_dir=str(folder / "images"), image_size=size)))
+    model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", class_cond=True)
+    model = training.infer_model_config(model, source)
+    process = DiffusionConfig(diffusion_steps=6, noise_schedule="cosine", predict_v=True)
+    network, _ = create_model_and_diffusion_vae(source.latent_shape, model, process)
+    header = training.diffusion_header(source, space, model, process)
+    checkpoint_util.save_weights(folder / "model.pt", network.state_dict(), {**header, "step": 1})
+
+
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory):
-    """Return a folder with images of two classes, masks, and a tiny model of them."""
+    """Return a folder with images of two classes, masks, and a model of them."""
     folder = tmp_path_factory.mktemp("edited")
     for name in ("images", "masks"):
         (folder / name).mkdir()
@@ -329,14 +340,25 @@ def edited(tmp_path_factory):
         pixels = (127 * images_like(1, 1, 8, 8)[0, 0].roll(i, 0).numpy() + 60 * i).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"images/{label}_{i}.png")
         Image.fromarray(np.tri(8, k=i - 3, dtype=np.uint8) * 255).save(folder / f"masks/{label}_{i}.png")
-    source, space = spaces.open_pixels(open_folder(DataConfig(data_dir=str(folder / "images"), image_size=8)))
-    model = ModelConfig(num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="", class_cond=True)
-    model = training.infer_model_config(model, source)
-    process = DiffusionConfig(diffusion_steps=6, noise_schedule="cosine", predict_v=True)
-    network, _ = create_model_and_diffusion_vae((1, 8, 8), model, process)
-    header = training.diffusion_header(source, space, model, process)
-    checkpoint_util.save_weights(folder / "model.pt", network.state_dict(), {**header, "step": 1})
+    write_model(folder, 8)
     return folder
+
+
+@pytest.mark.usefixtures("one_process")
+def test_volumes_are_filled_where_the_mask_of_their_name_is(call, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    volumes, masks = rng.integers(0, 256, (2, 4, 6, 8), np.uint8), rng.integers(0, 2, (2, 4, 6, 8), np.uint8)
+    for i, label in enumerate("ab"):
+        np.save(tmp_path / f"images/{label}_{i}.npy", volumes[i])
+        np.save(tmp_path / f"masks/{label}_{i}.npy", masks[i])
+    write_model(tmp_path, "4x6x8")
+    status, _, err = call("image_edit", mode="inpaint", model_path=tmp_path / "model.pt", data_dir=tmp_path / "images",
+                          mask_dir=tmp_path / "masks", resampling=1, logdir=tmp_path / "run")
+    assert status == 0, err
+    results = open_npz(tmp_path / "run/samples_2x4x6x8x1.npz").images[..., 0]
+    assert (results == volumes)[masks == 0].all() and (results == volumes)[masks == 1].mean() < 0.1
 
 
 @pytest.mark.usefixtures("one_process")
