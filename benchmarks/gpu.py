@@ -529,6 +529,7 @@ def train_step(setup):
         "bfloat16": functools.partial(c.own, **half),
         "bfloat16, channels last": functools.partial(c.own, memory_format=torch.channels_last, **half),
         "bfloat16, recompute_norms": functools.partial(c.own, recompute_norms=True, **half),
+        "bfloat16, fuse_norms": functools.partial(c.own, fuse_norms=True, **half),
         "diffusers, bfloat16": functools.partial(c.diffusers, HALF),
         "float32, TF32": c.own, "float32": c.own, "diffusers, float32": c.diffusers,
     })

@@ -48,7 +48,7 @@ class AutoencoderConfig:
     space_to_channel: bool = option(False, "add shortcuts around every change of size that move elements between space "
                                            "and channels (DC-AE), which preserve detail at large factors")
     recompute_norms: bool = option(
-        False, "recompute norms and activations in the backward pass: less memory, little time")
+        False, "recompute norms and activations in the backward pass: less memory, up to a tenth more time")
     downsample_kernel_size: int = option(0, "kernel size of strided convolutions; 0: large enough to see every input; "
                                             "3: for checkpoints with a fixed 3", minimum=0)
     image_range: tuple = option((-1.0, 1.0), "minimum and maximum intensity inside the network (0,1 for MONAI's)")

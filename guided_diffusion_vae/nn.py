@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from . import deprecated_names
@@ -302,14 +303,23 @@ class SiLU(nn.SiLU):
 NORMS_ADD_IN_FLOAT32 = {("cpu", torch.bfloat16)}
 
 
-class GroupNorm32(nn.GroupNorm):
-    """Normalize in float32 for any dtype of input and weights; the result has the input's dtype."""
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm for `norm_act`, which computes both in one kernel if `is_fused`."""
+
+    is_fused = False
 
     def forward(self, x):
         return self.over(self.num_groups, x, self.weight, self.bias)
 
     def over(self, groups, x, weight, bias):
         """Normalize a subset of the groups, with their part of weight and bias [C]."""
+        return F.group_norm(x, groups, weight, bias, self.eps)
+
+
+class GroupNorm32(GroupNorm):
+    """Normalize in float32 for any dtype of input and weights; the result has the input's dtype."""
+
+    def over(self, groups, x, weight, bias):
         wide = x if (x.device.type, x.dtype) in NORMS_ADD_IN_FLOAT32 else x.float()
         return F.group_norm(wide, groups, weight.float(), bias.float(), self.eps).to(x.dtype)
 
@@ -325,6 +335,100 @@ def normalization(channels: int) -> GroupNorm32:
             f"--classifier_width, times every --channel_mult) that are multiples of {NORM_GROUPS}"
         )
     return GroupNorm32(NORM_GROUPS, channels)
+
+
+def norm_act(norm: GroupNorm, x, scale=None, shift=None, subset=None) -> torch.Tensor:
+    """Return silu(norm(x) * (1 + scale) + shift) in the dtype of x.  [N x C x ...] -> same.
+
+    :param scale, shift: [N x C x 1 ...], or both None: without them (adaptive group norm, ADM, Sec. 3, Eq. 3).
+    :param subset: (groups, weight, bias) if x contains only some of the norm's groups.
+    """
+    if norm.is_fused:
+        groups, weight, bias = subset or (norm.num_groups, norm.weight, norm.bias)
+        return _FusedNormAct.apply(x, weight, bias, scale, shift, groups, norm.eps)
+    # Autocast on CUDA returns norms in float32: the activation would write twice as much as the convolution reads.
+    h = (norm.over(subset[0], x, *subset[1:]) if subset else norm(x)).to(x.dtype)
+    return F.silu(h if scale is None else h * (1 + scale) + shift)
+
+
+def fuse_norms(network: nn.Module) -> None:
+    """Let `norm_act` compute all norms inside a network in one compiled kernel per pass, in float32 up to its result.
+
+    Of eager kernels, the norm alone reads and writes a tensor in float32 several times under autocast on CUDA.
+    """
+    for module in network.modules():
+        if isinstance(module, GroupNorm):
+            module.is_fused = True
+
+
+def use_channels_last(network: nn.Module) -> None:
+    """Store the weights of convolutions with their channels last, in which layout they then also return features.
+
+    :raises ValueError: for signals, which have no such layout.
+    """
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    axes = max(p.dim() for p in network.parameters())
+    if axes not in layouts:
+        raise ValueError("--channels_last True requires images or volumes, got signals; omit the flag")
+    network.to(memory_format=layouts[axes])
+
+
+class _FusedNormAct(torch.autograd.Function):
+    """Forward and backward pass of `norm_act` in a compiled function each; only x and the statistics are saved."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, groups, eps):
+        y, mean, rstd = _compiled(_norm_act)(x, weight, bias, scale, shift, groups, eps)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *_compiled(_norm_act_gradients)(grad, *ctx.saved_tensors, ctx.groups), None, None
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)    # for all sizes of a network
+
+
+def _norm_act(x, weight, bias, scale, shift, groups, eps):
+    """Return (result, mean and reciprocal standard deviation of every group [N x G x 1 ...])."""
+    grouped = x.float().unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped, tuple(range(2, grouped.dim())), correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    _, _, h = _modulated((grouped - mean) * rstd, weight, bias, scale, shift)
+    return F.silu(h).to(x.dtype), mean, rstd
+
+
+def _modulated(whitened, weight, bias, scale, shift):
+    """Return (weight [C x 1 ...], norm, norm with scale and shift) of whitened groups [N x G x C / G x ...]."""
+    weight, bias = (v.float().view(-1, *(1,) * (whitened.dim() - 3)) for v in (weight, bias))
+    normed = whitened.flatten(1, 2) * weight + bias
+    return weight, normed, normed if scale is None else normed * (1 + scale.float()) + shift.float()
+
+
+def _norm_act_gradients(grad, x, weight, bias, scale, shift, mean, rstd, groups):
+    """Return the gradients of x, weight, bias, scale and shift."""
+    space = tuple(range(2, x.dim()))
+    whitened = (x.float().unflatten(1, (groups, -1)) - mean) * rstd
+    wide, normed, h = _modulated(whitened, weight, bias, scale, shift)
+    gate = torch.sigmoid(h)
+    of_h = grad.float() * gate * (1 + h * (1 - gate))
+    of_normed, of_scale, of_shift = of_h, None, None
+    if scale is not None:
+        of_normed = of_h * (1 + scale.float())
+        of_scale = (of_h * normed).sum(space, keepdim=True).to(scale.dtype)
+        of_shift = of_h.sum(space, keepdim=True).to(shift.dtype)
+    of_weight = (of_normed * whitened.flatten(1, 2)).sum((0, *space)).to(weight.dtype)
+    of_bias = of_normed.sum((0, *space)).to(bias.dtype)
+    of_whitened = (of_normed * wide).unflatten(1, (groups, -1))
+    mean_of_group = lambda values: values.mean(tuple(range(2, values.dim())), keepdim=True)
+    # The gradient through mean and standard deviation, as in batch norm (arXiv:1502.03167, Sec. 3).
+    of_x = rstd * (of_whitened - mean_of_group(of_whitened) - whitened * mean_of_group(of_whitened * whitened))
+    return of_x.flatten(1, 2).to(x.dtype), of_weight, of_bias, of_scale, of_shift
 
 
 # --- Memory ---

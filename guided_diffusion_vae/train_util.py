@@ -25,7 +25,7 @@ from .ema_profiles import profile_decay, relative_stds, snapshot_name
 from .fp16_util import MixedPrecisionTrainer
 from .interfaces import BatchSource, Objective
 from .logger import progress_bar
-from .nn import keyed_seed, to_device, update_ema
+from .nn import fuse_norms, keyed_seed, to_device, update_ema, use_channels_last
 from .objectives import DROPOUT, WEIGHTS, DiffusionObjective, StepRNGs
 from .resample import SCHEDULE_SAMPLERS
 
@@ -90,6 +90,10 @@ class TrainConfig:
         "bfloat16", "data type of --mixed_precision; float16 uses a loss scale", choices=tuple(AMP_DTYPES))
     compile: bool = option(False, "compile the network, with CUDA graphs on a GPU; the first step then takes minutes, "
                                   "which pays off after thousands of steps; excludes --recompute_norms")
+    fuse_norms: bool = option(
+        False, "compute each norm of a residual block with its scale, shift and activation in one compiled kernel, on "
+               "GPUs only; excludes --compile")
+    channels_last: bool = option(False, "keep channels last in memory, for half precision on GPUs; excludes --fsdp")
     init_from: str = option(
         "", "run or weights file to initialize a new run from, where names and shapes agree; other weights are listed")
     fast_dev_run: bool = option(False, "smoke test: train, validate, save and exit within a few steps, in the "
@@ -256,13 +260,16 @@ def _apply_deprecated(config, task, arguments):
 
 def _check_conflicts(config, use_fp16, discriminator, early_stop):
     not_sharded = {"a single rank": dist_util.world_size() == 1, "--use_fp16 True": use_fp16,
-                   "--compile True": config.compile, "--optimizer adamw8bit": config.optimizer == "adamw8bit"}
+                   "--compile True": config.compile, "--optimizer adamw8bit": config.optimizer == "adamw8bit",
+                   "--channels_last True": config.channels_last}
     require(
         (not (config.mixed_precision and use_fp16),
          "--mixed_precision and --use_fp16 are mutually exclusive; set only one"),
         (not (config.compile and discriminator),
          "--compile and --discriminator_weight are mutually exclusive: adversarial gradients pass through the network "
          "a second time, which a compiled one does not support; set only one"),
+        (not (config.compile and config.fuse_norms),
+         "--compile and --fuse_norms are mutually exclusive: the compiler fuses norms itself; set only one"),
         (not (config.preview_interval < 0 and early_stop),
          "--preview_interval -1 and --stop_at_psnr or --stop_at_l1 are mutually exclusive: the bounds are compared "
          "with what previews measure; set only one"),
@@ -326,7 +333,13 @@ class TrainLoop:
         checkpoint = task.checkpoint or find_checkpoint(self.folder, resume_checkpoint)
         if checkpoint[0] is None and config.init_from:
             init_from_weights(model, config.init_from)
-        self.compile, self.fsdp = config.compile, config.fsdp
+        self.compile, self.fsdp, self.channels_last = config.compile, config.fsdp, config.channels_last
+        if self.channels_last:
+            use_channels_last(model)
+        if config.fuse_norms and self.device.type == "cuda":
+            fuse_norms(model)
+        elif config.fuse_norms:
+            logger.log("--fuse_norms True is for GPUs: norms stay separate kernels")
         dist_util.sync_params(model.parameters())
         if self.fsdp:
             dist_util.shard_model(model, self.autocast_dtype)
@@ -650,9 +663,9 @@ class TrainLoop:
             checkpoint_util.prune_checkpoints(self.folder, self.keep_checkpoints, kept)
 
     def _gathered(self, tensors):
-        """Return tensors unchanged or, if they are sharded, full ones in main memory on rank 0 and None elsewhere."""
+        """Return contiguous tensors, or if they are sharded, full ones in main memory on rank 0 and None elsewhere."""
         if not self.fsdp:
-            return list(tensors)
+            return [t.contiguous() if isinstance(t, torch.Tensor) else t for t in tensors]
         full = (dist_util.full_tensor(t) for t in tensors)
         return [t.cpu() if self.rank == 0 else None for t in full]
 
@@ -684,6 +697,10 @@ class TrainLoop:
             self.mp_trainer.load_optimizer(self.opt, checkpoint_util.load(path, device, RESUME_FLAG))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}; check {RESUME_FLAG}") from error
+        if self.channels_last:      # files are contiguous, optimizers require the layout of the weights
+            for p, entries in self.opt.state.items():
+                entries.update({name: torch.empty_like(p).copy_(value) for name, value in entries.items()
+                                if value.shape == p.shape})
         self.mp_trainer.lg_loss_scale = marker.get("lg_loss_scale", self.mp_trainer.lg_loss_scale)
         self.objective.load_state_dict(marker.get("objective", {}))
         self.best, self.measured = marker.get("best"), marker.get("measured", {})

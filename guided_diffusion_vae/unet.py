@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from .config import integers, numbers, option, require, size, words
 from .nn import (
-    SiLU, adaptive_avg_pool_nd, avg_pool_nd, cast_convolutions, checkpoint, conv_nd, linear, normalization, per_axis,
-    recomputed_conv, resampling_factors, resize_linear, timestep_embedding, upsample_conv, upsample_nearest,
+    SiLU, adaptive_avg_pool_nd, avg_pool_nd, cast_convolutions, checkpoint, conv_nd, linear, norm_act, normalization,
+    per_axis, recomputed_conv, resampling_factors, resize_linear, timestep_embedding, upsample_conv, upsample_nearest,
     zero_module,
 )
 
@@ -45,7 +45,7 @@ class ModelConfig:
     class_cond: bool = option(False, "condition on class labels", essential="lr")
     use_checkpoint: bool = option(False, "recompute whole blocks in the backward pass: less memory, a third more time")
     recompute_norms: bool = option(
-        False, "recompute norms and activations in the backward pass: less memory, little time")
+        False, "recompute norms and activations in the backward pass: less memory, up to a tenth more time")
     use_scale_shift_norm: bool = option(True, "scale and shift norms by the timestep embedding instead of adding it")
     resblock_updown: bool = option(
         False, "resample inside residual blocks instead of by strided convolutions between them")
@@ -347,23 +347,22 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._residual, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _residual(self, x, emb):
-        norm, activation, convolve = self.in_layers
-        prepare = lambda groups, x, *weights: self.resample(activation(norm.over(groups, x, *weights)))
+        norm, _, convolve = self.in_layers
+        prepare = lambda groups, x, *weights: self.resample(norm_act(norm, x, subset=(groups, *weights)))
         # Resampling layers check their number of channels, so they cannot be recomputed a few groups at a time.
         h = self._convolve(prepare, norm, convolve, (x,), at_once=not isinstance(self.resample, nn.Identity))
 
         modulation = (self.emb_layers[-1] if self.emb_is_activated else self.emb_layers)(emb).to(h.dtype)
         modulation = modulation.view(*modulation.shape, *(1,) * (h.dim() - 2))      # [N x C x 1 ...]
-        norm, activation, dropout, convolve = self.out_layers
-        finish = lambda h: dropout(activation(h))
+        norm, _, dropout, convolve = self.out_layers
         random = dropout.p > 0 and self.training
         if self.use_scale_shift_norm:
-            modulated = lambda groups, h, scale, shift, *weights: finish(
-                norm.over(groups, h, *weights) * (1 + scale) + shift
+            modulated = lambda groups, h, scale, shift, *weights: dropout(
+                norm_act(norm, h, scale, shift, (groups, *weights))
             )
             h = self._convolve(modulated, norm, convolve, (h, *modulation.chunk(2, dim=1)), random=random)
         else:
-            biased = lambda groups, h, shift, *weights: finish(norm.over(groups, h + shift, *weights))
+            biased = lambda groups, h, shift, *weights: dropout(norm_act(norm, h + shift, subset=(groups, *weights)))
             h = self._convolve(biased, norm, convolve, (h, modulation), random=random)
         return self.skip_connection(self.resample(x)) + h
 

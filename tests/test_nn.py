@@ -4,8 +4,71 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from guided_diffusion_vae import nn
+from guided_diffusion_vae.autoencoder import AutoencoderKL
+from guided_diffusion_vae.unet import UNetModel
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Run the functions of fused norms as they are: building their kernels takes a minute."""
+    monkeypatch.setattr(nn, "_compiled", lambda function: function)
+
+
+def test_fused_norms_equal_separate_kernels(uncompiled):
+    cases = [((2, 8, 5, 7), True, torch.bfloat16), ((3, 8, 3, 4, 5), False, torch.float32),
+             ((2, 8, 6), False, torch.bfloat16), ((2, 8, 5, 7), True, torch.float32)]
+    torch.manual_seed(0)
+    for shape, modulated, dtype in cases:
+        norm = nn.GroupNorm32(4, 8)
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+        random = lambda *shape, dtype=dtype: torch.randn(shape).to(dtype).requires_grad_()
+        x, grad = random(*shape), random(*shape)
+        modulation = [random(shape[0], 8, *(1,) * (len(shape) - 2)) for _ in range(2 * modulated)]
+        results = []
+        for norm.is_fused in (False, True):
+            y = nn.norm_act(norm, x, *modulation)
+            results.append([y, *torch.autograd.grad(y, [x, norm.weight, norm.bias, *modulation], grad)])
+        for expected, actual in zip(*results):
+            assert actual.dtype == expected.dtype and actual.shape == expected.shape
+            error = (actual.float() - expected.float()).norm() / expected.float().norm()
+            assert error < (1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_fused_norms_on_a_gpu_read_nothing_on_the_host_and_return_the_dtype_of_their_input():
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 5, 7, device="cuda", dtype=torch.bfloat16)
+        modulation = [torch.empty(2, 8, 1, 1, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        weight, bias = torch.empty(8, device="cuda"), torch.empty(8, device="cuda")
+        y, mean, rstd = nn._norm_act(x, weight, bias, *modulation, 4, 1e-5)
+        gradients = nn._norm_act_gradients(y, x, weight, bias, *modulation, mean, rstd, 4)
+    assert y.dtype == x.dtype and mean.dtype == rstd.dtype == torch.float32 and mean.shape == (2, 4, 1, 1, 1)
+    for gradient, tensor in zip(gradients, (x, weight, bias, *modulation)):
+        assert (gradient.shape, gradient.dtype, gradient.device) == (tensor.shape, tensor.dtype, tensor.device)
+
+
+def test_fused_norms_of_a_network_equal_separate_kernels(uncompiled):
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        unet = UNetModel(4, 4, 32, 4, 1, (), channel_mult=(1, 2), use_scale_shift_norm=True, resblock_updown=True,
+                         recompute_norms=recompute)
+        autoencoder = AutoencoderKL(2, 1, 1, 1, (8, 16), False, 4, 4, recompute_norms=recompute)
+        for network, inputs in ((unet, (torch.randn(2, 4, 4, 4), torch.arange(2))),
+                                (autoencoder, (torch.randn(2, 1, 4, 4), torch.randn(2, 4, 2, 2)))):
+            [torch.nn.init.normal_(p, std=0.1) for p in network.parameters()]
+            gradients = []
+            for fused in (False, True):
+                if fused:
+                    nn.fuse_norms(network)
+                y = network(*inputs)
+                loss = (y if isinstance(y, torch.Tensor) else y[0]).square().mean()
+                # Some gradients are rounding errors: that of a bias before a norm over single channels.
+                of_weights = torch.autograd.grad(loss, list(network.parameters()))
+                gradients.append(torch.cat([gradient.flatten() for gradient in of_weights]))
+            assert sum(getattr(module, "is_fused", False) for module in network.modules()) > 4
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * gradients[0].abs().max().item())
 
 
 def test_keyed_randn_depends_only_on_the_key():

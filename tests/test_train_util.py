@@ -499,6 +499,48 @@ def test_training_draws_its_noise_beside_the_steps(tmp_path, drawing_threads):
     assert set(drawing_threads[2:]) == {"prefetch"} and 3 <= len(drawing_threads[2:]) <= 6
 
 
+def train_unet(folder, **config):
+    """Train a UNet of one level, on the same two batches in turn; return the TrainLoop."""
+    logger.configure(str(folder), [])
+    torch.manual_seed(0)
+    model = UNetModel(4, 1, 32, 1, 1, (), channel_mult=(1,))
+    batches = [torch.randn(2, 1, 4, 4) for _ in range(2)]
+    loop = TrainLoop(model=model, diffusion=Interpolation(), data=iter(()), batch_size=2, lr=1e-3, ema_rate="0.5",
+                     config=TrainConfig(preview_interval=-1, **config))
+    while loop.step < loop.max_steps:
+        loop.run_step(batches[loop.step % 2], {})
+    loop.save()
+    loop.rngs.close()
+    return loop
+
+
+def test_channels_last_resumes_bit_exactly_and_saves_contiguous_weights(tmp_path):
+    plain = train_unet(tmp_path / "plain", max_steps=4)
+    full = train_unet(tmp_path / "full", max_steps=4, channels_last=True)
+    for steps in (2, 4):
+        resumed = train_unet(tmp_path / "resumed", max_steps=steps, channels_last=True)
+    weight = resumed.model.input_blocks[1][0].in_layers[2].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert resumed.opt.state[weight]["exp_avg"].stride() == weight.stride()
+    files = files_of(tmp_path / "full", 4, 0.5)
+    assert same_bits(files, files_of(tmp_path / "resumed", 4, 0.5))
+    assert all(tensor.is_contiguous() for tensor in flat(files).values() if isinstance(tensor, torch.Tensor))
+    for expected, actual in zip(plain.model.parameters(), full.model.parameters()):
+        torch.testing.assert_close(actual.contiguous(), expected, rtol=0, atol=1e-3)
+
+
+def test_layout_and_fusion_flags_are_rejected_or_logged_if_they_cannot_apply(tmp_path, capsys):
+    with pytest.raises(ValueError, match="--compile and --fuse_norms are mutually exclusive"):
+        train_unet(tmp_path, max_steps=1, compile=True, fuse_norms=True)
+    with pytest.raises(ValueError, match="--channels_last True requires images or volumes"):
+        nn.use_channels_last(UNetModel(4, 1, 32, 1, 1, (), channel_mult=(1,), dims=1))
+    logger.configure(str(tmp_path), ["stdout"])
+    loop = TrainLoop(model=UNetModel(4, 1, 32, 1, 1, (), channel_mult=(1,)), diffusion=Interpolation(), data=iter(()),
+                     batch_size=2, lr=1e-3, ema_rate="", config=TrainConfig(fuse_norms=True))
+    assert "--fuse_norms True is for GPUs" in capsys.readouterr().out
+    assert not any(getattr(module, "is_fused", False) for module in loop.model.modules())
+
+
 @pytest.fixture
 def pinning_threads(monkeypatch):
     """Let tensors be pinned without a GPU; return a list to which the thread of each is added."""

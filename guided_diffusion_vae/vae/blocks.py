@@ -6,7 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..nn import adaptive_channel_mean, conv_nd, recomputed_conv, upsample_conv, conv_transpose_nd, per_axis
+from ..nn import (
+    GroupNorm, adaptive_channel_mean, conv_nd, conv_transpose_nd, norm_act, per_axis, recomputed_conv, upsample_conv,
+)
 
 
 class Conv(nn.Module):
@@ -165,9 +167,9 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels, out_channels, dims, groups, eps, recompute_norms=False):
         super().__init__()
         self.recompute_norms = recompute_norms
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv(dims, in_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv(dims, out_channels, out_channels)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else Conv(dims, in_channels, out_channels, kernel=1)
@@ -178,8 +180,8 @@ class ResBlock(nn.Module):
 
     def _norm_and_convolve(self, norm, conv, x):
         if not self.recompute_norms:
-            return conv(F.silu(norm(x)))
-        cheap = lambda groups, x, weight, bias: F.silu(F.group_norm(x, groups, weight, bias, norm.eps))
+            return conv(norm_act(norm, x))
+        cheap = lambda groups, x, *weights: norm_act(norm, x, subset=(groups, *weights))
         return recomputed_conv(cheap, conv.conv, (x,), (norm.weight, norm.bias), norm.num_groups)
 
 
