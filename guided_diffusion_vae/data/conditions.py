@@ -25,7 +25,7 @@ class ConditionConfig:
 
     condition_dir: str = option(
         "", "images, volumes or label maps to condition on, one for each image, of the same name; in sampling those of "
-            "the samples, used cyclically", essential=True)
+            "the samples, used cyclically", essential="lr")
     condition_labels: integers = option(
         "", "values of the label maps in --condition_dir, comma-separated, such as 0,1,2 or 0,255; empty: images")
     condition_value_range: interval = option(
