@@ -14,10 +14,12 @@ from guided_diffusion_vae.data import (
     Attributes, BatchPlan, DataConfig, ImageFolder, LatentStream, attribute_ranges, open_npz, sample_attributes,
     write_npz,
 )
+from guided_diffusion_vae.evaluation import HeldOutData
 from guided_diffusion_vae.latent_datasets import EncodedImages
+from guided_diffusion_vae.runs import loading, training
 from guided_diffusion_vae.runs.factories import create_gaussian_diffusion
 from guided_diffusion_vae.runs.run import CONFIG_FILE
-from guided_diffusion_vae.sampling import ClassifierFreeGuidance, Unconditional
+from guided_diffusion_vae.sampling import ClassifierFreeGuidance, Sampler, Unconditional
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, PixelCodec
 
 NAN = math.nan
@@ -235,7 +237,20 @@ NETWORK = {"image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_bl
            "attention_resolutions": "1000", "diffusion_steps": 25, "batch_size": 4, "preview_interval": -1}
 
 
-def test_scripts_train_and_sample_with_attributes(run, folder, tmp_path):
+def test_sampler_normalizes_the_values_that_it_records(trained):
+    sampler = Sampler(None, create_gaussian_diffusion(steps=25), (1, 2, 2), PixelCodec(1), None, (1, 2, 2),
+                      attributes=trained, attribute_ranges=((3.0, 3.0), (NAN, NAN)))
+    conditioning, _ = sampler.conditioning(range(2), None, "cpu")
+    assert np.array_equal(sampler.attribute_values(range(2)), [[3, NAN]] * 2, equal_nan=True)
+    assert conditioning["attributes"][:, 0].tolist() == pytest.approx([math.sqrt(1.5)] * 2)
+    assert conditioning["attributes"][:, 1].isnan().all() and conditioning["attributes"].dtype == torch.float32
+
+
+def test_scripts_train_and_sample_with_attributes(run, folder, tmp_path, monkeypatch):
+    streams, held_out = [], []
+    monkeypatch.setattr(training, "LatentStream", lambda *args, attributes, **options: streams.append(attributes)
+                        or LatentStream(*args, attributes=attributes, **options))
+    monkeypatch.setattr(loading, "HeldOutData", lambda *parts: held_out.append(parts[3]) or HeldOutData(*parts))
     train = {**NETWORK, "data_dir": folder, "condition_on": "level,other", "logdir": tmp_path / "run",
              "class_cond": True, "class_dropout": 0.2, "max_steps": 2}
     run("image_train", **train)
@@ -263,6 +278,9 @@ def test_scripts_train_and_sample_with_attributes(run, folder, tmp_path):
     report = run("image_nll", model_path=tmp_path / "run", data_dir=folder, num_samples=4, batch_size=4,
                  timestep_respacing="3", logdir=tmp_path / "nll")
     assert "bits_per_dim" in report
+    assert np.nanmean(streams[0], 0) == pytest.approx([0, 0], abs=1e-6) and np.nanstd(streams[0], 0) == pytest.approx(
+        [1, 1])
+    assert np.array_equal(streams[1], held_out[0], equal_nan=True)  # of the changed file, and the same statistics
     rejected = run("export", 1, model_path=tmp_path / "run", format="diffusers", out=tmp_path / "exported")
     assert "it is conditioned on attributes (--condition_on); set --format safetensors" in rejected
     for flags, message in ({"attributes": "mass=1"}, "not conditioned on mass: expected level, other"), (
