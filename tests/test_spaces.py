@@ -357,7 +357,8 @@ def test_validation_images_are_encoded_in_the_space_without_flips(encode, cache,
 
 def test_validation_cache_may_contain_pixels_if_the_run_does(cache, images, tmp_path):
     pixels, space = spaces.open_pixels(ImageFolder(images))
-    stored = write_cache(pixels.dataset, space.codec, LatentCacheConfig(str(tmp_path / "pixels"), latent_dtype="float32"))
+    config = LatentCacheConfig(str(tmp_path / "pixels"), latent_dtype="float32")
+    stored = write_cache(pixels.dataset, space.codec, config)
     for source in (pixels, stored):
         assert torch.equal(open_validation(stored.folder, source, space).batch([2])[0], pixels.batch([2])[0])
     for path, source, own in (cache.folder, pixels, space), (stored.folder, cache, Space(None, space.normalizer)):
