@@ -12,6 +12,7 @@ from PIL import Image
 from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.config import validate
 from guided_diffusion_vae.data import DataConfig, open_folder, open_npz
+from guided_diffusion_vae.data.attributes import Attributes
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.interfaces import ImageSource
 from guided_diffusion_vae.runs import spaces, training
@@ -128,7 +129,7 @@ def test_slerp_passes_from_end_to_end_at_constant_norm():
 def test_seam_is_the_step_across_the_edge():
     image, region = np.zeros((1, 4, 4)), np.zeros((4, 4), bool)
     region[:2], image[0, :2], image[0, 0] = True, 0.5, 9.0
-    assert seam(image, region) == 0.5 and np.isnan(seam(image, region | True))
+    assert seam(image, region) == 0.5 and seam(image, region | True) is None
 
 
 @pytest.mark.parametrize("name", ["v", "flow"])
@@ -292,6 +293,19 @@ def test_results_have_the_class_of_their_image_unless_another_is_requested():
     assert sampler.labels(range(4), sampler.parse_classes("2,1")).tolist() == [2, 1, 2, 2]
     with pytest.raises(ValueError, match="--classes is not set: expected classes of the results, as the images have"):
         dataclasses.replace(sampler, source_labels=None).parse_classes("")
+
+
+def test_images_are_inverted_with_their_attributes_and_sampled_with_the_requested_ones():
+    seen, network = [], exact(PROCESSES["v"])
+    attributes = Attributes(("speed",), (1.0,), (2.0,), (0.0,), (5.0,), (0.0,))
+    sampler = editor(Inversion, images_like(2, 1, 4, 4), solver="ddim", attributes=attributes,
+                     source_attributes=np.array([[3.0], [5.0]], np.float32))
+    sampler = dataclasses.replace(sampler, model=lambda x, t, attributes: seen.append(attributes.tolist())
+                                  or network(x, t))
+    sampler.sample_x0([0, 1], None, CPU)
+    assert seen[0] == seen[-1] == [[1.0], [2.0]]
+    dataclasses.replace(sampler, attribute_ranges=((-1.0, -1.0),)).sample_x0([0, 1], None, CPU)
+    assert seen[80] == [[1.0], [2.0]] and seen[-1] == [[-1.0], [-1.0]]
 
 
 @pytest.mark.parametrize("flags, data_dir, match", [

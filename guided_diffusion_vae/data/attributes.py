@@ -62,7 +62,14 @@ class Attributes:
 
     def of_items(self, source):
         """Return the normalized values of all items of a source, float32 [N x A], NaN where they are unknown."""
-        return self.normalize(_columns(source, self.names))
+        return self.normalize(self.raw_values(source))
+
+    def raw_values(self, source):
+        """Return the values of all items of a source, [N x A], NaN where they are unknown.
+
+        :raises ValueError: if it does not have the attributes.
+        """
+        return _columns(source, self.names)
 
     def normalize(self, values):
         """Return values with mean 0 and standard deviation 1 over the training data, float32 [N x A]."""

@@ -420,6 +420,7 @@ def _image_edit(run, header, image_shape, diffusion, solver, fields):
         require((not (inverts and num_classes) or source.labels is not None,
                  f"{source.folder} has no classes, but --mode {config.mode} finds the noise of an image with its own "
                  "class; expected images with the classes of the model"))
+        _edited_attributes(config, header, source, inverts, fields)
     own = {"inpaint": {"times": config.resampling, "section": config.resampling_steps},
            "variation": {"strength": config.strength}, "invert": {"refinements": config.refinements},
            "interpolate": {"refinements": config.refinements, "frames": config.num_frames, "seeds": seeds}}[config.mode]
@@ -441,6 +442,18 @@ def _image_edit(run, header, image_shape, diffusion, solver, fields):
          f"{pairs * config.num_frames}, --num_frames {config.num_frames} for each of {pairs} pairs of images"),
     )
     return EDITS[config.mode], diffusion, solver
+
+
+def _edited_attributes(config, header, source, required, fields):
+    """Add the fields of an `ImageEdit` whose results have the attributes of their images, unless others are requested.
+
+    :param required: the images must have them, as an inversion depends on them.
+    """
+    attributes = fields.get("attributes", Attributes.from_dict(header.get("attributes")))   # None with --cfg_scale 0
+    if attributes and (required or set(attributes.names) <= set(source.attributes)):
+        fields["source_attributes"] = attributes.raw_values(source)
+        if not config.attributes:
+            fields["attribute_ranges"] = ()
 
 
 def _edited_images(run, preprocessing, shape):

@@ -139,10 +139,13 @@ class ImageEdit(Sampler):
 
     :param source: an `ImageSource`, read as in the training of the model; `source_labels`: the classes of its images in
         the numbering of the model, int64 [N], or None. Results have these classes unless others are requested.
+    :param source_attributes: the attributes of its images, float32 [N x A], or None. Results have these unless
+        `attribute_ranges` are set.
     """
 
     source: ImageSource | None = None
     source_labels: np.ndarray | None = None
+    source_attributes: np.ndarray | None = None
 
     @property
     def count(self):
@@ -164,6 +167,11 @@ class ImageEdit(Sampler):
         if classes is None:
             return None if self.source_labels is None else self.source_labels[self.items(indices)]
         return super().labels(self.items(indices), classes)
+
+    def attribute_values(self, indices):
+        if self.source_attributes is None or self.attribute_ranges:
+            return super().attribute_values(indices)
+        return self.source_attributes[self.items(indices)]
 
     def images(self, items):
         """Return images of the source.  [n x *image_shape] in [0, 1]"""
@@ -245,7 +253,7 @@ class Inpainting(ImageEdit):
             seams.append([seam(result, region), seam(image, region)])
             errors.append(np.abs(result - image)[:, ~region].max(initial=0))
             filled.append(region.mean())
-        own, images = np.nanmean(seams, axis=0).tolist()
+        own, images = np.mean([each for each in seams if each[0] is not None] or [(0.0, 0.0)], axis=0).tolist()
         return {**super().report(samples), "seam": own, "seam_of_images": images,
                 "max_error_of_known_pixels": float(np.max(errors)), "filled_fraction": float(np.mean(filled))}
 
@@ -277,7 +285,7 @@ class Variation(ImageEdit):
 class Inversion(ImageEdit):
     """Find the noise of images, and sample it again: what is lost of an image is the error of its inversion.
 
-    An image is inverted with its own class, without guidance, and sampled with the class that is requested.
+    An image is inverted with its own class and attributes, without guidance, and sampled with those that are requested.
 
     :param refinements: see `invert`.
     """
@@ -295,11 +303,15 @@ class Inversion(ImageEdit):
     def noise_of(self, items, x_0, progress):
         """Return x_T of x0 [n x *shape] of images of the source."""
         labels = None if self.source_labels is None else self.source_labels[items]
+        conditioning, _ = self.conditioning(items, labels, x_0.device)
+        if self.source_attributes is not None:
+            own = self.attributes.normalize(self.source_attributes[items])
+            conditioning["attributes"] = to_device(torch.from_numpy(own), x_0.device)
         model = self.model
         if isinstance(model, (Autoguidance, ClassifierFreeGuidance)):
             model = model.model
         return invert(self.diffusion, model, x_0, self.refinements, x_0.device, progress,
-                      clip_denoised=self.clip_denoised, model_kwargs=self.conditioning(items, labels, x_0.device)[0])
+                      clip_denoised=self.clip_denoised, model_kwargs=conditioning)
 
 
 @dataclass(frozen=True)
@@ -362,17 +374,17 @@ class Interpolation(Inversion):
         return self._sheet({f"{p}": row for p, row in enumerate(frames)})
 
 
-def seam(image, region) -> float:
+def seam(image, region) -> float | None:
     """Return the mean absolute difference of neighboring pixels on both sides of the edge of a region.
 
-    [C x ...], bool [...]; NaN if the region has no edge.
+    [C x ...], bool [...]; None if the region has no edge.
     """
     steps = []
     for axis in range(region.ndim):
         edge = np.diff(region, axis=axis)
         steps.append(np.abs(np.diff(image, axis=axis + 1))[:, edge].ravel())
     steps = np.concatenate(steps)
-    return float(steps.mean()) if len(steps) else math.nan
+    return float(steps.mean()) if len(steps) else None
 
 
 EDITS = {"inpaint": Inpainting, "variation": Variation, "interpolate": Interpolation, "invert": Inversion}
