@@ -37,6 +37,7 @@ from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEConfig, create
 
 # Of configs/microdoppler_small.yaml, and the steps of dpmpp_sde that suffice for it.
 AUTOENCODER, STEPS = AutoencoderConfig(in_channels=3, num_channels=(32, 64, 128), num_res_blocks=(3, 1, 1)), 15
+ANCESTRAL_STEPS = 250   # of the baseline
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,
                   classifier_num_classes=6)
 
@@ -149,7 +150,8 @@ def report_written_runs(repetitions, batch_size, bench, device):
 def whole_runs(sides, x, device):
     """Return {name: sampling function}: 250 ancestral steps of the first side, 15 of dpmpp_sde of this project's."""
     def ancestral(network, spaced, _):
-        return spaced("250").p_sample_loop(network, tuple(x.shape), noise=x.clone(), clip_denoised=False, device=device)
+        diffusion = spaced(str(ANCESTRAL_STEPS))
+        return diffusion.p_sample_loop(network, tuple(x.shape), noise=x.clone(), clip_denoised=False, device=device)
 
     @torch.no_grad()
     def multistep(network, spaced, _):
@@ -158,7 +160,7 @@ def whole_runs(sides, x, device):
 
     first = next(iter(sides))
     own = {name: side for name, side in sides.items() if name != "guided-diffusion"}
-    return {f"{first}, 250 steps": functools.partial(ancestral, *sides[first]),
+    return {f"{first}, {ANCESTRAL_STEPS} steps": functools.partial(ancestral, *sides[first]),
             **{f"{name}, 15 of dpmpp_sde": functools.partial(multistep, *side) for name, side in own.items()}}
 
 

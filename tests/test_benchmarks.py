@@ -41,6 +41,7 @@ def test_benchmark_prints_a_table_and_writes_json(benchmark, monkeypatch, tmp_pa
         tiny = (4, 8, 8), {"num_channels": 32, "channel_mult": "1,2", "attention_resolutions": "4"}
         for size in ("16m122", "radar64"):
             monkeypatch.setitem(sizes, size, tiny)
+        monkeypatch.setattr(benchmark("sample"), "ANCESTRAL_STEPS", 4)
     monkeypatch.setattr(sys, "argv", [name, *argv, "--repetitions", "1", "--out", str(tmp_path)])
     benchmark(name).main()
     assert "| variant |" in capsys.readouterr().out
@@ -68,6 +69,8 @@ def test_gpu_benchmark_runs_all_sections_on_a_cpu(gpu, monkeypatch, tmp_path, ca
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # requires a C++ compiler, and minutes
     monkeypatch.setattr(gc, "collect", lambda: 0)
     monkeypatch.delitem(gpu.TRAININGS, "UNet")      # the same with other flags follows
+    for solver in gpu.SAMPLERS.keys() - {"ddpm", "euler", "dpmpp_sde"}:     # one of each process, and one of diffusers
+        monkeypatch.delitem(gpu.SAMPLERS, solver)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")   # restored afterwards
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "True", "--repetitions", "1",
                                       "--minutes", "60", "--out", str(tmp_path)])

@@ -26,7 +26,7 @@ ONE_ARITHMETIC = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default", "ONE
 # Imports torch once, says what it computes with, and runs a script for every line, each in a process of its own.
 STARTER = """
 import json, os, platform, runpy, sys
-import torch
+import torch._dynamo    # which the first step of an optimizer imports
 print(json.dumps([torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine()]), flush=True)
 for line in sys.stdin:
     sys.argv, folder, output = json.loads(line)
