@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from guided_diffusion_vae import image_datasets, logger
 from guided_diffusion_vae.data import (
     BatchPlan, DataConfig, ImageFolder, ImageStream, Prefetcher, open_folder, open_npz, parse_size, permute_indices,
-    map_labels, npz, open_archive, read_array, resizing, unpad,
+    image_folders, map_labels, npz, open_archive, read_array, resizing, unpad,
 )
 from guided_diffusion_vae.data.decoding import exif_orientation, read_header, read_values
 
@@ -328,8 +328,13 @@ def test_ranges_of_16_bit_files_far_below_their_type_are_logged(tmp_path, monkey
 def test_ranges_are_those_of_evenly_spaced_files_with_few_pixels(tmp_path, monkeypatch):
     for i in range(9):
         save(tmp_path, f"{i}.png", np.full((8, 8), i, np.uint16))
-    folder = folder_of(tmp_path)
-    assert folder._spaced(range(9), 5) == [0, 2, 4, 6, 8] and folder._spaced([3, 4], 5) == [3, 4]
+    folder, read = folder_of(tmp_path), []
+    monkeypatch.setattr(folder, "_values", lambda i, values=folder._values: read.append(int(i)) or values(i))
+    for count, expected in (5, [0, 2, 4, 6, 8]), (20, [*range(9)]):
+        monkeypatch.setattr(image_folders, "CENSUS_FILES", count)
+        read.clear()
+        folder.warnings()
+        assert read == expected
     assert [int(values.max()) for values in folder._census([0, 2, 4], 100)] == [0, 2]
 
 
