@@ -18,6 +18,7 @@ from guided_diffusion_vae.interfaces import ImageSource
 from guided_diffusion_vae.runs import spaces, training
 from guided_diffusion_vae.runs.factories import create_diffusion, create_model_and_diffusion_vae
 from guided_diffusion_vae.sampling import SAMPLERS, SamplingConfig, generate_samples
+from guided_diffusion_vae.sampling import generate as generate_module
 from guided_diffusion_vae.sampling.editing import (
     EditingConfig, ImageEdit, Inpainting, Interpolation, Inversion, Variation, inpaint, invert, levels, require_mode,
     resampling_timesteps, seam, slerp,
@@ -410,3 +411,17 @@ def test_script_names_what_does_not_fit(edited, call, tmp_path, flags, match):
     status, _, err = call("image_edit", model_path=edited / "model.pt", data_dir=edited / "images",
                           logdir=tmp_path / "run", **flags)
     assert status != 0 and match in err and not list(tmp_path.glob("run/*.npz"))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_interrupted_edits_are_resumed_by_the_same_command_only(edited, call, tmp_path, monkeypatch):
+    flags = {"mode": "variation", "model_path": edited / "model.pt", "data_dir": edited / "images", "batch_size": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "write_npz", lambda *args: 1 / 0)
+        assert call("image_edit", **flags, strength=0.5, logdir=tmp_path / "run")[0] != 0
+    assert len(list((tmp_path / "run/shards").glob("*.npy"))) == 2
+    for changed, name in (({"strength": 1}, "steps, strength"), ({"classes": "b", "strength": 0.5}, "classes")):
+        status, _, err = call("image_edit", **flags, **changed, logdir=tmp_path / "run")
+        assert status != 0 and f"unfinished run with another {name}; use the same" in err
+    status, out, err = call("image_edit", **flags, strength=0.5, logdir=tmp_path / "run")
+    assert status == 0 and "skipping 2 of 2 batches" in out, err
