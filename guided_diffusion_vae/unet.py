@@ -53,8 +53,8 @@ class ModelConfig:
     use_new_attention_order: bool = option(False, "split qkv before heads; must match the checkpoint")
     in_channels: int = option(0, "channels of x0; 0: those of the data (3 without data)", minimum=0)
     num_classes: int = option(0, "classes to condition on; 0: those of the data or the checkpoint", minimum=0)
-    class_dropout: float = option(0.0, "probability of dropping the class and attributes of a training sample, which "
-                                       "--cfg_scale requires; usually 0.1", minimum=0, below=1)
+    class_dropout: float = option(0.0, "probability of dropping class, attributes and --condition_dir of a training "
+                                       "sample, which --cfg_scale requires; usually 0.1", minimum=0, below=1)
     condition_on: words = option("", "comma-separated attributes to condition on, numeric columns of the label file; "
                                      "unknown values are allowed")
     dims: int = option(
