@@ -180,6 +180,7 @@ class ScheduledProcess(Process):
         """Return the process on its first `count` timesteps; see `Process.truncated`."""
         part = copy.copy(self)
         part.num_timesteps, part.timestep_map = count, self.timestep_map[:count]
+        part._tables = {}   # those of another length
         return part
 
     def _schedule_on(self, name, device):

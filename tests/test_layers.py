@@ -20,8 +20,8 @@ LAYERS = """
     vae.streaming
     data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
     runs.factories sampling.sampler vae.foreign
-    data.cache_writer evaluation.comparison evaluation.previews sampling.editing sampling.generate script_util
-    train_util vae.objective vae_wrapper
+    data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews sampling.editing sampling.generate
+    script_util train_util vae.objective vae_wrapper
     evaluation.roundtrip runs.planning runs.run runs.spaces sampling
     evaluation
     runs.configs runs.loading runs.training

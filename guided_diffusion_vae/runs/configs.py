@@ -7,6 +7,7 @@ from ..data.microdoppler import MicrodopplerConfig
 from ..dist_util import FastLaunchConfig, LaunchConfig
 from ..ema_profiles import ReconstructConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
+from ..evaluation.anomaly import AnomalyConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
 from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig
@@ -20,7 +21,7 @@ from .planning import PlanConfig
 from .run import RunConfig
 
 CONFIGS = (
-    AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
+    AnomalyConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
     ClassifierTrainConfig, ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig,
     EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig,
     LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,

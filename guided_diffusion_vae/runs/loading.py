@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .. import checkpoint_util, dist_util
 from ..config import as_dict, format_shape, from_dict, integers, require, size, to_tuple
@@ -20,8 +21,9 @@ from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, SampleFile, classifier_features,
     inception_features, latent_features, open_sample_file,
 )
+from ..evaluation.anomaly import AnomalyConfig, Detector, find_anomalous, positive_levels
 from ..files import file_errors, sha256_of_file
-from ..logger import log_rank0
+from ..logger import log_rank0, progress
 from ..sampling import (
     OWNED_MARKER, SAMPLE_FILES, Autoguidance, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler,
     SamplingConfig, Unconditional, applicable_samplers, classifier_cond_fn, decoded_shape, generate_samples,
@@ -456,11 +458,12 @@ def _edited_attributes(config, header, source, required, fields):
             fields["attribute_ranges"] = ()
 
 
-def _edited_images(run, preprocessing, shape):
-    """Return the source of the images that are edited, read as the model was trained, without padding."""
-    source = open_folder(apply_trained_preprocessing(run[DataConfig], run.explicit, preprocessing), pad=False)
+def _edited_images(run, preprocessing, shape, flag="--data_dir"):
+    """Return the source of images that are edited or scored, read as the model was trained, without padding."""
+    data = apply_trained_preprocessing(run[DataConfig], run.explicit, preprocessing)
+    source = open_folder(data, flag=flag, pad=False)
     require((tuple(source.shape) == tuple(shape), f"{source.folder}: expected images of shape {tuple(shape)}, on which "
-             f"the model was trained, got {tuple(source.shape)}; check --data_dir, --image_size and --image_channels"))
+             f"the model was trained, got {tuple(source.shape)}; check {flag}, --image_size and --image_channels"))
     return source
 
 
@@ -511,6 +514,65 @@ def sample(run, sampler: Sampler) -> Path | None:
         path = generate_samples(sampler, classes, config, run.folder, dist_util.dev())
         log_rank0(f"saved {config.num_samples} samples to {path}")
         return path
+
+
+# --- Anomalies ---
+
+
+# The flags of an AnomalyConfig, without those of sampling that do not apply.
+ANOMALY_FLAGS = ("model_path", "batch_size", "sampler", "clip_denoised", "sample_dtype", "seed", "noise_levels",
+                 "bound", "reference_dir", "neighbors", "normal_classes", "bootstrap", "save_maps")
+
+
+def open_detector(run) -> Detector:
+    """Return the Detector of an AnomalyConfig: an unconditional model, and images of the shape of its training.
+
+    A model with classes is evaluated without one, as those of images to examine are unknown.
+
+    :raises ValueError: if it cannot be, if images have another shape, or a noise level is beyond those of the model.
+    """
+    config = run[AnomalyConfig]
+    require((run[DataConfig].data_dir, "--data_dir is not set: expected images to examine"), error=FileNotFoundError)
+    opened = open_weights(config.model_path)
+    header, levels = opened.header, positive_levels.parse(config.noise_levels, "noise_levels")
+    require((header, f"{opened.path} has no header; --model_path expects a checkpoint of this project"))
+    checkpoint_util.require_kind(header, "diffusion", opened.path, "--model_path")
+    trained = header["model"]
+    require(
+        (not trained.get("num_classes") or trained.get("class_dropout"), f"{opened.path} has classes and was trained "
+         "without --class_dropout: the classes of images to examine are unknown; use a model trained with --class_cond "
+         "False or --class_dropout 0.1"),
+        (not trained.get("condition_on"), f"{opened.path} was trained with --condition_on "
+         f"{trained.get('condition_on')}: the attributes of images to examine are unknown; use a model trained "
+         "without it"),
+    )
+    unconditional = dataclasses.replace(config, cfg_scale=0.0 if trained.get("num_classes") else 1.0)
+    sampler = load_sampler(run.override(unconditional))
+    sigmas = sampler.diffusion.noise_levels()
+    require((levels and max(levels) <= sigmas.max(), f"--noise_levels {config.noise_levels}: expected levels of "
+             f"{opened.path}, {sigmas.min():.3g} to {sigmas.max():.3g}"))
+    timesteps = {level: int(np.abs(np.log(sigmas / level)).argmin()) for level in levels}
+    preprocessing = header.get("data") or {}
+    source = _edited_images(run, preprocessing, sampler.image_shape)
+    detector = Detector(sampler, source, timesteps, neighbors=config.neighbors, bound=config.bound)
+    find_anomalous(detector.source, config.normal_classes)
+    if config.reference_dir:
+        data = dataclasses.replace(run[DataConfig], data_dir=config.reference_dir)
+        reference = _edited_images(run.override(data), preprocessing, sampler.image_shape, "--reference_dir")
+        require((len(reference) >= config.neighbors, f"{reference.folder} has {len(reference)} images: expected at "
+                 f"least --neighbors {config.neighbors}"))
+        if not run.dry_run:
+            detector = dataclasses.replace(detector, bank=_encode_all(detector, reference, config.batch_size))
+    return detector
+
+
+@torch.no_grad()
+def _encode_all(detector, source, batch_size):
+    """Return x0 of all images of a source, float32 [N x D] on the CPU; the ranks share the work."""
+    batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    own = [detector.encode(source.batch(np.array(batch)), dist_util.dev()).flatten(1).cpu().numpy()
+           for batch in progress(batches[dist_util.rank()::dist_util.world_size()], "reference images")]
+    return torch.from_numpy(np.concatenate([part for parts in dist_util.gather_objects(own) for part in parts]))
 
 
 # --- Evaluations ---
