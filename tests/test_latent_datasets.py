@@ -599,7 +599,7 @@ def test_every_step_and_slot_has_its_own_posterior_noise(cached):
     cache, steps = cached(), range(2, 5)
     stream = stream_of(cache, rank=1, num_ranks=2)
     stream.steps_per_read = len(steps)
-    _, eps, _, _ = stream.make_batch(2)
+    _, eps, *_ = stream.make_batch(2)
     assert torch.equal(eps, keyed_randn(cache.latent_shape, [(3, 1, step, slot) for step in steps for slot in (2, 3)]))
 
 
