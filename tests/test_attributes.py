@@ -71,7 +71,7 @@ def test_requested_ranges_complete_those_of_training(trained):
 
 
 @pytest.mark.parametrize("text", ["speed", "speed=", "=2", "speed=3..1", "speed=1..", "speed=..1", "speed=fast",
-                                  "speed=1,speed=2", "speed=inf", "speed=1..inf", "speed=-inf..1"])
+                                  "speed=1,speed=2", "speed=inf", "speed=1..inf", "speed=-inf..1", "speed=nan..1"])
 def test_invalid_ranges_are_rejected(text):
     with pytest.raises(ValueError, match="--attributes must be comma-separated NAME=VALUE"):
         attribute_ranges.parse(text, "attributes")

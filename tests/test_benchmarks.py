@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,18 @@ def test_benchmark_prints_a_table_and_writes_json(benchmark, monkeypatch, tmp_pa
     benchmark(name).main()
     assert "| variant |" in capsys.readouterr().out
     assert list(tmp_path.glob("*.json"))
+
+
+def test_doppler_extent_ends_between_two_rows(benchmark):
+    extent = benchmark("doppler_extent").doppler_extent
+    image = np.zeros((9, 4))
+    assert extent(image, 0.25, 4) == 0
+    image[1:5, :3], image[5, 1] = [[0.5], [0.6], [0.9], [1.0]], 1.0     # a single column is noise
+    assert extent(image, 0.25, 4) == pytest.approx(3.5)
+    image[4:8, 2:] = 0.75
+    assert extent(image, 0.25, 4) == pytest.approx(3 + 2 / 3)
+    image[8, 2:] = 0.75
+    assert extent(image, 0.25, 4) == 4
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -21,7 +21,8 @@ def _range_of(text):
 # Parsed to (name, low, high) of each.
 attribute_ranges = CommaSeparated(
     "ranges", "comma-separated NAME=VALUE, NAME=LOW..HIGH or NAME=unknown, such as speed=1.2,range=0.5..2", _range_of,
-    lambda ranges: all(name and (-np.inf < low <= high < np.inf or low != low) for name, low, high in ranges)
+    lambda ranges: all(name and (-np.inf < low <= high < np.inf or np.isnan([low, high]).all())
+                       for name, low, high in ranges)
     and len({name for name, *_ in ranges}) == len(ranges))
 
 
