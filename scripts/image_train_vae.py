@@ -2,7 +2,9 @@
 
     mpiexec -n 2 python scripts/image_train_vae.py --config configs/microdoppler_small.yaml \\
         --cache_dir latents_cache/NAME
-    mpiexec -n 2 python scripts/image_train_vae.py --config ... --data_dir DIR --vae_path runs/autoencoder"""
+    mpiexec -n 2 python scripts/image_train_vae.py --config ... --data_dir DIR --vae_path runs/autoencoder
+    python scripts/image_train_vae.py --config ... --cache_dir latents_cache/NAME --process rectified_flow \\
+        --schedule_sampler logit-normal"""
 
 from guided_diffusion_vae import dist_util
 from guided_diffusion_vae.runs.configs import (
