@@ -5,7 +5,9 @@ import pickle
 import sys
 import tarfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +206,21 @@ def test_other_processes_receive_the_directory_of_an_archive(tmp_path, reads, na
     assert torch.equal(pickle.loads(sent).batch(range(6)), source.batch(range(6))) and not reads
     write(tmp_path / name, {name: FILES[name] for name in reversed(FILES)})     # another copy has other positions
     assert torch.equal(pickle.loads(sent).batch(range(6)), source.batch(range(6))) and len(reads) == 1
+
+
+def test_threads_wait_for_the_one_that_reads_the_directory_of_an_archive(tmp_path, monkeypatch):
+    path, reads = write_zip(tmp_path / "a.zip", FILES), []
+
+    def read(archive):
+        reads.append(archive)
+        time.sleep(0.1)
+        return read_directory(archive)
+
+    read_directory = archives.read_directory
+    monkeypatch.setattr(archives, "read_directory", read)
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(lambda _: archives.open_directory(path), range(4))
+    assert reads == [path] and all(members is first for members in others)
 
 
 # corrupt and hostile archives

@@ -6,6 +6,7 @@ import posixpath
 import re
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class Member(NamedTuple):
 
 # Path of an archive -> (its `file_stamps` when it was read, {name: Member}), of every archive that this process reads.
 _directories = {}
+_reading = threading.Lock()     # the threads that decode a batch would each read a directory that has changed
 
 
 def is_archive(path: str) -> bool:
@@ -84,8 +86,10 @@ def open_directory(archive, read=None):
     :param read: function to read it instead of `read_directory`.
     """
     state = _stamps(os.stat(archive))[1]
-    if archive not in _directories or _directories[archive][0] != state:
-        _directories[archive] = state, (read or read_directory)(archive)
+    if _directories.get(archive, (None,))[0] != state:
+        with _reading:
+            if _directories.get(archive, (None,))[0] != state:
+                _directories[archive] = state, (read or read_directory)(archive)
     return _directories[archive][1]
 
 
