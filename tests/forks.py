@@ -27,6 +27,13 @@ class Forks:
     def __init__(self):
         self.server = None
 
+    def run_source(self, source, *arguments, **options):
+        """Run Python source like a script."""
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "script.py"
+            script.write_text(source)
+            return self.run([script, *arguments], **options)
+
     def run(self, words, ranks=1, environ=None, cwd=None, timeout=240):
         """Run a script (path, *arguments) on `ranks` ranks; return the CompletedProcess.
 

@@ -112,25 +112,17 @@ def main():
 """
 
 
-@pytest.fixture
-def run_forks(tmp_path):
-    """Run Python source in forks on a number of ranks, where it does not matter which launcher starts them."""
-    def run(source, ranks=2):
-        (tmp_path / "script.py").write_text(source)
-        return FORKS.run([tmp_path / "script.py"], ranks)
-    return run
-
-
 @pytest.mark.parametrize("launcher, call", [("mpiexec", "dist_util.launch(main)"), ("", "main()")])
-def test_launch_exception_on_one_rank_ends_all(run_forks, launcher, call):
+def test_launch_exception_on_one_rank_ends_all(launcher, call):
     failing = FAILING.format(error="ValueError('--lr 0')", call=call)
-    process = run_under(launcher, failing) if launcher else run_forks(failing)
+    process = run_under(launcher, failing) if launcher else FORKS.run_source(failing, ranks=2)
     assert process.returncode == 1
     assert "error: rank 1: --lr 0\n" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_launch_rank_waiting_for_an_ended_one_names_the_cause(run_forks):
-    process = run_forks(FAILING.format(error="KeyError('bug')", call="dist_util.launch(main)"))
+def test_launch_rank_waiting_for_an_ended_one_names_the_cause():
+    failing = FAILING.format(error="KeyError('bug')", call="dist_util.launch(main)")
+    process = FORKS.run_source(failing, ranks=2)    # no launcher ends the other rank
     assert process.returncode == 1
     assert "KeyError: 'bug'" in process.stderr
     assert "rank 0: another rank ended" in process.stderr
@@ -329,8 +321,8 @@ def test_any_rank_requires_connected_ranks(monkeypatch):
         dist_util.any_rank(True)
 
 
-def test_stop_signal_ends_all_ranks_at_the_same_step(run_forks):
-    process = run_forks("""
+def test_stop_signal_ends_all_ranks_at_the_same_step():
+    script = """
 import os, signal
 from guided_diffusion_vae import dist_util
 def main():
@@ -342,20 +334,21 @@ def main():
             if stop.received_on_any_rank():
                 return print(f"stopped after {step}\\n", end="")
 dist_util.launch(main)
-""")
+"""
+    process = FORKS.run_source(script, ranks=2)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("stopped after 4") == 2
 
 
-def test_setup_dist_single_process_does_not_import_mpi4py(run_forks):
-    process = run_forks("""
+def test_setup_dist_single_process_does_not_import_mpi4py():
+    process = FORKS.run_source("""
 import sys
 from guided_diffusion_vae import dist_util
 dist_util.setup_dist()
 dist_util.barrier()
 assert "mpi4py" not in sys.modules and not dist_util.dist.is_initialized()
 print(dist_util.dev())
-""", ranks=1)
+""")
     assert process.returncode == 0, process.stderr
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -27,6 +25,7 @@ from guided_diffusion_vae.files import (
 )
 from guided_diffusion_vae.latent_datasets import LatentCache, open_latents
 from guided_diffusion_vae.locks import LOCK_FILE, FolderInUseError, locked_folder
+from forks import FORKS
 
 
 def names_in(folder):
@@ -78,8 +77,7 @@ def leave_part(path):
     script = ("import os, signal, sys; from guided_diffusion_vae.files import atomic_path\n"
               "with atomic_path(sys.argv[1]) as part:\n"
               "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.run([sys.executable, "-c", script, str(path)], env=environ, timeout=240)
+    process = FORKS.run_source(script, path)
     assert process.returncode == -signal.SIGKILL
     part, = path.parent.glob(".*.part")
     return part

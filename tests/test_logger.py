@@ -275,8 +275,7 @@ def test_dumpkvs_weights_means_of_ranks(monkeypatch):
 
 
 def test_two_ranks_share_folder_and_means(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("""
+    script = """
 import torch
 from guided_diffusion_vae import dist_util, logger
 def main():
@@ -286,8 +285,9 @@ def main():
     logger.logkv("step", 4)
     assert logger.dumpkvs() == {"loss": 1.5, "step": 4}
 dist_util.launch(main)
-""")
-    process = FORKS.run([script], ranks=2, environ={**os.environ, "OPENAI_LOG_FORMAT": "log,csv"}, cwd=tmp_path)
+"""
+    environ = os.environ | {"OPENAI_LOG_FORMAT": "log,csv"}
+    process = FORKS.run_source(script, ranks=2, environ=environ, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     folder, = (tmp_path / "runs").iterdir()
     assert sorted(os.listdir(folder)) == ["log-rank001.txt", "log.txt", "progress.csv"]

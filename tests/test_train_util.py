@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -1480,8 +1479,7 @@ def test_initial_weights_depend_only_on_the_seed():
     assert weights(0, 1) == weights(0, 5) != weights(1, 1)
     script = ("import torch; from guided_diffusion_vae.train_util import seed_initialization; seed_initialization(0);"
               "print(torch.nn.Linear(3, 2).weight.tolist())")
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    elsewhere = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=240)
+    elsewhere = FORKS.run_source(script)
     assert elsewhere.stdout == f"{weights(0, 2)}\n", elsewhere.stderr
 
 
