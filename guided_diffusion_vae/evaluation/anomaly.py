@@ -24,6 +24,7 @@ from .set_metrics import nearest_neighbors
 RECORD = "settings.json"    # of unfinished scores
 MAP_GAIN = 4                # of heat maps: differences of 1 / MAP_GAIN have the last color
 MAP_COLORS = "inferno"
+MIN_TILE = 64               # pixels of an image on the sheet, which repeats those of smaller ones
 SHEET_COLUMNS = 6           # images with the highest scores on a sheet, and with the lowest
 positive_levels = CommaSeparated("0.5,1,2", "positive noise levels", float, lambda levels: min(levels, default=0) > 0)
 
@@ -280,4 +281,4 @@ def _sheet(detector, scores, device):
         heat = np.clip(MAP_GAIN * detector.heat_maps(chosen, restored), 0, 1)
         rows += [images, *(each.numpy() for each in restored.values()), np.broadcast_to(heat, images.shape)]
         labels += [name, *(f"restored, {level:g}" for level in restored), f"|difference|\nx {MAP_GAIN}"]
-    return contact_sheet(np.concatenate(rows), columns, labels)
+    return contact_sheet(np.concatenate(rows), columns, labels, scale=max(1, MIN_TILE // images.shape[-1]))
