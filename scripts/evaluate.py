@@ -1,45 +1,4 @@
-"""Compare samples with real images: set distances, class agreement, memorization, training utility.
-
-    python scripts/evaluate.py --samples samples_300x64x64x3.npz --reference DIR/val --train_dir DIR/train \\
-        --classifier_path runs/classifier/model002000.pt
-    python scripts/evaluate.py --samples samples_50000x256x256x3.npz --reference VIRTUAL_imagenet256_labeled.npz \\
-        --inception_path weights-inception-2015-12-05-6726825d.pth
-
-Features come from one of three sources: the Inception network of FID (a local weights file), a classifier
-(classifier_train.py --noised False), or the latents of an autoencoder, which require no pretrained network. Writes
-metrics.json, confusion matrices and the nearest training images to the run folder."""
-
-from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.evaluation import evaluate
-from guided_diffusion_vae.runs import loading, tstr
-from guided_diffusion_vae.runs.configs import (
-    ClassifierConfig, ClassifierTrainConfig, DataConfig, EvaluateConfig, RunConfig, VAEConfig,
-)
-from guided_diffusion_vae.runs.run import drop_fields, script
-
-
-@script(
-    __doc__, EvaluateConfig, VAEConfig, DataConfig, ClassifierConfig,
-    drop_fields(ClassifierTrainConfig, "batch_size", "iterations", "val_data_dir", "noised", "resume_checkpoint",
-                "init_from"),
-    RunConfig,
-)
-def main(run):
-    loading.require_sets(run[EvaluateConfig])
-    if run.dry_run:
-        return
-
-    extract, classifier, data = loading.open_extractors(run)
-    run = run.override(data)
-    sets = loading.open_sets(run)
-    tstr_sets = tstr.open_tstr_datasets(run, sets) if run[EvaluateConfig].tstr_iterations else {}
-    report = evaluate(run[EvaluateConfig], sets, extract, run.folder, classifier)
-    if tstr_sets:
-        report.update(tstr.run_tstr(run, tstr_sets))
-    run.write_report(report)
-
-
-create_argparser = main.argparser
+from guided_diffusion_vae.commands.evaluate import create_argparser, main
 
 if __name__ == "__main__":
-    dist_util.launch(main)
+    main.launch()

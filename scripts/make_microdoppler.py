@@ -1,26 +1,4 @@
-"""Simulate a labeled dataset of radar micro-Doppler spectrograms of hand motions.
-
-    python scripts/make_microdoppler.py --out_dir runs/microdoppler --num_train 300 --num_val 60 --seed 0
-
-Writes 8-bit grayscale images <class>_<index>.png to train/ and val/, with speed, range and aspect of each in
-metadata.csv, and all parameters to dataset.json. Rows are Doppler frequencies: the highest positive one is at the top,
-motion toward the sensor is below the middle. Columns are time. An existing dataset is not changed."""
-
-from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.data.microdoppler import write_dataset
-from guided_diffusion_vae.runs.configs import MicrodopplerConfig
-from guided_diffusion_vae.runs.run import script
-
-
-@script(__doc__, MicrodopplerConfig)
-def main(run):
-    config = run[MicrodopplerConfig]
-    if dist_util.rank() == 0:  # one writer: other ranks would compete for the folder
-        count = write_dataset(config)
-        print(f"{config.out_dir}: {f'{count} images written' if count else 'already exists'}")
-
-
-create_argparser = main.argparser
+from guided_diffusion_vae.commands.make_microdoppler import create_argparser, main
 
 if __name__ == "__main__":
-    dist_util.launch(main)
+    main.launch()

@@ -1,30 +1,4 @@
-"""Reconstruct EMA weights of any length from the snapshots of a training with --ema_profiles; write them into its run.
-
-    python scripts/image_train_vae.py --cache_dir latents_cache/NAME --ema_profiles 0.05,0.10 --logdir runs/diffusion
-    python scripts/reconstruct_ema.py --model_path runs/diffusion --ema_std 0.03,0.075,0.15
-    python scripts/image_sample_vae.py --model_path runs/diffusion/reconstructed_ema_0.075_010000.pt
-
-Lengths are standard deviations relative to the number of steps (Karras et al. 2024, arXiv:2312.02696). Snapshots are
-never pruned. The log states how closely each profile is reproduced: more snapshots, and lengths between those of
---ema_profiles, give smaller errors."""
-
-from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.ema_profiles import relative_stds, save_reconstruction
-from guided_diffusion_vae.logger import log_rank0
-from guided_diffusion_vae.runs.configs import ReconstructConfig
-from guided_diffusion_vae.runs.run import script
-
-
-@script(__doc__, ReconstructConfig)
-def main(run):
-    config = run[ReconstructConfig]
-    for std in relative_stds.parse(config.ema_std, "ema_std"):
-        if dist_util.rank() == 0:
-            path, error = save_reconstruction(config.model_path, std, config.ema_step)
-            log_rank0(f"wrote {path}: error of the profile {error:.1e}")
-
-
-create_argparser = main.argparser
+from guided_diffusion_vae.commands.reconstruct_ema import create_argparser, main
 
 if __name__ == "__main__":
-    dist_util.launch(main)
+    main.launch()

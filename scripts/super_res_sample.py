@@ -1,28 +1,4 @@
-"""Upsample low-resolution samples with a diffusion model, in pixels or between latent grids.
-
-    python scripts/super_res_sample.py --model_path runs/upsampler --base_samples runs/samples/samples_64x64x64x3.npz \\
-        --num_samples 64 --timestep_respacing 250
-    mpiexec -n 2 python scripts/super_res_sample.py $MODEL_FLAGS --large_size 256 --small_size 64 \\
-        --model_path 64_256_upsampler.pt --base_samples 64_samples.npz --timestep_respacing 250"""
-
-from guided_diffusion_vae import dist_util
-from guided_diffusion_vae.runs import loading
-from guided_diffusion_vae.runs.configs import (
-    BaseConfig, DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, SuperResConfig, VAEConfig,
-)
-from guided_diffusion_vae.runs.run import script, select_fields
-
-
-@script(
-    __doc__, PixelSamplingConfig, BaseConfig, SuperResConfig, select_fields(DataConfig, "image_channels"), VAEConfig,
-    ModelConfig, DiffusionConfig, RunConfig, samples=True,
-)
-def main(run):
-    sampler = loading.load_sampler(run, base=run[BaseConfig])
-    loading.sample(run, sampler)
-
-
-create_argparser = main.argparser
+from guided_diffusion_vae.commands.super_res_sample import create_argparser, main
 
 if __name__ == "__main__":
-    dist_util.launch(main)
+    main.launch()

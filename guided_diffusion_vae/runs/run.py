@@ -215,7 +215,7 @@ def script(doc, *classes, trains=False, samples=False):
     Called without arguments, the function parses the command line, connects the ranks, opens the run folder and its log
     if there is a RunConfig, and runs the body. The folder is printed first and last. A script that `trains` resumes the
     run in its folder and continues its curves; others write log.txt only. One that `trains` or `samples` computes in
-    TF32 by default. `argparser()` returns the parser.
+    TF32 by default. `argparser()` returns the parser, `launch()` calls the function and ends all ranks together.
 
     :param doc: text of `--help`.
     :raises OSError: if the folder cannot be written.
@@ -242,5 +242,6 @@ def script(doc, *classes, trains=False, samples=False):
                 run.finish()
 
         main.argparser = functools.partial(argparser, doc, *classes)
+        main.launch = functools.partial(dist_util.launch, main)
         return main
     return decorate
