@@ -3,7 +3,6 @@
 __version__ = "0.3.0"
 
 import ctypes
-import gc
 import importlib.util
 import os
 import sys
@@ -11,14 +10,6 @@ import warnings
 
 # OpenMP threads that spin while they wait take the cores of other ranks. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Importing torch makes millions of objects that all stay: an eighth of its time would be spent looking for garbage.
-if "torch" not in sys.modules and gc.isenabled():
-    gc.disable()
-    import torch
-
-    gc.freeze()
-    gc.enable()
 
 
 def _keep_freed_memory(environ):

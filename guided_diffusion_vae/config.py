@@ -5,6 +5,7 @@ Flags, `--help`, YAML keys, `*_defaults()` entries and checkpoint headers all de
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import operator
@@ -189,6 +190,12 @@ def _require(holds, name, expected, value):
 def format_shape(sizes):
     """Return sizes as text, such as 32x64x64."""
     return "x".join(map(str, sizes))
+
+
+def nearest(word, known):
+    """Return the end of a message about an unknown name: the closest known one, else all of them."""
+    close = difflib.get_close_matches(word, known := sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(known)}"
 
 
 # --- Two flags for one setting ---

@@ -33,6 +33,7 @@ from .launchers import (
     first_host as first_host, select_mpi_library, slurm_address,
 )
 from .nn import allow_tf32
+from .programs import call_as_started
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks are connected
 HEARTBEAT_S = 20    # between two signs of life of a rank
@@ -408,7 +409,7 @@ def _fail(error):
         traceback.print_exception(error)
     info = _rank_info_or_single()
     prefix = f"rank {info.rank}: " if info.size > 1 else ""
-    print(f"error: {prefix}{text}", file=sys.stderr, flush=True)
+    print(f"error: {prefix}{call_as_started(text)}", file=sys.stderr, flush=True)
     _end(1)
 
 

@@ -493,7 +493,7 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix="", resume_step=
 
 def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     number = dist_util.rank()
-    dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or _default_dir())
+    dir = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or default_dir())
     if format_strs is None:
         names = (os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv,tensorboard") if number == 0
                  else os.environ.get("OPENAI_LOG_FORMAT_MPI", "log"))
@@ -511,14 +511,17 @@ def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
     return Logger(dir, outputs, comm)
 
 
-def _default_dir():
-    """Create runs/<script>-<date> on rank 0, with the time of its clock, and return the path on all ranks."""
+def default_dir(script=""):
+    """Create runs/<script>-<date> on rank 0, with the time of its clock, and return the path on all ranks.
+
+    :param script: a name; empty: that of the file that Python runs.
+    """
     if dist_util.world_size() > 1 and not dist.is_initialized():
         raise RuntimeError("ranks are not connected and cannot agree on a run folder; call dist_util.setup_dist() "
                            "before logger.configure(), or set --logdir or OPENAI_LOGDIR")
     folder = None
     if dist_util.rank() == 0:
-        script = Path(sys.argv[0]).stem.strip("-") or "run"
+        script = script or Path(sys.argv[0]).stem.strip("-") or "run"
         base = Path("runs", f"{script}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}")
         folder, number = base, 1
         while True:

@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "guided_diffusion_vae"
 # From the bottom up: a module imports only modules listed before it, so there are no circles.
 LAYERS = """
-    config data.archives data.resizing data.statistics launchers locks runs.deprecated files interfaces losses nn
-    state_dicts vae.tiling
+    config programs data.archives data.resizing data.statistics launchers locks runs.deprecated files
+    interfaces losses nn state_dicts vae.tiling
     checkpoint_util data.arrays data.attributes data.augmentation data.config data.colormaps data.decoding data.labels
     data.listing data.manifest
     data.conditions data.medical data.npz dist_util ema_profiles
@@ -32,7 +32,7 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(
          for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"}
 MODULES = sorted(name for name, path in FILES.items() if path.read_text())
 # Commands are the top layer: they import from all rooms, and not each other.
-COMMANDS = [name for name in MODULES if name.split(".")[0] == "commands"]
+COMMANDS = [name for name in MODULES if name.split(".")[0] in ("commands", "__main__")]
 # {library: (modules that may import it, whether only inside functions)}
 RESTRICTED = {
     "mpi4py": (["dist_util"], True),

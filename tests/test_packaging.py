@@ -18,16 +18,26 @@ import guided_diffusion_vae
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "guided_diffusion_vae"
 # Check the file of each module: an editable install may provide modules that the wheel lacks. Modules and signals that
-# Windows lacks are hidden. torch asks for them by the system, so it comes first.
+# Windows lacks are hidden, torch asks for them by the system and comes first; and libraries that a user may lack.
 IMPORT_ALL = """
 import importlib, signal, sys
-import torch
+import numpy, torch
 sys.modules.update(resource=None, fcntl=None)
 del signal.SIGUSR1
+sys.modules.update(dict.fromkeys(["mpi4py", "tensorboard", "matplotlib", "scipy", "diffusers"]))
 folder, *names = sys.argv[1:]
 for name in names:
     file = importlib.import_module(name).__file__
     assert file.startswith(folder), f"{name} comes from {file}"
+
+from guided_diffusion_vae.__main__ import main
+numpy.savez("images.npz", numpy.zeros([4, 8, 8, 1], numpy.uint8))
+common = "--logdir run --image_size 8 --batch_size 2".split()
+sys.argv = ["gdvae", "image-train", *common, *"--data_dir images.npz --max_steps 1 --num_channels 32 --channel_mult 1 "
+            "--num_res_blocks 1 --attention_resolutions= --config quickstart --class_cond False".split()]
+main()
+sys.argv = ["gdvae", "image-sample", *common, *"--model_path run --num_samples 2 --timestep_respacing 2".split()]
+main()
 """
 
 
@@ -39,6 +49,7 @@ def module_name(path):
 def run(*command, **kwargs):
     process = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, **kwargs)
     assert process.returncode == 0, process.stdout + process.stderr
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +75,28 @@ def installed(tmp_path_factory):
 
 def test_wheel_contains_every_module_importable(installed, tmp_path):
     modules = sorted(map(module_name, PACKAGE.rglob("*.py")))
-    run("-c", IMPORT_ALL, installed, *modules, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)})
+    run("-c", IMPORT_ALL, installed, *modules, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "OPENAI_LOG_FORMAT": "log", "OMP_NUM_THREADS": "1"})
+    assert (tmp_path / "run" / "samples_2x8x8x1.npz").is_file()
 
 
-def test_wheel_contains_only_the_package(installed):
-    assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == [PACKAGE.name]
+def test_wheel_contains_only_the_package_and_its_command(installed):
+    found = sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info")
+    assert found == ["bin", PACKAGE.name] and [path.name for path in (installed / "bin").iterdir()] == ["gdvae"]
+
+
+def test_wheel_contains_the_configurations(installed):
+    files = {path.relative_to(ROOT / "configs"): path.read_text() for path in (ROOT / "configs").rglob("*.yaml")}
+    folder = installed / PACKAGE.name / "configs"
+    assert files and {path.relative_to(folder): path.read_text() for path in folder.rglob("*.yaml")} == files
+
+
+@pytest.mark.parametrize("words, start", [([], "usage: gdvae COMMAND"),
+                                          (["image-sample-vae"], "usage: gdvae image-sample-vae ")])
+def test_installed_command_prints_help_in_another_folder(installed, words, start, tmp_path):
+    done = run(installed / "bin" / "gdvae", *words, "--help", cwd=tmp_path,
+               env={**os.environ, "PYTHONPATH": str(installed)})
+    assert done.stdout.startswith(start) and "image-sample-vae" in done.stdout
 
 
 def test_wheel_has_version_and_license(installed):

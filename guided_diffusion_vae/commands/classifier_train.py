@@ -1,4 +1,4 @@
-"""Train a classifier: on noised data for guidance, or on clean data (--noised False) for evaluation.
+"""Train a classifier: on noised data for guidance, or on clean data for evaluation.
 
     mpiexec -n 2 python scripts/classifier_train.py --data_dir DIR/train --val_data_dir DIR/val --iterations 3000
     python scripts/classifier_train.py --cache_dir latents_cache/NAME --classifier_channel_mult 1,2,2 --iterations 3000

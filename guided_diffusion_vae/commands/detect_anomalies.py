@@ -1,4 +1,4 @@
-"""Score images by how unlike normal ones they are, under a diffusion model that was trained on normal images only.
+"""Score images by how unlike normal ones they are, under a diffusion model of normal images.
 
     python scripts/detect_anomalies.py --model_path runs/normal --data_dir DIR/test --reference_dir DIR/train \\
         --normal_classes healthy --timestep_respacing 50

@@ -1,4 +1,4 @@
-"""Edit images with a diffusion model, in pixels or in latents: inpaint, vary, interpolate, or invert them.
+"""Edit images with a diffusion model: inpaint, vary, interpolate, or invert them.
 
     python scripts/image_edit.py --mode inpaint --model_path runs/diffusion --data_dir DIR/val --mask_box 16:48,16:48 \\
         --num_samples 16 --timestep_respacing 50

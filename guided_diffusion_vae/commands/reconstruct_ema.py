@@ -1,12 +1,12 @@
-"""Reconstruct EMA weights of any length from the snapshots of a training with --ema_profiles; write them into its run.
+"""Reconstruct EMA weights of any length from the snapshots of a training.
 
     python scripts/image_train_vae.py --cache_dir latents_cache/NAME --ema_profiles 0.05,0.10 --logdir runs/diffusion
     python scripts/reconstruct_ema.py --model_path runs/diffusion --ema_std 0.03,0.075,0.15
     python scripts/image_sample_vae.py --model_path runs/diffusion/reconstructed_ema_0.075_010000.pt
 
-Lengths are standard deviations relative to the number of steps (Karras et al. 2024, arXiv:2312.02696). Snapshots are
-never pruned. The log states how closely each profile is reproduced: more snapshots, and lengths between those of
---ema_profiles, give smaller errors."""
+The weights are written into the run. Lengths are standard deviations relative to the number of steps (Karras et al.
+2024, arXiv:2312.02696). Snapshots are never pruned. The log states how closely each profile is reproduced: more
+snapshots, and lengths between those of --ema_profiles, give smaller errors."""
 
 from .. import dist_util
 from ..ema_profiles import relative_stds, save_reconstruction

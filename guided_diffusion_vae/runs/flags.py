@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import importlib
 import json
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import dist_util
-from ..config import PAIRS, check_pairs, convert, from_dict, read, section_name, size
+from ..config import PAIRS, check_pairs, convert, from_dict, nearest, read, section_name, size
 from ..files import read_yaml_file
+from ..programs import call_as_started
 
 # Former names of flags and YAML keys, until the next minor release; each use is reported.
 FLAG_ALIASES = {
@@ -110,13 +110,13 @@ def _check_spatial_dims(given, values):
 
 def argparser(doc, *classes):
     """Return the parser of a script: one flag per field, with its help text and default."""
-    parser = _Parser(description=doc, usage="%(prog)s [--config FILE.yaml] [--flag value ...]", allow_abbrev=False,
-                     formatter_class=_HelpFormatter, add_help=False)
+    parser = _Parser(Path(sys.argv[0]).name, "%(prog)s [--config FILE.yaml] [--flag value ...]", call_as_started(doc),
+                     allow_abbrev=False, formatter_class=_HelpFormatter, add_help=False)
     parser.add_argument("-h", "--help", action=_Help, help="print the essential flags")
     parser.add_argument("--help_all", action=_Help, help="print all flags")
     selections = _selections(classes)
     config = parser.add_argument("--config", default="", metavar="FILE.yaml",
-                                 help="file of values for flags; the command line wins over it")
+                                 help="file of flags, or name of a shipped one; the command line wins over it")
     parser.essential.append(config)
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(s.section for s in selections)}
     flags = flag_names(*selections)
@@ -126,7 +126,7 @@ def argparser(doc, *classes):
             action = groups[selection.section].add_argument(
                 f"--{field.name}", default=field.default, type=_argument_type(functools.partial(read, field)),
                 metavar=f"{{{','.join(map(str, choices))}}}" if choices else kind.__name__.upper(),
-                help=field.metadata["help"].replace("%", "%%"),     # argparse formats the text
+                help=call_as_started(field.metadata["help"]).replace("%", "%%"),    # argparse formats the text
             )
             if essential is True or essential in flags:
                 parser.essential.append(action)
@@ -173,22 +173,24 @@ def _rename(names, known, prefix="--", source=""):
     return renamed
 
 
-def _nearest(word, known):
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(sorted(known))}"
-
-
 class _Parser(argparse.ArgumentParser):
     """Parser that answers a mistake with one line, and an unknown flag with the nearest known one."""
 
-    def __init__(self, **settings):
+    def __init__(self, *texts, **settings):
         self.essential = []     # actions on the first page of the help
-        super().__init__(**settings)
+        super().__init__(*texts, **settings)
+
+    @property
+    def words(self):
+        """Completions of each flag, {flag: texts}: its choices, True and False, or none."""
+        metavars = {word: action.metavar or "" for action in self._actions for word in action.option_strings}
+        return {flag: ["True", "False"] if text == "BOOL" else re.findall(r"[^{,}]+", text) if text[:1] == "{" else []
+                for flag, text in metavars.items()}
 
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             word = message.split(":", 1)[1].split()[0].lstrip("-").split("=")[0]
-            message += _nearest(word, {a.dest for a in self._actions} - {argparse.SUPPRESS})
+            message += nearest(word, {a.dest for a in self._actions} - {argparse.SUPPRESS})
         message = re.sub("^argument .*?: --", "--", message)    # `config.check` names the flag itself
         self.exit(2, f"error: {message} (--help_all lists all flags)\n")
 
@@ -238,8 +240,7 @@ def read_yaml(path, classes):
     of other scripts are ignored, so one file can serve a whole pipeline; a key that no class of its section has is an
     error that names the nearest one. Keys in the section `device` hold for every section that has them.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; check --config")
+    path = _find_config(path)
     content = read_yaml_file(path)
     selections = _selections(classes)
     fields = {f.name: f for selection in selections for f in selection.fields}
@@ -256,7 +257,7 @@ def read_yaml(path, classes):
             if nested in sections and (value is None or isinstance(value, dict)):
                 take(nested, value or {})
             elif key not in known:
-                raise ValueError(f"{path}: unknown key {nested!r}{_nearest(key, known | set(sections))}")
+                raise ValueError(f"{path}: unknown key {nested!r}{nearest(key, known | set(sections))}")
             elif key in here:
                 try:
                     value = read(fields[key], value)
@@ -267,6 +268,23 @@ def read_yaml(path, classes):
 
     take("", content)
     return values
+
+
+def shipped_configs():
+    """Return {name: path} of the configurations of the package, such as `volumes/low`."""
+    package = Path(__file__).parents[1]     # configs/ is in an installed package, but beside that of a checkout
+    folder = next((place / "configs" for place in (package, package.parent) if (place / "configs").is_dir()), package)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def _find_config(path):
+    """Return the path of a YAML file: a file, else the configuration of the package of that name."""
+    shipped = shipped_configs()
+    name = str(path).removeprefix("configs/").removesuffix(".yaml")
+    if not Path(path).is_file() and name not in shipped:
+        raise FileNotFoundError(f"{path} does not exist; check --config, or use a configuration of the package: "
+                                f"{', '.join(shipped)}")
+    return path if Path(path).is_file() else shipped[name]
 
 
 def _known_keys():

@@ -126,7 +126,7 @@ class Run:
         # Only training has curves; other scripts must not truncate those of a run in whose folder they write.
         formats = None if trains else [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",")
                                        if name in ("stdout", "log")]
-        logger.configure(dir=self.folder, format_strs=formats, resume_step=marker and marker["step"])
+        logger.configure(self.folder or logger.default_dir(self.script), formats, resume_step=marker and marker["step"])
         logger.log(f"run folder: {logger.get_dir()}")
         self.folder = Path(logger.get_dir())
         if not folder:
