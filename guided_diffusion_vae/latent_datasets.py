@@ -1,6 +1,6 @@
 """Sources of latents for diffusion training: a cache on disk, a folder of single files, or images encoded on the fly.
 
-All three return scaled latents (z * scale_factor; see the README on the latent scale) and implement `LatentSource`:
+All three return scaled latents (z * scale_factor; see docs/training.md on their scale) and implement `LatentSource`:
 `read` gathers values on any thread, `latents` turns them into latents on the device. `data.LatentStream` normalizes
 them and selects the items of each step.
 """
