@@ -98,9 +98,14 @@ def local_rank():
 
 
 def dev():
-    """Return the device of this rank: the GPU with index local rank modulo their number, else the CPU."""
+    """Return the device of this rank: the GPU with index local rank modulo their number, else the CPU.
+
+    A single process uses the GPU of a Mac (MPS); several ranks do not, as Gloo exchanges no tensors of it.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    if torch.backends.mps.is_available() and world_size() == 1:
+        return torch.device("mps")
     return torch.device("cpu")
 
 

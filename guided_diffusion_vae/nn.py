@@ -287,6 +287,16 @@ def pin(tensor: torch.Tensor, device) -> torch.Tensor:
     return tensor.pin_memory() if needed else tensor
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device for computations in float64: the CPU for the GPU of a Mac (MPS), else `device`."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64 on its `float64_device`."""
+    return x.to(float64_device(x.device)).double()
+
+
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Round images in [0, 1] to 0..255; a NumPy array.  [N x C x ...] -> same."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from . import deprecated_names, logger
 from .data.batching import BatchStream
 from .interfaces import Objective
-from .nn import drop_conditioning, keyed_randn, keyed_rng, keyed_seed, pin, to_device
+from .nn import drop_conditioning, float64_device, keyed_randn, keyed_rng, keyed_seed, pin, to_device
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 
 # Second number of every key, so that streams of one seed differ. LatentStream has 1, sampling 5 and 8, evaluation 11,
@@ -47,8 +47,8 @@ class StepRNG:
         return tuple(to_device(rows, device) for rows in self._draw_timesteps(sampler))
 
     def uniform(self, stream: int, device) -> torch.Tensor:
-        """Return numbers uniformly distributed over [0, 1), [n], one per slot."""
-        return self._numbers(device, StepRNG._draw_uniform, stream)[0]
+        """Return numbers uniformly distributed over [0, 1), float64 [n], one per slot, on the `float64_device`."""
+        return self._numbers(float64_device(torch.device(device)), StepRNG._draw_uniform, stream)[0]
 
     def generator(self, stream: int) -> np.random.Generator:
         """Return a NumPy Generator that depends on (seed, stream, step) alone, equal on all ranks."""
@@ -159,11 +159,12 @@ class DiffusionObjective(_TimestepObjective):
         """Return the conditioning, dropped for some samples, with noised low-resolution images."""
         model_kwargs = dict(cond)
         if self.class_dropout and cond:
-            dropped = rng.uniform(CLASSES, next(iter(cond.values())).device) < self.class_dropout
+            device = next(iter(cond.values())).device
+            dropped = (rng.uniform(CLASSES, device) < self.class_dropout).to(device)
             model_kwargs = drop_conditioning(cond, dropped, self.null_label)
         if self.cond_noise_steps:
             low_res = cond["low_res"]
-            t = (rng.uniform(CONDITION_TIMESTEPS, low_res.device) * self.cond_noise_steps).long()
+            t = (rng.uniform(CONDITION_TIMESTEPS, low_res.device) * self.cond_noise_steps).long().to(low_res.device)
             noise = rng.normal(low_res.shape[1:], low_res.device, CONDITION_NOISE)
             model_kwargs["low_res"] = self.diffusion.noise_condition(low_res, t, noise)
             model_kwargs["low_res_times"] = t

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .nn import to_device
+from .nn import to_device, to_float64
 
 
 def create_named_schedule_sampler(name: str, diffusion) -> "ScheduleSampler":
@@ -100,7 +100,7 @@ class LossAwareSampler(ScheduleSampler):
         :param local_ts: timesteps [N], integers; N may differ between ranks.
         :param local_losses: one loss per timestep [N].
         """
-        pairs = torch.stack([local_ts.double(), local_losses.detach().double()], dim=1)     # [N x 2]
+        pairs = torch.stack([to_float64(local_ts), to_float64(local_losses.detach())], dim=1)     # [N x 2]
         ts, losses = _gather_rows(pairs).T.tolist()
         self.update_with_all_losses([int(t) for t in ts], losses)
 

@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import deprecated_method, deprecated_names, logger
+from . import deprecated_method, deprecated_names, dist_util, logger
 from .autoencoder import latent_grid
 from .config import ParsedText, option, require
 from .interfaces import Codec
@@ -178,7 +178,7 @@ class VAEInterface(BaseCodec):
         self.remark = remark
         self.preprocessing = opened.preprocessing or {}
         self.architecture, self.image_range = opened.architecture, opened.image_range
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or dist_util.dev())
         self.dtype, self.batch_size = DTYPES[dtype], batch_size
         self.tile, self.slab = (0, tile) if streams else (tile, 0)
         self.max_side = tile

@@ -449,6 +449,14 @@ def test_dev_wraps_around_the_visible_devices(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
+def test_dev_of_a_single_process_is_the_gpu_of_a_mac(monkeypatch, one_process):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert dist_util.dev() == torch.device("mps")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert dist_util.dev() == torch.device("cpu")
+
+
 def test_buckets_contain_one_dtype_and_all_tensors(monkeypatch):
     monkeypatch.setattr(dist_util, "BUCKET_MIB", 1)
     tensors = [torch.zeros(size) for size in (1 << 17, 1 << 17, 1 << 19, 1)]

@@ -1,13 +1,20 @@
 """Claims about the building blocks of all networks."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from guided_diffusion_vae import nn
 from guided_diffusion_vae.autoencoder import AutoencoderKL
+from guided_diffusion_vae.data.augmentation import random_affine, random_flips
+from guided_diffusion_vae.evaluation.image_metrics import PAIRED_METRICS
+from guided_diffusion_vae.train_util import AutoencoderTrainConfig
 from guided_diffusion_vae.unet import UNetModel
 
 
@@ -421,3 +428,33 @@ def test_recomputed_conv_works_without_gradients():
     with torch.no_grad():
         y = nn.recomputed_conv(lambda groups, x: x.relu(), conv, (x,), (), 8)
     torch.testing.assert_close(y, conv(x.relu()))
+
+
+# --- The GPU of a Mac ---
+
+
+RNG = types.SimpleNamespace(uniform=lambda _, device: torch.rand(2, dtype=torch.float64))     # of a StepRNG
+
+
+class NoFloat64(TorchDispatchMode):
+    """Raise an error if an operation creates float64 on a Mac's GPU, as that does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "mps" and tensor.dtype is torch.float64:
+                raise TypeError(f"{function} creates float64 on MPS")
+        return result
+
+
+@pytest.mark.parametrize("compute, device", [
+    (lambda x: nn.to_float64(x), "cpu"),
+    (lambda x: torch.stack([metric(x, x) for metric in PAIRED_METRICS.values()]), "cpu"),
+    (lambda x: random_affine(random_flips(x, RNG), RNG, AutoencoderTrainConfig(augment=1.0)), "mps"),
+])
+def test_gpu_of_a_mac_computes_without_float64(compute, device, monkeypatch):
+    monkeypatch.setattr(F, "grid_sample", lambda x, grid, **options: x + grid.sum())   # has no fake kernel
+    with FakeTensorMode(), NoFloat64():
+        assert compute(torch.ones(2, 1, 16, 16, device="mps")).device.type == device
+        with pytest.raises(TypeError, match="float64 on MPS"):
+            torch.ones(2, device="mps").double()

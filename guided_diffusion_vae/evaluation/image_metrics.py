@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from ..config import format_shape, require
-from ..nn import to_uint8
+from ..nn import float64_device, to_float64, to_uint8
 
 
 def paired_metrics(a, b, prefix="") -> dict[str, torch.Tensor]:
@@ -53,9 +53,9 @@ def ssim(a, b, window=11, sigma=1.5, k1=0.01, k2=0.03) -> torch.Tensor:
     a, b = _paired(a, b)
     sizes = [min(window, n - 1 + n % 2) for n in a.shape[2:]]
     require((max(sizes) >= 3, f"SSIM of size {format_shape(a.shape[2:])}: at least one axis must have 3 points"))
-    kernels = [_gaussian(size, sigma, a.device) for size in sizes]
+    kernels = [_gaussian(size, sigma, float64_device(a.device)) for size in sizes]
     # One sample at a time, to bound memory: there are five float64 maps per volume.
-    return torch.stack([_ssim_of_sample(x.double(), y.double(), kernels, k1**2, k2**2) for x, y in zip(a, b)])
+    return torch.stack([_ssim_of_sample(to_float64(x), to_float64(y), kernels, k1**2, k2**2) for x, y in zip(a, b)])
 
 
 def _ssim_of_sample(x, y, kernels, c1, c2):
@@ -128,7 +128,7 @@ def _paired(a, b):
 
 def _difference(a, b):
     a, b = _paired(a, b)
-    return (a.double() - b.double()).flatten(1)
+    return (to_float64(a) - to_float64(b)).flatten(1)
 
 
 # Metrics of image pairs: functions of two equal tensors [N x C x ...] that return float64 [N].

@@ -64,7 +64,7 @@ def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, fo
         bound = diffusion.calc_bpd_loop(model, x0, config.clip_denoised, conditioning)
         totals += (bound["total_bpd"] * unit).tolist()
         for key, rows in terms.items():
-            rows.append((bound[key] * (unit if key == "vb" else 1.0)).double().cpu().numpy())
+            rows.append((bound[key] * (unit if key == "vb" else 1.0)).cpu().double().numpy())
         logger.log(f"done {len(totals)} samples on this rank: {'bpd' if unit == 1 else name}={np.mean(totals):.5f}")
     totals = np.concatenate(dist_util.gather_objects(totals))
     gathered = {key: dist_util.gather_objects(rows) for key, rows in terms.items()}

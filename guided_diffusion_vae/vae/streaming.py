@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..nn import to_float64
 from .blocks import (
     Attention, ChannelToSpace, Conv, Downsample, ResBlock, Residual, ShuffledConv, SpaceToChannel, Upsample,
     UpsampledConv,
@@ -107,12 +108,12 @@ class Streamer:
         parts = []
         for slab in x.split(rows, self.axis):
             grouped = self.copies.to_device(slab).float().reshape(len(x), norm.num_groups, -1)
-            parts.append((grouped.shape[2], *(s.double() for s in torch.var_mean(grouped, dim=2, correction=0))))
+            parts.append((grouped.shape[2], *(to_float64(s) for s in torch.var_mean(grouped, dim=2, correction=0))))
         count = sum(n for n, _, _ in parts)
         mean = sum(n * m for n, _, m in parts) / count
         # The law of total variance: deviations are taken from the final mean, which keeps precision at large means.
         variance = sum(n * (var + (m - mean) ** 2) for n, var, m in parts) / count
-        return mean.float(), torch.rsqrt(variance + norm.eps).float()
+        return mean.float().to(grouped.device), torch.rsqrt(variance + norm.eps).float().to(grouped.device)
 
 
 class _Copies:
