@@ -1,7 +1,8 @@
 # make quickstart   install, then run the whole pipeline on simulated radar data (see README)
 # make test         install, then run the tests
 # make lint         install, then check the code with ruff (rules in pyproject.toml)
-# make clean        delete the output of make quickstart
+# make docs         install, then build the documentation into site/; start with site/index.html
+# make clean        delete the output of make quickstart and make docs
 # Packages are installed into .venv, and updated only if pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Waiting OpenMP threads must not spin: they would occupy the cores of other ranks.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test lint quickstart clean
+.PHONY: setup test lint docs quickstart clean
 
 setup: $(STAMP)
 
@@ -28,5 +29,11 @@ lint: setup
 quickstart: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/quickstart.sh
 
+# The site needs packages that nothing else needs. The variable turns off an advertisement.
+docs: setup
+	$(VENV)/bin/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf quickstart
+	rm -rf quickstart site

@@ -95,7 +95,8 @@ def load_weights(path, map_location="cpu", flag="--model_path") -> tuple[dict, d
     Files of other projects may contain state dicts inside of dictionaries, such as {"state_dict": ..., "epoch": 3}.
     These are returned as they are, and `load_strict` or `select_weights` find the state dict of a model in them.
 
-    :raises FileNotFoundError, ValueError: if the file does not exist, is corrupt or contains no state dict.
+    :raises FileNotFoundError: if the file does not exist.
+    :raises ValueError: if it is corrupt or contains no state dict.
     """
     if str(path).endswith(".safetensors"):
         state_dict, text = _load_safetensors(path, map_location, flag)
@@ -346,7 +347,8 @@ def find_step(folder: str | Path, resume_checkpoint: str = "", warn=print) -> tu
 
     :param resume_checkpoint: model file, with optimizer and EMA weights next to it; "" or "auto": latest step of
         `folder`. A checkpoint of guided-diffusion has no marker; its step is read from its name.
-    :raises FileNotFoundError, ValueError: if the file is missing, has another name, or would overwrite later steps.
+    :raises FileNotFoundError: if the file is missing.
+    :raises ValueError: if it has another name, or would overwrite later steps.
     """
     folder = Path(folder)
     if not resume_checkpoint or resume_checkpoint == "auto":

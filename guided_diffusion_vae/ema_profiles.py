@@ -79,7 +79,8 @@ def reconstruct(folder, std: float, step: int = 0) -> tuple[dict, dict, float]:
     """Return (state dict, header, relative error of the profile) of the EMA weights of any length.
 
     :param step: step of the EMA weights; 0: the latest committed one.
-    :raises FileNotFoundError, ValueError: if the run has no snapshots up to that step, or one of them is corrupt.
+    :raises FileNotFoundError: if the run has no snapshots up to that step.
+    :raises ValueError: if one of them is corrupt.
     """
     folder = Path(folder)
     files, step = _open_snapshots(folder, step)

@@ -289,7 +289,8 @@ class TrainLoop:
     :param config: a TrainConfig, of which only the options that guided-diffusion does not have are read; the others are
         the arguments (`from_config` passes both).
     :param task: a TrainTask; None: train a diffusion model.
-    :raises FileNotFoundError, ValueError: if a checkpoint to resume from is incomplete or of another model.
+    :raises FileNotFoundError: if a checkpoint to resume from is incomplete.
+    :raises ValueError: if it is of another model.
     :raises FloatingPointError: if the loss is no longer finite, or too many steps in a row are skipped.
     """
 

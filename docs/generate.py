@@ -1,0 +1,68 @@
+"""Generate pages of the site: the flags of every command and the API from docstrings. A hook of MkDocs."""
+
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import guided_diffusion_vae  # noqa: E402
+from guided_diffusion_vae.programs import COMMANDS, spell, summarize  # noqa: E402
+
+COPIED = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff"]
+ROOMS = {
+    "top": "Networks, processes and training", "data": "Data", "vae": "Autoencoders", "sampling": "Sampling",
+    "evaluation": "Evaluation", "runs": "Runs",
+}
+
+
+def on_files(files, config):
+    """Add the generated pages, and the files beside docs/ that README links to, to those of docs/."""
+    pages = {name: (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](") for name in COPIED}
+    pages["index.md"] = pages.pop("README.md")
+    pages["reference/flags.md"] = flags_page()
+    pages |= {f"reference/{room}.md": api_page(room, title) for room, title in ROOMS.items()}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def flags_page():
+    """Return the tables of all flags, by command in the order of the pipeline and by group."""
+    lines = ["# Commands and flags", "", "A command is `gdvae NAME` or `python scripts/NAME.py`. Flags are also keys of",
+             "`--config FILE.yaml`, in the section of their group. Essential flags are bold.", ""]
+    for heading, names in COMMANDS.items():
+        lines += [f"## {heading.capitalize()}", ""]
+        for name in names:
+            parser = importlib.import_module(f"guided_diffusion_vae.commands.{name}").main.argparser()
+            lines += [f"### {spell(name)}", "", summarize(name), ""]
+            for group in parser._action_groups:
+                actions = [action for action in group._group_actions if action.option_strings]
+                if actions and group.title != "options":
+                    lines += [f'??? note "{group.title}: {len(actions)} flags"', "",
+                              "    | flag | value | default | meaning |", "    |---|---|---|---|"]
+                    lines += [f"    {flag_row(action, action in parser.essential)}" for action in actions]
+                    lines += [""]
+    return "\n".join(lines)
+
+
+def flag_row(action, essential):
+    """Return one row of a table of flags."""
+    flag, default = f"`{action.option_strings[-1]}`", action.default
+    default = json.dumps(default) if isinstance(default, tuple) else str(default)
+    cells = [f"**{flag}**" if essential else flag, f"`{action.metavar or ''}`", default and f"`{default}`",
+             action.help.replace("%%", "%").replace("<", "&lt;").replace("*", "&#42;")]
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def api_page(room, title):
+    """Return the modules of a room, whose documentation mkdocstrings inserts."""
+    package = guided_diffusion_vae if room == "top" else importlib.import_module(f"guided_diffusion_vae.{room}")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+             if not module.ispkg and not module.name.endswith("__main__")]
+    return "\n".join([f"# {title}", "", *(f"::: {name}\n" for name in names)])
