@@ -89,6 +89,8 @@ def _number(text):
 integers = CommaSeparated("integers", "comma-separated integers such as 16,8", int)
 numbers = CommaSeparated("numbers", "comma-separated numbers such as 1,2,2", _number)
 words = CommaSeparated("names", "comma-separated names", str)
+decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text) if text else None,
+                      lambda level: level is None or math.isfinite(level))
 
 
 def _size(text):

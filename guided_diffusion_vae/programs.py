@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = {
-    "data": ["make_microdoppler"],
+    "data": ["make_microdoppler", "make_spectrograms"],
     "autoencoder": ["plan_memory", "train_autoencoder", "check_roundtrip", "encode_dataset"],
     "diffusion": ["image_train_vae", "image_train", "super_res_train", "reconstruct_ema"],
     "classifier": ["classifier_train"],

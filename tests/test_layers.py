@@ -12,12 +12,12 @@ LAYERS = """
     interfaces losses nn state_dicts vae.tiling
     checkpoint_util data.arrays data.attributes data.augmentation data.config data.colormaps data.decoding data.labels
     data.listing data.manifest
-    data.conditions data.medical data.npz dist_util ema_profiles
+    data.axes data.conditions data.medical data.npz dist_util ema_profiles
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
-    autoencoder vae.compvis data.batching data.image_folders data.microdoppler data.volume_folders evaluation.figures
-    evaluation.set_metrics image_datasets logger rectified_flow respace runs.flags sampling.solvers vae
-    vae.streaming
+    autoencoder vae.compvis data.batching data.image_folders data.spectrograms data.volume_folders
+    data.microdoppler evaluation.figures evaluation.set_metrics image_datasets logger rectified_flow respace
+    runs.flags sampling.solvers vae vae.streaming
     data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
     runs.factories sampling.sampler vae.foreign
     data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews sampling.editing sampling.generate

@@ -48,8 +48,8 @@ def test_every_command_is_listed_once_and_has_a_script_without_a_body():
 def test_help_lists_the_commands_in_the_order_of_the_pipeline(gdvae):
     status, page, _ = gdvae()
     assert status == 0 and page == gdvae("--help")[1] and max(map(len, page.splitlines())) <= 120
-    assert re.findall(r"^  ([\w-]+) +([A-Z].+)$", page, re.M)[:2] == [
-        ("make-microdoppler", summarize("make_microdoppler")), ("plan-memory", summarize("plan_memory"))]
+    assert re.findall(r"^  ([\w-]+) +([A-Z].+)$", page, re.M)[:3] == [
+        (name, summarize(name.replace("-", "_"))) for name in ("make-microdoppler", "make-spectrograms", "plan-memory")]
     places = [page.index(f"  {name} ") for name in ("train-autoencoder", "encode-dataset", "image-train-vae",
                                                     "image-sample-vae", "evaluate")]
     assert places == sorted(places) and gdvae("--version")[1] == f"gdvae {__version__}\n"

@@ -451,6 +451,16 @@ def test_make_microdoppler_writes_once(call, tmp_path):
     assert "already exists" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
 
 
+def test_baseband_becomes_spectrograms_once(call, tmp_path):
+    flags = {"out_dir": tmp_path / "data", "num_train": 1, "num_val": 1, "classes": "tapin,tapout", "baseband": True}
+    assert call("make_microdoppler", **flags)[0] == 0
+    flags = {"data_dir": tmp_path / "data/baseband", "out_dir": tmp_path / "made", "sample_rate_hz": 1000}
+    check_error(call("make_spectrograms", **flags, val_recordings="none"), "--val_recordings none: expected to find it")
+    status, out, err = call("make_spectrograms", **flags, val_recordings="val")
+    assert status == 0 and "2 images in train/, 2 images in val/" in out, err
+    assert "already exists" in call("make_spectrograms", **flags, val_recordings="val")[1]
+
+
 # --- Tasks of guided-diffusion, in pixels and in latents ---
 
 

@@ -119,7 +119,7 @@ def _manifest_fields(dataset, codec, config):
 def _digest(fields):
     """Return the digest of everything that determines the latents; paths of autoencoder and images do not."""
     preprocessing = {name: value for name, value in fields["preprocessing"].items()
-                     if name not in ("data_dir", "recognized_colormap")}
+                     if name not in ("data_dir", "recognized_colormap", "spectrogram")}
     hashed = {**fields, "autoencoder": fields["autoencoder"]["sha256"], "preprocessing": preprocessing}
     return sha256_of_json(hashed)
 

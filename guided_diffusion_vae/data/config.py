@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..config import CommaSeparated, ParsedText, option, require, size, translate_pairs
+from ..config import CommaSeparated, ParsedText, decibels, option, require, size, translate_pairs
 from ..files import MAX_PIXELS
 
 _AXES = dict(zip("RLAPSI", (0, 0, 1, 1, 2, 2)))     # the axis of each direction
@@ -17,8 +17,6 @@ distances = CommaSeparated("mm", "one or three distances above 0 in mm, such as 
 directions = ParsedText("code", "three letters, one each of R or L, A or P, S or I, such as RAS, or as_stored", str,
                         lambda text: text in ("", "as_stored") or len(text) == len({_AXES.get(c) for c in text}) == 3
                         and set(text) <= set(_AXES), lambda text: text if text == "as_stored" else text.upper())
-decibels = ParsedText("db", "a finite number, or empty", lambda text: float(text) if text else None,
-                      lambda level: level is None or math.isfinite(level))
 
 # Fields of later versions: recorded only if set, so that the digests of earlier caches stay the same.
 RECORDED_IF_SET = ("label_column", "alpha", "array_key", "colormap", "colormap_tolerance")

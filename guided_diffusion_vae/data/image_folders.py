@@ -15,6 +15,7 @@ from ..interfaces import ImageSource
 from .archives import file_stamp
 from .arrays import EXTENSIONS as ARRAY_EXTENSIONS
 from .arrays import find_array, open_image_set, read_array_file
+from .axes import find_axes
 from .colormaps import MAX_COLORS, count_colors, fit_colormap, recognize_colormap
 from .config import DataConfig, unpad
 from .decoding import (
@@ -76,6 +77,7 @@ class ImageFolder(FileSource):
         self._set_shape(1 if self.colormap else config.image_channels or headers[0].channels, headers, multiple)
         if set(channels) == {3} and not self.colormap:
             self._recognize_colormap()
+        self._open_axes()
 
     def read(self, index, rng=None):
         """Return image `index` as float32 [C x H x W] in [0, 1]; `rng` (NumPy Generator) positions a random crop.
@@ -152,6 +154,14 @@ class ImageFolder(FileSource):
                 self.notes = (*self.notes, f"all pixels of {len(images)} RGB files lie on colormap {name} "
                                            f"({recognized.name}): --colormap {name} reads them as scalars")
 
+    def _open_axes(self):
+        """Set `axes` to what the folder states about the axes and the scale of spectrograms, {} if it does not."""
+        self.axes, note = find_axes(self.folder, self.unpadded_shape[1:])
+        self.notes = (*self.notes, note) if note else self.notes
+        scale = self.axes and (self.axes["db_floor"], self.axes["db_floor"] + self.axes["db_range"])
+        if self.axes and self.value_limits not in (None, scale):    # levels of which another range became [0, 1]
+            self.axes = {}
+
     def _require_colors(self, values, path):
         require((values.dtype == np.uint8, f"{path}: --colormap {self.config.colormap} requires 8-bit RGB images, got "
                                            f"{values.dtype}; omit the flag"))
@@ -172,9 +182,9 @@ class ImageFolder(FileSource):
 
     @property
     def preprocessing(self):
-        """The settings that map files to values, and the colormap that RGB images lie on."""
-        recognized = {"recognized_colormap": self.recognized_colormap} if self.recognized_colormap else {}
-        return {**super().preprocessing, **recognized}
+        """The settings that map files to values, the colormap that RGB images lie on, and the axes of spectrograms."""
+        found = {"recognized_colormap": self.recognized_colormap, "spectrogram": self.axes}
+        return {**super().preprocessing, **{name: value for name, value in found.items() if value}}
 
     def warnings(self):
         """Return lines for the log on value ranges that are probably not meant; up to `CENSUS_FILES` are read."""

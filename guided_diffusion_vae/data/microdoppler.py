@@ -28,12 +28,13 @@ from PIL import Image
 from .. import files, locks
 from ..config import CommaSeparated, as_dict, option, require, size, validate
 from .config import parse_size
+from .spectrograms import TABLE_FILE, stft_power, write_table
 
 SIMULATION = 1              # increased when the same parameters and seed give other images than before
 SPEED_OF_LIGHT = 299_792_458.0
 SPLITS = ("train", "val")
 WAVEFORMS = ("cw", "fmcw")
-METADATA_FILE, TABLE_FILE = "dataset.json", "metadata.csv"
+METADATA_FILE, BASEBAND = "dataset.json", "baseband"
 STAGING = ".microdoppler.part"
 
 SLOWER_STROKE = 0.65        # minimum speed of the slower stroke of a tap, as a fraction of the faster one
@@ -159,6 +160,8 @@ class MicrodopplerConfig:
     seed: int = option(0, "random seed; image i of a class and split depends on it and the parameters alone",
                        essential=True, minimum=0)
     image_size: size = option(64, "Doppler rows x time columns, as HxW or one number for both", essential=True)
+    baseband: bool = option(False, "also write the complex samples of each image, [channels x pulses] complex64, to "
+                                   "baseband/, which make_spectrograms.py reads; 100 KB per image", essential=True)
     waveform: str = option("fmcw", "cw: one complex sample per pulse; fmcw: one sweep per pulse, a Fourier transform "
                            "to range, and the sum of the power of the gated range bins", choices=WAVEFORMS)
     carrier_ghz: float = option(60.5, "carrier frequency in GHz; for fmcw the center of the sweep", above=0)
@@ -339,21 +342,21 @@ def spectrogram_db(received, config):
     Row r is the Doppler frequency ((rows - 1) // 2 - r) prf / rows, the highest first; column k is the window that
     starts at pulse k * hop.
     """
-    from scipy.signal import stft
-
     window, hop, _ = sampling(config)
-    rows, _ = parse_size(config.image_size)
-    _, _, bins = stft(received, window="hann", nperseg=window, noverlap=window - hop, nfft=rows,
-                      boundary=None, padded=False, return_onesided=False, scaling="spectrum")
-    power = np.fft.fftshift((bins.real ** 2 + bins.imag ** 2).sum(axis=0), axes=0)[::-1]
+    power = stft_power(received, window, hop, parse_size(config.image_size)[0])
     floor = len(received) * 1.5 / window
     return 10 * np.log10(np.maximum(power / floor, 1e-12))
 
 
+def simulate_baseband(motion, split, index, config):
+    """Return the slow-time samples [G x T] (complex) of recording `index` of a motion in "train" or "val"."""
+    rng = _generator(motion, split, index, config)
+    return receive(*draw_hand(motion, config, rng), config, rng)
+
+
 def simulate(motion, split, index, config):
     """Return image `index` of a motion in "train" or "val", uint8 [rows x columns]."""
-    rng = _generator(motion, split, index, config)
-    decibels = spectrogram_db(receive(*draw_hand(motion, config, rng), config, rng), config)
+    decibels = spectrogram_db(simulate_baseband(motion, split, index, config), config)
     return np.rint(np.clip(decibels / config.dynamic_range_db, 0, 1) * 255).astype(np.uint8)
 
 
@@ -375,8 +378,9 @@ def _generator(motion, split, index, config):
 
 
 def write_dataset(config):
-    """Write `config.out_dir`: train/ and val/ with <class>_<index>.png, and dataset.json; return the number of images.
+    """Write `config.out_dir`: train/ and val/ with <class>_<index>.png, and dataset.json; return the number of files.
 
+    With `config.baseband` also baseband/ with <class>_<split>-<index>.npy, which may be added to an existing dataset.
     Each of train/ and val/ also has a label file metadata.csv, with the class and `physical_parameters` of each image.
     A complete folder with this dataset is unchanged (0 is returned; those of version 0.3 have no metadata.csv), an
     interrupted one is completed. Each of train/ and val/ is renamed to its name when complete.
@@ -395,29 +399,37 @@ def _write_missing(folder, config):
     from tqdm import tqdm
 
     _claim(folder, config)
-    names = {split: [f"{motion}_{i:05d}.png" for motion in class_names(config) for i in range(count)]
+    items = {split: {f"{motion}_{i:05d}.png": (motion, split, i) for motion in class_names(config)
+                     for i in range(count)}
              for split, count in zip(SPLITS, (config.num_train, config.num_val)) if count}
-    missing = {split: images for split, images in names.items() if not _is_complete(folder / split, images)}
+    if config.baseband:     # in one folder, as folders named train and val are no classes
+        items[BASEBAND] = {f"{motion}_{split}-{i:05d}.npy": (motion, split, i)
+                           for names in tuple(items.values()) for motion, split, i in names.values()}
+    missing = {place: names for place, names in items.items() if not _is_complete(folder / place, names)}
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with tqdm(total=sum(map(len, missing.values())), desc="simulating", unit="image", disable=None) as progress:
-            for split, images in missing.items():
+            for place, names in missing.items():
                 rows = []
-                for name in images:
-                    motion, index = name.removesuffix(".png").split("_")
-                    with files.atomic_path(staging / split / name) as part:
-                        Image.fromarray(simulate(motion, split, int(index), config)).save(part, format="PNG")
-                    parameters = physical_parameters(motion, split, int(index), config)
-                    rows.append({"file_name": name, "label": motion} | {k: f"{v:.6g}" for k, v in parameters.items()})
+                for name, item in names.items():
+                    with files.atomic_path(staging / place / name) as part:
+                        _write_item(part, place, *item, config)
+                    rows.append({"file_name": name, "label": item[0],
+                                 **{k: f"{v:.6g}" for k, v in physical_parameters(*item, config).items()}})
                     progress.update()
-                table = [",".join(row) for row in (rows[0].keys(), *(row.values() for row in rows))]
-                with files.atomic_path(staging / split / TABLE_FILE) as part:
-                    part.write_text("\n".join(table) + "\n")
-                os.replace(staging / split, folder / split)
+                write_table(staging / place / TABLE_FILE, rows)
+                os.replace(staging / place, folder / place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return sum(map(len, missing.values()))
+
+
+def _write_item(path, place, motion, split, index, config):
+    if place != BASEBAND:
+        return Image.fromarray(simulate(motion, split, index, config)).save(path, format="PNG")
+    with open(path, "wb") as stream:
+        np.save(stream, simulate_baseband(motion, split, index, config).astype(np.complex64))
 
 
 def _claim(folder, config):
@@ -442,7 +454,8 @@ def _claim(folder, config):
 
 
 def _record(config):
-    parameters = {name: value for name, value in as_dict(config).items() if name != "out_dir"}
+    # The baseband may be added later, and datasets of version 0.3 do not record it.
+    parameters = {name: value for name, value in as_dict(config).items() if name not in ("out_dir", "baseband")}
     window, hop, samples = sampling(config)
     rows, columns = parse_size(config.image_size)
     return {

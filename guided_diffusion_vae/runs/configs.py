@@ -3,7 +3,9 @@
 from ..autoencoder import AutoencoderConfig
 from ..data.cache_writer import LatentCacheConfig
 from ..data import ConditionConfig, DataConfig, SmallCacheConfig
+from ..data.axes import SpectrogramConfig
 from ..data.microdoppler import MicrodopplerConfig
+from ..data.spectrograms import StftConfig
 from ..dist_util import FastLaunchConfig, LaunchConfig
 from ..ema_profiles import ReconstructConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
@@ -26,5 +28,5 @@ CONFIGS = (
     EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig,
     LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
     PixelSamplingConfig, PlanConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig,
-    SuperResConfig, TrainConfig, VAEConfig,
+    SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
 )
