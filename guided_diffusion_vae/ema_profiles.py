@@ -29,6 +29,11 @@ class ReconstructConfig:
                                              "reconstruct, one file each", essential=True)
     ema_step: int = option(0, "step whose EMA weights are reconstructed, from snapshots up to it; 0: the latest",
                            minimum=0, essential=True)
+    reference: str = option("", "real images, a folder or .npz, or for --inception_path an .npz of statistics: sample "
+                                "with each length and keep only the weights whose samples have the lowest Fréchet "
+                                "distance to them; empty: keep all", essential=True)
+    num_samples: int = option(1000, "samples of each length for --reference, from the same noise", minimum=2,
+                              essential=True)
 
 
 def profile_exponent(std: float) -> float:

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +9,12 @@ from guided_diffusion_vae import checkpoint_util, logger
 from guided_diffusion_vae.ema_profiles import (
     profile_decay, profile_exponent, reconstruct, reconstruction_weights, snapshot_name,
 )
+from guided_diffusion_vae.evaluation import Features
 from guided_diffusion_vae.interfaces import BatchSource
 from guided_diffusion_vae.objectives import PlainObjective
+from guided_diffusion_vae.runs import ema_sweep, loading
 from guided_diffusion_vae.train_util import TrainConfig, TrainLoop, TrainTask
+from forks import FORKS
 
 pytestmark = pytest.mark.usefixtures("one_process")
 STEPS, EVERY = 96, 2
@@ -157,3 +163,86 @@ def test_unusable_runs_are_rejected(trained, tmp_path, call):
     for text in ("0", "0.3", "a"):
         status, _, err = call("reconstruct_ema", model_path=tmp_path, ema_std=text)
         assert status != 0 and "--ema_std must be comma-separated relative standard deviations in (0, 0.28]" in err
+
+
+# --- The best length ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Train a model of images with two classes and two profiles; return its run folder."""
+    folder = tmp_path_factory.mktemp("model")
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    np.savez(folder / "data.npz", arr_0=images, arr_1=np.arange(8) % 2)
+    flags = {"data_dir": folder / "data.npz", "image_size": 8, "num_channels": 32, "channel_mult": 1,
+             "num_res_blocks": 1, "attention_resolutions": "", "class_cond": True, "diffusion_steps": 8,
+             "noise_schedule": "cosine", "batch_size": 4, "lr": 0.05, "ema_profiles": "0.05,0.1", "max_steps": 8,
+             "save_interval": 2, "preview_interval": -1, "logdir": folder / "run"}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    process = FORKS.run([Path(__file__).parents[1] / "scripts" / "image_train.py", *words], 1)
+    assert process.returncode == 0, process.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def sweep(model, call, monkeypatch, tmp_path):
+    """Return a function that sweeps lengths; the reference are samples of the length 0.1."""
+    extract = lambda images: Features(images[:, 0, ::3, 3])
+    monkeypatch.setattr(loading, "open_extractors", lambda run: (extract, None, None))
+    sampling = {"num_samples": 12, "seed": 3, "batch_size": 5}
+    for path in model.glob("reconstructed*"):
+        path.unlink()
+    assert call("reconstruct_ema", model_path=model, ema_std=0.1)[0] == 0
+    weights = model / "reconstructed_ema_0.1_000008.pt"
+    assert call("image_sample", model_path=weights, **sampling, logdir=tmp_path, save_individual=False)[0] == 0
+    flags = {"model_path": model, "ema_std": "0.05,0.1,0.2", "reference": tmp_path / "samples_12x8x8x1.npz", **sampling}
+    return lambda **other: call("reconstruct_ema", **{**flags, **other})
+
+
+def test_sweep_keeps_the_length_whose_samples_are_the_reference(model, sweep):
+    status, out, err = sweep()
+    assert status == 0, err
+    record = json.loads((model / "ema_sweep.json").read_text())
+    found = record["frechet"]
+    assert record["best"] == "0.1" and found["0.1"] < 1e-9 and min(found["0.05"], found["0.2"]) > 1e-4
+    assert f"0.2    {found['0.2']:.5g}\n" in out and f"0.1    {found['0.1']:.5g}  best\n" in out
+    assert [path.name for path in model.glob("reconstructed*")] == ["reconstructed_ema_0.1_000008.pt"]
+    sweep(seed=4)
+    assert json.loads((model / "ema_sweep.json").read_text())["frechet"]["0.1"] > 1e-4
+
+
+def test_sweep_is_resumed_with_the_same_settings_only(model, sweep, monkeypatch):
+    measure, labels = ema_sweep.feature_statistics, []
+
+    def interrupted(images, extract, batch_size, label):
+        labels.append(label)
+        if label == stop:
+            raise KeyboardInterrupt
+        return measure(images, extract, batch_size, label)
+    monkeypatch.setattr(ema_sweep, "feature_statistics", interrupted)
+    for stop, seed, expected in (
+        ("samples, 0.2", 3, ["reference", "samples, 0.05", "samples, 0.1", "samples, 0.2"]),
+        ("samples, 0.05", 4, ["reference", "samples, 0.05"]),
+        ("", 3, ["reference", "samples, 0.2"]),
+        ("", 3, ["reference", "samples, 0.05", "samples, 0.1", "samples, 0.2"]),
+    ):
+        labels.clear()
+        assert (sweep(seed=seed)[0] == 0) == (not stop) and labels == expected
+
+
+def test_sweep_rejects_what_does_not_fit(trained, model, sweep, call, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 9, 9, 1), np.uint8))
+    before = sorted(model.iterdir())
+    for flags, message in (
+        ({"ema_std": "0.1"}, "--ema_std 0.1: expected two lengths or more"),
+        ({"reference": tmp_path / "none"}, "--reference"),
+        ({"reference": tmp_path / "large.npz"}, "contains images of shape (1, 8, 8), but"),
+        ({"model_path": trained / "stored"}, "expects"),
+        ({"classes": 2}, "--classes: there is no class '2'"),
+        ({"sampler": "euler"}, "--sampler euler does not apply"),
+    ):
+        status, _, err = sweep(**flags)
+        assert status != 0 and message in err
+    status, _, err = call("reconstruct_ema", model_path=model, num_samples=4)
+    assert status != 0 and "--num_samples 4 has no effect without --reference" in err
+    assert sorted(model.iterdir()) == before

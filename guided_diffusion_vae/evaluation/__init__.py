@@ -1,7 +1,10 @@
 """The evaluation room: metrics, features, reports, previews and figures. Other rooms import from here."""
 
 from .. import deprecated_names
-from .comparison import EvaluateConfig, EvaluationClassifier, ImageSet, SampleFile, evaluate, open_sample_file
+from .comparison import (
+    EvaluateConfig, EvaluationClassifier, ImageSet, SampleFile, check_sets, evaluate, feature_statistics,
+    open_sample_file,
+)
 from .features import (
     Features, classifier_features, collect_features, inception_features, latent_features,
 )

@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
     :raises ValueError: before any image is read, if shapes do not match or there are labels of unknown classes.
     """
     reference, samples, training = (sets.get(name) for name in ("reference", "samples", "training"))
-    _check_sets(config, sets, classifier)
+    check_sets(config, sets, classifier)
     labels = {name: map_labels(sets[name].images, classifier.class_names) for name in ("reference", "samples")
               if classifier and len(sets[name]) and sets[name].images.labels is not None}
     measured = {name: _measure(extract, classifier.extract if name in labels else None, images, config.batch_size, name)
@@ -115,7 +115,11 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
     return report
 
 
-def _check_sets(config, sets, classifier):
+def check_sets(config: EvaluateConfig, sets: dict[str, ImageSet], classifier: EvaluationClassifier | None) -> None:
+    """Check before any image is read that sets can be compared; arguments as in `evaluate`.
+
+    :raises ValueError: if not.
+    """
     reference, samples = sets["reference"], sets["samples"]
     for name, images in sets.items():
         require((len(images) or name == "reference", f"{images.path} contains statistics and no images, which "
@@ -156,6 +160,11 @@ def _measure(extract, classify, images, batch_size, label):
         spatial = images.statistics.get("spatial", read and read.spatial)
         return _SetFeatures(read, images.statistics["pooled"], spatial, classes)
     return _SetFeatures(read, set_metrics.FeatureStatistics().update(read.pooled), read.spatial, classes)
+
+
+def feature_statistics(images: ImageSet, extract, batch_size, label) -> set_metrics.FeatureStatistics:
+    """Return the statistics of the features of a set on all ranks, which share the work; `label` is for the log."""
+    return _measure(extract, None, images, batch_size, label).statistics
 
 
 def _distances(real, generated, seed):
