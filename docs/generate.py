@@ -34,8 +34,8 @@ def on_files(files, config):
 
 def flags_page():
     """Return the tables of all flags, by command in the order of the pipeline and by group."""
-    lines = ["# Commands and flags", "", "A command is `gdvae NAME` or `python scripts/NAME.py`. Flags are also keys of",
-             "`--config FILE.yaml`, in the section of their group. Essential flags are bold.", ""]
+    lines = ["# Commands and flags", "", "A command is `gdvae NAME` or `python scripts/NAME.py`. Flags are also keys",
+             "of `--config FILE.yaml`, in the section of their group. Essential flags are bold.", ""]
     for heading, names in COMMANDS.items():
         lines += [f"## {heading.capitalize()}", ""]
         for name in names:
