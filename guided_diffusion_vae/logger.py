@@ -1,4 +1,4 @@
-"""Log named numbers and messages of a run to the terminal, text files and TensorBoard.
+"""Log numbers, images and messages of a run to the terminal, text files, TensorBoard and Weights & Biases.
 
 Functions and files are named as in guided-diffusion's logger. Numbers may be tensors: they stay on their device until
 `dumpkvs`, so that logging a loss at every step does not synchronize the GPU.
@@ -24,6 +24,7 @@ from . import dist_util
 from .files import atomic_path
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+HISTOGRAM_VALUES = 2**16  # at most about this many elements are read from the device
 
 
 class KVWriter:
@@ -43,6 +44,20 @@ class SeqWriter:
 
     def writeseq(self, seq):
         """Write one message, a sequence of strings, on a line."""
+        raise NotImplementedError
+
+
+class MediaWriter:
+    """Interface of formats that show images and histograms."""
+
+    name = "custom"
+
+    def writeimage(self, key, image, step):
+        """Write a PIL image."""
+        raise NotImplementedError
+
+    def writehistogram(self, key, values, step):
+        """Write the histogram of a float array [N]."""
         raise NotImplementedError
 
 
@@ -149,7 +164,7 @@ class CSVOutputFormat(KVWriter):
         self._stream.close()
 
 
-class TensorBoardOutputFormat(KVWriter):
+class TensorBoardOutputFormat(KVWriter, MediaWriter):
     """TensorBoard event file in `dir`; scalars are written at the value of "step", else by row number."""
 
     name = "tensorboard"
@@ -159,27 +174,99 @@ class TensorBoardOutputFormat(KVWriter):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("log format tensorboard requires the package tensorboard; install it or remove the "
-                              "format from OPENAI_LOG_FORMAT") from error
-        # Opened with the first row: opening writes the event that hides steps after `purge_step`, and a run that ends
-        # before its first row must not hide those of its predecessor.
+                              "format from OPENAI_LOG_FORMAT or --log_formats") from error
+        # Opened with the first row or image: opening writes the event that hides steps after `purge_step`, and a run
+        # that ends before its first row must not hide those of its predecessor.
         purge_step = None if resume_step is None else resume_step + 1
-        self._open = functools.cache(lambda: SummaryWriter(dir, purge_step=purge_step))
-        self._dir, self._dumps = dir, 0
+        self._make = lambda: SummaryWriter(dir, purge_step=purge_step)
+        self._dir, self._dumps, self._writer = dir, 0, None
+
+    def _open(self):
+        os.stat(self._dir)  # raises if it was removed: the thread of tensorboard would print a traceback
+        self._writer = self._writer or self._make()
+        return self._writer
 
     def writekvs(self, kvs):
         """Write the numbers in `kvs`; text is skipped."""
-        os.stat(self._dir)  # raises if it was removed: the thread of tensorboard would print a traceback
         self._dumps += 1
         step = int(kvs.get("step", self._dumps))
+        writer = self._open()
         for key, value in kvs.items():
             if isinstance(value, Number):
-                self._open().add_scalar(key, value, step)
-        self._open().flush()
+                writer.add_scalar(key, value, step)
+        writer.flush()
+
+    def writeimage(self, key, image, step):
+        """Write a PIL image."""
+        self._open().add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def writehistogram(self, key, values, step):
+        """Write the histogram of an array [N]."""
+        self._open().add_histogram(key, values, step)
 
     def close(self):
         """Close the event file."""
-        if self._dumps:
-            self._open().close()
+        if self._writer:
+            self._writer.close()
+
+
+class WandbOutputFormat(KVWriter, MediaWriter):
+    """Run of Weights & Biases with its files in `dir`/wandb; its variables apply, such as WANDB_MODE=offline.
+
+    It is started with the first row or image, once: without a connection, each attempt may take minutes. Its id is
+    in `dir`/wandb_id.txt. With `resume_step` the run of that id is continued.
+    """
+
+    name = "wandb"
+
+    def __init__(self, dir, resume_step=None):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("log format wandb requires the package wandb: pip install 'guided-diffusion-vae[wandb]'; "
+                              "or remove the format from OPENAI_LOG_FORMAT or --log_formats") from error
+        self._package, self._dir, self._continues = wandb, Path(dir), resume_step is not None
+        self._run, self._attempted, self._dumps = None, False, 0
+
+    def _start(self):
+        if self._attempted:
+            raise ConnectionError("it could not be started before")
+        self._attempted = True
+        id_file, config_file = self._dir / "wandb_id.txt", self._dir / "config.json"
+        run_id = id_file.read_text().strip() if self._continues and id_file.exists() else None
+        run = self._package.init(
+            dir=str(self._dir), name=self._dir.name, id=run_id, resume="allow" if run_id else None,
+            config=json.loads(config_file.read_text()).get("flags") if config_file.exists() else None,
+            settings=self._package.Settings(console="off"),     # log.txt has the messages
+        )
+        with atomic_path(id_file) as part:
+            part.write_text(run.id + "\n")
+        # Its own counter of rows only increases; a resumed run writes the rows after its checkpoint again.
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _log(self, content, step):
+        self._run = self._run or self._start()
+        self._run.log({**content, "step": step})
+
+    def writekvs(self, kvs):
+        """Write the numbers in `kvs`; text is skipped."""
+        self._dumps += 1
+        step = int(kvs.get("step", self._dumps))
+        self._log({key: value for key, value in kvs.items() if isinstance(value, Number)}, step)
+
+    def writeimage(self, key, image, step):
+        """Write a PIL image."""
+        self._log({key: self._package.Image(image)}, step)
+
+    def writehistogram(self, key, values, step):
+        """Write the histogram of an array [N]."""
+        self._log({key: self._package.Histogram(values)}, step)
+
+    def close(self):
+        """End the run; online, this waits until all is sent."""
+        if self._run:
+            self._run.finish()
 
 
 class _LazyWriter(KVWriter):
@@ -205,6 +292,7 @@ FORMATS = {
     "csv": lambda folder, suffix, resume_step: CSVOutputFormat(
         os.path.join(folder, f"progress{suffix}.csv"), resume_step),
     "tensorboard": lambda folder, suffix, resume_step: TensorBoardOutputFormat(str(folder), resume_step),
+    "wandb": lambda folder, suffix, resume_step: WandbOutputFormat(folder, resume_step),
 }
 
 
@@ -215,7 +303,7 @@ def make_output_format(format, ev_dir, log_suffix="", resume_step=None):
     """
     if format not in FORMATS:
         raise ValueError(f"unknown log format {format!r}: expected one of: {', '.join(FORMATS)}; "
-                         "check OPENAI_LOG_FORMAT or format_strs")
+                         "check --log_formats, OPENAI_LOG_FORMAT or format_strs")
     os.makedirs(ev_dir, exist_ok=True)
     return FORMATS[format](ev_dir, log_suffix, resume_step)
 
@@ -330,6 +418,29 @@ class Logger:
                 if isinstance(out, SeqWriter):
                     self._attempt(out, "writeseq", [str(arg) for arg in args])
 
+    def logimage(self, key, image, step):
+        """Write a PIL image of this step at once, to the formats that show images."""
+        for out in self._media_outputs():
+            self._attempt(out, "writeimage", key, image, step)
+
+    def loghistogram(self, key, tensors, step):
+        """Write the histogram of the elements of tensors at once, to the formats that show histograms.
+
+        Of many elements evenly spaced ones are read, about HISTOGRAM_VALUES; this synchronizes the device.
+        """
+        outputs, tensors = self._media_outputs(), list(tensors)
+        count = sum(tensor.numel() for tensor in tensors)
+        if not outputs or not count:
+            return
+        stride = -(-count // HISTOGRAM_VALUES)
+        values = torch.cat([tensor.detach().flatten()[::stride].float() for tensor in tensors]).cpu().numpy()
+        for out in outputs:
+            self._attempt(out, "writehistogram", key, values, step)
+
+    def _media_outputs(self):
+        shown = self.output_formats if self.level != DISABLED else ()
+        return [out for out in shown if isinstance(out, MediaWriter)]
+
     def set_level(self, level):
         """Write only messages of this level and above; DISABLED suppresses rows of numbers, too."""
         self.level = level
@@ -357,7 +468,7 @@ class Logger:
             self._failed.add(out)
             text = (f"log format {out.name} cannot be written to {self.dir} ({type(error).__name__}: {error}); the run "
                     "continues without these lines, and later failures are not reported: free some space or check the "
-                    "folder, or remove the format from OPENAI_LOG_FORMAT")
+                    "folder, or remove the format from OPENAI_LOG_FORMAT or --log_formats")
             others = [other for other in self.output_formats if isinstance(other, SeqWriter) and other is not out]
             for other in others:
                 self._attempt(other, "writeseq", [text])
@@ -428,6 +539,16 @@ dump_tabular = dumpkvs
 def getkvs():
     """Return the current row of this rank as plain numbers."""
     return get_current().getkvs()
+
+
+def logimage(key, image, step):
+    """Write a PIL image of this step; see `Logger.logimage`."""
+    get_current().logimage(key, image, step)
+
+
+def loghistogram(key, tensors, step):
+    """Write a histogram of the elements of tensors; see `Logger.loghistogram`."""
+    get_current().loghistogram(key, tensors, step)
 
 
 def log(*args, level=INFO):

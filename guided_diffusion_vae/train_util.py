@@ -53,6 +53,14 @@ decays = CommaSeparated("rates", "comma-separated numbers in [0, 1), such as 0.9
                         lambda rates: all(0 <= rate < 1 for rate in rates))
 
 
+format_names = CommaSeparated("formats", f"comma-separated names among {', '.join(logger.FORMATS)}", str,
+                              lambda names: logger.FORMATS.keys() >= set(names))
+_LOG_FORMATS = dict(
+    default="", help="comma-separated formats of the log: stdout, log, csv, json, tensorboard, wandb (extra: wandb); "
+                     "the last two show previews and histograms of weights, too; empty: $OPENAI_LOG_FORMAT, else "
+                     "stdout,log,csv,tensorboard")
+
+
 @dataclass
 class TrainConfig:
     SECTION = "training"
@@ -77,6 +85,7 @@ class TrainConfig:
         "", "comma-separated relative standard deviations of power-function EMA weights, such as 0.05,0.10, of which "
             "every checkpoint keeps a snapshot; reconstruct_ema.py then gives EMA weights of any length; empty: none")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
+    log_formats: format_names = option(**_LOG_FORMATS)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "number of latest checkpoints to keep; 0: all", minimum=0)
     preview_interval: int = option(
@@ -172,6 +181,7 @@ class ClassifierTrainConfig:
     init_from: str = option(
         "", "run or weights file to initialize a new run from, where names and shapes agree; other weights are listed")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
+    log_formats: format_names = option(**_LOG_FORMATS)
     eval_interval: int = option(
         5, "steps between measurements on --val_data_dir; 0: at every checkpoint; -1: never", minimum=-1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
@@ -412,6 +422,7 @@ class TrainLoop:
                 saving = stopping or ending or self.step % self.save_interval == 0
                 if saving:
                     self.save(preview_due=previewing)
+                    self._log_histograms(batch)
                 reached = False
                 if previewing:
                     reached = self._preview()   # before _write_log, so that this row contains what it measured
@@ -530,6 +541,12 @@ class TrainLoop:
         bar.set_postfix_str(f"loss {loss:.4f}")
         if not math.isfinite(loss):
             self._raise_diverged(f"the loss is {loss}")
+
+    def _log_histograms(self, batch):
+        """Log the distribution of the batch and of the weights of each part of the model."""
+        logger.loghistogram("batch", [batch], self.step)
+        for name, part in () if self.fsdp else self.model.named_children():     # shards are on several ranks
+            logger.loghistogram(f"weights/{name}", part.parameters(), self.step)
 
     def _raise_diverged(self, problem):
         last = max(checkpoint_util.committed_steps(self.folder), default="none")

@@ -40,6 +40,7 @@ RESTRICTED = {
     "yaml": (["files"], True),
     "matplotlib": (["evaluation.figures", "data.colormaps"], False),
     "tensorboard": (["logger"], True),
+    "wandb": (["logger"], True),
 }
 ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "h5py", "SimpleITK", "lpips",
                          "bitsandbytes"]

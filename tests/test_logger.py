@@ -3,11 +3,13 @@ import json
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from guided_diffusion_vae import logger
 from guided_diffusion_vae.logger import CSVOutputFormat, JSONOutputFormat, Logger, TensorBoardOutputFormat
@@ -247,6 +249,108 @@ def test_tensorboard_writes_numbers_at_their_step(tmp_path):
     content = events.EventAccumulator(str(tmp_path)).Reload()
     assert sorted(content.Tags()["scalars"]) == ["loss", "step"]
     assert [(event.step, event.value) for event in content.Scalars("loss")] == [(40, 0.25)]
+
+
+def test_tensorboard_shows_images_and_histograms_at_their_step(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger.configure(str(tmp_path), ["csv", "tensorboard"])
+    logger.logimage("preview", Image.new("L", (6, 4), 128), 40)
+    logger.loghistogram("weights", [torch.tensor([[1.0, 2.0]], requires_grad=True), torch.full((5,), 3.0)], 40)
+    logger.loghistogram("none", [], 40)
+    logger.set_level(logger.DISABLED)
+    logger.logimage("hidden", Image.new("L", (6, 4)), 41)
+    logger.reset()
+    content = events.EventAccumulator(str(tmp_path)).Reload()
+    assert content.Tags()["images"] == ["preview"] and content.Tags()["histograms"] == ["weights"]
+    image, histogram = content.Images("preview")[0], content.Histograms("weights")[0]
+    assert (image.step, image.width, image.height) == (40, 6, 4)
+    values = histogram.histogram_value
+    assert (histogram.step, values.num, values.min, values.max, values.sum) == (40, 7, 1, 3, 18)
+
+
+def test_loghistogram_reads_evenly_spaced_elements_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(logger, "HISTOGRAM_VALUES", 4)
+    recorder = Recorder()
+    monkeypatch.setattr(logger.Logger, "CURRENT", Logger("run", [recorder]))
+    logger.loghistogram("weights", [torch.arange(6), torch.arange(10, 13)], 7)
+    assert recorder.histograms == [("weights", [0, 3, 10], 7)]
+
+
+class Recorder(logger.MediaWriter):
+    """Format that records histograms."""
+
+    def __init__(self):
+        self.histograms = []
+
+    def writehistogram(self, key, values, step):
+        self.histograms.append((key, values.tolist(), step))
+
+    def close(self):
+        pass
+
+
+class FakeWandb(types.ModuleType):
+    """Stand-in for the package wandb: records the runs and what they log; with `error`, they cannot be started."""
+
+    Image, Histogram, Settings = (staticmethod(lambda value=None, **fields: (value, fields)) for _ in range(3))
+
+    def __init__(self, error=None):
+        super().__init__("wandb")
+        self.error, self.started, self.rows, self.finished = error, [], [], 0
+
+    def init(self, **settings):
+        self.started.append(settings)
+        if self.error:
+            raise self.error
+        return types.SimpleNamespace(id=settings["id"] or "abc", log=self.rows.append, finish=self.finish,
+                                     define_metric=lambda name, step_metric: self.rows.append((name, step_metric)))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_receives_rows_images_and_histograms_and_continues_its_run(tmp_path, monkeypatch):
+    package = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    (tmp_path / "config.json").write_text('{"flags": {"training": {"lr": 0.1}}}')
+    image = Image.new("L", (6, 4))
+    logger.configure(str(tmp_path), ["wandb"])
+    assert not package.started      # a command that fails before its first row starts no run
+    logger.logkvs({"step": 3, "loss": 0.5, "name": "x"})
+    logger.dumpkvs()
+    logger.logimage("preview", image, 4)
+    logger.loghistogram("weights", [torch.ones(2)], 4)
+    logger.reset()
+    assert package.rows[:3] == [("*", "step"), {"step": 3, "loss": 0.5}, {"preview": (image, {}), "step": 4}]
+    assert package.rows[3]["weights"][0].tolist() == [1, 1] and package.finished == 1
+    logger.configure(str(tmp_path), ["wandb"], resume_step=3)
+    logger.logkv("step", 4)
+    logger.dumpkvs()
+    logger.configure(str(tmp_path), ["wandb"])
+    logger.logkv("step", 1)
+    logger.dumpkvs()
+    assert [(run["id"], run["resume"]) for run in package.started] == [(None, None), ("abc", "allow"), (None, None)]
+    assert package.started[0]["dir"] == str(tmp_path) and package.started[0]["config"] == {"training": {"lr": 0.1}}
+
+
+def test_wandb_that_cannot_start_is_attempted_and_reported_once(tmp_path, monkeypatch, capsys):
+    package = FakeWandb(OSError("no connection"))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    logger.configure(str(tmp_path), ["stdout", "wandb"])
+    for step in (1, 2):
+        logger.logkv("step", step)
+        assert logger.dumpkvs() == {"step": step}
+        logger.logimage("preview", Image.new("L", (6, 4)), step)
+    logger.reset()
+    assert len(package.started) == 1
+    assert capsys.readouterr().out.count("log format wandb cannot be written") == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_format_without_its_package_is_rejected(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name], None)
+    with pytest.raises(ImportError, match=f"log format {name} requires the package {name}.*or --log_formats"):
+        logger.configure(str(tmp_path), [name])
 
 
 def test_configure_other_ranks_write_their_own_log(monkeypatch):

@@ -121,6 +121,8 @@ def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monke
     shown = []
     monkeypatch.setattr(previews, "contact_sheet", lambda images, columns, row_labels, colormap: shown.append(
         (images, columns, row_labels)) or Image.new("L", (1, 1)))
+    logged = []
+    monkeypatch.setattr(previews.logger, "logimage", lambda key, image, step: logged.append((key, image.size, step)))
     preview = SamplePreview(sampler, tmp_path, CPU, decode_batch=4, columns=2)
     preview(1)
     preview(2)
@@ -129,6 +131,7 @@ def test_sample_previews_show_one_row_per_class_from_fixed_noise(tmp_path, monke
     assert images.reshape(3, 2, -1).mean(2) == pytest.approx(np.array([[0.05] * 2, [0.5] * 2, [0.95] * 2]), abs=0.02)
     expected = sampler.decode(sampler.sample_x0(range(6), [0, 1, 2], CPU)).numpy()
     assert np.array_equal(images[1], expected[3])  # the second image of the first class
+    assert logged == [("preview", (1, 1), 1), ("preview", (1, 1), 2)]
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["000001.png", "000002.png"]
 
 

@@ -1211,6 +1211,17 @@ def test_log_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch, 
             assert [row["step"] for row in csv.DictReader(stream)] == ["1", "2", "3", "4"]
 
 
+def test_checkpoints_log_histograms_of_batch_and_weights(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(logger, "loghistogram", lambda key, tensors, step: logged.append(
+        (key, [tuple(tensor.shape) for tensor in tensors], step)))
+    logger.configure(str(tmp_path), [])
+    create_loop(model=torch.nn.Sequential(torch.nn.Linear(3, 1)), objective=PlainObjective(squared_error),
+                header=HEADER, data=Points(), max_steps=3, save_interval=2, batch_size=4, lr=0.1).run_loop()
+    assert logged == [entry for step in (2, 3) for entry in (
+        ("batch", [(4, 3)], step), ("weights/0", [(1, 3), (1,)], step))]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_the_step_and_ends_the_run(tmp_path, number):
     former = signal.getsignal(number)

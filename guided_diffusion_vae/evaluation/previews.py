@@ -38,7 +38,7 @@ class ReconstructionValidation:
             images, decoded = (unpad(x, self._unpadded(images)) for x in (images, decoded))
             if grid is None:
                 grid = reconstruction_grid(*(x[:PREVIEW_IMAGES].cpu().numpy() for x in (images, decoded)))
-                save_image(self.folder / "previews" / f"{step:06d}.png", grid)
+                _write_preview(self.folder, step, grid)
             scores.append({**paired_metrics(images, decoded, "val_"), "val_kl": kl})
         measured = average_metrics(scores)
         logger.logkvs(measured)
@@ -92,7 +92,7 @@ class SamplePreview:
         names = self.sampler.class_names or [str(c) for c in classes or ()]
         sheet = contact_sheet(images, self.columns, row_labels=names[:rows] if classes else None,
                               colormap=self.sampler.colormap)
-        save_image(self.folder / "previews" / f"{step:06d}.png", sheet)
+        _write_preview(self.folder, step, sheet)
 
 
 class ClassifierValidation:
@@ -128,3 +128,9 @@ class ClassifierValidation:
             measured.append(self.objective(self.model, x0, {"y": labels}, draws))
         terms = {name: torch.cat([terms[name] for terms, _ in measured]) for name in measured[0][0]}
         self.objective.log(None, torch.cat([t for _, t in measured]), terms)
+
+
+def _write_preview(folder, step, image):
+    """Write the image of a preview into the run folder, and to the formats of the log that show images."""
+    save_image(folder / "previews" / f"{step:06d}.png", image)
+    logger.logimage("preview", image, step)

@@ -14,7 +14,7 @@ from ..config import as_dict, option, require, section_name
 from ..data.config import DataConfig, recorded_options, take_recorded_options
 from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
 from ..locks import LOCK_FILE, locked_folder
-from ..train_util import find_checkpoint
+from ..train_util import find_checkpoint, format_names
 from .flags import argparser, flag_names, parse_explicit
 from .flags import drop_fields as drop_fields, select_fields as select_fields  # scripts take all they need from here
 
@@ -124,8 +124,10 @@ class Run:
         self._take_recorded_options()
         marker = self.checkpoint[0]
         # Only training has curves; other scripts must not truncate those of a run in whose folder they write.
-        formats = None if trains else [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",")
-                                       if name in ("stdout", "log")]
+        formats = [name for name in os.environ.get("OPENAI_LOG_FORMAT", "stdout,log").split(",")
+                   if name in ("stdout", "log")]
+        if trains:
+            formats = format_names.parse(self.setting("log_formats"), "log_formats") or None
         logger.configure(self.folder or logger.default_dir(self.script), formats, resume_step=marker and marker["step"])
         logger.log(f"run folder: {logger.get_dir()}")
         self.folder = Path(logger.get_dir())
