@@ -271,6 +271,11 @@ def from_dict(cls, values):
     return cls(**{key: to_tuple(value) for key, value in values.items() if key in known})
 
 
+def changed_fields(config):
+    """Return {name: value} of the fields of a config that differ from their defaults."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+
+
 def section_name(cls):
     """Return the YAML section of a config class: its SECTION, else its name in lower case without 'Config'."""
     return getattr(cls, "SECTION", cls.__name__.removesuffix("Config").lower())

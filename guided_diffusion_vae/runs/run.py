@@ -1,6 +1,7 @@
 """One execution of a script: its configs, the flags that were set, its folder, log, header and report."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from .. import dist_util, logger
 from ..checkpoint_util import committed_steps
-from ..config import as_dict, option, require, section_name
+from ..config import as_dict, changed_fields, option, require, section_name
 from ..data.config import DataConfig, recorded_options, take_recorded_options
 from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
 from ..locks import LOCK_FILE, locked_folder
@@ -34,15 +35,18 @@ class Run:
 
     :param script: name of the script, recorded in config.json.
     :param configs: config instances; a config is found by its class or a base class.
-    :param explicit: {flag: value} of the flags set in YAML or on the command line. The data, a checkpoint or a cache
-        may replace a default; an explicit value that conflicts with them is an error.
+    :param explicit: {flag: value} of the flags set in YAML or on the command line. Fields of `configs` that differ from
+        their defaults are set, too. The data, a checkpoint or a cache may replace a default; an explicit value that
+        conflicts with them is an error.
     :param folder: folder of the run, None for scripts and dry runs without one.
     :param checkpoint: (marker, folder) of the verified step to resume from, (None, None) if training starts.
     :param flags: names of the flags of the script, None if all fields of the configs are flags.
     """
 
-    def __init__(self, script, configs, explicit, folder=None, checkpoint=(None, None), flags=None):
+    def __init__(self, script, configs, explicit=(), folder=None, checkpoint=(None, None), flags=None):
         self.script, self.configs, self.explicit = script, tuple(configs), dict(explicit)
+        for config in filter(dataclasses.is_dataclass, self.configs):
+            self.explicit = {**changed_fields(config), **self.explicit}
         self.folder, self.checkpoint, self.flags = folder, checkpoint, flags
 
     def __getitem__(self, cls):
@@ -59,13 +63,18 @@ class Run:
         return next((vars(config)[name] for config in self.configs if name in vars(config)), None)
 
     def override(self, config, **explicit):
-        """Return a run in which `config` replaces the config of its class; `explicit` flags count as set."""
-        configs = [config if type(old) is type(config) else old for old in self.configs]
-        return Run(self.script, configs, {**self.explicit, **explicit}, self.folder, self.checkpoint, self.flags)
+        """Return a run in which `config` replaces the config of its class; only `explicit` flags count as set."""
+        run = copy.copy(self)
+        run.configs = tuple(config if type(old) is type(config) else old for old in self.configs)
+        run.explicit = {**self.explicit, **explicit}
+        return run
 
     def derive(self, script, configs, folder):
-        """Return a training run with other configs that resumes in another folder."""
-        return Run(script, configs, self.explicit, folder, find_checkpoint(folder))
+        """Return a training run with other configs, none of which count as set, that resumes in another folder."""
+        run = copy.copy(self)
+        run.script, run.configs, run.folder, run.checkpoint = script, tuple(configs), folder, find_checkpoint(folder)
+        run.flags = None
+        return run
 
     @property
     def dry_run(self):
