@@ -233,12 +233,14 @@ def test_sweep_is_resumed_with_the_same_settings_only(model, sweep, monkeypatch)
 
 def test_sweep_rejects_what_does_not_fit(trained, model, sweep, call, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 9, 9, 1), np.uint8))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "bare.pt")
     before = sorted(model.iterdir())
     for flags, message in (
         ({"ema_std": "0.1"}, "--ema_std 0.1: expected two lengths or more"),
         ({"reference": tmp_path / "none"}, "--reference"),
         ({"reference": tmp_path / "large.npz"}, "contains images of shape (1, 8, 8), but"),
-        ({"model_path": trained / "stored"}, "expects"),
+        ({"model_path": trained / "stored"}, "--model_path expects a model of kind 'diffusion', got 'line'"),
+        ({"model_path": tmp_path / "bare.pt"}, "bare.pt has no header; --model_path expects a run folder"),
         ({"classes": 2}, "--classes: there is no class '2'"),
         ({"sampler": "euler"}, "--sampler euler does not apply"),
     ):

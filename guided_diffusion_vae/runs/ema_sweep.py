@@ -66,6 +66,7 @@ def sweep_ema(run, stds) -> None:
              "finds the best; add others, or omit --reference"))
     require_data_dir(config.reference, "--reference")
     trained = loading.open_weights(config.model_path)
+    require((trained.header, f"{trained.path} has no header; --model_path expects a run folder"))
     checkpoint_util.require_kind(trained.header, "diffusion", trained.path, "--model_path")
     data = apply_trained_preprocessing(run[DataConfig], run.explicit, trained.header["data"])
     reference = loading.open_set(config.reference, data, "--reference")
