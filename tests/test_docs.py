@@ -97,7 +97,7 @@ def names_in(benchmark):
 def fault(name, arguments, capsys):
     """Return the error message of a command line, "" if its flags and values exist."""
     if name not in NAMES:
-        flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
+        flags = [word.split("=")[0] for word in arguments if re.match(r"--\S+$", word)]     # not a text of flags
         return ", ".join(flag for flag in flags if flag[2:] not in names_in(name))
     try:
         parse_explicit(*command_main(name).argparser.args, argv=arguments)
