@@ -223,8 +223,9 @@ class WandbOutputFormat(KVWriter, MediaWriter):
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("log format wandb requires the package wandb "
-                              f"({error}): pip install 'guided-diffusion-vae[wandb]', or remove the format from OPENAI_LOG_FORMAT or --log_formats") from error
+            raise ImportError(f"log format wandb requires the package wandb ({error}): pip install "
+                              "'guided-diffusion-vae[wandb]', or remove the format from OPENAI_LOG_FORMAT or "
+                              "--log_formats") from error
         self._package, self._dir, self._continues = wandb, Path(dir), resume_step is not None
         self._run, self._attempted, self._dumps = None, False, 0
 

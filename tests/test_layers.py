@@ -25,7 +25,7 @@ LAYERS = """
     evaluation.roundtrip runs.planning runs.run runs.spaces sampling
     evaluation
     runs.configs runs.loading runs.training
-    runs.ema_sweep runs.export runs.tstr
+    runs.ema_sweep runs.doctor runs.export runs.tstr
 """.split()
 # A package counts as a module if its __init__.py imports something: it is then the public interface of its folder.
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -438,18 +438,24 @@ class AutoencoderPlan(Plan):
         yield "a latent half as large along every axis", {**first, **factors, **last}
 
 
-def report_autoencoder_memory(run):
-    """Yield the lines of a memory report for the autoencoder that the configs of a run describe.
+def autoencoder_plan(run, channels=None):
+    """Return the `AutoencoderPlan` of the configs of a run.
 
-    The channels follow from flags, else from the data, else there is one.
+    :param channels: those of the data; None: they follow from flags, else from the data, else there is one.
     """
-    data, config, plan_config = run[DataConfig], run[AutoencoderConfig], run[PlanConfig]
-    channels = config.in_channels or data.image_channels or (open_folder(data).shape[0] if data.data_dir else 1)
+    data, config = run[DataConfig], run[AutoencoderConfig]
+    channels = config.in_channels or data.image_channels or channels or (
+        open_folder(data).shape[0] if data.data_dir else 1)
     sides = data.sides
     if data.pad:
         sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(config, len(sides)))]
-    plan = AutoencoderPlan((channels, *sides), config, run[TrainConfig], run[AutoencoderLossConfig],
+    return AutoencoderPlan((channels, *sides), config, run[TrainConfig], run[AutoencoderLossConfig],
                            run[DiscriminatorConfig])
+
+
+def report_autoencoder_memory(run):
+    """Yield the lines of a memory report for the autoencoder that the configs of a run describe."""
+    plan, plan_config = autoencoder_plan(run), run[PlanConfig]
     if run[PerceptualConfig].use_perceptual_loss:
         yield "the perceptual loss is not counted: its backbone takes additional memory"
     yield from report(plan, counts.parse(plan_config.plan_batch_sizes, "plan_batch_sizes"),
