@@ -5,7 +5,7 @@
     python scripts/doctor.py --config configs/microdoppler_small.yaml --data_dir DIR/train
 
 One line per check: ok, warning or problem. The exit status is 1 if there is a problem. With flags of the data or the
-autoencoder, a training step of the autoencoder is timed. --fast_dev_run True of any training command times its steps."""
+autoencoder, a training step of the autoencoder is timed. --fast_dev_run True of a training command times its steps."""
 
 from pathlib import Path
 
