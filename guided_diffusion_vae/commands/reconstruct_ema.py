@@ -1,4 +1,4 @@
-"""Reconstruct EMA weights of any length from the snapshots of a training with --ema_profiles; write them into its run.
+"""Reconstruct EMA weights of any length from the snapshots of a training with --ema_profiles.
 
     python scripts/image_train_vae.py --cache_dir latents_cache/NAME --ema_profiles 0.05,0.10 --logdir runs/diffusion
     python scripts/reconstruct_ema.py --model_path runs/diffusion --ema_std 0.03,0.075,0.15
