@@ -8,7 +8,7 @@ from pathlib import Path
 COMMANDS = {
     "data": ["make_microdoppler", "make_spectrograms"],
     "autoencoder": ["plan_memory", "train_autoencoder", "check_roundtrip", "encode_dataset"],
-    "diffusion": ["image_train_vae", "image_train", "super_res_train", "reconstruct_ema"],
+    "diffusion": ["image_train_vae", "image_train", "super_res_train", "distill", "reconstruct_ema"],
     "classifier": ["classifier_train"],
     "samples": ["image_sample_vae", "image_sample", "classifier_sample", "super_res_sample", "image_edit"],
     "evaluation": ["evaluate", "image_nll", "detect_anomalies"],

@@ -22,7 +22,7 @@ LAYERS = """
     runs.factories sampling.sampler vae.foreign
     data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews sampling.editing sampling.generate
     script_util train_util vae.objective vae_wrapper
-    evaluation.roundtrip runs.planning runs.run runs.spaces sampling
+    distillation evaluation.roundtrip runs.planning runs.run runs.spaces sampling
     evaluation
     runs.configs runs.loading runs.training
     runs.ema_sweep runs.doctor runs.export runs.tstr

@@ -313,9 +313,9 @@ def test_help_is_one_screen_of_essential_flags(script, capsys, monkeypatch):
 
 def test_scripts_that_train_or_sample_use_tf32():
     defaults = {script.stem: parse("doc", *configs_of(script), argv=[])[-1].tf32 for script in SCRIPTS}
-    fast = {"image_edit", "train_autoencoder",
+    fast = {"distill", "image_edit", "train_autoencoder",
             *(name for name in defaults if name.endswith(("_train", "_train_vae", "_sample", "_sample_vae")))}
-    assert len(fast) == 10 and defaults == {name: name in fast for name in defaults}
+    assert len(fast) == 11 and defaults == {name: name in fast for name in defaults}
 
 
 def test_essential_may_depend_on_another_flag():

@@ -6,6 +6,7 @@ from ..data import ConditionConfig, DataConfig, SmallCacheConfig
 from ..data.axes import SpectrogramConfig
 from ..data.microdoppler import MicrodopplerConfig
 from ..data.spectrograms import StftConfig
+from ..distillation import DistillConfig
 from ..dist_util import FastLaunchConfig, LaunchConfig
 from ..ema_profiles import ReconstructConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
@@ -25,8 +26,8 @@ from .run import RunConfig
 CONFIGS = (
     AnomalyConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
     ClassifierTrainConfig, ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig,
-    EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig, LatentConfig,
-    LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
+    DistillConfig, EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig,
+    LatentConfig, LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
     PixelSamplingConfig, PlanConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig,
     SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
 )

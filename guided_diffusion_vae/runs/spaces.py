@@ -69,7 +69,13 @@ def open_pixels(images):
 
 
 def open_latent_data(run):
-    """Return (latent source, Space): a cache, or images that an autoencoder encodes on the fly.
+    """Return (latent source, Space) of `open_latent_source`, with a normalizer that is fitted to it."""
+    source, codec = open_latent_source(run)
+    return source, Space(codec, fit_normalizer(run[NormalizerConfig], source))
+
+
+def open_latent_source(run):
+    """Return (latent source, codec or None): a cache, or images that an autoencoder encodes on the fly.
 
     Training from a cache needs no autoencoder; without one there are no previews.
 
@@ -79,8 +85,7 @@ def open_latent_data(run):
     if bool(cache_dir) == bool(data_dir):
         raise ValueError(f"--cache_dir {cache_dir!r} and --data_dir {data_dir!r}: specify one of them, a cache of "
                          "latents or images together with --vae_path")
-    source, codec = _open_cached(run) if cache_dir else _open_encoded(run)
-    return source, Space(codec, fit_normalizer(run[NormalizerConfig], source))
+    return _open_cached(run) if cache_dir else _open_encoded(run)
 
 
 def _open_cached(run):
@@ -224,7 +229,7 @@ def open_sample_conditions(config, data, header, space):
     if not described:
         require((not folder, f"--condition_dir {folder}: the model was trained without conditions; omit the flag"))
         return None
-    require((folder, f"--condition_dir is not set: the model was trained with {_describe_conditions(described)}"),
+    require((folder, f"--condition_dir is not set: the model was trained with {describe_conditions(described)}"),
             error=FileNotFoundError)
     config = dataclasses.replace(config, condition_labels=",".join(map(str, described["labels"])),
                                  condition_value_range=described["value_range"])
@@ -232,7 +237,7 @@ def open_sample_conditions(config, data, header, space):
     opened = _open_condition_source(config, data, header["data"], (0, *sides))
     conditions = _conditions(opened, np.arange(len(opened)), header["latent_shape"], space)
     require((conditions.shape[0] == described["channels"], f"{folder} (--condition_dir): expected "
-             f"{_describe_conditions(described)}, got {conditions.shape[0]} channels"))
+             f"{describe_conditions(described)}, got {conditions.shape[0]} channels"))
     return conditions
 
 
@@ -242,7 +247,7 @@ def condition_header(conditions, config):
             "labels": list(integers.parse(config.condition_labels, "condition_labels"))}
 
 
-def _describe_conditions(described):
+def describe_conditions(described):
     labels = ", ".join(map(str, described["labels"]))
     return f"label maps of {labels}" if labels else f"images of {described['channels']} channels on the grid of x0"
 

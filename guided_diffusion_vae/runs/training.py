@@ -17,7 +17,7 @@ from ..interfaces import Codec
 from ..logger import log_rank0
 from ..objectives import ClassifierObjective, DiffusionObjective
 from ..resample import create_named_schedule_sampler
-from ..sampling import Sampler
+from ..sampling import Sampler, deterministic_sampler
 from ..train_util import (
     ClassifierTrainConfig, TrainConfig, TrainLoop, TrainTask, resolve_train_config, seed_initialization,
 )
@@ -46,22 +46,24 @@ VALIDATION_BATCH = 32   # images at a time, if training steps are no smaller
 # --- Diffusion models and upsamplers ---
 
 
-def train_diffusion(run, source, space, super_res=None, low_res=None):
+def train_diffusion(run, source, space, super_res=None, low_res=None, teacher=None):
     """Train a UNet on the x0 of `source`, with `super_res` and the source `low_res` an upsampler.
 
     A dry run prints the memory that training takes and ends.
+
+    :param teacher: a `loading.Teacher`, whose student is trained. Its configs replace those of the run.
     """
     compare_with_resumed_data(run, source)
     log_source(source)
-    diffusion_config, train = run[DiffusionConfig], run[TrainConfig]
-    model_config = infer_model_config(run[ModelConfig], source)
-    attributes = _open_attributes(run, model_config, source)
+    diffusion_config, train = teacher.process if teacher else run[DiffusionConfig], run[TrainConfig]
+    model_config = infer_model_config(teacher.model if teacher else run[ModelConfig], source)
+    attributes = _open_attributes(teacher.header if teacher else run.previous_header, model_config, source)
     _check_compile(train, model_config)
     condition = open_conditions(run, source, space)
     channels = condition.shape[0] if condition else 0
     memory = DiffusionPlan(
         source.latent_shape, model_config, train, diffusion_config, super_res, low_res and low_res.latent_shape,
-        space.codec, channels,
+        space.codec, channels, teacher.nbytes if teacher else 0,
     )
     train = resolve_train_config(train)
     seed_initialization(train.seed)     # here: opening an autoencoder, if there is one, has drawn random numbers
@@ -70,6 +72,8 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
         condition_channels=channels,
     )
     model.require_grid(source.latent_shape[1:])
+    if teacher:
+        teacher.initialize(model)
     plan = _plan_batches(source.count, train)
     if run.dry_run:
         return log_rank0(memory.training().summary())
@@ -78,10 +82,13 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
     if condition:
         header["condition"] = condition_header(condition, run[ConditionConfig])
     device = dist_util.dev()
-    objective = DiffusionObjective(
-        diffusion, create_named_schedule_sampler(train.schedule_sampler, diffusion), model_config.class_dropout,
-        model_config.num_classes, super_res.cond_noise_steps if super_res else 0,
-    )
+    timesteps = create_named_schedule_sampler(train.schedule_sampler, diffusion)
+    if teacher:
+        header["distillation"] = teacher.entry
+        objective = teacher.objective(diffusion, timesteps, space.is_pixels)
+    else:
+        objective = DiffusionObjective(diffusion, timesteps, model_config.class_dropout, model_config.num_classes,
+                                       super_res.cond_noise_steps if super_res else 0)
     preview = None
     with _memory_advice(memory):
         if train.fsdp:
@@ -100,10 +107,10 @@ def train_diffusion(run, source, space, super_res=None, low_res=None):
         loop.run_loop()
 
 
-def _open_attributes(run, model_config, source):
-    """Return the `Attributes` of --condition_on, None without; a resumed run keeps those of its start."""
+def _open_attributes(header, model_config, source):
+    """Return the `Attributes` of --condition_on, None without; a run keeps those in the header that it continues."""
     names = words.parse(model_config.condition_on, "condition_on")
-    recorded = Attributes.from_dict(run.previous_header.get("attributes"))
+    recorded = Attributes.from_dict(header.get("attributes"))
     return recorded if recorded and recorded.names == names else Attributes.of_source(source, names)
 
 
@@ -118,19 +125,23 @@ def diffusion_header(source, space, model_config, diffusion_config, super_res=No
 
 
 def preview_sampler(model, codec, header, condition=None):
-    """Return a Sampler of the model in training with about PREVIEW_STEPS evenly spaced steps.
+    """Return a Sampler of the model in training with about PREVIEW_STEPS evenly spaced steps, a student with its own.
 
     :param condition: `Conditions` of the data, of which evenly spaced ones become those of the samples.
 
     DDIM's spacing starts below the last timestep, whose latents are almost pure noise: there the unclipped prediction
     of x0 of an unfinished model diverges.
     """
-    steps = header["diffusion"]["diffusion_steps"]
-    spaced = len(range(0, steps, -(-steps // PREVIEW_STEPS)))
-    diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": f"ddim{spaced}"})
+    diffusion, solver = create_diffusion(header["diffusion"]), ""
+    if header.get("distillation"):
+        solver = deterministic_sampler(diffusion)
+    else:
+        steps = header["diffusion"]["diffusion_steps"]
+        spaced = len(range(0, steps, -(-steps // PREVIEW_STEPS)))
+        diffusion = create_diffusion({**header["diffusion"], "timestep_respacing": f"ddim{spaced}"})
     space = Space(codec, LatentNormalizer.from_dict(header["normalizer"]))
     condition = condition and condition.select(evenly_spaced(len(condition), PREVIEW_CONDITIONS))
-    return Sampler.from_header(model, diffusion, space, header, condition=condition)
+    return Sampler.from_header(model, diffusion, space, header, solver=solver, condition=condition)
 
 
 # --- Autoencoders ---
@@ -308,7 +319,7 @@ def _apply_facts(config, facts, folder):
 class DiffusionPlan(Plan):
     """The training of a UNet on x0 of `shape`; `super_res` and `low_res_shape` are set for an upsampler.
 
-    `codec` decodes previews, None: there are none.
+    `codec` decodes previews, None: there are none. `teacher_bytes` are those of the weights of a teacher.
     """
 
     diffusion_config: DiffusionConfig = None
@@ -316,6 +327,7 @@ class DiffusionPlan(Plan):
     low_res_shape: tuple | None = None
     codec: Codec | None = None
     condition_channels: int = 0
+    teacher_bytes: int = 0
 
     CHECKPOINTING = "use_checkpoint"
 
@@ -344,7 +356,7 @@ class DiffusionPlan(Plan):
 
     @property
     def codec_bytes(self):
-        return self.codec.nbytes if self.codec else 0
+        return (self.codec.nbytes if self.codec else 0) + self.teacher_bytes
 
     @property
     def has_previews(self):

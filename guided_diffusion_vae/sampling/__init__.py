@@ -13,6 +13,6 @@ from .sampler import (
     decoded_shape, noise_levels, parse_classes, resolve_sampler,
 )
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
-from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, applicable_samplers, multistep_sample_loop
+from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, applicable_samplers, deterministic_sampler, multistep_sample_loop
 
 __getattr__ = deprecated_names("sampling")

@@ -20,19 +20,12 @@ from ..nn import to_device, without_tf32
 from .guidance import Autoguidance, ClassifierFreeGuidance
 from .sampler import KeyedNoise, Sampler, SamplingConfig
 from .sheets import contact_sheet
+from .solvers import levels
 
 SHEET_COLUMNS = 8       # images on a sheet of inputs and results
 
 
 # --- Steps on x [N x C x ...] ---
-
-
-def levels(diffusion) -> tuple[list[float], list[float]]:
-    """Return (signal, noise), lists of T + 1, of x_t = signal[t] x0 + noise[t] eps; the last entry is clean x0."""
-    sigma = diffusion.noise_levels()
-    signal = diffusion.scales() / np.hypot(1.0, sigma)
-    noise = diffusion.scales() / np.hypot(1.0, 1.0 / sigma)     # sigma may be infinite
-    return [*signal.tolist(), 1.0], [*noise.tolist(), 0.0]
 
 
 def resampling_timesteps(count: int, section: int, times: int) -> list[int]:

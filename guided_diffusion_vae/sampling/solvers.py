@@ -149,3 +149,16 @@ SAMPLERS = {
 def applicable_samplers(diffusion) -> list[str]:
     """Return the keys of SAMPLERS that apply to a process, the default first."""
     return [name for name, (process, _) in SAMPLERS.items() if isinstance(diffusion, process)]
+
+
+def deterministic_sampler(diffusion) -> str:
+    """Return the key of SAMPLERS of first-order deterministic steps: ddim, or euler for a rectified flow."""
+    return next(name for name in applicable_samplers(diffusion) if name in ("ddim", "euler"))
+
+
+def levels(diffusion) -> tuple[list[float], list[float]]:
+    """Return (signal, noise), lists of T + 1, of x_t = signal[t] x0 + noise[t] eps; the last entry is clean x0."""
+    sigma = diffusion.noise_levels()
+    signal = diffusion.scales() / np.hypot(1.0, sigma)
+    noise = diffusion.scales() / np.hypot(1.0, 1.0 / sigma)     # sigma may be infinite
+    return [*signal.tolist(), 1.0], [*noise.tolist(), 0.0]
