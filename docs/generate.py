@@ -54,8 +54,9 @@ def flags_page():
 def flag_row(action, essential):
     """Return one row of a table of flags."""
     flag, default = f"`{action.option_strings[-1]}`", action.default
-    default = json.dumps(default) if isinstance(default, tuple) else str(default)
-    cells = [f"**{flag}**" if essential else flag, f"`{action.metavar or ''}`", default and f"`{default}`",
+    if isinstance(default, tuple):
+        default = json.dumps(default) if default else ""
+    cells = [f"**{flag}**" if essential else flag, f"`{action.metavar or ''}`", "" if default in ("", None) else f"`{default}`",
              action.help.replace("%%", "%").replace("<", "&lt;").replace("*", "&#42;")]
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
