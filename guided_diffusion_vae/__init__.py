@@ -7,6 +7,12 @@ import importlib.util
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import LatentCache, Sampler, VAEInterface, evaluate, train
+
+__all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "train"]
 
 # OpenMP threads that spin while they wait take the cores of other ranks. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,6 +38,15 @@ def _keep_freed_memory(environ):
 
 
 KEEPS_FREED_MEMORY = _keep_freed_memory(os.environ)
+
+
+def __getattr__(name):
+    """Return a name of `api`, which is imported on first use, and with it PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)
 
 
 class _DeprecatedModules:

@@ -58,6 +58,11 @@ class LatentCache(LatentSource):
 
     supports_bulk_reads = True
 
+    @classmethod
+    def open(cls, folder) -> "LatentCache":
+        """Return the cache in a folder of encode_dataset.py; its files are mapped into memory, not read."""
+        return cls(folder)
+
     def __init__(self, folder):
         self.folder = require_folder(folder, CACHE_FLAG)
         self.manifest = manifest = read_manifest(self.folder)

@@ -13,14 +13,16 @@ import hashlib
 import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from . import deprecated_method, deprecated_names, dist_util, logger
 from .autoencoder import latent_grid
 from .config import ParsedText, option, require
 from .interfaces import Codec
-from .nn import to_device
+from .nn import to_device, to_uint8
 from .vae import blend_tiles, from_image_range, sample_moments, to_image_range
 from .vae.foreign import FLAG, deterministic_moments, open_autoencoder
 from .vae.streaming import Streamer
@@ -227,6 +229,24 @@ class VAEInterface(BaseCodec):
             images = images.mean(dim=1, keepdim=True)
         return images.clamp(0, 1)
 
+    def encode(self, images) -> torch.Tensor:
+        """Return the scaled latents [N x Z x ...] of images, the modes of their posteriors, on the device.
+
+        :param images: a PIL image in mode L or RGB, or a list of such; a NumPy array [N x ... x C] as in samples_*.npz,
+            or of one image [... x C], of 8 bits or float in [0, 1]; or a float tensor [N x C x ...] in [0, 1].
+        :raises ValueError: for other values, and channels or sizes that do not match.
+        """
+        return self.encode_batch(_to_unit_tensor(images, len(self.factors)))
+
+    def decode(self, latents, pil=False) -> "np.ndarray | list[Image.Image]":
+        """Return the images of scaled latents, as `encode` returns them: uint8 [N x ... x C].
+
+        :param latents: a tensor or array [N x Z x ...].
+        :param pil: return a list of PIL images; not of volumes.
+        """
+        images = np.moveaxis(to_uint8(self.decode_batch(torch.as_tensor(latents))), 1, -1)
+        return to_pil_images(images) if pil else images
+
     def approximations(self, sides) -> dict:
         flags = {"vae_dtype": str(self.dtype).removeprefix("torch.")} if self.dtype is not torch.float32 else {}
         if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32 and not flags:
@@ -260,6 +280,29 @@ class VAEInterface(BaseCodec):
             for part in x.split(self.batch_size or max(len(x), 1)):
                 parts.append(blend_tiles(function, part, grid, window, gain_in, gain_out) if tiled else function(part))
         return torch.cat(parts)
+
+
+def _to_unit_tensor(images, dims):
+    """Return images in one of the forms of `VAEInterface.encode` as float32 [N x C x ...] in [0, 1]."""
+    if isinstance(images, torch.Tensor):
+        return images
+    if not isinstance(images, np.ndarray):
+        listed = [images] if isinstance(images, Image.Image) else list(images)
+        kinds = {image.mode if isinstance(image, Image.Image) else type(image).__name__ for image in listed}
+        require((kinds <= {"L", "RGB"}, "images: expected an array, a tensor, or PIL images in mode L or RGB, got "
+                 f"{', '.join(sorted(kinds))}; convert them"))
+        images = np.stack([np.asarray(image).reshape(image.height, image.width, -1) for image in listed])
+    images = images[None] if images.ndim == dims + 1 else images
+    require((images.ndim == dims + 2, f"images: expected an array of {dims + 1} or {dims + 2} axes, the channels last, "
+             f"got {tuple(images.shape)}"))
+    values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+    return values.float() / 255 if values.dtype is torch.uint8 else values.float()
+
+
+def to_pil_images(images) -> list[Image.Image]:
+    """Return uint8 images [N x H x W x C], C 1 or 3, as PIL images in mode L or RGB."""
+    require((images.ndim == 4, f"pil: expected images [N x H x W x C], got {tuple(images.shape)}; use the array"))
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
 
 
 def _check_unit_range(images):

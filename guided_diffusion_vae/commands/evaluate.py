@@ -26,7 +26,7 @@ from ..runs.run import drop_fields, script
 def main(run):
     loading.require_sets(run[EvaluateConfig])
     if run.dry_run:
-        return
+        return None
 
     extract, classifier, data = loading.open_extractors(run)
     run = run.override(data)
@@ -36,6 +36,7 @@ def main(run):
     if tstr_sets:
         report.update(tstr.run_tstr(run, tstr_sets))
     run.write_report(report)
+    return report
 
 
 create_argparser = main.argparser

@@ -26,7 +26,7 @@ from .decoding import read_array
 from .image_folders import DownsampledImages, ImageFolder, LabelImages
 from .labels import infer_classes, keep_numbers, map_labels, missing_classes, require_labels
 from .listing import FileSource, LabelMaps, format_classes, hash_lines, require_data_dir
-from .medical import write_nifti
+from .medical import voxel_affine, write_nifti
 from .npz import Samples, open_archive, open_npz, read_archive_headers, write_npz
 from .statistics import RunningMoments, evenly_spaced
 from .volume_folders import LabelVolumes, VolumeFolder

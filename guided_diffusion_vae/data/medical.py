@@ -216,6 +216,20 @@ def _gzipped_values(path, kind):
     return image, values
 
 
+def voxel_affine(spacing: Sequence[float], orientation: str) -> np.ndarray:
+    """Return the matrix float64 [4 x 4] from voxel indices to mm, whose axes increase to the right, front and top.
+
+    :param spacing: voxel spacing per axis in mm.
+    :param orientation: directions in which the axes of the volume increase, such as "RAS" or "LPS".
+    """
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (step, letter) in enumerate(zip(spacing, orientation)):
+        pair = next(pair for pair in ("LR", "PA", "IS") if letter in pair)
+        affine[("LR", "PA", "IS").index(pair), axis] = step if letter == pair[1] else -step
+    return affine
+
+
 def write_nifti(path, volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0), orientation: str = "RAS") -> None:
     """Write a volume [D x H x W] or [C x D x H x W] as .nii.gz, with the axes that `VolumeFolder` reads.
 
@@ -226,10 +240,7 @@ def write_nifti(path, volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 
     nibabel = _import_nibabel(path)
     if volume.ndim == 4:
         volume = volume[0] if len(volume) == 1 else np.moveaxis(volume, 0, -1)
-    affine = np.eye(4)
-    for axis, (direction, sign) in enumerate(nibabel.orientations.axcodes2ornt(orientation)):
-        affine[:3, axis] = sign * spacing[axis] * np.eye(3)[int(direction)]
-    image = nibabel.Nifti1Image(volume, affine)
+    image = nibabel.Nifti1Image(volume, voxel_affine(spacing, orientation))
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import dist_util
-from ..config import PAIRS, check_pairs, convert, from_dict, nearest, read, section_name, size
+from ..config import (
+    PAIRS, changed_fields, check_pairs, convert, from_dict, nearest, read, require, section_name, size,
+)
 from ..files import read_yaml_file
 from ..programs import call_as_started
 
@@ -78,7 +81,32 @@ def parse_explicit(doc, *classes, argv=None):
     """
     selections = _selections(classes)
     flags = _explicit(argparser(doc, *selections), sys.argv[1:] if argv is None else argv)
-    from_file = read_yaml(flags.pop("config"), selections) if "config" in flags else {}
+    return _build(selections, read_yaml(flags.pop("config"), selections) if "config" in flags else {}, flags)
+
+
+def from_python(*classes, config=None, **settings):
+    """Return what `parse_explicit` does, for values of Python instead of a command line.
+
+    :param config: a YAML file or the name of one of the package, or config objects, whose fields that differ from their
+        defaults are set; None: none.
+    :param settings: {flag: value}, which win over `config`.
+    :raises ValueError: for a setting that the script does not have, and for a value that its flag rejects.
+    """
+    selections = _selections(classes)
+    fields = {field.name: field for selection in selections for field in selection.fields}
+    is_file = config is None or isinstance(config, (str, os.PathLike))
+    from_file = read_yaml(config, selections) if is_file and config is not None else {}
+    for each in () if is_file else [config] if dataclasses.is_dataclass(config) else config:
+        from_file |= changed_fields(each)
+    for name in {**from_file, **settings}:
+        require((name in fields, f"unknown setting {name!r}{nearest(name, fields)}"))
+    settings = {name: read(fields[name], os.fspath(value) if isinstance(value, os.PathLike) else value)
+                for name, value in settings.items()}
+    return _build(selections, from_file, settings)
+
+
+def _build(selections, from_file, flags):
+    """Return (instances, {flag: value} of what was set) for values from a file and flags that win over them."""
     given = _merge(from_file, flags)
     configs = [selection.build(given) for selection in selections]
     _check_spatial_dims(given, {name: value for config in configs for name, value in vars(config).items()})

@@ -16,7 +16,7 @@ from ..data.config import DataConfig, recorded_options, take_recorded_options
 from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
 from ..locks import LOCK_FILE, locked_folder
 from ..train_util import find_checkpoint, format_names
-from .flags import argparser, flag_names, parse_explicit
+from .flags import argparser, flag_names, from_python, parse_explicit
 from .flags import drop_fields as drop_fields, select_fields as select_fields  # scripts take all they need from here
 
 
@@ -226,7 +226,11 @@ def script(doc, *classes, trains=False, samples=False):
     Called without arguments, the function parses the command line, connects the ranks, opens the run folder and its log
     if there is a RunConfig, and runs the body. The folder is printed first and last. A script that `trains` resumes the
     run in its folder and continues its curves; others write log.txt only. One that `trains` or `samples` computes in
-    TF32 by default. `argparser()` returns the parser, `launch()` calls the function and ends all ranks together.
+    TF32 by default.
+
+    The function has the parts of this as members: `argparser()` returns the parser; `launch()` calls the function and
+    ends all ranks together; `create_run(config, **settings)` returns a Run of values of Python (`flags.from_python`);
+    `execute(run)` does all that follows, and returns the result of `body(run)`.
 
     :param doc: text of `--help`.
     :raises OSError: if the folder cannot be written.
@@ -234,9 +238,8 @@ def script(doc, *classes, trains=False, samples=False):
     classes = *classes, dist_util.FastLaunchConfig if trains or samples else dist_util.LaunchConfig
 
     def decorate(body):
-        @functools.wraps(body)
-        def main():
-            run = Run(Path(body.__code__.co_filename).stem, *parse_explicit(doc, *classes), flags=flag_names(*classes))
+        def execute(run):
+            """Run the body; return its result."""
             launch = run[dist_util.LaunchConfig]
             dist_util.set_numerics(launch)
             dist_util.setup_dist(launch.collective_timeout_minutes)
@@ -246,12 +249,22 @@ def script(doc, *classes, trains=False, samples=False):
                 for line in dist_util.describe_numerics(launch, run.explicit):
                     logger.log_rank0(line)
                 try:
-                    body(run)
+                    result = body(run)
                 except SystemExit:      # a failed check, not an error: its folder is of interest, too
                     run.finish()
                     raise
                 run.finish()
+                return result
 
+        def create_run(configs, explicit):
+            return Run(Path(body.__code__.co_filename).stem, configs, explicit, flags=flag_names(*classes))
+
+        @functools.wraps(body)
+        def main():
+            execute(create_run(*parse_explicit(doc, *classes)))
+
+        main.body, main.execute = body, execute
+        main.create_run = lambda config=None, **settings: create_run(*from_python(*classes, config=config, **settings))
         main.argparser = functools.partial(argparser, doc, *classes)
         main.launch = functools.partial(dist_util.launch, main)
         return main

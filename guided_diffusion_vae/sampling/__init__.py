@@ -4,7 +4,7 @@
 """
 
 from .. import deprecated_names
-from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples
+from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples, project, sample_images
 from .guidance import (
     Autoguidance, ClassifierFreeGuidance, GuidanceConfig, Unconditional, classifier_cond_fn, timesteps_in_interval,
 )

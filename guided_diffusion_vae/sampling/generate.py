@@ -78,11 +78,7 @@ def _sample_batches(sampler, batches, classes, config, folder, device):
     with ThreadPoolExecutor(1, "writer") as writer:
         written = None
         for (indices, noise), _ in itertools.pairwise(itertools.chain(drawn, [None])):
-            x0 = sampler.sample_x0(indices, classes, device, progress=dist_util.rank() == 0, noise=noise)
-            require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the "
-                     "model has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train "
-                     "with more --diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
-            images = to_uint8(sampler.complete(indices, sampler.decode(x0)))
+            images = sample_images(sampler, indices, classes, device, noise)
             if written:
                 written.result()
             written = writer.submit(_write_batch, folder, indices, images, sampler, classes, config)
@@ -90,9 +86,21 @@ def _sample_batches(sampler, batches, classes, config, folder, device):
             written.result()
 
 
+def sample_images(sampler, indices, classes, device, noise=None):
+    """Return the samples `indices` as uint8 [N x C x ...]; arguments as for `Sampler.sample_x0`.
+
+    :raises FloatingPointError: if they are not finite.
+    """
+    x0 = sampler.sample_x0(indices, classes, device, progress=dist_util.rank() == 0, noise=noise)
+    require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the "
+             "model has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train "
+             "with more --diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
+    return to_uint8(sampler.complete(indices, sampler.decode(x0)))
+
+
 def _write_batch(folder, indices, images, sampler, classes, config):
     """Write the samples `indices`, uint8 [N x C x ...]: as single files if requested, then as the shard."""
-    images, shards = _project(images, sampler.projection), folder / "shards"
+    images, shards = project(images, sampler.projection), folder / "shards"
     # Writing would create another folder, with a part of the samples and without their settings.
     require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun "
              "the same command"), error=FileNotFoundError)
@@ -106,7 +114,7 @@ def _write_batch(folder, indices, images, sampler, classes, config):
     logger.log(f"created {indices.stop} samples")
 
 
-def _project(images, colormap):
+def project(images, colormap):
     """Return RGB images on the nearest colors of the table of this name; empty: unchanged.  uint8 [N x 3 x ...]"""
     if not colormap:
         return images
