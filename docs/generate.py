@@ -56,9 +56,14 @@ def flag_row(action, essential):
     flag, default = f"`{action.option_strings[-1]}`", action.default
     if isinstance(default, tuple):
         default = json.dumps(default) if default else ""
-    cells = [f"**{flag}**" if essential else flag, f"`{action.metavar or ''}`", "" if default in ("", None) else f"`{default}`",
-             action.help.replace("%%", "%").replace("<", "&lt;").replace("*", "&#42;")]
-    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+    cells = [f"**{flag}**" if essential else flag, f"`{escape(action.metavar or '')}`",
+             "" if default in ("", None) else f"`{default}`", escape(action.help.replace("%%", "%"))]
+    return f"| {' | '.join(cells)} |"
+
+
+def escape(text):
+    """Return the text of a table cell, in which HTML, Markdown and column separators are escaped."""
+    return text.replace("<", "&lt;").replace("*", "&#42;").replace("|", "&#124;")
 
 
 def api_page(room, title):
