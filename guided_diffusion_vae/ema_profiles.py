@@ -25,15 +25,13 @@ class ReconstructConfig:
     SECTION = "reconstruction"
 
     model_path: str = option("", "run folder of a training with --ema_profiles", essential=True)
-    ema_std: relative_stds = option("0.075", "comma-separated relative standard deviations of the EMA weights to "
-                                             "reconstruct, one file each", essential=True)
+    ema_std: relative_stds = option("0.075", "comma-separated relative standard deviations, one file each",
+                                    essential=True)
     ema_step: int = option(0, "step whose EMA weights are reconstructed, from snapshots up to it; 0: the latest",
-                           minimum=0, essential=True)
-    reference: str = option("", "real images, a folder or .npz, or for --inception_path an .npz of statistics: sample "
-                                "with each length and keep only the weights whose samples have the lowest Fréchet "
-                                "distance to them; empty: keep all", essential=True)
-    num_samples: int = option(1000, "samples of each length for --reference, from the same noise", minimum=2,
-                              essential=True)
+                           minimum=0)
+    reference: str = option("", "real images as for evaluate.py: keep only the weights whose samples have the lowest "
+                                "Fréchet distance to them; empty: keep all", essential=True)
+    num_samples: int = option(1000, "samples of each length for --reference, from the same noise", minimum=2)
 
 
 def profile_exponent(std: float) -> float:
