@@ -130,6 +130,12 @@ def test_flags_in_the_text_of_pages_exist():
     assert {flag for _, flag in unknown} - known - own - OTHER_PROGRAMS == set()
 
 
+def test_site_has_every_page():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES if ROOT / "docs" in path.parents]
+    assert set(pages) - set(listed) == set()
+
+
 def test_faults_of_pages_are_found(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("# A *b* [c](d.md): e\n[1](#a-b-c-e) [2](#f) [3](page.md#a-b-c-e) [4](https://x/y)\n"
