@@ -19,6 +19,7 @@ import numpy as np
 
 from guided_diffusion_vae.config import numbers, option
 from guided_diffusion_vae.data import DataConfig, ImageFolder, open_npz
+from guided_diffusion_vae.evaluation.physics import doppler_extent
 
 COLUMNS = "requested speed in m/s", "Doppler extent in m/s"
 
@@ -33,20 +34,6 @@ class DopplerConfig:
     edges: numbers = option("0,1", "comma-separated edges of the ranges of the attribute that are reported")
     threshold: float = option(0.25, "brightness at which the hand ends", above=0, below=1)
     plot: str = option("", "PNG file of a scatter plot; empty: none")
-
-
-def doppler_extent(image, threshold, zero):
-    """Return the distance in rows from `zero`, the row of zero Doppler, to the end of the hand.  [H x W] in [0, 1]"""
-    rows = np.sort(image, axis=1)[:, -2]
-    return max(_end(side, threshold) for side in (rows[zero::-1], rows[zero:]))
-
-
-def _end(rows, threshold):
-    above = np.flatnonzero(rows > threshold)
-    if not len(above):
-        return 0.0
-    last = above[-1]
-    return last + ((rows[last] - threshold) / (rows[last] - rows[last + 1]) if last + 1 < len(rows) else 0.0)
 
 
 def main():

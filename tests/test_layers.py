@@ -16,8 +16,8 @@ LAYERS = """
     evaluation.image_metrics gaussian_diffusion resample runs.memory sampling.guidance sampling.sheets unet vae.blocks
     vae.discriminator vae.perceptual vae.posterior
     autoencoder vae.compvis data.batching data.image_folders data.spectrograms data.volume_folders
-    data.microdoppler evaluation.figures evaluation.set_metrics image_datasets logger rectified_flow respace
-    runs.flags sampling.solvers vae vae.streaming
+    data.microdoppler evaluation.figures evaluation.physics evaluation.set_metrics image_datasets logger
+    rectified_flow respace runs.flags sampling.solvers vae vae.streaming
     data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
     runs.factories sampling.sampler vae.foreign
     data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews sampling.editing sampling.generate

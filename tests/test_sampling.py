@@ -8,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion_vae.data import DataConfig, VolumeFolder, open_npz, to_uint8, write_npz
+from guided_diffusion_vae.data import (
+    DataConfig, ImageFolder, VolumeFolder, open_colormap, open_npz, to_uint8, write_npz,
+)
+from guided_diffusion_vae.data.axes import SpectrogramAxes
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig, GaussianDiffusion
 from guided_diffusion_vae.nn import keyed_randn
 from guided_diffusion_vae.runs.factories import create_model_and_diffusion_vae, create_diffusion
@@ -420,6 +423,34 @@ def test_new_samples_replace_images_of_earlier_ones(sampler, tmp_path):
     assert sorted(p.name for p in (tmp_path / "png").glob("*.png")) == ["tapout_000000.png", "tapout_000001.png"]
     generate(sampler, tmp_path, num_samples=2, save_individual=False)
     assert not (tmp_path / "png").exists()
+
+
+def test_spectrograms_are_written_in_db_without_rounding_and_with_their_axes(sampler, tmp_path):
+    axes = SpectrogramAxes(7, 8, 10.0, 0.1, 3, db_floor=-60.0, db_range=40.0)
+    radar = dataclasses.replace(sampler, spectrogram=axes)
+    written = generate(radar, tmp_path, save_individual=False, num_samples=4, batch_size=3)
+    exact = radar.decode(radar.sample_x0(range(4), [0, 1, 2], CPU))[:, 0].numpy()
+    names = sorted(file.name for file in (tmp_path / "db").glob("*.npy"))
+    assert names == sorted(f"{NAMES[i % 3]}_{i:06d}.npy" for i in range(4))
+    for i in range(4):
+        levels = np.load(tmp_path / f"db/{NAMES[i % 3]}_{i:06d}.npy")
+        np.testing.assert_allclose(levels, -60 + 40 * exact[i], atol=1e-4)
+        pixels = written.images[i, ..., 0]
+        assert levels.dtype == np.float32 and np.array_equal(np.rint((levels + 60) / 40 * 255), pixels)
+    source = ImageFolder(DataConfig(str(tmp_path / "db"), "7x8", value_range="-60,-20"))
+    assert source.preprocessing["spectrogram"] == axes.to_dict() and source.class_names == sorted(set(NAMES))
+    generate(radar, tmp_path, save_individual=False, num_samples=2)
+    assert len(list((tmp_path / "db").glob("*.npy"))) == 2
+    generate(sampler, tmp_path, save_individual=False, num_samples=2)
+    assert not (tmp_path / "db").exists()
+
+
+def test_colors_are_written_in_db_as_the_scalars_that_they_stand_for(sampler, tmp_path):
+    table = open_colormap("jet/linear64")
+    colors = np.moveaxis(table.to_colors(np.linspace(0, 1, 64).reshape(1, 8, 8)), -1, 1)
+    radar = dataclasses.replace(sampler, projection=table.name, spectrogram=SpectrogramAxes(8, 8, db_range=63.0))
+    generate_module._write_levels(tmp_path, ["a"], colors, radar, None)
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.arange(64).reshape(8, 8), atol=1e-4)
 
 
 def test_images_of_other_origin_are_never_removed(sampler, tmp_path):

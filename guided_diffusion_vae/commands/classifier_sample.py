@@ -12,7 +12,7 @@ diffusion model may be unconditional."""
 from ..runs import loading
 from ..runs.configs import (
     ClassifierConfig, ConditionConfig, DataConfig, DiffusionConfig, GuidanceConfig, ModelConfig, PixelSamplingConfig,
-    RunConfig, VAEConfig,
+    RunConfig, SpectrogramConfig, VAEConfig,
 )
 from ..runs.run import script, select_fields
 
@@ -20,7 +20,7 @@ from ..runs.run import script, select_fields
 @script(
     __doc__, PixelSamplingConfig, GuidanceConfig, select_fields(DataConfig, "image_size", "image_channels"),
     select_fields(ConditionConfig, "condition_dir"), VAEConfig, ModelConfig, ClassifierConfig, DiffusionConfig,
-    RunConfig, samples=True,
+    SpectrogramConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, guidance=run[GuidanceConfig])

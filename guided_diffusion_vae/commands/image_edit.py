@@ -12,14 +12,14 @@ class of their image unless --classes is set. Rerun the same command to resume a
 
 from ..runs import loading
 from ..runs.configs import (
-    DataConfig, DiffusionConfig, EditingConfig, ModelConfig, NormalizerConfig, RunConfig, VAEConfig,
+    DataConfig, DiffusionConfig, EditingConfig, ModelConfig, NormalizerConfig, RunConfig, SpectrogramConfig, VAEConfig,
 )
 from ..runs.run import script, select_fields
 
 
 @script(
     __doc__, EditingConfig, DataConfig, VAEConfig, select_fields(NormalizerConfig, "normalizer"), ModelConfig,
-    DiffusionConfig, RunConfig, samples=True,
+    DiffusionConfig, SpectrogramConfig, RunConfig, samples=True,
 )
 def main(run):
     scale = run[NormalizerConfig] if run[VAEConfig].vae_path else None

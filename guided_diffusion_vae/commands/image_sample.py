@@ -9,14 +9,16 @@ command to resume an interrupted run."""
 
 from ..runs import loading
 from ..runs.configs import (
-    ConditionConfig, DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, VAEConfig,
+    ConditionConfig, DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, SpectrogramConfig,
+    VAEConfig,
 )
 from ..runs.run import script, select_fields
 
 
 @script(
     __doc__, PixelSamplingConfig, select_fields(DataConfig, "image_size", "image_channels"),
-    select_fields(ConditionConfig, "condition_dir"), VAEConfig, ModelConfig, DiffusionConfig, RunConfig, samples=True,
+    select_fields(ConditionConfig, "condition_dir"), VAEConfig, ModelConfig, DiffusionConfig,
+    SpectrogramConfig, RunConfig, samples=True,
 )
 def main(run):
     loading.sample(run, loading.load_sampler(run))

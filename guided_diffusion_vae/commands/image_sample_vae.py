@@ -12,7 +12,8 @@ an interrupted run."""
 
 from ..runs import loading
 from ..runs.configs import (
-    ConditionConfig, DataConfig, DiffusionConfig, ModelConfig, NormalizerConfig, RunConfig, SamplingConfig, VAEConfig,
+    ConditionConfig, DataConfig, DiffusionConfig, ModelConfig, NormalizerConfig, RunConfig, SamplingConfig,
+    SpectrogramConfig, VAEConfig,
 )
 from ..runs.run import script, select_fields
 
@@ -20,7 +21,8 @@ from ..runs.run import script, select_fields
 @script(
     __doc__, SamplingConfig, VAEConfig, select_fields(NormalizerConfig, "normalizer"),
     select_fields(DataConfig, "image_size", "image_channels"),
-    select_fields(ConditionConfig, "condition_dir"), ModelConfig, DiffusionConfig, RunConfig, samples=True,
+    select_fields(ConditionConfig, "condition_dir"), ModelConfig, DiffusionConfig,
+    SpectrogramConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, scale=run[NormalizerConfig])

@@ -7,14 +7,15 @@
 
 from ..runs import loading
 from ..runs.configs import (
-    BaseConfig, DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, SuperResConfig, VAEConfig,
+    BaseConfig, DataConfig, DiffusionConfig, ModelConfig, PixelSamplingConfig, RunConfig, SpectrogramConfig,
+    SuperResConfig, VAEConfig,
 )
 from ..runs.run import script, select_fields
 
 
 @script(
     __doc__, PixelSamplingConfig, BaseConfig, SuperResConfig, select_fields(DataConfig, "image_channels"), VAEConfig,
-    ModelConfig, DiffusionConfig, RunConfig, samples=True,
+    ModelConfig, DiffusionConfig, SpectrogramConfig, RunConfig, samples=True,
 )
 def main(run):
     sampler = loading.load_sampler(run, base=run[BaseConfig])

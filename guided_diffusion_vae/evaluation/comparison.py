@@ -15,6 +15,7 @@ from ..data import count_colors, evenly_spaced, fit_colormap, map_labels, open_a
 from ..logger import progress
 from . import features, figures, set_metrics
 from .image_metrics import average_metrics, paired_metrics
+from .physics import Physics
 
 FITTED_IMAGES = 16      # to which the table of a colormap is fitted
 
@@ -34,6 +35,11 @@ class EvaluateConfig:
     classifier_path: str = option(
         "", "run of classifier_train.py or a weights file of one: compare its classes with the requested ones, and "
             "without --inception_path use its features", essential=True)
+    physics: bool = option(False, "compare Doppler centroid, bandwidth, extent, symmetry, time and energy of "
+                                  "spectrograms; axes are those of the data, or --doppler_hz and --frame_s",
+                           essential=True)
+    clutter_hz: float = option(0.0, "--physics: Doppler frequencies up to this one, which contain static echoes, are "
+                                    "left out; 0: none", minimum=0)
     paired: bool = option(
         False, "sample i is a version of reference image i: also report PSNR, SSIM and L1", essential=True)
     tstr_iterations: int = option(0, "steps to train a new classifier on the samples (and one on --train_dir) whose "
@@ -77,7 +83,7 @@ class EvaluationClassifier(NamedTuple):
 
 
 def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callable, folder,
-             classifier: EvaluationClassifier | None = None, seed: int = 0) -> dict:
+             classifier: EvaluationClassifier | None = None, seed: int = 0, physics: Physics | None = None) -> dict:
     """Compare samples with real images; return the report, after writing its figures to `folder`.
 
     The ranks share the extraction of features; all of them call this, and rank 0 writes.
@@ -85,17 +91,22 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
     :param sets: {"reference": ImageSet, "samples": ImageSet} and optionally "training".
     :param extract: images [N x C x ...] in [0, 1] -> `Features`, between which distances are computed. With spatial
         features these are Inception's, and the distances are reported as FID, sFID and KID.
+        None, together with `physics`: without such distances.
     :param classifier: an `EvaluationClassifier`, whose `extract` may be the same function.
+    :param physics: what is measured of spectrograms, too; None: nothing.
     :raises ValueError: before any image is read, if shapes do not match or there are labels of unknown classes.
     """
     reference, samples, training = (sets.get(name) for name in ("reference", "samples", "training"))
     check_sets(config, sets, classifier)
     labels = {name: map_labels(sets[name].images, classifier.class_names) for name in ("reference", "samples")
               if classifier and len(sets[name]) and sets[name].images.labels is not None}
-    measured = {name: _measure(extract, classifier.extract if name in labels else None, images, config.batch_size, name)
-                for name, images in sets.items()}
+    measured = {name: _measure(extract, classifier.extract if name in labels else None, images, config.batch_size, name,
+                               physics) for name, images in sets.items()}
     real, generated = measured["reference"], measured["samples"]
-    report = {"num_reference": len(reference), "num_samples": len(samples), **_distances(real, generated, seed)}
+    report = {"num_reference": len(reference), "num_samples": len(samples),
+              **(_distances(real, generated, seed) if extract else {})}
+    if physics:
+        report["physics"] = _physics_report(physics, sets, measured, folder)
     if config.paired:
         starts = range(0, len(samples), config.batch_size)
         batches = [range(start, min(start + config.batch_size, len(samples))) for start in starts]
@@ -107,7 +118,7 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
         if dist_util.rank() == 0 and len(classifier.class_names) <= figures.MAX_CLASSES:
             plot = figures.confusion_plot(np.array(result["confusion"]), classifier.class_names)
             figures.save_image(Path(folder) / f"confusion_{name}.png", plot)
-    if training is not None:
+    if training is not None and extract:
         report["training_to_reference"] = {"num_training": len(training),
                                            **_distances(real, measured["training"], seed)}
         if dist_util.rank() == 0:
@@ -143,9 +154,10 @@ class _SetFeatures:
     """Features of a set (None if only statistics are known), their statistics, and classes int64 [N] or None."""
 
     features: features.Features | None
-    statistics: set_metrics.FeatureStatistics
+    statistics: set_metrics.FeatureStatistics | None
     spatial: set_metrics.FeatureStatistics | None
     classes: np.ndarray | None
+    physics: np.ndarray | None = None   # result of `Physics.measure`
 
     @functools.cached_property
     def radii(self):
@@ -153,13 +165,17 @@ class _SetFeatures:
         return set_metrics.ball_radii(self.features.pooled, progress=progress)
 
 
-def _measure(extract, classify, images, batch_size, label):
+def _measure(extract, classify, images, batch_size, label, physics=None):
     """Return the `_SetFeatures` of an ImageSet; the statistics that it comes with are used for Inception features."""
-    read, classes = _extract(extract, classify, images, batch_size, label) if len(images) else (None, None)
+    read, classes, quantities = (
+        _extract(extract, classify, images, batch_size, label, physics) if len(images) else (None, None, None))
+    if not extract:
+        return _SetFeatures(None, None, None, classes, quantities)
     if images.statistics and (read is None or read.spatial is not None):
         spatial = images.statistics.get("spatial", read and read.spatial)
-        return _SetFeatures(read, images.statistics["pooled"], spatial, classes)
-    return _SetFeatures(read, set_metrics.FeatureStatistics().update(read.pooled), read.spatial, classes)
+        return _SetFeatures(read, images.statistics["pooled"], spatial, classes, quantities)
+    statistics = set_metrics.FeatureStatistics().update(read.pooled)
+    return _SetFeatures(read, statistics, read.spatial, classes, quantities)
 
 
 def feature_statistics(images: ImageSet, extract, batch_size, label) -> set_metrics.FeatureStatistics:
@@ -182,6 +198,24 @@ def _distances(real, generated, seed):
         report["precision"], report["recall"] = set_metrics.precision_recall(
             *pair, radii=(real.radii, generated.radii), progress=progress)
     return report
+
+
+def _physics_report(physics, sets, measured, folder):
+    """Return the report of physical quantities, after plotting their distributions on rank 0."""
+    quantities = {name: part.physics for name, part in measured.items()}
+    classes = {name: _classes_of_images(images.images) for name, images in sets.items()}
+    report = physics.report(quantities, classes)
+    if dist_util.rank() == 0:
+        curves = dict(list(physics.curves(quantities, classes).items())[:figures.MAX_ROWS])
+        figures.save_image(Path(folder) / "physics.png", figures.curve_grid(curves))
+    return report
+
+
+def _classes_of_images(images):
+    """Return the class name of each image, None without classes."""
+    if images.labels is None:
+        return None
+    return [images.class_names[label] if images.class_names else str(label) for label in images.labels]
 
 
 def _nearest_neighbor_report(sets, measured, folder, examples=12):
@@ -260,8 +294,10 @@ def _require_pooled(path, statistics):
              f"{path}: expected statistics mu and sigma with mu_s and sigma_s, got mu_s, sigma_s; use another file"))
 
 
-def _extract(extract, classify, images, batch_size, label):
-    """Return on every rank the `Features` and classes (None without `classify`) of an ImageSet, which is read once.
+def _extract(extract, classify, images, batch_size, label, physics=None):
+    """Return on every rank (`Features`, classes, quantities of `physics`) of an ImageSet, which is read once.
+
+    Without `extract`, `classify` or `physics` theirs is None.
 
     Each rank extracts every n-th batch. Logits are kept for the Inception Score, which a reference does not have.
     """
@@ -270,8 +306,10 @@ def _extract(extract, classify, images, batch_size, label):
     own, arrays, spatial, done = shares[dist_util.rank()], {}, None, 0
     for rows in progress(own, label):
         batch = images.images.batch(rows)
-        read = features.collect_features(extract, [batch])
-        parts = {"pooled": read.pooled}
+        read = features.collect_features(extract, [batch]) if extract else features.Features(None)
+        parts = {"pooled": read.pooled} if extract else {}
+        if physics:
+            parts["physics"] = physics.measure(batch)
         if classify:
             classified = read if classify is extract else features.collect_features(classify, [batch])
             parts["classes"] = classified.logits.argmax(1)
@@ -291,4 +329,5 @@ def _extract(extract, classify, images, batch_size, label):
         spatial, *others = [part for _, part in gathered if part is not None] or [None]
         for part in others:
             spatial.merge(part)
-    return features.Features(arrays["pooled"], arrays.get("logits"), spatial), arrays.get("classes")
+    read = features.Features(arrays.get("pooled"), arrays.get("logits"), spatial)
+    return read, arrays.get("classes"), arrays.get("physics")

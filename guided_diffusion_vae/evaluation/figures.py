@@ -9,7 +9,7 @@ from PIL import Image
 from ..config import require
 from ..sampling.sheets import BACKGROUND, FOREGROUND, MAX_ROWS, contact_sheet, save_image, to_numpy
 
-__all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "line_plot", "neighbor_grid",
+__all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "curve_grid", "line_plot", "neighbor_grid",
            "reconstruction_grid", "save_image"]
 
 MAX_CLASSES = 64  # in a confusion plot, whose area grows with their square
@@ -66,6 +66,24 @@ def line_plot(curves: dict, x: str, y: str, log_x=False, log_y=False) -> Image.I
     return _render(figure)
 
 
+def curve_grid(panels: dict) -> Image.Image:
+    """Return a grid of small plots {row: {column: {curve: (x [n], y [n])}}}; the first curve is black and wide."""
+    columns = list(next(iter(panels.values())))
+    figure, axes = _figure(2.1 * len(columns), 0.6 + 1.6 * len(panels), len(panels), len(columns))
+    for row, (group, plots) in enumerate(panels.items()):
+        for panel, (title, curves) in zip(axes[row], plots.items()):
+            for k, (name, (x, y)) in enumerate(curves.items()):
+                color = FOREGROUND if not k else f"C{k - 1}"
+                panel.plot(x, y, color=color, linewidth=1.0 if k else 2.2, label=name)
+            panel.tick_params(labelsize=6)
+            panel.grid(alpha=0.3)
+            if row == 0:
+                panel.set_title(title, fontsize=8)
+        axes[row, 0].set_ylabel(group, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return _render(figure)
+
+
 def confusion_plot(matrix, names: list[str]) -> Image.Image:
     """Return a plot of a confusion matrix [K x K]: rows target, columns predicted, shaded by the fraction of the
     row."""
@@ -90,14 +108,14 @@ def _require_shape(name, shape, expected):
     require((tuple(shape) == tuple(expected), f"{name}: expected shape {list(expected)}, got {list(shape)}"))
 
 
-def _figure(width, height):
-    """Return (figure, its axes), without pyplot's global state."""
+def _figure(width, height, rows=0, columns=0):
+    """Return (figure, its axes, with `rows` an array [rows x columns]), without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, squeeze=False) if rows else figure.subplots()
 
 
 def _render(figure):

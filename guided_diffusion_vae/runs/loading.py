@@ -23,7 +23,9 @@ from ..evaluation import (
     EvaluateConfig, EvaluationClassifier, HeldOutData, ImageSet, LikelihoodConfig, SampleFile, classifier_features,
     inception_features, latent_features, open_sample_file,
 )
+from ..data.axes import SpectrogramConfig, resolve_axes
 from ..evaluation.anomaly import AnomalyConfig, Detector, find_anomalous, positive_levels
+from ..evaluation.physics import Physics
 from ..files import file_errors, sha256_of_file
 from ..logger import log_rank0, progress
 from ..sampling import (
@@ -164,6 +166,8 @@ def load_sampler(run, scale=None, guidance=None, base=None) -> Sampler:
     projection = _projection(config.project_colormap, header, image_shape)
     if projection:
         fields["projection"] = fields["settings"]["project_colormap"] = projection
+    if config.save_db:
+        fields["spectrogram"] = _spectrogram_axes(run, header, image_shape, projection)
     _request_attributes(config, header, fields)
     model = _guided_network(run, config, network, diffusion, weights, fields)
     if guidance:
@@ -255,6 +259,17 @@ def _projection(requested, header, image_shape):
          "images; set the name of one, such as --project_colormap jet"),
     )
     return recognized if not by_name or same_colormap(requested, recognized) else open_colormap(requested).name
+
+
+def _spectrogram_axes(run, header, image_shape, projection):
+    """Return the axes and the scale of the samples of a model of spectrograms, None where they are unknown."""
+    require(
+        (len(image_shape) == 3, "--save_db True: expected a model of spectrograms, got samples of shape "
+         f"{tuple(image_shape)}; omit the flag"),
+        (image_shape[0] == 1 or projection, "--save_db True: the model makes RGB images; set --project_colormap True, "
+         "by which colors become levels"))
+    recorded = (header.get("data") or {}).get("spectrogram") or {}
+    return resolve_axes(run[SpectrogramConfig], recorded, image_shape[1:], "the model", required=("db_range",))
 
 
 def _guided_network(run, config, network, diffusion, weights, fields):
@@ -779,12 +794,43 @@ def open_extractors(run):
         classifier = EvaluationClassifier(extract, header["classes"], header["image_shape"])
     if config.inception_path:
         extract = inception_features(config.inception_path, dist_util.dev())
+    elif not classifier and config.physics and not vae.vae_path:
+        extract = None
     elif not classifier:
         require((vae.vae_path, "no source of features is set; set --classifier_path (a run of classifier_train.py), "
                  "--inception_path (for FID), or --vae_path (latents of an autoencoder)"), error=FileNotFoundError)
         codec = create_vae(vae, dist_util.dev())
         extract, preprocessing = latent_features(codec), codec.preprocessing
     return extract, classifier, apply_trained_preprocessing(run[DataConfig], run.explicit, preprocessing)
+
+
+def open_physics(run, sets) -> Physics | None:
+    """Return what an evaluation measures of spectrograms, None without --physics.
+
+    :raises ValueError: if sets are volumes, statistics or RGB of no colormap, or their axes are unknown or differ.
+    """
+    config = run[EvaluateConfig]
+    if not config.physics:
+        require((not config.clutter_hz, f"--clutter_hz {config.clutter_hz:g} has no effect without --physics True"))
+        return None
+    found, colormap = [], ""
+    for images in sets.values():
+        require((images.images is not None, f"{images.path} contains statistics: --physics True requires images"))
+        preprocessing = getattr(images.images, "preprocessing", {})
+        found += [(images.path, preprocessing["spectrogram"])] if preprocessing.get("spectrogram") else []
+        colormap = colormap or preprocessing.get("recognized_colormap", "")
+    source, recorded = found[0] if found else (sets["reference"].path, {})
+    channels, *sides = sets["samples"].images.shape
+    require(
+        *((other == recorded, f"{path} and {source} have different axes, {other} and {recorded}; compare spectrograms "
+           "of the same settings") for path, other in found),
+        (len(sides) == 2, f"{sets['samples'].path} contains volumes: --physics True requires spectrograms"),
+        (channels == 1 or colormap, f"{sets['samples'].path} contains RGB images whose colormap is unknown: --physics "
+         "True requires their levels; set --colormap to the name of theirs, or --image_channels 1 for grayscale"))
+    axes = resolve_axes(run[SpectrogramConfig], recorded, sides, source)
+    log_rank0(f"spectrograms: rows of {axes.row_hz:g} Hz, zero Doppler in row {axes.zero_row}, {axes.first_row} "
+              f"frequencies at the top; frames of {axes.column_s:g} s; {axes.db_range:g} dB from {axes.db_floor:g} dB")
+    return Physics(axes, config.clutter_hz, open_colormap(colormap) if channels == 3 else None)
 
 
 def load_model_and_data(run):

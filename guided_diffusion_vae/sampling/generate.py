@@ -12,6 +12,7 @@ import torch
 from .. import dist_util, logger
 from ..config import require, validate
 from ..data import open_colormap, open_npz, to_uint8, write_nifti, write_npz
+from ..data.axes import AXES_FILE
 from ..files import atomic_path, atomic_stream, read_record, write_record
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 
@@ -21,6 +22,7 @@ SETTINGS_FILE = "making.json"  # alias
 OWNED_MARKER = ".sampling"
 CONDITIONS_FILE = "conditions.txt"  # name of the condition of each sample, one per line
 SAMPLE_FILES = re.compile(r"samples_(\d+x)+\d+\.npz")
+_OTHERWISE = {"shards": "", "db": ", or --save_db False"}
 _SHARD_FILES = re.compile(rf"\d{{8}}-\d{{8}}\.npy|{re.escape(SETTINGS_FILE)}|\..*\.part")
 
 
@@ -78,10 +80,11 @@ def _sample_batches(sampler, batches, classes, config, folder, device):
     with ThreadPoolExecutor(1, "writer") as writer:
         written = None
         for (indices, noise), _ in itertools.pairwise(itertools.chain(drawn, [None])):
-            images = sample_images(sampler, indices, classes, device, noise)
+            decoded = _sample_decoded(sampler, indices, classes, device, noise)
+            values = decoded[:, 0].float().cpu().numpy() if sampler.spectrogram and len(decoded[0]) == 1 else None
             if written:
                 written.result()
-            written = writer.submit(_write_batch, folder, indices, images, sampler, classes, config)
+            written = writer.submit(_write_batch, folder, indices, to_uint8(decoded), sampler, classes, config, values)
         if written:
             written.result()
 
@@ -91,24 +94,36 @@ def sample_images(sampler, indices, classes, device, noise=None):
 
     :raises FloatingPointError: if they are not finite.
     """
+    return to_uint8(_sample_decoded(sampler, indices, classes, device, noise))
+
+
+def _sample_decoded(sampler, indices, classes, device, noise):
+    """Return the images of `sample_images` in [0, 1] before they are rounded."""
     x0 = sampler.sample_x0(indices, classes, device, progress=dist_util.rank() == 0, noise=noise)
     require((torch.isfinite(x0).all(), f"samples {indices.start} to {indices.stop - 1} are not finite: the "
              "model has diverged (use an earlier checkpoint), or its noise schedule ends in pure noise (train "
              "with more --diffusion_steps or --noise_schedule cosine)"), error=FloatingPointError)
-    return to_uint8(sampler.complete(indices, sampler.decode(x0)))
+    return sampler.complete(indices, sampler.decode(x0))
 
 
-def _write_batch(folder, indices, images, sampler, classes, config):
-    """Write the samples `indices`, uint8 [N x C x ...]: as single files if requested, then as the shard."""
+def _write_batch(folder, indices, images, sampler, classes, config, values=None):
+    """Write the samples `indices`, uint8 [N x C x ...]: as single files if requested, then as the shard.
+
+    :param values: of spectrograms, before they are rounded to 8 bits [N x H x W]; None: those of the colors.
+    """
     images, shards = project(images, sampler.projection), folder / "shards"
     # Writing would create another folder, with a part of the samples and without their settings.
     require(((shards / SETTINGS_FILE).exists(), f"{shards} was removed while samples were written into it; rerun "
              "the same command"), error=FileNotFoundError)
+    labels = sampler.labels(indices, classes)
+    prefixes = ["" if labels is None else f"{_escape(_class_name(sampler, label))}_" for label in
+                (indices if labels is None else labels)]
+    stems = [f"{prefix}{i:06d}" for prefix, i in zip(prefixes, indices)]
     if config.save_individual:  # before the shard, whose existence marks the batch as complete
-        labels = sampler.labels(indices, classes)
-        for row, i in enumerate(indices):
-            prefix = "" if labels is None else f"{_escape(_class_name(sampler, labels[row]))}_"
-            _write_one(folder, f"{prefix}{i:06d}", images[row], sampler)
+        for stem, image in zip(stems, images):
+            _write_one(folder, stem, image, sampler)
+    if sampler.spectrogram:
+        _write_levels(folder / "db", stems, images, sampler, values)
     with atomic_stream(_shard_path(shards, indices)) as stream:
         np.save(stream, np.moveaxis(images, 1, -1))
     logger.log(f"created {indices.stop} samples")
@@ -121,9 +136,20 @@ def project(images, colormap):
     return np.moveaxis(open_colormap(colormap).project(np.moveaxis(images, 1, -1)), -1, 1)
 
 
+def _write_levels(folder, stems, images, sampler, values):
+    """Write samples in dB as float32 .npy, with their axes; colors are those of the scalars of a colormap."""
+    if values is None:
+        values = open_colormap(sampler.projection).to_scalars(np.moveaxis(images, 1, -1))[0]
+    for stem, levels in zip(stems, sampler.spectrogram.to_db(values)):
+        with atomic_stream(folder / f"{stem}.npy") as stream:
+            np.save(stream, levels)
+    write_record(folder / AXES_FILE, {"image": sampler.spectrogram.to_dict()})
+    _claim(folder)
+
+
 def _remove_surplus_files(count, folder):
     """Remove image files with an index >= `count`, left by an interrupted run with more samples."""
-    for owned in (folder / name for name in ("png", "volumes") if (folder / name / OWNED_MARKER).exists()):
+    for owned in (folder / name for name in ("png", "volumes", "db") if (folder / name / OWNED_MARKER).exists()):
         for path in owned.iterdir():
             found = re.search(r"(\d+)\.(png|nii\.gz|npy)$", path.name)
             if found and int(found[1]) >= count:
@@ -153,10 +179,12 @@ def _check_settings(shards, png, sampler, classes, config):
                     "steps": [int(t) for t in sampler.diffusion.timestep_map], "clip_denoised": sampler.clip_denoised,
                     "batch_size": config.batch_size, "image_shape": list(sampler.image_shape),
                     "png": config.save_individual}
+        if sampler.spectrogram:
+            settings["db"] = sampler.spectrogram.to_dict()
         record = shards / SETTINGS_FILE
         if not record.exists():
-            owned = len(sampler.image_shape) - 2 if config.save_individual else 0
-            _start_folders(shards, (png, png.with_name("volumes")), owned)
+            written = ["png", "volumes"][:len(sampler.image_shape) - 2] if config.save_individual else []
+            _start_folders(shards, png.parent, [*written, *(["db"] if sampler.spectrogram else [])])
             write_record(record, settings)
         else:
             found = read_record(record, "remove its folder")
@@ -166,20 +194,21 @@ def _check_settings(shards, png, sampler, classes, config):
     dist_util.barrier()
 
 
-def _start_folders(shards, image_folders, count):
-    """Remove the files of an earlier run, and create the first `count` of `image_folders`.
+def _start_folders(shards, parent, written):
+    """Remove the files of an earlier run, and create the folders of single files that are `written`, by name.
 
     :raises FileExistsError: if one of these contains files of another origin; nothing is removed then.
     """
-    for folder in (shards, *image_folders[:count]):
+    image_folders = [parent / name for name in ("png", "volumes", "db")]
+    for folder in (shards, *(parent / name for name in written)):
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         owned = all(map(_SHARD_FILES.fullmatch, names)) if folder == shards else not names or OWNED_MARKER in names
         require((owned, f"{folder} already exists and was not created by sampling; use another --logdir"
-                 f"{'' if folder == shards else ', or --save_individual False'}"), error=FileExistsError)
+                 f"{_OTHERWISE.get(folder.name, ', or --save_individual False')}"), error=FileExistsError)
     for older in (shards, *(folder for folder in image_folders if (folder / OWNED_MARKER).exists())):
         shutil.rmtree(older, ignore_errors=True)
-    for folder in image_folders[:count]:
-        _claim(folder)
+    for name in written:
+        _claim(parent / name)
 
 
 def _claim(folder):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..config import CommaSeparated, option, require, resolve, words
+from ..data.axes import SpectrogramAxes
 from ..data.attributes import Attributes, attribute_ranges, sample_attributes
 from ..interfaces import ConditionSource
 from ..nn import keyed_randn, keyed_rng, to_device, without_tf32
@@ -57,6 +58,8 @@ class SamplingConfig:
     project_colormap: str = option(
         "", "move RGB samples to the nearest colors of a colormap, so that they can be read as scalars: True: the one "
             "of the training images, or the name of one, see --colormap")
+    save_db: bool = option(False, "also write every sample of a spectrogram in dB, on the scale of the training data, "
+                                  "as db/*.npy float32 [H x W], and its axes as db/spectrogram.json", essential=True)
     save_individual: bool = option(True, "also write every sample as a PNG file, every volume as .nii.gz")
 
 
@@ -212,6 +215,7 @@ class Sampler:
     :param spacing: voxel spacing of volumes in mm; `orientation`: directions in which their axes increase.
     :param colormap: name of the table that samples of one channel are scalars of; empty: none.
     :param projection: name of the table on whose colors RGB samples are moved; empty: none.
+    :param spectrogram: axes and scale of samples that are also written in dB; None: they are not.
     :param settings: JSON-able dictionary of the other settings that the samples depend on.
     """
 
@@ -237,6 +241,7 @@ class Sampler:
     colormap: str = ""
     projection: str = ""
     condition: ConditionSource | None = None
+    spectrogram: SpectrogramAxes | None = None
 
     def __post_init__(self):
         # Defaults that depend on other fields; a frozen dataclass sets them this way only.
