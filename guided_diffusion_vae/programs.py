@@ -12,7 +12,7 @@ COMMANDS = {
     "classifier": ["classifier_train"],
     "samples": ["image_sample_vae", "image_sample", "classifier_sample", "super_res_sample", "image_edit"],
     "evaluation": ["evaluate", "image_nll", "detect_anomalies"],
-    "other programs": ["export", "doctor"],
+    "other programs": ["export", "push", "doctor"],
 }
 NAMES = [name for names in COMMANDS.values() for name in names]
 PROGRAMS = "gdvae", "python -m guided_diffusion_vae"

@@ -24,6 +24,7 @@ LAYERS = """
     script_util train_util vae.objective vae_wrapper
     distillation evaluation.roundtrip runs.planning runs.run runs.spaces sampling
     evaluation
+    runs.cards
     runs.configs runs.loading runs.training
     runs.ema_sweep runs.doctor runs.export runs.tstr
 """.split()
@@ -42,6 +43,7 @@ RESTRICTED = {
     "matplotlib": (["evaluation.figures", "data.colormaps"], False),
     "tensorboard": (["logger"], True),
     "wandb": (["logger"], True),
+    "huggingface_hub": (["runs.cards"], True),
 }
 ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "h5py", "SimpleITK", "lpips",
                          "bitsandbytes"]

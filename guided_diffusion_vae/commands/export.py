@@ -5,7 +5,8 @@
     python scripts/export.py --model_path runs/diffusion --format diffusers --out exported/pipeline
 
 A diffusers model is compared with the original on random data before it is written. The export fails with the reason
-if the architectures do not match. All scripts also accept a .safetensors file as a model."""
+if the architectures do not match. A model card, README.md, is written with it; --license states the license. All
+scripts also accept a .safetensors file as a model."""
 
 from .. import dist_util
 from ..logger import log_rank0

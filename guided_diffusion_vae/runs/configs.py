@@ -19,6 +19,7 @@ from ..train_util import AutoencoderTrainConfig, ClassifierTrainConfig, Diffusio
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
 from ..vae import AutoencoderLossConfig, DiscriminatorConfig, PerceptualConfig
 from ..vae_wrapper import NormalizerConfig, VAEConfig
+from .cards import PushConfig
 from .diffusers_export import ExportConfig
 from .planning import PlanConfig
 from .run import RunConfig
@@ -28,6 +29,6 @@ CONFIGS = (
     ClassifierTrainConfig, ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig,
     DistillConfig, EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig,
     LatentConfig, LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
-    PixelSamplingConfig, PlanConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig, SmallCacheConfig,
-    SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
+    PixelSamplingConfig, PlanConfig, PushConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig,
+    SmallCacheConfig, SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
 )

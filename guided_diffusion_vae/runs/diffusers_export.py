@@ -28,6 +28,9 @@ class ExportConfig:
                                         "from_pretrained, with an autoencoder, or a pipeline of UNet, scheduler and "
                                         "autoencoder", choices=FORMATS, essential=True)
     out: str = option("", "file or folder to write", essential=True)
+    license: str = option("", "license of the weights for the model card, an identifier of the Hugging Face hub such "
+                              "as mit or cc-by-nc-4.0; empty: not stated", essential=True)
+    metrics: str = option("", "metrics.json of an evaluation for the model card; empty: that of the run folder, if any")
 
 
 def _check_supported(*rules):
@@ -344,11 +347,13 @@ def codec_to_diffusers(codec, normalizer=None):
     return network
 
 
-def save_folder(model, folder: str | Path) -> None:
-    """Save a diffusers model or pipeline as a new folder, atomically."""
+def save_folder(model, folder: str | Path, card: str = "") -> None:
+    """Save a diffusers model or pipeline as a new folder, atomically, with a model card unless it is empty."""
     folder = Path(folder)
     require((not folder.exists(), f"{folder} already exists; set another --out, or remove it"), error=FileExistsError)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
+    if card:
+        (part / "README.md").write_text(card, "utf-8")
     part.rename(folder)
