@@ -4,7 +4,7 @@
     python scripts/reconstruct_ema.py --model_path runs/diffusion --ema_std 0.03,0.075,0.15
     python scripts/image_sample_vae.py --model_path runs/diffusion/reconstructed_ema_0.075_010000.pt
     python scripts/reconstruct_ema.py --model_path runs/diffusion --ema_std 0.02,0.05,0.1,0.2 --reference DIR/val \\
-        --classifier_path runs/classifier --timestep_respacing 10 --sampler unipc
+        --classifier_path runs/classifier --timestep_respacing logsnr10 --sampler unipc
 
 Lengths are standard deviations relative to the number of steps (Karras et al. 2024, arXiv:2312.02696). Snapshots are
 never pruned. The log states how closely each profile is reproduced: more snapshots, and lengths between those of
