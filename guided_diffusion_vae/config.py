@@ -16,17 +16,20 @@ _BOUNDS = {"minimum": (operator.ge, ">="), "maximum": (operator.le, "<="),
            "above": (operator.gt, ">"), "below": (operator.lt, "<")}
 
 
-def option(default, help, choices=None, essential=False, **bounds):
+def option(default, help, choices=None, essential=False, positional=False, **bounds):
     """Return a dataclass field with a help text and what its value must satisfy.
 
     The field's annotation (int, float, bool, str, tuple or a `ParsedText`) determines how its text is converted.
 
     :param choices: the only values allowed.
     :param essential: show the flag on the first page of `--help`; a flag's name: only in scripts that have that flag.
+    :param positional: words before the first flag are the entries of this comma-separated field.
     :param bounds: minimum, maximum (inclusive), above, below (exclusive).
     """
     bounds = [(*_BOUNDS[name], bound) for name, bound in bounds.items()]
     about = {"help": help, "choices": choices, "essential": essential, "bounds": bounds}
+    if positional:
+        about["positional"] = True
     return dataclasses.field(default=default, metadata=about)
 
 

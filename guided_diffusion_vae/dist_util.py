@@ -137,6 +137,19 @@ def set_numerics(config: LaunchConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+def peak_memory_mib() -> dict[str, float]:
+    """Return the peak memory of this process, {"host": MiB, "GPU": MiB}, as far as the system reports it."""
+    peaks = {}
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peaks["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if torch.cuda.is_initialized():
+        peaks["GPU"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks
+
+
 def describe_numerics(config: LaunchConfig, explicit=()) -> list[str]:
     """Return lines for the log: precision and determinism of a GPU, and which of the flags set a CPU does not need."""
     if dev().type == "cuda":

@@ -25,6 +25,7 @@ from .files import atomic_path
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 HISTOGRAM_VALUES = 2**16  # at most about this many elements are read from the device
+MAX_WARNINGS = 100      # that a Logger keeps
 
 
 class KVWriter:
@@ -352,6 +353,7 @@ class Logger:
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
+        self.warnings = []      # the first MAX_WARNINGS messages of level WARN or above
         self._failed = set()    # output formats whose failure is reported
 
     def logkv(self, key, val):
@@ -414,6 +416,8 @@ class Logger:
 
     def log(self, *args, level=INFO):
         """Write a message unless its level is below the logger's."""
+        if level >= WARN and len(self.warnings) < MAX_WARNINGS:
+            self.warnings.append(" ".join(map(str, args)))
         if level >= self.level:
             for out in self.output_formats:
                 if isinstance(out, SeqWriter):

@@ -43,6 +43,7 @@ heading "8/8  Evaluate: agreement with the requested motion, and distances to th
 one_rank scripts/evaluate.py --config $CONFIG --samples $RUN/samples/samples_${SAMPLES}x64x64x1.npz --reference $RUN/data/val --train_dir $RUN/data/train --classifier_path $RUN/classifier --logdir $RUN/evaluation
 
 heading "Done"
+one_rank scripts/report.py $RUN/{autoencoder,roundtrip,diffusion,classifier,samples,evaluation} --out $RUN/report.html || true
 python - $RUN/evaluation/metrics.json <<'PYTHON'
 import json, sys
 report = json.load(open(sys.argv[1]))
@@ -58,4 +59,5 @@ results:
   $RUN/evaluation/nearest_neighbors.png     samples and their nearest training images
   $RUN/roundtrip/roundtrip.png              validation images before and after the autoencoder
   $RUN/evaluation/metrics.json              all metrics
+  $RUN/report.html                          all of it on one page: open it in a browser
 TEXT

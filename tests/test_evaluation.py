@@ -266,7 +266,7 @@ def test_evaluate_compares_images_classes_and_training_set(run, tmp_path):
     nearest = report["nearest_neighbors"]
     assert nearest["median_distance_samples"] > 0 and len(nearest["example_indices"]) == 10
     assert nearest["memorized_fraction"] < 0.5
-    names = {"confusion_samples.png", "confusion_reference.png", "nearest_neighbors.png"}
+    names = {"confusion_samples.png", "confusion_reference.png", "nearest_neighbors.png", "nearest_neighbors.npz"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     old = {"median_distance_of_samples": "median_distance_samples", "shown_samples": "example_indices",  # alias
            "median_distance_of_reference": "median_distance_reference", "shown_pixel_l1": "example_pixel_l1",  # alias

@@ -21,6 +21,7 @@ LAYERS = """
     data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
     runs.factories sampling.sampler vae.foreign
     data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews sampling.editing sampling.generate
+    evaluation.report_page
     script_util train_util vae.objective vae_wrapper
     distillation evaluation.roundtrip runs.planning runs.run runs.spaces sampling
     evaluation
@@ -46,7 +47,7 @@ RESTRICTED = {
     "huggingface_hub": (["runs.cards"], True),
 }
 ONLY_INSIDE_FUNCTIONS = ["diffusers", "scipy", "safetensors", "tqdm", "nibabel", "h5py", "SimpleITK", "lpips",
-                         "bitsandbytes"]
+                         "bitsandbytes", "jinja2", "plotly"]
 
 
 def parse_module(module):

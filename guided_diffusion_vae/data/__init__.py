@@ -28,7 +28,7 @@ from .labels import infer_classes, keep_numbers, map_labels, missing_classes, re
 from .listing import FileSource, LabelMaps, format_classes, hash_lines, require_data_dir
 from .medical import voxel_affine, write_nifti
 from .npz import Samples, open_archive, open_npz, read_archive_headers, write_npz
-from .statistics import RunningMoments, evenly_spaced
+from .statistics import RunningMoments, evenly_spaced, evenly_spaced_per_class
 from .volume_folders import LabelVolumes, VolumeFolder
 
 MAX_LEFT_OUT = 0.1      # part of the files of a folder

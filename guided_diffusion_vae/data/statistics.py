@@ -8,6 +8,21 @@ def evenly_spaced(total, count):
     return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
+def evenly_spaced_per_class(labels, total, count):
+    """Return sorted indices int64 of evenly spaced ones of `total` items: at most `count`, equally many of each class.
+
+    Of a smaller class these are all items. With more classes than `count` there is one item of evenly spaced classes.
+
+    :param labels: int64 [total], or None without classes.
+    """
+    if labels is None:
+        return evenly_spaced(total, count)
+    classes = np.unique(labels)
+    classes = classes[evenly_spaced(len(classes), count)]
+    members = [np.flatnonzero(labels == label) for label in classes]
+    return np.sort(np.concatenate([rows[evenly_spaced(len(rows), count // len(classes))] for rows in members]))
+
+
 class RunningMoments:
     """Mean and sum of squared deviations of a stream of values, in float64 and per channel.
 

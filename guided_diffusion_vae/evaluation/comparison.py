@@ -11,13 +11,20 @@ import torch
 
 from .. import dist_util
 from ..config import option, require
-from ..data import count_colors, evenly_spaced, fit_colormap, map_labels, open_archive, open_npz, read_archive_headers
+from ..data import (
+    count_colors, evenly_spaced, evenly_spaced_per_class, fit_colormap, map_labels, open_archive, open_npz,
+    read_archive_headers,
+)
+from ..files import atomic_path
 from ..logger import progress
+from ..sampling.sheets import to_pil
 from . import features, figures, set_metrics
 from .image_metrics import average_metrics, paired_metrics
 from .physics import Physics
 
 FITTED_IMAGES = 16      # to which the table of a colormap is fitted
+NEIGHBORS = 3           # nearest training images of each sample in NEIGHBORS_FILE
+NEIGHBOR_SIZE = 384, 128    # of a large one: width and height
 
 
 @dataclass
@@ -222,7 +229,10 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
     """Return distances to the nearest training image: of samples, and of held-out images as the baseline."""
     samples, training = sets["samples"].images, sets["training"].images
     bank = measured["training"].features.pooled
-    distances, nearest = set_metrics.nearest_neighbors(measured["samples"].features.pooled, bank, progress=progress)
+    pooled = measured["samples"].features.pooled
+    distances, nearest = set_metrics.nearest_neighbors(pooled, bank, min(NEIGHBORS, len(bank)), progress=progress)
+    _write_neighbors(Path(folder) / figures.NEIGHBORS_FILE, sets, distances, nearest)
+    distances, nearest = distances[:, :1], nearest[:, :1]
     rows = evenly_spaced(len(samples), examples)
     chosen, neighbors = samples.batch(rows), training.batch(nearest[rows, 0])
     grid = figures.neighbor_grid(chosen.numpy(), neighbors.numpy()[:, None], distances[rows])
@@ -236,6 +246,24 @@ def _nearest_neighbor_report(sets, measured, folder, examples=12):
         # Samples closer to a training image than 99% of the held-out images are, which cannot be copies.
         report["memorized_fraction"] = float((distances[:, 0] < np.quantile(held_out, 0.01)).mean())
     return report
+
+
+def _write_neighbors(path, sets, distances, nearest):
+    """Write the nearest training images of evenly spaced samples of each class, for the report page.
+
+    The arrays are `indices` int64 [n] of the samples, `distances` [n x k] in the space of the features, and `neighbors`
+    uint8 [n x k x H x W] or [... x 3]: images as they are shown, of volumes the middle slices.
+    """
+    samples, training = sets["samples"].images, sets["training"].images
+    limit = figures.MAX_IMAGES if len(samples.shape) == 3 else figures.MAX_VOLUMES
+    rows, shown = evenly_spaced_per_class(samples.labels, len(samples), limit), []
+    for row in rows:
+        tiles = [to_pil(image, sets["training"].colormap) for image in training.batch(nearest[row])]
+        for tile in tiles:
+            tile.thumbnail(NEIGHBOR_SIZE)
+        shown.append(np.stack(tiles))
+    with atomic_path(path) as part, open(part, "wb") as stream:
+        np.savez_compressed(stream, indices=rows, distances=distances[rows], neighbors=np.stack(shown))
 
 
 class SampleFile:

@@ -12,6 +12,8 @@ from ..sampling.sheets import BACKGROUND, FOREGROUND, MAX_ROWS, contact_sheet, s
 __all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "curve_grid", "line_plot", "neighbor_grid",
            "reconstruction_grid", "save_image"]
 
+NEIGHBORS_FILE = "nearest_neighbors.npz"    # samples and their nearest training images, for a report page
+MAX_IMAGES, MAX_VOLUMES = 240, 24   # samples in that file, and on a report page
 MAX_CLASSES = 64  # in a confusion plot, whose area grows with their square
 
 

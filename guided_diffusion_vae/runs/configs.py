@@ -11,6 +11,7 @@ from ..dist_util import FastLaunchConfig, LaunchConfig
 from ..ema_profiles import ReconstructConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
 from ..evaluation.anomaly import AnomalyConfig
+from ..evaluation.report_page import ReportConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
 from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig
@@ -29,6 +30,6 @@ CONFIGS = (
     ClassifierTrainConfig, ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig,
     DistillConfig, EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig,
     LatentConfig, LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
-    PixelSamplingConfig, PlanConfig, PushConfig, ReconstructConfig, RoundtripConfig, RunConfig, SamplingConfig,
-    SmallCacheConfig, SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
+    PixelSamplingConfig, PlanConfig, PushConfig, ReconstructConfig, ReportConfig, RoundtripConfig, RunConfig,
+    SamplingConfig, SmallCacheConfig, SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
 )

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -158,6 +159,9 @@ def argparser(doc, *classes):
             )
             if essential is True or essential in flags:
                 parser.essential.append(action)
+            if "positional" in field.metadata:
+                parser.positional = f"--{field.name}"
+                parser.usage = parser.usage.replace("%(prog)s", f"%(prog)s [{field.name.upper()} ...]")
     return parser
 
 
@@ -175,6 +179,8 @@ def _argument_type(convert):
 def _explicit(parser, argv):
     """Return {flag: value} of the flags that are on the command line."""
     argv = _rename_flags(argv, {action.dest for action in parser._actions})
+    if words := [*itertools.takewhile(lambda word: not word.startswith("-"), argv)] if parser.positional else []:
+        argv = [parser.positional, ",".join(words), *argv[len(words):]]
     parser.parse_args(argv)  # answers --help and reports errors while the defaults are set
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -206,6 +212,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, *texts, **settings):
         self.essential = []     # actions on the first page of the help
+        self.positional = ""    # the flag whose entries are the words before the first flag
         super().__init__(*texts, **settings)
 
     @property

@@ -3,16 +3,21 @@
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import json
 import os
+import shlex
 import shutil
+import sys
+import time
 from pathlib import Path
 
-from .. import dist_util, logger
+from .. import __version__, dist_util, logger
 from ..checkpoint_util import committed_steps
 from ..config import as_dict, changed_fields, option, require, section_name
 from ..data.config import DataConfig, recorded_options, take_recorded_options
+from ..evaluation.report_page import COMMANDS_FILE, PAGE_FILE, read_commands, write_page
 from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
 from ..locks import LOCK_FILE, locked_folder
 from ..train_util import find_checkpoint, format_names
@@ -21,6 +26,7 @@ from .flags import drop_fields as drop_fields, select_fields as select_fields  #
 
 
 CONFIG_FILE = "config.json"
+MAX_COMMANDS = 20   # that commands.json keeps
 
 
 @dataclasses.dataclass
@@ -28,6 +34,8 @@ class RunConfig:
     logdir: str = option("", "run folder; empty: $OPENAI_LOGDIR, else runs/<script>-<date>", essential=True)
     dry_run: bool = option(
         False, "print the resolved configuration, the data and the size of the model, then exit", essential=True)
+    report: bool = option(True, "write report.html into the run folder at the end: configuration, curves, samples and "
+                                "metrics on one page (requires plotly)")
 
 
 class Run:
@@ -106,6 +114,45 @@ class Run:
         if dist_util.rank() == 0:
             write_json(self.folder / "metrics.json", {**report, **_renamed(report)})
         _print_nested(report)
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """Record the command in commands.json, and write report.html at the end of the block (rank 0).
+
+        Nothing is written by dry runs and scripts without a run folder. If the block ends with an error, the record
+        stays as it was at the start; SystemExit is a failed check.
+        """
+        if RunConfig not in self or self.dry_run:
+            yield
+            return
+        program = sys.argv[0] if " " in sys.argv[0] else shlex.quote(sys.argv[0])  # `gdvae evaluate` is one word there
+        record = {"command": " ".join([program, *map(shlex.quote, sys.argv[1:])]), "script": self.script,
+                  "version": __version__, "started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+                  "working_folder": os.getcwd(), "ranks": dist_util.world_size(), "flags": self._by_section()}
+        clock, stopped, commands = time.perf_counter(), None, []
+        self._write_accessory(COMMANDS_FILE, lambda path: commands.extend(read_commands(path)))
+        commands = [*commands, record][-MAX_COMMANDS:]
+        write = lambda path: write_record(path, {"commands": commands})
+        self._write_accessory(COMMANDS_FILE, write)
+        try:
+            yield
+        except SystemExit as stop:
+            stopped = stop
+        record.update(seconds=time.perf_counter() - clock, peak_memory_mib=dist_util.peak_memory_mib(),
+                      warnings=logger.get_current().warnings)
+        self._write_accessory(COMMANDS_FILE, write)
+        if self[RunConfig].report:
+            self._write_accessory(PAGE_FILE, lambda path: write_page([path.parent], path))
+        if stopped:
+            raise stopped
+
+    def _write_accessory(self, name, write):
+        """Call `write` with a path in the run folder on rank 0; a failure is logged and the run continues."""
+        if dist_util.rank() == 0:
+            try:
+                write(self.folder / name)
+            except Exception as error:
+                logger.warn(f"{name}: cannot be written ({type(error).__name__}: {error}); the run continues")
 
     def finish(self):
         """Print the run folder again, as the last line (rank 0)."""
@@ -249,7 +296,8 @@ def script(doc, *classes, trains=False, samples=False):
                 for line in dist_util.describe_numerics(launch, run.explicit):
                     logger.log_rank0(line)
                 try:
-                    result = body(run)
+                    with run.recorded():
+                        result = body(run)
                 except SystemExit:      # a failed check, not an error: its folder is of interest, too
                     run.finish()
                     raise
