@@ -161,7 +161,8 @@ class MicrodopplerConfig:
                        essential=True, minimum=0)
     image_size: size = option(64, "Doppler rows x time columns, as HxW or one number for both", essential=True)
     baseband: bool = option(False, "also write the complex samples of each image, [channels x pulses] complex64, to "
-                                   "baseband/, which make_spectrograms.py reads; 100 KB per image", essential=True)
+                                   "baseband/, which make_spectrograms.py reads; 230 KB per image with the defaults",
+                           essential=True)
     waveform: str = option("fmcw", "cw: one complex sample per pulse; fmcw: one sweep per pulse, a Fourier transform "
                            "to range, and the sum of the power of the gated range bins", choices=WAVEFORMS)
     carrier_ghz: float = option(60.5, "carrier frequency in GHz; for fmcw the center of the sweep", above=0)
