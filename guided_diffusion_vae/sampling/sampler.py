@@ -59,7 +59,7 @@ class SamplingConfig:
         "", "move RGB samples to the nearest colors of a colormap, so that they can be read as scalars: True: the one "
             "of the training images, or the name of one, see --colormap")
     save_db: bool = option(False, "also write every sample of a spectrogram in dB, on the scale of the training data, "
-                                  "as db/*.npy float32 [H x W], and its axes as db/spectrogram.json", essential=True)
+                                  "as db/*.npy float32 [H x W], and its axes as db/spectrogram.json")
     save_individual: bool = option(True, "also write every sample as a PNG file, every volume as .nii.gz")
 
 
