@@ -284,6 +284,8 @@ def test_page_works_in_a_browser(browser, page):
     assert browser.run("return document.getElementById('step-to').value") == "20"
     browser.run("document.getElementById('zoom-out').click()")
     assert browser.run("return document.getElementById('plot-grad_norm').layout.xaxis.autorange")
+    buttons = set(browser.run("return [...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)"))
+    assert buttons == {"Zoom", "Pan", "Reset axes"}     # none that sends data to a server
     # Previews
     browser.run("const s = document.querySelector('.preview input'); s.value = 0; s.dispatchEvent(new Event('input'))")
     assert browser.run("return document.querySelector('.preview output').textContent") == "step 10"
