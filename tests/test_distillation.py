@@ -15,6 +15,7 @@ from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.objectives import StepRNG
 from guided_diffusion_vae.runs import spaces, training
 from guided_diffusion_vae.runs.factories import create_diffusion, create_model_and_diffusion_vae
+from guided_diffusion_vae.runs.loading import Teacher
 from guided_diffusion_vae.sampling import SAMPLERS, deterministic_sampler
 from guided_diffusion_vae.sampling.solvers import levels
 from guided_diffusion_vae.unet import ModelConfig
@@ -129,6 +130,23 @@ def test_targets_are_those_of_the_dropped_conditioning():
     assert seen["teacher"] == 2 * seen["student"] and 0 < seen["student"][0].count(9) < 16
 
 
+def test_targets_of_a_guided_teacher():
+    def network(x, t, y):
+        return 0.3 * x * (1 + y.view(-1, 1, 1))
+
+    def guided(x, t, y):
+        weak = network(x, t, 0 * y + 2)
+        return weak + 3 * (network(x, t, y) - weak)
+    process, config = PROCESSES["v"], ModelConfig(num_classes=2, class_dropout=0.1)
+    teacher = Teacher(network, spaced(process, 4), {}, config, process, {"cfg_scale": 3.0}, 3.0)
+    objective, t, y = teacher.objective(spaced(process, 2), None, False), torch.arange(2), {"y": torch.arange(2)}
+    expected = Distillation(spaced(process, 2), guided, spaced(process, 4)).target(normal(2, 1, 3), t, y)
+    torch.testing.assert_close(objective.target(normal(2, 1, 3), t, y), expected)
+    assert objective.class_dropout == 0
+    plain = teacher._replace(cfg_scale=1.0, entry={"cfg_scale": 1.0})
+    assert plain.objective(spaced(process, 2), None, False).class_dropout == 0.1
+
+
 def test_steps_of_the_teacher():
     config = DistillConfig(student_steps=4)
     assert resolve_steps(config) == 16 and resolve_steps(config, 8) == 8
@@ -199,7 +217,9 @@ def student(folder, call, one_process):
 def test_student_is_a_run_that_names_its_teacher_and_is_sampled_in_its_steps(folder, student, call, tmp_path):
     assert {"model000001.pt", "ema_0.5_000001.pt", "opt000001.pt", "state000001.json", "config.json",
             "progress.csv"} <= {path.name for path in student.iterdir()} and list(student.glob("previews/*.png"))
-    header = checkpoint_util.load_weights(student / "ema_0.5_000001.pt")[1]
+    weights, header = checkpoint_util.load_weights(student / "ema_0.5_000001.pt")
+    start = checkpoint_util.load_weights(folder / "model.pt")[0]    # one step of 1e-4 away
+    assert 0 < max((weights[name] - start[name]).abs().max() for name in start) < 2e-4
     sha256 = checkpoint_util.find_weights(folder / "model.pt")[1]
     assert header["kind"] == "diffusion" and header["distillation"] == {
         "teacher": {"path": str(folder / "model.pt"), "sha256": sha256}, "teacher_steps": 4, "steps": 2, "cfg_scale": 1}

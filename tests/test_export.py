@@ -163,9 +163,12 @@ def test_processes_that_diffusers_does_not_support_are_rejected():
         diffusers_export.create_scheduler({**as_dict(DiffusionConfig()), "process": "flow"}, pixels=True)
 
 
-@pytest.mark.parametrize("schedule, spacing", [("cosine", "leading"), ("cosine_zero_snr", "trailing")])
-def test_scheduler_has_the_timesteps_of_the_process(schedule, spacing):
-    described = as_dict(DiffusionConfig(diffusion_steps=40, noise_schedule=schedule, predict_v=True))
+@pytest.mark.parametrize("schedule, respacing, spacing", [
+    ("cosine", "", "leading"), ("cosine_zero_snr", "", "trailing"), ("cosine", "trailing4", "trailing"),
+])
+def test_scheduler_has_the_timesteps_of_the_process(schedule, respacing, spacing):
+    described = as_dict(DiffusionConfig(diffusion_steps=40, noise_schedule=schedule, timestep_respacing=respacing,
+                                        predict_v=True))
     for pixels in (False, True):
         scheduler = diffusers_export.create_scheduler(described, pixels)
         assert scheduler.config.clip_sample is pixels and scheduler.config.timestep_spacing == spacing

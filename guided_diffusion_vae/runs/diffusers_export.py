@@ -308,11 +308,13 @@ def create_scheduler(flags: dict, pixels: bool):
         (not flags["rescale_timesteps"] or steps == 1000,
          f"its timesteps are rescaled to 1000 over {steps} steps (--rescale_timesteps)"),
     )
+    own = str(flags.get("timestep_respacing", ""))      # those of a student
+    trailing = flags["noise_schedule"].endswith("_zero_snr") or own.startswith("trailing")
     prediction = "v_prediction" if flags.get("predict_v") else "sample" if flags["predict_xstart"] else "epsilon"
     return DDPMScheduler(
         num_train_timesteps=steps, trained_betas=get_named_beta_schedule(flags["noise_schedule"], steps).tolist(),
         variance_type="learned_range" if flags["learn_sigma"] else "fixed_large", prediction_type=prediction,
-        clip_sample=pixels, timestep_spacing="trailing" if flags["noise_schedule"].endswith("_zero_snr") else "leading",
+        clip_sample=pixels, timestep_spacing="trailing" if trailing else "leading",
     )
 
 
