@@ -21,7 +21,7 @@ from .data import voxel_affine, write_npz
 from .data.manifest import MANIFEST
 from .latent_datasets import LatentCache
 from .runs import loading
-from .runs.configs import NormalizerConfig, SamplingConfig
+from .runs.configs import NormalizerConfig, RunConfig, SamplingConfig
 from .sampling import project, sample_images, to_pil
 from .vae_wrapper import VAEInterface
 
@@ -30,7 +30,8 @@ __all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "train"]
 # The commands that train, by the kind of their model.
 TRAINED = {"autoencoder": train_autoencoder.main, "diffusion": image_train_vae.main, "pixels": image_train.main,
            "classifier": classifier_train.main}
-FILE_SETTINGS = "logdir", "dry_run", "save_individual"      # of a command that writes samples
+# Settings of a command that writes samples, which have no effect on those that are returned.
+FILE_SETTINGS = *(field.name for field in dataclasses.fields(RunConfig)), "save_individual", "save_db"
 
 
 class Sampler:

@@ -82,6 +82,7 @@ def test_sampler_rejects_settings_without_effect(folder):
     for settings, match in (
         ({"logdir": "runs/x"}, "^logdir: has no effect on samples that are returned"),
         ({"save_individual": False}, "^save_individual: has no effect"),
+        ({"dry_run": True}, "^dry_run: has no effect"), ({"save_db": True}, "^save_db: has no effect"),
         ({"stepz": 3}, "^unknown setting 'stepz'; "), ({"clas": "a"}, "unknown setting 'clas'; did you mean 'classes'"),
         ({"cfg_scale": 2.0}, "requires a model trained with --class_dropout"),
         ({"config": DiffusionTrainConfig(lr=1.0)}, "unknown setting 'lr'"),
