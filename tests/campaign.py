@@ -44,8 +44,8 @@ ROOT = Path(__file__).parents[1]
 ORPHAN_S = 30           # in which ranks end after their launcher
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 SHOWN_FAILURES = 3      # per target and kind of failure
-# Not compared: logs contain times, and config.json the path of the run.
-VOLATILE = re.compile(r"log.*\.txt|progress\.csv|config\.json|events\.out.*|\..*")
+# Not compared: logs and reports contain times, and config.json the path of the run.
+VOLATILE = re.compile(r"log.*\.txt|progress\.csv|config\.json|commands\.json|report\.html|events\.out.*|\..*")
 
 for module in ("torch._dynamo", "torch.utils.tensorboard"):     # each script would import them; here once for all forks
     importlib.import_module(module)

@@ -40,7 +40,7 @@ from .factories import (
 )
 from .spaces import (
     EncodedImages, LatentConfig, LatentNormalizer, Space, VAEConfig,
-    apply_trained_preprocessing, create_vae, describe_conditions, open_cache, open_latent_source, open_pixels,
+    apply_trained_preprocessing, create_vae, describe_conditions, open_cache, open_encodings, open_pixels,
     open_sample_conditions, open_space, require_same_space, space_header, works_on_pixels,
 )
 
@@ -642,7 +642,7 @@ def open_teacher_data(run, teacher):
     else:
         if data.data_dir and not vae.vae_path and header["autoencoder"]:
             run = run.override(dataclasses.replace(vae, vae_path=header["autoencoder"]["path"]))
-        source, codec = open_latent_source(run)
+        source, codec = open_encodings(run)
         space = Space(codec, LatentNormalizer.from_dict(header["normalizer"]))
     found = space_header(source, space)
     # A plain folder of latents has no description of its autoencoder.

@@ -69,12 +69,12 @@ def open_pixels(images):
 
 
 def open_latent_data(run):
-    """Return (latent source, Space) of `open_latent_source`, with a normalizer that is fitted to it."""
-    source, codec = open_latent_source(run)
+    """Return (latent source, Space) of `open_encodings`, with a normalizer that is fitted to it."""
+    source, codec = open_encodings(run)
     return source, Space(codec, fit_normalizer(run[NormalizerConfig], source))
 
 
-def open_latent_source(run):
+def open_encodings(run):
     """Return (latent source, codec or None): a cache, or images that an autoencoder encodes on the fly.
 
     Training from a cache needs no autoencoder; without one there are no previews.
