@@ -8,12 +8,12 @@ import torch
 
 from .. import checkpoint_util, dist_util
 from ..config import require
-from ..data import DataConfig, require_data_dir, to_uint8
+from ..data import DataConfig, require_data_dir
 from ..ema_profiles import ReconstructConfig, save_reconstruction
 from ..evaluation import EvaluateConfig, ImageSet, check_sets, feature_statistics, frechet_distance
 from ..files import read_record, write_record
 from ..logger import log_rank0
-from ..sampling import Sampler, SamplingConfig
+from ..sampling import Sampler, SamplingConfig, sample_images
 from . import loading
 from .spaces import VAEConfig, apply_trained_preprocessing
 
@@ -39,8 +39,8 @@ class GeneratedImages:
 
     def batch(self, indices):
         """Return images as float32 [n x C x ...] in [0, 1]."""
-        x0 = self.sampler.sample_x0(indices, self.classes, dist_util.dev())
-        return torch.from_numpy(to_uint8(self.sampler.decode(x0)).astype(np.float32) / 255)
+        images = sample_images(self.sampler, indices, self.classes, dist_util.dev())
+        return torch.from_numpy(images.astype(np.float32) / 255)
 
 
 def reconstruct_files(config: ReconstructConfig, stds):
