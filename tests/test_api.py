@@ -1,7 +1,9 @@
 """The interface for notebooks: it does what the commands do, and every setting that is given has an effect."""
 
+import re
 import shutil
 import types
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -55,6 +57,27 @@ def test_package_offers_the_interface_and_nothing_else():
         name: getattr(api, name) for name in guided_diffusion_vae.__all__}
     with pytest.raises(AttributeError, match="has no attribute 'Samplers'"):
         guided_diffusion_vae.Samplers  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 8 samples")
+def test_page_on_run_folders_names_every_file(folder, call, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "run_folder.md").read_text()
+    cells = " ".join(re.findall(r"^\|([^|]+)\|", page, re.MULTILINE))
+    named = "|".join(re.sub("NxHxWxC|[A-Z]{2,}|…", ".+", name.replace(".", r"\.").rstrip("/"))
+                     for name in re.findall("`([^`]+)`", cells))
+    for script, flags in {
+        "image_sample_vae": dict(model_path=folder / "diffusion", num_samples=2, timestep_respacing=2),
+        "check_roundtrip": dict(vae_path=folder / "vae", data_dir=folder / "data", save_npz=True),
+        "evaluate": dict(samples=folder / "data", reference=folder / "data", train_dir=folder / "data", image_size=16,
+                         vae_path=folder / "vae"),
+    }.items():
+        status, _, error = call(script, **flags, logdir=tmp_path / script)
+        assert status == 0, error
+    written = [path.relative_to(root) for root in (folder, tmp_path) for path in root.glob("*/**/*")
+               if path.is_file() and path.relative_to(root).parts[0] != "data"]
+    assert len(written) > 40
+    assert [str(path) for path in written if not any(
+        re.fullmatch(named, part) for part in (*path.parts[1:], "/".join(path.parts[1:])))] == []
 
 
 # --- Samples ---
