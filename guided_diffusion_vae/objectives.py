@@ -15,7 +15,7 @@ from .nn import drop_conditioning, float64_device, keyed_randn, keyed_rng, keyed
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 
 # Second number of every key, so that streams of one seed differ. LatentStream has 1, sampling 5 and 8, evaluation 11,
-# `vae.objective` 15, `data.augmentation` 12 to 14 and from 16. Another value would change what old runs sample.
+# `vae.objective` 15, `data.augmentation` 12 to 14 and from 16 (to 48). Another value would change what old runs sample.
 NOISE, TIMESTEPS, DROPOUT, WEIGHTS, CLASSES, CONDITION_TIMESTEPS, CONDITION_NOISE = 2, 3, 4, 6, 7, 9, 10
 
 

@@ -150,6 +150,10 @@ class AutoencoderTrainConfig(TrainConfig):
     augment_rotation: float = option(5.0, "maximum angle of --augment in degrees, in both directions and every plane")
     augment_scale: float = option(0.05, "maximum relative change of scale of --augment", minimum=0, maximum=1)
     augment_translation: float = option(1.0, "maximum translation of --augment in pixels along every axis")
+    augment_spectrogram: float = option(
+        0.0, "strength of random changes of spectrograms (frequencies x frames on a dB scale, as gray levels or colors "
+             "of a colormap): at 1, circular time shifts of up to 25%, Doppler shifts of 3% and gains of 10% of the "
+             "range of levels, in both directions; 0: none", minimum=0)
     val_data_dir: str = option("", "validation images, whose PSNR, SSIM and L1 are measured at every preview; empty: "
                                    "training images", essential="logdir")
     max_val_samples: int = option(256, "maximum number of validation images", minimum=1)

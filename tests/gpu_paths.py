@@ -307,7 +307,8 @@ def train_classifier(folder):
     return training_step(classifier, objective, latent_stream(LatentCache(folder / "cache")))
 
 
-@scenario("train an autoencoder", backward=True, augment=0.5, augment_flip=True)
+@scenario("train an autoencoder", backward=True, augment=0.5, augment_flip=True,
+          augment_spectrogram=1.0)
 @scenario("train an autoencoder with a discriminator", backward=True, mixed_precision=True, recompute_norms=True,
           discriminator_weight=0.5, adaptive_weight=True)
 @scenario("train an autoencoder in float16", backward=True, mixed_precision=True, amp_dtype="float16",

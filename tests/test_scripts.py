@@ -761,7 +761,8 @@ def test_flags_of_train_autoencoder_reach_the_loop(chain, call, captured, tmp_pa
     flags = {"config": chain.config, "data_dir": chain.data, "val_data_dir": held_out, "image_size": 16,
              "image_range": "0,1", "kl_weight": 0.125, "recon_loss": "l2", "use_perceptual_loss": True,
              "perceptual_weight": 0.25, "discriminator_weight": 0.5, "discriminator_layers": 1, "stop_at_psnr": 40,
-             "discriminator_channels": 8, "stop_at_l1": 0.5, "discriminator_lr": 0.75, "grad_clip": 2.0}
+             "discriminator_channels": 8, "stop_at_l1": 0.5, "discriminator_lr": 0.75, "grad_clip": 2.0,
+             "augment_spectrogram": 0.25}
     weights = []
     for seed in (7, 7, 8):
         torch.rand(seed)
@@ -772,6 +773,7 @@ def test_flags_of_train_autoencoder_reach_the_loop(chain, call, captured, tmp_pa
     objective = captured.task.objective
     assert (objective.config.kl_weight, objective.config.recon_loss) == (0.125, "l2")
     assert tuple(objective.image_range) == tuple(distance.image_range) == (0.0, 1.0)
+    assert objective.train.augment_spectrogram == 0.25 and objective.colormap is None
     assert objective.perceptual == (0.25, distance) and objective.network is captured.model
     assert captured.task.early_stop == {"val_psnr": 40, "val_l1": 0.5} and captured.task.monitor == "val_psnr"
     trainer = objective.discriminator
@@ -1180,6 +1182,8 @@ def test_training_rejects_resuming_with_another_configuration(chain, call):
      "was encoded with --random_flip True"),
     ("image_nll", {"model_path": "{diffusion}/model000002.pt", "cache_dir": "{cache}", "data_dir": "{data}"},
      "conflicts with --data_dir"),
+    ("train_autoencoder", {"config": "{config}", "data_dir": "{color}", "image_size": 16, "augment_spectrogram": 1},
+     "RGB images whose colormap is unknown: --augment_spectrogram requires levels; set --colormap"),
     ("export", {"model_path": "{diffusion}"}, "no output path is specified; set --out"),
     ("export", {"model_path": "{diffusion}", "out": "{tmp}/x.pt"}, "expected a file name that ends in .safetensors"),
     ("export", {"model_path": "{tmp}/cut.pt", "out": "{tmp}/x.safetensors"}, "cut.pt is corrupt"),

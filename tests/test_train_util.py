@@ -18,7 +18,10 @@ import torch
 import rank_worker
 from guided_diffusion_vae import checkpoint_util, dist_util, logger, nn, objectives
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.data.augmentation import random_affine, random_flips
+from guided_diffusion_vae.data.augmentation import (
+    SPECTROGRAM_CHANGES, augment_spectrograms, random_affine, random_flips,
+)
+from guided_diffusion_vae.data.colormaps import open_colormap
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.interfaces import BatchSource
 from guided_diffusion_vae.objectives import (
@@ -1015,6 +1018,66 @@ def test_affine_augmentation_stays_within_its_bounds(shape):
     batch, part = (random_affine(images[s], StepRNG(0, 5, range(64)[s], 64), everything)
                    for s in (slice(64), slice(9, 20)))
     assert torch.allclose(batch[9:20], part, atol=1e-6)
+
+
+def test_spectrogram_changes_stay_within_their_bounds():
+    n, rows, columns = 64, 32, 40
+    images = (0.3 + 0.4 * torch.rand(n, 1, rows, columns)).clamp(0.3, 0.7)
+    rng = StepRNG(0, 5, range(n), n)
+    change = lambda *names, strength=1.0: augment_spectrograms(images, rng, strength, names)
+    assert torch.equal(change(), images) and torch.equal(change(*SPECTROGRAM_CHANGES, strength=0.0), images)
+
+    shifted = change("time_shift")
+    shifts = [next(s for s in range(-10, 11) if torch.equal(out, image.roll(s, -1)))
+              for out, image in zip(shifted, images)]
+    assert min(shifts) < -7 and max(shifts) > 7
+    shifted = change("doppler_shift", strength=2.0)     # edges are repeated
+    taken = [next(s for s in range(-2, 3) if torch.equal(out, image[:, (torch.arange(rows) + s).clamp(0, rows - 1)]))
+             for out, image in zip(shifted, images)]
+    assert set(taken) == {-2, -1, 0, 1, 2}
+    gain = (change("gain") - images).flatten(1)
+    assert gain.std(1).max() < 1e-6 and gain.amin() < -0.08 and 0.08 < gain.amax() <= 0.1
+    assert change("gain", strength=9.0).aminmax() == (0, 1)
+    noise = (change("noise") - images).flatten(1).std(1)
+    assert noise.min() < 0.01 and 0.04 < noise.max() < 0.055 and noise.unique().numel() == n
+    masked = change("masks")[:, 0] == 0
+    heights, widths = masked.all(2).sum(1), masked.all(1).sum(1)
+    assert heights.max() in (6, 7) and widths.max() in (7, 8) and heights.min() == 0
+    assert torch.equal(masked, masked.all(2)[:, :, None] | masked.all(1)[:, None, :])
+
+    # Each change is the same whichever others are chosen, and belongs to the slot in the global batch.
+    both = change("time_shift", "gain")
+    assert torch.allclose(both, torch.stack([i.roll(s, -1) for i, s in zip(images, shifts)]) + gain.view(n, 1, 32, 40))
+    part = augment_spectrograms(images[10:20], StepRNG(0, 5, range(10, 20), n), 1.0)
+    assert torch.equal(part, change(*SPECTROGRAM_CHANGES)[10:20])
+
+
+def test_colors_of_spectrograms_change_as_their_scalars():
+    table = open_colormap("jet/linear64")
+    levels = torch.randint(0, 64, (8, 1, 16, 20), generator=torch.Generator().manual_seed(0))
+    colored = lambda levels: torch.from_numpy(table.to_colors((levels[:, 0] / 63).numpy())).movedim(-1, 1).float() / 255
+    rng = StepRNG(0, 5, range(8), 8)
+    changed = augment_spectrograms(colored(levels), rng, 1.0, colormap=table)
+    scalars = augment_spectrograms(levels / 63, rng, 1.0)
+    assert torch.equal(changed, colored(scalars * 63)) and not torch.equal(changed, colored(levels))
+    settings = AutoencoderTrainConfig(augment_spectrogram=0.5, augment_flip=True)
+    network = ReconstructedExactly()
+    objective = AutoencoderObjective(AutoencoderLossConfig(), network, (0.0, 1.0), settings, colormap=table)
+    objective(network, colored(levels), {}, rng)
+    changes = "time_shift", "doppler_shift", "gain"
+    expected = augment_spectrograms(random_flips(colored(levels), rng), rng, 0.5, changes, table)
+    assert torch.equal(network.images, expected)
+
+
+class ReconstructedExactly(torch.nn.Module):
+    """Keep the images that it gets, and return them as their reconstructions."""
+
+    def latent_shape(self, spatial):
+        return 1, *spatial
+
+    def forward(self, x, eps):
+        self.images = x
+        return x, torch.zeros_like(eps), torch.ones_like(eps)
 
 
 def test_resumed_run_uses_the_current_learning_rate(tmp_path):

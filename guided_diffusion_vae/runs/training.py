@@ -7,10 +7,10 @@ import torch
 
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
-from ..config import as_dict, format_shape, resolve, words
+from ..config import as_dict, format_shape, require, resolve, words
 from ..data import (
     Attributes, BatchPlan, ConditionConfig, DataConfig, ImageStream, LatentStream, evenly_spaced, missing_classes,
-    open_folder,
+    open_colormap, open_folder,
 )
 from ..evaluation import PREVIEW_IMAGES, ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..interfaces import Codec
@@ -162,6 +162,7 @@ def train_autoencoder(run):
     if config.out_channels not in (0, channels):
         raise ValueError(f"--out_channels {config.out_channels} conflicts with {images.folder}, whose images have "
                          f"{channels} channels; omit the flag")
+    colormap = _spectrogram_colormap(images) if train.augment_spectrogram else None
     validation = images
     if train.val_data_dir:
         held_out = dataclasses.replace(data, data_dir=train.val_data_dir, random_flip=False)
@@ -199,7 +200,7 @@ def train_autoencoder(run):
                 discriminator_config = dataclasses.replace(discriminator_config, discriminator_start=0)
             trainer = DiscriminatorTrainer(discriminator, discriminator_config, train)
         objective = AutoencoderObjective(loss, network, config.image_range, train,
-                                         distance and (perceptual.perceptual_weight, distance), trainer)
+                                         distance and (perceptual.perceptual_weight, distance), trainer, colormap)
         # Validation must not take more memory than was planned for training.
         preview = ReconstructionValidation(network, config.image_range, validation, train.max_val_samples, run.folder,
                                            device, min(VALIDATION_BATCH, memory.forward_size))
@@ -209,6 +210,21 @@ def train_autoencoder(run):
         loop = TrainLoop.from_config(network, ImageStream(images, plan, device=device), train, task)
         run.save_config(header)
         loop.run_loop()
+
+
+def _spectrogram_colormap(images):
+    """Return the colormap of RGB spectrograms, None for gray levels.
+
+    :raises ValueError: for volumes, and for colors that are on no known map.
+    """
+    name = images.preprocessing.get("recognized_colormap", "")
+    require(
+        (len(images.shape) == 3, f"{images.folder} contains volumes: --augment_spectrogram expects images, frequencies "
+         "x frames; set it to 0"),
+        (images.shape[0] == 1 or name, f"{images.folder} contains RGB images whose colormap is unknown: "
+         "--augment_spectrogram requires levels; set --colormap to the name of their map or --image_channels 1, or "
+         "--augment_spectrogram 0"))
+    return open_colormap(name) if name and images.shape[0] == 3 else None
 
 
 # --- Classifiers ---

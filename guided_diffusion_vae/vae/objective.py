@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint_util, dist_util, logger
-from ..data.augmentation import random_affine, random_flips
+from ..data.augmentation import augment_spectrograms, random_affine, random_flips
 from ..fp16_util import MixedPrecisionTrainer
 from ..objectives import PlainObjective
 from .discriminator import adaptive_weight, discriminator_losses, generator_losses
@@ -13,6 +13,7 @@ from .posterior import autoencoder_losses, to_image_range
 
 SLICES = 15     # random stream of the slices of volumes that a perceptual loss compares, see `objectives`
 FLAG = "--resume_checkpoint"
+SPECTROGRAM_CHANGES = "time_shift", "doppler_shift", "gain"     # what leaves details to reconstruct as they are
 
 
 class AutoencoderObjective(PlainObjective):
@@ -22,14 +23,18 @@ class AutoencoderObjective(PlainObjective):
     :param train: an AutoencoderTrainConfig, for the augmentation.
     :param perceptual: (weight, `PerceptualLoss`) or None.
     :param discriminator: a `DiscriminatorTrainer` or None.
+    :param colormap: the `Colormap` of RGB images, for `train.augment_spectrogram`.
     """
 
-    def __init__(self, loss_config, network, image_range, train, perceptual=None, discriminator=None):
+    def __init__(self, loss_config, network, image_range, train, perceptual=None, discriminator=None, colormap=None):
         self.config, self.network, self.image_range, self.train = loss_config, network, image_range, train
-        self.perceptual, self.discriminator = perceptual, discriminator
+        self.perceptual, self.discriminator, self.colormap = perceptual, discriminator, colormap
 
     def __call__(self, model, images, cond, rng, loss_scale=1.0):
         images = random_flips(images, rng) if self.train.augment_flip else images
+        if self.train.augment_spectrogram:      # first, as interpolated colors are on no colormap
+            images = augment_spectrograms(images, rng, self.train.augment_spectrogram, SPECTROGRAM_CHANGES,
+                                          self.colormap)
         images = random_affine(images, rng, self.train) if self.train.augment else images
         x = to_image_range(images, self.image_range)
         eps = rng.normal(self.network.latent_shape(x.shape[2:]), x.device)
