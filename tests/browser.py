@@ -59,7 +59,7 @@ class Browser:
         """Return what the body of a JavaScript function returns."""
         return self._call("POST", "/execute/sync", {"script": script, "args": arguments})
 
-    def wait(self, script, seconds=10):
+    def wait(self, script, seconds=60):
         """Wait until the body of a JavaScript function returns something true, and return it."""
         end = time.monotonic() + seconds
         while not (found := self.run(script)):

@@ -107,7 +107,8 @@ def test_page_contains_curves_previews_and_configuration_of_all_runs(page):
     assert (pixels(a["previews"][2]["image"]) == np.full((20, 40), 30)).all()
     config = {row["name"]: row for row in report["config"]}
     assert config["training.lr"]["values"][:2] == [0.01, 0.02] and config["training.lr"]["differs"]
-    assert config["header.model.num_channels"]["values"][:2] == [32, 32]
+    assert config["header.model.num_channels"]["values"] == [32, 32, None, None, None]
+    assert not config["header.model.num_channels"]["differs"]
     data = {row["name"]: row["values"][0] for row in report["data"]}
     assert (data["files"], data["kinds.uint8"], data["classes"], data["latents.std"]) == (120, 120, CLASSES, 0.34)
     assert a["log"] == ["resuming", EVIL] and a["kind"] == "diffusion"
@@ -174,9 +175,7 @@ def report_page_samples(images, count):
 
 def test_budgets_of_a_page_are_below_20_mb():
     images = (report_page.SAMPLE_BYTES + report_page.PREVIEW_BYTES + report_page.FIGURE_BYTES) * 4 / 3
-    from plotly.offline import get_plotlyjs
-
-    assert images + len(get_plotlyjs()) < 19.5e6
+    assert images + len(report_page._pack_plotlyjs()) < 17e6
 
 
 def test_large_images_become_smaller_until_they_fit(tmp_path):
@@ -201,7 +200,7 @@ def test_a_folder_of_another_kind_is_an_error(tmp_path):
 
 def test_without_plotly_the_error_names_the_extra(pipeline, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    report_page._read_plotlyjs.cache_clear()
+    report_page._pack_plotlyjs.cache_clear()
     with pytest.raises(ImportError, match=r"guided-diffusion-vae\[report\]"):
         write_page([pipeline["a"]])
 
@@ -281,6 +280,8 @@ def test_page_works_in_a_browser(browser, page):
                 " {'xaxis.range[0]': 12, 'xaxis.range[1]': 20}).then(() => 1)")
     range_of = "return document.getElementById('plot-grad_norm').layout.xaxis.range"
     assert browser.wait(range_of) == [12, 20]
+    browser.run("Plotly.Fx.hover('plot-loss', {xval: 20})")
+    assert "0.1" in browser.wait("return document.querySelector('#plot-loss .hoverlayer').textContent")
     assert browser.run("return document.getElementById('step-to').value") == "20"
     browser.run("document.getElementById('zoom-out').click()")
     assert browser.run("return document.getElementById('plot-grad_norm').layout.xaxis.autorange")
@@ -298,6 +299,14 @@ def test_page_works_in_a_browser(browser, page):
     browser.run(f"{choose}(document.querySelector('#filters input'), '0.5')")
     names = "return [...document.querySelectorAll('.tile')].map((tile) => tile.title)"
     assert browser.run(names) == ["sample 7, tapin", "sample 10, tapin"]
+    # Nearest training images are shown beside the samples that have some.
+    images = "return [...document.querySelectorAll('.tile .images')].map((images) => images.children.length)"
+    assert browser.run(images) == [1, 1]
+    browser.run(f"{choose}(document.querySelector('#filters input'), ''); document.getElementById('compared').click()")
+    assert browser.run(images) == [1, 3, 1, 1]
+    assert "tapin, distance 2" in browser.run("return document.querySelectorAll('.tile')[1].textContent")
+    browser.run(f"{choose}(document.querySelector('#filters input'), '0.5'); document.getElementById('compared').click()")
+    assert browser.run(images) == [1, 1]
     # A tile opens large, by keyboard; arrows step, Escape closes.
     browser.run("document.querySelector('.tile').focus()")
     browser.key("Enter")
@@ -325,6 +334,17 @@ def test_page_works_in_a_browser(browser, page):
     before = browser.run(background)
     browser.key("d")
     assert browser.run(background) != before
+    # Printed are all plots, in the colors of paper and as wide as half of it, and the gallery.
+    browser.command("Emulation.setEmulatedMedia", media="print")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    plot = ("const { width, font } = document.getElementById('plot-loss')._fullLayout;"
+            " return [Math.min(width, 345), font.color]")
+    assert browser.run(plot) == [344, "#1b1f26"]
+    assert browser.run("return getComputedStyle(document.querySelector('.tile')).display") != "none"
+    assert browser.run(background) == "rgb(255, 255, 255)"
+    browser.command("Emulation.setEmulatedMedia", media="")
+    browser.run("dispatchEvent(new Event('afterprint'))")
+    assert browser.run(plot) == [345, "#e4e7ec"]
     loaded = "return performance.getEntriesByType('resource').filter((entry) => !entry.name.startsWith('data:'))"
     assert browser.run(loaded) == []
     assert browser.errors() == []

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import gzip
 import io
 import json
 import math
@@ -95,17 +96,18 @@ def render(report: dict) -> str:
 
     :raises ImportError: for curves without plotly (the extra `report`).
     """
-    plotlyjs = _read_plotlyjs() if any(run["curves"] for run in report["runs"]) else ""
+    plotlyjs = _pack_plotlyjs() if any(run["curves"] for run in report["runs"]) else ""
     return _open_template().render(report=report, plotlyjs=plotlyjs)
 
 
 @functools.cache
-def _read_plotlyjs():
+def _pack_plotlyjs():
+    """Return plotly.js, packed by gzip, as base64."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ImportError("curves on a report page require plotly: pip install guided-diffusion-vae[report]") from error
-    return get_plotlyjs()
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
 
 
 @functools.cache
@@ -257,10 +259,14 @@ def _read_log(path):
 
 
 def _compare(runs, part):
-    """Return the rows of a table of runs: the name, and the entry of each run or None."""
-    names = dict.fromkeys(name for run in runs for name in run[part])
-    rows = [{"name": name, "values": [run[part].get(name) for run in runs]} for name in names]
-    return [{**row, "differs": any(value != row["values"][0] for value in row["values"])} for row in rows]
+    """Return the rows of a table of runs: the name, the entry of each run or None, and whether those runs differ that
+    have one."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run[part]):
+        found = [run[part][name] for run in runs if name in run[part]]
+        rows.append({"name": name, "values": [run[part].get(name) for run in runs],
+                     "differs": any(value != found[0] for value in found)})
+    return rows
 
 
 # --- Samples ---
