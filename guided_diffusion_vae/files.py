@@ -34,6 +34,7 @@ MAX_EXPANSION = 1032    # bytes that DEFLATE decodes from one byte, at most
 MAX_NPY_HEADER = 10_000     # bytes, the limit of NumPy
 MAX_YAML_NODES = 100_000    # with every alias replaced by what it stands for
 OWN_SHA256 = "content_sha256"
+OWNED_MARKER = ".sampling"  # in a folder of images that sampling has created
 # Errors of Pillow, NumPy, nibabel, PyYAML, zipfile and zlib on reading a corrupt file; the message of the second kind
 # says little without the type of the error.
 _UNNAMED_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, lzma.LZMAError,

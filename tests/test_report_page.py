@@ -184,6 +184,39 @@ def test_large_images_become_smaller_until_they_fit(tmp_path):
     assert uri.startswith("data:image/jpeg") and len(uri) < 4100
 
 
+def write_evaluation(folder, samples, **data):
+    """Write the record of an evaluation, and the nearest training images of the sample 2."""
+    folder.mkdir()
+    write_record(folder / "commands.json", {"commands": [{
+        "working_folder": str(folder.parent), "flags": {"evaluation": {"samples": samples}, "data": data}}]})
+    np.savez(folder / "nearest_neighbors.npz", indices=[2], distances=[[0.5]],
+             neighbors=np.zeros((1, 1, 4, 4), np.uint8))
+    return folder
+
+
+def test_gallery_of_an_evaluated_folder_of_images(tmp_path):
+    for name, side, value in (("b_1", 4, 30), ("a_2", 5, 20), ("a_1", 4, 10)):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("L", (side, 4), value).save(tmp_path / "images" / f"{name}.png")
+    gallery = collect([write_evaluation(tmp_path / "run", "images", value_range="0,100", image_size="3")])["gallery"]
+    entry, = gallery["sets"]
+    assert (entry["count"], entry["classes"], entry["shape"]) == (3, ["a", "b"], "various sizes")
+    assert [item["class"] for item in gallery["items"]] == ["a", "a", "b"]     # in the order of an image folder
+    assert [pixels(item["image"]).shape for item in gallery["items"]] == [(4, 4), (4, 5), (4, 4)]
+    assert [pixels(item["image"])[0, 0] for item in gallery["items"]] == [26, 51, 76]      # of 255, as 100 is white
+    assert [len(item["neighbors"]) for item in gallery["items"]] == [0, 0, 1]
+
+
+def test_images_of_a_folder_that_cannot_be_read_are_a_warning(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (4, 4), 200).save(tmp_path / "images" / "a.png")
+    report = collect([write_evaluation(tmp_path / "run", "images", value_range="0,100")])
+    assert not report["gallery"]["items"] and "outside --value_range" in report["runs"][0]["warnings"][0]
+    (tmp_path / "images" / ".sampling").touch()     # the values of generated images are not those of the data
+    report = collect([tmp_path / "run"])
+    assert (pixels(report["gallery"]["items"][0]["image"]) == 200).all() and not report["runs"][0]["warnings"]
+
+
 def test_unreadable_files_are_warnings(tmp_path):
     write_training(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text("{}x")
@@ -305,7 +338,8 @@ def test_page_works_in_a_browser(browser, page):
     browser.run(f"{choose}(document.querySelector('#filters input'), ''); document.getElementById('compared').click()")
     assert browser.run(images) == [1, 3, 1, 1]
     assert "tapin, distance 2" in browser.run("return document.querySelectorAll('.tile')[1].textContent")
-    browser.run(f"{choose}(document.querySelector('#filters input'), '0.5'); document.getElementById('compared').click()")
+    browser.run("document.getElementById('compared').click()")
+    browser.run(f"{choose}(document.querySelector('#filters input'), '0.5')")
     assert browser.run(images) == [1, 1]
     # A tile opens large, by keyboard; arrows step, Escape closes.
     browser.run("document.querySelector('.tile').focus()")

@@ -96,6 +96,10 @@ class ImageFolder(FileSource):
         pixels = self._to_unit(pixels, path) if pixels.dtype == np.uint8 else pixels
         return np.ascontiguousarray(self._pad(np.moveaxis(pixels, -1, 0)))
 
+    def read_full_size(self, index):
+        """Return image `index` as `read` does, but with the size and the colors of its file."""
+        return np.moveaxis(self._to_unit(self._values(index), self.paths[index]), -1, 0)
+
     def _parts(self, paths):
         return class_files(paths)
 

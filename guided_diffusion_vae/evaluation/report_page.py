@@ -5,6 +5,7 @@ page requests nothing from a network. Images are data URIs within fixed budgets,
 """
 
 import base64
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -22,8 +23,10 @@ from PIL import Image
 
 from .. import __version__
 from ..config import option, require, words
-from ..data import evenly_spaced, evenly_spaced_per_class, open_archive, open_colormap, open_npz
-from ..files import READ_ERRORS, file_errors, read_record
+from ..data import (
+    DataConfig, ImageFolder, Samples, evenly_spaced, evenly_spaced_per_class, open_archive, open_colormap, open_npz,
+)
+from ..files import OWNED_MARKER, READ_ERRORS, file_errors, read_record
 from ..sampling.sheets import to_pil
 from .figures import MAX_CLASSES, MAX_IMAGES, MAX_VOLUMES, NEIGHBORS_FILE
 
@@ -47,6 +50,9 @@ REAL = {
     "nearest_neighbors.median_distance_samples": "nearest_neighbors.median_distance_reference",
     "train_on_samples_test_on_real.accuracy": "train_on_training_test_on_real.accuracy",
 }
+# Settings by which a folder of evaluated images is read, beside those of their size.
+READING = {"value_range", "value_window", "dynamic_range_db", "reference_db", "alpha", "label_column", "array_key",
+           "max_pixels"}
 # Not numbers to compare: lists, what the page shows elsewhere, and keys of version 0.1.
 HIDDEN = {"confusion", "per_class", "example_indices", "example_pixel_l1", "pictures", "neighbours"}  # alias
 
@@ -197,7 +203,7 @@ def _attempt(problems, read, path, default):
     if not path.exists():
         return default
     try:
-        with file_errors(path):
+        with contextlib.nullcontext() if path.is_dir() else file_errors(path):
             return read(path)
     except READ_ERRORS as error:
         problems.append(f"not on this page: {error}")
@@ -277,36 +283,68 @@ def _collect_gallery(folders, runs, count):
     files, neighbors = {}, {}
     for folder, run in zip(folders, runs):
         evaluated = _evaluated(run)
-        for file in [*sorted(folder.glob("samples_*.npz")), *evaluated]:
+        for file in [*(sorted(folder.glob("samples_*.npz")) or folder.glob("png")), *evaluated]:
             files.setdefault(file.resolve(), (file, run))
         if evaluated and (folder / NEIGHBORS_FILE).exists():
             read = _attempt(run["warnings"], open_archive, folder / NEIGHBORS_FILE, {})
             neighbors[evaluated[0].resolve()] = read
-    sets, items = [], []
+    sets, items, share = [], [], 1 / max(len(files), 1)
     for key, (file, run) in files.items():
-        samples = _attempt(run["warnings"], open_npz, file, None)
-        if samples is None:
-            continue
-        limit = max((count if samples.images.ndim == 4 else count * MAX_VOLUMES // MAX_IMAGES) // len(files), 1)
-        rows = evenly_spaced_per_class(samples.labels, len(samples.images), limit)
-        budget = SAMPLE_BYTES / len(files)
-        shown = _collect_samples(samples, rows, neighbors.get(key, {}), budget)
-        items += [{"set": len(sets), **item} for item in shown]
-        sets.append({"name": str(file), "count": len(samples.images), "shown": len(rows),
-                     "shape": "x".join(map(str, samples.images.shape[1:])), "classes": _class_names(samples),
-                     "attributes": list(samples.attributes), "neighbors": bool(neighbors.get(key)),
-                     "voxel_stride": max((item["volume"]["stride"] for item in shown if item["volume"]), default=1)})
+        read = functools.partial(_collect_set, run, neighbors.get(key, {}), count * share, SAMPLE_BYTES * share)
+        if found := _attempt(run["warnings"], read, file, None):
+            sets.append({"name": str(file), **found[0]})
+            items += [{"set": len(sets) - 1, **item} for item in found[1]]
     return {"sets": sets, "items": items}
 
 
+def _collect_set(run, nearest, count, budget, path):
+    """Return the facts of a file or folder of samples and its items, None if a folder contains no images."""
+    samples = open_npz(path) if path.suffix == ".npz" else _open_images(run, path)
+    if samples is None:
+        return None
+    limit = int(max(count if samples.images.ndim == 4 else count * MAX_VOLUMES / MAX_IMAGES, 1))
+    rows = evenly_spaced_per_class(samples.labels, len(samples.images), limit)
+    items = _collect_samples(samples, rows, nearest, budget)
+    return {"count": len(samples.images), "shown": len(rows), "shape": "x".join(map(str, samples.images.shape[1:])),
+            "classes": _class_names(samples), "attributes": list(samples.attributes), "neighbors": bool(nearest),
+            "voxel_stride": max((item["volume"]["stride"] for item in items if item["volume"]), default=1)}, items
+
+
 def _evaluated(run):
-    """Return the paths of the samples that a run evaluated, [] if they are no file of samples."""
+    """Return the path of the samples that a run evaluated, an .npz or a folder of images, [] if it does not exist."""
     for command in reversed(run["commands"]):
         samples = command.get("flags", {}).get("evaluation", {}).get("samples")
         if samples:
             path = Path(command.get("working_folder", ""), samples)
-            return [path] if path.suffix == ".npz" and path.exists() else sorted(path.glob("samples_*.npz"))[:1]
+            return sorted(path.glob("samples_*.npz"))[:1] or [path] if path.exists() else []
     return []
+
+
+class _FolderImages:
+    """Images of an `ImageFolder` that are read on access at the size of their file, uint8 [H x W x C]."""
+
+    ndim = 4
+
+    def __init__(self, source):
+        self.source, sizes = source, {source.item_sides(i) for i in range(len(source))}
+        self.shape = len(source), *(sizes.pop() if len(sizes) == 1 else ["various sizes"])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, row):
+        return np.rint(255 * np.moveaxis(self.source.read_full_size(row), 0, -1)).astype(np.uint8)
+
+
+def _open_images(run, path):
+    """Return the images of a folder in the order in which a run has evaluated them, None if it contains no images."""
+    flags = run["commands"][-1].get("flags", {}).get("data", {})
+    names = set() if (path / OWNED_MARKER).exists() else READING & flags.keys()     # generated images have 8 bits
+    try:
+        source = ImageFolder(DataConfig(str(path), "1", image_channels=3, **{name: flags[name] for name in names}))
+    except FileNotFoundError:
+        return None
+    return Samples(str(path), _FolderImages(source), source.labels, source.class_names, attributes=source.attributes)
 
 
 def _class_names(samples):

@@ -13,13 +13,12 @@ from .. import dist_util, logger
 from ..config import require, validate
 from ..data import open_colormap, open_npz, to_uint8, write_nifti, write_npz
 from ..data.axes import AXES_FILE
-from ..files import atomic_path, atomic_stream, read_record, write_record
+from ..files import OWNED_MARKER, atomic_path, atomic_stream, read_record, write_record
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 
 GRID_SIZE = 64  # samples on a contact sheet without classes
 # Files in folders that sampling has created, and may therefore replace.
 SETTINGS_FILE = "making.json"  # alias
-OWNED_MARKER = ".sampling"
 CONDITIONS_FILE = "conditions.txt"  # name of the condition of each sample, one per line
 SAMPLE_FILES = re.compile(r"samples_(\d+x)+\d+\.npz")
 _OTHERWISE = {"shards": "", "db": ", or --save_db False"}
