@@ -10,9 +10,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import LatentCache, Sampler, VAEInterface, evaluate, train
+    from .api import LatentCache, Sampler, VAEInterface, evaluate, run_command, train
 
-__all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "train"]
+__all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "run_command", "train"]
 
 # OpenMP threads that spin while they wait take the cores of other ranks. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,6 +5,7 @@ each flag of a command is a keyword argument of the same name.
 """
 
 import dataclasses
+import importlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from .config import nearest, require
 from .data import voxel_affine, write_npz
 from .data.manifest import MANIFEST
 from .latent_datasets import LatentCache
+from .programs import NAMES
 from .runs import loading
 from .runs.configs import NormalizerConfig, RunConfig, SamplingConfig
 from .sampling import project, sample_images, to_pil
 from .vae_wrapper import VAEInterface
 
-__all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "train"]
+__all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "run_command", "train"]
 
 # The commands that train, by the kind of their model.
 TRAINED = {"autoencoder": train_autoencoder.main, "diffusion": image_train_vae.main, "pixels": image_train.main,
@@ -110,6 +112,18 @@ def train(config=None, *, data: str | os.PathLike | LatentCache, logdir: str | o
     path = Path(data.folder if isinstance(data, LatentCache) else data)
     flag = "cache_dir" if (path / MANIFEST).is_file() else "data_dir"
     return _execute(TRAINED[model], config, {**settings, flag: path, "logdir": logdir})[0].folder
+
+
+def run_command(name: str, config=None, **settings) -> Path | None:
+    """Run any command of `gdvae` in this process, and return its run folder, None if it has none.
+
+    :param name: such as "encode-dataset", or "encode_dataset".
+    :param config: as in `train`; `settings`: flags of the command.
+    :raises ValueError: for an unknown command or setting.
+    """
+    module = name.replace("-", "_")
+    require((module in NAMES, f"name: unknown command {name!r}{nearest(module, NAMES)}"))
+    return _execute(importlib.import_module(f"{__package__}.commands.{module}").main, config, settings)[0].folder
 
 
 def evaluate(samples: str | os.PathLike | np.ndarray, reference: str | os.PathLike | np.ndarray,

@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 import guided_diffusion_vae
-from guided_diffusion_vae import LatentCache, Sampler, VAEInterface, api, evaluate, train
+from guided_diffusion_vae import LatentCache, Sampler, VAEInterface, api, evaluate, run_command, train
 from guided_diffusion_vae.autoencoder import AutoencoderConfig
-from guided_diffusion_vae.commands import encode_dataset
 from guided_diffusion_vae.data import open_npz, voxel_affine, write_nifti
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
@@ -39,8 +38,8 @@ def folder(tmp_path_factory):
     for i in range(8):
         Image.fromarray(rng.integers(0, 256, [16, 16], np.uint8)).save(folder / "data" / f"{'ab'[i % 2]}_{i}.png")
     train(AUTOENCODER, data=folder / "data", logdir=folder / "vae", model="autoencoder", image_size=16, **STEP)
-    encode_dataset.main.execute(encode_dataset.main.create_run(
-        vae_path=folder / "vae", data_dir=folder / "data", cache_dir=folder / "cache"))
+    assert run_command("encode-dataset", vae_path=folder / "vae", data_dir=folder / "data",
+                       cache_dir=folder / "cache") is None
     run = train([NETWORK, PROCESS], data=LatentCache.open(folder / "cache"),
                 logdir=folder / "diffusion", class_cond=True, **STEP)
     assert run == folder / "diffusion" and (run / "ema_0.9_000001.pt").exists()
@@ -193,7 +192,16 @@ def test_pil_images_of_volumes_are_rejected():
         VAEInterface.decode(codec, torch.zeros(1, 1, 2, 2, 2), pil=True)
 
 
-# --- Training and evaluation ---
+# --- Training, evaluation and other commands ---
+
+
+def test_run_command_returns_the_run_folder(folder, tmp_path):
+    settings = dict(vae_path=folder / "vae", data_dir=folder / "data", logdir=tmp_path / "run")
+    assert run_command("check-roundtrip", **settings) == tmp_path / "run" and (tmp_path / "run/metrics.json").is_file()
+    for name, changed, match in (("check-roundtrips", {}, "unknown command .*did you mean 'check_roundtrip'"),
+                                 ("check_roundtrip", {"vae": "x"}, "unknown setting 'vae'")):
+        with pytest.raises(ValueError, match=match):
+            run_command(name, **{**settings, **changed})
 
 
 def test_train_resumes_and_names_unknown_models_and_settings(folder, tmp_path):
