@@ -13,7 +13,7 @@ import json
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     """Contents of a weights file: the state dict, its header (None if bare), the path and SHA-256 of the file."""
 
     state_dict: dict
-    header: dict | None
+    header: Any     # a dictionary or None, which each kind of use checks with its own message
     path: Path
     sha256: str | None
 
@@ -53,7 +53,7 @@ class Header(dict):
 
 def save_weights(path, state_dict: dict, header: dict) -> dict:
     """Write a state dict with `header` (a JSON-able dictionary) in its metadata, as `save` does."""
-    described = OrderedDict((name, value.detach()) for name, value in state_dict.items())
+    described: Any = OrderedDict((name, value.detach()) for name, value in state_dict.items())
     described._metadata = OrderedDict(getattr(state_dict, "_metadata", None) or {})
     described._metadata[HEADER_KEY] = json.dumps({"format": FORMAT, **header})
     return save(path, described)
@@ -89,7 +89,7 @@ def save_safetensors(path, state_dict: dict, header: dict) -> None:
         save_file(tensors, part, {**metadata, SHA256_KEY: _sha256_of_tensors(tensors, metadata)})
 
 
-def load_weights(path, map_location="cpu", flag="--model_path") -> tuple[dict, dict | None]:
+def load_weights(path, map_location="cpu", flag="--model_path") -> tuple[dict, Any]:
     """Return (state dict, header) of a .pt or .safetensors file; the header of a bare state dict is None.
 
     Files of other projects may contain state dicts inside of dictionaries, such as {"state_dict": ..., "epoch": 3}.
@@ -287,7 +287,7 @@ def _weights_name(marker):
     return emas[max(emas)] if emas else model_name(marker["step"])
 
 
-def latest_weights(folder, flag="--model_path") -> Path:
+def latest_weights(folder, flag="--model_path") -> Path | str:
     """Return the path of the weights file of a run to use; see `find_weights`."""
     return find_weights(folder, flag)[0]
 

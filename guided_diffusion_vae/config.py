@@ -19,7 +19,8 @@ _BOUNDS = {"minimum": (operator.ge, ">="), "maximum": (operator.le, "<="),
 def option(default, help, choices=None, essential=False, positional=False, **bounds):
     """Return a dataclass field with a help text and what its value must satisfy.
 
-    The field's annotation (int, float, bool, str, tuple or a `ParsedText`) determines how its text is converted.
+    The field's annotation (int, float, bool, str, tuple, or Annotated with a `ParsedText`) determines how its text is
+    converted, see `value_type`.
 
     :param choices: the only values allowed.
     :param essential: show the flag on the first page of `--help`; a flag's name: only in scripts that have that flag.
@@ -37,7 +38,7 @@ def option(default, help, choices=None, essential=False, positional=False, **bou
 
 
 class ParsedText:
-    """Type of a field that is stored as text, such as "16,8", and parsed where it is used.
+    """Type of a field that is stored as text, such as "16,8", and parsed where it is used: `Annotated[str, integers]`.
 
     Headers, cache manifests and the reference's factories hold these values as text, so the text must not change.
 
@@ -130,6 +131,11 @@ _CONVERTERS = {
 # --- Values of fields ---
 
 
+def value_type(field):
+    """Return what converts the values of a field: int, float, bool, str, tuple or a `ParsedText`."""
+    return getattr(field.type, "__metadata__", [field.type])[0]
+
+
 def convert(name, kind, value):
     """Return a value of the type `kind` from a text of the command line or a value of a YAML file.
 
@@ -151,7 +157,7 @@ def convert(name, kind, value):
 
 def read(field, value):
     """Return the value of a field from a text or a YAML value, see `convert`, after checking its bounds."""
-    value = convert(field.name, field.type, value)
+    value = convert(field.name, value_type(field), value)
     check(field, value)
     return value
 
@@ -159,8 +165,8 @@ def read(field, value):
 def check(field, value):
     """Raise ValueError, naming the flag, if a value is out of the bounds of a field."""
     choices, bounds = field.metadata["choices"], field.metadata["bounds"]
-    if isinstance(field.type, ParsedText):
-        field.type.parse(value, field.name)
+    if isinstance(kind := value_type(field), ParsedText):
+        kind.parse(value, field.name)
     _require(not choices or value in choices, field.name,
              f"one of {', '.join(str(choice) for choice in choices or () if choice != '')}", value)
     _require(not isinstance(value, float) or math.isfinite(value), field.name, "finite", value)

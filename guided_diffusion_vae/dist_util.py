@@ -134,7 +134,7 @@ def set_numerics(config: LaunchConfig) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     # No result depends on memory that was not initialized, and filling it would write every tensor twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def peak_memory_mib() -> dict[str, float]:

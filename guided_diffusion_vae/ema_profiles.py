@@ -8,8 +8,10 @@ its standard deviation relative to t, such as 0.05 or 0.10; longer ones have lar
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import torch
 
 from . import checkpoint_util
 from .config import CommaSeparated, option, require
@@ -25,8 +27,8 @@ class ReconstructConfig:
     SECTION = "reconstruction"
 
     model_path: str = option("", "run folder of a training with --ema_profiles", essential=True)
-    ema_std: relative_stds = option("0.075", "comma-separated relative standard deviations, one file each",
-                                    essential=True)
+    ema_std: Annotated[str, relative_stds] = option(
+        "0.075", "comma-separated relative standard deviations, one file each", essential=True)
     ema_step: int = option(0, "step whose EMA weights are reconstructed, from snapshots up to it; 0: the latest",
                            minimum=0)
     reference: str = option("", "real images as for evaluate.py: keep only the weights whose samples have the lowest "
@@ -88,7 +90,7 @@ def reconstruct(folder, std: float, step: int = 0) -> tuple[dict, dict, float]:
     folder = Path(folder)
     files, step = _open_snapshots(folder, step)
     weights, error = reconstruction_weights(list(files), std, step)
-    total = {}
+    total: dict[str, torch.Tensor] = {}
     for weight, path in zip(weights, files.values()):
         state_dict, header = checkpoint_util.load_weights(path)
         for name, value in state_dict.items():

@@ -37,7 +37,8 @@ def _cast(module, dtype):
 
 def get_param_groups_and_shapes(named_model_params) -> list[tuple[list, tuple]]:
     """Return [(list of (name, parameter), shape of master)]: parameters of up to one axis, then all others."""
-    vectors, tensors = [], []
+    vectors: list[tuple] = []
+    tensors: list[tuple] = []
     for name, parameter in named_model_params:
         (tensors if parameter.ndim > 1 else vectors).append((name, parameter))
     return [(group, shape) for group, shape in ((vectors, (-1,)), (tensors, (1, -1))) if group]
@@ -102,7 +103,7 @@ def optimizer_state_of_params(state: dict, named_params: list) -> dict:
     :param state: {index of the optimized tensor: entries}.
     """
     number = {name: i for i, (name, _) in enumerate(named_params)}
-    split = {}
+    split: dict[int, dict] = {}
     for (group, _), entries in zip(get_param_groups_and_shapes(named_params), state.values(), strict=True):
         size = sum(p.numel() for _, p in group)
         for name, _ in group:

@@ -24,6 +24,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class DiffusionConfig:
     noise_schedule: str = option(
         "linear", "noise schedule: linear (DDPM) or cosine (slower at both ends); _zero_snr: ends in pure noise, which "
                   "requires --predict_v or --predict_xstart", choices=tuple(NOISE_SCHEDULES))
-    timestep_respacing: respacing = option(
+    timestep_respacing: Annotated[str, respacing] = option(
         "", "steps to sample: a count (250), counts per equal section (10,15,20), ddimN (N steps at an integer stride, "
             "for DDIM), logsnrN (N steps evenly spaced in log-SNR, for solvers) or trailingN (N equal steps from the "
             "last timestep, as a count for rectified_flow); empty: all",

@@ -2,7 +2,8 @@
 
 A new data source, autoencoder kind or process implements one of these and is entered in one table. Other code relies on
 the members below and on nothing else; no member is probed for. A class that derives from its interface takes over the
-defaults given here, and cannot be constructed while an abstract method is missing.
+defaults given here, and cannot be constructed while an abstract method is missing. Defaults without effect end in
+`return`, as type checkers take a method of a protocol for abstract if it has a docstring only.
 """
 
 from abc import abstractmethod
@@ -118,6 +119,7 @@ class LatentSource(Protocol):
         :param progress: called with (files done, files in total).
         :raises ValueError: if a file differs; the message names it.
         """
+        return
 
     def on_device(self, device, limit_bytes=2**31) -> bool:
         """Keep all latents on `device` if they take at most `limit_bytes`; return whether they are kept there."""
@@ -328,9 +330,11 @@ class Objective(Protocol):
 
     def after_step(self, t, terms) -> None:
         """Adapt to the timesteps and losses of the whole batch of this rank; called by every rank."""
+        return
 
     def log(self, batch, t, terms) -> None:
         """Log the losses of the whole batch of this rank."""
+        return
 
     def state_dict(self) -> dict:
         """Return the JSON-able state that a checkpoint stores."""
@@ -338,3 +342,4 @@ class Objective(Protocol):
 
     def load_state_dict(self, state) -> None:
         """Restore the result of `state_dict`."""
+        return

@@ -30,7 +30,7 @@ from .vae.posterior import sample_moments
 try:
     import resource
 except ImportError:     # Windows, whose processes may open any number of files
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 MAX_CHANNELS = 16       # of latents with one spatial axis: an array with more is an image without a channel axis
 SPARE_FILES = 256       # files that a process may open in addition to its caches

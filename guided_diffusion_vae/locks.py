@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:     # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
 TIMEOUT = 60.0      # seconds

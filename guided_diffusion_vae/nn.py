@@ -205,7 +205,7 @@ def upsample_nearest(x: torch.Tensor, factors) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def upsample_conv(conv: nn.Module, x: torch.Tensor, factors) -> torch.Tensor:
+def upsample_conv(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: torch.Tensor, factors) -> torch.Tensor:
     """Return conv(upsample_nearest(x, factors)) without materializing the upsampled input.
 
     Equal inputs can share one multiplication by the sum of their weights, which gives a transposed convolution of
@@ -380,7 +380,7 @@ def use_channels_last(network: nn.Module) -> None:
     axes = max(p.dim() for p in network.parameters())
     if axes not in layouts:
         raise ValueError("--channels_last True requires images or volumes, got signals; omit the flag")
-    network.to(memory_format=layouts[axes])
+    network.to(memory_format=layouts[axes])  # type: ignore[call-overload]  # not declared by PyTorch
 
 
 class _FusedNormAct(torch.autograd.Function):

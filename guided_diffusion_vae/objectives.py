@@ -44,7 +44,8 @@ class StepRNG:
         """Return (timesteps [n], importance weights [n]) of a schedule sampler."""
         if sampler.is_constant:
             return self._numbers(device, StepRNG._draw_timesteps, sampler)
-        return tuple(to_device(rows, device) for rows in self._draw_timesteps(sampler))
+        timesteps, weights = self._draw_timesteps(sampler)
+        return to_device(timesteps, device), to_device(weights, device)
 
     def uniform(self, stream: int, device) -> torch.Tensor:
         """Return numbers uniformly distributed over [0, 1), float64 [n], one per slot, on the `float64_device`."""
@@ -94,7 +95,8 @@ class StepRNGs(BatchStream):
     def __init__(self, seed: int, slots: range, global_batch: int, device):
         super().__init__()
         self.seed, self.slots, self.global_batch, self.device = seed, slots, global_batch, device
-        self._requests, self._recorded = set(), set()   # of the previous step, and so far of the current one
+        self._requests: set[tuple] = set()      # of the previous step
+        self._recorded: set[tuple] = set()      # of the current one so far
 
     def at(self, step: int) -> StepRNG:
         """Return the StepRNG of a step."""

@@ -23,7 +23,7 @@ def space_timesteps(num_timesteps: int, section_counts) -> set[int]:
         if section_counts.startswith("ddim"):
             return _uniform_stride(num_timesteps, _parse_counts(section_counts[len("ddim"):], section_counts)[0])
         section_counts = _parse_counts(section_counts, section_counts)
-    kept = set()
+    kept: set[int] = set()
     for start, size, count in _sections(num_timesteps, section_counts):
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Strides are accumulated, not multiplied: ties then round as in released runs.

@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,8 +75,8 @@ def iter_state_dicts(content, place: str = "", depth: int = 4):
     """
     if not isinstance(content, dict) or not depth:
         return
-    tensors = OrderedDict((name.replace("_orig_mod.", ""), value) for name, value in content.items()
-                          if isinstance(name, str) and isinstance(value, torch.Tensor))
+    tensors: Any = OrderedDict((name.replace("_orig_mod.", ""), value) for name, value in content.items()
+                               if isinstance(name, str) and isinstance(value, torch.Tensor))
     if tensors:
         versions = getattr(content, "_metadata", None) or {}
         tensors._metadata = {f"{name}.".replace("_orig_mod.", "")[:-1]: value for name, value in versions.items()}
@@ -88,7 +88,8 @@ def iter_state_dicts(content, place: str = "", depth: int = 4):
 
 def without_prefix(state_dict: dict, prefix: str) -> dict:
     """Return the weights whose names start with `prefix`, without it; versions of modules are kept."""
-    part = OrderedDict((name[len(prefix):], value) for name, value in state_dict.items() if name.startswith(prefix))
+    part: Any = OrderedDict(
+        (name[len(prefix):], value) for name, value in state_dict.items() if name.startswith(prefix))
     versions = getattr(state_dict, "_metadata", None) or {}
     part._metadata = {name[len(prefix):]: value for name, value in versions.items() if f"{name}.".startswith(prefix)}
     return part

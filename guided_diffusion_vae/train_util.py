@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
@@ -80,12 +81,12 @@ class TrainConfig:
         -1, "samples per forward pass, to save memory; gradients are averaged; -1: same as batch_size", minimum=-1)
     gradient_accumulation_steps: int = option(
         1, "forward passes of batch_size each per step, the inverse way to set --microbatch", minimum=1)
-    ema_rate: decays = option("0.9999", "comma-separated decays of the EMA weights; empty: none")
-    ema_profiles: relative_stds = option(
+    ema_rate: Annotated[str, decays] = option("0.9999", "comma-separated decays of the EMA weights; empty: none")
+    ema_profiles: Annotated[str, relative_stds] = option(
         "", "comma-separated relative standard deviations of power-function EMA weights, such as 0.05,0.10, of which "
             "every checkpoint keeps a snapshot; reconstruct_ema.py then gives EMA weights of any length; empty: none")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
-    log_formats: format_names = option(**_LOG_FORMATS)
+    log_formats: Annotated[str, format_names] = option(**_LOG_FORMATS)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     keep_checkpoints: int = option(0, "number of latest checkpoints to keep; 0: all", minimum=0)
     preview_interval: int = option(
@@ -141,7 +142,7 @@ class AutoencoderTrainConfig(TrainConfig):
     SECTION = "autoencoder.training"
 
     batch_size: int = option(16, "images per step on each rank", minimum=1, essential=True)
-    ema_rate: decays = option("0.999", "comma-separated decays of the EMA weights; empty: none")
+    ema_rate: Annotated[str, decays] = option("0.999", "comma-separated decays of the EMA weights; empty: none")
     save_interval: int = option(1000, "steps between checkpoints", minimum=1)
     augment_flip: bool = option(
         False, "flip images along every axis with probability 0.5, independently: more kinds of detail from few images")
@@ -185,7 +186,7 @@ class ClassifierTrainConfig:
     init_from: str = option(
         "", "run or weights file to initialize a new run from, where names and shapes agree; other weights are listed")
     log_interval: int = option(10, "steps between rows of progress.csv", minimum=1)
-    log_formats: format_names = option(**_LOG_FORMATS)
+    log_formats: Annotated[str, format_names] = option(**_LOG_FORMATS)
     eval_interval: int = option(
         5, "steps between measurements on --val_data_dir; 0: at every checkpoint; -1: never", minimum=-1)
     save_interval: int = option(10000, "steps between checkpoints", minimum=1)
@@ -209,7 +210,7 @@ def resolve_train_config(train: TrainConfig) -> TrainConfig:
              f"{train.resume_checkpoint} are mutually exclusive: a smoke test starts from scratch; set only one, "
              "or to start from these weights, use --init_from"))
     steps = train.fast_dev_run_batches
-    changes = {"max_val_samples": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
+    changes: dict[str, Any] = {"max_val_samples": train.batch_size} if isinstance(train, AutoencoderTrainConfig) else {}
     preview_interval = steps if train.preview_interval >= 0 else -1
     return replace(train, max_steps=steps, save_interval=steps, preview_interval=preview_interval, log_interval=1,
                    **changes)
@@ -764,7 +765,7 @@ def init_from_weights(model: torch.nn.Module, path: str | Path) -> None:
     path = checkpoint_util.latest_weights(path, "--init_from")
     source, _ = checkpoint_util.load_weights(path, "cpu", "--init_from")
     source = checkpoint_util.select_weights(model, source, path, "--init_from")
-    own = model.state_dict()
+    own: Any = model.state_dict()
     common = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
     own.update(common)
     # Modules migrate weights by the version stored with them; newly initialized ones have the module's own version.

@@ -7,6 +7,7 @@ three spatial axes; `resample_depth`, which downsamples the first axis of volume
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn as nn
@@ -38,8 +39,8 @@ class ModelConfig:
         -1, "attention heads of the upsampling path if num_head_channels is -1; -1: same as num_heads", minimum=-1)
     num_head_channels: int = option(
         -1, "channels per attention head, which determine the number of heads; -1: use num_heads", minimum=-1)
-    attention_resolutions: integers = option("16,8", "comma-separated grid sizes that have attention")
-    channel_mult: numbers = option(
+    attention_resolutions: Annotated[str, integers] = option("16,8", "comma-separated grid sizes that have attention")
+    channel_mult: Annotated[str, numbers] = option(
         "", "comma-separated width of each level in units of num_channels; empty: by image size", essential="lr")
     dropout: float = option(0.0, "dropout probability inside residual blocks in training", minimum=0, maximum=1)
     class_cond: bool = option(False, "condition on class labels", essential="lr")
@@ -55,8 +56,8 @@ class ModelConfig:
     num_classes: int = option(0, "classes to condition on; 0: those of the data or the checkpoint", minimum=0)
     class_dropout: float = option(0.0, "probability of dropping class, attributes and --condition_dir of a training "
                                        "sample, which --cfg_scale requires; usually 0.1", minimum=0, below=1)
-    condition_on: words = option("", "comma-separated attributes to condition on, numeric columns of the label file; "
-                                     "unknown values are allowed")
+    condition_on: Annotated[str, words] = option(
+        "", "comma-separated attributes to condition on, numeric columns of the label file; unknown values are allowed")
     dims: int = option(
         0, "spatial axes: 2 for images, 3 for volumes; 0: those of the data (2 without data)", choices=(0, 1, 2, 3))
     resample_depth: bool = option(False, "also halve the first spatial axis of volumes (guided-diffusion does not)")
@@ -68,8 +69,8 @@ class SuperResConfig:
 
     SECTION = "super_res"
 
-    large_size: size = option(256, "size of the high-resolution images, N or HxW", essential="lr")
-    small_size: size = option(64, "size of the low-resolution images", essential="lr")
+    large_size: Annotated[int | str, size] = option(256, "size of the high-resolution images, N or HxW", essential="lr")
+    small_size: Annotated[int | str, size] = option(64, "size of the low-resolution images", essential="lr")
     cond_noise_steps: int = option(
         0, "noise the low-resolution images in training to a random timestep below this, which is passed to the "
            "network (cascaded diffusion, arXiv:2106.15282, Sec. 4.2); 0: disabled", minimum=0)
@@ -83,7 +84,7 @@ class ClassifierConfig:
     classifier_width: int = option(
         128, "width of the classifier's first level, a multiple of 32", minimum=1, essential="iterations")
     classifier_depth: int = option(2, "residual blocks per level of the classifier", minimum=1)
-    classifier_attention_resolutions: integers = option(
+    classifier_attention_resolutions: Annotated[str, integers] = option(
         "32,16,8", "comma-separated grid sizes of the classifier that have attention")
     classifier_use_scale_shift_norm: bool = option(
         True, "scale and shift norms of the classifier by the timestep embedding instead of adding it")
@@ -93,8 +94,9 @@ class ClassifierConfig:
         0, "channels of the classifier's input; 0: those of the data (3 without data)", minimum=0)
     classifier_num_classes: int = option(
         0, "classes to discriminate; 0: those of the data or the checkpoint", minimum=0)
-    classifier_channel_mult: numbers = option("", "comma-separated width of each level in units of classifier_width; "
-                                                  "empty: by image size, from 64 up", essential="iterations")
+    classifier_channel_mult: Annotated[str, numbers] = option(
+        "", "comma-separated width of each level in units of classifier_width; empty: by image size, from 64 "
+            "up", essential="iterations")
     classifier_dims: int = option(0, "spatial axes; 0: those of the data (2 without data)", choices=(0, 1, 2, 3))
     classifier_resample_depth: bool = option(False, "also halve the first spatial axis of volumes")
 

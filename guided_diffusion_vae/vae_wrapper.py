@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ normalization = ParsedText(
 class NormalizerConfig:
     SECTION = "latents"
 
-    normalizer: normalization = option(
+    normalizer: Annotated[str, normalization] = option(
         "auto", "what latents are divided by before diffusion: auto (their measured standard deviation), channel (mean "
                 "and standard deviation per channel), a number, or none")
     allow_latent_std: bool = option(False, "train even if the standard deviation of x0 is outside [0.9, 1.1]")
@@ -116,7 +117,7 @@ class PixelCodec(BaseCodec):
         self.config = {"class": "PixelCodec", "channels": channels, "dims": dims}
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]  # read-only
         return _sha256(self.config, {})
 
     def encode_moments(self, images) -> torch.Tensor:
@@ -194,7 +195,7 @@ class VAEInterface(BaseCodec):
         self._gray_input = False
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]  # read-only
         """SHA-256 over the configuration and the tensors by name: it identifies the function, not the file."""
         return _sha256(self.config, self.network.state_dict())
 
@@ -248,7 +249,9 @@ class VAEInterface(BaseCodec):
         return to_pil_images(images) if pil else images
 
     def approximations(self, sides) -> dict:
-        flags = {"vae_dtype": str(self.dtype).removeprefix("torch.")} if self.dtype is not torch.float32 else {}
+        flags: dict[str, Any] = {}
+        if self.dtype is not torch.float32:
+            flags["vae_dtype"] = str(self.dtype).removeprefix("torch.")
         if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32 and not flags:
             flags["tf32"] = True
         # A tile that covers the image changes nothing; slabs give the exact result.

@@ -11,7 +11,7 @@ import torch
 
 import guided_diffusion_vae
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
-from guided_diffusion_vae.config import check, option, read, section_name, validate
+from guided_diffusion_vae.config import check, option, read, section_name, validate, value_type
 from guided_diffusion_vae.data.cache_writer import LatentCacheConfig
 from guided_diffusion_vae.data import DataConfig
 from guided_diffusion_vae.evaluation.comparison import EvaluateConfig
@@ -179,7 +179,7 @@ def test_numbers_out_of_bounds_are_rejected_by_name(yaml_file, capsys, flag, val
     assert capsys.readouterr().err.startswith(f"error: {message}")
     field = next(f for cls in AUTOENCODER for f in dataclasses.fields(cls) if f.name == flag)
     with pytest.raises(ValueError, match=message):
-        check(field, field.type(value))
+        check(field, value_type(field)(value))
 
 
 def test_yaml_merge_keys_work(yaml_file):
@@ -348,7 +348,7 @@ def test_fields_of_the_same_yaml_key_have_the_same_type():
     kinds = {}
     for cls in ALL_CONFIGS:
         for field in dataclasses.fields(cls):
-            assert kinds.setdefault((section_name(cls), field.name), field.type) is field.type
+            assert kinds.setdefault((section_name(cls), field.name), value_type(field)) is value_type(field)
 
 
 @pytest.mark.parametrize("cls", ALL_CONFIGS, ids=lambda cls: cls.__name__)

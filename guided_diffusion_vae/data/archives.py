@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 
 # Path of an archive -> (its `file_stamps` when it was read, {name: Member}), of every archive that this process reads.
-_directories = {}
+_directories: dict[str, tuple] = {}
 _reading = threading.Lock()     # the threads that decode a batch would each read a directory that has changed
 
 

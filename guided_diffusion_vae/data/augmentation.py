@@ -50,7 +50,7 @@ def random_affine(images: torch.Tensor, rng, config) -> torch.Tensor:
     half = to_device(torch.tensor(images.shape[:1:-1], dtype=torch.float64), device) / 2
     theta = torch.cat([linear * half / half[:, None], (shift / half)[..., None]], dim=2)
     # In float64, which autocast does not cast: in bfloat16 the grid would be off by half a pixel.
-    grid = F.affine_grid(theta, images.shape, align_corners=False).to(images)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return torch.where(_per_image(augmented, images), moved, images)
 

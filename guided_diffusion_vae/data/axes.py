@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class SpectrogramConfig:
     first_row: str = option("", "sign of the Doppler frequency in row 0, the top; empty: as the data record it, else "
                                 "positive", choices=("", *SIGNS))
     db_range: float = option(0.0, "dB between pixel values 0 and 1; 0: as the data record it", minimum=0)
-    db_floor: decibels = option("", "level in dB of pixel value 0; empty: as the data record it, else 0")
+    db_floor: Annotated[str, decibels] = option(
+        "", "level in dB of pixel value 0; empty: as the data record it, else 0")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class BatchPlan:
         self.shuffle = shuffle
         # `permute_indices` costs almost the same for one step as for thousands of items.
         self._steps_per_block = max(1, min(ORDERED_AHEAD, count) // self.global_batch)
-        self._blocks = {}
+        self._blocks: dict[int, np.ndarray] = {}
 
     def summary(self):
         """Return one line for the log: items per step and steps per epoch."""

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch.nn.functional as F
@@ -26,9 +27,9 @@ class ConditionConfig:
     condition_dir: str = option(
         "", "images, volumes or label maps to condition on, one for each image, of the same name; in sampling those of "
             "the samples, used cyclically", essential="lr")
-    condition_labels: integers = option(
+    condition_labels: Annotated[str, integers] = option(
         "", "values of the label maps in --condition_dir, comma-separated, such as 0,1,2 or 0,255; empty: images")
-    condition_value_range: interval = option(
+    condition_value_range: Annotated[str, interval] = option(
         "", "--value_range of the images in --condition_dir; empty: full range of the integer type")
 
 
@@ -66,7 +67,7 @@ def match_conditions(names: Sequence[str], conditions: ImageSource, folder) -> n
     :param folder: of `names`, for errors.
     :raises ValueError: for items without a condition, or with several.
     """
-    positions = {}
+    positions: dict[str, int] = {}
     for i, name in enumerate(conditions.names):
         other = positions.setdefault(_stem(name), i)
         require((other == i, f"{conditions.folder} ({FLAG}): {conditions.names[other]} and {name} are conditions of "
@@ -78,7 +79,7 @@ def match_conditions(names: Sequence[str], conditions: ImageSource, folder) -> n
     return np.array([positions[_stem(name)] for name in names], np.int64)
 
 
-def require_same_sizes(images: ImageSource, conditions: ImageSource, rows: np.ndarray) -> None:
+def require_same_sizes(images: ImageSource, conditions: FileSource, rows: np.ndarray) -> None:
     """Check that conditions are resized and cropped like the images that they belong to.
 
     :param rows: index in `conditions` for each item of `images`.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from ..config import CommaSeparated, ParsedText, decibels, option, require, size, translate_pairs
 from ..files import MAX_PIXELS
@@ -30,19 +30,21 @@ class DataConfig:
                                "dcm, nrrd, mha, mhd; subfolders are classes), a .zip or .tar of images, or an .npz, "
                                ".mat or .h5 with images "
                                "[N x H x W (x C)] and labels", essential=True)
-    image_size: size = option(64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
-                                  "downsampled", essential=True)
+    image_size: Annotated[int | str, size] = option(
+        64, "size of images as N or HxW, of volumes or their patches as DxHxW; larger images are "
+            "downsampled", essential=True)
     voxel_size: tuple = option((), "size of volumes as a list such as [128,128,64]; another name of --image_size")
     image_channels: int = option(0, "convert all images to 1 (grayscale) or 3 (RGB) channels; 0: keep the channels of "
                                     "the files, which must agree", choices=(0, 1, 3), essential="budget_gb")
-    value_range: interval = option(
+    value_range: Annotated[str, interval] = option(
         "", "lo,hi: file values that become 0 and 1 (write --value_range=-80,0), required for float and 32-bit files; "
             "values outside are an error; empty: full range of the integer type")
-    value_window: interval = option("", "lo,hi: as --value_range, but values outside are clipped "
-                                        "(--value_window=-1000,400 for CT in Hounsfield units)")
+    value_window: Annotated[str, interval] = option(
+        "", "lo,hi: as --value_range, but values outside are clipped (--value_window=-1000,400 for CT in Hounsfield "
+            "units)")
     dynamic_range_db: float = option(0.0, "dynamic range D of complex arrays, which require it: magnitudes in "
                                           "[reference - D, reference] dB become [0, 1], lower ones 0", minimum=0)
-    reference_db: decibels = option(
+    reference_db: Annotated[str, decibels] = option(
         "", "level in dB that becomes 1 in complex arrays; empty: maximum of each array")
     alpha: str = option("refuse",   # alias
                         "transparent pixels: refuse: an error; white, black: composited onto that color",   # alias
@@ -65,14 +67,14 @@ class DataConfig:
                                          "times its size; larger ones are an error before memory is allocated",
                              minimum=1)
     patches_per_volume: int = option(1, "patches per volume and epoch with --crop random", minimum=1)
-    spacing: distances = option(
+    spacing: Annotated[str, distances] = option(
         "", "voxel spacing of volumes in mm, one number or one per axis, instead of that of the files; empty: that of "
             "the files, which must agree within 1%, 1 if they state none (npy, npz)")
-    orientation: directions = option(
+    orientation: Annotated[str, directions] = option(
         "RAS", "directions in which the axes D, H, W of volumes increase, to which the axes of files are flipped and "
                "permuted, such as RAS (right, anterior, superior) or LPS; as_stored: those of the files, which must "
                "agree. Files without directions (npy, npz) are read as stored")
-    resample_spacing: distances = option(
+    resample_spacing: Annotated[str, distances] = option(
         "", "voxel spacing in mm, one number or one per axis, to which volumes are resampled (linear, low-pass "
             "filtered where it increases); empty: none")
     frames: str = option(

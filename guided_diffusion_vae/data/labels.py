@@ -439,10 +439,10 @@ def require_labels(source: ImageSource | LatentSource, with_labels: bool) -> Non
 def keep_numbers(source: ImageSource | LatentSource, class_names: list[str] | None) -> bool:
     """Number the classes of a source in the order of `class_names` if these are the same classes; return whether."""
     found = source.class_names
-    same = found is not None and class_names is not None and found != class_names and set(found) == set(class_names)
-    if same:
-        source.labels, source.class_names = map_labels(source, class_names), list(class_names)
-    return same
+    if found is None or class_names is None or found == class_names or set(found) != set(class_names):
+        return False
+    source.labels, source.class_names = map_labels(source, class_names), list(class_names)
+    return True
 
 
 def map_labels(source: ImageSource | LatentSource, class_names: list[str]) -> np.ndarray | None:

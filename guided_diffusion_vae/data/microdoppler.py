@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -153,13 +154,15 @@ class MicrodopplerConfig:
 
     out_dir: str = option("", "folder for train/, val/ and dataset.json; empty, new, or with this very dataset",
                           essential=True)
-    classes: motion_names = option("circle,doubletapin,push,tapin,tapout,wiggle",
-                                   f"motions to simulate, comma-separated: {', '.join(MOTIONS)}", essential=True)
+    classes: Annotated[str, motion_names] = option(
+        "circle,doubletapin,push,tapin,tapout,wiggle",
+        f"motions to simulate, comma-separated: {', '.join(MOTIONS)}", essential=True)
     num_train: int = option(300, "training images per class", essential=True, minimum=1)
     num_val: int = option(60, "validation images per class; 0: no val folder", essential=True, minimum=0)
     seed: int = option(0, "random seed; image i of a class and split depends on it and the parameters alone",
                        essential=True, minimum=0)
-    image_size: size = option(64, "Doppler rows x time columns, as HxW or one number for both", essential=True)
+    image_size: Annotated[int | str, size] = option(
+        64, "Doppler rows x time columns, as HxW or one number for both", essential=True)
     baseband: bool = option(False, "also write the complex samples of each image, [channels x pulses] complex64, to "
                                    "baseband/, which make_spectrograms.py reads; 230 KB per image with the defaults",
                            essential=True)

@@ -19,7 +19,8 @@ from ..files import (
 
 MAX_CHECKED_BYTES = 2**30
 MAX_RATIO = 100         # of a compressed array larger than --max_pixels bytes
-_checked = set()    # (path, size, modification time, name) of the members whose CRC this process has compared
+# (path, size, modification time, name) of the members whose CRC this process has compared
+_checked: set[tuple] = set()
 
 
 class ArrayHeader(NamedTuple):

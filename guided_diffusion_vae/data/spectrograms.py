@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -48,9 +48,9 @@ class StftConfig:
                             essential=True)
     db_range: float = option(40.0, "dB above the floor that become white; higher levels are clipped", above=0,
                              essential=True)
-    floor: decibels = option("", "level in dB (of the power in a bin, 0 for a tone of amplitude 1) that becomes black; "
-                                 "empty: for each recording the median of the frequencies from --noise_from_hz on",
-                             essential=True)
+    floor: Annotated[str, decibels] = option(
+        "", "level in dB (of the power in a bin, 0 for a tone of amplitude 1) that becomes black; empty: for each "
+            "recording the median of the frequencies from --noise_from_hz on", essential=True)
     noise_from_hz: float = option(0.0, "lowest magnitude of the frequencies whose median is the noise floor; 0: 0.8 of "
                                        "half the sample rate", minimum=0)
     time_axis: int = option(1, "axis of the samples in arrays of two axes, 0 for [samples x channels]", choices=(0, 1))

@@ -361,8 +361,9 @@ def _volume_errors(path):
     return contextlib.nullcontext() if path.endswith("/") else file_errors(path)
 
 
-_recent = collections.OrderedDict()     # (path, stamp, ...) -> unpacked values, the least recently used first
-_recent_lock = threading.Lock()         # training and validation data are read on different threads
+# (path, stamp, ...) -> unpacked values, the least recently used first
+_recent: collections.OrderedDict = collections.OrderedDict()
+_recent_lock = threading.Lock()     # training and validation data are read on different threads
 
 
 def cached(path, load, variant=None):

@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from .. import dist_util, logger
 from ..config import CommaSeparated, option, require, words
 from ..data import unpad, write_nifti
 from ..files import atomic_path, atomic_stream, read_record, write_record
+from ..interfaces import ImageSource
 from ..nn import keyed_seed
 from ..sampling.sampler import Sampler, SamplingConfig
 from ..sampling.sheets import contact_sheet, save_image, to_pil
@@ -36,7 +38,7 @@ class AnomalyConfig(SamplingConfig):
     batch_size: int = option(16, "images in a batch per rank", minimum=1)
     sampler: str = option("", "sampler that denoises; empty: ddpm; of rectified flows euler", choices=("", *SAMPLERS))
     seed: int = option(0, "seed of the noise")
-    noise_levels: positive_levels = option(
+    noise_levels: Annotated[str, positive_levels] = option(
         "0.5,1,2", "comma-separated noise levels (sigma, the ratio of noise and signal) to which images are noised "
                    "before they are denoised; larger ones change larger structures", essential=True)
     bound: bool = option(True, "also score by the variational bound, one evaluation of the network per timestep "
@@ -44,8 +46,9 @@ class AnomalyConfig(SamplingConfig):
     reference_dir: str = option("", "normal images, such as the training images: also score by the mean distance to "
                                     "the nearest ones in x0 (normalized latents, or pixels)", essential=True)
     neighbors: int = option(5, "number of nearest reference images over which distances are averaged", minimum=1)
-    normal_classes: words = option("", "comma-separated names of the classes that are normal, all others are "
-                                       "anomalies: report AUROC and AUPRC; empty: scores only", essential=True)
+    normal_classes: Annotated[str, words] = option(
+        "", "comma-separated names of the classes that are normal, all others are anomalies: report AUROC and AUPRC; "
+            "empty: scores only", essential=True)
     bootstrap: int = option(1000, "resamplings of the images for 95% intervals of AUROC and AUPRC", minimum=2)
     save_maps: bool = option(True, "write a heat map of every image to maps/, a PNG file, of volumes .nii.gz too")
 
@@ -102,7 +105,7 @@ class Detector:
     """
 
     sampler: Sampler
-    source: object
+    source: ImageSource
     timesteps: dict
     bank: torch.Tensor | None = None
     neighbors: int = 5

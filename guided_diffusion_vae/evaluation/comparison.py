@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class ImageSet:
     """
 
     path: str
-    images: object
+    images: Any
     statistics: dict = field(default_factory=dict)
 
     def __len__(self):
@@ -85,11 +85,11 @@ class EvaluationClassifier(NamedTuple):
     """
 
     extract: Callable
-    class_names: list | None
+    class_names: list
     image_shape: tuple | None = None
 
 
-def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callable, folder,
+def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callable | None, folder,
              classifier: EvaluationClassifier | None = None, seed: int = 0, physics: Physics | None = None) -> dict:
     """Compare samples with real images; return the report, after writing its figures to `folder`.
 
@@ -103,12 +103,13 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
     :param physics: what is measured of spectrograms, too; None: nothing.
     :raises ValueError: before any image is read, if shapes do not match or there are labels of unknown classes.
     """
-    reference, samples, training = (sets.get(name) for name in ("reference", "samples", "training"))
+    reference, samples, training = sets["reference"], sets["samples"], sets.get("training")
     check_sets(config, sets, classifier)
-    labels = {name: map_labels(sets[name].images, classifier.class_names) for name in ("reference", "samples")
+    classify, classes = classifier[:2] if classifier else (None, [])
+    labels = {name: map_labels(sets[name].images, classes) for name in ("reference", "samples")
               if classifier and len(sets[name]) and sets[name].images.labels is not None}
-    measured = {name: _measure(extract, classifier.extract if name in labels else None, images, config.batch_size, name,
-                               physics) for name, images in sets.items()}
+    measured = {name: _measure(extract, classify if name in labels else None, images, config.batch_size, name, physics)
+                for name, images in sets.items()}
     real, generated = measured["reference"], measured["samples"]
     report = {"num_reference": len(reference), "num_samples": len(samples),
               **(_distances(real, generated, seed) if extract else {})}
@@ -120,10 +121,10 @@ def evaluate(config: EvaluateConfig, sets: dict[str, ImageSet], extract: Callabl
         report.update(average_metrics([paired_metrics(reference.images.batch(rows), samples.images.batch(rows))
                                        for rows in batches]))
     for name in labels:
-        result = set_metrics.classification_report(measured[name].classes, labels[name], classifier.class_names)
+        result = set_metrics.classification_report(measured[name].classes, labels[name], classes)
         report["classifier_accuracy" if name == "reference" else "class_agreement"] = result
-        if dist_util.rank() == 0 and len(classifier.class_names) <= figures.MAX_CLASSES:
-            plot = figures.confusion_plot(np.array(result["confusion"]), classifier.class_names)
+        if dist_util.rank() == 0 and len(classes) <= figures.MAX_CLASSES:
+            plot = figures.confusion_plot(np.array(result["confusion"]), classes)
             figures.save_image(Path(folder) / f"confusion_{name}.png", plot)
     if training is not None and extract:
         report["training_to_reference"] = {"num_training": len(training),

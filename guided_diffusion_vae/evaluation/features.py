@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,17 +11,17 @@ from torch.nn import Conv1d, Conv2d, Conv3d, Linear
 from ..config import require
 from ..files import sha256_of_file
 from ..nn import to_uint8
-from ..unet import AttentionPool2d
+from ..unet import AttentionPool2d, EncoderUNetModel
 from .image_metrics import to_tensor
 from .set_metrics import FeatureStatistics
 
 
 class Features(NamedTuple):
-    """Features of a batch: pooled [n x D], logits [n x K] or None, spatial [n x S] or None."""
+    """Features of a batch: pooled [n x D], logits [n x K] or None, spatial [n x S] or None; of a set NumPy arrays."""
 
-    pooled: torch.Tensor
-    logits: torch.Tensor | None = None
-    spatial: torch.Tensor | None = None
+    pooled: Any
+    logits: Any = None
+    spatial: Any = None
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -64,7 +64,7 @@ def inception_features(path, device=None, sha256: str = INCEPTION_SHA256) -> Cal
     return extract
 
 
-def classifier_features(model: torch.nn.Module, prepare: Callable | None = None) -> Callable:
+def classifier_features(model: EncoderUNetModel, prepare: Callable | None = None) -> Callable:
     """Return a function from images [n x C x ...] in [0, 1] to `Features` with logits, float32.
 
     The features are the input of the layer that computes the logits: the average over positions (pool adaptive) or the

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from .. import dist_util, logger
 from ..config import option
 from ..data import evenly_spaced
 from ..files import atomic_path
+from ..interfaces import LatentSource
 from ..nn import keyed_seed
 
 LIKELIHOOD = 11  # second number of the keys of noise; training and sampling use others
@@ -35,8 +36,8 @@ class HeldOutData(NamedTuple):
     These are labels int64 [N], and normalized attributes float32 [N x A]; None: the model has none.
     """
 
-    source: object
-    space: object
+    source: LatentSource
+    space: Any      # `runs.spaces.Space`, of a higher layer
     labels: np.ndarray | None
     attributes: np.ndarray | None = None
 
@@ -53,7 +54,8 @@ def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, fo
     chosen = evenly_spaced(len(source), config.num_samples)
     if len(chosen) < config.num_samples:
         logger.log(f"{source.folder} has {len(source)} items, fewer than --num_samples {config.num_samples}")
-    totals, terms = [], {"vb": [], "mse": [], "xstart_mse": []}
+    own: list[float] = []   # bounds of the items of this rank
+    terms: dict[str, list] = {"vb": [], "mse": [], "xstart_mse": []}
     for start in range(0, len(chosen), config.batch_size)[dist_util.rank()::dist_util.world_size()]:
         items = chosen[start:start + config.batch_size]
         torch.manual_seed(keyed_seed(config.seed, LIKELIHOOD, start))
@@ -62,11 +64,11 @@ def likelihood(model, diffusion, data: HeldOutData, config: LikelihoodConfig, fo
         conditioning = {name: torch.from_numpy(values[items]).to(x0.device) for name, values in
                         (("y", data.labels), ("attributes", data.attributes)) if values is not None}
         bound = diffusion.calc_bpd_loop(model, x0, config.clip_denoised, conditioning)
-        totals += (bound["total_bpd"] * unit).tolist()
+        own += (bound["total_bpd"] * unit).tolist()
         for key, rows in terms.items():
             rows.append((bound[key] * (unit if key == "vb" else 1.0)).cpu().double().numpy())
-        logger.log(f"done {len(totals)} samples on this rank: {'bpd' if unit == 1 else name}={np.mean(totals):.5f}")
-    totals = np.concatenate(dist_util.gather_objects(totals))
+        logger.log(f"done {len(own)} samples on this rank: {'bpd' if unit == 1 else name}={np.mean(own):.5f}")
+    totals = np.concatenate(dist_util.gather_objects(own))
     gathered = {key: dist_util.gather_objects(rows) for key, rows in terms.items()}
     if dist_util.rank() == 0:
         for key, ranks in gathered.items():

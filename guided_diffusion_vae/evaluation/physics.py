@@ -5,7 +5,7 @@ of the power at value 0, so that black has none. Doppler frequencies, times and 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Spectra(NamedTuple):
 
     values: np.ndarray
     power: np.ndarray
-    axes: SpectrogramAxes
+    axes: Any       # SpectrogramAxes, all of them known
     profile: np.ndarray
     envelope: np.ndarray
 

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -61,7 +62,8 @@ HIDDEN = {"confusion", "per_class", "example_indices", "example_pixel_l1", "pict
 class ReportConfig:
     SECTION = "report"
 
-    runs: words = option("", "run folders; curves of several are in the same plots", essential=True, positional=True)
+    runs: Annotated[str, words] = option(
+        "", "run folders; curves of several are in the same plots", essential=True, positional=True)
     gallery_samples: int = option(
         MAX_IMAGES, "most samples in the gallery, evenly spaced ones of each class; of volumes a tenth",
         minimum=10, essential=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def roundtrip(codec, source, config: RoundtripConfig, folder, device) -> dict:
     :param source: an `ImageSource`.
     """
     chosen = evenly_spaced(len(source), config.max_samples or len(source))
-    scores, errors, moments, grid, reconstructions = [], [], RunningMoments(), None, []
+    scores, errors, moments, reconstructions = [], [], RunningMoments(), []
+    grid: Any = None
     for start in progress(range(0, len(chosen), config.batch_size), "round trip"):
         images = source.batch(chosen[start:start + config.batch_size]).to(device)
         with torch.no_grad():

@@ -142,10 +142,9 @@ def precision_recall(reference, samples, k=3, block=BLOCK, radii=None, progress=
     covered = [torch.zeros(len(features), dtype=torch.bool, device=features.device) for features in pair]
     rounded = [_Rounded(features, reference.mean(0)) for features in pair]
     slices = progress(_slices(len(reference), block), "precision and recall")
-    for rows, columns, squared, error in _rounded_distances(*rounded, slices, block):
-        parts = reference[rows], samples[columns]
-        _mark_covered(covered[0][rows], *parts, radii[1][columns], squared, error)
-        _mark_covered(covered[1][columns], *reversed(parts), radii[0][rows], squared.T, error)
+    for rows, columns, squared, error in _rounded_distances(rounded[0], rounded[1], slices, block):
+        _mark_covered(covered[0][rows], reference[rows], samples[columns], radii[1][columns], squared, error)
+        _mark_covered(covered[1][columns], samples[columns], reference[rows], radii[0][rows], squared.T, error)
     recall, precision = (flags.double().mean().item() for flags in covered)
     return precision, recall
 

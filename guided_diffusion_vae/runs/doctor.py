@@ -17,6 +17,7 @@ import torch
 
 from .. import KEEPS_FREED_MEMORY, dist_util
 from ..data import DataConfig, open_folder
+from ..data.listing import FileSource
 from ..train_util import OPTIMIZERS
 from .memory import GIB
 from .planning import Plan, advice
@@ -189,7 +190,8 @@ def check_data(config: DataConfig) -> tuple[list[Check], tuple[int, ...] | None]
             source = open_folder(config)
     except (OSError, ValueError) as error:
         return [Check("data", PROBLEM, str(error))], None
-    checks = [Check("data", OK if line in source.notes else WARNING, line) for line in logged.getvalue().splitlines()]
+    notes = source.notes if isinstance(source, FileSource) else ()
+    checks = [Check("data", OK if line in notes else WARNING, line) for line in logged.getvalue().splitlines()]
     return [*checks, Check("data", OK, source.summary())], source.shape
 
 

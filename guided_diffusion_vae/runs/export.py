@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import checkpoint_util
@@ -14,7 +15,7 @@ from .loading import load_classifier, load_diffusion_model
 from .spaces import open_space
 
 
-LOADERS = {
+LOADERS: dict[str, Callable] = {
     "diffusion": load_diffusion_model,
     "super_res": functools.partial(load_diffusion_model, kind="super_res"),
     "classifier": load_classifier,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .. import dist_util
 from ..config import (
-    PAIRS, changed_fields, check_pairs, convert, from_dict, nearest, read, require, section_name, size,
+    PAIRS, changed_fields, check_pairs, convert, from_dict, nearest, read, require, section_name, size, value_type,
 )
 from ..files import read_yaml_file
 from ..programs import call_as_started
@@ -151,7 +151,7 @@ def argparser(doc, *classes):
     flags = flag_names(*selections)
     for selection in selections:
         for field in selection.fields:
-            kind, choices, essential = field.type, field.metadata["choices"], field.metadata["essential"]
+            kind, choices, essential = value_type(field), field.metadata["choices"], field.metadata["essential"]
             action = groups[selection.section].add_argument(
                 f"--{field.name}", default=field.default, type=_argument_type(functools.partial(read, field)),
                 metavar=f"{{{','.join(map(str, choices))}}}" if choices else kind.__name__.upper(),

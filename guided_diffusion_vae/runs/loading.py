@@ -27,6 +27,7 @@ from ..data.axes import SpectrogramConfig, resolve_axes
 from ..evaluation.anomaly import AnomalyConfig, Detector, find_anomalous, positive_levels
 from ..evaluation.physics import Physics
 from ..files import file_errors, sha256_of_file
+from ..interfaces import Process
 from ..logger import log_rank0, progress
 from ..sampling import (
     OWNED_MARKER, SAMPLE_FILES, Autoguidance, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler,
@@ -549,6 +550,7 @@ def sample(run, sampler: Sampler) -> Path | None:
         path = generate_samples(sampler, classes, config, run.folder, dist_util.dev())
         log_rank0(f"saved {config.num_samples} samples to {path}")
         return path
+    return None
 
 
 # --- Teachers of distillation ---
@@ -564,8 +566,8 @@ class Teacher(NamedTuple):
     the entry of its header.
     """
 
-    network: object
-    diffusion: object
+    network: torch.nn.Module
+    diffusion: Process
     header: dict
     model: ModelConfig
     process: DiffusionConfig

@@ -1,8 +1,9 @@
 """Plan the memory of training: which flags make a configuration fit a device, and at what cost."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -16,27 +17,39 @@ counts = CommaSeparated("counts", "comma-separated integers > 0, such as 1,2,4",
 
 @dataclass
 class PlanConfig:
-    budget_gb: sizes = option("12,24,32,40", "comma-separated device memory sizes to plan for, in GiB", essential=True)
-    plan_batch_sizes: counts = option(
+    budget_gb: Annotated[str, sizes] = option(
+        "12,24,32,40", "comma-separated device memory sizes to plan for, in GiB", essential=True)
+    plan_batch_sizes: Annotated[str, counts] = option(
         "1,2,4,8", "comma-separated numbers of samples per forward pass to plan for", essential=True)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(ABC):
     """A training run whose memory is planned; subclasses (in `training`) build its networks and compute its step.
 
     `shape` is (C, ...) of the network's input, `network` and `train` are the configs whose flags `memory_savings`
-    changes. `build()` returns the networks, the trained one first; `step(*networks)` computes losses and gradients,
-    `preview(network)` what a preview computes.
+    changes.
     """
 
     shape: tuple[int, ...]
-    network: object
-    train: object
+    network: Any
+    train: Any
 
     CHECKPOINTING = ""      # the flag of `network` that recomputes blocks
     half_precision = False  # weights are float16 already
     codec_bytes = 0         # of the autoencoder that makes latents
+
+    @abstractmethod
+    def build(self) -> list[torch.nn.Module]:
+        """Return the networks, the trained one first."""
+
+    @abstractmethod
+    def step(self, *networks) -> None:
+        """Compute losses and gradients of these networks."""
+
+    @abstractmethod
+    def preview(self, network) -> None:
+        """Compute what a preview computes."""
 
     def with_flags(self, **changes) -> "Plan":
         """Return a plan with other values of the flags `changes`, whichever config has them."""

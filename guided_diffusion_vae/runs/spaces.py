@@ -18,6 +18,7 @@ from ..data import (
     format_classes, format_spacing, keep_numbers, match_conditions, open_folder, open_label_maps, parse_size,
     parse_spacing, recorded_options, require_same_sizes, same_colormap, take_recorded_options,
 )
+from ..interfaces import Codec
 from ..latent_datasets import EncodedImages, LatentConfig, is_cache, open_latents
 from ..logger import log_rank0, progress_bar
 from ..unet import SuperResConfig
@@ -31,7 +32,7 @@ NORMALIZER_TOLERANCE = 0.02     # of the standard deviation
 class Space:
     """Codec and normalizer of x0; `codec` is None if the autoencoder of a cache is not available."""
 
-    codec: object
+    codec: Codec | None
     normalizer: LatentNormalizer
 
     @classmethod

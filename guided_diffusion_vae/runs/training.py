@@ -338,7 +338,7 @@ class DiffusionPlan(Plan):
     `codec` decodes previews, None: there are none. `teacher_bytes` are those of the weights of a teacher.
     """
 
-    diffusion_config: DiffusionConfig = None
+    diffusion_config: DiffusionConfig
     super_res: SuperResConfig | None = None
     low_res_shape: tuple | None = None
     codec: Codec | None = None
@@ -391,8 +391,8 @@ class DiffusionPlan(Plan):
 class AutoencoderPlan(Plan):
     """The training of an autoencoder on images or volumes of `shape`, with its discriminator, if any."""
 
-    loss: AutoencoderLossConfig = None
-    discriminator_config: DiscriminatorConfig = None
+    loss: AutoencoderLossConfig
+    discriminator_config: DiscriminatorConfig
 
     CHECKPOINTING = "use_checkpointing"
 

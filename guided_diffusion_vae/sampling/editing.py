@@ -6,6 +6,7 @@ sampling. The steps use nothing of a process but its noise levels and its predic
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -376,8 +377,8 @@ def seam(image, region) -> float | None:
     for axis in range(region.ndim):
         edge = np.diff(region, axis=axis)
         steps.append(np.abs(np.diff(image, axis=axis + 1))[:, edge].ravel())
-    steps = np.concatenate(steps)
-    return float(steps.mean()) if len(steps) else None
+    differences = np.concatenate(steps)
+    return float(differences.mean()) if len(differences) else None
 
 
 EDITS = {"inpaint": Inpainting, "variation": Variation, "interpolate": Interpolation, "invert": Inversion}
@@ -411,15 +412,17 @@ class EditingConfig(SamplingConfig):
     seed: int = option(0, "seed; result i depends on (seed, i) only")
     mask_dir: str = option("", "inpaint: folder of masks with the names of the images, or one mask for all; white is "
                                "filled")
-    mask_box: box = option("", "inpaint: box of pixels that is filled in each image, instead of --mask_dir, as "
-                               "start:stop per axis (16:48,0:32)")
+    mask_box: Annotated[str, box] = option(
+        "", "inpaint: box of pixels that is filled in each image, instead of --mask_dir, as start:stop per axis "
+            "(16:48,0:32)")
     resampling: int = option(5, "inpaint: number of times that each section of steps is walked, so that the filled "
                                 "region agrees with the rest", minimum=1)
     resampling_steps: int = option(5, "inpaint: steps of such a section", minimum=1)
     strength: float = option(0.5, "variation: part of the steps that are walked; 0: the image as the autoencoder "
                                   "reconstructs it; 1: nearly any sample", minimum=0, maximum=1)
     num_frames: int = option(8, "interpolate: images from one end to the other, both included", minimum=2)
-    seeds: integers = option("", "interpolate: two seeds whose samples are the ends, instead of images of --data_dir")
+    seeds: Annotated[str, integers] = option(
+        "", "interpolate: two seeds whose samples are the ends, instead of images of --data_dir")
     refinements: int = option(2, "invert and interpolate: evaluations that correct each step of the inversion",
                               minimum=0)
 

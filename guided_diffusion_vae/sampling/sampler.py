@@ -1,8 +1,10 @@
 """Sample a diffusion model: sample i depends on (seed, i) only."""
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ import torch
 from ..config import CommaSeparated, option, require, resolve, words
 from ..data.axes import SpectrogramAxes
 from ..data.attributes import Attributes, attribute_ranges, sample_attributes
-from ..interfaces import ConditionSource
+from ..interfaces import Codec, ConditionSource, Process
 from ..nn import keyed_randn, keyed_rng, to_device, without_tf32
 from .solvers import SAMPLERS, applicable_samplers
 
@@ -36,7 +38,7 @@ class SamplingConfig:
     cfg_scale: float = option(1.0, "scale of classifier-free guidance, for models trained with --class_dropout; 1: "
                                    "none; 2 to 4: clearer classes with less variety; 0: samples without a class",
                               essential=True)
-    cfg_interval: noise_levels = option(
+    cfg_interval: Annotated[str, noise_levels] = option(
         "", "lo,hi: noise levels (sigma) in which --cfg_scale is active, such as 0.3,3; empty: all")
     cfg_rescale: float = option(0.0, "fraction in which predictions guided by --cfg_scale are rescaled to the standard "
                                      "deviation of unguided ones, against oversaturation; such as 0.7; 0: none",
@@ -49,9 +51,9 @@ class SamplingConfig:
                                choices=("float32", "bfloat16"))
     compile: bool = option(False, "compile the network, which takes minutes and makes steps 1.1 to 1.3 times as fast: "
                                   "pays off after 3,700 to 6,700 samples of a small model")
-    classes: words = option(
+    classes: Annotated[str, words] = option(
         "", "comma-separated names or indices of the classes to sample cyclically; empty: all", essential=True)
-    attributes: attribute_ranges = option(
+    attributes: Annotated[str, attribute_ranges] = option(
         "", "comma-separated NAME=VALUE, NAME=LOW..HIGH (uniformly distributed) or NAME=unknown, of a model trained "
             "with --condition_on; omitted ones are distributed over the range of training")
     seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
@@ -145,10 +147,10 @@ def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -
     known = ", ".join(names) if names else f"0 to {num_classes - 1}"
     classes = []
     for word in words.parse(text, "classes"):
-        named = names and word in names
-        require((named or word.isdigit() and int(word) < num_classes,
+        named = names.index(word) if names and word in names else None
+        require((named is not None or word.isdigit() and int(word) < num_classes,
                  f"--classes: there is no class {word!r}: expected one of: {known}"))
-        classes.append(names.index(word) if named else int(word))
+        classes.append(int(word) if named is None else named)
     return classes or list(range(num_classes)) or None
 
 
@@ -180,9 +182,9 @@ class LowResConditioning:
 
     images: np.ndarray
     labels: np.ndarray | None
-    codec: object
-    normalizer: object
-    diffusion: object
+    codec: Codec
+    normalizer: Any     # `vae_wrapper.LatentNormalizer`, of a higher layer
+    diffusion: Process
     noise_level: int = 0
     seed: int = 0
 
@@ -219,18 +221,18 @@ class Sampler:
     :param settings: JSON-able dictionary of the other settings that the samples depend on.
     """
 
-    model: callable
-    diffusion: object
+    model: Callable
+    diffusion: Process
     shape: tuple
-    codec: object
-    normalizer: object
+    codec: Codec
+    normalizer: Any     # `vae_wrapper.LatentNormalizer`, of a higher layer
     image_shape: tuple
     num_classes: int = 0
     class_names: list | None = None
     solver: str = ""
     clip_denoised: bool | None = None
     seed: int = 0
-    cond_fn: callable = None
+    cond_fn: Callable | None = None
     guided_classes: int = 0
     low_res: LowResConditioning | None = None
     attributes: Attributes | None = None

@@ -7,6 +7,8 @@ level of every step.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +104,7 @@ def _unipc_weights(h, ratios):
 
 
 # solver(sigmas) returns what is called as (x_0, x, noise) at each step.
-SOLVERS = {
+SOLVERS: dict[str, Callable] = {
     "dpmpp": functools.partial(DPMSolver, algorithm_type="dpmsolver++"),
     "dpmpp_sde": functools.partial(DPMSolver, algorithm_type="sde-dpmsolver++"),
     "unipc": UniPC,
@@ -136,7 +138,7 @@ def multistep_sample_loop(
 
 # The choices of --sampler: (class or classes of the processes, loop(diffusion, model, shape, ...)). The first entry
 # that applies to a process is its default.
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[Any, Callable]] = {
     "ddpm": (GaussianDiffusion, GaussianDiffusion.p_sample_loop),
     "ddim": (GaussianDiffusion, GaussianDiffusion.ddim_sample_loop),
     "euler": (RectifiedFlow, RectifiedFlow.euler_sample_loop),

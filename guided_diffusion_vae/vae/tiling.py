@@ -1,6 +1,7 @@
 """Apply a function tile by tile and blend the overlaps."""
 
 import itertools
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ def blend_tiles(function, x: torch.Tensor, grid, window, gain_in, gain_out) -> t
     """
     overlaps = [max(w // 4, 1) for w in window]
     starts = [[*range(0, n - w, max(w - overlap, 1)), n - w] for n, w, overlap in zip(grid, window, overlaps)]
-    total = weights = None
+    total: Any = None   # allocated for the shape of the first result
+    weights: Any = None
     for corner in itertools.product(*starts):
         y = function(x[(..., *_region(corner, window, gain_in))]).to(x.device)  # results collect on the input's device
         weight = torch.ones((), device=y.device)
