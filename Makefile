@@ -1,6 +1,6 @@
 # make quickstart   install, then run the whole pipeline on simulated radar data (see README)
 # make test         install, then run the tests
-# make lint         install, then check the code with ruff (rules in pyproject.toml)
+# make lint         install, then check the code with ruff and its types with mypy (rules in pyproject.toml)
 # make docs         install, then build the documentation into site/; start with site/index.html
 # make clean        delete the output of make quickstart and make docs
 # Packages are installed into .venv, and updated only if pyproject.toml or constraints.txt changed.
@@ -24,7 +24,10 @@ test: setup
 	$(VENV)/bin/python -m pytest -q tests
 
 lint: setup
+	$(VENV)/bin/python -c "import mypy" 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[lint]"
 	$(VENV)/bin/python -m ruff check guided_diffusion_vae scripts benchmarks tests
+	$(VENV)/bin/python -m mypy
 
 quickstart: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/quickstart.sh

@@ -7,7 +7,9 @@ import importlib.util
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import LatentCache, Sampler, VAEInterface, evaluate, run_command, train
@@ -18,7 +20,7 @@ __all__ = ["LatentCache", "Sampler", "VAEInterface", "evaluate", "run_command", 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _keep_freed_memory(environ):
+def _keep_freed_memory(environ: Mapping[str, str]) -> bool:
     """Let glibc keep freed memory; return whether it does.
 
     By default it returns every tensor above 32 MiB to the system, whose pages are then zeroed again at each step. Not
@@ -40,31 +42,33 @@ def _keep_freed_memory(environ):
 KEEPS_FREED_MEMORY = _keep_freed_memory(os.environ)
 
 
-def __getattr__(name):
-    """Return a name of `api`, which is imported on first use, and with it PyTorch."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api
+if not TYPE_CHECKING:   # for which a module with this function has any name
+    def __getattr__(name):
+        """Return a name of `api`, which is imported on first use, and with it PyTorch."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import api
 
-    return getattr(api, name)
+        return getattr(api, name)
 
 
 class _DeprecatedModules:
     """Finder of the modules of version 0.1 that have moved; asked after all others."""
 
     @staticmethod
-    def find_spec(fullname, path=None, target=None):
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
         if package == __name__:
             from .runs import deprecated
 
             if name in deprecated.MODULES:
                 return importlib.util.spec_from_loader(fullname, deprecated.ModuleLoader(name))
+        return None
 
 
-def deprecated_names(module):
+def deprecated_names(module: str) -> Callable[[str], Any]:
     """Return a `__getattr__` for a module that lost names since version 0.1: they are found with a warning."""
-    def lookup(name):
+    def lookup(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         from .runs import deprecated
@@ -74,9 +78,9 @@ def deprecated_names(module):
     return lookup
 
 
-def deprecated_method(old, new):
+def deprecated_method(old: str, new: str) -> Callable[..., Any]:
     """Return a method with a name of version 0.1 that warns and calls its successor."""
-    def method(self, *args):
+    def method(self: Any, *args: Any) -> Any:
         warnings.warn(f"{type(self).__name__}.{old} is deprecated, use {new}", DeprecationWarning, stacklevel=2)
         return getattr(self, new)(*args)
 

@@ -10,11 +10,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
 
-from . import dist_util, logger
+from . import dist_util, logger, sampling
 from .commands import classifier_train, image_sample_vae, image_train, image_train_vae, train_autoencoder
 from .commands import evaluate as evaluation_command
 from .config import nearest, require
@@ -24,6 +25,7 @@ from .latent_datasets import LatentCache
 from .programs import NAMES
 from .runs import loading
 from .runs.configs import NormalizerConfig, RunConfig, SamplingConfig
+from .runs.run import Run
 from .sampling import project, sample_images, to_pil
 from .vae_wrapper import VAEInterface
 
@@ -36,17 +38,30 @@ TRAINED = {"autoencoder": train_autoencoder.main, "diffusion": image_train_vae.m
 FILE_SETTINGS = *(field.name for field in dataclasses.fields(RunConfig)), "save_individual", "save_db"
 
 
+class ConfigObject(Protocol):
+    """An object of a config class, which is a dataclass; `runs.configs` has all of them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Config: TypeAlias = PathLike | ConfigObject | Sequence[ConfigObject] | None
+Setting: TypeAlias = str | float | Sequence[Any] | os.PathLike[str]    # float stands for int and bool, too
+ImageSet: TypeAlias = PathLike | np.ndarray
+
+
 class Sampler:
     """A trained diffusion model whose samples are returned as arrays; sample i depends on (seed, i) only.
 
     :param run: the `Run` of a sampling command; `sampler`: the `sampling.Sampler` that it opens.
     """
 
-    def __init__(self, run, sampler):
+    def __init__(self, run: Run, sampler: sampling.Sampler) -> None:
         self.run, self.sampler = run, sampler
 
     @classmethod
-    def open(cls, path: str | os.PathLike, steps: int | str | None = None, config=None, **settings) -> "Sampler":
+    def open(cls, path: PathLike, steps: int | str | None = None, config: Config = None,
+             **settings: Setting) -> "Sampler":
         """Return the sampler of a run folder or weights file.
 
         :param path: a run of image_train_vae.py or image_train.py, or a weights file.
@@ -73,6 +88,14 @@ class Sampler:
         """Matrix float64 [4 x 4] from the voxel indices of a volume to mm, as in NIfTI; None for images."""
         return voxel_affine(self.sampler.spacing, self.sampler.orientation) if len(self.sampler.shape) == 4 else None
 
+    @overload
+    def images(self, classes: Sequence[str | int] | None = None, n: int | None = None, seed: int | None = None,
+               pil: Literal[False] = False) -> np.ndarray: ...
+
+    @overload
+    def images(self, classes: Sequence[str | int] | None = None, n: int | None = None, seed: int | None = None,
+               *, pil: Literal[True]) -> list[Image.Image]: ...
+
     def images(self, classes: Sequence[str | int] | None = None, n: int | None = None, seed: int | None = None,
                pil: bool = False) -> np.ndarray | list[Image.Image]:
         """Return samples, uint8 [n x H x W x C], of volumes [n x D x H x W x C]; `affine` belongs to these.
@@ -96,8 +119,8 @@ class Sampler:
         return np.moveaxis(images, 1, -1)
 
 
-def train(config=None, *, data: str | os.PathLike | LatentCache, logdir: str | os.PathLike,
-          model: str = "diffusion", **settings) -> Path:
+def train(config: Config = None, *, data: PathLike | LatentCache, logdir: PathLike, model: str = "diffusion",
+          **settings: Setting) -> Path:
     """Train a model as its command does, and return the run folder; the same call resumes an interrupted run.
 
     :param config: a YAML file or the name of one of the package, such as "microdoppler_small"; a config object or a
@@ -114,7 +137,7 @@ def train(config=None, *, data: str | os.PathLike | LatentCache, logdir: str | o
     return _execute(TRAINED[model], config, {**settings, flag: path, "logdir": logdir})[0].folder
 
 
-def run_command(name: str, config=None, **settings) -> Path | None:
+def run_command(name: str, config: Config = None, **settings: Setting) -> Path | None:
     """Run any command of `gdvae` in this process, and return its run folder, None if it has none.
 
     :param name: such as "encode-dataset", or "encode_dataset".
@@ -126,9 +149,9 @@ def run_command(name: str, config=None, **settings) -> Path | None:
     return _execute(importlib.import_module(f"{__package__}.commands.{module}").main, config, settings)[0].folder
 
 
-def evaluate(samples: str | os.PathLike | np.ndarray, reference: str | os.PathLike | np.ndarray,
-             features: str | os.PathLike | None = None, *, training: str | os.PathLike | np.ndarray | None = None,
-             logdir: str | os.PathLike | None = None, config=None, **settings) -> dict:
+def evaluate(samples: ImageSet, reference: ImageSet, features: PathLike | None = None, *,
+             training: ImageSet | None = None, logdir: PathLike | None = None, config: Config = None,
+             **settings: Setting) -> dict[str, Any]:
     """Compare samples with real images as evaluate.py does, and return its report.
 
     :param samples: the folder of a sampling run, an .npz or folder of images, or an array uint8 [N x H x W x C] without
@@ -140,7 +163,7 @@ def evaluate(samples: str | os.PathLike | np.ndarray, reference: str | os.PathLi
     :raises ValueError: for an unknown setting, and shapes that do not match.
     """
     with tempfile.TemporaryDirectory() as folder:
-        sets = {"samples": samples, "reference": reference, "train_dir": training}
+        sets: dict[str, Any] = {"samples": samples, "reference": reference, "train_dir": training}
         for name, images in sets.items():
             if isinstance(images, np.ndarray):
                 require((images.dtype == np.uint8, f"{name}: expected 8-bit images, got {images.dtype}"))
@@ -156,7 +179,7 @@ def evaluate(samples: str | os.PathLike | np.ndarray, reference: str | os.PathLi
         return evaluation_command.main.body(run)
 
 
-def _execute(command, config, settings):
+def _execute(command: Any, config: Config, settings: dict[str, Any]) -> tuple[Run, Any]:
     """Return (run, result) of a command with these settings; its log is closed afterwards."""
     run = command.create_run(config, **settings)
     try:
@@ -165,7 +188,7 @@ def _execute(command, config, settings):
         logger.reset()
 
 
-def _features_flag(path):
+def _features_flag(path: PathLike) -> str:
     """Return the flag of evaluate.py for a source of features."""
     if "inception" in Path(path).name:
         return "inception_path"

@@ -9,11 +9,17 @@ defaults given here, and cannot be constructed while an abstract method is missi
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 
+Indices: TypeAlias = Sequence[int] | np.ndarray
+Flips: TypeAlias = Sequence[bool] | np.ndarray | None
+Rngs: TypeAlias = Sequence[np.random.Generator] | None
+Device: TypeAlias = torch.device | str
+Model: TypeAlias = Callable[..., torch.Tensor]
+Conditioning: TypeAlias = dict[str, Any]
 
 @runtime_checkable
 class ImageSource(Protocol):
@@ -31,7 +37,7 @@ class ImageSource(Protocol):
     names: Sequence[str]
     labels: np.ndarray | None
     class_names: list[str] | None
-    preprocessing: dict
+    preprocessing: dict[str, Any]
     fingerprint: str
     attributes: Mapping[str, np.ndarray] = MappingProxyType({})
     random_flip: bool = False   # training passes flips to `batch`
@@ -42,7 +48,7 @@ class ImageSource(Protocol):
         return len(self.names)
 
     @abstractmethod
-    def batch(self, indices, flips=None, rngs=None) -> torch.Tensor:
+    def batch(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return items as float32 [n x C x ...] in [0, 1] on the CPU.
 
         :param indices: integers [n].
@@ -50,7 +56,7 @@ class ImageSource(Protocol):
         :param rngs: one NumPy Generator per item for random crops. None: deterministic crops.
         """
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Return the files and settings that were read, JSON-able; the `preprocessing` entry of a latent cache."""
         return {**self.preprocessing, "data_dir": self.folder, "files": len(self), "fingerprint": self.fingerprint,
                 "shape": list(self.shape), "unpadded_shape": list(self.unpadded_shape)}
@@ -78,10 +84,10 @@ class LatentSource(Protocol):
     labels: np.ndarray | None
     class_names: list[str] | None
     filenames: Sequence[str] | None
-    preprocessing: dict
+    preprocessing: dict[str, Any]
     scale_factor: float
-    autoencoder: dict | None
-    statistics: dict
+    autoencoder: dict[str, Any] | None
+    statistics: dict[str, Any]
     fingerprint: str | None = None
     attributes: Mapping[str, np.ndarray] = MappingProxyType({})
     random_flip: bool = False           # `read` accepts flips
@@ -95,25 +101,26 @@ class LatentSource(Protocol):
         return self.count
 
     @abstractmethod
-    def read(self, indices, flips=None, rngs=None) -> torch.Tensor:
+    def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return the stored values, or images, of some items; safe to call on a background thread."""
 
     @abstractmethod
-    def latents(self, values, eps=None, device="cpu") -> torch.Tensor:
+    def latents(self, values: torch.Tensor, eps: torch.Tensor | None = None, device: Device = "cpu") -> torch.Tensor:
         """Return scaled latents [n x Z x ...] float32 on `device` from the result of `read`.
 
         :param eps: standard normal noise [n x Z x ...] of a posterior sample. None: the posterior mode.
         """
 
-    def labels_of(self, indices) -> torch.Tensor | None:
+    def labels_of(self, indices: Indices) -> torch.Tensor | None:
         """Return labels int64 [n], None without classes."""
         return None if self.labels is None else torch.from_numpy(self.labels[np.asarray(indices)])
 
-    def batch(self, indices, eps=None, flips=None):
+    def batch(self, indices: Indices, eps: torch.Tensor | None = None,
+              flips: Flips = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (scaled latents float32 [n x Z x ...] on the CPU, labels int64 [n] or None)."""
         return self.latents(self.read(indices, flips), eps), self.labels_of(indices)
 
-    def verify(self, progress=None) -> None:
+    def verify(self, progress: Callable[[int, int], Any] | None = None) -> None:
         """Compare the files with their recorded hashes, if there are any.
 
         :param progress: called with (files done, files in total).
@@ -121,7 +128,7 @@ class LatentSource(Protocol):
         """
         return
 
-    def on_device(self, device, limit_bytes=2**31) -> bool:
+    def on_device(self, device: Device, limit_bytes: int = 2**31) -> bool:
         """Keep all latents on `device` if they take at most `limit_bytes`; return whether they are kept there."""
         return False
 
@@ -144,14 +151,14 @@ class ConditionSource(Protocol):
         return len(self.names)
 
     @abstractmethod
-    def read(self, indices, flips=None, rngs=None) -> torch.Tensor:
+    def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return what `on_device` needs of some items, on the CPU; safe to call on a background thread."""
 
     @abstractmethod
-    def on_device(self, values, device) -> torch.Tensor:
+    def on_device(self, values: torch.Tensor, device: Device) -> torch.Tensor:
         """Return conditions [n x K x ...] float32 on `device` from the result of `read`."""
 
-    def of_samples(self, indices, device) -> torch.Tensor:
+    def of_samples(self, indices: Indices, device: Device) -> torch.Tensor:
         """Return the conditions of samples, [n x K x ...]: that of sample i is condition i modulo their number."""
         return self.on_device(self.read([i % len(self) for i in indices]), device)
 
@@ -170,50 +177,50 @@ class Codec(Protocol):
     factors: tuple[int, ...]
     scale_factor: float
     shift_factor: float
-    config: dict
+    config: dict[str, Any]
     path: str
     fingerprint: str
-    preprocessing: dict
+    preprocessing: dict[str, Any]
     has_posterior: bool = True      # an image has more than one latent
     is_pixels: bool = False         # latents are the images themselves, in [-1, 1]
     max_side: int = 0               # pixels of the longest axis that are processed at a time; 0: all
     nbytes: int = 0                 # of weights on a device
 
     @abstractmethod
-    def encode_moments(self, images) -> torch.Tensor:
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         """Return mean and log-variance of the scaled latents.  [N x C x ...] in [0, 1] -> [N x 2Z x ...]."""
 
     @abstractmethod
-    def encode_batch(self, images, eps=None) -> torch.Tensor:
+    def encode_batch(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
         """Return scaled latents, the posterior mode or with standard normal noise `eps` a posterior sample.
 
         [N x C x ...] in [0, 1], eps [N x Z x ...] -> [N x Z x ...].
         """
 
     @abstractmethod
-    def decode_batch(self, latents, channels=None) -> torch.Tensor:
+    def decode_batch(self, latents: torch.Tensor, channels: int | None = None) -> torch.Tensor:
         """Return images clamped to [0, 1].  [N x Z x ...] -> [N x C x ...]; with `channels` 1 color is averaged."""
 
     @abstractmethod
-    def latent_shape(self, image_shape) -> tuple[int, ...]:
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         """Return (Z, ...) for images of shape (C, ...).
 
         :raises ValueError: if the channels differ or a factor does not divide a size.
         """
 
     @abstractmethod
-    def pad_to_factors(self, images) -> torch.Tensor:
+    def pad_to_factors(self, images: torch.Tensor) -> torch.Tensor:
         """Return images padded at their far edges to sizes that the factors divide.  [N x C x ...] -> same or larger.
 
         Images stay as they are unless the autoencoder was trained with --pad True.
         """
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Return the entry of caches and run headers; the SHA-256 identifies the function, the path is a hint."""
         return {"config": self.config, "sha256": self.fingerprint, "path": self.path,
                 "scale_factor": self.scale_factor, "shift_factor": self.shift_factor}
 
-    def approximations(self, sides) -> dict:
+    def approximations(self, sides: Sequence[int]) -> dict[str, Any]:
         """Return the flags under which latents of images of size `sides` are less exact than in float32, {} if none."""
         return {}
 
@@ -232,16 +239,21 @@ class Process(Protocol):
     timestep_map: Sequence[int]
 
     @abstractmethod
-    def q_sample(self, x_start, t, noise=None) -> torch.Tensor:
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return x_t: x_start diffused to timesteps t, with standard normal `noise` (None: sample it)."""
 
     @abstractmethod
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None) -> dict[str, torch.Tensor]:
+    def training_losses(
+        self, model: Model, x_start: torch.Tensor, t: torch.Tensor, model_kwargs: Conditioning | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Return losses per sample, each [N]; "loss" is the one to minimize."""
 
     @abstractmethod
     def predict_xstart(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None
+        self, model: Model, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool = True,
+        denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None, cond_fn: Model | None = None,
+        model_kwargs: Conditioning | None = None,
     ) -> torch.Tensor:
         """Return x0 as the network predicts it at x_t, guided by `cond_fn`.  [N x C x ...] -> same"""
 
@@ -250,7 +262,7 @@ class Process(Protocol):
         """Return sigma_t, the noise-to-signal ratio at each timestep, float64 [T]."""
 
     @abstractmethod
-    def model_timesteps(self, t) -> torch.Tensor:
+    def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """Return the timesteps that are passed to networks and guidance for t.  [N] -> [N]"""
 
     def model_timestep(self, t: int) -> float:
@@ -268,7 +280,7 @@ class Process(Protocol):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot start at noised data")
 
-    def noise_condition(self, low_res, t, noise) -> torch.Tensor:
+    def noise_condition(self, low_res: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return conditioning images [N x C x ...] diffused to timesteps t; timestep 0 leaves them unchanged."""
         clean = (t == 0).view(-1, *(1,) * (low_res.dim() - 1))
         return torch.where(clean, low_res, self.q_sample(low_res, t, noise))
@@ -277,7 +289,8 @@ class Process(Protocol):
         """Return why sampling without clipping x0 may diverge from the first step on, None if it may not."""
         return None
 
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None) -> dict[str, torch.Tensor]:
+    def calc_bpd_loop(self, model: Model, x_start: torch.Tensor, clip_denoised: bool = True,
+                      model_kwargs: Conditioning | None = None) -> dict[str, torch.Tensor]:
         """Return a bound of the negative log-likelihood in bits per dimension, and its terms.
 
         :raises NotImplementedError: if the process defines no bound.
@@ -290,7 +303,7 @@ class PerTimestep(Protocol):
     """A model of which other parts are evaluated at other timesteps, chosen without reading the device."""
 
     @abstractmethod
-    def at(self, timestep) -> Callable:
+    def at(self, timestep: float) -> Model:
         """Return the network to call at a timestep, a number as `Process.model_timestep` returns it."""
 
 
@@ -298,13 +311,13 @@ class PerTimestep(Protocol):
 class BatchSource(Protocol):
     """Endless iterator over (batch [N x C x ...], conditioning dictionary) for a TrainLoop; see `data.batching`."""
 
-    def __iter__(self):
+    def __iter__(self) -> "BatchSource":
         return self
 
     def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the next batch of this rank."""
 
-    def seek(self, step) -> None:
+    def seek(self, step: int) -> None:
         """Make the batch of `step` the next one."""
 
     def close(self) -> None:
@@ -320,7 +333,9 @@ class Objective(Protocol):
 
     discriminator: Any = None
 
-    def __call__(self, model, batch, cond, rng, loss_scale=1.0) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    def __call__(
+        self, model: Model, batch: torch.Tensor, cond: Conditioning, rng: Any, loss_scale: float = 1.0
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Return ({name: losses [n]}, timesteps [n] or None) of a microbatch; "loss" is the one to minimize.
 
         :param cond: conditioning dictionary of the batch.
@@ -328,18 +343,18 @@ class Objective(Protocol):
         :param loss_scale: factor that keeps float16 gradients from vanishing, if gradients are computed in here.
         """
 
-    def after_step(self, t, terms) -> None:
+    def after_step(self, t: torch.Tensor | None, terms: dict[str, torch.Tensor]) -> None:
         """Adapt to the timesteps and losses of the whole batch of this rank; called by every rank."""
         return
 
-    def log(self, batch, t, terms) -> None:
+    def log(self, batch: torch.Tensor, t: torch.Tensor | None, terms: dict[str, torch.Tensor]) -> None:
         """Log the losses of the whole batch of this rank."""
         return
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the JSON-able state that a checkpoint stores."""
         return {}
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of `state_dict`."""
         return

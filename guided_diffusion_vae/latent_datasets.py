@@ -7,8 +7,10 @@ them and selects the items of each step.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from .data.manifest import (
     ATTRIBUTES, CACHE_FLAG, FILENAMES, LABELS, MANIFEST, REENCODE_HINT, path_inside, read_manifest, stored_shape,
 )
 from .files import file_errors, hash_lines, open_npy, require_folder, sha256_of_file
-from .interfaces import Codec, ImageSource, LatentSource
+from .interfaces import Codec, Device, Flips, ImageSource, Indices, LatentSource, Rngs
 from .nn import to_device, without_tf32
 from .vae.posterior import sample_moments
 
@@ -59,11 +61,11 @@ class LatentCache(LatentSource):
     supports_bulk_reads = True
 
     @classmethod
-    def open(cls, folder) -> "LatentCache":
+    def open(cls, folder: str | os.PathLike[str]) -> "LatentCache":
         """Return the cache in a folder of encode_dataset.py; its files are mapped into memory, not read."""
         return cls(folder)
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = require_folder(folder, CACHE_FLAG)
         self.manifest = manifest = read_manifest(self.folder)
         self.count = manifest["count"]
@@ -88,16 +90,16 @@ class LatentCache(LatentSource):
         self.labels = None if self.class_names is None else self._open_labels()
         self.attributes = self._open_attributes(manifest.get("attributes", []))
         self.nbytes = sum(shard.nbytes for shard in self._shards)
-        self._resident = None
+        self._resident: torch.Tensor | None = None
 
     @property
-    def filenames(self):
+    def filenames(self) -> list[str]:  # type: ignore[override]  # read-only
         """The names of the images, one per latent."""
         path = self.folder / FILENAMES
         with file_errors(path, action=REENCODE_HINT):
             return path.read_text().splitlines()
 
-    def read(self, indices, flips=None, rngs=None):
+    def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return the stored values of some items, float32 on the CPU; rows if the latents are kept on a device.
 
         :param flips: booleans; True selects the latent of the flipped image.
@@ -117,7 +119,7 @@ class LatentCache(LatentSource):
             require((not bad, f"{self._shard_path(bad)}: latents {bad[:3]} are not finite; {REENCODE_HINT}"))
         return values
 
-    def _gather(self, rows):
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the stored values of `rows` [n x ...]: one gather per shard, in their order, then one over all."""
         if len(self._shards) == 1:
             return self._shards[0].take(rows, axis=0)
@@ -134,7 +136,7 @@ class LatentCache(LatentSource):
         inverse[order] = np.arange(len(order))
         return by_shard.take(inverse, axis=0)
 
-    def latents(self, values, eps=None, device="cpu"):
+    def latents(self, values: torch.Tensor, eps: torch.Tensor | None = None, device: Device = "cpu") -> torch.Tensor:
         """Return scaled latents [n x Z x ...] on `device`; see `LatentSource`."""
         if self._resident is None:
             values = to_device(values, device)
@@ -142,7 +144,7 @@ class LatentCache(LatentSource):
             values = to_device(self._resident.index_select(0, to_device(values, self._resident.device)), device).float()
         return sample_moments(values, eps) if self.draws_posterior else values
 
-    def on_device(self, device, limit_bytes=2**31):
+    def on_device(self, device: Device, limit_bytes: int = 2**31) -> bool:
         """Keep the full cache on `device` if it takes at most `limit_bytes`; return whether it is kept there."""
         if self.nbytes > limit_bytes:
             return False
@@ -155,7 +157,7 @@ class LatentCache(LatentSource):
         self._resident = resident
         return True
 
-    def verify(self, progress=None):
+    def verify(self, progress: Callable[[int, int], Any] | None = None) -> None:
         """Compare every file with its SHA-256 in the manifest.
 
         :param progress: called with (files done, files in total).
@@ -169,12 +171,12 @@ class LatentCache(LatentSource):
             if progress:
                 progress(done, len(files))
 
-    def _shard_path(self, rows):
+    def _shard_path(self, rows: list[int]) -> Path:
         """Return the path of the shard of the first of `rows`, the folder if there is none."""
         owners = np.searchsorted(self._firsts, rows[:1], side="right") - 1
         return self.folder / "".join(self.manifest["shards"][owner]["file"] for owner in owners)
 
-    def _open_shard(self, shard):
+    def _open_shard(self, shard: dict[str, Any]) -> np.ndarray:
         path, dtype = path_inside(self.folder, shard["file"]), self.manifest["dtype"]
         values, expected = _open_array(path, REENCODE_HINT), (shard["count"], *stored_shape(self.manifest))
         require((values.shape == expected and values.dtype == np.dtype(dtype),
@@ -182,7 +184,7 @@ class LatentCache(LatentSource):
                  f"{REENCODE_HINT}"))
         return values
 
-    def _open_labels(self):
+    def _open_labels(self) -> np.ndarray:
         path, classes = self.folder / LABELS, len(self.class_names)
         labels = _open_array(path, REENCODE_HINT)
         valid = labels.dtype == np.int64 and labels.shape == (self.count,)
@@ -193,7 +195,7 @@ class LatentCache(LatentSource):
         return labels
 
 
-    def _open_attributes(self, names):
+    def _open_attributes(self, names: list[str]) -> dict[str, np.ndarray]:
         if not names:
             return {}
         path, expected = self.folder / ATTRIBUTES, (self.count, len(names))
@@ -213,7 +215,7 @@ class LatentFolder(LatentSource):
 
     image_shape = unpadded_shape = autoencoder = None
 
-    def __init__(self, folder, scale_factor=0.18215, max_measured=4096):
+    def __init__(self, folder: str | os.PathLike[str], scale_factor: float = 0.18215, max_measured: int = 4096) -> None:
         self.folder = require_folder(folder, CACHE_FLAG)
         self.scale_factor, self.preprocessing = scale_factor, {}
         self.paths = sorted(path for path in self.folder.rglob("*.npy")
@@ -236,7 +238,7 @@ class LatentFolder(LatentSource):
             moments.add(self.read([index]).numpy())
         self.statistics = moments.statistics()
 
-    def read(self, indices, flips=None, rngs=None):
+    def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return the latents of some items, float32 [n x Z x ...] on the CPU."""
         require((flips is None, f"{self.folder} contains no flipped images; encode with scripts/encode_dataset.py"))
         values = np.empty((len(indices), *self.latent_shape), np.float32)
@@ -249,11 +251,11 @@ class LatentFolder(LatentSource):
             require((np.isfinite(values[row]).all(), f"{path}: values are not finite; re-encode its image"))
         return torch.from_numpy(values)
 
-    def latents(self, values, eps=None, device="cpu"):
+    def latents(self, values: torch.Tensor, eps: torch.Tensor | None = None, device: Device = "cpu") -> torch.Tensor:
         """Return `values` on `device`: the files contain no posterior to sample from."""
         return to_device(values, device)
 
-    def _open(self, path):
+    def _open(self, path: Path) -> np.ndarray:
         latent = _open_array(path, "re-encode its image")
         require((latent.dtype.kind == "f", f"{path}: expected floating-point latents, got {latent.dtype}; check "
                                            f"{CACHE_FLAG}"))
@@ -271,7 +273,8 @@ class EncodedImages(LatentSource):
     """
 
     def __init__(self, dataset: ImageSource, codec: Codec, stats_samples: int = 2048, seed: int = 0,
-                 batch_size: int = 32, statistics: dict | None = None, progress=None):
+                 batch_size: int = 32, statistics: dict[str, Any] | None = None,
+                 progress: Callable[[int, int], Any] | None = None) -> None:
         self.dataset = dataset
         self.codec = codec
         self.folder = dataset.folder
@@ -295,19 +298,20 @@ class EncodedImages(LatentSource):
             statistics = self._measure(min(stats_samples, self.count), seed, batch_size, progress)
         self.statistics = statistics
 
-    def read(self, indices, flips=None, rngs=None):
+    def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return the images of some items, float32 [n x C x ...] in [0, 1] on the CPU."""
         return self.dataset.batch(indices, flips, rngs)
 
     @torch.no_grad()
     @without_tf32()     # so that training on the fly computes the latents that a cache has
-    def latents(self, values, eps=None, device="cpu"):
+    def latents(self, values: torch.Tensor, eps: torch.Tensor | None = None, device: Device = "cpu") -> torch.Tensor:
         """Return scaled latents [n x Z x ...] of images on `device`; see `LatentSource`."""
         # The images stay on the host: the codec checks their values there without synchronizing a GPU.
         return to_device(self.codec.encode_batch(values, eps), device).float()
 
     @without_tf32()
-    def _measure(self, count, seed, batch_size, progress):
+    def _measure(self, count: int, seed: int, batch_size: int,
+                 progress: Callable[[int, int], Any] | None) -> dict[str, Any]:
         chosen = np.sort(permute_indices(np.arange(count), self.count, seed, 0).astype(np.int64))
         groups = [chosen[start:start + batch_size] for start in range(0, count, batch_size)]
         ahead = Prefetcher(lambda k: self.read(groups[k]), end_step=len(groups))
@@ -326,12 +330,12 @@ class EncodedImages(LatentSource):
 
 
 @torch.no_grad()
-def encode_for_storage(codec, images, store):
+def encode_for_storage(codec: Codec, images: torch.Tensor, store: str) -> torch.Tensor:
     """Return the float32 values that a cache stores for images: moments [N x 2Z x ...] or modes [N x Z x ...]."""
     return (codec.encode_moments(images) if store == "moments" else codec.encode_batch(images)).float()
 
 
-def add_stored(moments, stored, store):
+def add_stored(moments: RunningMoments, stored: np.ndarray, store: str) -> None:
     """Add stored values to `RunningMoments` of latents, whose variance is that of the means plus the posterior's."""
     if store == "moments":
         mean, logvar = np.split(stored.astype(np.float64), 2, axis=1)
@@ -340,12 +344,12 @@ def add_stored(moments, stored, store):
         moments.add(stored)
 
 
-def group_name(dataset, group):
+def group_name(dataset: ImageSource, group: Indices) -> str:
     """Return a name for the images of a batch, for error messages."""
     return f"{dataset.names[group[0] % len(dataset)]} (or one of {len(group) - 1} images in its batch)"
 
 
-def require_finite(stored, name):
+def require_finite(stored: np.ndarray, name: str) -> None:
     """Check encoded values.
 
     :raises ValueError: if one is not finite.
@@ -354,15 +358,15 @@ def require_finite(stored, name):
                                         "scripts/check_roundtrip.py"))
 
 
-def open_latents(folder) -> LatentSource:
+def open_latents(folder: str | os.PathLike[str]) -> LatentSource:
     """Return the `LatentCache` in a folder, or the `LatentFolder` for a plain folder with one `.npy` per image.
 
     It is logged where the labels of the latter come from, and which files have no class if others have one.
 
     :raises FileNotFoundError: if there is neither; an incomplete cache is not a plain folder of latents.
     """
-    folder = require_folder(folder, CACHE_FLAG)
-    incomplete = any(_SHARD_NAME.fullmatch(path.name) for path in folder.glob("latents-*-of-*.npy"))
+    shards = require_folder(folder, CACHE_FLAG).glob("latents-*-of-*.npy")
+    incomplete = any(_SHARD_NAME.fullmatch(path.name) for path in shards)
     if is_cache(folder) or incomplete:
         return LatentCache(folder)
     source = LatentFolder(folder)
@@ -371,7 +375,7 @@ def open_latents(folder) -> LatentSource:
     return source
 
 
-def is_cache(folder) -> bool:
+def is_cache(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder contains a complete cache."""
     return (Path(folder) / MANIFEST).exists()
 
@@ -394,12 +398,12 @@ def require_same_autoencoder(cache: LatentSource, codec: Codec) -> None:
     )
 
 
-def _open_array(path, action):
+def _open_array(path: Path, action: str) -> np.ndarray:
     with file_errors(path, action=action):
         return open_npy(path)
 
 
-def _allow_open_files(count, folder):
+def _allow_open_files(count: int, folder: Path) -> None:
     """Raise the limit of open files of this process by the shards of a cache, each of which is memory-mapped.
 
     :raises ValueError: if the limit cannot be raised that far.

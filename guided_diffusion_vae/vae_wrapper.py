@@ -12,7 +12,9 @@ import functools
 import hashlib
 import json
 import math
-from typing import Annotated, Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from PIL import Image
 from . import deprecated_method, deprecated_names, dist_util, logger
 from .autoencoder import latent_grid
 from .config import ParsedText, option, require
-from .interfaces import Codec
+from .interfaces import Codec, Device
 from .nn import to_device, to_uint8
 from .vae import blend_tiles, from_image_range, sample_moments, to_image_range
 from .vae.foreign import FLAG, deterministic_moments, open_autoencoder
@@ -69,7 +71,7 @@ class NormalizerConfig:
     allow_latent_std: bool = option(False, "train even if the standard deviation of x0 is outside [0.9, 1.1]")
 
 
-def create_vae(config: VAEConfig, device=None) -> "VAEInterface":
+def create_vae(config: VAEConfig, device: Device | None = None) -> "VAEInterface":
     """Open the autoencoder that a VAEConfig names."""
     codec = VAEInterface(
         config.vae_path, scale_factor=config.scale_factor or None, device=device, dtype=config.vae_dtype,
@@ -83,23 +85,23 @@ def create_vae(config: VAEConfig, device=None) -> "VAEInterface":
 class BaseCodec(Codec):
     """The members common to all codecs, computed from `in_channels`, `latent_channels`, `factors`, `preprocessing`."""
 
-    def encode_batch(self, images, eps=None) -> torch.Tensor:
+    def encode_batch(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
         return sample_moments(self.encode_moments(images), eps)
 
-    def latent_shape(self, image_shape) -> tuple[int, ...]:
+    def latent_shape(self, image_shape: Sequence[int]) -> tuple[int, ...]:
         channels, *spatial = image_shape
         require((channels in self._accepted_channels(),
                  f"images have {channels} channels: {self.path or 'the pixel codec'} expects "
                  f"{' or '.join(map(str, self._accepted_channels()))}; set --image_channels or another {FLAG}"))
         return (self.latent_channels, *latent_grid(spatial, self.factors))
 
-    def pad_to_factors(self, images) -> torch.Tensor:
+    def pad_to_factors(self, images: torch.Tensor) -> torch.Tensor:
         missing = [-n % factor for n, factor in zip(images.shape[2:], self.factors)]
         if not any(missing) or not self.preprocessing.get("pad"):
             return images
         return F.pad(images, [n for after in reversed(missing) for n in (0, after)], mode="replicate")
 
-    def _accepted_channels(self):
+    def _accepted_channels(self) -> tuple[int, ...]:
         return (self.in_channels,)
 
 
@@ -110,7 +112,7 @@ class PixelCodec(BaseCodec):
     scale_factor, shift_factor, path = 1.0, 0.0, ""
     image_range = (-1.0, 1.0)
 
-    def __init__(self, channels: int = 3, dims: int = 2):
+    def __init__(self, channels: int = 3, dims: int = 2) -> None:
         self.preprocessing = {}
         self.in_channels = self.latent_channels = channels
         self.factors = (1,) * dims
@@ -120,13 +122,13 @@ class PixelCodec(BaseCodec):
     def fingerprint(self) -> str:  # type: ignore[override]  # read-only
         return _sha256(self.config, {})
 
-    def encode_moments(self, images) -> torch.Tensor:
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         """Return mean and log-variance (its minimum).  [N x C x ...] in [0, 1] -> [N x 2C x ...]."""
         _check_unit_range(images)
         self.latent_shape(images.shape[1:])
         return torch.cat(deterministic_moments(to_image_range(images, self.image_range)), dim=1)
 
-    def decode_batch(self, latents, channels=None) -> torch.Tensor:
+    def decode_batch(self, latents: torch.Tensor, channels: int | None = None) -> torch.Tensor:
         """Return images in [0, 1]; inverts `encode_batch`. `channels` is part of the interface and not used."""
         return from_image_range(latents, self.image_range).clamp(0, 1)
 
@@ -160,8 +162,10 @@ class VAEInterface(BaseCodec):
     """
 
     def __init__(
-        self, vae_path, scale_factor=None, device=None, dtype="float32", batch_size=0, tile=0, vae_config=None
-    ):
+        self, vae_path: str | os.PathLike[str], scale_factor: float | None = None, device: Device | None = None,
+        dtype: str = "float32", batch_size: int = 0, tile: int = 0,
+        vae_config: str | os.PathLike[str] | dict[str, Any] | None = None,
+    ) -> None:
         require((dtype in DTYPES, f"--vae_dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"))
         opened = open_autoencoder(str(vae_path), vae_config)
         streams = opened.architecture is not None
@@ -188,10 +192,11 @@ class VAEInterface(BaseCodec):
         self.network = opened.network.float().eval().requires_grad_(False).to(self.device)
         if self.dtype is not torch.float32:
             # The layout in which convolutions in half precision are fastest.
-            self.network.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}.get(len(self.factors)))
+            layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(len(self.factors))
+            self.network.to(memory_format=layout)  # type: ignore[call-overload]  # not declared by PyTorch
         self.nbytes = sum(p.nbytes for p in self.network.parameters())
         self._moments, self._decode = opened.moments, opened.decode
-        self._streamer = Streamer(self.network, self.device, tile) if self.slab else None
+        self._streamer: Any = Streamer(self.network, self.device, tile) if self.slab else None
         self._gray_input = False
 
     @functools.cached_property
@@ -200,7 +205,7 @@ class VAEInterface(BaseCodec):
         return _sha256(self.config, self.network.state_dict())
 
     @torch.no_grad()
-    def encode_moments(self, images) -> torch.Tensor:
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         """Return mean and log-variance of the scaled latents.  [N x C x ...] in [0, 1] -> [N x 2Z x ...].
 
         :raises ValueError: for values outside [0, 1], NaN, and channels or sizes that do not match.
@@ -214,7 +219,7 @@ class VAEInterface(BaseCodec):
         return torch.cat([scaled, logvar + 2 * math.log(self.scale_factor)], dim=1)
 
     @torch.no_grad()
-    def decode_batch(self, latents, channels=None) -> torch.Tensor:
+    def decode_batch(self, latents: torch.Tensor, channels: int | None = None) -> torch.Tensor:
         """Return the images of scaled latents, clamped to [0, 1].  [N x Z x ...] -> [N x C x ...].
 
         :raises ValueError: if the latents do not have the autoencoder's channels and axes.
@@ -230,7 +235,9 @@ class VAEInterface(BaseCodec):
             images = images.mean(dim=1, keepdim=True)
         return images.clamp(0, 1)
 
-    def encode(self, images) -> torch.Tensor:
+    def encode(
+        self, images: torch.Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
+    ) -> torch.Tensor:
         """Return the scaled latents [N x Z x ...] of images, the modes of their posteriors, on the device.
 
         :param images: a PIL image in mode L or RGB, or a list of such; a NumPy array [N x ... x C] as in samples_*.npz,
@@ -239,7 +246,13 @@ class VAEInterface(BaseCodec):
         """
         return self.encode_batch(_to_unit_tensor(images, len(self.factors)))
 
-    def decode(self, latents, pil=False) -> "np.ndarray | list[Image.Image]":
+    @overload
+    def decode(self, latents: torch.Tensor | np.ndarray, pil: Literal[False] = False) -> np.ndarray: ...
+
+    @overload
+    def decode(self, latents: torch.Tensor | np.ndarray, pil: Literal[True]) -> list[Image.Image]: ...
+
+    def decode(self, latents: torch.Tensor | np.ndarray, pil: bool = False) -> np.ndarray | list[Image.Image]:
         """Return the images of scaled latents, as `encode` returns them: uint8 [N x ... x C].
 
         :param latents: a tensor or array [N x Z x ...].
@@ -248,7 +261,7 @@ class VAEInterface(BaseCodec):
         images = np.moveaxis(to_uint8(self.decode_batch(torch.as_tensor(latents))), 1, -1)
         return to_pil_images(images) if pil else images
 
-    def approximations(self, sides) -> dict:
+    def approximations(self, sides: Sequence[int]) -> dict[str, Any]:
         flags: dict[str, Any] = {}
         if self.dtype is not torch.float32:
             flags["vae_dtype"] = str(self.dtype).removeprefix("torch.")
@@ -257,24 +270,25 @@ class VAEInterface(BaseCodec):
         # A tile that covers the image changes nothing; slabs give the exact result.
         return {**flags, "vae_tile": self.tile} if 0 < self.tile < max(sides) else flags
 
-    def _accepted_channels(self):
+    def _accepted_channels(self) -> tuple[int, ...]:
         return (3, 1) if self.in_channels == 3 else (self.in_channels,)
 
-    def _encode_part(self, images):
+    def _encode_part(self, images: torch.Tensor) -> torch.Tensor:
         stream = self._streams(images.shape[2:])
         x = to_image_range(to_device(images, "cpu" if stream else self.device).float(), self.image_range)
         x = x.expand(-1, self.in_channels, *x.shape[2:])
         return torch.cat(self._streamer.moments(x) if stream else self._moments(x), dim=1).float()
 
-    def _decode_part(self, z):
+    def _decode_part(self, z: torch.Tensor) -> torch.Tensor:
         if self._streams([n * factor for n, factor in zip(z.shape[2:], self.factors)]):
             return self._streamer.decode(z.cpu()).float()
         return self._decode(z.to(self.device)).float()
 
-    def _streams(self, sides):
+    def _streams(self, sides: Sequence[int]) -> bool:
         return self._streamer is not None and max(sides) > self.slab
 
-    def _smaller_forward(self, function, x, grid, gain_in, gain_out):
+    def _smaller_forward(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grid: Sequence[int],
+                         gain_in: Sequence[int], gain_out: Sequence[int]) -> torch.Tensor:
         """Apply `function` to at most batch_size items at a time and, if they are larger than a tile, to tiles."""
         window = [min(self.tile // factor, n) if self.tile else n for factor, n in zip(self.factors, grid)]
         tiled = list(window) != list(grid)
@@ -285,7 +299,7 @@ class VAEInterface(BaseCodec):
         return torch.cat(parts)
 
 
-def _to_unit_tensor(images, dims):
+def _to_unit_tensor(images: Any, dims: int) -> torch.Tensor:
     """Return images in one of the forms of `VAEInterface.encode` as float32 [N x C x ...] in [0, 1]."""
     if isinstance(images, torch.Tensor):
         return images
@@ -302,13 +316,13 @@ def _to_unit_tensor(images, dims):
     return values.float() / 255 if values.dtype is torch.uint8 else values.float()
 
 
-def to_pil_images(images) -> list[Image.Image]:
+def to_pil_images(images: np.ndarray) -> list[Image.Image]:
     """Return uint8 images [N x H x W x C], C 1 or 3, as PIL images in mode L or RGB."""
     require((images.ndim == 4, f"pil: expected images [N x H x W x C], got {tuple(images.shape)}; use the array"))
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
 
 
-def _check_unit_range(images):
+def _check_unit_range(images: torch.Tensor) -> None:
     require((images.is_floating_point(),
              f"images: expected float values in [0, 1], got {images.dtype}; divide 8-bit values by 255"))
     low, high = (float(v) for v in images.aminmax())
@@ -317,12 +331,12 @@ def _check_unit_range(images):
              "(x + 1) / 2, for float files set --value_range"))
 
 
-def _sha256(config, tensors):
+def _sha256(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """Hash a configuration and tensors, sorted by name, with their types and shapes."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -332,13 +346,13 @@ class LatentNormalizer:
     `shift` and `std` contain one number for all channels or one per channel; `mode` is the --normalizer they come from.
     """
 
-    def __init__(self, shift, std, mode):
+    def __init__(self, shift: Iterable[float], std: Iterable[float], mode: str | float) -> None:
         self.shift, self.std, self.mode = [float(v) for v in shift], [float(v) for v in std], str(mode)
         require((all(map(math.isfinite, self.shift)) and all(0 < v < math.inf for v in self.std),
                  f"latents have shift {self.shift} and std {self.std}: expected finite numbers and std above 0"))
 
     @classmethod
-    def fit(cls, mode, statistics: dict) -> "LatentNormalizer":
+    def fit(cls, mode: str | float, statistics: dict[str, Any]) -> "LatentNormalizer":
         """Choose shift and std for latents with these statistics (mean, std, channel_mean, channel_std).
 
         auto: the std over all channels, shift 0. channel: mean and std of each channel. A number: that std, shift 0;
@@ -356,25 +370,25 @@ class LatentNormalizer:
             return cls([0], [1 if mode == "none" else statistics["std"]], mode)
         return cls([0], [std], mode)
 
-    def normalize(self, latents) -> torch.Tensor:
+    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """Return x0 of scaled latents; inverts `denormalize`.  [N x C x ...] -> same."""
         return (latents - self._column(self.shift, latents)).div_(self._column(self.std, latents))
 
-    def denormalize(self, x0) -> torch.Tensor:
+    def denormalize(self, x0: torch.Tensor) -> torch.Tensor:
         """Return the scaled latents of x0; inverts `normalize`.  [N x C x ...] -> same."""
         return x0 * self._column(self.std, x0) + self._column(self.shift, x0)
 
     normalise = deprecated_method("normalise", "normalize")  # alias
     inverse = deprecated_method("inverse", "denormalize")  # alias
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"mode": self.mode, "shift": self.shift, "std": self.std}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "LatentNormalizer":
+    def from_dict(cls, values: dict[str, Any]) -> "LatentNormalizer":
         return cls(values["shift"], values["std"], values["mode"])
 
-    def _column(self, values, like):
+    def _column(self, values: list[float], like: torch.Tensor) -> torch.Tensor | float:
         if len(values) == 1:
             return values[0]
         require((len(values) == like.shape[1], f"latents of shape {tuple(like.shape)} do not match a normalizer of "

@@ -122,6 +122,7 @@ def test_workflow_covers_the_supported_versions_and_names_files_that_exist():
     requires = re.search(r'requires-python = ">=(.+?)"', (ROOT / "pyproject.toml").read_text()).group(1)
     assert jobs["linux"]["strategy"]["matrix"]["python"][0] == requires
     assert all((ROOT / name).is_file() for name in re.findall(r"tests/\w+\.py", workflow))
+    assert {step.get("run") for job in jobs.values() for step in job["steps"]} >= {"make test", "make lint"}
 
 
 def test_version_is_a_literal_readable_without_torch():

@@ -140,7 +140,7 @@ class Detector:
             scores[f"denoising_{level:g}"] = difference(restored[level])
         if self.bound:
             torch.manual_seed(keyed_seed(sampler.seed, LIKELIHOOD, indices[0]))
-            bound = sampler.diffusion.calc_bpd_loop(sampler.model, x0, sampler.clip_denoised)["total_bpd"]
+            bound = sampler.diffusion.calc_bpd_loop(sampler.model, x0, bool(sampler.clip_denoised))["total_bpd"]
             unit = 1.0 if sampler.codec.is_pixels else math.log(2.0)
             scores["bound"] = bound.cpu().double().numpy() * unit
         if not sampler.codec.is_pixels:

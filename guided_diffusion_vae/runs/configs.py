@@ -25,11 +25,13 @@ from .diffusers_export import ExportConfig
 from .planning import PlanConfig
 from .run import RunConfig
 
-CONFIGS = (
-    AnomalyConfig, AutoencoderConfig, AutoencoderLossConfig, AutoencoderTrainConfig, BaseConfig, ClassifierConfig,
-    ClassifierTrainConfig, ConditionConfig, DataConfig, DiffusionConfig, DiffusionTrainConfig, DiscriminatorConfig,
-    DistillConfig, EditingConfig, EvaluateConfig, ExportConfig, FastLaunchConfig, GuidanceConfig, LatentCacheConfig,
-    LatentConfig, LaunchConfig, LikelihoodConfig, MicrodopplerConfig, ModelConfig, NormalizerConfig, PerceptualConfig,
-    PixelSamplingConfig, PlanConfig, PushConfig, ReconstructConfig, ReportConfig, RoundtripConfig, RunConfig,
-    SamplingConfig, SmallCacheConfig, SpectrogramConfig, StftConfig, SuperResConfig, TrainConfig, VAEConfig,
-)
+__all__ = [
+    "AnomalyConfig", "AutoencoderConfig", "AutoencoderLossConfig", "AutoencoderTrainConfig", "BaseConfig",
+    "ClassifierConfig", "ClassifierTrainConfig", "ConditionConfig", "DataConfig", "DiffusionConfig",
+    "DiffusionTrainConfig", "DiscriminatorConfig", "DistillConfig", "EditingConfig", "EvaluateConfig", "ExportConfig",
+    "FastLaunchConfig", "GuidanceConfig", "LatentCacheConfig", "LatentConfig", "LaunchConfig", "LikelihoodConfig",
+    "MicrodopplerConfig", "ModelConfig", "NormalizerConfig", "PerceptualConfig", "PixelSamplingConfig", "PlanConfig",
+    "PushConfig", "ReconstructConfig", "ReportConfig", "RoundtripConfig", "RunConfig", "SamplingConfig",
+    "SmallCacheConfig", "SpectrogramConfig", "StftConfig", "SuperResConfig", "TrainConfig", "VAEConfig",
+]
+CONFIGS = tuple(globals()[name] for name in __all__)

@@ -1,6 +1,7 @@
 """Import paths and names of version 0.1, which work until the next release with a DeprecationWarning."""
 
 import importlib
+import importlib.abc
 import types
 import warnings
 
@@ -63,7 +64,7 @@ def find(module, name):
     raise AttributeError(f"module '{PACKAGE}.{module}' has no attribute {name!r}")
 
 
-class ModuleLoader:
+class ModuleLoader(importlib.abc.Loader):
     """Loader of an empty module whose attributes are looked up by `find`."""
 
     def __init__(self, name):

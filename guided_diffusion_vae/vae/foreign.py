@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class OpenedAutoencoder:
 class Source:
     """A value of --vae_path and the properties that `KINDS` recognize it by, each read once."""
 
-    def __init__(self, name: str, vae_config: str | dict | None = None):
+    def __init__(self, name: str, vae_config: str | os.PathLike | dict | None = None):
         self.name, self.path, self.vae_config = name, Path(name), vae_config
 
     @property
@@ -100,7 +101,7 @@ class Source:
         )
 
 
-def open_autoencoder(name: str, vae_config: str | dict | None = None) -> OpenedAutoencoder:
+def open_autoencoder(name: str, vae_config: str | os.PathLike | dict | None = None) -> OpenedAutoencoder:
     """Open the first of `KINDS` that recognizes `name`.
 
     :param vae_config: arguments of MONAI weights, a dictionary or the path of a YAML file; None: the file next to them.
