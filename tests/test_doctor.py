@@ -1,7 +1,9 @@
 import resource
 import shutil
 import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,9 +78,11 @@ def test_mpi_is_checked_by_connecting_two_ranks(monkeypatch, result, status, tex
 
     monkeypatch.setattr(doctor.subprocess, "run", run)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor.Path, "exists", lambda path: True)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
     check = doctor.check_mpi()
     assert check.status == status and text in check.text
+    assert (f"put {Path(sys.executable).parent} before /bin in PATH" in check.text) == (status == "problem")
 
 
 @pytest.mark.parametrize("cuda, text", [(None, "build without CUDA"), ("12.8", "built for CUDA 12.8, but finds no")])
@@ -125,16 +129,51 @@ def test_allocator_that_returns_memory_is_a_warning(monkeypatch):
 
 
 def test_data_is_checked_as_training_opens_it(folder):
-    checks, shape = doctor.check_data(DataConfig(str(folder), image_size="16"))
-    assert shape == (1, 16, 16) and checks[-1].text.startswith("4 images 1x16x16 (4 uint8) in")
+    checks, source = doctor.check_data(DataConfig(str(folder), image_size="16"))
+    assert source.shape == (1, 16, 16) and checks[-1].text.startswith("4 images 1x16x16 (4 uint8) in")
     assert all(check.status == "ok" for check in checks)
     (folder / "notes.txt").touch()
     Image.new("L", (16, 16)).save(folder / "unlabeled.png")
     checks, _ = doctor.check_data(DataConfig(str(folder), image_size="16"))
     assert "warning" in {check.status for check in checks} and checks[-1].status == "ok"
-    checks, shape = doctor.check_data(DataConfig(str(folder), image_size="64"))
-    assert shape is None and [check.status for check in checks] == ["problem"]
+    checks, source = doctor.check_data(DataConfig(str(folder), image_size="64"))
+    assert source is None and [check.status for check in checks] == ["problem"]
     assert "is smaller than --image_size 64x64" in checks[0].text
+
+
+def test_corrupt_file_is_a_problem_unless_decoding_takes_long(folder, monkeypatch):
+    content = (folder / "b_3.png").read_bytes()
+    (folder / "b_3.png").write_bytes(content[:len(content) // 2])
+    config = DataConfig(str(folder), image_size="16")
+    check = doctor.check_data(config)[0][0]
+    assert check.status == "problem" and "1 of 4 decoded files cannot be read: " in check.text
+    assert "b_3.png" in check.text
+    monkeypatch.setattr(doctor, "DECODING_S", -1)
+    check = doctor.check_data(config)[0][0]
+    assert (check.status, check.text) == ("ok", "1 of 4 files are decoded; --verify_data True decodes all")
+
+
+@pytest.mark.parametrize("seconds, text", [(30, "30 s"), (150, "2.5 min"), (9000, "2.5 h"), (216000, "2.5 days")])
+def test_durations_have_the_unit_that_fits(seconds, text):
+    assert doctor._format_duration(seconds) == text
+
+
+def test_step_of_the_diffusion_model_of_a_configuration_is_timed(call, folder, monkeypatch, yaml_file):
+    monkeypatch.setattr(doctor, "check_machine", lambda folders: [])
+    monkeypatch.setattr(doctor, "time_step", lambda plan, device: 0.5)
+    path = yaml_file("""
+        data: {image_size: 16}
+        autoencoder: {num_channels: [8, 8], norm_num_groups: 4, num_res_blocks: 1, training: {max_steps: 7200}}
+        model: {num_channels: 32, num_res_blocks: 1, channel_mult: "1,2", class_cond: true}
+        training: {batch_size: 4, microbatch: 2, lr_anneal_steps: 100}
+    """)
+    status, out, _ = call("doctor", config=path, data_dir=folder)
+    assert status == 0 and "and 0.5 s (batch size 16, autoencoder); 7,200 steps take about 60 min" in out
+    assert "and 1 s (batch size 4, diffusion model); 100 steps take about 100 s" in out
+    for image in folder.iterdir():
+        image.rename(image.with_name(image.name.replace("_", "")))
+    status, out, _ = call("doctor", config=path, data_dir=folder)
+    assert status == 1 and "problem  diffusion model: --class_cond True requires classes" in out
 
 
 def test_doctor_prints_a_line_per_check_and_fails_on_problems(call, folder, monkeypatch):

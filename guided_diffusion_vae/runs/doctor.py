@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 
 from .. import KEEPS_FREED_MEMORY, dist_util
-from ..data import DataConfig, open_folder
+from ..data import DataConfig, evenly_spaced, open_folder
 from ..data.listing import FileSource
+from ..files import READ_ERRORS
+from ..interfaces import ImageSource
 from ..train_util import OPTIMIZERS
 from .memory import GIB
 from .planning import Plan, advice
@@ -29,6 +31,7 @@ SHARED_MEMORY = "/dev/shm"
 MPI_TIMEOUT_S = 120
 LONG_STEP_S = 20    # longer steps are not repeated with the full batch
 TIMED_STEPS = 3
+DECODED_FILES, DECODING_S = 64, 5   # evenly spaced files of a folder, fewer if these take longer
 # Below the first bound a run fails, below the second one it may.
 DISK_GIB, SHARED_GIB, OPEN_FILES = (1, 10), (1 / 32, 1 / 4), (128, 1024)
 CONNECT_RANKS = """
@@ -160,29 +163,31 @@ def check_mpi() -> Check:
     alternative = "a single process and torchrun --nproc_per_node N need neither"
     if importlib.util.find_spec("mpi4py") is None:
         return Check("MPI", WARNING, f"mpi4py is not installed; for mpiexec, pip install mpi4py mpich ({alternative})")
+    own = Path(sys.executable).with_name("mpiexec")
     if launcher is None:
-        own = Path(sys.executable).with_name("mpiexec")
         remedy = f"add {own.parent} to PATH" if own.exists() else "pip install mpich"
         return Check("MPI", WARNING, f"mpiexec is not found, mpi4py is installed; {remedy} ({alternative})")
     command = [launcher, "-n", "2", sys.executable, "-c", CONNECT_RANKS]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [
         str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
+    remedy = "use the mpiexec of mpi4py's library, or torchrun"
+    if own.exists() and own != Path(launcher):
+        remedy = f"mpi4py has its own: put {own.parent} before {Path(launcher).parent} in PATH, or use torchrun"
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=MPI_TIMEOUT_S, env=environ)
     except subprocess.TimeoutExpired:
-        return Check("MPI", PROBLEM, f"two ranks of {launcher} do not connect within {MPI_TIMEOUT_S} s; use the "
-                     f"mpiexec of mpi4py's library ({Path(sys.executable).with_name('mpiexec')}), or torchrun")
+        return Check("MPI", PROBLEM, f"two ranks of {launcher} do not connect within {MPI_TIMEOUT_S} s; {remedy}")
     if process.returncode:
         lines = [line for line in (process.stderr + process.stdout).splitlines() if line.strip("- ")]
-        reason = next((line for line in lines if line.startswith("error:")), " ".join(lines)[:300])
-        return Check("MPI", PROBLEM, f"two ranks of {launcher} do not connect: {reason}")
+        reason = next((line for line in lines if line.startswith("error:")), " ".join(lines)[:100])
+        return Check("MPI", PROBLEM, f"two ranks of {launcher} do not connect: {reason}; {remedy}")
     return Check("MPI", OK, f"two ranks of {launcher} connect")
 
 
-def check_data(config: DataConfig) -> tuple[list[Check], tuple[int, ...] | None]:
-    """Return the checks of a data folder, with the census and the warnings that training logs, and its image shape.
+def check_data(config: DataConfig) -> tuple[list[Check], ImageSource | None]:
+    """Return the checks of a data folder, with the census and the warnings that training logs, and its images.
 
-    The shape is None if the folder cannot be read.
+    They are None if the folder cannot be read.
     """
     logged = io.StringIO()
     try:
@@ -192,13 +197,34 @@ def check_data(config: DataConfig) -> tuple[list[Check], tuple[int, ...] | None]
         return [Check("data", PROBLEM, str(error))], None
     notes = source.notes if isinstance(source, FileSource) else ()
     checks = [Check("data", OK if line in notes else WARNING, line) for line in logged.getvalue().splitlines()]
-    return [*checks, Check("data", OK, source.summary())], source.shape
+    if isinstance(source, FileSource) and not config.verify_data:
+        checks.append(check_files(source))
+    return [*checks, Check("data", OK, source.summary())], source
 
 
-def check_step(plan: Plan) -> Check:
+def check_files(source: FileSource) -> Check:
+    """Check that evenly spaced files of a folder can be decoded."""
+    started, faults, done, count = time.monotonic(), [], 0, len(source.paths)
+    for file in evenly_spaced(count, DECODED_FILES).tolist():
+        try:
+            source.read_file(file)
+        except READ_ERRORS as error:
+            faults.append(str(error))
+        done += 1
+        if time.monotonic() - started > DECODING_S:
+            break
+    rest = "" if done == count else "; --verify_data True decodes all"
+    if faults:
+        return Check("data", PROBLEM, f"{len(faults)} of {done} decoded files cannot be read: {faults[0]}{rest}")
+    return Check("data", OK, f"{done} of {count} files are decoded{rest}")
+
+
+def check_step(plan: Plan, name: str) -> Check:
     """Check that a training step fits the memory of the device, and measure its time on random weights.
 
     A step that would take long is computed for a single sample.
+
+    :param name: of the network.
     """
     device, size = dist_util.dev(), plan.train.batch_size
     budget, required = dist_util.memory_bytes(), plan.training().required_on(device.type)
@@ -207,12 +233,20 @@ def check_step(plan: Plan) -> Check:
     memory = f"takes about {required / GIB:.1f} of {budget / GIB:.1f} GiB on {device}"
     single = plan.with_flags(batch_size=1, microbatch=-1, gradient_accumulation_steps=1)
     seconds = time_step(single, device)
-    if seconds * size > LONG_STEP_S:
-        return Check("training step", WARNING, f"{memory} and about {seconds * size:.0f} s (batch size {size}, from "
-                     "one sample); use a GPU, smaller images or a smaller network")
-    passes = -(-size // plan.forward_size)
-    seconds = passes * time_step(plan, device)
-    return Check("training step", OK, f"{memory} and {seconds:.3g} s (batch size {size}, autoencoder)")
+    is_long = seconds * size > LONG_STEP_S
+    seconds = seconds * size if is_long else -(-size // plan.forward_size) * time_step(plan, device)
+    steps = plan.train.max_steps or plan.train.lr_anneal_steps
+    total = f"; {steps:,} steps take about {_format_duration(steps * seconds)}" if steps else ""
+    if is_long:
+        return Check("training step", WARNING, f"{memory} and about {seconds:.0f} s (batch size {size}, from one "
+                     f"sample, {name}){total}; use a GPU, smaller images or a smaller network")
+    return Check("training step", OK, f"{memory} and {seconds:.3g} s (batch size {size}, {name}){total}")
+
+
+def _format_duration(seconds):
+    unit, length = next(((unit, length) for unit, length in (("days", 86400), ("h", 3600), ("min", 60))
+                         if seconds >= 2 * length), ("s", 1))
+    return f"{seconds / length:.3g} {unit}"
 
 
 def time_step(plan: Plan, device: torch.device) -> float:

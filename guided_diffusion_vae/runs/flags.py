@@ -106,6 +106,16 @@ def from_python(*classes, config=None, **settings):
     return _build(selections, from_file, settings)
 
 
+def read_config_flag(*classes, argv=None):
+    """Return instances with the settings of the file of --config, None if it has no section of any of the classes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="")
+    path = parser.parse_known_args(argv)[0].config
+    if not path or not {section_name(cls) for cls in classes} & read_yaml_file(_find_config(path)).keys():
+        return None
+    return from_python(*classes, config=path)[0]
+
+
 def _build(selections, from_file, flags):
     """Return (instances, {flag: value} of what was set) for values from a file and flags that win over them."""
     given = _merge(from_file, flags)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import torch
 
@@ -479,6 +480,23 @@ def autoencoder_plan(run, channels=None):
         sides = [-(-n // factor) * factor for n, factor in zip(sides, total_factors(config, len(sides)))]
     return AutoencoderPlan((channels, *sides), config, run[TrainConfig], run[AutoencoderLossConfig],
                            run[DiscriminatorConfig])
+
+
+def latent_diffusion_plan(model_config, diffusion_config, train, autoencoder, source=None):
+    """Return the `DiffusionPlan` of a model of the latents of an `AutoencoderPlan`.
+
+    :param source: images, for the number of classes; None: a class-conditional model has one.
+    :raises ValueError: if the model conflicts with the images or the size of the latents.
+    """
+    with torch.device("meta"):
+        network, = autoencoder.build()[:1]
+    facts = types.SimpleNamespace(latent_shape=network.latent_shape(autoencoder.shape[1:]), labels=None,
+                                  folder=source.folder if source else "the data",
+                                  class_names=source.class_names if source else ["class"])
+    plan = DiffusionPlan(facts.latent_shape, infer_model_config(model_config, facts), train, diffusion_config)
+    with torch.device("meta"):
+        plan.build()[0].require_grid(plan.shape[1:])
+    return plan
 
 
 def report_autoencoder_memory(run):
