@@ -1,4 +1,7 @@
+import base64
+import http.server
 import json
+import threading
 import types
 
 import pytest
@@ -11,6 +14,7 @@ from guided_diffusion_vae.runs.cards import PushConfig, card_path, model_card, p
 from guided_diffusion_vae.runs.run import OLD_KEYS
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
 
 OLD_NAME = OLD_KEYS["num_images"]
 HEADER = {
@@ -163,6 +167,74 @@ def test_push_reports_an_error_of_the_hub(run, tmp_path, hub, monkeypatch):
     monkeypatch.setattr(FakeHub, "error", error)
     write_card(model_card("run", run, "x", "mit"), tmp_path / "run")
     with pytest.raises(OSError, match=r"rejected the upload to me/m \(401 Unauthorized.*; log in with `hf auth login`"):
+        push(PushConfig(str(tmp_path / "run"), "me/m"))
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """Answer the client of huggingface_hub like the hub, and record its requests in `server.requests`.
+
+    `server.status` is that of the answer to a new repository.
+    """
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        self.server.requests.append((path, self.headers["Authorization"], body))
+        files = json.loads(body)["files"] if "/preupload/" in path else []
+        status = self.server.status if path == "/api/repos/create" else 200
+        address = f"http://127.0.0.1:{self.server.server_port}/me/m"
+        answer = json.dumps({
+            "url": address, "commitUrl": f"{address}/commit/0", "commitOid": "0", "errors": [], "warnings": [],
+            "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files],
+        }).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Return a local server that huggingface_hub takes for the hub."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
+        server.requests, server.status = [], 200
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        yield server
+        server.shutdown()
+
+
+def test_push_sends_files_and_card_to_a_server(run, tmp_path, server):
+    export = tmp_path / "pipeline"
+    export.mkdir()
+    (export / "weights.safetensors").write_bytes(b"weights")
+    card = write_card(model_card("pipeline", run, "x", "mit"), export)
+    assert push(PushConfig(str(export), "me/m")) == f"{constants.ENDPOINT}/me/m"
+    bodies = {path: body for path, _, body in server.requests}
+    created = json.loads(bodies["/api/repos/create"])
+    assert (created["organization"], created["name"]) == ("me", "m")
+    assert created.get("private") or created["visibility"] == "private"     # depends on the version of the client
+    lines = [json.loads(line)["value"] for line in bodies["/api/models/me/m/commit/main"].splitlines()]
+    sent = {line["path"]: base64.b64decode(line["content"]) for line in lines if "path" in line}
+    assert sent == {"README.md": card.read_bytes(), "weights.safetensors": b"weights"}
+    assert {token for path, token, _ in server.requests} == {"Bearer hf_test"}
+
+
+def test_push_to_a_server_that_rejects_or_is_absent_is_one_error(run, tmp_path, server, monkeypatch):
+    write_card(model_card("run", run, "x", "mit"), tmp_path / "run")
+    server.status = 401
+    with pytest.raises(OSError, match=r"rejected the upload to me/m \(.*401.*log in with `hf auth login`"):
+        push(PushConfig(str(tmp_path / "run"), "me/m"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="127.0.0.1:9 cannot be reached .*; check the network and HF_ENDPOINT"):
         push(PushConfig(str(tmp_path / "run"), "me/m"))
 
 

@@ -200,7 +200,7 @@ def push(config: PushConfig) -> str:
 
     :raises ValueError: if the repository is not owner/name, or the card states no license or is not valid.
     :raises FileNotFoundError: if the export or its card does not exist.
-    :raises OSError: if the hub rejects the upload.
+    :raises OSError: if the hub rejects the upload, or is not reached.
     """
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.errors import HfHubHTTPError
@@ -219,8 +219,8 @@ def push(config: PushConfig) -> str:
                          ) from error
     require((card.data.license, f"{path} states no license; export again with --license, or add a line `license: ...` "
              "between the first two lines `---`"))
+    api = HfApi()
     try:
-        api = HfApi()
         url = api.create_repo(config.repo, private=config.private, exist_ok=True)
         if export.is_dir():
             api.upload_folder(repo_id=config.repo, folder_path=export)
@@ -228,6 +228,11 @@ def push(config: PushConfig) -> str:
             for file, name in ((export, export.name), (path, CARD)):
                 api.upload_file(repo_id=config.repo, path_or_fileobj=file, path_in_repo=name)
     except HfHubHTTPError as error:
-        raise OSError(f"the Hugging Face hub rejected the upload to {config.repo} ({error}); log in with "
-                      "`hf auth login`, or check --repo") from error
+        raise OSError(f"the Hugging Face hub rejected the upload to {config.repo} ("
+                      f"{' '.join(str(error).split())}); log in with `hf auth login`, or check --repo") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:      # of the HTTP client, which depends on the version of huggingface_hub
+        raise OSError(f"{api.endpoint} cannot be reached for the upload to {config.repo} ({type(error).__name__}: "
+                      f"{error}); check the network and HF_ENDPOINT, then run the same command again") from error
     return str(url)
