@@ -1,6 +1,7 @@
 # make quickstart   install, then run the whole pipeline on simulated radar data (see README)
 # make test         install, then run the tests
 # make lint         install, then check the code with ruff and its types with mypy (rules in pyproject.toml)
+# make notebooks    install, then execute the notebooks of docs/tutorials: up to 10 min each on 2 CPU cores
 # make docs         install, then build the documentation into site/; start with site/index.html
 # make clean        delete the output of make quickstart and make docs
 # Packages are installed into .venv, and updated only if pyproject.toml or constraints.txt changed.
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 # Waiting OpenMP threads must not spin: they would occupy the cores of other ranks.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test lint docs quickstart clean
+.PHONY: setup test lint notebooks docs quickstart clean
 
 setup: $(STAMP)
 
@@ -31,6 +32,11 @@ lint: setup
 
 quickstart: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/quickstart.sh
+
+notebooks: setup
+	$(VENV)/bin/python -c "import nbclient, ipykernel" 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[tutorials]"
+	$(VENV)/bin/python docs/tutorials/run.py
 
 # The site needs packages that nothing else needs. The variable turns off an advertisement.
 docs: setup

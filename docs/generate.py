@@ -1,5 +1,6 @@
-"""Generate pages of the site: the flags of every command and the API from docstrings. A hook of MkDocs."""
+"""Generate pages of the site: notebooks, the flags of every command and the API from docstrings. A hook of MkDocs."""
 
+import base64
 import importlib
 import json
 import pkgutil
@@ -27,9 +28,33 @@ def on_files(files, config):
     pages["index.md"] = pages.pop("README.md")
     pages["reference/flags.md"] = flags_page()
     pages |= {f"reference/{room}.md": api_page(room, title) for room, title in ROOMS.items()}
-    for name, text in pages.items():
-        files.append(File.generated(config, name, content=text))
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")):
+        pages |= notebook_files(path)
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_markdown(markdown, **_):
+    """Let links to notebooks lead to their pages."""
+    return markdown.replace(".ipynb)", ".md)")
+
+
+def notebook_files(path):
+    """Return {name: content} of the page of a notebook and of the images that its cells have displayed."""
+    page, images = [], {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        page += [source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"]
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                page += [f"```text\n{''.join(output['text'])}```"]
+            else:
+                name = f"{path.stem}_{len(images)}.png"
+                images[f"tutorials/{name}"] = base64.b64decode("".join(output["data"]["image/png"]))
+                page += [f"![output of the cell above]({name})"]
+    link = f"[Download this notebook]({path.name}){{: download }}"
+    return {f"tutorials/{path.stem}.md": "\n\n".join([page[0], link, *page[1:]]), **images}
 
 
 def flags_page():
