@@ -21,8 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[mpi,test]"
 	touch $(STAMP)
 
+# One process of tests per core, up to 8, of about 1 GiB each. With bytecode, which the environment may turn off, the
+# programs that tests start do not compile the package each time.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal tests
 
 lint: setup
 	$(VENV)/bin/python -c "import mypy" 2>/dev/null || \

@@ -10,6 +10,8 @@ import pytest
 
 # Bits and recorded numbers are those of CPUs, on a machine with a GPU, too.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "PYTEST_XDIST_WORKER" in os.environ:     # the other cores run tests, too
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 

@@ -9,6 +9,7 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -65,13 +66,20 @@ class Forks:
             self.server = None
 
 
+def free_port():
+    """Return a port that no process uses: those of two servers, by their process ids, could coincide."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def serve():
     """Answer requests, one line each, by a status; return the script in each fork, None at the end."""
     for step, line in enumerate(sys.stdin):
-        request, status = json.loads(line), 0
+        request, status, port = json.loads(line), 0, free_port()
         for rank in range(request["ranks"]):
             if not os.fork():
-                return become_rank(request, step, rank)
+                return become_rank(request, step, rank, port)
         for _ in range(request["ranks"]):
             _, ended = os.wait()
             status = status or os.waitstatus_to_exitcode(ended)
@@ -79,7 +87,7 @@ def serve():
     return None
 
 
-def become_rank(request, step, rank):
+def become_rank(request, step, rank, port):
     """Turn this process into a rank: output, environment and arguments are those of the request."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in enumerate(request["files"], 1):
@@ -89,7 +97,7 @@ def become_rank(request, step, rank):
     os.environ.update(request["environ"])
     if request["ranks"] > 1:
         task = {"JOB_ID": os.getppid(), "STEP_ID": step, "NTASKS": request["ranks"], "PROCID": rank, "LOCALID": rank}
-        os.environ.update({f"SLURM_{name}": str(value) for name, value in task.items()})
+        os.environ.update({f"SLURM_{name}": str(value) for name, value in task.items()}, MASTER_PORT=str(port))
     sys.argv = request["words"]
     return sys.argv[0]
 
