@@ -38,7 +38,7 @@ DISCRIMINATOR = DiscriminatorConfig(
     discriminator_weight=0.5, discriminator_start=3, discriminator_channels=16, discriminator_layers=1,
 )
 # Long enough for the loss-aware sampler to leave its warm-up, and beyond the end of an epoch.
-STOP, END, MICRO_STEPS = 8, 14, 2
+STOP, END, MICRO_STEPS = 6, 10, 2
 
 
 def prepare(folder):
@@ -144,7 +144,7 @@ def train(folder, name, kind, steps, *, schedule="uniform", interrupt=0, start=0
     `start` seeds the initial weights, on which a resumed run must not depend.
     """
     batch_size = loop.pop("batch_size", GLOBAL_BATCH // dist_util.world_size())
-    options = {"lr": 1e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
+    options = {"lr": 1.5e-4, "weight_decay": 0.01, "ema_rate": "0.9", "save_interval": 100, "log_interval": 5, **loop}
     torch.manual_seed(start)
     config = from_dict(DiffusionTrainConfig, options)
     network, arguments = network_and_loop_arguments(kind, folder, batch_size, schedule, config)
