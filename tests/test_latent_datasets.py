@@ -674,7 +674,7 @@ def test_dropped_stream_ends_its_thread(cached):
     next(stream)
     own, = set(threading.enumerate()) - before
     del stream      # it is collected after the batch in progress
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while own.is_alive() and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)

@@ -68,7 +68,7 @@ def two_ranks(prepared):
     """Run rank_worker.py twice: the second start resumes after a signal ended the first."""
     stopped = None
     for part in ("first", "again"):
-        done = FORKS.run([ROOT / "tests/rank_worker.py", prepared, part], ranks=2, timeout=300)
+        done = FORKS.run([ROOT / "tests/rank_worker.py", prepared, part], ranks=2, timeout=500)
         assert done.returncode == 0, done.stderr
         stopped = stopped or {kind: checkpoint_util.committed_steps(prepared / f"2/{kind}-resumed") for kind in KINDS}
     return stopped
