@@ -17,6 +17,7 @@ from guided_diffusion_vae.evaluation import (
     collect_features, confusion_matrix, frechet_distance, inception_features, inception_score, kernel_distance, l1,
     latent_features, max_error, nearest_neighbors, precision_recall, psnr, set_metrics, ssim,
 )
+from guided_diffusion_vae.evaluation.set_metrics import calibration_error, macro_f1
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "spectrograms"
 
@@ -653,3 +654,19 @@ def test_labels_out_of_range_or_of_other_length_raise():
         confusion_matrix([0, 3], [0, 1], 3)
     with pytest.raises(ValueError, match="expected equal counts, got 1 predictions for 2 labels"):
         class_agreement([0], [0, 1])
+
+
+def test_macro_f1_averages_over_classes_that_occur():
+    assert macro_f1([[3, 0], [0, 2]]) == 1
+    # Precision 3/4 and recall 3/5; precision 1/3 and recall 1/2; a class that neither occurs nor is predicted.
+    assert macro_f1([[3, 2, 0], [1, 1, 0], [0, 0, 0]]) == pytest.approx((2 * 3 / 9 + 2 * 1 / 5) / 2)
+    assert macro_f1([[1, 1], [0, 0]]) == pytest.approx(2 / 3 / 2)   # predicted, but never right
+
+
+def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():
+    assert calibration_error(np.eye(3), [0, 1, 2]) == 0
+    assert calibration_error(np.eye(2)[[0, 0, 1, 1]], [0, 1, 1, 0]) == 0.5
+    # In one bin gaps of both signs cancel, in different ones they do not.
+    probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]]
+    assert calibration_error(probabilities, [0, 1, 1, 1]) == pytest.approx((0.4 + 0.4) / 2)
+    assert calibration_error(probabilities, [0, 1, 1, 1], bins=1) == pytest.approx(0)

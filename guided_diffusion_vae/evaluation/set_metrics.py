@@ -325,6 +325,29 @@ def class_agreement(predicted, target) -> float:
     return float((predicted == target).mean())
 
 
+def macro_f1(matrix) -> float:
+    """Return the mean over classes of F1, the harmonic mean of precision and recall, of a confusion matrix [K x K].
+
+    Rows are true classes. Classes that neither occur nor are predicted are not counted.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    counted = matrix.sum(1) + matrix.sum(0)
+    return float((2 * matrix.diagonal()[counted > 0] / counted[counted > 0]).mean())
+
+
+def calibration_error(probabilities, labels, bins: int = 15) -> float:
+    """Return the expected calibration error, 0 to 1 (Guo et al. 2017, arXiv:1706.04599, Eq. 5); lower is better.
+
+    The mean over samples of |accuracy - confidence| of their bin, for `bins` equal intervals of the confidence.
+
+    :param probabilities: of the classes, [N x K]; `labels`: int64 [N].
+    """
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    rows = np.minimum((confidence * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(rows, correct - confidence, bins)).sum() / len(labels))
+
+
 def classification_report(predicted, labels, class_names: list[str]) -> dict:
     """Return {"accuracy", "count", "per_class", "confusion"}, JSON-able.
 
