@@ -11,7 +11,7 @@ COMMANDS = {
     "diffusion": ["image_train_vae", "image_train", "super_res_train", "distill", "reconstruct_ema"],
     "classifier": ["classifier_train"],
     "samples": ["image_sample_vae", "image_sample", "classifier_sample", "super_res_sample", "image_edit"],
-    "evaluation": ["evaluate", "image_nll", "detect_anomalies", "report"],
+    "evaluation": ["evaluate", "augmentation_study", "image_nll", "detect_anomalies", "report"],
     "other programs": ["export", "push", "doctor"],
 }
 NAMES = [name for names in COMMANDS.values() for name in names]

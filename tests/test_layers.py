@@ -20,14 +20,15 @@ LAYERS = """
     rectified_flow respace runs.flags sampling.solvers vae vae.streaming
     data evaluation.features evaluation.likelihood fp16_util latent_datasets objectives runs.diffusers_export
     runs.factories sampling.sampler vae.foreign
-    data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews sampling.editing sampling.generate
+    data.cache_writer evaluation.anomaly evaluation.comparison evaluation.previews evaluation.study
+    sampling.editing sampling.generate
     evaluation.report_page
     script_util train_util vae.objective vae_wrapper
     distillation evaluation.roundtrip runs.planning runs.run runs.spaces sampling
     evaluation
     runs.cards
     runs.configs runs.loading runs.training
-    runs.ema_sweep runs.doctor runs.export runs.tstr
+    runs.ema_sweep runs.doctor runs.export runs.study runs.tstr
 """.split()
 # A package counts as a module if its __init__.py imports something: it is then the public interface of its folder.
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -63,7 +63,7 @@ def test_list_of_commands_does_not_import_torch():
 
 @pytest.mark.parametrize("word, end", [
     ("image-sampel-vae", "did you mean 'image-sample-vae'?"), ("evaluate.py", "did you mean 'evaluate'?"),
-    ("xyz", "expected one of: check-roundtrip, "),
+    ("xyz", "expected one of: augmentation-study, "),
 ])
 def test_unknown_command_names_the_nearest(gdvae, word, end):
     status, _, error = gdvae(word)

@@ -23,6 +23,7 @@ from guided_diffusion_vae import checkpoint_util
 from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencoder
 from guided_diffusion_vae.config import as_dict
 from guided_diffusion_vae.data import open_npz
+from guided_diffusion_vae.files import read_record
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.locks import locked_folder
 from guided_diffusion_vae.resample import LossSecondMomentResampler
@@ -269,6 +270,9 @@ def test_sampling_needs_only_a_model_file_and_two_ranks_equal_one(chain, call, t
     assert np.abs(images - second.images).max() <= 1 and (images != second.images).mean() < 1e-3
     assert first.labels[:5].tolist() == [0, 1, 0, 1, 0] and first.class_names == ["a", "b"] and images.std() > 3
     assert {"contact_sheet.png", "png/a_000000.png", "png/b_000003.png"} <= set(listing(tmp_path / "one"))
+    record = read_record(tmp_path / "one/sampling.json")    # by which augmentation_study.py finds the networks
+    assert record["samples"] == "samples_64x64x64x1.npz" and record["paths"] == {"model_path": str(chain.model)}
+    assert record["settings"]["model"] == checkpoint_util.find_weights(chain.model)[1]
 
 
 def test_sampling_requested_classes_with_fewer_steps(chain, call, tmp_path):

@@ -283,6 +283,19 @@ def _match_rows(names, path, table, column):
     return rows, unmatched
 
 
+def read_column(names: Sequence[str], folder: str, column: str) -> list[str] | None:
+    """Return the text that each file has in a column of the label file of a folder, None if there is no such column.
+
+    :raises ValueError: if a file has no row.
+    """
+    prefix, path = _enter(names, folder, NO_COLUMN)
+    table = path and _read_table(path)
+    if not table or column not in table.columns:
+        return None
+    rows, _ = _match_rows(_below(names, prefix), path, table, column)
+    return [table.columns[column][row] for row in rows]
+
+
 def _labels_of_rows(names, rows, path, texts, column):
     """Return the class name of each file; 3.0 is 3.
 

@@ -9,8 +9,8 @@ from PIL import Image
 from ..config import require
 from ..sampling.sheets import BACKGROUND, FOREGROUND, MAX_ROWS, contact_sheet, save_image, to_numpy
 
-__all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "curve_grid", "line_plot", "neighbor_grid",
-           "reconstruction_grid", "save_image"]
+__all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "curve_grid", "interval_plot", "line_plot",
+           "neighbor_grid", "reconstruction_grid", "save_image"]
 
 NEIGHBORS_FILE = "nearest_neighbors.npz"    # samples and their nearest training images, for a report page
 MAX_IMAGES, MAX_VOLUMES = 240, 24   # samples in that file, and on a report page
@@ -83,6 +83,27 @@ def curve_grid(panels: dict) -> Image.Image:
                 panel.set_title(title, fontsize=8)
         axes[row, 0].set_ylabel(group, fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return _render(figure)
+
+
+def interval_plot(curves: dict, ticks: list[str], x: str, y: str) -> Image.Image:
+    """Return a plot of values with intervals; `x` and `y` label the axes.
+
+    :param curves: {name: {tick: (value, low, high)}}, side by side at each of `ticks`.
+    """
+    figure, panel = _figure(max(7, 0.45 * len(curves) * len(ticks) + 4), 4.5)
+    for i, (name, points) in enumerate(curves.items()):
+        present = [tick for tick in ticks if tick in points]
+        value, low, high = np.array([points[tick] for tick in present]).reshape(-1, 3).T
+        position = np.array([ticks.index(tick) for tick in present]) + 0.7 * ((i + 0.5) / len(curves) - 0.5)
+        panel.errorbar(position, value, [value - low, high - value], fmt="os^Dv"[i % 5], markersize=4, capsize=3,
+                       color=f"C{i % 10}", label=name)
+    panel.set_xticks(range(len(ticks)), ticks)
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3, axis="y")
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return _render(figure)
 
 

@@ -12,6 +12,7 @@ from ..ema_profiles import ReconstructConfig
 from ..evaluation import EvaluateConfig, LikelihoodConfig, RoundtripConfig
 from ..evaluation.anomaly import AnomalyConfig
 from ..evaluation.report_page import ReportConfig
+from ..evaluation.study import StudyConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
 from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig
@@ -32,6 +33,7 @@ __all__ = [
     "FastLaunchConfig", "GuidanceConfig", "LatentCacheConfig", "LatentConfig", "LaunchConfig", "LikelihoodConfig",
     "MicrodopplerConfig", "ModelConfig", "NormalizerConfig", "PerceptualConfig", "PixelSamplingConfig", "PlanConfig",
     "PushConfig", "ReconstructConfig", "ReportConfig", "RoundtripConfig", "RunConfig", "SamplingConfig",
-    "SmallCacheConfig", "SpectrogramConfig", "StftConfig", "SuperResConfig", "TrainConfig", "VAEConfig",
+    "SmallCacheConfig", "SpectrogramConfig", "StftConfig", "StudyConfig", "SuperResConfig", "TrainConfig",
+    "VAEConfig",
 ]
 CONFIGS = tuple(globals()[name] for name in __all__)

@@ -6,6 +6,7 @@ header is made. Flags that conflict with the header of a checkpoint are rejected
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from ..evaluation import (
 from ..data.axes import SpectrogramConfig, resolve_axes
 from ..evaluation.anomaly import AnomalyConfig, Detector, find_anomalous, positive_levels
 from ..evaluation.physics import Physics
-from ..files import file_errors, sha256_of_file
+from ..files import file_errors, sha256_of_file, write_record
 from ..interfaces import Process
 from ..logger import log_rank0, progress
 from ..sampling import (
@@ -48,6 +49,9 @@ from .spaces import (
 # Flags of the model that do not change its weights, and may therefore differ from its header.
 SAMPLING_OVERRIDABLE = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
                         "classifier_use_fp16")
+# Beside samples: the file that names their networks and images, by these flags.
+SAMPLING_RECORD = "sampling.json"
+RECORDED_PATHS = "model_path", "guide_model_path", "classifier_path", "vae_path", "base_samples", "data_dir"
 _NOT_BUILT = "its header and the flags describe no model", "check the file and the flags of the model"
 
 
@@ -548,6 +552,10 @@ def sample(run, sampler: Sampler) -> Path | None:
     log_rank0(sampler.summary())
     if not run.dry_run:
         path = generate_samples(sampler, classes, config, run.folder, dist_util.dev())
+        if dist_util.rank() == 0:   # by which `study.seen_images` finds the images that the networks were trained on
+            paths = {name: os.path.abspath(run.setting(name)) for name in RECORDED_PATHS if run.setting(name)}
+            write_record(run.folder / SAMPLING_RECORD, {"samples": path.name, "paths": paths,
+                                                        "settings": sampler.settings})
         log_rank0(f"saved {config.num_samples} samples to {path}")
         return path
     return None

@@ -1,0 +1,413 @@
+"""Measure what synthetic images are worth for a classifier: trained with and without them, tested on real images."""
+
+import csv
+import io
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import dist_util
+from ..config import CommaSeparated, option, require, words
+from ..data.augmentation import augment_spectrograms
+from ..files import atomic_stream, hash_lines, read_record, write_json, write_record
+from ..logger import log_rank0, progress
+from ..nn import keyed_rng, keyed_seed
+from ..objectives import StepRNG
+from .figures import interval_plot, save_image
+from .set_metrics import calibration_error, confusion_matrix, macro_f1
+
+STUDY = 17              # second number of the keys of its random numbers; training and sampling use others
+VERSION = 1             # of what a training does: one of another version is not reused
+WARMUP_STEPS = 20
+STOPS = 0.25, 0.5, 0.75, 1      # parts of the steps after which the validation images are measured
+SELECTION_SEEDS = 3     # trainings of each strength on a part of the images, to choose the strength and the steps
+HELD_BACK = 0.2         # part of a recording that validates, if its class has no other recording
+TEST_BATCH = 256
+SYNTHETIC = math.inf    # ratio of an arm without real images
+METRICS = "error", "macro_f1", "calibration_error", "cross_entropy"
+positive = CommaSeparated("1,2", "positive numbers", float, lambda numbers: min(numbers, default=0) > 0)
+
+
+@dataclass
+class StudyConfig:
+    SECTION = "study"
+
+    val_data_dir: str = option("", "test images, of other recordings than --data_dir: nothing is chosen by them",
+                               essential=True)
+    samples: words = option(
+        "", "comma-separated sets of samples, each the folder of a sampling script with its sampling.json: the files "
+            "that its networks were trained on determine the share that it belongs to; empty: no synthetic images",
+        essential=True)
+    group_by: str = option(
+        "", "recording or subject of an image: regular expression, whose groups are searched in the file name, or a "
+            "column of the label file; empty: images are independent", essential=True)
+    shares: words = option(
+        "all", "comma-separated shares of the training images, smaller ones first: N (first N recordings of each "
+               "class), P% (first P percent of each recording), N:P%, or all", essential=True)
+    ratios: positive = option("1", "comma-separated numbers of synthetic images per real one in a batch",
+                              essential=True)
+    strengths: positive = option(
+        "0.5,1,2", "comma-separated strengths of classical augmentation (1: shifts by up to 25% of the time and 3% of "
+                   "the Doppler axis, gain 10% of the range, noise 5%, masks 20%); one is chosen by validation",
+        essential=True)
+    seeds: int = option(6, "trainings of each arm, with seeds that all arms share", minimum=2, essential=True)
+    steps: int = option(300, "optimizer steps of the schedule, equal for all arms", minimum=1, essential=True)
+    batch_size: int = option(64, "images in a batch, of all classes equally", minimum=2)
+    width: int = option(8, "channels of the first layer of the classifier", minimum=1)
+    lr: float = option(2e-3, "learning rate of AdamW, after a warmup decayed linearly to 0", above=0)
+    weight_decay: float = option(0.05, "decoupled weight decay of AdamW", minimum=0)
+    allow_groups: words = option(
+        "", "comma-separated recordings that may have images in both --data_dir and --val_data_dir, of other times")
+    allow_networks: words = option(
+        "", "comma-separated paths of networks that may be trained on other images than those of a share, because they "
+            "are known not to be test images: pretrained networks, simulations")
+
+
+class Images(NamedTuple):
+    """Images in [0, 1], float32 [N x C x H x W], and their classes, int64 [N], on the CPU."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def select(self, rows):
+        """Return the images of some rows."""
+        rows = torch.as_tensor(rows)
+        return Images(self.images[rows], self.labels[rows])
+
+
+class Share(NamedTuple):
+    """A share of the training images: its rows int64 [N], and {name: `Images`} of samples that it alone trained.
+
+    `digests` identify the samples.
+    """
+
+    name: str
+    rows: np.ndarray
+    samples: dict
+    digests: dict
+
+
+class Arm(NamedTuple):
+    """Training images of a classifier: `ratio` of the samples `source` per real one, augmented with `strength`."""
+
+    ratio: float = 0
+    strength: float = 0
+    source: str = ""
+
+
+def list_arms(config: StudyConfig, strength: float, sources) -> dict[str, Arm]:
+    """Return {name: `Arm`} of a share, with the chosen strength of classical augmentation and its sets of samples."""
+    strengths, ratios = positive.parse(config.strengths, "strengths"), positive.parse(config.ratios, "ratios")
+    arms = {"real": Arm(), **{f"classical {each:g}": Arm(strength=each) for each in strengths}}
+    for source in sources:
+        of = f" of {source}" if len(sources) > 1 else ""
+        arms[f"synthetic{of}"] = Arm(SYNTHETIC, 0, source)
+        arms |= {f"real + synthetic{of} 1:{ratio:g}": Arm(ratio, 0, source) for ratio in ratios}
+        arms |= {f"classical + synthetic{of} 1:{ratio:g}": Arm(ratio, strength, source) for ratio in ratios}
+    return arms
+
+
+# --- Shares and validation images ---
+
+
+def find_share(text: str, groups, labels) -> np.ndarray:
+    """Return the rows int64 [N] of an entry of `--shares`.
+
+    :param groups: recording of each image, whose order is that of time.
+    :raises ValueError: if the text is none, or there are no such recordings.
+    """
+    found = re.fullmatch(r"all|(\d+)|(?:(\d+):)?(\d+(?:\.\d+)?)%", text)
+    expected = f"--shares {text}: expected N (recordings of each class), P% (of each recording), N:P% or all"
+    require((found, expected))
+    count = int(found[1] or found[2] or len(groups))
+    part = float(found[3] or 100) / 100
+    require((count >= 1 and 0 < part <= 1, expected))
+    rows = [chosen[:max(1, math.ceil(part * len(chosen) - 1e-9))]
+            for recordings in _recordings(groups, labels) for chosen in recordings[:count]]
+    return np.sort(np.concatenate(rows))
+
+
+def split_validation(groups, labels, rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (fitted, validation) of a share: the last recording of each class validates.
+
+    The last HELD_BACK of it, if a class has one recording.
+
+    :raises ValueError: if a class has one image.
+    """
+    fitted, validation = [], []
+    for recordings in _recordings(groups[rows], labels[rows]):
+        if len(recordings) > 1:
+            *first, last = recordings
+        else:
+            recording, = recordings
+            held_back = max(1, int(HELD_BACK * len(recording)))
+            require((held_back < len(recording), "--shares: a share has one image of a class, expected two or more"))
+            first, last = [recording[:-held_back]], recording[-held_back:]
+        fitted += first
+        validation.append(last)
+    return rows[np.sort(np.concatenate(fitted))], rows[np.sort(np.concatenate(validation))]
+
+
+def _recordings(groups, labels):
+    """Return for each class the rows of each of its recordings, in natural order of their names."""
+    natural = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [[np.flatnonzero((groups == group) & (labels == label))
+             for group in sorted(set(groups[labels == label]), key=natural)] for label in np.unique(labels)]
+
+
+# --- One training ---
+
+
+def create_network(channels: int, num_classes: int, width: int) -> nn.Module:
+    """Return a convolutional classifier: images in [-1, 1], [N x C x H x W], to logits [N x K]."""
+    widths = [channels, width, 2 * width, 4 * width, 4 * width]
+    layers = [layer for a, b in itertools.pairwise(widths)
+              for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(math.gcd(8, b), b), nn.SiLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3),
+                         nn.Linear(16 * widths[-1], num_classes))
+
+
+def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: StudyConfig, stops, device):
+    """Train a classifier; yield it after each number of steps in `stops`.
+
+    A batch has as many images of each class on average, and a constant number of samples. Initialization, classes and
+    augmentation depend on the seed alone, so that arms are paired.
+    """
+    num_classes, batch_size = int(real.labels.max()) + 1, config.batch_size
+    num_synthetic = batch_size if arm.ratio == SYNTHETIC else round(batch_size * arm.ratio / (1 + arm.ratio))
+    pools = [[torch.nonzero(part.labels == label)[:, 0] for label in range(num_classes)] if part else None
+             for part in (samples, real)]
+    rng = keyed_rng(seed, STUDY)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(keyed_seed(seed, STUDY))
+        network = create_network(real.images.shape[1], num_classes, config.width).to(device)
+        optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay)
+        for step in range(max(stops)):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / config.steps)
+            labels, positions = rng.integers(num_classes, size=batch_size), rng.random(batch_size)
+            batch = [(part.images, pool[label][int(position * len(pool[label]))])
+                     for i, (label, position) in enumerate(zip(labels, positions))
+                     for part, pool in [(samples, pools[0]) if i < num_synthetic else (real, pools[1])]]
+            images = torch.stack([source[row] for source, row in batch]).to(device)
+            if arm.strength:
+                images = augment_spectrograms(images, StepRNG(seed, step, range(batch_size), batch_size), arm.strength)
+            loss = F.cross_entropy(network(2 * images - 1), torch.from_numpy(labels).to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step + 1 in stops:
+                yield network
+
+
+@torch.no_grad()
+def measure(network: nn.Module, images: Images, device) -> dict:
+    """Return the metrics of a classifier: METRICS, `accuracy` and the `recall` of each class."""
+    network.eval()
+    logits = torch.cat([network(2 * part.to(device) - 1).cpu() for part in images.images.split(TEST_BATCH)]).double()
+    network.train()
+    labels, probabilities = images.labels, logits.softmax(1)
+    matrix = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
+    accuracy = float(matrix.diagonal().sum() / matrix.sum())
+    with np.errstate(invalid="ignore"):
+        recall = matrix.diagonal() / matrix.sum(1)
+    return {"error": 1 - accuracy, "accuracy": accuracy, "macro_f1": macro_f1(matrix),
+            "calibration_error": calibration_error(probabilities, labels),
+            "cross_entropy": F.cross_entropy(logits, labels).item(),
+            "recall": [None if math.isnan(each) else each for each in recall.tolist()]}
+
+
+# --- The study ---
+
+
+def run_study(config: StudyConfig, training: Images, groups, test: Images, shares: list[Share], class_names, folder,
+              settings, device) -> dict:
+    """Train all arms of all shares; return the report, after writing tables and a plot to `folder`.
+
+    The ranks share the trainings; all of them call this, and rank 0 writes the report. A finished training has a record
+    in trainings/, named by its settings, and is not repeated.
+
+    The strength of classical augmentation and the number of steps are chosen by validation images out of the share,
+    without samples. Then all arms are trained on all images of the share, in that number of steps.
+
+    :param groups: recording of each training image.
+    :param settings: text of all that determines the images.
+    """
+    settings = [str(VERSION), settings, *(f"{name} {getattr(config, name)}" for name in
+                                          ("steps", "batch_size", "width", "lr", "weight_decay"))]
+    labels = training.labels.numpy()
+    strengths = positive.parse(config.strengths, "strengths")
+    splits = {share.name: split_validation(groups, labels, share.rows) for share in shares}
+    selections = [(share, Arm(strength=strength), seed) for share in shares for strength in strengths
+                  for seed in range(SELECTION_SEEDS)]
+    stops = sorted({math.ceil(part * config.steps) for part in STOPS})
+
+    def select(share, arm, seed):
+        fitted, validation = (training.select(rows) for rows in splits[share.name])
+        return {"validation": [measure(network, validation, device)["cross_entropy"]
+                               for network in train(fitted, None, arm, seed, config, stops, device)]}
+
+    measured = _run("validation", selections, select, settings, folder)
+    choices = {share.name: _choose(stops, {
+        arm.strength: [result["validation"] for (other, arm_, _), result in zip(selections, measured)
+                       if other is share and arm_ == arm] for arm in {task[1]: None for task in selections}
+    }) for share in shares}
+    for name, choice in choices.items():
+        log_rank0(f"share {name}: strength {choice['strength']:g} and {choice['steps']} steps are chosen by validation")
+
+    arms = {share.name: list_arms(config, choices[share.name]["strength"], list(share.samples)) for share in shares}
+    tasks = [(share, arm, seed) for share in shares for seed in range(config.seeds)
+             for arm in arms[share.name].values()]
+
+    def test_one(share, arm, seed):
+        stop = choices[share.name]["steps"]
+        network, = train(training.select(share.rows), share.samples.get(arm.source), arm, seed, config, [stop], device)
+        return measure(network, test, device)
+
+    chosen = {name: str(choice["steps"]) for name, choice in choices.items()}
+    results = dict(zip(((share.name, arm, seed) for share, arm, seed in tasks),
+                       _run("trainings", tasks, test_one, settings, folder, chosen)))
+    report = {"classes": class_names, "num_test": len(test.labels), "seeds": config.seeds, "shares": {}}
+    for share in shares:
+        choice, by_arm = choices[share.name], {
+            name: [results[share.name, arm, seed] for seed in range(config.seeds)]
+            for name, arm in arms[share.name].items()}
+        report["shares"][share.name] = {"images": len(share.rows), **choice, **summarize(by_arm, choice["strength"])}
+    if dist_util.rank() == 0:
+        _write(report, results, arms, class_names, folder)
+    return report
+
+
+def _run(description, tasks, function, settings, folder, chosen=None):
+    """Return the result of `function` of each task on all ranks, each from its record or computed by one rank."""
+    trainings = folder / "trainings"
+    trainings.mkdir(parents=True, exist_ok=True)
+    own = {}
+    for number in progress(range(len(tasks))[dist_util.rank()::dist_util.world_size()], description):
+        share, arm, seed = tasks[number]
+        key = hash_lines([*settings, description, hash_lines(map(str, share.rows)), repr(arm._replace(source="")),
+                          share.digests.get(arm.source, ""), str(seed), (chosen or {}).get(share.name, "")])
+        path = trainings / f"{key[:16]}.json"
+        if path.exists():
+            own[number] = read_record(path, "remove it: the training is repeated")["result"]
+        else:
+            own[number] = function(share, arm, seed)
+            about = {"share": share.name, "arm": arm._asdict() | {"ratio": str(arm.ratio)}, "seed": seed}
+            write_record(path, {**about, "result": own[number]})
+    results = {number: result for part in dist_util.gather_objects(own) for number, result in part.items()}
+    return [results[number] for number in range(len(tasks))]
+
+
+def _choose(stops, losses):
+    """Return the strength and steps with the lowest mean validation loss.
+
+    :param losses: {strength: one list per seed, of the loss after each of `stops`}.
+    """
+    means = {strength: np.mean(rows, 0).tolist() for strength, rows in losses.items()}
+    _, strength, steps = min((loss, strength, steps) for strength, row in means.items()
+                             for loss, steps in zip(row, stops))
+    return {"strength": strength, "steps": steps,
+            "validation_loss": {f"{strength:g}": dict(zip(map(str, stops), row)) for strength, row in means.items()}}
+
+
+# --- Statistics ---
+
+
+def interval(values) -> list[float]:
+    """Return [mean, low, high] of values over seeds: the 95% interval of Student's t distribution."""
+    from scipy.stats import t
+
+    values = np.asarray(values, np.float64)
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
+
+
+def summarize(results: dict[str, list[dict]], strength: float) -> dict:
+    """Return means and intervals over seeds of {arm: results by seed}, and differences to classical augmentation.
+
+    `baseline` is the arm of the chosen strength; `best_classical` the one with the lowest error on the test images,
+    a bound that no honest choice reaches. Differences are paired by seed; `relative` ones are parts of the mean error
+    of the other arm.
+    """
+    baseline = f"classical {strength:g}"
+    mean_error = {name: np.mean([each["error"] for each in rows]) for name, rows in results.items()}
+    best = min((name for name in results if re.fullmatch(r"classical \S+", name)), key=mean_error.get)
+    arms = {}
+    for name, rows in results.items():
+        arms[name] = {metric: interval([row[metric] for row in rows]) for metric in METRICS}
+        arms[name]["recall"] = [None if None in values else float(np.mean(values))
+                                for values in zip(*(row["recall"] for row in rows))]
+        for key, other in (("difference", baseline), ("difference_to_best", best)):
+            values = interval([row["error"] - base["error"] for row, base in zip(rows, results[other])])
+            arms[name][key] = values
+            if mean_error[other]:
+                arms[name][f"relative_{key}"] = [value / mean_error[other] for value in values]
+    return {"baseline": baseline, "best_classical": best, "arms": arms}
+
+
+def format_table(report: dict) -> list[str]:
+    """Return lines of the tables of a report, one table per share."""
+    lines = []
+    for name, share in report["shares"].items():
+        lines += [f"share {name}: {share['images']} training images, {report['num_test']} test images, mean of "
+                  f"{report['seeds']} seeds [95% interval]",
+                  f"{'arm':34} {'error in %':>20} {'macro-F1':>9} {'lowest recall':>24} {'ECE':>6} "
+                  f"{'error to ' + share['baseline']:>26}"]
+        for arm, values in share["arms"].items():
+            recalls = [(recall, label) for recall, label in zip(values["recall"], report["classes"])
+                       if recall is not None]
+            recall, label = min(recalls)
+            relative = values.get("relative_difference")
+            difference = "" if arm == share["baseline"] or not relative else (
+                "{:+.0%} [{:+.0%}, {:+.0%}]".format(*relative))
+            error = "{:.2f} [{:.2f}, {:.2f}]".format(*(100 * value for value in values["error"]))
+            lines.append(f"{arm:34} {error:>20} {values['macro_f1'][0]:>9.3f} {f'{recall:.3f} {label}':>24} "
+                         f"{values['calibration_error'][0]:>6.3f} {difference:>26}")
+    return lines
+
+
+def verdict(report: dict) -> list[str]:
+    """Return one line per share with samples: what they changed beside classical augmentation."""
+    lines = []
+    for name, share in report["shares"].items():
+        both = next((arm for arm in share["arms"] if arm.startswith("classical + ")), None)
+        if both is None:
+            continue
+        values, base = share["arms"][both], share["arms"][share["baseline"]]
+        low, high = values["difference"][1:]
+        effect = "lower" if high < 0 else "higher" if low > 0 else "not significantly different"
+        change = "{:+.0%} [{:+.0%}, {:+.0%}], ".format(*values["relative_difference"]) if base["error"][0] else ""
+        lines.append(f"share {name}: {both}: error {values['error'][0]:.2%} instead of {base['error'][0]:.2%} with "
+                     f"{share['baseline']} alone: {change}{effect}")
+    return lines
+
+
+def _write(report, results, arms, class_names, folder):
+    """Write study.json, study.csv and study.png, and log the tables."""
+    write_json(folder / "study.json", report)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["share", "arm", "seed", *METRICS, *(f"recall_{name}" for name in class_names)])
+    names = {(share, arm): name for share, by_name in arms.items() for name, arm in by_name.items()}
+    for (share, arm, seed), result in results.items():
+        writer.writerow([share, names[share, arm], seed, *(f"{result[metric]:.6g}" for metric in METRICS),
+                         *("" if recall is None else f"{recall:.6g}" for recall in result["recall"])])
+    with atomic_stream(folder / "study.csv") as stream:
+        stream.write(text.getvalue().encode())
+    curves = {}
+    for share, summary in report["shares"].items():
+        for name, values in summary["arms"].items():
+            name = "classical (chosen)" if name == summary["baseline"] else name
+            curves.setdefault(name, {})[share] = [100 * value for value in values["error"]]
+    shown = {name: points for name, points in curves.items() if not re.fullmatch(r"classical \d\S*", name)}
+    save_image(folder / "study.png", interval_plot(shown, list(report["shares"]), "share of real training images",
+                                                   "error on test images in %"))
+    for line in [*format_table(report), *verdict(report)]:
+        log_rank0(line)
