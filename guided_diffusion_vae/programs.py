@@ -34,5 +34,12 @@ def call_as_started(text):
     program = next((p for p in PROGRAMS if Path(sys.argv[0]).name.startswith(f"{p} ")), None)
     if program is None:
         return text
-    scripts = rf"\b((?:python )?scripts/)?({'|'.join(NAMES)})\.py\b"
-    return re.sub(scripts, lambda match: f"{program} {spell(match[2])}" if match[1] else spell(match[2]), text)
+
+
+    def command(match):
+        path, name = match.groups()
+        if name not in NAMES:
+            return match[0]
+        return f"{program} {spell(name)}" if path else spell(name)
+
+    return re.sub(r"\b((?:python )?scripts/)?(\w+)\.py\b", command, text)
