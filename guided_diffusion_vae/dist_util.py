@@ -10,6 +10,7 @@ reads the variable when torch is imported: set it in the environment, it has no 
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -455,6 +456,10 @@ def memory_bytes():
     """Return the total memory, in bytes, of the device of this process."""
     if dev().type == "cuda":
         return torch.cuda.mem_get_info()[1]
+    if not hasattr(os, "sysconf"):      # Windows
+        status = (ctypes.c_uint64 * 8)(64)      # MEMORYSTATUSEX: its own size in bytes, then the memory of the machine
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,5 @@
 import copy
+import ctypes
 import datetime
 import json
 import os
@@ -547,6 +548,21 @@ def test_launch_user_errors_are_one_line(error, message, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         dist_util.launch(main)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_memory_of_a_machine_without_sysconf_is_that_of_windows(monkeypatch):
+    monkeypatch.setattr(dist_util, "dev", lambda: torch.device("cpu"))
+    assert dist_util.memory_bytes() > 2**28
+
+    def global_memory_status(status):
+        assert len(bytes(status)) == status[0] == 64    # its first entry
+        status[0], status[1] = 64 | 37 << 32, 12345     # with the load in percent; then the memory
+        return 1
+
+    kernel = SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=global_memory_status))
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(ctypes, "windll", kernel, raising=False)
+    assert dist_util.memory_bytes() == 12345
 
 
 def test_launch_out_of_memory_names_the_flags_that_bound_it(capsys):
