@@ -18,11 +18,21 @@ heading() { printf '\n=== %s  (%d min %02d s so far)\n' "$1" $((SECONDS / 60)) $
 one_rank() { OMP_NUM_THREADS=2 python "$@"; }
 two_ranks() { OMP_NUM_THREADS=1 mpiexec -n 2 python "$@"; }
 
+# A training that receives SIGTERM saves a checkpoint and ends with status 0, as schedulers expect: the next step must not
+# take its model for a finished one.
+require_finished() {
+    if tail -n 3 "$1/log.txt" | grep -q "received a termination signal"; then
+        echo "error: training into $1 was interrupted: expected a finished model; run the same command again" >&2
+        exit 143
+    fi
+}
+
 heading "1/8  Simulate radar spectrograms of six hand motions: labeled images for training and validation"
 one_rank scripts/make_microdoppler.py --config $CONFIG --out_dir $RUN/data
 
 heading "2/8  Train an autoencoder that compresses images to latents"
 one_rank scripts/train_autoencoder.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/autoencoder
+require_finished $RUN/autoencoder
 
 heading "3/8  Measure the reconstruction quality on validation images"
 one_rank scripts/check_roundtrip.py --config $CONFIG --vae_path $RUN/autoencoder --data_dir $RUN/data/val --logdir $RUN/roundtrip
@@ -32,9 +42,11 @@ one_rank scripts/encode_dataset.py --config $CONFIG --vae_path $RUN/autoencoder 
 
 heading "5/8  Train a class-conditional diffusion model on the latents, with two ranks"
 two_ranks scripts/image_train_vae.py --config $CONFIG --cache_dir $RUN/latents --logdir $RUN/diffusion
+require_finished $RUN/diffusion
 
 heading "6/8  Train a classifier on the real images, for the evaluation of the samples"
 one_rank scripts/classifier_train.py --config $CONFIG --data_dir $RUN/data/train --val_data_dir $RUN/data/val --logdir $RUN/classifier
+require_finished $RUN/classifier
 
 heading "7/8  Sample all motions cyclically, with two ranks"
 two_ranks scripts/image_sample_vae.py --model_path $RUN/diffusion --num_samples $SAMPLES --batch_size 48 --timestep_respacing ddim100 --logdir $RUN/samples

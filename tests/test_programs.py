@@ -1,5 +1,6 @@
 """The program `gdvae`: commands, help, names of programs in messages, configurations by name, tab completion."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -136,3 +137,30 @@ def test_bash_completes_commands_flags_and_values(gdvae):
 
 def test_completion_of_another_shell_is_rejected(gdvae):
     assert gdvae("completion", "csh")[0] == "error: no completion for 'csh': expected bash; gdvae completion bash"
+
+
+@pytest.mark.parametrize("interrupted", ["autoencoder", "diffusion", "classifier", None])
+def test_quickstart_ends_after_an_interrupted_training(tmp_path, interrupted):
+    """The programs are replaced by one that records its words, and a training that was sent SIGTERM ends with 0."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copyfile(ROOT / "scripts" / "quickstart.sh", tmp_path / "scripts" / "quickstart.sh")
+    fake = tmp_path / "bin" / "python"
+    fake.write_text(f"""#!/bin/sh
+echo "$*" >> calls.txt
+while [ "$1" != --logdir ] && [ $# -gt 0 ]; do shift; done
+[ $# -gt 0 ] || exit 0
+mkdir -p "$2"
+[ "$2" != quickstart/{interrupted} ] || echo "received a termination signal, saved step 3; rerun" >> "$2/log.txt"
+echo "the last line" >> "$2/log.txt"
+""")
+    fake.chmod(0o755)
+    shutil.copy(fake, tmp_path / "bin" / "mpiexec")
+    done = subprocess.run(["bash", tmp_path / "scripts" / "quickstart.sh"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    last = (tmp_path / "calls.txt").read_text().splitlines()[-1]
+    if interrupted is None:
+        assert done.returncode == 0 and last.startswith("- quickstart/evaluation/metrics.json")
+    else:
+        assert done.returncode == 143 and last.endswith(f"--logdir quickstart/{interrupted}")
+        assert f"error: training into quickstart/{interrupted} was interrupted" in done.stderr
