@@ -342,6 +342,17 @@ def test_validation_cache_must_have_the_autoencoder_and_scale_of_the_run(encode,
         open_validation(scaled.folder, cache, space)
 
 
+def test_validation_latents_must_have_the_shape_of_the_training_latents(encode, cache, images, tmp_path):
+    codec = create_vae(VAEConfig(str(tmp_path / "vae.pt")), CPU)
+    space = Space(codec, LatentNormalizer([0], [1], "none"))
+    smaller = encode("smaller", image_size=4)
+    message = r"\(--val_data_dir\): expected latents of shape \(.*\) as in .*, got \(.*\); set --val_data_dir to images"
+    with pytest.raises(ValueError, match=f"smaller {message}"):
+        open_validation(smaller.folder, cache, space)
+    with pytest.raises(ValueError, match=f"images {message}"):
+        open_validation(images.data_dir, smaller, space, images)
+
+
 def test_validation_images_are_encoded_in_the_space_without_flips(encode, cache, images, tmp_path):
     codec = create_vae(VAEConfig(str(tmp_path / "vae.pt")), CPU)
     data = dataclasses.replace(images, data_dir="elsewhere", random_flip=True, crop="random")

@@ -133,10 +133,18 @@ def open_cache(folder, explicit):
 def open_validation(run, source, space):
     """Return the latent source of `--val_data_dir` in the `Space` of `source`: a cache of its autoencoder, or images.
 
-    :raises ValueError: if it is a cache of another autoencoder or scale factor.
+    :raises ValueError: if it is a cache of another autoencoder or scale factor, or its latents have another shape.
     :raises FileNotFoundError: if images must be encoded and the autoencoder is not available.
     """
     path = run.setting("val_data_dir")
+    validation = _open_validation(run, path, source, space)
+    found, expected = tuple(validation.latent_shape), tuple(source.latent_shape)
+    require((found == expected, f"{path} (--val_data_dir): expected latents of shape {expected} as in {source.folder}, "
+             f"got {found}; set --val_data_dir to images, or a cache of images, of the size of the training data"))
+    return validation
+
+
+def _open_validation(run, path, source, space):
     if is_cache(path):
         cache, expected = open_latents(path), space_header(source, space)["autoencoder"]
         if expected and cache.autoencoder["sha256"] != expected["sha256"]:
