@@ -36,7 +36,9 @@ from guided_diffusion_vae.autoencoder import AutoencoderConfig, create_autoencod
 from guided_diffusion_vae.config import CommaSeparated, option
 from guided_diffusion_vae.dist_util import CUBLAS_WORKSPACES, FastLaunchConfig, set_numerics
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
-from guided_diffusion_vae.nn import GroupNorm32, allow_tf32, conv_nd, upsample_conv, upsample_nearest
+from guided_diffusion_vae.nn import (
+    GroupNorm32, allow_tf32, conv_nd, fuse_norms, norm_act, upsample_conv, upsample_nearest,
+)
 from guided_diffusion_vae.objectives import ClassifierObjective, DiffusionObjective
 from guided_diffusion_vae.resample import UniformSampler
 from guided_diffusion_vae.runs.factories import build_classifier, create_diffusion, create_model_and_diffusion_vae
@@ -664,7 +666,7 @@ def with_backward(function, *inputs):
 
 
 def norms(setup):
-    """Yield milliseconds of a norm and SiLU in bfloat16, forward and backward, eager and compiled to one kernel."""
+    """Yield milliseconds of a norm and SiLU in bfloat16, forward and backward: eager, compiled, and as --fuse_norms."""
     for shape, channels_last in itertools.product(setup.sizes.feature_maps, (False, True)):
         yield _map_name(shape, channels_last), functools.partial(_norm_row, setup, shape, channels_last)
 
@@ -681,14 +683,19 @@ def _feature_map(setup, shape, channels_last):
 
 def _norm_row(setup, shape, channels_last):
     x, norm = _feature_map(setup, shape, channels_last), GroupNorm32(32, shape[1]).to(setup.device)
-    eager = lambda x: F.silu(norm(x))
-    compiled = torch.compile(eager, dynamic=False)
-    runs = {name: with_backward(functools.partial(f, x), x, *norm.parameters())
-            for name, f in (("eager", eager), ("compiled", compiled))}
+    fused = copy.deepcopy(norm)
+    fuse_norms(fused)
+    eager = lambda: F.silu(norm(x))
+    runs = {"eager": with_backward(eager, x, *norm.parameters()),
+            "compiled": with_backward(torch.compile(eager, dynamic=False), x, *norm.parameters()),
+            "fuse_norms": with_backward(lambda: norm_act(fused, x), x, *fused.parameters())}
     times = setup.time(runs, setup.sizes.calls)
-    # The least traffic: x is read and the result written, then x and the gradient are read and another one written.
-    return {"eager": times["eager"]["ms"], "compiled": times["compiled"]["ms"], "speedup": times["compiled"]["speedup"],
-            "GB/s, compiled": 5 * x.nbytes / times["compiled"]["ms"] / 1e6}
+    row = {name: each["ms"] for name, each in times.items()}
+    for name in ("compiled", "fuse_norms"):
+        row[f"speedup, {name}"] = times[name]["speedup"]
+        # The least traffic: x is read and the result written, then x and the gradient are read and another one written.
+        row[f"GB/s, {name}"] = 5 * x.nbytes / times[name]["ms"] / 1e6
+    return row
 
 
 def upsampling(setup):
