@@ -15,7 +15,7 @@ from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.objectives import StepRNG
 from guided_diffusion_vae.runs import spaces, training
 from guided_diffusion_vae.runs.factories import create_diffusion, create_model_and_diffusion_vae
-from guided_diffusion_vae.runs.loading import Teacher
+from guided_diffusion_vae.runs.teacher import Teacher
 from guided_diffusion_vae.sampling import SAMPLERS, deterministic_sampler
 from guided_diffusion_vae.sampling.solvers import levels
 from guided_diffusion_vae.unet import ModelConfig

@@ -13,8 +13,8 @@ in its steps, with ddim or euler, without further flags."""
 from ..runs.configs import (
     ConditionConfig, DataConfig, DiffusionTrainConfig, DistillConfig, LatentConfig, ModelConfig, RunConfig, VAEConfig,
 )
-from ..runs.loading import open_teacher, open_teacher_data
 from ..runs.run import drop_fields, script, select_fields
+from ..runs.teacher import open_teacher, open_teacher_data
 from ..runs.training import train_diffusion
 
 

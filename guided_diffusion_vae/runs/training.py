@@ -52,7 +52,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None, teacher=No
 
     A dry run prints the memory that training takes and ends.
 
-    :param teacher: a `loading.Teacher`, whose student is trained. Its configs replace those of the run.
+    :param teacher: a `teacher.Teacher`, whose student is trained. Its configs replace those of the run.
     """
     compare_with_resumed_data(run, source)
     log_source(source)
