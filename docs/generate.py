@@ -50,8 +50,8 @@ def notebook_files(path):
             if "text" in output:
                 page += [f"```text\n{''.join(output['text'])}```"]
             else:
-                name = f"{path.stem}_{len(images)}.png"
-                images[f"tutorials/{name}"] = base64.b64decode("".join(output["data"]["image/png"]))
+                name = f"{path.stem}_{len(images)}.jpg"
+                images[f"tutorials/{name}"] = base64.b64decode("".join(output["data"]["image/jpeg"]))
                 page += [f"![output of the cell above]({name})"]
     link = f"[Download this notebook]({path.name}){{: download }}"
     return {f"tutorials/{path.stem}.md": "\n\n".join([page[0], link, *page[1:]]), **images}

@@ -1,4 +1,4 @@
-"""The notebooks of docs/tutorials run, with settings that take seconds instead of minutes, and their files are small."""
+"""The notebooks of docs/tutorials run, with settings that take seconds, and their files are small."""
 
 import json
 import logging
@@ -13,6 +13,8 @@ MAX_BYTES = 300_000     # with outputs
 FAST = {
     "editing": dict(IMAGES=4, AUTOENCODER_STEPS=1, DIFFUSION_STEPS=1, SAMPLING_STEPS=4),
     "own_images": dict(IMAGES=8, SHAPES=16, AUTOENCODER_STEPS=1, DIFFUSION_STEPS=1, SAMPLING_STEPS=2),
+    "radar": dict(RECORDINGS=8, VAL_RECORDINGS=8, SAMPLES=24, AUTOENCODER_STEPS=1, DIFFUSION_STEPS=1,
+                  CLASSIFIER_STEPS=4, SEEDS=2, SAMPLING_STEPS=2),
     "volumes": dict(VOLUMES=4, AUTOENCODER_STEPS=1, DIFFUSION_STEPS=1, SAMPLING_STEPS=2),
 }
 

@@ -1,5 +1,7 @@
 """Execute the notebooks of this folder, or those that are named, and store their outputs: `make notebooks`."""
 
+import base64
+import io
 import resource
 import sys
 import time
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+from PIL import Image
 
 FOLDER = Path(__file__).parent
 
@@ -20,7 +23,18 @@ def execute(path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                compress(output)
     nbformat.write(notebook, path)
+
+
+def compress(output):
+    """Replace the PNG image of an output by JPEG, which is a third of it."""
+    png = output.get("data", {}).pop("image/png", None)
+    if png:
+        jpeg = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").save(jpeg, "JPEG", quality=85)
+        output["data"]["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()
 
 
 def cpu_seconds():
