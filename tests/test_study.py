@@ -45,7 +45,7 @@ def test_shares_are_first_recordings_and_first_parts_of_each(text, rows):
     assert find_share(text, *recordings()).tolist() == list(rows)
 
 
-@pytest.mark.parametrize("text", ["", "0", "0%", "101%", "half", "1:", "1:2", "%", "1%2", ":5%"])
+@pytest.mark.parametrize("text", ["", "%", "0", "0%", "101%", "half", "1:", "1:2", "1%2", ":5%"])
 def test_shares_of_another_form_are_rejected(text):
     with pytest.raises(ValueError, match=f"--shares {re.escape(text)}: expected N "):
         find_share(text, *recordings())

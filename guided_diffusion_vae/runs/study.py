@@ -118,7 +118,7 @@ def _check_overlap(config, groups, source, test):
     common = sorted({start(name) for name in source.names} & {start(name) for name in test.names}
                     - {"", *source.class_names})
     if common and dist_util.rank() == 0:
-        logger.warn(f"{test.folder} and {source.folder} have images of the same names but for a last number "
+        logger.warn(f"{test.folder} and {source.folder} have images of the same names except for a last number "
                     f"({', '.join(common[:4])}): if these are windows of the same recordings, which overlap, as a "
                     "random split has, errors are far too low; set --group_by to check")
 
