@@ -144,6 +144,25 @@ def test_page_contains_samples_with_class_attributes_and_neighbors(page):
     assert (pixels(volume["image"]) == np.block([[expected[0], expected[1]], [expected[2], expected[3]]])).all()
 
 
+def test_page_has_the_tables_of_an_augmentation_study(tmp_path):
+    arm = {"error": [0.1, 0.08, 0.12], "macro_f1": [0.9, 0.8, 1], "calibration_error": [0.05, 0, 0.1]}
+    share = {"images": 40, "baseline": "classical 1", "arms": {
+        "classical 1": {**arm, "relative_difference": [0, 0, 0]},
+        EVIL: {**arm, "relative_difference": [-0.2, -0.3, 0]}}}
+    write_json(tmp_path / "study.json", {"num_test": 20, "seeds": 3, "shares": {"1": share}})
+    (tmp_path / "log.txt").touch()
+    Image.new("L", (4, 4)).save(tmp_path / "study.png")
+    text = write_page([tmp_path]).read_text()
+    run, = embedded(tmp_path / "report.html")["runs"]
+    assert [figure["name"] for figure in run["figures"]] == ["study"]
+    assert [(row["name"], row["error"], row["difference"]) for row in run["study"]["shares"][0]["rows"]] == [
+        ("classical 1", "10.00 [8.00, 12.00]", ""), (EVIL, "10.00 [8.00, 12.00]", "-20 [-30, +0]")]
+    assert "Share 1: 40 training images" in text and "<script>window" not in text
+    (tmp_path / "study.json").write_text("{}")
+    run, = collect([tmp_path])["runs"]
+    assert run["study"] == {} and "study.json" in run["warnings"][0]
+
+
 def test_page_escapes_all_text(page):
     text = page.read_text()
     assert "<script>window" not in text and text.count("&lt;script&gt;window") > 5

@@ -183,7 +183,8 @@ def _collect_run(folder, share):
         "figures": embed(figures, FIGURE_BYTES),
         "metrics": {name: {"value": value, "real": flat.get(real.get(name))} for name, value in flat.items()
                     if name not in real.values()},
-        "confusion": _confusions(metrics), "data": _census(header),
+        "confusion": _confusions(metrics), "study": attempt(_read_study, folder / "study.json", {}),
+        "data": _census(header),
         "config": {**_flatten(last.get("flags", {})), **_flatten(record.get("flags", {})),
                    **_flatten({key: header.get(key) for key in ("model", "diffusion", "normalizer", "autoencoder")
                                if header.get(key)}, "header.")},
@@ -238,6 +239,23 @@ def _confusions(metrics):
     return [{"title": name.replace("_", " "), "names": list(entry["per_class"]), "matrix": entry["confusion"],
              "accuracy": entry["accuracy"]}
             for name, entry in found.items() if len(entry["confusion"]) <= MAX_CLASSES]
+
+
+def _read_study(path):
+    """Return the tables of an augmentation study, of which each share of the training images has one."""
+    report = json.loads(path.read_text())
+
+    def interval(form, values):
+        return "{} [{}, {}]".format(*(form.format(100 * value) for value in values))
+
+    return {"num_test": report["num_test"], "seeds": report["seeds"], "shares": [
+        {"name": name, "images": share["images"], "baseline": share["baseline"], "rows": [
+            {"name": arm, "error": interval("{:.2f}", values["error"]), "macro_f1": values["macro_f1"][0],
+             "calibration_error": values["calibration_error"][0],
+             "difference": interval("{:+.0f}", relative) if (relative := values.get("relative_difference"))
+             and arm != share["baseline"] else ""}
+            for arm, values in share["arms"].items()]}
+        for name, share in report["shares"].items()]}
 
 
 def _read_curves(path):
