@@ -53,8 +53,8 @@ PROSE = [
     r"\bto the bit\b|\bfor ever\b|\bon the wall\b",
     r"\d %",
 ]
-# Strings that seed random numbers (`data.batching`), aliases, a file of earlier releases, and the name of a loss as MONAI
-# and papers have it.
+# Strings that seed random numbers (`data.batching`), aliases, a file of earlier releases, and the name of a loss as
+# MONAI and papers have it.
 EXEMPT = re.compile(r"# alias|permutation \{|coins \{|making\.json|least_squares")
 
 
