@@ -38,6 +38,10 @@ class Browser:
                 if attempt == 99 or self.process.poll() is not None:
                     raise
                 time.sleep(0.1)
+            except RuntimeError:    # Chromium has not started
+                self.process.terminate()
+                self.process.wait(10)
+                raise
         self.url += f"/{session['sessionId']}"
 
     def _call(self, method, path, content=None):
