@@ -9,6 +9,7 @@ import operator
 import os
 import stat
 import time
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,10 @@ class FileSource(ImageSource):
         # Set by `_list_files`: sentences for the log, the files that are not read by ending, the label file.
         self.attributes, self.notes, self.left_out, self.label_record = {}, (), {}, {}
         self._archives = ()     # that contain the files
+
+    @abstractmethod
+    def read_file(self, file):
+        """Return what file number `file` of `paths` contains, decoded."""
 
     def _list_files(self, extensions, accepts, read_header, hint, find_labels):
         """Set paths, names, classes and fingerprint; return the `FileHeader` of each file that `accepts(path)` selects.

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,19 +41,19 @@ class StudyConfig:
 
     val_data_dir: str = option("", "test images, of other recordings than --data_dir: nothing is chosen by them",
                                essential=True)
-    samples: words = option(
+    samples: Annotated[str, words] = option(
         "", "comma-separated sets of samples, each the folder of a sampling script with its sampling.json: the files "
             "that its networks were trained on determine the share that it belongs to; empty: no synthetic images",
         essential=True)
     group_by: str = option(
         "", "recording or subject of an image: regular expression, whose groups are searched in the file name, or a "
             "column of the label file; empty: images are independent", essential=True)
-    shares: words = option(
+    shares: Annotated[str, words] = option(
         "all", "comma-separated shares of the training images, smaller ones first: N (first N recordings of each "
                "class), P% (first P percent of each recording), N:P%, or all", essential=True)
-    ratios: positive = option("1", "comma-separated numbers of synthetic images per real one in a batch",
-                              essential=True)
-    strengths: positive = option(
+    ratios: Annotated[str, positive] = option(
+        "1", "comma-separated numbers of synthetic images per real one in a batch", essential=True)
+    strengths: Annotated[str, positive] = option(
         "0.5,1,2", "comma-separated strengths of classical augmentation (1: shifts by up to 25% of the time and 3% of "
                    "the Doppler axis, gain 10% of the range, noise 5%, masks 20%); one is chosen by validation",
         essential=True)
@@ -63,9 +63,9 @@ class StudyConfig:
     width: int = option(8, "channels of the first layer of the classifier", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, after a warmup decayed linearly to 0", above=0)
     weight_decay: float = option(0.05, "decoupled weight decay of AdamW", minimum=0)
-    allow_groups: words = option(
+    allow_groups: Annotated[str, words] = option(
         "", "comma-separated recordings that may have images in both --data_dir and --val_data_dir, of other times")
-    allow_networks: words = option(
+    allow_networks: Annotated[str, words] = option(
         "", "comma-separated paths of networks that may be trained on other images than those of a share, because they "
             "are known not to be test images: pretrained networks, simulations")
 
@@ -125,7 +125,8 @@ def find_share(text: str, groups, labels) -> np.ndarray:
     """
     found = re.fullmatch(r"all|(\d+)|(?:(\d+):)?(\d+(?:\.\d+)?)%", text)
     expected = f"--shares {text}: expected N (recordings of each class), P% (of each recording), N:P% or all"
-    require((found, expected))
+    if found is None:
+        raise ValueError(expected)
     count = int(found[1] or found[2] or len(groups))
     part = float(found[3] or 100) / 100
     require((count >= 1 and 0 < part <= 1, expected))
@@ -184,6 +185,7 @@ def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: Stu
     num_synthetic = batch_size if arm.ratio == SYNTHETIC else round(batch_size * arm.ratio / (1 + arm.ratio))
     pools = [[torch.nonzero(part.labels == label)[:, 0] for label in range(num_classes)] if part else None
              for part in (samples, real)]
+    parts: Any = (samples, pools[0]), (real, pools[1])
     rng = keyed_rng(seed, STUDY)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_seed(seed, STUDY))
@@ -195,7 +197,7 @@ def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: Stu
             labels, positions = rng.integers(num_classes, size=batch_size), rng.random(batch_size)
             batch = [(part.images, pool[label][int(position * len(pool[label]))])
                      for i, (label, position) in enumerate(zip(labels, positions))
-                     for part, pool in [(samples, pools[0]) if i < num_synthetic else (real, pools[1])]]
+                     for part, pool in [parts[0] if i < num_synthetic else parts[1]]]
             images = torch.stack([source[row] for source, row in batch]).to(device)
             if arm.strength:
                 images = augment_spectrograms(images, StepRNG(seed, step, range(batch_size), batch_size), arm.strength)
@@ -338,8 +340,8 @@ def summarize(results: dict[str, list[dict]], strength: float) -> dict:
     """
     baseline = f"classical {strength:g}"
     mean_error = {name: np.mean([each["error"] for each in rows]) for name, rows in results.items()}
-    best = min((name for name in results if re.fullmatch(r"classical \S+", name)), key=mean_error.get)
-    arms = {}
+    best = min((name for name in results if re.fullmatch(r"classical \S+", name)), key=mean_error.__getitem__)
+    arms: dict[str, Any] = {}
     for name, rows in results.items():
         arms[name] = {metric: interval([row[metric] for row in rows]) for metric in METRICS}
         arms[name]["recall"] = [None if None in values else float(np.mean(values))

@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
     path: str
     flag: str
-    count: int | None
+    count: int | None  # type: ignore[assignment]  # tuples have a method of this name
     fingerprint: str | None
     folder: str = ""
     validation: str = ""
@@ -102,7 +102,7 @@ def find_groups(source, group_by: str) -> list[str]:
     without = [name for name, match in zip(source.names, found) if match is None]
     require((not without, f"--group_by {group_by} is no column of a label file in {source.folder}, and as a regular "
              f"expression not found in {len(without)} of {len(source)} names (first {', '.join(without[:1])})"))
-    return ["_".join(filter(None, match.groups())) or match[0] for match in found]
+    return ["_".join(filter(None, match.groups())) or match[0] for match in found if match]
 
 
 def _check_overlap(config, groups, source, test):
