@@ -603,7 +603,7 @@ def profile(n):
 def configure(dir=None, format_strs=None, comm=None, log_suffix="", resume_step=None):
     """Start logging into a run folder, report it, and close the previous logger.
 
-    :param dir: the folder; default $OPENAI_LOGDIR, else runs/<script>-<date>, the same on all ranks.
+    :param dir: the folder; default $OPENAI_LOGDIR, else `runs/<script>-<date>`, the same on all ranks.
     :param format_strs: keys of FORMATS; default $OPENAI_LOG_FORMAT, else stdout,log,csv,tensorboard. Ranks other than 0
         only write log-rankNNN.txt, unless $OPENAI_LOG_FORMAT_MPI specifies other formats for them.
     :param comm: False to keep the numbers of each rank separate.
@@ -638,7 +638,7 @@ def _build(dir, format_strs, comm, log_suffix="", resume_step=None):
 
 
 def default_dir(script=""):
-    """Create runs/<script>-<date> on rank 0, with the time of its clock, and return the path on all ranks.
+    """Create `runs/<script>-<date>` on rank 0, with the time of its clock, and return the path on all ranks.
 
     :param script: a name; empty: that of the file that Python runs.
     """

@@ -136,6 +136,15 @@ def test_site_has_every_page():
     assert set(pages) - set(listed) == set()
 
 
+def test_docstrings_contain_no_html_tags():
+    """A browser would run or hide them in the pages of the Python reference."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    tags = {(path.name, tag) for path in (ROOT / "guided_diffusion_vae").rglob("*.py") if path not in COMMANDS
+            for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)
+            for tag in re.findall(r"<[a-zA-Z][\w-]*>", re.sub(r"`[^`]*`", "", ast.get_docstring(node) or ""))}
+    assert tags == set()
+
+
 def test_faults_of_pages_are_found(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("# A *b* [c](d.md): e\n[1](#a-b-c-e) [2](#f) [3](page.md#a-b-c-e) [4](https://x/y)\n"

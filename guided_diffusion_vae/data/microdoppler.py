@@ -382,9 +382,9 @@ def _generator(motion, split, index, config):
 
 
 def write_dataset(config):
-    """Write `config.out_dir`: train/ and val/ with <class>_<index>.png, and dataset.json; return the number of files.
+    """Write `config.out_dir`: train/ and val/ with `CLASS_INDEX.png`, and dataset.json; return the number of files.
 
-    With `config.baseband` also baseband/ with <class>_<split>-<index>.npy, which may be added to an existing dataset.
+    With `config.baseband` also baseband/ with `CLASS_SPLIT-INDEX.npy`, which may be added to an existing dataset.
     Each of train/ and val/ also has a label file metadata.csv, with the class and `physical_parameters` of each image.
     A complete folder with this dataset is unchanged (0 is returned; those of version 0.3 have no metadata.csv), an
     interrupted one is completed. Each of train/ and val/ is renamed to its name when complete.
