@@ -46,6 +46,9 @@ def run(path, parameters):
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "")     # which notebooks set
+    # Report pages and previews take longer than the rest, and have tests of their own.
+    monkeypatch.setattr("guided_diffusion_vae.runs.run.write_page", lambda *_: None)
+    monkeypatch.setattr("guided_diffusion_vae.runs.training.PREVIEW_STEPS", 2)
     monkeypatch.setattr(logging.getLogger("nibabel.global"), "level", logging.ERROR)
     shown = run(path, {**FAST[path.stem], "FOLDER": "output"})
     assert len(shown) >= 3 and all(min(image.size) >= 64 for image in shown)
