@@ -4,6 +4,9 @@
 one process per rank, which finds the others as a task of `srun` does. What depends on a launcher is tested under it.
 """
 
+import contextlib
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -19,7 +22,9 @@ from guided_diffusion_vae.launchers import LAUNCHERS
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER_NAMES = [name for names in LAUNCHERS.values() for name in names]
-PRELOADED = "torch._dynamo"     # by the first step of an optimizer
+# What commands import when they use it, beside the package: optimizers, logs, figures, pages and solvers.
+PRELOADED = ("torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg",
+             "jinja2", "scipy.stats", "diffusers.schedulers.scheduling_dpmsolver_multistep")
 
 
 class Forks:
@@ -108,9 +113,12 @@ FORKS = Forks()     # of a test session, which closes it
 if __name__ == "__main__":
     for path in sorted((ROOT / "scripts").glob("*.py")):
         runpy.run_path(str(path))
-    __import__(PRELOADED)
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("a process with several threads cannot be forked: an import has started one")
+    gc.freeze()     # else each fork copies and visits all objects of the imports when it ends
     script = serve()
     if script:
         sys.path[0] = str(Path(script).parent)
