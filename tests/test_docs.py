@@ -136,6 +136,10 @@ def test_site_has_every_page():
     assert set(pages) - set(listed) == set()
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120    # the rest belongs into docs/
+
+
 def test_docstrings_contain_no_html_tags():
     """A browser would run or hide them in the pages of the Python reference."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
