@@ -318,7 +318,10 @@ def test_a_failed_check_has_a_page_and_a_dry_run_none(finished, tmp_path):
 def browser(tmp_path_factory):
     if not (CHROMIUM and DRIVER):
         pytest.skip("no chromium or chromedriver (Debian: chromium chromium-driver)")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
+    try:
+        browser = Browser(tmp_path_factory.mktemp("profile"))
+    except RuntimeError as error:   # its libraries or permissions are missing, which says nothing about the page
+        pytest.skip(f"{CHROMIUM} does not start: {str(error)[:200]}")
     yield browser
     browser.close()
 
