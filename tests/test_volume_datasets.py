@@ -545,7 +545,7 @@ def test_a_step_is_not_resumed_with_other_directions(tmp_path):
 def test_validation_data_are_read_like_the_cache(tmp_path, recorded, expected):
     save_nifti(tmp_path / "a.nii", SCENE, "LAS")
     run = Run("train", (DataConfig(image_size="5x6x7"), SimpleNamespace(val_data_dir=str(tmp_path))), {})
-    source = SimpleNamespace(preprocessing={**OLD, **recorded})
+    source = SimpleNamespace(folder="cache", latent_shape=(1, 5, 6, 7), preprocessing={**OLD, **recorded})
     found = spaces.open_validation(run, source, spaces.Space.of_pixels(1, dims=3))
     assert np.array_equal(np.rint(found.dataset.read(0)[0] * 255), expected)
 
