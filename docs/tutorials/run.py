@@ -29,11 +29,12 @@ def execute(path):
 
 
 def compress(output):
-    """Replace the PNG image of an output by JPEG, which is a quarter of it."""
+    """Replace the PNG image of an output by a JPEG of at most 1280 pixels, which is a fraction of it."""
     png = output.get("data", {}).pop("image/png", None)
     if png:
-        jpeg = io.BytesIO()
-        Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").save(jpeg, "JPEG", quality=75)
+        jpeg, image = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+        image.thumbnail((1280, 1280))
+        image.save(jpeg, "JPEG", quality=75)
         output["data"]["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()
 
 
