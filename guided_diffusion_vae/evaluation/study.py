@@ -21,7 +21,7 @@ from ..logger import log_rank0, progress
 from ..nn import keyed_rng, keyed_seed
 from ..objectives import StepRNG
 from .figures import interval_plot, save_image
-from .set_metrics import calibration_error, confusion_matrix, macro_f1
+from .set_metrics import calibration_error, classification_report, macro_f1
 
 STUDY = 17              # second number of the keys of its random numbers; training and sampling use others
 VERSION = 1             # of what a training does: one of another version is not reused
@@ -215,15 +215,11 @@ def measure(network: nn.Module, images: Images, device) -> dict:
     network.eval()
     logits = torch.cat([network(2 * part.to(device) - 1).cpu() for part in images.images.split(TEST_BATCH)]).double()
     network.train()
-    labels, probabilities = images.labels, logits.softmax(1)
-    matrix = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
-    accuracy = float(matrix.diagonal().sum() / matrix.sum())
-    with np.errstate(invalid="ignore"):
-        recall = matrix.diagonal() / matrix.sum(1)
-    return {"error": 1 - accuracy, "accuracy": accuracy, "macro_f1": macro_f1(matrix),
-            "calibration_error": calibration_error(probabilities, labels),
-            "cross_entropy": F.cross_entropy(logits, labels).item(),
-            "recall": [None if math.isnan(each) else each for each in recall.tolist()]}
+    report = classification_report(logits.argmax(1), images.labels, [str(k) for k in range(logits.shape[1])])
+    return {"error": 1 - report["accuracy"], "accuracy": report["accuracy"], "macro_f1": macro_f1(report["confusion"]),
+            "calibration_error": calibration_error(logits.softmax(1), images.labels),
+            "cross_entropy": F.cross_entropy(logits, images.labels).item(),
+            "recall": list(report["per_class"].values())}
 
 
 # --- The study ---
