@@ -245,12 +245,17 @@ OLD_KEYS = {
 }
 
 
-def _read_header(folder):
-    """Return the header in the config.json of a run folder, {} if there is none."""
+def read_config_file(folder, action) -> dict:
+    """Return what the config.json of a run folder records, {} if there is none.
+
+    :raises ValueError: if it cannot be read; the message ends in `action`.
+    """
     path = Path(folder) / CONFIG_FILE
-    if not path.exists():
-        return {}
-    return read_record(path, "remove it: the checkpoints have their own headers").get("header", {})
+    return read_record(path, action) if path.exists() else {}
+
+
+def _read_header(folder):
+    return read_config_file(folder, "remove it: the checkpoints have their own headers").get("header", {})
 
 
 def _renamed(report):

@@ -25,7 +25,7 @@ from ..latent_datasets import is_cache
 from ..sampling import SAMPLE_FILES
 from ..vae_wrapper import VAEConfig
 from .loading import SAMPLING_RECORD
-from .run import CONFIG_FILE
+from .run import read_config_file
 from .spaces import apply_trained_preprocessing, open_codec, works_on_pixels
 
 SHA256_OF = {"model_path": "model", "guide_model_path": "guide_model", "classifier_path": "classifier"}
@@ -257,10 +257,8 @@ def _seen_by_network(path, flag, sha256=None, vae=None):
 
 def _recorded_flags(folder):
     """Return {flag: value} of the config.json of a run folder, {} if there is none."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return {}
-    return {name: value for section in read_record(path)["flags"].values() for name, value in section.items()}
+    sections = read_config_file(folder, "restore the file: it names what else the network was trained on")
+    return {name: value for section in sections.get("flags", {}).values() for name, value in section.items()}
 
 
 def _data_folder(flags):
