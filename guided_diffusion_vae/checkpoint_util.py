@@ -244,13 +244,14 @@ def latest_marker(folder, warn=print) -> dict | None:
     return _first_intact(folder, committed_steps(folder)[::-1], warn)
 
 
-def _first_intact(folder, steps, warn, select=None):
+def _first_intact(folder, steps, warn, select=None, action=""):
     for step in steps:
         try:
             return read_marker(folder, step, select)
         except ValueError as error:
             warn(f"checkpoint {step} of {folder} cannot be used: {error}; trying the next one")
-    require((not steps, f"every checkpoint of {folder} is corrupt; use another --logdir or restore the files"))
+    require((not steps, f"every checkpoint of {folder} is corrupt; use another --logdir or restore the files"
+             f"{action}"))
     return None
 
 
@@ -275,7 +276,8 @@ def find_weights(path, flag="--model_path", warn=print) -> tuple[Path | str, str
     marker = _first_intact(file, steps, warn, lambda marker: None)
     if marker:
         best, readable = (marker.get("best") or {}).get("step"), [step for step in steps if step <= marker["step"]]
-        marker = _first_intact(file, sorted(readable, key=lambda step: step != best), warn, _weights_name)
+        marker = _first_intact(file, sorted(readable, key=lambda step: step != best), warn, _weights_name,
+                               f", or set {flag} to a weights file in it that is not")
     require((marker is not None, f"{file} contains no complete checkpoint (stateNNNNNN.json); check {flag}"),
             error=FileNotFoundError)
     name = _weights_name(marker)

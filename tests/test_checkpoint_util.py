@@ -270,6 +270,14 @@ def test_latest_intact_step_is_used_and_others_are_reported(run):
         cu.latest_marker(run, warnings.append)
 
 
+def test_without_ema_files_the_error_names_the_flag_for_other_weights(run):
+    for path in run.glob("ema_*.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"restore the files, or set --vae_path to a weights file in it that is not$"):
+        cu.find_weights(run, "--vae_path", lambda message: None)
+    assert cu.find_weights(run / "model000006.pt")[0] == run / "model000006.pt"
+
+
 def test_folder_without_steps_has_no_weights(tmp_path):
     assert cu.latest_marker(tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint \(stateNNNNNN.json\); check --vae_path"):
