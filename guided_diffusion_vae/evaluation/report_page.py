@@ -115,7 +115,7 @@ def _pack_plotlyjs():
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ImportError("curves on a report page require plotly: pip install guided-diffusion-vae[report]") from error
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 3, mtime=0)).decode()
 
 
 @functools.cache
