@@ -35,7 +35,6 @@ def call_as_started(text):
     if program is None:
         return text
 
-
     def command(match):
         path, name = match.groups()
         if name not in NAMES:
