@@ -1,5 +1,6 @@
 """The report page: its content is read from the JSON inside, its behavior tested in Chromium where one is installed."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from guided_diffusion_vae import logger
 from guided_diffusion_vae.data import evenly_spaced_per_class, write_npz
 from guided_diffusion_vae.evaluation import report_page
 from guided_diffusion_vae.evaluation.report_page import collect, read_commands, write_page
+from guided_diffusion_vae.evaluation.study import format_tables
 from guided_diffusion_vae.files import write_json, write_record
 from guided_diffusion_vae.runs import run
 from guided_diffusion_vae.runs.run import RunConfig, script
@@ -145,22 +147,29 @@ def test_page_contains_samples_with_class_attributes_and_neighbors(page):
 
 
 def test_page_has_the_tables_of_an_augmentation_study(tmp_path):
-    arm = {"error": [0.1, 0.08, 0.12], "macro_f1": [0.9, 0.8, 1], "calibration_error": [0.05, 0, 0.1]}
+    arm = {"error": [0.1, 0.08, 0.12], "macro_f1": [0.9, 0.8, 1], "calibration_error": [0.05, 0, 0.1],
+           "recall": [0.95, None, 0.85]}
     share = {"images": 40, "baseline": "classical 1", "arms": {
         "classical 1": {**arm, "relative_difference": [0, 0, 0]},
         EVIL: {**arm, "relative_difference": [-0.2, -0.3, 0]}}}
-    write_json(tmp_path / "study.json", {"num_test": 20, "seeds": 3, "shares": {"1": share}})
+    report = {"classes": CLASSES, "num_test": 20, "seeds": 3, "shares": {"1": share}}
+    write_json(tmp_path / "study.json", report)
     (tmp_path / "log.txt").touch()
     Image.new("L", (4, 4)).save(tmp_path / "study.png")
     text = write_page([tmp_path]).read_text()
     run, = embedded(tmp_path / "report.html")["runs"]
     assert [figure["name"] for figure in run["figures"]] == ["study"]
-    assert [(row["name"], row["error"], row["difference"]) for row in run["study"]["shares"][0]["rows"]] == [
-        ("classical 1", "10.00 [8.00, 12.00]", ""), (EVIL, "10.00 [8.00, 12.00]", "-20 [-30, +0]")]
-    assert "Share 1: 40 training images" in text and "<script>window" not in text
+    headings, *rows = run["study"][0]["rows"]
+    assert headings[-1] == "error relative to classical 1 in %" and rows == [
+        ["classical 1", "10.00 [8.00, 12.00]", "0.900", "0.850 tapout", "0.050", ""],
+        [EVIL, "10.00 [8.00, 12.00]", "0.900", "0.850 tapout", "0.050", "-20 [-30, +0]"]]
+    assert "Share 1: 40 training images, 20 test images" in text and "<script>window" not in text
+    title, *table = format_tables(report)       # the log has the same rows
+    assert title == run["study"][0]["title"] and [re.split("  +", line.strip()) for line in table] == [
+        [cell for cell in row if cell] for row in run["study"][0]["rows"]]
     (tmp_path / "study.json").write_text("{}")
     run, = collect([tmp_path])["runs"]
-    assert run["study"] == {} and "study.json" in run["warnings"][0]
+    assert run["study"] == [] and "study.json" in run["warnings"][0]
 
 
 def test_page_escapes_all_text(page):
@@ -224,6 +233,23 @@ def test_gallery_of_an_evaluated_folder_of_images(tmp_path):
     assert [pixels(item["image"]).shape for item in gallery["items"]] == [(4, 4), (4, 5), (4, 4)]
     assert [pixels(item["image"])[0, 0] for item in gallery["items"]] == [26, 51, 76]      # of 255, as 100 is white
     assert [len(item["neighbors"]) for item in gallery["items"]] == [0, 0, 1]
+
+
+def test_gallery_of_an_evaluated_folder_of_volumes(tmp_path):
+    (tmp_path / "volumes").mkdir()
+    voxels = np.arange(2 * 4 * 5 * 6, dtype=np.float32).reshape(2, 4, 5, 6)
+    for name, volume in zip(("a_1", "b_1"), voxels):
+        np.save(tmp_path / "volumes" / f"{name}.npy", volume)
+    run = write_evaluation(tmp_path / "run", "volumes", value_range="0,255", image_size="3x4x5", crop="center")
+    gallery = collect([run])["gallery"]
+    entry, = gallery["sets"]
+    assert (entry["count"], entry["shape"], entry["classes"]) == (2, "3x4x5x1", ["a", "b"])
+    volume = gallery["items"][1]["volume"]
+    assert (volume["shape"], volume["columns"], gallery["items"][1]["class"]) == ([3, 4, 5], 2, "b")
+    expected = voxels[1, :3, :4, :5]        # slices along the depth, two in a row
+    assert (pixels(volume["image"]) == np.block([[expected[0], expected[1]], [expected[2], 0 * expected[0]]])).all()
+    write_record(run / "commands.json", {"commands": [*read_commands(run / "commands.json"), {"flags": {"data": {}}}]})
+    assert collect([run])["gallery"] == gallery     # another command in the folder does not change how they are read
 
 
 def test_images_of_a_folder_that_cannot_be_read_are_a_warning(tmp_path):
@@ -290,6 +316,12 @@ def test_a_run_records_its_command_and_writes_its_page(finished, tmp_path):
     assert len(report["gallery"]["items"]) == 12 and report["runs"][0]["warnings"] == ["a problem"]
     finished(lambda run: None)
     assert len(read_commands(tmp_path / "run" / "commands.json")) == 2
+
+
+def test_a_run_records_the_settings_that_it_takes_from_a_model(finished, tmp_path):
+    finished(lambda run: run.resolve(dataclasses.replace(run[RunConfig], logdir="elsewhere")) and None)
+    record, = read_commands(tmp_path / "run" / "commands.json")
+    assert record["flags"]["run"]["logdir"] == "elsewhere" and "seconds" in record
 
 
 def test_report_false_writes_no_page(finished):

@@ -32,7 +32,7 @@ def main(run):
         return None
 
     extract, classifier, data = loading.open_extractors(run)
-    run = run.override(data)
+    run = run.resolve(data)
     sets = loading.open_sets(run)
     physics = loading.open_physics(run, sets)
     tstr_sets = tstr.open_tstr_datasets(run, sets) if run[EvaluateConfig].tstr_iterations else {}

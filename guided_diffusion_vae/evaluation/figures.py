@@ -1,4 +1,4 @@
-"""Image grids and Matplotlib plots of an evaluation; functions take arrays and return a PIL image.
+"""Image grids, Matplotlib plots and tables of an evaluation; of the first two, functions return a PIL image.
 
 Images are [N x C x ...] in [0, 1], as in `sampling.sheets`.
 """
@@ -10,7 +10,7 @@ from ..config import require
 from ..sampling.sheets import BACKGROUND, FOREGROUND, MAX_ROWS, contact_sheet, save_image, to_numpy
 
 __all__ = ["MAX_CLASSES", "MAX_ROWS", "confusion_plot", "contact_sheet", "curve_grid", "interval_plot", "line_plot",
-           "neighbor_grid", "reconstruction_grid", "save_image"]
+           "neighbor_grid", "reconstruction_grid", "save_image", "study_table", "study_title"]
 
 NEIGHBORS_FILE = "nearest_neighbors.npz"    # samples and their nearest training images, for a report page
 MAX_IMAGES, MAX_VOLUMES = 240, 24   # samples in that file, and on a report page
@@ -105,6 +105,27 @@ def interval_plot(curves: dict, ticks: list[str], x: str, y: str) -> Image.Image
     panel.grid(alpha=0.3, axis="y")
     panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return _render(figure)
+
+
+def study_table(report: dict, name: str) -> list[list[str]]:
+    """Return the table of a share of an augmentation study, as text: the headings, then a row per arm."""
+    share = report["shares"][name]
+    percent = lambda form, values: "{} [{}, {}]".format(*(form.format(100 * value) for value in values))
+    rows = [["training images", "error in %", "macro-F1", "lowest recall", "calibration error",
+             f"error relative to {share['baseline']} in %"]]
+    for arm, values in share["arms"].items():
+        recall, label = min((recall, label) for recall, label in zip(values["recall"], report["classes"])
+                            if recall is not None)
+        relative = None if arm == share["baseline"] else values.get("relative_difference")
+        rows.append([arm, percent("{:.2f}", values["error"]), f"{values['macro_f1'][0]:.3f}", f"{recall:.3f} {label}",
+                     f"{values['calibration_error'][0]:.3f}", percent("{:+.0f}", relative) if relative else ""])
+    return rows
+
+
+def study_title(report: dict, name: str) -> str:
+    """Return what the table of a share is about."""
+    return (f"share {name}: {report['shares'][name]['images']} training images, {report['num_test']} test images, mean "
+            f"of {report['seeds']} seeds [95% interval]")
 
 
 def confusion_plot(matrix, names: list[str]) -> Image.Image:

@@ -25,11 +25,12 @@ from PIL import Image
 from .. import __version__
 from ..config import option, require, words
 from ..data import (
-    DataConfig, ImageFolder, Samples, evenly_spaced, evenly_spaced_per_class, open_archive, open_colormap, open_npz,
+    DataConfig, ImageFolder, Samples, VolumeFolder, evenly_spaced, evenly_spaced_per_class, open_archive, open_colormap,
+    open_npz,
 )
 from ..files import OWNED_MARKER, READ_ERRORS, file_errors, read_record
 from ..sampling.sheets import to_pil
-from .figures import MAX_CLASSES, MAX_IMAGES, MAX_VOLUMES, NEIGHBORS_FILE
+from .figures import MAX_CLASSES, MAX_IMAGES, MAX_VOLUMES, NEIGHBORS_FILE, study_table, study_title
 
 PAGE_FILE = "report.html"
 COMMANDS_FILE = "commands.json"
@@ -51,9 +52,10 @@ REAL = {
     "nearest_neighbors.median_distance_samples": "nearest_neighbors.median_distance_reference",
     "train_on_samples_test_on_real.accuracy": "train_on_training_test_on_real.accuracy",
 }
-# Settings by which a folder of evaluated images is read, beside those of their size.
-READING = {"value_range", "value_window", "dynamic_range_db", "reference_db", "alpha", "label_column", "array_key",
-           "max_pixels"}
+# Settings by which a folder of evaluated images or volumes is read: their values, and the grid of volumes.
+VALUES = {"value_range", "value_window", "dynamic_range_db", "reference_db", "alpha", "label_column", "array_key",
+          "max_pixels"}
+GRID = {"image_size", "crop", "patches_per_volume", "spacing", "orientation", "resample_spacing", "frames"}
 # Not numbers to compare: lists, what the page shows elsewhere, and keys of version 0.1.
 HIDDEN = {"confusion", "per_class", "example_indices", "example_pixel_l1", "pictures", "neighbours"}  # alias
 
@@ -183,7 +185,7 @@ def _collect_run(folder, share):
         "figures": embed(figures, FIGURE_BYTES),
         "metrics": {name: {"value": value, "real": flat.get(real.get(name))} for name, value in flat.items()
                     if name not in real.values()},
-        "confusion": _confusions(metrics), "study": attempt(_read_study, folder / "study.json", {}),
+        "confusion": _confusions(metrics), "study": attempt(_read_study, folder / "study.json", []),
         "data": _census(header),
         "config": {**_flatten(last.get("flags", {})), **_flatten(record.get("flags", {})),
                    **_flatten({key: header.get(key) for key in ("model", "diffusion", "normalizer", "autoencoder")
@@ -244,18 +246,7 @@ def _confusions(metrics):
 def _read_study(path):
     """Return the tables of an augmentation study, of which each share of the training images has one."""
     report = json.loads(path.read_text())
-
-    def interval(form, values):
-        return "{} [{}, {}]".format(*(form.format(100 * value) for value in values))
-
-    return {"num_test": report["num_test"], "seeds": report["seeds"], "shares": [
-        {"name": name, "images": share["images"], "baseline": share["baseline"], "rows": [
-            {"name": arm, "error": interval("{:.2f}", values["error"]), "macro_f1": values["macro_f1"][0],
-             "calibration_error": values["calibration_error"][0],
-             "difference": interval("{:+.0f}", relative) if (relative := values.get("relative_difference"))
-             and arm != share["baseline"] else ""}
-            for arm, values in share["arms"].items()]}
-        for name, share in report["shares"].items()]}
+    return [{"title": study_title(report, name), "rows": study_table(report, name)} for name in report["shares"]]
 
 
 def _read_curves(path):
@@ -319,7 +310,7 @@ def _collect_gallery(folders, runs, count):
 
 def _collect_set(run, nearest, count, budget, path):
     """Return the facts of a file or folder of samples and its items, None if a folder contains no images."""
-    samples = open_npz(path) if path.suffix == ".npz" else _open_images(run, path)
+    samples = open_npz(path) if path.suffix == ".npz" else _open_folder(run, path)
     if samples is None:
         return None
     limit = int(max(count if samples.images.ndim == 4 else count * MAX_VOLUMES / MAX_IMAGES, 1))
@@ -330,41 +321,57 @@ def _collect_set(run, nearest, count, budget, path):
             "voxel_stride": max((item["volume"]["stride"] for item in items if item["volume"]), default=1)}, items
 
 
+def _evaluation(run):
+    """Return the last command of a run that evaluated samples, {} if there is none."""
+    return next((command for command in reversed(run["commands"])
+                 if command.get("flags", {}).get("evaluation", {}).get("samples")), {})
+
+
 def _evaluated(run):
-    """Return the path of the samples that a run evaluated, an .npz or a folder of images, [] if it does not exist."""
-    for command in reversed(run["commands"]):
-        samples = command.get("flags", {}).get("evaluation", {}).get("samples")
-        if samples:
-            path = Path(command.get("working_folder", ""), samples)
-            return sorted(path.glob("samples_*.npz"))[:1] or [path] if path.exists() else []
-    return []
+    """Return the paths of the samples that a run evaluated: an .npz, a folder, or none if it does not exist."""
+    if not (command := _evaluation(run)):
+        return []
+    path = Path(command.get("working_folder", ""), command["flags"]["evaluation"]["samples"])
+    return sorted(path.glob("samples_*.npz"))[:1] or [path] if path.exists() else []
 
 
-class _FolderImages:
-    """Images of an `ImageFolder` that are read on access at the size of their file, uint8 [H x W x C]."""
+class _FolderItems:
+    """Images or volumes of a folder that are read on access, uint8 [H x W x C] or [D x H x W x C].
 
-    ndim = 4
+    :param read: function of an item that returns it as float32 [C x ...] in [0, 1].
+    """
 
-    def __init__(self, source):
-        self.source, sizes = source, {source.item_sides(i) for i in range(len(source))}
-        self.shape = len(source), *(sizes.pop() if len(sizes) == 1 else ["various sizes"])
+    def __init__(self, read, ndim, shape):
+        self.read, self.ndim, self.shape = read, ndim, shape
 
     def __len__(self):
-        return len(self.source)
+        return self.shape[0]
 
     def __getitem__(self, row):
-        return np.rint(255 * np.moveaxis(self.source.read_full_size(row), 0, -1)).astype(np.uint8)
+        return np.rint(255 * np.moveaxis(self.read(row), 0, -1)).astype(np.uint8)
 
 
-def _open_images(run, path):
-    """Return the images of a folder in the order in which a run has evaluated them, None if it contains no images."""
-    flags = run["commands"][-1].get("flags", {}).get("data", {})
-    names = set() if (path / OWNED_MARKER).exists() else READING & flags.keys()     # generated images have 8 bits
+def _open_folder(run, path):
+    """Return the items of a folder in the order in which a run has evaluated them, None if it contains none.
+
+    Images have the size of their files, volumes that at which they were evaluated.
+    """
+    flags = _evaluation(run).get("flags", {}).get("data", {})
+    names = GRID if (path / OWNED_MARKER).exists() else GRID | VALUES   # values of generated samples have 8 bits
+    config = DataConfig(str(path), **{name: flags[name] for name in names & flags.keys()})
     try:
-        source = ImageFolder(DataConfig(str(path), "1", image_channels=3, **{name: flags[name] for name in names}))
+        if len(config.sides) == 3:
+            source = VolumeFolder(config)
+            channels, *sides = source.shape
+            items = _FolderItems(source.read, 5, (len(source), *sides, channels))
+        else:
+            source = ImageFolder(config, image_size="1", image_channels=3)
+            sizes = {source.item_sides(i) for i in range(len(source))}
+            items = _FolderItems(source.read_full_size, 4, (len(source), *(sizes.pop() if len(sizes) == 1 else
+                                                                          ["various sizes"])))
     except FileNotFoundError:
         return None
-    return Samples(str(path), _FolderImages(source), source.labels, source.class_names, attributes=source.attributes)
+    return Samples(str(path), items, source.labels, source.class_names, attributes=source.attributes)
 
 
 def _class_names(samples):

@@ -20,7 +20,7 @@ from ..files import atomic_stream, hash_lines, read_record, write_json, write_re
 from ..logger import log_rank0, progress
 from ..nn import keyed_rng, keyed_seed
 from ..objectives import StepRNG
-from .figures import interval_plot, save_image
+from .figures import interval_plot, save_image, study_table, study_title
 from .set_metrics import calibration_error, classification_report, macro_f1
 
 STUDY = 17              # second number of the keys of its random numbers; training and sampling use others
@@ -350,24 +350,14 @@ def summarize(results: dict[str, list[dict]], strength: float) -> dict:
     return {"baseline": baseline, "best_classical": best, "arms": arms}
 
 
-def format_table(report: dict) -> list[str]:
+def format_tables(report: dict) -> list[str]:
     """Return lines of the tables of a report, one table per share."""
     lines = []
-    for name, share in report["shares"].items():
-        lines += [f"share {name}: {share['images']} training images, {report['num_test']} test images, mean of "
-                  f"{report['seeds']} seeds [95% interval]",
-                  f"{'arm':34} {'error in %':>20} {'macro-F1':>9} {'lowest recall':>24} {'ECE':>6} "
-                  f"{'error to ' + share['baseline']:>26}"]
-        for arm, values in share["arms"].items():
-            recalls = [(recall, label) for recall, label in zip(values["recall"], report["classes"])
-                       if recall is not None]
-            recall, label = min(recalls)
-            relative = values.get("relative_difference")
-            difference = "" if arm == share["baseline"] or not relative else (
-                "{:+.0%} [{:+.0%}, {:+.0%}]".format(*relative))
-            error = "{:.2f} [{:.2f}, {:.2f}]".format(*(100 * value for value in values["error"]))
-            lines.append(f"{arm:34} {error:>20} {values['macro_f1'][0]:>9.3f} {f'{recall:.3f} {label}':>24} "
-                         f"{values['calibration_error'][0]:>6.3f} {difference:>26}")
+    for name in report["shares"]:
+        rows = study_table(report, name)
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines += [study_title(report, name), *(
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)]
     return lines
 
 
@@ -407,5 +397,5 @@ def _write(report, results, arms, class_names, folder):
     shown = {name: points for name, points in curves.items() if not re.fullmatch(r"classical \d\S*", name)}
     save_image(folder / "study.png", interval_plot(shown, list(report["shares"]), "share of real training images",
                                                    "error on test images in %"))
-    for line in [*format_table(report), *verdict(report)]:
+    for line in [*format_tables(report), *verdict(report)]:
         log_rank0(line)

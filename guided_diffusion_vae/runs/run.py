@@ -56,6 +56,7 @@ class Run:
         for config in filter(dataclasses.is_dataclass, self.configs):
             self.explicit = {**changed_fields(config), **self.explicit}
         self.folder, self.checkpoint, self.flags = folder, checkpoint, flags
+        self.record = {}    # of the command, in commands.json; shared by the copies
 
     def __getitem__(self, cls):
         for config in self.configs:
@@ -75,6 +76,12 @@ class Run:
         run = copy.copy(self)
         run.configs = tuple(config if type(old) is type(config) else old for old in self.configs)
         run.explicit = {**self.explicit, **explicit}
+        return run
+
+    def resolve(self, config):
+        """Return `override(config)`; commands.json records its settings instead of those of the command line."""
+        run = self.override(config)
+        self.record["flags"] = run._by_section()
         return run
 
     def derive(self, script, configs, folder):
@@ -126,20 +133,21 @@ class Run:
             yield
             return
         program = sys.argv[0] if " " in sys.argv[0] else shlex.quote(sys.argv[0])  # `gdvae evaluate` is one word there
-        record = {"command": " ".join([program, *map(shlex.quote, sys.argv[1:])]), "script": self.script,
-                  "version": __version__, "started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
-                  "working_folder": os.getcwd(), "ranks": dist_util.world_size(), "flags": self._by_section()}
+        self.record.update(
+            command=" ".join([program, *map(shlex.quote, sys.argv[1:])]), script=self.script, version=__version__,
+            started=f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", working_folder=os.getcwd(),
+            ranks=dist_util.world_size(), flags=self._by_section())
         clock, stopped, commands = time.perf_counter(), None, []
         self._write_accessory(COMMANDS_FILE, lambda path: commands.extend(read_commands(path)))
-        commands = [*commands, record][-MAX_COMMANDS:]
+        commands = [*commands, self.record][-MAX_COMMANDS:]
         write = lambda path: write_record(path, {"commands": commands})
         self._write_accessory(COMMANDS_FILE, write)
         try:
             yield
         except SystemExit as stop:
             stopped = stop
-        record.update(seconds=time.perf_counter() - clock, peak_memory_mib=dist_util.peak_memory_mib(),
-                      warnings=logger.get_current().warnings)
+        self.record.update(seconds=time.perf_counter() - clock, peak_memory_mib=dist_util.peak_memory_mib(),
+                           warnings=logger.get_current().warnings)
         self._write_accessory(COMMANDS_FILE, write)
         if self[RunConfig].report:
             self._write_accessory(PAGE_FILE, lambda path: write_page([path.parent], path))
