@@ -211,7 +211,8 @@ def test_tapin_and_tapout_are_flips_in_time_on_average():
 
 def test_parameters_and_seed_determine_every_byte(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert microdoppler.write_dataset(with_(TINY, out_dir=str(tmp_path / name), seed=seed)) == 6
+        config = with_(TINY, out_dir=str(tmp_path / name), seed=seed)
+        assert microdoppler.write_dataset(config) == {"train": 4, "val": 2}
     a, b, c = (contents(tmp_path / name) for name in "abc")
     assert a == b and set(a) == set(c)
     assert sorted(map(str, a)) == ["dataset.json", "train/metadata.csv", "train/still_00000.png",
@@ -235,9 +236,9 @@ def test_image_does_not_depend_on_other_classes_or_counts():
 
 def test_complete_folder_is_unchanged(tmp_path):
     config = with_(TINY, out_dir=str(tmp_path / "set"))
-    assert microdoppler.write_dataset(config) == 6
+    assert microdoppler.write_dataset(config) == {"train": 4, "val": 2}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")}
-    assert microdoppler.write_dataset(config) == 0
+    assert microdoppler.write_dataset(config) == {}
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.*")} == before
 
 
@@ -255,7 +256,7 @@ def test_interrupted_folder_is_completed_without_partial_splits(tmp_path, monkey
         microdoppler.write_dataset(config)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["dataset.json", "train"]
     monkeypatch.undo()
-    assert microdoppler.write_dataset(config) == 2
+    assert microdoppler.write_dataset(config) == {"val": 2}
     microdoppler.write_dataset(with_(config, out_dir=str(tmp_path / "whole")))
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
@@ -310,7 +311,7 @@ def test_label_file_has_classes_and_physical_parameters(tmp_path):
     assert speeds[:3].max() < 0.02 and 0.2 < speeds[3:].min() < speeds[3:].max() < config.speed_max_mps + 0.02
     assert config.range_min_m <= ranges.min() < ranges.max() <= config.range_max_m
     (tmp_path / "train" / "metadata.csv").unlink()      # as in version 0.3
-    assert microdoppler.write_dataset(config) == 0 and not (tmp_path / "train" / "metadata.csv").exists()
+    assert microdoppler.write_dataset(config) == {} and not (tmp_path / "train" / "metadata.csv").exists()
 
 
 def run_script(monkeypatch, *flags):

@@ -95,9 +95,9 @@ def test_images_of_simulated_baseband_are_those_of_the_simulator(simulated, tmp_
 
 def test_baseband_is_added_to_an_existing_dataset(simulated, tmp_path):
     config = dataclasses.replace(simulated, out_dir=str(tmp_path), baseband=False)
-    assert microdoppler.write_dataset(config) == 6 and not (tmp_path / "baseband").exists()
+    assert microdoppler.write_dataset(config) == {"train": 4, "val": 2} and not (tmp_path / "baseband").exists()
     config.baseband = True
-    assert microdoppler.write_dataset(config) == 6 and microdoppler.write_dataset(config) == 0
+    assert microdoppler.write_dataset(config) == {"baseband": 6} and microdoppler.write_dataset(config) == {}
     assert np.load(tmp_path / "baseband/tapin_val-00000.npy").shape == (1, 31 * 32 + 32)
 
 

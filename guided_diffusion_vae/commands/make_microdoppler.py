@@ -7,7 +7,7 @@ metadata.csv, and all parameters to dataset.json. Rows are Doppler frequencies: 
 motion toward the sensor is below the middle. Columns are time. An existing dataset is not changed."""
 
 from .. import dist_util
-from ..data.microdoppler import write_dataset
+from ..data.microdoppler import BASEBAND, write_dataset
 from ..runs.configs import MicrodopplerConfig
 from ..runs.run import script
 
@@ -16,8 +16,10 @@ from ..runs.run import script
 def main(run):
     config = run[MicrodopplerConfig]
     if dist_util.rank() == 0:  # one writer: other ranks would compete for the folder
-        count = write_dataset(config)
-        print(f"{config.out_dir}: {f'{count} images written' if count else 'already exists'}")
+        counts = write_dataset(config)
+        recordings = counts.pop(BASEBAND, 0)
+        written = [f"{n} {kind}" for n, kind in ((sum(counts.values()), "images"), (recordings, "recordings")) if n]
+        print(f"{config.out_dir}: {' and '.join(written) + ' written' if written else 'already exists'}")
 
 
 create_argparser = main.argparser

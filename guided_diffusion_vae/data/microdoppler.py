@@ -382,11 +382,11 @@ def _generator(motion, split, index, config):
 
 
 def write_dataset(config):
-    """Write `config.out_dir`: train/ and val/ with `CLASS_INDEX.png`, and dataset.json; return the number of files.
+    """Write `config.out_dir`: train/ and val/ with `CLASS_INDEX.png`, and dataset.json; return {subfolder: files}.
 
     With `config.baseband` also baseband/ with `CLASS_SPLIT-INDEX.npy`, which may be added to an existing dataset.
     Each of train/ and val/ also has a label file metadata.csv, with the class and `physical_parameters` of each image.
-    A complete folder with this dataset is unchanged (0 is returned; those of version 0.3 have no metadata.csv), an
+    A complete folder with this dataset is unchanged ({} is returned; those of version 0.3 have no metadata.csv), an
     interrupted one is completed. Each of train/ and val/ is renamed to its name when complete.
 
     :raises ValueError: if the folder contains anything else, or parameters conflict.
@@ -413,7 +413,7 @@ def _write_missing(folder, config):
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with tqdm(total=sum(map(len, missing.values())), desc="simulating", unit="image", disable=None) as progress:
+        with tqdm(total=sum(map(len, missing.values())), desc="simulating", unit="file", disable=None) as progress:
             for place, names in missing.items():
                 rows = []
                 for name, item in names.items():
@@ -426,7 +426,7 @@ def _write_missing(folder, config):
                 os.replace(staging / place, folder / place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return sum(map(len, missing.values()))
+    return {place: len(names) for place, names in missing.items()}
 
 
 def _write_item(path, place, motion, split, index, config):
