@@ -130,6 +130,8 @@ def train(config: Config = None, *, data: PathLike | LatentCache, logdir: PathLi
         "autoencoder" or "classifier".
     :param settings: flags of the command, such as max_steps=1000; they win over `config`.
     :raises ValueError: for an unknown model or setting.
+    :raises KeyboardInterrupt: on Ctrl-C, which discards the steps after the latest checkpoint, and after SIGTERM or
+        SIGUSR1, for which a checkpoint is saved first (`dist_util.StoppedBySignal`).
     """
     require((model in TRAINED, f"model: unknown value {model!r}{nearest(model, TRAINED)}"))
     path = Path(data.folder if isinstance(data, LatentCache) else data)

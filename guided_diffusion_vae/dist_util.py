@@ -68,6 +68,8 @@ class FastLaunchConfig(LaunchConfig):
     tf32: bool = option(True, TF32_HELP)
 
 
+# The package raises these for flags and files, with a message that states what to change.
+EXPECTED_ERRORS = ValueError, OSError, ImportError, NotImplementedError
 MEMORY_ADVICE = "lower --batch_size or --microbatch (with an autoencoder: set --vae_batch_size or --vae_tile)"
 
 # Both are set by setup_dist; until then rank and world size are read from the environment.
@@ -367,7 +369,8 @@ def launch(main):
     exit status is then 1. GDVAE_TRACEBACK=1 always prints the traceback.
     """
     try:
-        main()
+        with contextlib.suppress(StoppedBySignal):  # what was computed is saved
+            main()
         shutdown()
         _leave()
     except SystemExit as stop:
@@ -414,9 +417,7 @@ def _leave():
 def _fail(error):
     """Print an error, with its traceback if it is a bug, and end this rank and the others."""
     text = str(error) or type(error).__name__
-    # The package raises these for flags and files, with a message that states what to change.
-    kinds = ValueError, OSError, ImportError, FloatingPointError, NotImplementedError, LaunchError
-    expected = isinstance(error, kinds)
+    expected = isinstance(error, (*EXPECTED_ERRORS, FloatingPointError, LaunchError))
     if is_out_of_memory(error):
         text, expected = f"out of memory; {MEMORY_ADVICE} ({text})", True
     elif "gloo/transport" in text and "Timed out" in text:
@@ -710,6 +711,13 @@ def load_state_dict(path, **kwargs):
 # --- Signals ---
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal has ended a training early, whose last step is saved: raised on all ranks, so that nothing uses it.
+
+    A command ends with status 0. In a notebook the following cells do not run.
+    """
+
+
 class StopSignal:
     """Context manager that records SIGTERM and SIGUSR1 in `received`, for a loop to end after its step.
 
@@ -740,7 +748,8 @@ class StopSignal:
         return bool(flag.item())
 
     def __enter__(self):
-        self._previous_handlers = {number: signal.signal(number, self._record) for number in self.SIGNALS}
+        numbers = self.SIGNALS if threading.current_thread() is threading.main_thread() else ()     # which gets them
+        self._previous_handlers = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *exception):

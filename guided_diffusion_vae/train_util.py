@@ -369,6 +369,7 @@ class TrainLoop:
         self.snapshots = {}     # of EMA profiles in this folder: what `checkpoint_util.save` returned, by file name
         self.best, self.measured, self.losses = None, {}, torch.zeros(1)
         self.marker, self.reported = {}, set()      # of the step saved last; kinds of errors of previews
+        self.stopped = False    # by a signal, before the last step
         with _init_from_hint(resume_checkpoint):
             self.resume_step = self.step = self._resume(*checkpoint)
         self.use_ddp = dist_util.world_size() > 1 and not self.fsdp
@@ -400,7 +401,7 @@ class TrainLoop:
     # --- The loop ---
 
     def run_loop(self) -> int:
-        """Run all steps; return the number of the last one."""
+        """Run all steps, or until a signal (`stopped` is then True); return the number of the last one."""
         if self.preview and self.marker.get("preview_due"):
             logger.log(f"step {self.step} was saved and its preview interrupted: running it now")
             self._preview()
@@ -411,8 +412,9 @@ class TrainLoop:
             logger.log(f"step {self.step} has already reached a bound of {self.early_stop}")
             self.max_steps = self.step
         self.data.seek(self.step)
-        stop = dist_util.StopSignal()
-        with stop, progress_bar(self.max_steps, self.step, "training") as bar:
+        stop, closing = dist_util.StopSignal(), contextlib.closing
+        # Threads that read ahead end with the loop, after an error or Ctrl-C in a notebook, too.
+        with closing(self.data), closing(self.rngs), stop, progress_bar(self.max_steps, self.step, "training") as bar:
             self.clock = (time.perf_counter(), self.step)
             while self.step < self.max_steps:
                 batch, cond = next(self.data)
@@ -444,11 +446,10 @@ class TrainLoop:
                     logger.log(f"step {self.step} has reached a bound of {self.early_stop}")
                     break
                 if stopping:
+                    self.stopped = True
                     logger.log(f"received a termination signal, saved step {self.step}; rerun the same command to "
                                "resume")
                     break
-        self.data.close()
-        self.rngs.close()
         return self.step
 
     def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:

@@ -1,7 +1,10 @@
 """The interface for notebooks: it does what the commands do, and every setting that is given has an effect."""
 
+import os
 import re
 import shutil
+import signal
+import threading
 import types
 from pathlib import Path
 
@@ -14,12 +17,14 @@ from PIL import Image
 import guided_diffusion_vae
 from guided_diffusion_vae import LatentCache, Sampler, VAEInterface, api, evaluate, run_command, train
 from guided_diffusion_vae.autoencoder import AutoencoderConfig
+from guided_diffusion_vae.config import changed_fields
 from guided_diffusion_vae.data import open_npz, voxel_affine, write_nifti
+from guided_diffusion_vae.files import read_record
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.configs import ModelConfig, NormalizerConfig, SamplingConfig, VAEConfig
 from guided_diffusion_vae.runs.run import Run
-from guided_diffusion_vae.train_util import DiffusionTrainConfig
+from guided_diffusion_vae.train_util import DiffusionTrainConfig, TrainLoop
 
 nibabel.imageglobals.logger.setLevel("ERROR")
 AUTOENCODER = AutoencoderConfig(num_channels=(8, 8), attention_levels=(False, False), num_res_blocks=1,
@@ -215,6 +220,73 @@ def test_train_resumes_and_names_unknown_models_and_settings(folder, tmp_path):
                            ({"model": "autoencoder"}, "unknown setting '"), ({"batch_size": 0}, "--batch_size")):
         with pytest.raises(ValueError, match=match):
             train(configs, **{**settings, **changed})
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Send this process a signal before a training takes a step."""
+    run_step = TrainLoop.run_step
+
+    def arrange(number, step):
+        def run_and_signal(loop, *batch):
+            if loop.step == step:
+                os.kill(os.getpid(), number)
+            run_step(loop, *batch)
+
+        monkeypatch.setattr(TrainLoop, "run_step", run_and_signal)
+    return arrange
+
+
+def test_training_that_a_signal_ends_raises_and_the_same_call_resumes_it(folder, tmp_path, signal_at, call):
+    settings = {"config": [NETWORK, PROCESS], "data": folder / "cache", "logdir": tmp_path / "run",
+                **STEP, "max_steps": 5, "preview_interval": -1}
+    for number, step in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1)):
+        signal_at(number, step)
+        with pytest.raises(KeyboardInterrupt, match=f"; step {step + 1} is saved in .*run, from which the same call"):
+            train(**settings)
+    record = read_record(tmp_path / "run" / "commands.json")["commands"][-1]
+    assert record["seconds"] > 0
+    flags = {name: value for name, value in settings.items() if name not in ("config", "data")}
+    signal_at(signal.SIGTERM, 3)
+    network = {name: vars(each)[name] for each in (NETWORK, PROCESS) for name in changed_fields(each)}
+    status, out, error = call("image_train_vae", cache_dir=settings["data"], **flags, **network)
+    assert status == 0 and "saved step 4; rerun the same command to resume" in out, error
+    assert train(**settings) == tmp_path / "run" and (tmp_path / "run" / "model000005.pt").exists()
+
+
+def test_threads_that_read_ahead_end_with_an_interrupted_training(folder, tmp_path, monkeypatch):
+    def interrupt(loop, *batch):
+        raise KeyboardInterrupt
+
+    reading = lambda: [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    monkeypatch.setattr(TrainLoop, "run_step", interrupt)
+    with pytest.raises(KeyboardInterrupt) as traceback:    # which keeps the loop
+        train([NETWORK, PROCESS], data=folder / "cache", logdir=tmp_path, **STEP | {"max_steps": 99})
+    for thread in reading():
+        thread.join(10)
+    assert traceback.value and not reading()
+
+
+def test_training_in_another_thread_needs_no_signals(folder, tmp_path):
+    settings = {"data": folder / "cache", "logdir": tmp_path / "run", **STEP, "preview_interval": -1}
+    thread = threading.Thread(target=train, args=([NETWORK, PROCESS],), kwargs=settings)
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "model000001.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance from 8 samples")
+def test_evaluation_ends_with_the_training_that_a_signal_ends(folder, tmp_path, signal_at):
+    arguments = {"samples": folder / "data", "reference": folder / "data", "training": folder / "data",
+                 "features": folder / "vae", "logdir": tmp_path / "e", "image_size": 16, "tstr_iterations": 3,
+                 "classifier_width": 64, "classifier_depth": 1, "classifier_attention_resolutions": "",
+                 "classifier_channel_mult": "1", "tstr_batch_size": 4, "report": False}
+    signal_at(signal.SIGTERM, 1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(**arguments)
+    assert not (tmp_path / "e" / "metrics.json").exists()
+    signal_at(signal.SIGTERM, 9)
+    assert "train_on_samples_test_on_real" in evaluate(**arguments)
 
 
 @pytest.mark.filterwarnings("ignore:Fréchet distance from 8 samples")

@@ -26,12 +26,14 @@ from guided_diffusion_vae.data import open_npz
 from guided_diffusion_vae.files import read_record
 from guided_diffusion_vae.latent_datasets import LatentCache
 from guided_diffusion_vae.locks import locked_folder
+from guided_diffusion_vae.programs import NAMES
 from guided_diffusion_vae.resample import LossSecondMomentResampler
 from guided_diffusion_vae.runs import training
 from guided_diffusion_vae.runs.factories import create_model
 from guided_diffusion_vae.train_util import TrainLoop
 from conftest import ROOT, to_words
 from forks import FORKS, LAUNCHER_NAMES
+from test_docs import command_main
 
 BIN = Path(sys.executable).parent
 COUNT = 12
@@ -453,6 +455,9 @@ def test_make_microdoppler_writes_once(call, tmp_path):
     assert status == 0 and "2 images written" in out, err
     before = listing(tmp_path)
     assert "already exists" in call("make_microdoppler", **flags)[1] and listing(tmp_path) == before
+    assert "data: 2 recordings written" in call("make_microdoppler", **flags, baseband=True)[1]
+    flags["out_dir"] = tmp_path / "both"
+    assert "both: 2 images and 2 recordings written" in call("make_microdoppler", **flags, baseband=True)[1]
 
 
 def test_baseband_becomes_spectrograms_once(call, tmp_path):
@@ -940,6 +945,30 @@ def test_folder_in_use_is_refused_and_left_as_it_is(chain, call, tmp_path, scrip
                     f"{folder} is in use by image_train_vae (process {os.getpid()} on {socket.gethostname()}, started ")
         assert list(listing(folder)) == [".lock"]
     assert not listing(folder)
+
+
+WITH_RUN_FOLDER = [name for name in NAMES if "--logdir" in command_main(name).argparser().words]
+
+
+@pytest.mark.parametrize("script", WITH_RUN_FOLDER)
+def test_command_that_refuses_to_start_leaves_no_folder(call, tmp_path, script):
+    check_error(call(script, logdir=tmp_path / "runs" / "a"), "--")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_setting_leaves_a_folder_as_it_was_and_the_corrected_command_starts(chain, call, tmp_path, monkeypatch):
+    flags = {"config": chain.config, "data_dir": chain.data, "max_steps": 1, "report": False}
+    used = shutil.copytree(chain.autoencoder, tmp_path / "used")
+    for folder in (tmp_path / "new", used):
+        before = listing(used)
+        check_error(call("train_autoencoder", **flags, logdir=folder, image_size=128),
+                    "is smaller than --image_size 128x128")
+        changed = {name for name, time in listing(used).items() if before.get(name) != time}
+        assert not (tmp_path / "new").exists() and changed <= {"log.txt", "commands.json"}
+    monkeypatch.chdir(tmp_path)
+    check_error(call("train_autoencoder", **flags, image_size=128), "--image_size")
+    assert not list((tmp_path / "runs").iterdir())      # nor the default folder
+    assert call("train_autoencoder", **flags, logdir=tmp_path / "new")[0] == 0
 
 
 @pytest.mark.parametrize("damage, message", [

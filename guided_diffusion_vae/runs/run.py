@@ -7,6 +7,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -27,6 +28,8 @@ from .flags import drop_fields as drop_fields, select_fields as select_fields  #
 
 CONFIG_FILE = "config.json"
 MAX_COMMANDS = 20   # that commands.json keeps
+ENDINGS = SystemExit, dist_util.StoppedBySignal     # not errors: a check that has failed, and a training to be resumed
+FIRST_FILES = re.compile(r"log(-rank\d+)?\.txt|progress(-rank\d+)?\.(csv|json)|commands\.json")   # before any result
 
 
 @dataclasses.dataclass
@@ -57,6 +60,7 @@ class Run:
             self.explicit = {**changed_fields(config), **self.explicit}
         self.folder, self.checkpoint, self.flags = folder, checkpoint, flags
         self.record = {}    # of the command, in commands.json; shared by the copies
+        self.created = []   # the folder and its parents that `open_folder` has created
 
     def __getitem__(self, cls):
         for config in self.configs:
@@ -127,7 +131,7 @@ class Run:
         """Record the command in commands.json, and write report.html at the end of the block (rank 0).
 
         Nothing is written by dry runs and scripts without a run folder. If the block ends with an error, the record
-        stays as it was at the start; SystemExit is a failed check.
+        stays as it was at the start; ENDINGS are none.
         """
         if RunConfig not in self or self.dry_run:
             yield
@@ -144,7 +148,7 @@ class Run:
         self._write_accessory(COMMANDS_FILE, write)
         try:
             yield
-        except SystemExit as stop:
+        except ENDINGS as stop:
             stopped = stop
         self.record.update(seconds=time.perf_counter() - clock, peak_memory_mib=dist_util.peak_memory_mib(),
                            warnings=logger.get_current().warnings)
@@ -181,6 +185,8 @@ class Run:
         if folder and self.setting("fast_dev_run"):
             self.folder = self.folder / "fast_dev_run"  # separate, so that no run resumes from a smoke test
         if folder:
+            self.created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            dist_util.barrier()     # then the ranks create them
             require_writable_folder(self.folder, "--logdir")
             self._lock(held, clear=self.setting("fast_dev_run"))
             if trains:
@@ -196,10 +202,23 @@ class Run:
         logger.log(f"run folder: {logger.get_dir()}")
         self.folder = Path(logger.get_dir())
         if not folder:
+            self.created = [self.folder]
             self._lock(held)
         if trains and not folder:   # a new folder has no curves to continue, but may branch off another run
             self.checkpoint = find_checkpoint(self.folder, self.setting("resume_checkpoint"))
             self._take_recorded_options()
+
+    def discard_folder(self):
+        """Remove the folder that `open_folder` has created if nothing but logs is in it (rank 0)."""
+        if dist_util.rank() == 0 and self.created:
+            logger.reset()
+            with contextlib.suppress(OSError):
+                files = list(self.folder.iterdir())
+                if all(FIRST_FILES.fullmatch(path.name) for path in files):
+                    for path in files:
+                        path.unlink()
+                    for path in self.created:
+                        path.rmdir()
 
     def _take_recorded_options(self):
         """Read volumes as the run that is resumed did: one of version 0.2 read all of them as stored.
@@ -300,6 +319,13 @@ def script(doc, *classes, trains=False, samples=False):
     def decorate(body):
         def execute(run):
             """Run the body; return its result."""
+            try:
+                return execute_in_folder(run)
+            except dist_util.EXPECTED_ERRORS:   # mostly before there are results
+                run.discard_folder()
+                raise
+
+        def execute_in_folder(run):
             launch = run[dist_util.LaunchConfig]
             dist_util.set_numerics(launch)
             dist_util.setup_dist(launch.collective_timeout_minutes)
@@ -311,7 +337,7 @@ def script(doc, *classes, trains=False, samples=False):
                 try:
                     with run.recorded():
                         result = body(run)
-                except SystemExit:      # a failed check, not an error: its folder is of interest, too
+                except ENDINGS:     # the folder is of interest, too
                     run.finish()
                     raise
                 run.finish()

@@ -105,7 +105,7 @@ def train_diffusion(run, source, space, super_res=None, low_res=None, teacher=No
         task = TrainTask(objective, header, preview, checkpoint=run.checkpoint)
         loop = TrainLoop.from_config(model, data, train, task, use_fp16=model_config.use_fp16)
         run.save_config(header)     # after TrainLoop has accepted the checkpoint in the folder
-        loop.run_loop()
+        _run(loop)
 
 
 def _open_attributes(header, model_config, source):
@@ -210,7 +210,7 @@ def train_autoencoder(run):
                          early_stop={name: bound for name, bound in bounds.items() if bound})
         loop = TrainLoop.from_config(network, ImageStream(images, plan, device=device), train, task)
         run.save_config(header)
-        loop.run_loop()
+        _run(loop)
 
 
 def _spectrogram_colormap(images):
@@ -261,7 +261,7 @@ def train_classifier(run, source, space):
     task = TrainTask(objective, header, validation, checkpoint=run.checkpoint)
     loop = TrainLoop.from_config(model, data, train.to_train_config(), task, use_fp16=config.classifier_use_fp16)
     run.save_config(header)
-    loop.run_loop()
+    _run(loop)
 
 
 def _estimate_classifier(model, config, shape):
@@ -273,6 +273,17 @@ def _estimate_classifier(model, config, shape):
 
 
 # --- Shared by all three ---
+
+
+def _run(loop):
+    """Run a TrainLoop to its end.
+
+    :raises dist_util.StoppedBySignal: if a signal ended it before.
+    """
+    loop.run_loop()
+    if loop.stopped:
+        raise dist_util.StoppedBySignal(f"a signal has ended the training; step {loop.step} is saved in {loop.folder}, "
+                                        "from which the same call resumes")
 
 
 def _plan_batches(count, train):
