@@ -4,6 +4,7 @@ Its names are those of the package, such as `guided_diffusion_vae.Sampler`. Func
 each flag of a command is a keyword argument of the same name.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -120,7 +121,7 @@ class Sampler:
 
 
 def train(config: Config = None, *, data: PathLike | LatentCache, logdir: PathLike, model: str = "diffusion",
-          **settings: Setting) -> Path:
+          quiet: bool = False, **settings: Setting) -> Path:
     """Train a model as its command does, and return the run folder; the same call resumes an interrupted run.
 
     :param config: a YAML file or the name of one of the package, such as "microdoppler_small"; a config object or a
@@ -128,6 +129,7 @@ def train(config: Config = None, *, data: PathLike | LatentCache, logdir: PathLi
     :param data: a folder or archive of images or volumes; or a `LatentCache` or its folder.
     :param model: "diffusion" (on latents: data is a cache, or vae_path is set), "pixels" (diffusion of images),
         "autoencoder" or "classifier".
+    :param quiet: print nothing; log.txt of the run folder has all of it.
     :param settings: flags of the command, such as max_steps=1000; they win over `config`.
     :raises ValueError: for an unknown model or setting.
     :raises KeyboardInterrupt: on Ctrl-C, which discards the steps after the latest checkpoint, and after SIGTERM or
@@ -136,24 +138,27 @@ def train(config: Config = None, *, data: PathLike | LatentCache, logdir: PathLi
     require((model in TRAINED, f"model: unknown value {model!r}{nearest(model, TRAINED)}"))
     path = Path(data.folder if isinstance(data, LatentCache) else data)
     flag = "cache_dir" if (path / MANIFEST).is_file() else "data_dir"
-    return _execute(TRAINED[model], config, {**settings, flag: path, "logdir": logdir})[0].folder
+    with _output(quiet):
+        return _execute(TRAINED[model], config, {**settings, flag: path, "logdir": logdir})[0].folder
 
 
-def run_command(name: str, config: Config = None, **settings: Setting) -> Path | None:
+def run_command(name: str, config: Config = None, *, quiet: bool = False, **settings: Setting) -> Path | None:
     """Run any command of `gdvae` in this process, and return its run folder, None if it has none.
 
     :param name: such as "encode-dataset", or "encode_dataset".
-    :param config: as in `train`; `settings`: flags of the command.
+    :param config, quiet: as in `train`; `settings`: flags of the command.
     :raises ValueError: for an unknown command or setting.
     """
     module = name.replace("-", "_")
     require((module in NAMES, f"name: unknown command {name!r}{nearest(module, NAMES)}"))
-    return _execute(importlib.import_module(f"{__package__}.commands.{module}").main, config, settings)[0].folder
+    command = importlib.import_module(f"{__package__}.commands.{module}").main
+    with _output(quiet):
+        return _execute(command, config, settings)[0].folder
 
 
 def evaluate(samples: ImageSet, reference: ImageSet, features: PathLike | None = None, *,
              training: ImageSet | None = None, logdir: PathLike | None = None, config: Config = None,
-             **settings: Setting) -> dict[str, Any]:
+             quiet: bool = True, **settings: Setting) -> dict[str, Any]:
     """Compare samples with real images as evaluate.py does, and return its report.
 
     :param samples: the folder of a sampling run, an .npz or folder of images, or an array uint8 [N x H x W x C] without
@@ -161,10 +166,11 @@ def evaluate(samples: ImageSet, reference: ImageSet, features: PathLike | None =
     :param features: where features come from: a run of classifier_train.py, an autoencoder, or the weights file of the
         Inception network under its published name; None: as `settings` specify.
     :param logdir: run folder for metrics.json and figures; None: they are not kept.
+    :param quiet: print nothing; False: messages, progress bars and the report.
     :param config: as in `train`; `settings`: flags of evaluate.py, such as tstr_iterations=600.
     :raises ValueError: for an unknown setting, and shapes that do not match.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with _output(quiet), tempfile.TemporaryDirectory() as folder:
         sets: dict[str, Any] = {"samples": samples, "reference": reference, "train_dir": training}
         for name, images in sets.items():
             if isinstance(images, np.ndarray):
@@ -179,6 +185,10 @@ def evaluate(samples: ImageSet, reference: ImageSet, features: PathLike | None =
         run = evaluation_command.main.create_run(config, **settings)
         run.folder = Path(folder)
         return evaluation_command.main.body(run)
+
+
+def _output(quiet: bool) -> contextlib.AbstractContextManager[None]:
+    return logger.quiet() if quiet else contextlib.nullcontext()
 
 
 def _execute(command: Any, config: Config, settings: dict[str, Any]) -> tuple[Run, Any]:

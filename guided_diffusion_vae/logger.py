@@ -8,11 +8,14 @@ import contextlib
 import csv
 import datetime
 import functools
+import io
 import json
 import math
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from numbers import Number
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from .files import atomic_path
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 HISTOGRAM_VALUES = 2**16  # at most about this many elements are read from the device
 MAX_WARNINGS = 100      # that a Logger keeps
+_quiet = False          # inside of `quiet`
 
 
 class KVWriter:
@@ -418,6 +422,8 @@ class Logger:
         """Write a message unless its level is below the logger's."""
         if level >= WARN and len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(" ".join(map(str, args)))
+        if level >= WARN and _quiet:
+            warnings.warn(" ".join(map(str, args)), stacklevel=3)
         if level >= self.level:
             for out in self.output_formats:
                 if isinstance(out, SeqWriter):
@@ -569,6 +575,21 @@ def set_level(level):
     get_current().set_level(level)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Write nothing to the terminal inside the block: no messages, rows and progress bars. Warnings become Python's.
+
+    Files of run folders are written as without it.
+    """
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        _quiet = before
+
+
 def set_comm(comm):
     """Set whether dumps average over ranks: False disables it."""
     get_current().set_comm(comm)
@@ -693,7 +714,7 @@ def progress(items, description):
     """Return an iterator over items that shows a progress bar on rank 0."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=description, leave=False, mininterval=1, disable=dist_util.rank() != 0)
+    return tqdm(items, desc=description, leave=False, mininterval=1, disable=_quiet or dist_util.rank() != 0)
 
 
 def progress_bar(total, initial, description):
@@ -705,7 +726,7 @@ def progress_bar(total, initial, description):
     from tqdm import tqdm
 
     total = None if total == math.inf else total
-    disabled = dist_util.rank() != 0
+    disabled = _quiet or dist_util.rank() != 0
     bar = tqdm(total=total, initial=initial, desc=description, disable=disabled, dynamic_ncols=True, mininterval=1)
 
     def advance_to(done, total):

@@ -222,6 +222,20 @@ def test_train_resumes_and_names_unknown_models_and_settings(folder, tmp_path):
             train(configs, **{**settings, **changed})
 
 
+def test_quiet_calls_print_nothing_and_write_their_log(folder, tmp_path, capfd):
+    train([NETWORK, PROCESS], data=folder / "cache", logdir=tmp_path, quiet=True, **STEP)
+    assert run_command("encode_dataset", vae_path=folder / "vae", data_dir=folder / "data",
+                       cache_dir=tmp_path / "cache", quiet=True) is None
+    images = np.zeros([8, 16, 16, 1], np.uint8)
+    with pytest.warns(UserWarning, match="Fréchet distance from 8 samples"):
+        report = evaluate(images, folder / "data", features=folder / "vae", image_size=16)
+    assert capfd.readouterr() == ("", "")
+    assert "8 latents 4x8x8" in (tmp_path / "log.txt").read_text()
+    with pytest.warns(UserWarning, match="Fréchet distance from 8 samples"):
+        assert evaluate(images, folder / "data", features=folder / "vae", image_size=16, quiet=False) == report
+    assert f"frechet: {report['frechet']:.5g}" in capfd.readouterr().out
+
+
 @pytest.fixture
 def signal_at(monkeypatch):
     """Send this process a signal before a training takes a step."""

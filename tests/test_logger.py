@@ -424,3 +424,20 @@ def test_only_log_that_fails_is_reported_on_stderr(capsys):
     alone = Logger("run", [Broken()])
     alone.dumpkvs(), alone.dumpkvs()
     assert capsys.readouterr().err.count("log format custom cannot be written to run (RuntimeError: closed)") == 1
+
+
+def test_quiet_block_writes_files_and_turns_warnings_into_those_of_python(tmp_path, capfd):
+    logger.configure(str(tmp_path), ["stdout", "log"])
+    capfd.readouterr()
+    with logger.quiet():
+        logger.log("a message")
+        with pytest.warns(UserWarning, match="^a warning$"):
+            logger.warn("a warning")
+        logger.logkv("loss", 1.5)
+        logger.dumpkvs()
+        with logger.progress_bar(3, 0, "training") as bar:
+            bar.update()
+    assert capfd.readouterr() == ("", "")
+    assert all(text in (tmp_path / "log.txt").read_text() for text in ("a message", "a warning", "1.5"))
+    logger.warn("another")
+    assert capfd.readouterr().out == "another\n"
