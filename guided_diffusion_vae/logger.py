@@ -694,14 +694,23 @@ def reset():
 
 
 @contextlib.contextmanager
-def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
-    """Log into another folder inside the block, with arguments as for `configure`."""
-    outer, Logger.CURRENT = Logger.CURRENT, _build(dir, format_strs, comm, resume_step=resume_step)
+def suspend():
+    """Keep the current logger open while others are configured inside the block, and return to it afterwards."""
+    outer, Logger.CURRENT = Logger.CURRENT, None
     try:
         yield
     finally:
         _close_current()
         Logger.CURRENT = outer
+
+
+@contextlib.contextmanager
+def scoped_configure(dir=None, format_strs=None, comm=None, resume_step=None):
+    """Log into another folder inside the block, with arguments as for `configure`."""
+    inner = _build(dir, format_strs, comm, resume_step=resume_step)
+    with suspend():
+        Logger.CURRENT = inner
+        yield
 
 
 def log_rank0(text):

@@ -28,7 +28,7 @@ LAYERS = """
     evaluation
     runs.cards
     runs.configs runs.loading runs.training
-    runs.ema_sweep runs.doctor runs.export runs.study runs.teacher runs.tstr
+    runs.ema_sweep runs.doctor runs.export runs.study_models runs.study runs.teacher runs.tstr
 """.split()
 # A package counts as a module if its __init__.py imports something: it is then the public interface of its folder.
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -23,6 +23,7 @@ from guided_diffusion_vae.evaluation.study import (
 )
 from guided_diffusion_vae.files import read_record, write_record
 from guided_diffusion_vae.runs.study import find_groups, fingerprint_of_rows
+from guided_diffusion_vae.runs.study_models import find_fingerprint
 from guided_diffusion_vae.vae_wrapper import PixelCodec
 
 CPU = torch.device("cpu")
@@ -229,9 +230,9 @@ def folders(tmp_path_factory):
     return folder
 
 
-def command(folders, tmp_path, **settings):
+def command(folders, tmp_path, config=(TINY,), **settings):
     """Run the command and return its report."""
-    run = augmentation_study.main.create_run([TINY], **{
+    run = augmentation_study.main.create_run(config, **{
         "data_dir": folders / "train", "val_data_dir": folders / "val", "image_size": 32, "group_by": r"_r(\d+)_",
         "shares": "1,all", "logdir": tmp_path / "study", "report": False, **settings})
     try:
@@ -348,6 +349,140 @@ def test_samples_of_networks_that_saw_other_images_are_rejected(fault, message, 
         else:   # no network is left that was trained on a share
             with pytest.raises(ValueError, match="all of its networks are in --allow_networks"):
                 command(folders, tmp_path, samples=samples, allow_networks=allowed)
+
+
+# --- Models of the command ---
+
+
+MODELS = """
+study: {seeds: 2, steps: 8, batch_size: 8, width: 2, strengths: "1", ratios: "1"}
+autoencoder:
+  num_channels: [8, 8]
+  initial_downsample_factor: 4
+  num_res_blocks: 1
+  norm_num_groups: 4
+  latent_channels: 2
+  training: {batch_size: 4, lr_anneal_steps: 2, save_interval: 2, max_val_samples: 2}
+latents: {allow_latent_std: true}
+model: {num_channels: 32, channel_mult: "1", num_res_blocks: 1, attention_resolutions: "", class_cond: true}
+diffusion: {diffusion_steps: 20, predict_v: true}
+training: {batch_size: 4, lr_anneal_steps: 2, save_interval: 2, ema_rate: ""}
+"""
+FAST = {"sampler": "ddim", "timestep_respacing": "ddim2", "save_individual": False}
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    """Return a run folder of the command that trained and sampled a model of each share, with its models.yaml."""
+    folder = folders / "models"
+    folder.mkdir()
+    (folder / "models.yaml").write_text(MODELS)
+    report = command(folders, folder, folder / "models.yaml", train_models=True, **FAST)
+    assert all("classical + synthetic 1:1" in share["arms"] for share in report["shares"].values())
+    return folder
+
+
+def no_computation(monkeypatch):
+    """Make every step of a training and every sample an error."""
+    for target in ("train_util.TrainLoop.run_step", "sampling.generate._sample_batches", "evaluation.study.train"):
+        monkeypatch.setattr(f"guided_diffusion_vae.{target}", lambda *_: pytest.fail("computed again"))
+
+
+def test_models_are_trained_on_their_share_alone_and_not_again(folders, models, monkeypatch):
+    source = open_folder(DataConfig(data_dir=str(folders / "train"), image_size=32))
+    for name, rows in (("1", np.flatnonzero(["_r1_" in name for name in source.names])), ("all", range(16))):
+        path, _ = checkpoint_util.find_weights(models / f"study/models/{name}/diffusion")
+        header = checkpoint_util.load_weights(path)[1]
+        assert find_fingerprint(header) == fingerprint_of_rows(source, rows)
+        assert header["autoencoder"]["path"].startswith(str(models / f"study/models/{name}/autoencoder"))
+        archive, = (models / "study/samples").glob(f"{name}_*/samples_*.npz")
+        assert archive.name == f"samples_{len(rows)}x32x32x1.npz"
+    report = json.loads((models / "study/study.json").read_text())
+    no_computation(monkeypatch)
+    assert command(folders, models, models / "models.yaml", train_models=True, **FAST) == report
+    other = models / "other.yaml"
+    other.write_text(MODELS.replace("predict_v", "noise_schedule: cosine, predict_v"))
+    with pytest.raises(ValueError, match=r"models/1/diffusion was trained with other settings \(noise_schedule\): "
+                                         "restore them in --config, remove the folder"):
+        command(folders, models, other, train_models=True, **FAST)
+    config = models / "study/models/1/autoencoder/config.json"
+    record = read_record(config)
+    with monkeypatch.context() as context:
+        context.setattr("guided_diffusion_vae.runs.study_models.read_config_file",
+                        lambda *_: {"header": {"data_fingerprint": "b" * 64}})
+        with pytest.raises(ValueError, match="models/1/autoencoder was trained on other images than those of its"):
+            command(folders, models, models / "models.yaml", train_models=True, **FAST)
+    assert read_record(config) == record
+
+
+def test_given_models_are_checked_and_sampled_once_for_each_setting(folders, models, tmp_path, monkeypatch):
+    model = models / "study/models/1/diffusion"
+    study_of = lambda **settings: command(folders, tmp_path, model_path=model, **{**FAST, "shares": "1", **settings})
+    assert study_of(dry_run=True) is None and not (tmp_path / "study").exists()
+    report = study_of(num_samples=4)
+    first, = (tmp_path / "study/samples").iterdir()
+    assert "synthetic" in report["shares"]["1"]["arms"] and (first / "samples_4x32x32x1.npz").exists()
+    time = (first / "sampling.json").stat().st_mtime_ns
+    with monkeypatch.context() as context:
+        no_computation(context)
+        assert study_of(num_samples=4, save_individual=True) == report
+    (first / "sampling.json").unlink()      # as if it was interrupted
+    assert study_of(num_samples=4) == report and (first / "sampling.json").stat().st_mtime_ns > time
+    study_of(num_samples=4, seed=1)
+    second, = {*(tmp_path / "study/samples").iterdir()} - {first}
+    shares = [dict(line) for line in csv.DictReader((tmp_path / "study/study.csv").read_text().splitlines())]
+    assert sampling_seed(first) == 0 and sampling_seed(second) == 1 and {row["share"] for row in shares} == {"1"}
+
+
+def sampling_seed(folder):
+    """Return the --seed of a set of samples, from commands.json."""
+    return read_record(folder / "commands.json")["commands"][-1]["flags"]["sampling"]["seed"]
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("larger", r"models/all/.* \(--model_path of .*\) was trained on 16 other images.*--shares 1 \(8 images\)"),
+    ("guide", r"models/all/.* \(--guide_model_path of .*\) was trained on 16 other images"),
+    ("shape", r"model000001.pt \(--model_path\): expected a model of images of shape 1x32x32, got "),
+    ("classes", r"model000001.pt \(--model_path\): expected a model of the classes of .*, has none of left, right"),
+    ("start", r"would start from a network that was trained on share all, which has more images"),
+    ("no config", r"--train_models True requires the settings .*: set --config"),
+    ("endless", r"--train_models True would not end: .* in the section autoencoder.training, got neither"),
+    ("no classes", r"requires models with classes: expected class_cond: true in the section model"),
+    ("archive", r"--train_models True trains on folders of the files of a share, but its images have no files"),
+])
+def test_models_that_cannot_belong_to_a_share_are_rejected_before_any_computation(fault, message, folders, models,
+                                                                                  tmp_path, monkeypatch):
+    no_computation(monkeypatch)
+    small, large = (models / f"study/models/{name}" for name in ("1", "all"))
+    source = open_folder(DataConfig(data_dir=str(folders / "train"), image_size=32))
+    settings, config = {"shares": "1"}, [TINY]
+    if fault in ("larger", "guide"):
+        settings |= {"model_path": large / "diffusion" if fault == "larger" else small / "diffusion"}
+        settings |= {"guide_model_path": large / "diffusion"} if fault == "guide" else {}
+    elif fault in ("shape", "classes"):
+        shape = {"image_shape": [1, 32, 32]} if fault == "classes" else {}
+        settings = {"model_path": network(tmp_path / "m/model000001.pt", source, source.fingerprint, **shape)}
+    else:
+        text = MODELS.replace("class_cond: true", "class_cond: false") if fault == "no classes" else (
+            MODELS.replace("training: {batch_size: 4, lr_anneal_steps: 2", "training: {batch_size: 4")
+            if fault == "endless" else MODELS)
+        config = tmp_path / "models.yaml"
+        config.write_text(text)
+        settings = {"train_models": True, "shares": "1,all"}
+        if fault == "no config":
+            config = [TINY]
+        if fault == "start":
+            settings["vae_path"] = large / "autoencoder"
+        if fault == "archive":
+            pixels = (255 * images(8).images).byte().numpy().transpose(0, 2, 3, 1)
+            write_npz(tmp_path / "train.npz", pixels.shape, [pixels], images(8).labels.numpy(), ["left", "right"])
+            settings |= {"data_dir": tmp_path / "train.npz", "group_by": "", "shares": "50%,all"}
+    with pytest.raises(ValueError, match=message):
+        command(folders, tmp_path, config, **settings)
+    assert not list(tmp_path.glob("study/*/*"))
+    if fault == "start":    # of the share itself, or named
+        command(folders, tmp_path, config, **{**settings, "vae_path": small / "autoencoder"}, dry_run=True)
+        command(folders, tmp_path, config, **settings, allow_networks=large / "autoencoder", dry_run=True)
 
 
 def test_recordings_in_both_sets_are_rejected_unless_allowed(folders, tmp_path):

@@ -45,6 +45,9 @@ class StudyConfig:
         "", "comma-separated sets of samples, each the folder of a sampling script with its sampling.json: the files "
             "that its networks were trained on determine the share that it belongs to; empty: no synthetic images",
         essential=True)
+    train_models: bool = option(
+        False, "train an autoencoder and a diffusion model on the images of each share alone, with the settings of "
+               "--config, and sample them; --vae_path: use this autoencoder for all", essential=True)
     group_by: str = option(
         "", "recording or subject of an image: regular expression, whose groups are searched in the file name, or a "
             "column of the label file; empty: images are independent", essential=True)

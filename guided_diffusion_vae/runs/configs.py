@@ -15,7 +15,7 @@ from ..evaluation.report_page import ReportConfig
 from ..evaluation.study import StudyConfig
 from ..gaussian_diffusion import DiffusionConfig
 from ..latent_datasets import LatentConfig
-from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig
+from ..sampling import BaseConfig, GuidanceConfig, PixelSamplingConfig, SamplingConfig, StudySamplingConfig
 from ..sampling.editing import EditingConfig
 from ..train_util import AutoencoderTrainConfig, ClassifierTrainConfig, DiffusionTrainConfig, TrainConfig
 from ..unet import ClassifierConfig, ModelConfig, SuperResConfig
@@ -33,7 +33,7 @@ __all__ = [
     "FastLaunchConfig", "GuidanceConfig", "LatentCacheConfig", "LatentConfig", "LaunchConfig", "LikelihoodConfig",
     "MicrodopplerConfig", "ModelConfig", "NormalizerConfig", "PerceptualConfig", "PixelSamplingConfig", "PlanConfig",
     "PushConfig", "ReconstructConfig", "ReportConfig", "RoundtripConfig", "RunConfig", "SamplingConfig",
-    "SmallCacheConfig", "SpectrogramConfig", "StftConfig", "StudyConfig", "SuperResConfig", "TrainConfig",
-    "VAEConfig",
+    "SmallCacheConfig", "SpectrogramConfig", "StftConfig", "StudyConfig", "StudySamplingConfig", "SuperResConfig",
+    "TrainConfig", "VAEConfig",
 ]
 CONFIGS = tuple(globals()[name] for name in __all__)

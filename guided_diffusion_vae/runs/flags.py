@@ -106,11 +106,16 @@ def from_python(*classes, config=None, **settings):
     return _build(selections, from_file, settings)
 
 
-def read_config_flag(*classes, argv=None):
-    """Return instances with the settings of the file of --config, None if it has no section of any of the classes."""
+def find_config_flag(argv=None):
+    """Return the value of --config, "" if it is not set."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="")
-    path = parser.parse_known_args(argv)[0].config
+    return parser.parse_known_args(argv)[0].config
+
+
+def read_config_flag(*classes, argv=None):
+    """Return instances with the settings of the file of --config, None if it has no section of any of the classes."""
+    path = find_config_flag(argv)
     if not path or not {section_name(cls) for cls in classes} & read_yaml_file(_find_config(path)).keys():
         return None
     return from_python(*classes, config=path)[0]

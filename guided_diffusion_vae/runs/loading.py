@@ -28,9 +28,9 @@ from ..evaluation.physics import Physics
 from ..files import file_errors, sha256_of_file, write_record
 from ..logger import log_rank0, progress
 from ..sampling import (
-    OWNED_MARKER, SAMPLE_FILES, Autoguidance, ClassifierFreeGuidance, CompiledNetwork, LowResConditioning, Sampler,
-    SamplingConfig, Unconditional, classifier_cond_fn, decoded_shape, deterministic_sampler, generate_samples,
-    noise_levels, resolve_sampler, save_image, timesteps_in_interval,
+    OWNED_MARKER, SAMPLE_FILES, SAMPLING_RECORD, Autoguidance, ClassifierFreeGuidance, CompiledNetwork,
+    LowResConditioning, Sampler, SamplingConfig, Unconditional, classifier_cond_fn, decoded_shape,
+    deterministic_sampler, generate_samples, noise_levels, resolve_sampler, save_image, timesteps_in_interval,
 )
 from ..sampling.editing import EDITS, EditingConfig, box, require_mode
 from .factories import (
@@ -46,8 +46,7 @@ from .spaces import (
 # Flags of the model that do not change its weights, and may therefore differ from its header.
 SAMPLING_OVERRIDABLE = ("timestep_respacing", "use_fp16", "use_checkpoint", "recompute_norms", "dropout",
                         "classifier_use_fp16")
-# Beside samples: the file that names their networks and images, by these flags.
-SAMPLING_RECORD = "sampling.json"
+# Flags of the networks and images that SAMPLING_RECORD names.
 RECORDED_PATHS = "model_path", "guide_model_path", "classifier_path", "vae_path", "base_samples", "data_dir"
 _NOT_BUILT = "its header and the flags describe no model", "check the file and the flags of the model"
 

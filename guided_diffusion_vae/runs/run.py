@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import importlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from ..evaluation.report_page import COMMANDS_FILE, PAGE_FILE, read_commands, wr
 from ..files import read_record, remove_stale_parts, require_writable_folder, write_json, write_record
 from ..locks import LOCK_FILE, locked_folder
 from ..train_util import find_checkpoint, format_names
-from .flags import argparser, flag_names, from_python, parse_explicit
+from .flags import argparser, find_config_flag, flag_names, from_python, parse_explicit
 from .flags import drop_fields as drop_fields, select_fields as select_fields  # scripts take all they need from here
 
 
@@ -52,13 +53,14 @@ class Run:
     :param folder: folder of the run, None for scripts and dry runs without one.
     :param checkpoint: (marker, folder) of the verified step to resume from, (None, None) if training starts.
     :param flags: names of the flags of the script, None if all fields of the configs are flags.
+    :param config_file: YAML file of --config, which may have sections of other scripts, "" if there is none.
     """
 
-    def __init__(self, script, configs, explicit=(), folder=None, checkpoint=(None, None), flags=None):
+    def __init__(self, script, configs, explicit=(), folder=None, checkpoint=(None, None), flags=None, config_file=""):
         self.script, self.configs, self.explicit = script, tuple(configs), dict(explicit)
         for config in filter(dataclasses.is_dataclass, self.configs):
             self.explicit = {**changed_fields(config), **self.explicit}
-        self.folder, self.checkpoint, self.flags = folder, checkpoint, flags
+        self.folder, self.checkpoint, self.flags, self.config_file = folder, checkpoint, flags, config_file
         self.record = {}    # of the command, in commands.json; shared by the copies
         self.created = []   # the folder and its parents that `open_folder` has created
 
@@ -94,6 +96,29 @@ class Run:
         run.script, run.configs, run.folder, run.checkpoint = script, tuple(configs), folder, find_checkpoint(folder)
         run.flags = None
         return run
+
+    def create_inner(self, script, config=None, **settings):
+        """Return the Run of another script that is a part of this one, with its settings of the device and the report.
+
+        :param config: a YAML file; `settings`: flags, which win over it. The script has a folder of its own, --logdir.
+        """
+        shared = dist_util.LaunchConfig, *([RunConfig] if "logdir" in settings else [])
+        names = {field.name for cls in shared for field in dataclasses.fields(cls)} - {"dry_run"}
+        flags = {name: value for name, value in self.explicit.items() if name in names}
+        return _find_script(script).create_run(config, **{**flags, **settings})
+
+    def execute_inner(self, inner):
+        """Execute a run of `create_inner` on all ranks and return its result; log and precision are then as before."""
+        with logger.suspend() if RunConfig in inner else contextlib.nullcontext():
+            result = _find_script(inner.script).execute(inner)
+        dist_util.set_numerics(self[dist_util.LaunchConfig])
+        return result
+
+    def changed_settings(self, folder):
+        """Return the names of the settings that differ from those in the config.json of a run folder."""
+        recorded = read_config_file(folder, "remove the folder").get("flags", {})
+        return sorted(name for section, flags in self._by_section().items() for name, value in flags.items()
+                      if name in recorded.get(section, {}) and recorded[section][name] != value)
 
     @property
     def dry_run(self):
@@ -281,6 +306,11 @@ def read_config_file(folder, action) -> dict:
     return read_record(path, action) if path.exists() else {}
 
 
+def _find_script(name):
+    """Return the function of a script; by name, as scripts import this module."""
+    return importlib.import_module(f"..commands.{name}", __package__).main
+
+
 def _read_header(folder):
     return read_config_file(folder, "remove it: the checkpoints have their own headers").get("header", {})
 
@@ -343,15 +373,19 @@ def script(doc, *classes, trains=False, samples=False):
                 run.finish()
                 return result
 
-        def create_run(configs, explicit):
-            return Run(Path(body.__code__.co_filename).stem, configs, explicit, flags=flag_names(*classes))
+        def create(configs, explicit, config_file):
+            return Run(Path(body.__code__.co_filename).stem, configs, explicit, flags=flag_names(*classes),
+                       config_file=config_file)
+
+        def create_run(config=None, **settings):
+            config_file = config if isinstance(config, (str, os.PathLike)) else ""
+            return create(*from_python(*classes, config=config, **settings), config_file)
 
         @functools.wraps(body)
         def main():
-            execute(create_run(*parse_explicit(doc, *classes)))
+            execute(create(*parse_explicit(doc, *classes), find_config_flag()))
 
-        main.body, main.execute = body, execute
-        main.create_run = lambda config=None, **settings: create_run(*from_python(*classes, config=config, **settings))
+        main.body, main.execute, main.create_run = body, execute, create_run
         main.argparser = functools.partial(argparser, doc, *classes)
         main.launch = functools.partial(dist_util.launch, main)
         return main

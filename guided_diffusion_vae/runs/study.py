@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +22,13 @@ from ..data.manifest import read_manifest
 from ..evaluation.study import Images, Share, StudyConfig, find_share, run_study
 from ..files import hash_lines, read_record, sha256_of_file
 from ..latent_datasets import is_cache
-from ..sampling import SAMPLE_FILES
-from ..vae_wrapper import VAEConfig
-from .loading import SAMPLING_RECORD
+from ..sampling import SAMPLE_FILES, SAMPLING_RECORD, StudySamplingConfig
+from ..vae_wrapper import VAEConfig, create_vae
 from .run import read_config_file
 from .spaces import apply_trained_preprocessing, open_codec, works_on_pixels
+from .study_models import (
+    create_stages, find_fingerprint, find_starts, model_paths, sample_model, train_model,
+)
 
 SHA256_OF = {"model_path": "model", "guide_model_path": "guide_model", "classifier_path": "classifier"}
 READ_BATCH = 64
@@ -66,15 +68,13 @@ def study(run) -> dict | None:
     groups = np.array(find_groups(source, config.group_by))
     _check_overlap(config, groups, source, test)
     shares = _open_shares(config, source, groups)
-    samples = _open_samples(run, source, test, shares)
+    samples = _find_samples(run, NetworkCheck(run, source, test, shares))
+    if samples is None:
+        return None
     for share in shares:
-        if len(share.rows) < len(source) and not run.dry_run:
-            _link_share(source, share, run.folder)
         for name, path in samples.get(share.name, {}).items():
             images, share.digests[name] = _open_sample_images(data, path, source)
             share.samples[name] = images
-    if run.dry_run:
-        return None
     training = _read(source)
     settings = hash_lines([source.fingerprint, test.fingerprint, repr(source.preprocessing)])
     return run_study(config, training, groups, _read(test, source.class_names), shares, source.class_names, run.folder,
@@ -140,60 +140,159 @@ def fingerprint_of_rows(source, rows) -> str | None:
     """
     if len(rows) == len(source):
         return source.fingerprint
-    if len(getattr(source, "paths", ())) != len(source):
+    if not _has_files(source):
         return None
     return hash_lines(f"{source.names[row]} {file_stamps(source.paths[row])[0]}" for row in rows)
 
 
+def _has_files(source):
+    """Return whether each image has a file of its own; those of archives have none."""
+    paths = getattr(source, "paths", ())
+    return len(paths) == len(source) and all(map(os.path.isfile, paths))
+
+
+def _folder_of_share(source, share, folder) -> str:
+    """Return the folder of the images of a share, "" if they have no files of their own.
+
+    That of all images if the share has them, else that which `_link_share` creates in the run folder.
+    """
+    if len(share.rows) == len(source):
+        return source.folder
+    return str(folder / "shares" / _folder_name(share)) if _has_files(source) else ""
+
+
+def _folder_name(share):
+    return share.name.replace("%", "").replace(":", "_")
+
+
 def _link_share(source, share, folder):
-    """Create a folder of links to the files of a share, on which generative models can be trained."""
-    target = folder / "shares" / share.name.replace("%", "").replace(":", "_")
-    if dist_util.rank() or not all(map(os.path.isfile, getattr(source, "paths", [""]))):
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    paths = {source.names[row]: source.paths[row] for row in share.rows}
-    paths |= {name: path for name in LABEL_FILES if os.path.isfile(path := os.path.join(source.folder, name))}
-    for name, path in paths.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.symlink(os.path.abspath(path), target / name)
-        except OSError:     # not permitted on Windows
-            shutil.copy2(path, target / name)   # with its time, which the fingerprint contains
-    logger.log(f"share {share.name}: linked in {target}")
+    """Create the folder of links to the files of a share on rank 0, on which generative models can be trained."""
+    target = _folder_of_share(source, share, folder)
+    if dist_util.rank() == 0 and target not in ("", source.folder):
+        shutil.rmtree(target, ignore_errors=True)
+        paths = {source.names[row]: source.paths[row] for row in share.rows}
+        paths |= {name: path for name in LABEL_FILES if os.path.isfile(path := os.path.join(source.folder, name))}
+        for name, path in paths.items():
+            link = Path(target, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.symlink(os.path.abspath(path), link)
+            except OSError:     # not permitted on Windows
+                shutil.copy2(path, link)    # with its time, which the fingerprint contains
+        logger.log(f"share {share.name}: linked in {target}")
+    dist_util.barrier()
 
 
 # --- Samples ---
 
 
-def _open_samples(run, source, test, shares):
-    """Return {share: {name: path}} of the sets of `--samples`, each in the share that its networks were trained on."""
-    config, found = run[StudyConfig], {}
-    allowed = {os.path.realpath(path) for path in words.parse(config.allow_networks, "allow_networks")}
-    is_allowed = lambda path: not allowed.isdisjoint({os.path.realpath(path), os.path.dirname(os.path.realpath(path))})
-    prints = {fingerprint_of_rows(source, share.rows): share for share in shares}
+def _find_samples(run, check) -> dict[str, dict] | None:
+    """Return {share: {name: path}} of the sets of samples: those of `--samples`, and of models that are sampled here.
+
+    All networks are checked before the first one is trained or sampled. A dry run ends with that, and returns None.
+    """
+    config, source, shares = run[StudyConfig], check.source, check.shares
+    found: dict[str, dict] = {share.name: {} for share in shares}
+
+    def add(share, folder, path):
+        sets = found[share.name]
+        sets[str(folder) if folder.name in sets else folder.name] = path
+
     for path in map(Path, words.parse(config.samples, "samples")):
-        folder, largest = path.parent if path.suffix == ".npz" else path, None
-        for seen in seen_images(folder, run[VAEConfig]):
-            if is_allowed(seen.path):
+        folder = path.parent if path.suffix == ".npz" else path
+        share = check.require_share(path, seen_images(folder, run[VAEConfig]))
+        logger.log_rank0(f"share {share.name}: samples of {path}, whose networks saw no other real images")
+        add(share, folder, path)
+    models = []
+    for path in words.parse(run[StudySamplingConfig].model_path, "model_path"):
+        share = check.require_share(path, _seen_by_model(run, path))
+        _require_same_images(path, source)
+        logger.log_rank0(f"share {share.name}: model {path}, whose networks saw no other real images")
+        models.append((share, path, Path(path if os.path.isdir(path) else os.path.dirname(path)).resolve().name))
+    stages = _plan_trainings(run, check) if config.train_models else {}
+    if run.dry_run:
+        return None
+    for share in shares:
+        _link_share(source, share, run.folder)
+    for share in shares if config.train_models else ():
+        logger.log_rank0(f"share {share.name}: training a model on {_folder_of_share(source, share, run.folder)}")
+        path = train_model(run, stages[share.name], fingerprint_of_rows(source, share.rows))
+        models.append((check.require_share(path, _seen_by_model(run, path)), path, _folder_name(share)))
+    for share, path, name in models:
+        folder = sample_model(run, path, name, len(share.rows), run.folder / "samples")
+        add(share, folder, folder)
+    return found
+
+
+def _plan_trainings(run, check):
+    """Return {share: runs that train its model}, none of which starts from networks that saw more than the share."""
+    stages, folder = {}, run.folder or Path()
+    vae_path = run[VAEConfig].vae_path
+    autoencoder = create_vae(run[VAEConfig], dist_util.dev()) if vae_path else None
+    for share in check.shares:
+        data_dir = _folder_of_share(check.source, share, folder)
+        require((data_dir, f"{check.source.folder}: --train_models True trains on folders of the files of a share, but "
+                 "its images have no files of their own; set --data_dir to a folder of images, or --shares all"))
+        stages[share.name] = create_stages(run, folder / "models" / _folder_name(share), data_dir)
+        starts = [_seen_by_network(path, flag, None, run[VAEConfig]) for flag, path in find_starts(stages[share.name])]
+        starts += [_seen_by_autoencoder(autoencoder)] if autoencoder else []
+        largest = check.find_share(run.config_file, itertools.chain(*starts))
+        require((largest is None or len(largest.rows) <= len(share.rows),
+                 f"--train_models True: the model of share {share.name} would start from a network that was trained on "
+                 f"share {largest and largest.name}, which has more images; train it on {data_dir}, or name it in "
+                 "--allow_networks if its images are known not to be test images"))
+    return stages
+
+
+def _require_same_images(path, source):
+    """Reject a model whose samples have another shape or other classes than the images, before it is sampled."""
+    file, _ = find_weights(path)
+    header = load_weights(file, "cpu")[1] or {}
+    shape, missing = tuple(header.get("image_shape") or ()), set(source.class_names) - set(header.get("classes") or ())
+    require((shape == tuple(source.shape), f"{file} (--model_path): expected a model of images of shape "
+             f"{format_shape(source.shape)}, got {format_shape(shape)}"),
+            (not missing, f"{file} (--model_path): expected a model of the classes of {source.folder}, has none of "
+             f"{', '.join(sorted(missing))}; train it with --class_cond True"))
+
+
+class NetworkCheck:
+    """Finds the share of a study that networks were trained on, and rejects networks that saw other images."""
+
+    def __init__(self, run, source, test, shares):
+        self.data, self.source, self.test, self.shares = run[DataConfig], source, test, shares
+        self.allowed = {os.path.realpath(path)
+                        for path in words.parse(run[StudyConfig].allow_networks, "allow_networks")}
+        self.prints = {fingerprint_of_rows(source, share.rows): share for share in shares}
+
+    def find_share(self, path, networks: Iterable["Seen"]) -> Share | None:
+        """Return the largest share that one of the networks of `path` saw; None if all are in `--allow_networks`.
+
+        :raises ValueError: if one saw images that are of no share, or its best step was chosen by test images.
+        """
+        largest = None
+        for seen in networks:
+            if not self.allowed.isdisjoint({os.path.realpath(seen.path), os.path.dirname(os.path.realpath(seen.path))}):
                 continue
-            share = prints.get(seen.fingerprint) or _share_of_content(seen, run[DataConfig], source, shares)
-            known = ", ".join(f"{share.name} ({len(share.rows)} images)" for share in shares)
+            share = self.prints.get(seen.fingerprint) or _share_of_content(seen, self.data, self.source, self.shares)
+            known = ", ".join(f"{share.name} ({len(share.rows)} images)" for share in self.shares)
             require(
                 (share, f"{seen.path} ({seen.flag} of {path}) was trained on "
                  f"{f'{seen.count} other' if seen.fingerprint else 'unknown'} images: expected those of a share of "
-                 f"{source.folder} (--data_dir), --shares {known}; train it on the folder of that share that this "
+                 f"{self.source.folder} (--data_dir), --shares {known}; train it on the folder of that share that this "
                  "command creates in shares/, or name it in --allow_networks if its images are known not to be test "
                  "images"),
-                (os.path.realpath(seen.validation) != os.path.realpath(test.folder) or not seen.validation,
-                 f"{seen.path} ({seen.flag} of {path}): its best step was chosen by the test images, {test.folder} "
-                 "(its --val_data_dir); train it without them, or name it in --allow_networks"))
+                (os.path.realpath(seen.validation) != os.path.realpath(self.test.folder) or not seen.validation,
+                 f"{seen.path} ({seen.flag} of {path}): its best step was chosen by the test images, "
+                 f"{self.test.folder} (its --val_data_dir); train it without them, or name it in --allow_networks"))
             largest = share if largest is None else max(largest, share, key=lambda share: len(share.rows))
-        require((largest, f"{path}: all of its networks are in --allow_networks; expected one that was trained on a "
+        return largest
+
+    def require_share(self, path, networks: Iterable["Seen"]) -> Share:
+        """Return the result of `find_share`; samples of networks that are all allowed belong to no share."""
+        share = self.find_share(path, networks)
+        require((share, f"{path}: all of its networks are in --allow_networks; expected one that was trained on a "
                  "share of --data_dir"))
-        sets = found.setdefault(largest.name, {})
-        sets[str(folder) if folder.name in sets else folder.name] = path
-        logger.log_rank0(f"share {largest.name}: samples of {path}, whose networks saw no other real images")
-    return found
+        return share
 
 
 def _share_of_content(seen, data, source, shares):
@@ -209,6 +308,12 @@ def _share_of_content(seen, data, source, shares):
     content = sorted(map(sha256_of_file, images.paths))
     return next((share for share in shares if len(share.rows) == len(content)
                  and sorted(sha256_of_file(source.paths[row]) for row in share.rows) == content), None)
+
+
+def _seen_by_model(run, path) -> Iterator[Seen]:
+    """Yield the images that the networks of a model that is sampled by a run were trained on."""
+    for flag, network in model_paths(run, path).items():
+        yield from _seen_by_network(network, f"--{flag}", None, run[VAEConfig])
 
 
 def seen_images(folder, vae: VAEConfig) -> Iterator[Seen]:
@@ -240,19 +345,26 @@ def _seen_by_network(path, flag, sha256=None, vae=None):
     header = load_weights(file, "cpu", flag)[1] or {}
     flags = _recorded_flags(Path(file).parent)
     yield Seen(str(file), flag, header.get("data_count", header.get("data", {}).get("files")),
-               header.get("data_fingerprint") or (header.get("data") or {}).get("fingerprint"), _data_folder(flags),
+               find_fingerprint(header), _data_folder(flags),
                flags.get("val_data_dir", ""))
     if header.get("autoencoder") and header.get("kind") != "autoencoder" and not works_on_pixels(header):
-        codec = open_codec(header["autoencoder"], vae)
-        if codec.preprocessing:     # of an autoencoder of this project, whose header states its images
-            yield from _seen_by_network(codec.path, "--vae_path")
-        else:
-            yield Seen(codec.path, "--vae_path", None, None)
+        yield from _seen_by_autoencoder(open_codec(header["autoencoder"], vae))
     teacher = (header.get("distillation") or {}).get("teacher")
     if teacher:
         yield from _seen_by_network(teacher["path"], "--teacher_path", teacher["sha256"], vae)
-    if flags.get("init_from"):
-        yield from _seen_by_network(flags["init_from"], "--init_from", None, vae)
+    resumed = flags.get("resume_checkpoint", "")
+    for name in ("init_from", *(["resume_checkpoint"] if os.path.dirname(resumed) else [])):
+        if flags.get(name) and Path(flags[name]).parent.resolve() != Path(file).parent.resolve():
+            yield from _seen_by_network(flags[name], f"--{name}", None, vae)
+
+
+def _seen_by_autoencoder(codec):
+    """Yield the images of a codec; those of autoencoders of other projects, whose files do not state them, are unknown.
+    """
+    if codec.preprocessing:
+        yield from _seen_by_network(codec.path, "--vae_path")
+    else:
+        yield Seen(codec.path, "--vae_path", None, None)
 
 
 def _recorded_flags(folder):

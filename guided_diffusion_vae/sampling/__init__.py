@@ -4,13 +4,13 @@
 """
 
 from .. import deprecated_names
-from .generate import OWNED_MARKER, SAMPLE_FILES, generate_samples, project, sample_images
+from .generate import OWNED_MARKER, SAMPLE_FILES, SAMPLING_RECORD, generate_samples, project, sample_images
 from .guidance import (
     Autoguidance, ClassifierFreeGuidance, GuidanceConfig, Unconditional, classifier_cond_fn, timesteps_in_interval,
 )
 from .sampler import (
     BaseConfig, CompiledNetwork, KeyedNoise, LowResConditioning, PixelSamplingConfig, Sampler, SamplingConfig,
-    decoded_shape, noise_levels, parse_classes, resolve_sampler,
+    StudySamplingConfig, decoded_shape, noise_levels, parse_classes, resolve_sampler,
 )
 from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 from .solvers import SAMPLERS, SOLVERS, STOCHASTIC, applicable_samplers, deterministic_sampler, multistep_sample_loop

@@ -19,6 +19,7 @@ from .sheets import MAX_ROWS, contact_sheet, save_image, to_pil
 GRID_SIZE = 64  # samples on a contact sheet without classes
 # Files in folders that sampling has created, and may therefore replace.
 SETTINGS_FILE = "making.json"  # alias
+SAMPLING_RECORD = "sampling.json"   # beside finished samples: the networks that made them
 CONDITIONS_FILE = "conditions.txt"  # name of the condition of each sample, one per line
 SAMPLE_FILES = re.compile(r"samples_(\d+x)+\d+\.npz")
 _OTHERWISE = {"shards": "", "db": ", or --save_db False"}

@@ -78,6 +78,19 @@ class PixelSamplingConfig(SamplingConfig):
 
 
 @dataclass
+class StudySamplingConfig(SamplingConfig):
+    """The same for several models, whose number of samples follows from their training images."""
+
+    SECTION = "sampling"
+
+    model_path: Annotated[str, words] = option(
+        "", "comma-separated runs of image_train_vae.py, or weights files of them, to sample from: the images that a "
+            "model was trained on determine the share that its samples belong to; empty: none", essential=True)
+    num_samples: int = option(0, "samples of each model; 0: as many as it has training images", minimum=0,
+                              essential=True)
+
+
+@dataclass
 class BaseConfig:
     SECTION = "sampling"
 
