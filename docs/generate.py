@@ -46,10 +46,11 @@ def notebook_files(path):
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         page += [source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"]
-        for output in cell.get("outputs", []):
-            if "text" in output:
-                page += [f"```text\n{''.join(output['text'])}```"]
-            else:
+        outputs = cell.get("outputs", [])
+        if text := "".join(line for output in outputs for line in output.get("text", [])):
+            page += [f"```text\n{text.rstrip()}\n```"]
+        for output in outputs:
+            if "data" in output:
                 name = f"{path.stem}_{len(images)}.jpg"
                 images[f"tutorials/{name}"] = base64.b64decode("".join(output["data"]["image/jpeg"]))
                 page += [f"![output of the cell above]({name})"]
