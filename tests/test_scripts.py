@@ -691,7 +691,7 @@ def captured(monkeypatch):
     def from_config(model, data, config, task, use_fp16=False):
         data.close()
         vars(captured).update(model=model, data=data, config=config, task=task, use_fp16=use_fp16)
-        return types.SimpleNamespace(run_loop=lambda: None)
+        return types.SimpleNamespace(run_loop=lambda: None, stopped=False)
 
     monkeypatch.setattr(TrainLoop, "from_config", from_config)
     return captured

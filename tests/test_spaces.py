@@ -900,7 +900,7 @@ def loops(monkeypatch):
     """Return the arguments of the training loops that are built, none of which trains."""
     built = []
     monkeypatch.setattr(TrainLoop, "from_config", lambda model, data, train, task, **flags: built.append(
-        (model, data, train, task)) or SimpleNamespace(run_loop=lambda: None))
+        (model, data, train, task)) or SimpleNamespace(run_loop=lambda: None, stopped=False))
     return built
 
 
