@@ -15,7 +15,7 @@ from PIL import Image
 
 from guided_diffusion_vae import checkpoint_util, dist_util, logger
 from guided_diffusion_vae.commands import augmentation_study
-from guided_diffusion_vae.data import DataConfig, open_folder, write_npz
+from guided_diffusion_vae.data import DataConfig, open_colormap, open_folder, write_npz
 from guided_diffusion_vae.data.labels import read_column
 from guided_diffusion_vae.evaluation import study
 from guided_diffusion_vae.evaluation.study import (
@@ -101,6 +101,21 @@ def test_batches_have_the_ratio_of_their_arm_and_the_classes_of_their_seed(arm, 
     assert torch.equal(classes[0], classes[1]) and not torch.equal(classes[0], classes[2])
     assert torch.equal(classes[0], classes[3]) and (values[3] == -1).all()      # another arm has the same classes
     assert classes.float().mean() == pytest.approx(0.5, abs=0.15)
+    next(study.train(real, samples.select(samples.labels == 0), arm, 3, TINY, [8], CPU))     # none of class 1
+    assert torch.equal(torch.stack(seen[-8:]) == 1, (classes[0] == 0) & (torch.arange(8) < synthetic))
+
+
+def test_scalars_of_a_colormap_are_augmented(monkeypatch):
+    seen = []
+    monkeypatch.setattr(study, "create_network", lambda *_: torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2)))
+    monkeypatch.setattr(torch.nn.AdaptiveAvgPool2d, "forward", lambda _, x: seen.append(x) or x[..., :1, :1])
+    gray, jet = images(8), open_colormap("jet")
+    colors = torch.from_numpy(jet.to_colors(gray.images[:, 0].numpy())).movedim(-1, 1) / 255
+    for colormap in (jet, None):
+        next(study.train(Images(colors, gray.labels, colormap).select(range(8)), None, Arm(0, 1), 0, TINY, [1], CPU))
+    far = [jet.to_scalars((127.5 * (batch + 1)).round().byte().movedim(1, -1).numpy())[1].max() for batch in seen]
+    assert far[0] == 0 < far[1]
 
 
 def test_trainings_of_a_seed_start_equal_and_leave_the_global_generator_alone():
@@ -154,6 +169,7 @@ def test_arms_are_all_mixtures_of_their_share():
         "real + synthetic 1:1": Arm(1, 0, "s"), "real + synthetic 1:2": Arm(2, 0, "s"),
         "classical + synthetic 1:1": Arm(1, 0.5, "s"), "classical + synthetic 1:2": Arm(2, 0.5, "s")}
     assert list(list_arms(TINY, 1.0, [])) == ["real", "classical 1"]
+    assert list_arms(TINY, 1.0, ["s"]).keys() - list_arms(TINY, 1.0, ["s"], incomplete=["s"]) == {"synthetic"}
     assert "synthetic of b" in list_arms(TINY, 1.0, ["a", "b"])
 
 
@@ -180,9 +196,13 @@ def test_study_finds_what_samples_are_worth_and_repeats_no_training(tmp_path, mo
         trained.append((arm, seed))
         return (study.create_network(1, 2, 2) for _ in stops)
 
+    lines = []
     monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "log_rank0", lines.append)
     assert run() == report and trained == []
     run(dataclasses.replace(config, seeds=3))
+    reused = f"trainings: {2 * len(error)} trainings are reused from {tmp_path / 'trainings'}, {len(error)} are new"
+    assert reused in lines
     assert {seed for _, seed in trained} == {2} and len(trained) == len(error)
     trained.clear()
     shares[0].digests["bad"] = "3"
@@ -349,6 +369,27 @@ def test_samples_of_networks_that_saw_other_images_are_rejected(fault, message, 
         else:   # no network is left that was trained on a share
             with pytest.raises(ValueError, match="all of its networks are in --allow_networks"):
                 command(folders, tmp_path, samples=samples, allow_networks=allowed)
+
+
+def test_simulated_images_belong_to_all_shares_and_may_lack_classes(folders, tmp_path):
+    simulated = tmp_path / "sim/train"
+    simulated.mkdir(parents=True)
+    for path in folders.glob("val/left_*"):
+        shutil.copy(path, simulated)
+    with pytest.raises(FileNotFoundError, match="sim/train has no sampling.json, .* or name it in --allow_networks"):
+        command(folders, tmp_path, samples=simulated)
+    command(folders, tmp_path, samples=simulated, allow_networks=simulated, dry_run=True)
+    write_record(tmp_path / "sim/dataset.json", {"simulation": 1})
+    for split in ("train", "val"):      # colors, beside which simulated images are gray
+        (tmp_path / "jet" / split).mkdir(parents=True)
+        for path in (folders / split).iterdir():
+            colors = open_colormap("jet").to_colors(np.asarray(Image.open(path)) / 255)
+            Image.fromarray(colors).save(tmp_path / "jet" / split / path.name)
+    report = command(tmp_path / "jet", tmp_path, samples=simulated, colormap="jet")
+    for share in report["shares"].values():
+        assert list(share["arms"]) == ["real", "classical 1", "real + synthetic 1:1", "classical + synthetic 1:1"]
+    with pytest.raises(ValueError, match=r"sim/train \(--samples\): expected images of shape 3x32x32, got 1x32x32"):
+        command(tmp_path / "jet", tmp_path, samples=simulated)
 
 
 # --- Models of the command ---

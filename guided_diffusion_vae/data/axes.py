@@ -1,5 +1,6 @@
 """Axes and scale of spectrograms: which Doppler frequency, time and level in dB a pixel stands for."""
 
+import contextlib
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -90,6 +91,16 @@ def find_axes(folder: str, sides) -> tuple[dict, str]:
             return {}, (f"{path} describes spectrograms of {axes['rows']}x{axes['columns']}, which are read as "
                         f"{format_shape(sides)}: their axes are not recorded")
     return {}, ""
+
+
+def find_simulation(folder: str) -> str:
+    """Return the path of the `SIMULATION_FILE` of simulated images, in their folder or the one above; "" if none."""
+    folder = os.path.abspath(folder)
+    for path in (os.path.join(place, SIMULATION_FILE) for place in (folder, os.path.dirname(folder))):
+        with contextlib.suppress(OSError, ValueError):      # label files of other programs have this name, too
+            if "simulation" in read_record(path):
+                return path
+    return ""
 
 
 def _read_axes(path):

@@ -16,6 +16,7 @@ from torch import nn
 from .. import dist_util
 from ..config import CommaSeparated, option, require, words
 from ..data.augmentation import augment_spectrograms
+from ..data.colormaps import Colormap
 from ..files import atomic_stream, hash_lines, read_record, write_json, write_record
 from ..logger import log_rank0, progress
 from ..nn import keyed_rng, keyed_seed
@@ -43,7 +44,8 @@ class StudyConfig:
                                essential=True)
     samples: Annotated[str, words] = option(
         "", "comma-separated sets of samples, each the folder of a sampling script with its sampling.json: the files "
-            "that its networks were trained on determine the share that it belongs to; empty: no synthetic images",
+            "that its networks were trained on determine the share that it belongs to. Folders of images of "
+            "make_microdoppler.py, or in --allow_networks, belong to all shares and may lack classes; empty: none",
         essential=True)
     train_models: bool = option(
         False, "train an autoencoder and a diffusion model on the images of each share alone, with the settings of "
@@ -70,19 +72,23 @@ class StudyConfig:
         "", "comma-separated recordings that may have images in both --data_dir and --val_data_dir, of other times")
     allow_networks: Annotated[str, words] = option(
         "", "comma-separated paths of networks that may be trained on other images than those of a share, because they "
-            "are known not to be test images: pretrained networks, simulations")
+            "are known not to be test images: pretrained networks, simulations; and of such --samples themselves")
 
 
 class Images(NamedTuple):
-    """Images in [0, 1], float32 [N x C x H x W], and their classes, int64 [N], on the CPU."""
+    """Images in [0, 1], float32 [N x C x H x W], and their classes, int64 [N], on the CPU.
+
+    `colormap` is that of RGB images, whose scalars are augmented.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
+    colormap: Colormap | None = None
 
     def select(self, rows):
         """Return the images of some rows."""
         rows = torch.as_tensor(rows)
-        return Images(self.images[rows], self.labels[rows])
+        return self._replace(images=self.images[rows], labels=self.labels[rows])
 
 
 class Share(NamedTuple):
@@ -105,13 +111,16 @@ class Arm(NamedTuple):
     source: str = ""
 
 
-def list_arms(config: StudyConfig, strength: float, sources) -> dict[str, Arm]:
-    """Return {name: `Arm`} of a share, with the chosen strength of classical augmentation and its sets of samples."""
+def list_arms(config: StudyConfig, strength: float, sources, incomplete=()) -> dict[str, Arm]:
+    """Return {name: `Arm`} of a share, with the chosen strength of classical augmentation and its sets of samples.
+
+    :param incomplete: sets without samples of all classes, from which alone no classifier is trained.
+    """
     strengths, ratios = positive.parse(config.strengths, "strengths"), positive.parse(config.ratios, "ratios")
     arms = {"real": Arm(), **{f"classical {each:g}": Arm(strength=each) for each in strengths}}
     for source in sources:
         of = f" of {source}" if len(sources) > 1 else ""
-        arms[f"synthetic{of}"] = Arm(SYNTHETIC, 0, source)
+        arms |= {} if source in incomplete else {f"synthetic{of}": Arm(SYNTHETIC, 0, source)}
         arms |= {f"real + synthetic{of} 1:{ratio:g}": Arm(ratio, 0, source) for ratio in ratios}
         arms |= {f"classical + synthetic{of} 1:{ratio:g}": Arm(ratio, strength, source) for ratio in ratios}
     return arms
@@ -181,8 +190,8 @@ def create_network(channels: int, num_classes: int, width: int) -> nn.Module:
 def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: StudyConfig, stops, device):
     """Train a classifier; yield it after each number of steps in `stops`.
 
-    A batch has as many images of each class on average, and a constant number of samples. Initialization, classes and
-    augmentation depend on the seed alone, so that arms are paired.
+    A batch has as many images of each class on average, and a constant number of samples; real images replace those of
+    classes without samples. Initialization, classes and augmentation depend on the seed alone, so that arms are paired.
     """
     num_classes, batch_size = int(real.labels.max()) + 1, config.batch_size
     num_synthetic = batch_size if arm.ratio == SYNTHETIC else round(batch_size * arm.ratio / (1 + arm.ratio))
@@ -198,12 +207,14 @@ def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: Stu
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / config.steps)
             labels, positions = rng.integers(num_classes, size=batch_size), rng.random(batch_size)
+            synthetic = [i < num_synthetic and len(pools[0][label]) > 0 for i, label in enumerate(labels)]
             batch = [(part.images, pool[label][int(position * len(pool[label]))])
-                     for i, (label, position) in enumerate(zip(labels, positions))
-                     for part, pool in [parts[0] if i < num_synthetic else parts[1]]]
+                     for label, position, is_sample in zip(labels, positions, synthetic)
+                     for part, pool in [parts[0] if is_sample else parts[1]]]
             images = torch.stack([source[row] for source, row in batch]).to(device)
             if arm.strength:
-                images = augment_spectrograms(images, StepRNG(seed, step, range(batch_size), batch_size), arm.strength)
+                images = augment_spectrograms(images, StepRNG(seed, step, range(batch_size), batch_size), arm.strength,
+                                              colormap=real.colormap)
             loss = F.cross_entropy(network(2 * images - 1), torch.from_numpy(labels).to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -242,7 +253,8 @@ def run_study(config: StudyConfig, training: Images, groups, test: Images, share
     :param settings: text of all that determines the images.
     """
     settings = [str(VERSION), settings, *(f"{name} {getattr(config, name)}" for name in
-                                          ("steps", "batch_size", "width", "lr", "weight_decay"))]
+                                          ("steps", "batch_size", "width", "lr", "weight_decay")),
+                *([f"colormap {training.colormap.name}"] if training.colormap else [])]
     labels = training.labels.numpy()
     strengths = positive.parse(config.strengths, "strengths")
     splits = {share.name: split_validation(groups, labels, share.rows) for share in shares}
@@ -263,7 +275,10 @@ def run_study(config: StudyConfig, training: Images, groups, test: Images, share
     for name, choice in choices.items():
         log_rank0(f"share {name}: strength {choice['strength']:g} and {choice['steps']} steps are chosen by validation")
 
-    arms = {share.name: list_arms(config, choices[share.name]["strength"], list(share.samples)) for share in shares}
+    is_incomplete = lambda images: len(images.labels.unique()) < len(class_names)
+    arms = {share.name: list_arms(config, choices[share.name]["strength"], list(share.samples),
+                                  [name for name, images in share.samples.items() if is_incomplete(images)])
+            for share in shares}
     tasks = [(share, arm, seed) for share in shares for seed in range(config.seeds)
              for arm in arms[share.name].values()]
 
@@ -290,12 +305,16 @@ def _run(description, tasks, function, settings, folder, chosen=None):
     """Return the result of `function` of each task on all ranks, each from its record or computed by one rank."""
     trainings = folder / "trainings"
     trainings.mkdir(parents=True, exist_ok=True)
-    own = {}
-    for number in progress(range(len(tasks))[dist_util.rank()::dist_util.world_size()], description):
-        share, arm, seed = tasks[number]
+    paths = []
+    for share, arm, seed in tasks:
         key = hash_lines([*settings, description, hash_lines(map(str, share.rows)), repr(arm._replace(source="")),
                           share.digests.get(arm.source, ""), str(seed), (chosen or {}).get(share.name, "")])
-        path = trainings / f"{key[:16]}.json"
+        paths.append(trainings / f"{key[:16]}.json")
+    recorded = sum(path.exists() for path in paths)
+    log_rank0(f"{description}: {recorded} trainings are reused from {trainings}, {len(paths) - recorded} are new")
+    own = {}
+    for number in progress(range(len(tasks))[dist_util.rank()::dist_util.world_size()], description):
+        (share, arm, seed), path = tasks[number], paths[number]
         if path.exists():
             own[number] = read_record(path, "remove it: the training is repeated")["result"]
         else:

@@ -1,6 +1,7 @@
 """Open the images of an augmentation study, and check that the networks of its samples saw no others."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -15,8 +16,9 @@ import torch
 from .. import dist_util, logger
 from ..checkpoint_util import find_weights, load_weights
 from ..config import format_shape, require, words
-from ..data import DataConfig, format_classes, map_labels, open_folder, require_labels
+from ..data import DataConfig, format_classes, map_labels, open_colormap, open_folder, require_labels
 from ..data.archives import file_stamps
+from ..data.axes import find_simulation
 from ..data.labels import LABEL_FILES, read_column
 from ..data.manifest import read_manifest
 from ..evaluation.study import Images, Share, StudyConfig, find_share, run_study
@@ -65,6 +67,9 @@ def study(run) -> dict | None:
              f"{format_shape(source.shape)}, got {format_shape(test.shape)}"),
             (source.fingerprint != test.fingerprint, f"{test.folder} (--val_data_dir) has the images of "
              f"{source.folder}: expected images of other recordings"))
+    if source.shape[0] == 3 and not _find_colormap(source):
+        logger.warn(f"{source.folder} contains RGB images of no known colormap: classical augmentation adds gain and "
+                    "noise to their channels; set --colormap or --image_channels 1 if they are spectrograms")
     groups = np.array(find_groups(source, config.group_by))
     _check_overlap(config, groups, source, test)
     shares = _open_shares(config, source, groups)
@@ -200,6 +205,12 @@ def _find_samples(run, check) -> dict[str, dict] | None:
 
     for path in map(Path, words.parse(config.samples, "samples")):
         folder = path.parent if path.suffix == ".npz" else path
+        if not (folder / SAMPLING_RECORD).is_file() and (find_simulation(str(folder)) or check.allows(path)):
+            logger.log_rank0(f"all shares: images of {path}, which are "
+                             f"{'simulated' if find_simulation(str(folder)) else 'named in --allow_networks'}")
+            for share in shares:
+                add(share, folder, path)
+            continue
         share = check.require_share(path, seen_images(folder, run[VAEConfig]))
         logger.log_rank0(f"share {share.name}: samples of {path}, whose networks saw no other real images")
         add(share, folder, path)
@@ -264,6 +275,10 @@ class NetworkCheck:
                         for path in words.parse(run[StudyConfig].allow_networks, "allow_networks")}
         self.prints = {fingerprint_of_rows(source, share.rows): share for share in shares}
 
+    def allows(self, path) -> bool:
+        """Return whether a file, or its folder, is in `--allow_networks`."""
+        return not self.allowed.isdisjoint({os.path.realpath(path), os.path.dirname(os.path.realpath(path))})
+
     def find_share(self, path, networks: Iterable["Seen"]) -> Share | None:
         """Return the largest share that one of the networks of `path` saw; None if all are in `--allow_networks`.
 
@@ -271,7 +286,7 @@ class NetworkCheck:
         """
         largest = None
         for seen in networks:
-            if not self.allowed.isdisjoint({os.path.realpath(seen.path), os.path.dirname(os.path.realpath(seen.path))}):
+            if self.allows(seen.path):
                 continue
             share = self.prints.get(seen.fingerprint) or _share_of_content(seen, self.data, self.source, self.shares)
             known = ", ".join(f"{share.name} ({len(share.rows)} images)" for share in self.shares)
@@ -323,7 +338,8 @@ def seen_images(folder, vae: VAEConfig) -> Iterator[Seen]:
     """
     path = Path(folder) / SAMPLING_RECORD
     require((path.is_file(), f"{folder} has no {SAMPLING_RECORD}, which names the networks of samples; sample again "
-             "with a sampling script, and pass its folder as --samples"), error=FileNotFoundError)
+             "with a sampling script and pass its folder as --samples, or name it in --allow_networks if its images "
+             "are known not to be test images"), error=FileNotFoundError)
     record = read_record(path, "sample again")
     paths, settings = record["paths"], record["settings"]
     for flag, network in paths.items():
@@ -382,20 +398,35 @@ def _data_folder(flags):
 
 
 def _open_sample_images(data, path, source):
-    """Return (Images, SHA-256 of the file) of a set of samples, with the classes of a source."""
+    """Return (Images, digest of what determines them) of a set of samples, with the classes of a source.
+
+    Other images than those of a sampling script, such as simulated ones, need not have all of them.
+    """
     archives = [path] if path.suffix == ".npz" else sorted(
         file for file in path.glob("samples_*.npz") if SAMPLE_FILES.fullmatch(file.name))
-    require((len(archives) == 1, f"{path} (--samples): expected one file samples_*.npz, got {len(archives)}"))
-    data = apply_trained_preprocessing(data, {}, source.preprocessing)
-    samples = open_folder(data, flag="--samples", data_dir=str(archives[0]), value_range="", value_window="")
-    require((samples.shape == source.shape, f"{archives[0]} (--samples): expected images of shape "
+    is_sampled = bool(archives) or (path / SAMPLING_RECORD).is_file()
+    require((len(archives) == 1 or not is_sampled,
+             f"{path} (--samples): expected one file samples_*.npz, got {len(archives)}"))
+    place = str(archives[0] if is_sampled else path)
+    data = dataclasses.replace(apply_trained_preprocessing(data, {}, source.preprocessing), data_dir=place,
+                               value_range="", value_window="")
+    if not is_sampled:      # gray levels are scalars, too
+        data = dataclasses.replace(data, label_column="")
+        gray = open_folder(dataclasses.replace(data, colormap=""), flag="--samples").shape[0] == 1
+        data = dataclasses.replace(data, colormap="" if gray else data.colormap)
+    samples = open_folder(data, flag="--samples")
+    require((samples.shape == source.shape, f"{place} (--samples): expected images of shape "
              f"{format_shape(source.shape)}, got {format_shape(samples.shape)}"))
     require_labels(samples, True)
     images = _read(samples, source.class_names)
     missing = [name for label, name in enumerate(source.class_names) if label not in images.labels]
-    require((not missing, f"{archives[0]} (--samples) has no samples of {', '.join(missing)}; sample all classes"
-             f"{format_classes(source)}"))
-    return images, sha256_of_file(archives[0])
+    require((not missing or not is_sampled, f"{place} (--samples) has no samples of {', '.join(missing)}; sample all "
+             f"classes{format_classes(source)}"))
+    if missing:
+        logger.log_rank0(f"{place} has no images of {', '.join(missing)}: real ones take their places in batches")
+    digest = sha256_of_file(place) if is_sampled else hashlib.sha256(
+        images.images.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+    return images, digest
 
 
 def _read(source, class_names=None):
@@ -403,4 +434,10 @@ def _read(source, class_names=None):
     starts = range(0, len(source), READ_BATCH)
     images = torch.cat([source.batch(range(start, min(start + READ_BATCH, len(source)))) for start in starts])
     labels = map_labels(source, class_names) if class_names else source.labels
-    return Images(images, torch.as_tensor(np.array(labels), dtype=torch.int64))
+    return Images(images, torch.as_tensor(np.array(labels), dtype=torch.int64), _find_colormap(source))
+
+
+def _find_colormap(source):
+    """Return the colormap of RGB images, None for gray levels and for colors that are on no known map."""
+    name = source.preprocessing.get("recognized_colormap", "")
+    return open_colormap(name) if name and source.shape[0] == 3 else None
