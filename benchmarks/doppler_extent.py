@@ -38,7 +38,7 @@ class DopplerConfig:
 
 def main():
     (bench, config), device = common.configure(__doc__, DopplerConfig, without=("repetitions", "device"))
-    axes = json.loads((Path(config.data_dir) / "dataset.json").read_text())["image"]
+    axes = json.loads((Path(config.data_dir) / "dataset.json").read_bytes())["image"]
     extent = lambda image: axes["row_mps"] * doppler_extent(image, config.threshold, axes["zero_doppler_row"])
     samples = open_npz(config.samples)
     real = ImageFolder(DataConfig(str(Path(config.data_dir) / "val"), f"{axes['rows']}x{axes['columns']}"))

@@ -368,6 +368,8 @@ def launch(main):
     Errors in flags or files and a lack of memory print one line `error: ...`, other errors their traceback, too. The
     exit status is then 1. GDVAE_TRACEBACK=1 always prints the traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):      # letters that the terminal lacks are printed as \xNN, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with contextlib.suppress(StoppedBySignal):  # what was computed is saved
             main()

@@ -143,7 +143,7 @@ def atomic_stream(path):
 def write_json(path, content):
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 def write_record(path, content):
@@ -383,7 +383,7 @@ def require_writable_folder(folder, flag):
     probe = folder / f".probe.{socket.gethostname()}.{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
         message = f"cannot write into {folder} ({error.strerror}); set {flag} to a writable folder"

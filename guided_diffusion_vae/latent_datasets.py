@@ -97,7 +97,7 @@ class LatentCache(LatentSource):
         """The names of the images, one per latent."""
         path = self.folder / FILENAMES
         with file_errors(path, action=REENCODE_HINT):
-            return path.read_text().splitlines()
+            return path.read_text("utf-8").splitlines()
 
     def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return the stored values of some items, float32 on the CPU; rows if the latents are kept on a device.

@@ -161,7 +161,7 @@ def _parent_with(variable, pid):
     try:
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if any(entry.startswith(f"{variable}=".encode()) for entry in environ):
-            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            return int(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[1])
     except OSError:     # not Linux, or the process of another user, as Slurm's are
         pass
     return None

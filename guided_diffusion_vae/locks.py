@@ -57,7 +57,7 @@ def locked_folder(folder, flag, user, report=print):
 def _acquire(path, flag, report):
     """Return the open file of a lock that this process holds from now on."""
     while True:
-        stream = open(path, "a+")
+        stream = open(path, "a+", encoding="utf-8")
         try:
             holder, free = _read_holder(stream), _lock(stream)
             elsewhere = holder and (holder["host"] != socket.gethostname() or free is None)
@@ -123,5 +123,5 @@ def _shows_life(path, holder, report):
 
 
 def _modified(path):
-    with open(path) as stream:      # network file systems look at the server again when a file is opened
+    with open(path, "rb") as stream:    # network file systems look at the server again when a file is opened
         return os.fstat(stream.fileno()).st_mtime

@@ -71,14 +71,15 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def __init__(self, filename_or_file):
         self._own = not hasattr(filename_or_file, "write")
-        self._stream = open(filename_or_file, "a") if self._own else filename_or_file
+        self._stream = open(filename_or_file, "a", encoding="utf-8") if self._own else filename_or_file
         self._is_stdout = filename_or_file is sys.stdout
         self.name = "log" if self._own else "stdout"
 
     def _write(self, text):
         # sys.stdout is looked up at each write: it may have been redirected since (contextlib, pytest).
         stream = sys.stdout if self._is_stdout else self._stream
-        stream.write(text)
+        encoding = getattr(stream, "encoding", None) or "utf-8"     # names with other letters must not end a run
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
 
     def writekvs(self, kvs):
@@ -110,8 +111,8 @@ class JSONOutputFormat(KVWriter):
         if resume_step is not None and os.path.exists(filename):
             lines = [line for line in _complete_lines(filename) if _before(json.loads(line).get("step"), resume_step)]
             with atomic_path(filename) as part:
-                part.write_text("".join(lines))
-        self._stream = open(filename, "w" if resume_step is None else "a")
+                part.write_text("".join(lines), "utf-8")
+        self._stream = open(filename, "w" if resume_step is None else "a", encoding="utf-8")
 
     def writekvs(self, kvs):
         """Append one line."""
@@ -141,14 +142,14 @@ class CSVOutputFormat(KVWriter):
             column = header.index("step") if "step" in header else None
             self._rewrite(header, [row for row in rows if column is None or _before(row[column], resume_step)])
         else:
-            self._stream = open(self._path, "w", newline="")
+            self._stream = open(self._path, "w", newline="", encoding="utf-8")
 
     def writekvs(self, kvs):
         """Append one row; columns without a value stay empty."""
         new = sorted(set(kvs) - set(self._columns))
         if new:
             self._stream.close()
-            with open(self._path, newline="") as stream:
+            with open(self._path, newline="", encoding="utf-8") as stream:
                 rows = list(csv.reader(stream))[1:]
             self._rewrite(self._columns + new, rows)
         row = [_plain(kvs.get(column)) for column in self._columns]
@@ -157,12 +158,12 @@ class CSVOutputFormat(KVWriter):
 
     def _rewrite(self, columns, rows):
         """Replace the file by these rows, padded to the width of the header, and open it for appending."""
-        with atomic_path(self._path) as part, open(part, "w", newline="") as stream:
+        with atomic_path(self._path) as part, open(part, "w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream, lineterminator="\n")
             table.writerows([columns] * bool(columns))
             table.writerows(row + [""] * (len(columns) - len(row)) for row in rows)
         self._columns = columns
-        self._stream = open(self._path, "a", newline="")
+        self._stream = open(self._path, "a", newline="", encoding="utf-8")
 
     def close(self):
         """Close the file."""
@@ -239,14 +240,14 @@ class WandbOutputFormat(KVWriter, MediaWriter):
             raise ConnectionError("it could not be started before")
         self._attempted = True
         id_file, config_file = self._dir / "wandb_id.txt", self._dir / "config.json"
-        run_id = id_file.read_text().strip() if self._continues and id_file.exists() else None
+        run_id = id_file.read_text("utf-8").strip() if self._continues and id_file.exists() else None
         run = self._package.init(
             dir=str(self._dir), name=self._dir.name, id=run_id, resume="allow" if run_id else None,
-            config=json.loads(config_file.read_text()).get("flags") if config_file.exists() else None,
+            config=json.loads(config_file.read_bytes()).get("flags") if config_file.exists() else None,
             settings=self._package.Settings(console="off"),     # log.txt has the messages
         )
         with atomic_path(id_file) as part:
-            part.write_text(run.id + "\n")
+            part.write_text(run.id + "\n", "utf-8")
         # Its own counter of rows only increases; a resumed run writes the rows after its checkpoint again.
         run.define_metric("*", step_metric="step")
         return run
@@ -316,7 +317,7 @@ def make_output_format(format, ev_dir, log_suffix="", resume_step=None):
 
 def _complete_lines(filename):
     """Return the lines of a file without a truncated last one, which a killed process may leave."""
-    with open(filename, newline="") as stream:
+    with open(filename, newline="", encoding="utf-8") as stream:
         return [line for line in stream if line.endswith("\n")]
 
 

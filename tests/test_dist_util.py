@@ -1,6 +1,7 @@
 import copy
 import ctypes
 import datetime
+import io
 import json
 import os
 import pickle
@@ -548,6 +549,14 @@ def test_launch_user_errors_are_one_line(error, message, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         dist_util.launch(main)
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_launch_escapes_letters_that_the_terminal_lacks(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    dist_util.launch(lambda: print("Fréchet"))
+    terminal.seek(0)
+    assert terminal.read() == "Fr\\xe9chet\n"
 
 
 def test_memory_of_a_machine_without_sysconf_is_that_of_windows(monkeypatch):

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import re
@@ -163,6 +164,16 @@ def test_configure_without_rows_leaves_existing_curves_unchanged(resume_step):
     logger.configure("run", ["csv", "json"], resume_step=resume_step)
     logger.reset()
     assert [Path(f"run/progress.{kind}").read_text() for kind in ("csv", "json")] == before
+
+
+def test_letters_that_a_terminal_or_file_cannot_show_are_escaped(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    logger.configure("run", ["stdout", "log"])
+    logger.log("Fréchet 距離 \udcff.png")
+    terminal.seek(0)
+    assert r"Fréchet \u8ddd\u96e2 \udcff.png" in terminal.read()
+    assert r"Fréchet 距離 \udcff.png" in Path("run/log.txt").read_text("utf-8")
 
 
 def test_configure_reads_folder_and_formats_from_the_environment(monkeypatch):

@@ -273,7 +273,7 @@ def _image_name(recording, start):
 
 def write_table(path, rows):
     """Write dictionaries of the same keys as a .csv file, atomically."""
-    with files.atomic_path(path) as part, open(part, "w", newline="") as stream:
+    with files.atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as stream:
         table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

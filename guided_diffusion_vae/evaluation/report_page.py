@@ -165,7 +165,7 @@ def _collect_run(folder, share):
     attempt = lambda read, path, default: _attempt(problems, read, path, default)
     record = attempt(read_record, folder / "config.json", {})
     commands = attempt(read_commands, folder / COMMANDS_FILE, [])
-    metrics = attempt(lambda path: json.loads(path.read_text()), folder / "metrics.json", {})
+    metrics = attempt(lambda path: json.loads(path.read_bytes()), folder / "metrics.json", {})
     header, last = record.get("header", {}), commands[-1] if commands else {}
     columns, rows = attempt(_read_curves, folder / "progress.csv", ({}, 0))
     previews = sorted(folder.glob("previews/*.png"))
@@ -245,13 +245,13 @@ def _confusions(metrics):
 
 def _read_study(path):
     """Return the tables of an augmentation study, of which each share of the training images has one."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_bytes())
     return [{"title": study_title(report, name), "rows": study_table(report, name)} for name in report["shares"]]
 
 
 def _read_curves(path):
     """Return ({column: numbers or None}, number of rows) of progress.csv, with at most MAX_POINTS rows."""
-    with open(path, newline="") as stream:
+    with open(path, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     kept = [rows[i] for i in evenly_spaced(len(rows), MAX_POINTS)] if rows else []
     columns = {name: [_number(row.get(name)) for row in kept] for name in (rows[0] if rows else {}) if name}
@@ -268,7 +268,7 @@ def _number(text):
 
 def _read_log(path):
     """Return the messages of log.txt without its tables of numbers, the first and the last ones if there are many."""
-    lines = [line for line in path.read_text(errors="replace").splitlines()
+    lines = [line for line in path.read_text("utf-8", "replace").splitlines()
              if line.strip() and not line.startswith(("|", "-----"))]
     if len(lines) > MAX_LINES:
         lines = [*lines[:MAX_LINES // 3], f"[{len(lines) - MAX_LINES} lines omitted]", *lines[-MAX_LINES * 2 // 3:]]

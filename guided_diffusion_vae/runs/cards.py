@@ -121,7 +121,7 @@ def _describe_training(folder, header):
         entries |= {f"`{name}`": training.get(name) for name in ("batch_size", "lr", "ema_rate", "seed")}
     rows = []
     if step is not None and (folder / "progress.csv").is_file():
-        with open(folder / "progress.csv", newline="") as stream:
+        with open(folder / "progress.csv", newline="", encoding="utf-8") as stream:
             rows = [row for row in csv.DictReader(stream) if _number(row.get("step")) <= step]
     if rows:
         last = rows[-1]
@@ -166,7 +166,7 @@ def _format(value):
 def _read_json(path):
     require((path.is_file(), f"{path} does not exist; check --metrics"), error=FileNotFoundError)
     with file_errors(path):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     require((isinstance(content, dict), f"{path}: expected an object of names and numbers; check --metrics"))
     return content
 

@@ -98,7 +98,7 @@ def _usable_cores():
     """Return the number of cores that this process may use, limited by affinity and by the quota of a container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):      # ValueError: the quota is "max"
-        quota, period = Path(CPU_QUOTA).read_text().split()
+        quota, period = Path(CPU_QUOTA).read_text("utf-8").split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
 

@@ -130,7 +130,7 @@ def _read_config(folder):
     if not path.is_file():
         return {}
     with file_errors(path, "is not JSON", f"check {FLAG}"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         require((isinstance(config, dict), f"expected an object, got {type(config).__name__}"))
     return config
 
