@@ -49,7 +49,10 @@ def locked_folder(folder, flag, user, report=print):
     finally:
         released.set()
         with contextlib.suppress(OSError):  # the folder may have been removed
-            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+            is_own = os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+            if fcntl is None:       # Windows removes no open file; elsewhere the lock protects it until it is removed
+                stream.close()
+            if is_own:
                 path.unlink()
         stream.close()
 

@@ -124,7 +124,7 @@ def test_require_writable_folder_creates_an_empty_folder(tmp_path):
 
 def test_require_writable_folder_probes_differ_between_ranks_and_hosts(tmp_path, monkeypatch):
     probes = []
-    monkeypatch.setattr(Path, "write_text", lambda path, text: probes.append(path.name) or path.touch())
+    monkeypatch.setattr(Path, "write_bytes", lambda path, text: probes.append(path.name) or path.touch())
     for host in ("one", "one", "two"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         require_writable_folder(tmp_path, "--logdir")
@@ -311,6 +311,16 @@ def test_holder_shows_life_and_leaves_the_lock_of_its_successor(tmp_path, monkey
 
 
 def test_lock_without_support_of_the_file_system(tmp_path, monkeypatch):
+    streams, unlink = [], Path.unlink
+
+    def unlink_closed(path):    # as on Windows
+        if not all(stream.closed for stream in streams):
+            raise PermissionError
+        unlink(path)
+
+    monkeypatch.setattr(locks, "open", lambda *args, **kwargs: streams.append(open(*args, **kwargs)) or streams[-1],
+                        raising=False)
+    monkeypatch.setattr(Path, "unlink", unlink_closed)
     monkeypatch.setattr(locks, "fcntl", None)
     monkeypatch.setattr(locks, "TIMEOUT", 0.4)
     with locked_folder(tmp_path, "--logdir", "one"):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def open_archive(path, names: Iterable[str] | None = None, in_memory: bool = Fal
 
 @contextlib.contextmanager
 def _open_zip(path):
-    with file_errors(path, "cannot be read as an .npz archive"), bf.BlobFile(path, "rb") as stream:
+    with file_errors(path, "cannot be read as an .npz archive"), bf.BlobFile(str(path), "rb") as stream:
         with open_zip(stream) as archive:
             yield archive
 
@@ -87,6 +88,7 @@ def _read_member(path, archive, header, in_memory, max_pixels):
     size, limit = info.file_size, max(max_pixels, MAX_RATIO * info.compress_size)
     require((not packed or size <= limit, f"{info.filename} unpacks from {info.compress_size} to {size} bytes: "
              f"expected at most {limit}; save it without compression or set a larger --max_pixels"))
+    in_memory = in_memory or sys.platform == "win32"    # which deletes no file while it is mapped
     if "://" in str(path) or dtype.hasobject or len(shape) < 2 or 0 in shape or packed and in_memory:
         with archive.open(info) as stream:
             array = np.lib.format.read_array(stream, allow_pickle=False)
