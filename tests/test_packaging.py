@@ -99,11 +99,14 @@ def test_installed_command_prints_help_in_another_folder(installed, words, start
     assert done.stdout.startswith(start) and "image-sample-vae" in done.stdout
 
 
-def test_wheel_has_version_and_license(installed):
+def test_wheel_has_version_license_and_lower_bounds(installed):
     distribution, = importlib.metadata.distributions(path=[str(installed)])
     assert distribution.metadata["Name"] == "guided-diffusion-vae"
     assert distribution.version == guided_diffusion_vae.__version__
     assert distribution.metadata["License-Expression"] == "MIT"
+    # Without lower bounds, the workflow's lowest versions would be of 2006.
+    tested = [line for line in distribution.requires if not re.search("extra == '(?!test|mpi)", line.replace('"', "'"))]
+    assert len(tested) > 15 and [line for line in tested if ">=" not in line.partition(";")[0]] == []
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 

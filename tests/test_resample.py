@@ -114,7 +114,7 @@ def test_unknown_sampler_error_lists_the_choices():
 
 
 def _update_on_one_rank(rank, rendezvous, folder):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=2)
     sampler = LossSecondMomentResampler(process(3), history_per_term=2)
     ts, losses = ([0, 1, 2], [1.0, 2.0, 3.0]) if rank == 0 else ([0], [5.0])
     sampler.update_with_local_losses(torch.tensor(ts), torch.tensor(losses))

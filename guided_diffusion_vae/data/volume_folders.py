@@ -386,7 +386,7 @@ def cached(path, load, variant=None):
 
 def _open_npy(path):
     if "://" in str(path):
-        with bf.BlobFile(path, "rb") as stream:
+        with bf.BlobFile(str(path), "rb") as stream:
             return load_npy(stream.read())
     return open_npy(path)
 
