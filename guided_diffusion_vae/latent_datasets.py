@@ -5,6 +5,7 @@ All three return scaled latents (z * scale_factor; see docs/training.md on their
 them and selects the items of each step.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -268,12 +269,13 @@ class EncodedImages(LatentSource):
     With a `PixelCodec` the images themselves are x0, and no statistics are needed.
 
     :param stats_samples: number of images, selected by `seed`, over which mean and standard deviation are measured.
-    :param statistics: statistics to use instead of measuring (of a resumed run, or of rank 0); {} if unused.
+    :param statistics: statistics to use instead of measuring (of a resumed run); {} if unused; or a function of this
+        source that returns them at their first use (of rank 0).
     :param progress: called with (images measured, images in total).
     """
 
     def __init__(self, dataset: ImageSource, codec: Codec, stats_samples: int = 2048, seed: int = 0,
-                 batch_size: int = 32, statistics: dict[str, Any] | None = None,
+                 batch_size: int = 32, statistics: dict[str, Any] | Callable[[Any], dict[str, Any]] | None = None,
                  progress: Callable[[int, int], Any] | None = None) -> None:
         self.dataset = dataset
         self.codec = codec
@@ -295,8 +297,13 @@ class EncodedImages(LatentSource):
         if not codec.has_posterior:
             statistics = {}
         elif statistics is None:
-            statistics = self._measure(min(stats_samples, self.count), seed, batch_size, progress)
-        self.statistics = statistics
+            statistics = self.measure(stats_samples, seed, batch_size, progress)
+        self._statistics = statistics
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, Any]:  # type: ignore[override]  # read-only
+        """Mean and standard deviation of the latents."""
+        return self._statistics(self) if callable(self._statistics) else self._statistics
 
     def read(self, indices: Indices, flips: Flips = None, rngs: Rngs = None) -> torch.Tensor:
         """Return the images of some items, float32 [n x C x ...] in [0, 1] on the CPU."""
@@ -310,8 +317,10 @@ class EncodedImages(LatentSource):
         return to_device(self.codec.encode_batch(values, eps), device).float()
 
     @without_tf32()
-    def _measure(self, count: int, seed: int, batch_size: int,
-                 progress: Callable[[int, int], Any] | None) -> dict[str, Any]:
+    def measure(self, stats_samples: int, seed: int, batch_size: int = 32,
+                progress: Callable[[int, int], Any] | None = None) -> dict[str, Any]:
+        """Return the statistics of the latents of `stats_samples` images, or of all; arguments as of the class."""
+        count = min(stats_samples, self.count)
         chosen = np.sort(permute_indices(np.arange(count), self.count, seed, 0).astype(np.int64))
         groups = [chosen[start:start + batch_size] for start in range(0, count, batch_size)]
         ahead = Prefetcher(lambda k: self.read(groups[k]), end_step=len(groups))

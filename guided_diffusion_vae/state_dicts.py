@@ -42,7 +42,19 @@ def load_strict(model: torch.nn.Module, weights: dict, path, flag="--model_path"
              for k in sorted(expected.keys() | found.keys()) if found.get(k) != expected.get(k)]
     contents = "" if is_flat(weights) else f"; it contains {_describe_contents(weights)}"
     raise ValueError(f"{path} does not match the model ({len(lines)} of {len(expected)} entries differ; "
-                     f"{'; '.join(lines[:3])}){contents}; check {flag} and the flags of the model")
+                     f"{'; '.join(lines[:3])}){contents}; {_suggest_flags(expected, found)}check {flag} and the "
+                     "flags of the model")
+
+
+def _suggest_flags(expected, found):
+    """Return which flags of a UNet would explain that its shapes {name: shape} are not those that were found."""
+    flags = []
+    if ("label_emb.weight" in found) != ("label_emb.weight" in expected) and "input_blocks.0.0.weight" in found:
+        flags.append(f"--class_cond {'label_emb.weight' in found}")
+    width, other = (shapes.get("out.2.bias", (0,))[0] for shapes in (expected, found))
+    if width and other in (2 * width, width / 2):
+        flags.append(f"--learn_sigma {other > width}")
+    return f"it seems to be a model with {' and '.join(flags)}; " if flags else ""
 
 
 def select_weights(model: torch.nn.Module, weights: dict, path, flag: str) -> dict:

@@ -275,7 +275,7 @@ def test_script_scores_a_folder(model, trained, call, tmp_path):
     ({"model": "classes"}, "has classes and was trained without --class_dropout"),
     ({"model": "attributes"}, "was trained with --condition_on speed: the attributes of images to examine are unknown"),
     ({"noise_levels": "1e9"}, "--noise_levels 1e9: expected levels of"),
-    ({"neighbors": 7}, "has 6 images: expected at least --neighbors 7"),
+    ({"neighbors": 7}, "(--reference_dir) has 6 images: expected at least --neighbors 7; lower it"),
     ({"data_dir": ""}, "--data_dir is not set: expected images to examine"),
     ({"image_size": 4}, "conflicts with"),
 ])

@@ -21,6 +21,7 @@ from guided_diffusion_vae.config import changed_fields
 from guided_diffusion_vae.data import open_npz, voxel_affine, write_nifti
 from guided_diffusion_vae.files import read_record
 from guided_diffusion_vae.gaussian_diffusion import DiffusionConfig
+from guided_diffusion_vae.latent_datasets import EncodedImages
 from guided_diffusion_vae.runs import loading
 from guided_diffusion_vae.runs.configs import ModelConfig, NormalizerConfig, SamplingConfig, VAEConfig
 from guided_diffusion_vae.runs.run import Run
@@ -279,6 +280,33 @@ def test_threads_that_read_ahead_end_with_an_interrupted_training(folder, tmp_pa
     for thread in reading():
         thread.join(10)
     assert traceback.value and not reading()
+
+
+@pytest.mark.parametrize("model, settings, match", [
+    ("diffusion", {"condition_on": "speed"}, "has no attribute speed"),
+    ("diffusion", {"batch_size": 9}, "8 items are fewer than one step requires"),
+    ("diffusion", {"init_from": "nowhere"}, "nowhere does not exist; check --init_from"),
+    ("diffusion", {"num_channels": 48}, "do not divide"), ("diffusion", {"channel_mult": "1,2,4,8,16"}, "a multiple of"),
+    ("diffusion", {"noise_schedule": "cosine_zero_snr"}, "ends in pure noise"),
+    ("diffusion", {"condition_dir": "{folder}/vae/previews"}, "has no condition for 8 of 8 items"),
+    ("classifier", {"classifier_width": 48}, "do not divide"), ("classifier", {"val_data_dir": "nowhere"}, "nowhere"),
+    ("classifier", {"val_data_dir": "{folder}/vae/previews", "image_size": 16}, "has no classes"),
+])
+def test_settings_are_checked_before_latents_are_measured(folder, tmp_path, monkeypatch, model, settings, match):
+    def measure(*arguments, **keywords):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(EncodedImages, "measure", measure)
+    settings = {name: value.format(folder=folder) if isinstance(value, str) else value
+                for name, value in settings.items()}
+    classifier = {"classifier_width": 64, "classifier_attention_resolutions": "", "classifier_channel_mult": "1"}
+    defaults = {"batch_size": 2, "vae_path": folder / "vae", **(classifier if model == "classifier" else {})}
+    with pytest.raises((ValueError, OSError), match=match):
+        train(None if model == "classifier" else NETWORK, data=folder / "data", model=model, logdir=tmp_path / "run",
+              **{**defaults, **settings})
+    with pytest.raises(AssertionError, match="measured"):
+        train(None if model == "classifier" else NETWORK, data=folder / "data", model=model, logdir=tmp_path / "run",
+              **defaults)
 
 
 def test_training_in_another_thread_needs_no_signals(folder, tmp_path):

@@ -403,6 +403,7 @@ def test_script_writes_results_sheet_and_report(edited, call, tmp_path, flags, c
     ({"mode": "inpaint", "mask_box": "0:9,0:2"}, "--mask_box 0:9,0:2: expected 2 ranges within 8"),
     ({"mode": "inpaint", "mask_dir": "images/a_0.png"}, "a_0.png"),
     ({"mode": "interpolate", "num_samples": 30}, "--num_samples 30: expected at most 24, --num_frames 8 for each of 3"),
+    ({"mode": "interpolate", "num_samples": 12}, "--num_samples 12: expected a multiple of --num_frames 8"),
     ({"mode": "invert", "timestep_respacing": "1"}, "--timestep_respacing: expected 2 steps or more for an inversion"),
     ({"mode": "invert", "image_size": 4}, "--image_size 4 conflicts with"),
 ])

@@ -419,6 +419,16 @@ def test_containers_without_fitting_weights_list_what_they_contain(tmp_path):
         checkpoint_util.load_strict(torch.nn.Linear(3, 2), {"gain": torch.zeros(3)}, "a.pt")
 
 
+@pytest.mark.parametrize("there, here, flags", [
+    ({"num_classes": 4}, {}, "--class_cond True"), ({}, {"num_classes": 4}, "--class_cond False"),
+    ({"out_channels": 6}, {}, "--learn_sigma True"), ({}, {"out_channels": 6}, "--learn_sigma False"),
+    ({"num_classes": 4, "out_channels": 6}, {}, "--class_cond True and --learn_sigma True"),
+])
+def test_flags_that_explain_another_model_are_named(there, here, flags):
+    with pytest.raises(ValueError, match=f"; it seems to be a model with {flags}; check --model_path and the flags"):
+        checkpoint_util.load_strict(unet(**here), unet(**there).state_dict(), "a.pt", "--model_path")
+
+
 # --- Fine-tuning ---
 
 

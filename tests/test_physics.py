@@ -173,6 +173,8 @@ def test_sets_without_physical_quantities_are_rejected(run, tmp_path):
         run(dataclasses.replace(FLAGS, frame_s=0.0))
     with pytest.raises(ValueError, match="--clutter_hz 20 has no effect without --physics True"):
         run(physics=False, clutter_hz=20.0)
+    with pytest.raises(ValueError, match="--clutter_hz 5000 leaves no row of .*: expected less than .* Doppler freq"):
+        run(clutter_hz=5000.0)
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
     with pytest.raises(ValueError, match="statistics.npz contains statistics: --physics True requires images"):
         run(reference=str(tmp_path / "statistics.npz"))

@@ -202,7 +202,7 @@ def open_npz(path, content=None) -> Samples:
     content = open_archive(path) if content is None else content
     images, labels, names = content.get("arr_0"), content.get("arr_1"), content.get("class_names")
     require((images is not None, f"{path} is not a batch of samples: expected arr_0 [N x H x W x C], got "
-                                 f"{', '.join(content)}"))
+                                 f"{', '.join(content)}; use the .npz that sampling has written"))
     require(
         (images.dtype == np.uint8 and images.ndim in (4, 5),
          f"{path}: expected arr_0 as uint8 [N x H x W x C] or [N x D x H x W x C], got {images.dtype} {images.shape}"),

@@ -412,6 +412,8 @@ def _low_res_conditioning(run, base, header, space, image_shape, fields):
     super_res = from_dict(SuperResConfig, header["super_res"])
     path, level, classes = base.base_samples, base.cond_noise_level, header["model"]["num_classes"]
     require((path, "--base_samples is not set: expected an .npz of low-resolution samples"), error=FileNotFoundError)
+    require(("://" in path or Path(path).is_file(), f"{path} is not a file: expected an .npz of low-resolution "
+             "samples; check --base_samples"), error=FileNotFoundError)
     samples = open_npz(path)
     shape = samples.images.shape[-1], *samples.images.shape[1:-1]
     expected = (image_shape[0], *parse_size(super_res.small_size))
@@ -419,8 +421,8 @@ def _low_res_conditioning(run, base, header, space, image_shape, fields):
     require(
         (shape == expected, f"{path}: the upsampler requires images of shape {expected} (channels, sides), got "
          f"{shape}; use another --base_samples"),
-        (not classes or samples.labels is not None, f"{path} has no labels (arr_1), which the upsampler requires; "
-         "sample the low-resolution images with a class-conditional model"),
+        (not classes or samples.labels is not None, f"{path} (--base_samples) has no labels (arr_1), which the "
+         "upsampler requires; sample the low-resolution images with a class-conditional model"),
         (0 <= level <= highest, f"--cond_noise_level must be in [0, {highest}], got {level}; the upsampler was trained "
          f"with --cond_noise_steps {super_res.cond_noise_steps}"),
     )
@@ -478,6 +480,9 @@ def _image_edit(run, header, image_shape, diffusion, solver, fields):
         (pairs > 0, f"{run[DataConfig].data_dir} has one image: --mode interpolate expects at least two"),
         (config.num_samples <= pairs * config.num_frames, f"--num_samples {config.num_samples}: expected at most "
          f"{pairs * config.num_frames}, --num_frames {config.num_frames} for each of {pairs} pairs of images"),
+        (config.mode != "interpolate" or config.num_samples % config.num_frames == 0, f"--num_samples "
+         f"{config.num_samples}: expected a multiple of --num_frames {config.num_frames}, all frames of each pair; "
+         "change one of them"),
     )
     return EDITS[config.mode], diffusion, solver
 
@@ -520,10 +525,10 @@ def _region(config, source):
     stem = lambda name: Path(str(name)).name.split(".")[0]
     if len(masks) > 1:
         require((len(masks) == len(source), f"{config.mask_dir} has {len(masks)} masks: expected one, or one for each "
-                 f"of {len(source)} images of {source.folder}"))
+                 f"of {len(source)} images of {source.folder}; add or remove some, or set another --mask_dir"))
         for mask, image in zip(masks.names, source.names):
-            require((stem(mask) == stem(image), f"{config.mask_dir}: expected a mask named {stem(image)} for the image "
-                     f"{image}, got {mask}; rename it"))
+            require((stem(mask) == stem(image), f"{config.mask_dir} (--mask_dir): expected a mask named {stem(image)} "
+                     f"for the image {image}, got {mask}; rename it"))
     return masks, masks.fingerprint
 
 
@@ -600,8 +605,8 @@ def open_detector(run) -> Detector:
     if config.reference_dir:
         data = dataclasses.replace(run[DataConfig], data_dir=config.reference_dir)
         reference = _edited_images(run.override(data), preprocessing, sampler.image_shape, "--reference_dir")
-        require((len(reference) >= config.neighbors, f"{reference.folder} has {len(reference)} images: expected at "
-                 f"least --neighbors {config.neighbors}"))
+        require((len(reference) >= config.neighbors, f"{reference.folder} (--reference_dir) has {len(reference)} "
+                 f"images: expected at least --neighbors {config.neighbors}; lower it, or add images"))
         if not run.dry_run:
             detector = dataclasses.replace(detector, bank=_encode_all(detector, reference, config.batch_size))
     return detector
@@ -715,6 +720,9 @@ def open_physics(run, sets) -> Physics | None:
     axes = resolve_axes(run[SpectrogramConfig], recorded, sides, source)
     log_rank0(f"spectrograms: rows of {axes.row_hz:g} Hz, zero Doppler in row {axes.zero_row}, {axes.first_row} "
               f"frequencies at the top; frames of {axes.column_s:g} s; {axes.db_range:g} dB from {axes.db_floor:g} dB")
+    highest = float(np.abs(axes.doppler).max())
+    require((config.clutter_hz < highest, f"--clutter_hz {config.clutter_hz:g} leaves no row of {source}: expected "
+             f"less than its highest Doppler frequency, {highest:g}; set a lower one"))
     return Physics(axes, config.clutter_hz, open_colormap(colormap) if channels == 3 else None)
 
 

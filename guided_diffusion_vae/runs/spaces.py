@@ -6,6 +6,7 @@ between latents and x0 (images => latents => x0). Headers record the space; only
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,20 @@ VERIFIED_BYTES = 2**32      # caches up to this size are hashed at every start, 
 NORMALIZER_TOLERANCE = 0.02     # of the standard deviation
 
 
-@dataclasses.dataclass(frozen=True)
 class Space:
-    """Codec and normalizer of x0; `codec` is None if the autoencoder of a cache is not available."""
+    """Codec and normalizer of x0.
 
-    codec: Codec | None
-    normalizer: LatentNormalizer
+    :param codec: None if the autoencoder of a cache is not available.
+    :param normalizer: a LatentNormalizer, or a function that returns it at its first use.
+    """
+
+    def __init__(self, codec: Codec | None, normalizer: LatentNormalizer | Callable[[], LatentNormalizer]):
+        self.codec, self._normalizer = codec, normalizer
+
+    @functools.cached_property
+    def normalizer(self) -> LatentNormalizer:
+        """The LatentNormalizer."""
+        return self._normalizer() if callable(self._normalizer) else self._normalizer
 
     @classmethod
     def of_pixels(cls, channels, dims=2):
@@ -70,9 +79,9 @@ def open_pixels(images):
 
 
 def open_latent_data(run):
-    """Return (latent source, Space) of `open_encodings`, with a normalizer that is fitted to it."""
+    """Return (latent source, Space) of `open_encodings`, with a normalizer that is fitted to it at its first use."""
     source, codec = open_encodings(run)
-    return source, Space(codec, fit_normalizer(run[NormalizerConfig], source))
+    return source, Space(codec, functools.partial(fit_normalizer, run[NormalizerConfig], source))
 
 
 def open_encodings(run):
@@ -102,13 +111,18 @@ def _open_cached(run):
 def _open_encoded(run):
     codec = create_vae(run[VAEConfig], dist_util.dev())
     images = open_images(run[DataConfig], run.explicit, codec)
-    encode = functools.partial(EncodedImages, images, codec, run[LatentConfig].stats_samples, run.setting("seed"))
+
+    def measure(source):
+        statistics = None
+        if dist_util.rank() == 0:
+            with progress_bar(None, 0, "measuring latents") as bar:
+                statistics = source.measure(run[LatentConfig].stats_samples, run.setting("seed"),
+                                            progress=bar.advance_to)
+        return dist_util.broadcast_object(statistics)
+
     # A resumed run keeps its first statistics: another --stats_samples would rescale x0 under trained weights.
-    statistics = run.resumed_header.get("statistics")
-    if dist_util.rank() == 0 and statistics is None:
-        with progress_bar(None, 0, "measuring latents") as bar:
-            statistics = encode(progress=bar.advance_to).statistics
-    return encode(statistics=dist_util.broadcast_object(statistics)), codec
+    statistics = dist_util.broadcast_object(run.resumed_header.get("statistics"))
+    return EncodedImages(images, codec, statistics=measure if statistics is None else statistics), codec
 
 
 def open_cache(folder, explicit):
@@ -146,7 +160,7 @@ def open_validation(run, source, space):
 
 def _open_validation(run, path, source, space):
     if is_cache(path):
-        cache, expected = open_latents(path), space_header(source, space)["autoencoder"]
+        cache, expected = open_latents(path), describe_autoencoder(source, space)
         if expected and cache.autoencoder["sha256"] != expected["sha256"]:
             raise ValueError(f"{path}: expected latents of the autoencoder of this run ({_place(expected)}), got a "
                              f"cache of autoencoder {_place(cache.autoencoder)}; set --val_data_dir to images or "
@@ -453,13 +467,18 @@ def space_header(source, space):
 
     A plain folder of latents does not record its autoencoder; the one at `--vae_path` is then recorded.
     """
-    autoencoder = source.autoencoder or (space.codec and space.codec.describe())
+    autoencoder = describe_autoencoder(source, space)
     return {
         "latent_shape": list(source.latent_shape), "image_shape": source.unpadded_shape and list(source.unpadded_shape),
         "normalizer": space.normalizer.to_dict(), "autoencoder": autoencoder,
         "scale_factor": autoencoder["scale_factor"] if autoencoder else source.scale_factor,
         "statistics": source.statistics, "data": source.preprocessing, **data_header(source),
     }
+
+
+def describe_autoencoder(source, space):
+    """Return the record of the autoencoder of a source in a `Space`, None if it is unknown."""
+    return source.autoencoder or (space.codec and space.codec.describe())
 
 
 def data_header(source):

@@ -13,8 +13,8 @@ from ..sampling import ClassifierFreeGuidance
 from .factories import DiffusionConfig, ModelConfig, create_diffusion
 from .loading import load_diffusion_model, open_weights
 from .spaces import (
-    LatentConfig, LatentNormalizer, Space, VAEConfig, apply_trained_preprocessing, describe_conditions, open_encodings,
-    open_pixels, require_same_space, space_header, works_on_pixels,
+    LatentConfig, LatentNormalizer, Space, VAEConfig, apply_trained_preprocessing, describe_autoencoder,
+    describe_conditions, open_encodings, open_pixels, require_same_space, works_on_pixels,
 )
 
 TEACHER_FLAG = "--teacher_path"
@@ -107,9 +107,9 @@ def open_teacher_data(run, teacher):
             run = run.override(dataclasses.replace(vae, vae_path=header["autoencoder"]["path"]))
         source, codec = open_encodings(run)
         space = Space(codec, LatentNormalizer.from_dict(header["normalizer"]))
-    found = space_header(source, space)
     # A plain folder of latents has no description of its autoencoder.
-    found["autoencoder"] = found["autoencoder"] or header["autoencoder"]
+    found = {"autoencoder": describe_autoencoder(source, space) or header["autoencoder"],
+             "normalizer": space.normalizer.to_dict(), "latent_shape": list(source.latent_shape)}
     require_same_space(header, found, source.folder, "the data")
     if header["model"]["class_cond"]:
         keep_numbers(source, header["classes"])

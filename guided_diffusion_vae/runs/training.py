@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import types
+from pathlib import Path
 
 import torch
 
 from .. import dist_util
 from ..autoencoder import AutoencoderConfig, create_autoencoder, format_strides, total_factors
+from ..checkpoint_util import latest_weights
 from ..config import as_dict, format_shape, require, resolve, words
 from ..data import (
     Attributes, BatchPlan, ConditionConfig, DataConfig, ImageStream, LatentStream, evenly_spaced, missing_classes,
-    open_colormap, open_folder,
+    map_labels, open_colormap, open_folder, require_labels,
 )
 from ..evaluation import PREVIEW_IMAGES, ClassifierValidation, ReconstructionValidation, SamplePreview
 from ..interfaces import Codec
@@ -55,7 +57,6 @@ def train_diffusion(run, source, space, super_res=None, low_res=None, teacher=No
     :param teacher: a `teacher.Teacher`, whose student is trained. Its configs replace those of the run.
     """
     compare_with_resumed_data(run, source)
-    log_source(source)
     diffusion_config, train = teacher.process if teacher else run[DiffusionConfig], run[TrainConfig]
     model_config = infer_model_config(teacher.model if teacher else run[ModelConfig], source)
     attributes = _open_attributes(teacher.header if teacher else run.previous_header, model_config, source)
@@ -67,19 +68,24 @@ def train_diffusion(run, source, space, super_res=None, low_res=None, teacher=No
         space.codec, channels, teacher.nbytes if teacher else 0,
     )
     train = resolve_train_config(train)
+    plan = _plan_batches(source.count, train)
+    _require_initial_weights(run, train)
+    with torch.device("meta"):
+        memory.build()[0].require_grid(source.latent_shape[1:])
+    # Without a cache, latents are now encoded to measure their statistics: all else has been checked.
+    log_source(source)
+    log_rank0(plan.summary())
+    header = diffusion_header(source, space, model_config, diffusion_config, super_res, attributes)
     seed_initialization(train.seed)     # here: opening an autoencoder, if there is one, has drawn random numbers
     model, diffusion = create_model_and_diffusion_vae(
         source.latent_shape, model_config, diffusion_config, super_res, discrete_data=space.is_pixels,
         condition_channels=channels,
     )
-    model.require_grid(source.latent_shape[1:])
     if teacher:
         teacher.initialize(model)
-    plan = _plan_batches(source.count, train)
     if run.dry_run:
         return log_rank0(memory.training().summary())
 
-    header = diffusion_header(source, space, model_config, diffusion_config, super_res, attributes)
     if condition:
         header["condition"] = condition_header(condition, run[ConditionConfig])
     device = dist_util.dev()
@@ -178,6 +184,8 @@ def train_autoencoder(run):
     log_rank0(images.summary())
     log_rank0(f"{format_strides(network)}: images {images.shape} -> latents {network.latent_shape(images.shape[1:])}")
     plan = _plan_batches(len(images), train)
+    log_rank0(plan.summary())
+    _require_initial_weights(run, train)
     discriminator = distance = None
     if discriminator_config.discriminator_weight:
         discriminator = create_discriminator(discriminator_config, config.spatial_dims, channels)
@@ -234,12 +242,21 @@ def _spectrogram_colormap(images):
 def train_classifier(run, source, space):
     """Train a classifier of the x0 of `source`; a dry run prints the memory that training takes and ends."""
     compare_with_resumed_data(run, source)
-    log_source(source)
     diffusion_config, train = run[DiffusionConfig], run[ClassifierTrainConfig]
     config = infer_classifier_config(run[ClassifierConfig], source)
+    plan = _plan_batches(source.count, train)
+    _require_initial_weights(run, train)
+    held_out = open_validation(run, source, space) if train.val_data_dir else None
+    if held_out:
+        require_labels(held_out, True)
+        map_labels(held_out, source.class_names)
+    with torch.device("meta"):
+        build_classifier(config, diffusion_config, source.latent_shape)
+    # Without a cache, latents are now encoded to measure their statistics: all else has been checked.
+    log_source(source)
+    log_rank0(plan.summary())
     seed_initialization(train.seed)
     model, diffusion = build_classifier(config, diffusion_config, source.latent_shape)
-    plan = _plan_batches(source.count, train)
     if run.dry_run:
         shape = train.batch_size, *source.latent_shape
         return log_rank0(_estimate_classifier(model, config, shape).summary())
@@ -250,12 +267,9 @@ def train_classifier(run, source, space):
     model.to(device)
     timesteps = create_named_schedule_sampler(train.schedule_sampler, diffusion)
     validation = None
-    if train.val_data_dir:
-        validation = ClassifierValidation(
-            model, ClassifierObjective(diffusion, timesteps, train.noised, "val"),
-            open_validation(run, source, space), space.normalizer,
-            source.class_names, train, device,
-        )
+    if held_out:
+        validation = ClassifierValidation(model, ClassifierObjective(diffusion, timesteps, train.noised, "val"),
+                                          held_out, space.normalizer, source.class_names, train, device)
     data = LatentStream(source, space.normalizer, plan, device, with_labels=True)
     objective = ClassifierObjective(diffusion, timesteps, train.noised)
     task = TrainTask(objective, header, validation, checkpoint=run.checkpoint)
@@ -287,9 +301,15 @@ def _run(loop):
 
 
 def _plan_batches(count, train):
-    plan = BatchPlan(count, train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
-    log_rank0(plan.summary())
-    return plan
+    return BatchPlan(count, train.batch_size, dist_util.rank(), dist_util.world_size(), train.seed)
+
+
+def _require_initial_weights(run, train):
+    """Check that the run or file of --init_from exists, if a new run starts."""
+    if train.init_from and run.checkpoint[0] is None:
+        path = str(latest_weights(train.init_from, "--init_from"))
+        require(("://" in path or Path(path).exists(), f"{path} does not exist; check --init_from"),
+                error=FileNotFoundError)
 
 
 def _memory_advice(plan, hint=""):
