@@ -635,8 +635,8 @@ def base_samples(tmp_path):
 def test_super_res_sample_maps_and_checks_classes_of_base_samples(upsampler, call, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     flags = {"model_path": upsampler["logdir"], "base_samples": tmp_path / "base.npz", "num_samples": 3}
-    check_error(call("super_res_sample", **flags), "base.npz is not a file: expected an .npz of low-resolution samples; "
-                "check --base_samples")
+    check_error(call("super_res_sample", **flags),
+                "base.npz is not a file: expected an .npz of low-resolution samples; check --base_samples")
     np.savez(tmp_path / "base.npz", images, np.array([1, 0, 1]), class_names=np.array(["b", "a"]))
     status, _, err = call("super_res_sample", **flags, logdir=tmp_path / "run")
     assert status == 0, err
