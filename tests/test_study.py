@@ -105,6 +105,51 @@ def test_batches_have_the_ratio_of_their_arm_and_the_classes_of_their_seed(arm, 
     assert torch.equal(torch.stack(seen[-8:]) == 1, (classes[0] == 0) & (torch.arange(8) < synthetic))
 
 
+def test_labels_of_samples_alone_are_smoothed(monkeypatch):
+    targets = []
+    monkeypatch.setattr(study.F, "cross_entropy", lambda logits, target: targets.append(target) or logits.sum())
+    config = dataclasses.replace(TINY, label_smoothing=0.2)
+    next(study.train(images(8), images(8), Arm(1, 0, "s"), 0, config, [1], CPU))
+    assert torch.allclose(targets[0].amax(1), torch.tensor([0.9] * 4 + [1.0] * 4))
+    assert torch.allclose(targets[0].sum(1), torch.ones(8))
+
+
+def test_filter_omits_samples_of_wrong_classes_and_counts_them(tmp_path, monkeypatch):
+    trained, lines = [], []
+
+    def train(real, samples, arm, seed, config, stops, device):
+        trained.append((arm, seed, samples))
+        return (study.create_network(1, 2, 2) for _ in stops)
+
+    brighter = lambda network, values, device: torch.stack([values[..., :16].mean((1, 2, 3)),
+                                                            values[..., 16:].mean((1, 2, 3))], 1).double()
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "predict", brighter)
+    monkeypatch.setattr(study, "log_rank0", lines.append)
+    samples = images(8, 2)
+    samples = samples._replace(labels=torch.tensor([0, 1, 0, 1, 0, 1, 1, 1]))   # the seventh one has a wrong class
+    share = Share("all", np.arange(8), {"s": samples}, {"s": "1"})
+    run = lambda **settings: run_study(dataclasses.replace(TINY, **settings), images(8), np.array(["a", "b"] * 4),
+                                       images(8, 1), [share], ["left", "right"], tmp_path, "s", CPU)
+    report = run(filter_samples=True)
+    assert report["shares"]["all"]["filtered"] == {"s": {"left": [3, 3], "right": [4, 5]}}
+    assert "share all: 7 of 8 samples of s are kept: left 3 of 3, right 4 of 5" in lines
+    filters = [arm for arm, seed, _ in trained if seed == study.FILTER_SEED]
+    assert filters == [Arm(0, 1, "s")] and share.samples == {"s": samples}
+    used = [part for arm, _, part in trained if arm.ratio]
+    assert used and all(torch.equal(part.images, samples.images[[0, 1, 2, 3, 4, 5, 7]]) for part in used)
+    for settings in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.2, "filter_samples": True}):
+        trained.clear()     # other settings of samples: others are trained again, with their results apart
+        assert ("filtered" in run(**settings)["shares"]["all"]) == ("filter_samples" in settings)
+        assert len(trained) == 6 and all(arm.source == "s" for arm, *_ in trained)
+    trained.clear()
+    assert run(filter_samples=True) == report and not trained
+    share.samples["s"] = samples._replace(labels=1 - images(8).labels)
+    share.digests["s"] = "2"
+    with pytest.raises(ValueError, match="--filter_samples True omits all samples of left, right of s in share all: "):
+        run(filter_samples=True)
+
+
 def test_scalars_of_a_colormap_are_augmented(monkeypatch):
     seen = []
     monkeypatch.setattr(study, "create_network", lambda *_: torch.nn.Sequential(

@@ -28,6 +28,7 @@ STUDY = 17              # second number of the keys of its random numbers; train
 VERSION = 1             # of what a training does: one of another version is not reused
 WARMUP_STEPS = 20
 STOPS = 0.25, 0.5, 0.75, 1      # parts of the steps after which the validation images are measured
+FILTER_SEED = 1000      # of the classifier of `--filter_samples`; arms have smaller ones
 SELECTION_SEEDS = 3     # trainings of each strength on a part of the images, to choose the strength and the steps
 HELD_BACK = 0.2         # part of a recording that validates, if its class has no other recording
 TEST_BATCH = 256
@@ -58,6 +59,12 @@ class StudyConfig:
                "class), P% (first P percent of each recording), N:P%, or all", essential=True)
     ratios: Annotated[str, positive] = option(
         "1", "comma-separated numbers of synthetic images per real one in a batch", essential=True)
+    filter_samples: bool = option(
+        False, "omit samples that a classifier does not assign to their class, which is trained on the real images of "
+               "their share with the chosen augmentation")
+    label_smoothing: float = option(
+        0.0, "part of the target of a sample that is distributed over all classes; 0: its class alone, as of real "
+             "images", minimum=0, below=1)
     strengths: Annotated[str, positive] = option(
         "0.5,1,2", "comma-separated strengths of classical augmentation (1: shifts by up to 25% of the time and 3% of "
                    "the Doppler axis, gain 10% of the range, noise 5%, masks 20%); one is chosen by validation",
@@ -215,7 +222,11 @@ def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: Stu
             if arm.strength:
                 images = augment_spectrograms(images, StepRNG(seed, step, range(batch_size), batch_size), arm.strength,
                                               colormap=real.colormap)
-            loss = F.cross_entropy(network(2 * images - 1), torch.from_numpy(labels).to(device))
+            targets = torch.from_numpy(labels)
+            if config.label_smoothing and any(synthetic):
+                part = config.label_smoothing * torch.tensor(synthetic)[:, None]
+                targets = (1 - part) * F.one_hot(targets, num_classes) + part / num_classes
+            loss = F.cross_entropy(network(2 * images - 1), targets.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -224,11 +235,17 @@ def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: Stu
 
 
 @torch.no_grad()
+def predict(network: nn.Module, images: torch.Tensor, device) -> torch.Tensor:
+    """Return the logits float64 [N x K] of a classifier for images in [0, 1], [N x C x H x W]."""
+    network.eval()
+    logits = torch.cat([network(2 * part.to(device) - 1).cpu() for part in images.split(TEST_BATCH)]).double()
+    network.train()
+    return logits
+
+
 def measure(network: nn.Module, images: Images, device) -> dict:
     """Return the metrics of a classifier: METRICS, `accuracy` and the `recall` of each class."""
-    network.eval()
-    logits = torch.cat([network(2 * part.to(device) - 1).cpu() for part in images.images.split(TEST_BATCH)]).double()
-    network.train()
+    logits = predict(network, images.images, device)
     report = classification_report(logits.argmax(1), images.labels, [str(k) for k in range(logits.shape[1])])
     return {"error": 1 - report["accuracy"], "accuracy": report["accuracy"], "macro_f1": macro_f1(report["confusion"]),
             "calibration_error": calibration_error(logits.softmax(1), images.labels),
@@ -255,6 +272,7 @@ def run_study(config: StudyConfig, training: Images, groups, test: Images, share
     settings = [str(VERSION), settings, *(f"{name} {getattr(config, name)}" for name in
                                           ("steps", "batch_size", "width", "lr", "weight_decay")),
                 *([f"colormap {training.colormap.name}"] if training.colormap else [])]
+    shares = [share._replace(samples=dict(share.samples), digests=dict(share.digests)) for share in shares]
     labels = training.labels.numpy()
     strengths = positive.parse(config.strengths, "strengths")
     splits = {share.name: split_validation(groups, labels, share.rows) for share in shares}
@@ -275,6 +293,23 @@ def run_study(config: StudyConfig, training: Images, groups, test: Images, share
     for name, choice in choices.items():
         log_rank0(f"share {name}: strength {choice['strength']:g} and {choice['steps']} steps are chosen by validation")
 
+    chosen = {name: str(choice["steps"]) for name, choice in choices.items()}
+
+    def recognize(share, arm, seed):
+        network, = train(training.select(share.rows), None, arm, seed, config, [choices[share.name]["steps"]], device)
+        samples = share.samples[arm.source]
+        return (predict(network, samples.images, device).argmax(1) == samples.labels).tolist()
+
+    filters = [(share, Arm(0, choices[share.name]["strength"], source), FILTER_SEED)
+               for share in shares for source in share.samples if config.filter_samples]
+    filtered: dict[str, Any] = {}
+    kept_samples = _run("filter", filters, recognize, settings, folder, chosen) if filters else []
+    for (share, arm, _), kept in zip(filters, kept_samples):
+        filtered.setdefault(share.name, {})[arm.source] = _filter(share, arm.source, kept, class_names)
+    for share in shares if config.label_smoothing else ():
+        for source, digest in share.digests.items():
+            share.digests[source] = hash_lines([digest, f"label_smoothing {config.label_smoothing}"])
+
     is_incomplete = lambda images: len(images.labels.unique()) < len(class_names)
     arms = {share.name: list_arms(config, choices[share.name]["strength"], list(share.samples),
                                   [name for name, images in share.samples.items() if is_incomplete(images)])
@@ -287,7 +322,6 @@ def run_study(config: StudyConfig, training: Images, groups, test: Images, share
         network, = train(training.select(share.rows), share.samples.get(arm.source), arm, seed, config, [stop], device)
         return measure(network, test, device)
 
-    chosen = {name: str(choice["steps"]) for name, choice in choices.items()}
     results = dict(zip(((share.name, arm, seed) for share, arm, seed in tasks),
                        _run("trainings", tasks, test_one, settings, folder, chosen)))
     report = {"classes": class_names, "num_test": len(test.labels), "seeds": config.seeds, "shares": {}}
@@ -296,6 +330,8 @@ def run_study(config: StudyConfig, training: Images, groups, test: Images, share
             name: [results[share.name, arm, seed] for seed in range(config.seeds)]
             for name, arm in arms[share.name].items()}
         report["shares"][share.name] = {"images": len(share.rows), **choice, **summarize(by_arm, choice["strength"])}
+        if config.filter_samples:
+            report["shares"][share.name]["filtered"] = filtered.get(share.name, {})
     if dist_util.rank() == 0:
         _write(report, results, arms, class_names, folder)
     return report
@@ -323,6 +359,26 @@ def _run(description, tasks, function, settings, folder, chosen=None):
             write_record(path, {**about, "result": own[number]})
     results = {number: result for part in dist_util.gather_objects(own) for number, result in part.items()}
     return [results[number] for number in range(len(tasks))]
+
+
+def _filter(share, source, kept, class_names):
+    """Keep some samples of a source in a share; return {class: [samples that are kept, samples]}.
+
+    :param kept: whether each sample is kept.
+    :raises ValueError: if none of a class is.
+    """
+    samples, kept = share.samples[source], torch.tensor(kept)
+    of_class = {name: samples.labels == label for label, name in enumerate(class_names)}
+    counts = {name: [int((kept & rows).sum()), int(rows.sum())] for name, rows in of_class.items()}
+    lost = [name for name, (count, total) in counts.items() if total and not count]
+    require((not lost, f"--filter_samples True omits all samples of {', '.join(lost)} of {source} in share "
+             f"{share.name}: a classifier of its real images assigns none to their class; set it to False, or use "
+             "other samples"))
+    log_rank0(f"share {share.name}: {int(kept.sum())} of {len(kept)} samples of {source} are kept: "
+              + ", ".join(f"{name} {count} of {total}" for name, (count, total) in counts.items()))
+    share.samples[source] = samples.select(kept)
+    share.digests[source] = hash_lines([share.digests.get(source, ""), *map(str, kept.nonzero()[:, 0].tolist())])
+    return counts
 
 
 def _choose(stops, losses):
