@@ -218,7 +218,7 @@ def latent_grid(spatial, factors) -> tuple[int, ...]:
             raise ValueError(
                 f"axis {axis} has size {size}, which the autoencoder's total downsampling factor {factor} "
                 f"(--initial_downsample_factor times all --downsample_factors) does not divide: expected e.g. {nearest}"
-                "; resize, crop, or set --pad True"
+                "; change --image_size, or set --pad True"
             )
     return tuple(size // factor for size, factor in zip(spatial, factors))
 

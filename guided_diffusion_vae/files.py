@@ -44,6 +44,25 @@ READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 
 @contextlib.contextmanager
+def write_errors(path):
+    """Convert errors on writing a file or folder into an OSError that names it, and the free space if the disk is full.
+
+    Errors of the system that a library reports as its own, such as safetensors', are recognized by their number.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if code is None and not isinstance(error, OSError):
+            raise
+        reason = error.strerror or error if isinstance(error, OSError) else os.strerror(code)
+        full = code in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f" ({_free_space_message(path)}); free some space or choose another folder" if full else ""
+        raise OSError(code, f"cannot write {path}: {reason}{remedy}") from error
+
+
+@contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path next to `path`; on a clean exit it is flushed to disk and renamed to `path`.
 
@@ -56,15 +75,12 @@ def atomic_path(path):
     # In the same folder, as a rename is atomic within a file system only.
     part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb+") as stream:
-            os.fsync(stream.fileno())   # else a power failure may leave an empty file under the final name
-        os.replace(part, path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = f" ({_free_space_message(path)}); free some space or choose another folder" if full else ""
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{remedy}") from error
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            with open(part, "rb+") as stream:
+                os.fsync(stream.fileno())   # else a power failure may leave an empty file under the final name
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):  # e.g. if the folder is a file; it would hide the error above
             part.unlink()

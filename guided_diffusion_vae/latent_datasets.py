@@ -221,7 +221,8 @@ class LatentFolder(LatentSource):
         self.scale_factor, self.preprocessing = scale_factor, {}
         self.paths = sorted(path for path in self.folder.rglob("*.npy")
                             if not is_skipped(path.relative_to(self.folder).as_posix()))
-        require((self.paths, f"{self.folder} contains neither {MANIFEST} nor .npy files; check {CACHE_FLAG}"),
+        require((self.paths, f"{self.folder} contains neither {MANIFEST} nor .npy files; check {CACHE_FLAG}, "
+                 "or encode images by encode_dataset.py"),
                 error=FileNotFoundError)
         self.count = len(self.paths)
         self.latent_shape = self._open(self.paths[0]).shape

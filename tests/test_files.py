@@ -21,7 +21,7 @@ from guided_diffusion_vae.data.microdoppler import MicrodopplerConfig, write_dat
 from guided_diffusion_vae.files import (
     atomic_path, atomic_stream, file_errors, load_tensors, open_zip, read_record,
     remove_stale_parts, require_folder, require_regular_file, require_writable_folder, sha256_of_file, write_json,
-    write_record,
+    write_errors, write_record,
 )
 from guided_diffusion_vae.latent_datasets import LatentCache, open_latents
 from guided_diffusion_vae.locks import LOCK_FILE, FolderInUseError, locked_folder
@@ -394,3 +394,11 @@ def test_missing_files_and_loops_of_links_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path}/{name}: cannot be read .*{problem}.*; fix or remove"):
             with file_errors(tmp_path / name), open(tmp_path / name):
                 pass
+
+
+def test_full_disks_are_recognized_in_errors_of_libraries(tmp_path):
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/a: No space left on device .*; free some space"):
+        with write_errors(tmp_path / "a"):
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="another"), write_errors(tmp_path / "a"):
+        raise RuntimeError("another")

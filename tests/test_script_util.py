@@ -255,6 +255,12 @@ def test_flag_mistakes_print_one_line(capsys, argv, message):
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
+def test_values_with_a_minus_need_no_equals_sign():
+    for argv in (["--value_window", "-1000,400", "--seed", "-3"], ["--value_window=-1000,400", "--seed=-3"]):
+        data, train = parse("doc", DataConfig, AutoencoderTrainConfig, argv=argv)
+        assert data.value_window == "-1000,400" and train.seed == -3
+
+
 @pytest.mark.parametrize("text, value", [
     ("4", 4), ("2,2", (2, 2)), ("[2]", (2,)), ("[[1,2,2],[2,2,2]]", ((1, 2, 2), (2, 2, 2))), ("0.5, 1", (0.5, 1)),
     ("True,false", (True, False)), ("", ()),

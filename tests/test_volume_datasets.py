@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import locale
 import os
+import re
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -1005,3 +1006,16 @@ def test_an_old_cache_of_other_directions_is_named(tmp_path):
     with pytest.raises(ValueError, match="contains a cache of other images or settings .*; orientation is 'RAS' now, "
                                          "'' in the cache.; choose another"):
         write_cache(opened(folder), codec, cache)
+
+
+@pytest.mark.parametrize("kind, high, warned", [(np.int16, 3000, True), (np.int16, 20000, False),
+                                                (np.uint16, 4000, True), (np.uint8, 3, False)])
+def test_volumes_that_fill_a_small_part_of_16_bits_are_logged(tmp_path, kind, high, warned):
+    for i in range(2):
+        np.save(tmp_path / f"a_{i}.npy", np.linspace(0, high, 512).reshape(8, 8, 8).astype(kind))
+    notes = VolumeFolder(DataConfig(str(tmp_path), image_size="8x8x8")).warnings()
+    assert len(notes) == warned
+    if warned:
+        assert re.match(r"values reach from [\d,]+ to [\d,]+, and -?[\d,]+ to [\d,]+ become 0 to 1: set --value_window",
+                        notes[0])
+        assert not VolumeFolder(DataConfig(str(tmp_path), image_size="8x8x8", value_window="0,3000")).warnings()

@@ -25,8 +25,10 @@ from .medical import (
     read_medical_header, split_frames, tilt_degrees,
 )
 from .npz import open_archive, read_archive_headers
+from .statistics import evenly_spaced
 
 EXTENSIONS = ("npy", "npz", "nii", "gz", "dcm", "nrrd", "mha", "mhd", *ARRAY_EXTENSIONS)
+CENSUS_VOLUMES = 4          # of which some slices are read to compare their values with their type
 CACHE_BYTES = 4 * 2**30     # of unpacked volumes kept in memory, as patches come from the same files again
 SPACING_TOLERANCE = 1.01    # ratio of spacings that count as the same
 TILT_DEGREES = 1.0          # above which oblique axes are logged
@@ -156,6 +158,20 @@ class VolumeFolder(FileSource):
             load = lambda: _resample(orient(load_volume(*source), arrangement.axes), arrangement)
             values = cached(path, load, (arrangement, self.config.array_key))
         return values if self.shape[0] > 1 else values[frame:frame + 1]
+
+    def warnings(self):
+        """Return a line for the log if 16-bit values fill less than a quarter of their range, in slices of some files."""
+        deep = [file for file, kind in enumerate(self._dtypes) if kind in ("int16", "uint16")]
+        if self.value_limits or not deep:
+            return []
+        slices = [values[:, ::max(values.shape[1] // 8, 1)] for values in
+                  (self._values(deep[i], 0) for i in evenly_spaced(len(deep), CENSUS_VOLUMES))]
+        low, high = min(int(values.min()) for values in slices), max(int(values.max()) for values in slices)
+        least, most = FULL_RANGE[self._dtypes[deep[0]]]
+        if (high - low) * 4 >= most - least:
+            return []
+        return [f"values reach from {low:,} to {high:,}, and {least:,} to {most:,} become 0 to 1: set --value_window "
+                "lo,hi to the values of interest, such as -1000,400 for CT"]
 
     def _merge(self, paths, names):
         return merge_series(paths, names)

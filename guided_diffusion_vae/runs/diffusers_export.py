@@ -12,6 +12,7 @@ import torch
 
 from ..autoencoder import AutoencoderConfig, AutoencoderKL, per_level
 from ..config import option, require
+from ..files import write_errors
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..unet import AttentionBlock, Downsample, ResBlock, UNetModel, Upsample
 from ..vae import blocks
@@ -355,7 +356,11 @@ def save_folder(model, folder: str | Path, card: str = "") -> None:
     require((not folder.exists(), f"{folder} already exists; set another --out, or remove it"), error=FileExistsError)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    if card:
-        (part / "README.md").write_text(card, "utf-8")
-    part.rename(folder)
+    try:
+        with write_errors(folder):
+            model.save_pretrained(part)
+            if card:
+                (part / "README.md").write_text(card, "utf-8")
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -193,13 +193,24 @@ def _argument_type(convert):
 
 def _explicit(parser, argv):
     """Return {flag: value} of the flags that are on the command line."""
-    argv = _rename_flags(argv, {action.dest for action in parser._actions})
+    argv = _join_negative(_rename_flags(argv, {action.dest for action in parser._actions}))
     if words := [*itertools.takewhile(lambda word: not word.startswith("-"), argv)] if parser.positional else []:
         argv = [parser.positional, ",".join(words), *argv[len(words):]]
     parser.parse_args(argv)  # answers --help and reports errors while the defaults are set
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_args(argv))
+
+
+def _join_negative(argv):
+    """Return the command line with `--flag=-80,0` for `--flag -80,0`, whose value argparse reads as a flag."""
+    words = []
+    for word in argv:
+        if re.match(r"-[\d.]", word) and words and re.fullmatch(r"--\w+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _rename_flags(argv, known):
