@@ -160,7 +160,7 @@ class VolumeFolder(FileSource):
         return values if self.shape[0] > 1 else values[frame:frame + 1]
 
     def warnings(self):
-        """Return a line for the log if 16-bit values fill less than a quarter of their range, in slices of some files."""
+        """Return a line for the log if 16-bit values fill less than a quarter of their range, in a few slices."""
         deep = [file for file, kind in enumerate(self._dtypes) if kind in ("int16", "uint16")]
         if self.value_limits or not deep:
             return []
