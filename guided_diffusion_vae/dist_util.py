@@ -14,6 +14,7 @@ import ctypes
 import datetime
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -418,7 +419,7 @@ def _leave():
 
 def _fail(error):
     """Print an error, with its traceback if it is a bug, and end this rank and the others."""
-    text = str(error) or type(error).__name__
+    text = re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__    # its text says the same
     expected = isinstance(error, (*EXPECTED_ERRORS, FloatingPointError, LaunchError))
     if is_out_of_memory(error):
         text, expected = f"out of memory; {MEMORY_ADVICE} ({text})", True

@@ -943,8 +943,8 @@ def test_folder_in_use_is_refused_and_left_as_it_is(chain, call, tmp_path, scrip
     folder.mkdir()
     flags = {name: str(value).format_map(chain) for name, value in flags.items()}
     with locked_folder(folder, "--logdir", "image_train_vae"):
-        check_error(call(script, **flags, **{flag: folder}),
-                    f"{folder} is in use by image_train_vae (process {os.getpid()} on {socket.gethostname()}, started ")
+        holder = f"image_train_vae (process {os.getpid()} on {socket.gethostname()}, started "
+        check_error(call(script, **flags, **{flag: folder}), f"error: {folder} is in use by {holder}")
         assert list(listing(folder)) == [".lock"]
     assert not listing(folder)
 
