@@ -35,9 +35,13 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, **_):
-    """Let links to notebooks lead to their pages."""
-    return markdown.replace(".ipynb)", ".md)")
+def on_page_markdown(markdown, page, **_):
+    """Let links to notebooks, and those out of docs/, lead to their pages."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = markdown.replace(".ipynb)", ".md)").replace(f"]({up}../README.md", f"]({up}index.md")
+    for name in COPIED:
+        markdown = markdown.replace(f"]({up}../{name}", f"]({up}{name}")
+    return markdown
 
 
 def notebook_files(path):
