@@ -370,6 +370,7 @@ def test_samples_belong_to_the_share_that_their_networks_saw(folders, tmp_path):
 @pytest.mark.parametrize("fault, message", [
     ("guide", r"guide/model000001.pt \(--guide_model_path of .*\) was trained on 4 other images"),
     ("init_from", r"start/model000001.pt \(--init_from of .*\) was trained on 4 other images"),
+    ("resumed", r"start/model000001.pt \(--resume_checkpoint of .*\) was trained on 4 other images"),
     ("teacher", r"start/model000001.pt \(--teacher_path of .*\) was trained on 4 other images"),
     ("unknown", r"model/model000002.pt \(--model_path of .*\) was trained on unknown images"),
     ("chosen", r"model/model000002.pt .*: its best step was chosen by the test images, .*val"),
@@ -393,7 +394,8 @@ def test_samples_of_networks_that_saw_other_images_are_rejected(fault, message, 
     if fault == "guide":
         paths["guide_model_path"] = network(tmp_path / "guide/model000001.pt", source, "b" * 64)
     samples = sampled(tmp_path / "samples", **paths)
-    flags = {"init_from": {"init_from": str(other)}, "chosen": {"val_data_dir": str(folders / "val")}}.get(fault)
+    flags = {"init_from": {"init_from": str(other)}, "resumed": {"resume_checkpoint": str(other)},
+             "chosen": {"val_data_dir": str(folders / "val")}}.get(fault)
     if flags:
         write_record(path.parent / "config.json", {"flags": {"training": flags}})
     if fault == "retrained":
