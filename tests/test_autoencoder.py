@@ -418,7 +418,7 @@ def test_inputs_of_other_shapes_are_rejected():
     network = tiny(downsample_factors=((2, 4),))
     with pytest.raises(ValueError, match="axis 1 has size 10, .* factor 4 .* expected e.g. 8 or 12; .*--pad"):
         network.encode(torch.zeros(1, 1, 4, 10))
-    with pytest.raises(ValueError, match="axis 0 has size 1, .*: expected e.g. 2; resize"):
+    with pytest.raises(ValueError, match="axis 0 has size 1, .*: expected e.g. 2; change --image_size"):
         network.latent_shape((1, 4))
     with pytest.raises(ValueError, match="have 3 axes: the autoencoder expects 2"):
         network.latent_shape((4, 4, 4))

@@ -44,13 +44,11 @@ class StudyConfig:
     val_data_dir: str = option("", "test images, of other recordings than --data_dir: nothing is chosen by them",
                                essential=True)
     samples: Annotated[str, words] = option(
-        "", "comma-separated sets of samples, each the folder of a sampling script with its sampling.json: the files "
-            "that its networks were trained on determine the share that it belongs to. Folders of images of "
-            "make_microdoppler.py, or in --allow_networks, belong to all shares and may lack classes; empty: none",
-        essential=True)
+        "", "comma-separated sets of samples: folders of sampling scripts, or of images of make_microdoppler.py or in "
+            "--allow_networks, which may lack classes; empty: none", essential=True)
     train_models: bool = option(
-        False, "train an autoencoder and a diffusion model on the images of each share alone, with the settings of "
-               "--config, and sample them; --vae_path: use this autoencoder for all", essential=True)
+        False, "train an autoencoder (or use that of --vae_path) and a diffusion model on each share alone, with the "
+               "settings of --config, and sample it", essential=True)
     group_by: str = option(
         "", "recording or subject of an image: regular expression, whose groups are searched in the file name, or a "
             "column of the label file; empty: images are independent", essential=True)
@@ -58,7 +56,7 @@ class StudyConfig:
         "all", "comma-separated shares of the training images, smaller ones first: N (first N recordings of each "
                "class), P% (first P percent of each recording), N:P%, or all", essential=True)
     ratios: Annotated[str, positive] = option(
-        "1", "comma-separated numbers of synthetic images per real one in a batch", essential=True)
+        "1", "comma-separated numbers of synthetic images per real one in a batch")
     filter_samples: bool = option(
         False, "omit samples that a classifier does not assign to their class, which is trained on the real images of "
                "their share with the chosen augmentation")
@@ -67,10 +65,9 @@ class StudyConfig:
              "images", minimum=0, below=1)
     strengths: Annotated[str, positive] = option(
         "0.5,1,2", "comma-separated strengths of classical augmentation (1: shifts by up to 25% of the time and 3% of "
-                   "the Doppler axis, gain 10% of the range, noise 5%, masks 20%); one is chosen by validation",
-        essential=True)
-    seeds: int = option(6, "trainings of each arm, with seeds that all arms share", minimum=2, essential=True)
-    steps: int = option(300, "optimizer steps of the schedule, equal for all arms", minimum=1, essential=True)
+                   "the Doppler axis, gain 10% of the range, noise 5%, masks 20%); one is chosen by validation")
+    seeds: int = option(6, "trainings of each arm, with seeds that all arms share", minimum=2)
+    steps: int = option(300, "optimizer steps of the schedule, equal for all arms", minimum=1)
     batch_size: int = option(64, "images in a batch, of all classes equally", minimum=2)
     width: int = option(8, "channels of the first layer of the classifier", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, after a warmup decayed linearly to 0", above=0)

@@ -31,13 +31,13 @@ class SamplingConfig:
     sampler: str = option("", "ddpm (stochastic), ddim (deterministic), or a multi-step solver for 10 to 25 steps: "
                               "dpmpp_sde (stochastic, tolerates model errors), dpmpp, unipc; of rectified flows euler, "
                               "heun or one of these; empty: ddpm, with --use_ddim ddim; euler", choices=("", *SAMPLERS),
-                          essential=True)
+                          essential="classes")
     use_ddim: bool = option(False, "same as --sampler ddim, usually with --timestep_respacing ddim50")
     clip_denoised: bool = option(False, "clip the predicted x0 to [-1, 1]: right for pixels, the default there, but "
                                         "wrong for latents, a third of which are outside")
     cfg_scale: float = option(1.0, "scale of classifier-free guidance, for models trained with --class_dropout; 1: "
                                    "none; 2 to 4: clearer classes with less variety; 0: samples without a class",
-                              essential=True)
+                              essential="classes")
     cfg_interval: Annotated[str, noise_levels] = option(
         "", "lo,hi: noise levels (sigma) in which --cfg_scale is active, such as 0.3,3; empty: all")
     cfg_rescale: float = option(0.0, "fraction in which predictions guided by --cfg_scale are rescaled to the standard "
@@ -56,7 +56,7 @@ class SamplingConfig:
     attributes: Annotated[str, attribute_ranges] = option(
         "", "comma-separated NAME=VALUE, NAME=LOW..HIGH (uniformly distributed) or NAME=unknown, of a model trained "
             "with --condition_on; omitted ones are distributed over the range of training")
-    seed: int = option(0, "seed; sample i depends on (seed, i) only", essential=True)
+    seed: int = option(0, "seed; sample i depends on (seed, i) only", essential="classes")
     project_colormap: str = option(
         "", "move RGB samples to the nearest colors of a colormap, so that they can be read as scalars: True: the one "
             "of the training images, or the name of one, see --colormap")
@@ -83,11 +83,10 @@ class StudySamplingConfig(SamplingConfig):
 
     SECTION = "sampling"
 
-    model_path: Annotated[str, words] = option(
-        "", "comma-separated runs of image_train_vae.py, or weights files of them, to sample from: the images that a "
-            "model was trained on determine the share that its samples belong to; empty: none", essential=True)
-    num_samples: int = option(0, "samples of each model; 0: as many as it has training images", minimum=0,
-                              essential=True)
+    model_path: str = option(
+        "", "comma-separated runs of image_train_vae.py, or weights files of them, to sample from, each "
+            "trained on the images of a share; empty: none", essential=True)
+    num_samples: int = option(0, "samples of each model; 0: as many as it has training images", minimum=0)
 
 
 @dataclass
