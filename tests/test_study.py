@@ -418,6 +418,11 @@ def test_samples_of_networks_that_saw_other_images_are_rejected(fault, message, 
                 command(folders, tmp_path, samples=samples, allow_networks=allowed)
 
 
+def test_settings_of_samples_require_samples(folders, tmp_path):
+    with pytest.raises(ValueError, match="--filter_samples and --label_smoothing: expected samples, got none; set --sa"):
+        command(folders, tmp_path, filter_samples=True, label_smoothing=0.1)
+
+
 def test_simulated_images_belong_to_all_shares_and_may_lack_classes(folders, tmp_path):
     simulated = tmp_path / "sim/train"
     simulated.mkdir(parents=True)

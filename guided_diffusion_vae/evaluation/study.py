@@ -199,8 +199,8 @@ def train(real: Images, samples: Images | None, arm: Arm, seed: int, config: Stu
     """
     num_classes, batch_size = int(real.labels.max()) + 1, config.batch_size
     num_synthetic = batch_size if arm.ratio == SYNTHETIC else round(batch_size * arm.ratio / (1 + arm.ratio))
-    pools = [[torch.nonzero(part.labels == label)[:, 0] for label in range(num_classes)] if part else None
-             for part in (samples, real)]
+    pools: Any = [[torch.nonzero(part.labels == label)[:, 0] for label in range(num_classes)] if part else None
+                  for part in (samples, real)]
     parts: Any = (samples, pools[0]), (real, pools[1])
     rng = keyed_rng(seed, STUDY)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

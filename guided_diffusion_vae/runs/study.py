@@ -57,6 +57,9 @@ def study(run) -> dict | None:
     :raises ValueError: if training and test images share recordings, or samples do not belong to a share.
     """
     config, data = run[StudyConfig], run[DataConfig]
+    unused = [flag for flag in ("filter_samples", "label_smoothing") if getattr(config, flag)]
+    require((not unused or config.samples or config.train_models or run[StudySamplingConfig].model_path,
+             f"--{' and --'.join(unused)}: expected samples, got none; set --samples, --model_path or --train_models True"))
     source = open_folder(data)
     test = open_folder(dataclasses.replace(data, data_dir=config.val_data_dir), flag="--val_data_dir")
     for images, flag in ((source, "--data_dir"), (test, "--val_data_dir")):
@@ -167,7 +170,7 @@ def _folder_of_share(source, share, folder) -> str:
 
 
 def _folder_name(share):
-    return share.name.replace("%", "").replace(":", "_")
+    return share.name.replace("%", "_percent").replace(":", "_")
 
 
 def _link_share(source, share, folder):
@@ -305,8 +308,9 @@ class NetworkCheck:
     def require_share(self, path, networks: Iterable["Seen"]) -> Share:
         """Return the result of `find_share`; samples of networks that are all allowed belong to no share."""
         share = self.find_share(path, networks)
-        require((share, f"{path}: all of its networks are in --allow_networks; expected one that was trained on a "
-                 "share of --data_dir"))
+        if share is None:
+            raise ValueError(f"{path}: all of its networks are in --allow_networks; expected one that was trained on a "
+                             "share of --data_dir")
         return share
 
 
