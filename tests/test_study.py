@@ -419,7 +419,7 @@ def test_samples_of_networks_that_saw_other_images_are_rejected(fault, message, 
 
 
 def test_settings_of_samples_require_samples(folders, tmp_path):
-    with pytest.raises(ValueError, match="--filter_samples and --label_smoothing: expected samples, got none; set --sa"):
+    with pytest.raises(ValueError, match="--filter_samples and --label_smoothing: expected samples, got none; set"):
         command(folders, tmp_path, filter_samples=True, label_smoothing=0.1)
 
 

@@ -59,7 +59,8 @@ def study(run) -> dict | None:
     config, data = run[StudyConfig], run[DataConfig]
     unused = [flag for flag in ("filter_samples", "label_smoothing") if getattr(config, flag)]
     require((not unused or config.samples or config.train_models or run[StudySamplingConfig].model_path,
-             f"--{' and --'.join(unused)}: expected samples, got none; set --samples, --model_path or --train_models True"))
+             f"--{' and --'.join(unused)}: expected samples, got none; set --samples, --model_path or "
+             "--train_models True"))
     source = open_folder(data)
     test = open_folder(dataclasses.replace(data, data_dir=config.val_data_dir), flag="--val_data_dir")
     for images, flag in ((source, "--data_dir"), (test, "--val_data_dir")):
