@@ -35,7 +35,7 @@ from guided_diffusion_vae.sampling import Sampler, SamplingConfig, generate_samp
 from guided_diffusion_vae.unet import ClassifierConfig, ModelConfig
 from guided_diffusion_vae.vae_wrapper import LatentNormalizer, VAEConfig, create_vae
 
-# Of configs/microdoppler_small.yaml, and the steps of dpmpp_sde that suffice for it.
+# Of an earlier configs/microdoppler_small.yaml (latents 4x16x16), and the steps of dpmpp_sde that suffice for it.
 AUTOENCODER, STEPS = AutoencoderConfig(in_channels=3, num_channels=(32, 64, 128), num_res_blocks=(3, 1, 1)), 15
 ANCESTRAL_STEPS = 250   # of the baseline
 CLASSIFIER = dict(classifier_channel_mult="1,2,2", classifier_attention_resolutions="8", classifier_in_channels=4,

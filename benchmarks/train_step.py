@@ -32,7 +32,7 @@ SIZES = {
     "16m122": ((4, 16, 16), dict(num_channels=128, channel_mult="1,2,2", attention_resolutions="16,8")),
     "32m1224": ((4, 32, 32), dict(num_channels=128, channel_mult="1,2,2,4", attention_resolutions="16,8")),
     "radar64": ((4, 16, 16), dict(num_channels=64, channel_mult="1,2,2", num_head_channels=32,
-                                  attention_resolutions="8,4")),    # of microdoppler_small
+                                  attention_resolutions="8,4")),    # of microdoppler_small, on half its grid
     "32adm256": ((4, 32, 32), dict(num_channels=256, channel_mult="1,2,4", attention_resolutions="16,8")),
 }
 
